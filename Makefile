@@ -1,0 +1,62 @@
+# `make demo` and `make test` are all that a stranger needs; each sets up what it needs, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+SANDBOX := $(BIN)/python -m sandbox --
+
+.PHONY: help demo test check bench test-faults test-page test-compose lock clean
+
+help:
+	@echo "make demo          the whole system on this machine: sender, Kafka, consumer, PostgreSQL, API; Ctrl-C stops it"
+	@echo "make test          checks and tests, on real PostgreSQL and Kafka"
+	@echo "make check         format, lint, types, architecture"
+	@echo "make bench         measurements as a table and as JSON"
+	@echo "make test-faults   the longer fault tests (some minutes)"
+	@echo "make test-page     the page in a real browser; needs chromium"
+	@echo "make test-compose  docker-compose.yml on a real engine; needs docker with compose"
+	@echo "make lock          choose and pin the newest dependencies; needs uv"
+	@echo "make clean         remove what the other targets made in this folder"
+
+$(READY): requirements/dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "orderlib needs Python 3.11 or newer; $(PYTHON) is older (say make PYTHON=…)"; exit 2; }
+	@echo "setting up .venv, once …"
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/dev.txt
+	@touch $@
+
+demo: $(READY)
+	@$(SANDBOX) $(BIN)/python -m sandbox.demo
+
+test: check
+	$(BIN)/pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest --quiet tests/unit/test_architecture.py
+
+bench: $(READY)
+	@$(SANDBOX) $(BIN)/python -m bench
+
+test-faults: $(READY)
+	$(BIN)/pytest -m "faults or not faults" tests/faults
+
+test-page: $(READY)
+	$(BIN)/pytest tests/page
+
+test-compose: $(READY)
+	$(BIN)/pytest tests/compose
+
+LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+	--custom-compile-command 'make lock' --upgrade pyproject.toml
+
+lock:
+	$(LOCK) --all-extras --group dev --output-file requirements/dev.txt
+	$(LOCK) --extra consumer --extra api --extra sender --extra admin --constraint requirements/dev.txt \
+		--output-file requirements/services.txt
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
