@@ -1,0 +1,254 @@
+"""JSON to orders and back; plain data to orders and back.
+
+Decoding is one pass of msgspec in C. Only where that fails, or meets one of the few things it cannot judge, a second
+look goes through the record again, finds every fault, and decides alone.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import itertools
+import operator
+import re
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import msgspec
+from cattrs import BaseConverter
+from msgspec.inspect import DataclassType, Type, VarTupleType
+
+from orderlib.contract import Examination, M, rules_of
+from orderlib.errors import Fault, MalformedJson
+from orderlib.models import MAX_ITEMS, Delivery, Item, Order, Payment
+
+#: So many levels of arrays and objects, anywhere in a record, are malformed.
+MAX_NESTING = 1000
+
+_decoder = msgspec.json.Decoder(Order)
+_encoder = msgspec.json.Encoder()
+
+
+def _canonical(
+    model: type[attrs.AttrsInstance],
+) -> tuple[Callable[..., Any], Callable[[Any], tuple[Any, ...]]]:
+    """A struct with the model's fields, and what reads them off a model, both in the contract's order.
+
+    msgspec writes attrs classes in the order of their slots, which CPython sorts by name; structs in their own.
+    """
+    names = [field.name for field in attrs.fields(model)]
+    return msgspec.defstruct(f"Canonical{model.__name__}", names, gc=False), operator.attrgetter(*names)
+
+
+_CanonicalOrder, _fields_of_order = _canonical(Order)
+_CanonicalDelivery, _fields_of_delivery = _canonical(Delivery)
+_CanonicalPayment, _fields_of_payment = _canonical(Payment)
+_CanonicalItem, _fields_of_item = _canonical(Item)
+
+
+def decode_order(data: bytes) -> Order:
+    """The order in a JSON text.
+
+    * Types are strict: ``"99"``, ``1.0`` and ``true`` are not integers; null is never a value.
+    * Unknown fields are passed over, whatever they hold, so that senders may add fields first.
+    * Of a repeated key the last counts.
+
+    Raises:
+        MalformedJson: not one well-formed JSON text in UTF-8, or 1,000 or more levels deep.
+        InvalidOrder: well-formed, but not an order; ``faults`` has every fault in document order.
+    """
+    if not data.isascii():
+        try:
+            data.decode()
+        except UnicodeDecodeError as exc:
+            raise _malformed(f"bytes that are not UTF-8 (byte {exc.start})") from exc
+    if data.count(b"[") + data.count(b"{") >= MAX_NESTING and _nesting(data) >= MAX_NESTING:
+        raise _malformed(f"{MAX_NESTING:,} or more levels of nesting")
+    try:
+        order = _decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError):
+        return _second_look(data)
+    if b"\\u0000" in data or not 1 < order.date_created.year < 9999:
+        return _second_look(data)
+    return order
+
+
+def encode_order(order: Order) -> bytes:
+    """The canonical JSON of an order: fields in the contract's order, no blanks, UTF-8, the time in UTC with ``Z``.
+
+    Equal orders give equal bytes, and ``decode_order`` gives the order back.
+    """
+    return _encoder.encode(_in_canonical_form(order))
+
+
+def content_sha256(order: Order) -> bytes:
+    """The SHA-256 of an order's canonical JSON: equal exactly where the content is."""
+    return hashlib.sha256(encode_order(order)).digest()
+
+
+def order_from_plain(data: object) -> Order:
+    """The order in plain data (mappings, lists, strings, integers; the time as text or as an aware datetime).
+
+    Raises InvalidOrder with the same faults as ``decode_order`` for the same content.
+    """
+    return _structure(data, Order)
+
+
+def order_to_plain(order: Order) -> dict[str, Any]:
+    """An order as plain data of JSON's types, in the contract's order, the time in UTC as RFC 3339 text."""
+    plain: dict[str, Any] = msgspec.to_builtins(_in_canonical_form(order))
+    return plain
+
+
+def register_order_hooks(converter: BaseConverter) -> None:
+    """Teach a cattrs converter of yours the models, by the rules of ``order_from_plain`` and ``order_to_plain``.
+
+    cattrs by itself calls the type and so turns ``"12"`` into 12; with these hooks nothing is coerced. Structuring a
+    model raises InvalidOrder, its paths beginning at that model; inside a class of yours, cattrs wraps it in its own.
+    """
+    for model in (Order, Delivery, Payment, Item):
+        converter.register_structure_hook(model, _structure)
+    converter.register_unstructure_hook(Order, order_to_plain)
+
+
+def _in_canonical_form(order: Order) -> object:
+    *head, date_created, oof_shard, delivery, payment, items = _fields_of_order(order)
+    return _CanonicalOrder(
+        *head,
+        date_created.astimezone(dt.UTC),
+        oof_shard,
+        _CanonicalDelivery(*_fields_of_delivery(delivery)),
+        _CanonicalPayment(*_fields_of_payment(payment)),
+        [_CanonicalItem(*_fields_of_item(item)) for item in items],
+    )
+
+
+def _structure(data: object, cls: type[M]) -> M:
+    examination = Examination()
+    plain = examination.examine(data, rules_of(cls), "$")
+    examination.raise_faults()
+    return msgspec.convert(plain, cls)
+
+
+def _second_look(data: bytes) -> Order:
+    try:
+        return _look(data)
+    except RecursionError:
+        return _look(_shallow(data))
+
+
+def _look(data: bytes) -> Order:
+    try:
+        plain = _examined(data)
+    except msgspec.DecodeError:
+        # msgspec refuses a lone surrogate in an escape as malformed, also in unknown fields; JSON's grammar allows it.
+        # As U+0000 it stays as unfit for a text of ours, and nobody looks at the others.
+        try:
+            plain = _examined(_without_lone_surrogates(data))
+        except msgspec.DecodeError as exc:
+            raise _malformed(str(exc).removeprefix("JSON is malformed: ")) from exc
+    return msgspec.convert(plain, Order)
+
+
+def _examined(data: bytes) -> object:
+    examination = Examination(peek=_peek)
+    plain = examination.examine(msgspec.json.decode(data, type=msgspec.Raw), rules_of(Order), "$")
+    examination.raise_faults()
+    return plain
+
+
+_ESCAPE = re.compile(
+    rb"""\\(?: u[dD][89abAB][0-9a-fA-F]{2} \\u[dD][c-fC-F][0-9a-fA-F]{2}   # a pair, one character
+         | (?P<lone> u[dD][89a-fA-F][0-9a-fA-F]{2} )
+         | . )""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def _without_lone_surrogates(data: bytes) -> bytes:
+    """The text with U+0000 instead of each, in place: their escapes are of one length."""
+    fit = bytearray(data)
+    for escape in _ESCAPE.finditer(data):
+        if escape["lone"]:
+            fit[escape.start() : escape.end()] = rb"\u0000"
+    return bytes(fit)
+
+
+_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_TEXT = msgspec.json.Decoder(str)
+#: Opens an array up to one element past the limit, and passes over the rest without keeping it.
+_ARRAY = msgspec.json.Decoder(
+    msgspec.defstruct(
+        "_Array", [(f"at_{i}", msgspec.Raw, msgspec.Raw()) for i in range(MAX_ITEMS + 1)], array_like=True
+    )
+)
+
+
+def _peek(value: object, rule: Type) -> object:
+    """Open a raw JSON value as far as its rule asks; of any other kind give a stand-in of that kind."""
+    data = bytes(value)  # type: ignore[call-overload]
+    match data[:1]:
+        case b"{":
+            return _OBJECT.decode(data) if isinstance(rule, DataclassType) else {}
+        case b"[":
+            if not isinstance(rule, VarTupleType):
+                return []
+            opened = msgspec.structs.astuple(_ARRAY.decode(data))
+            return list(itertools.takewhile(len, map(bytes, opened)))
+        case b'"':
+            return _TEXT.decode(data)
+        case b"t" | b"f":
+            return data == b"true"
+        case b"n":
+            return None
+    if any(mark in data for mark in (b".", b"e", b"E")):
+        return 0.5
+    # Past 20 characters it is out of bounds whatever its digits are; Python refuses to read 5,000 of them.
+    return int(data) if len(data) <= 20 else int(data[:20]) * 10
+
+
+_NEITHER_BRACKETS_NOR_QUOTES = bytes(set(range(256)) - set(b'[]{}"'))
+
+
+def _nesting(data: bytes) -> int:
+    """How many levels a text nests; exact for JSON, near enough for anything else. Needs little more memory than it."""
+    unescaped = data.replace(rb"\\", b"").replace(rb"\"", b"")
+    # Two quotes side by side open and close nothing between them, whichever strings they belong to.
+    quoted = unescaped.translate(None, _NEITHER_BRACKETS_NOR_QUOTES).replace(b'""', b"")
+    brackets = re.sub(rb'"[^"]*"?', b"", quoted)
+    return max(itertools.accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0)
+
+
+_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|(?P<opening>[\[{])|[\]}]', re.DOTALL)
+#: More levels than the contract ever looks into, and few enough for any stack.
+_CHUNK_LEVELS = 16
+
+
+def _shallow(data: bytes) -> bytes:
+    """A text with its deepest parts, which no rule looks at, checked chunk by chunk and blanked out.
+
+    msgspec goes down one level of the caller's stack for each of the text, so without this it would depend on the
+    caller what is malformed. Raises MalformedJson if one of these parts is.
+    """
+    shallow = bytearray(data)
+    open_at: list[int] = []
+    for token in _STRING_OR_BRACKET.finditer(data):
+        if token["opening"]:
+            open_at.append(token.start())
+        elif token[0] in b"]}" and open_at:
+            start = open_at.pop()
+            if len(open_at) % _CHUNK_LEVELS == _CHUNK_LEVELS - 1:
+                chunk = bytes(shallow[start : token.end()])
+                try:
+                    msgspec.json.decode(chunk, type=msgspec.Raw)
+                except msgspec.DecodeError as exc:
+                    raise _malformed(f"something else, more than {len(open_at)} levels deep") from exc
+                shallow[start : token.end()] = b"0".ljust(len(chunk))
+    if open_at:
+        raise _malformed("an array or object without its end")
+    return bytes(shallow)
+
+
+def _malformed(found: str) -> MalformedJson:
+    return MalformedJson([Fault(path="$", expected="one JSON text in UTF-8", found=found)])

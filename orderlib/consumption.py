@@ -1,0 +1,385 @@
+"""The consumer without its I/O: events go in, actions come out.
+
+Kafka, PostgreSQL, the clock and chance are outside. One job at most is under way at a time, and it is what touches the
+store: find where partitions begin, or write a batch. All else is bookkeeping of three offsets per partition:
+
+``collected``   next record to collect; what is below has been fetched
+``dispatched``  next record of the batch after the one under way
+the store's     next record to handle; only the store knows it, and the fence asserts it
+
+Whatever happens to a partition, its fence decides what counted; nothing here needs to be certain.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from random import Random
+
+import attrs
+
+from orderlib.errors import BrokenSetup, Collision, FenceLost, OrderError, StoreUnreachable, TryAgain
+from orderlib.ingest import Arrival, Batch, Record, Reject, Span
+from orderlib.retry import Backoff
+
+#: A batch closes at the first of these.
+MAX_RECORDS = 2_000
+MAX_BYTES = 16 * 1024 * 1024
+MAX_AGE_S = 0.05
+
+#: A job that has no answer for so long counts as an outage, and fetching pauses.
+STALL_S = 2.0
+
+#: How often to look whether the ends asked for are reached.
+SURVEY_S = 0.2
+
+#: The breaker looks at so many records, never fewer.
+BREAKER_RECORDS = 1_000
+
+
+@attrs.frozen
+class Locate:
+    """Job: read the topic's id, and where the store says these partitions go on."""
+
+    partitions: frozenset[int]
+
+
+@attrs.frozen
+class Write:
+    """Job: write a batch in one transaction, behind its fence."""
+
+    batch: Batch
+
+
+@attrs.frozen
+class Survey:
+    """Job: read where the group stands in these partitions, whoever of it handled them."""
+
+    partitions: frozenset[int]
+
+
+@attrs.frozen
+class Assign:
+    """Fetch these partitions from these offsets on."""
+
+    next_offsets: Mapping[int, int]
+
+
+@attrs.frozen
+class Seek:
+    """Go on with this partition from another offset."""
+
+    partition: int
+    next_offset: int
+
+
+@attrs.frozen
+class Report:
+    """Tell Kafka how far we are, for lag tools only."""
+
+    next_offsets: Mapping[int, int]
+
+
+@attrs.frozen
+class Pause:
+    """An outage: stop fetching, keep polling. Said at each try that fails."""
+
+    reason: OrderError
+    #: Seconds until the next try; 0 while an answer is still awaited.
+    wait_s: float
+
+
+@attrs.frozen
+class Resume:
+    """The outage is over."""
+
+
+@attrs.frozen
+class Stop:
+    """Leave: with this error, since nothing can go on, or without one, since the ends asked for are reached."""
+
+    error: OrderError | None
+
+
+Job = Locate | Write | Survey
+Action = Job | Assign | Seek | Report | Pause | Resume | Stop
+
+
+class TopicRemade(BrokenSetup):
+    """The topic was deleted and made again: offsets of its former life mean nothing. A restart begins the new one."""
+
+
+class BreakerTripped(OrderError):
+    """Nearly everything is refused: rather a wrong set-up than bad records. Nothing of the batch is kept."""
+
+
+class Breaker:
+    """Trips when at least this fraction of the last 1,000 records was refused; never with a fraction of 0."""
+
+    def __init__(self, fraction: float) -> None:
+        self._fraction = fraction
+        self._recent: deque[bool] = deque(maxlen=BREAKER_RECORDS)
+
+    def check(self, refused: Iterable[bool]) -> Callable[[], None]:
+        """Raise BreakerTripped if these and the ones remembered are too many; else give what remembers them.
+
+        Call that once the batch is committed.
+        """
+        recent = self._recent.copy()
+        count = sum(recent)
+        for flag in refused:
+            if len(recent) == BREAKER_RECORDS:
+                count -= recent[0]
+            recent.append(flag)
+            count += flag
+            if self._fraction and len(recent) == BREAKER_RECORDS and count >= self._fraction * BREAKER_RECORDS:
+                raise BreakerTripped(
+                    f"{count:,} of the last {BREAKER_RECORDS:,} records were refused: is this the right topic? "
+                    "Nothing of this batch was kept (ORDERS_BREAKER_FRACTION)"
+                )
+
+        def remember() -> None:
+            self._recent = recent
+
+        return remember
+
+
+class Consumption:
+    """What the consumer does next.
+
+    Feed it events; ``take_actions`` gives what they led to, in order. ``now_s`` is of any one monotonic clock.
+    ``until``: stop when the group has handled each partition up to this offset.
+    """
+
+    def __init__(
+        self,
+        topic: str,
+        judge: Callable[[Record], Arrival | Reject],
+        rng: Random,
+        until: Mapping[int, int] | None = None,
+    ) -> None:
+        self._topic = topic
+        self._judge = judge
+        self._backoff = Backoff(rng=rng)
+        self._until = until
+        self._survey_at_s = 0.0
+        self._actions: list[Action] = []
+        self._topic_id: str | None = None
+        #: Given to us by the group, not yet located.
+        self._unlocated: set[int] = set()
+        self._collected: dict[int, int] = {}
+        self._dispatched: dict[int, int] = {}
+        self._judged: list[tuple[Record, Arrival | Reject]] = []
+        self._bytes = 0
+        self._opened_at_s: float | None = None
+        self._job: Job | None = None
+        self._job_since_s = 0.0
+        #: The job failed and waits for this moment.
+        self._retry_at_s: float | None = None
+        self._paused = False
+        self._stopping = False
+
+    # What the loop may ask.
+
+    def take_actions(self) -> list[Action]:
+        """The actions since the last call."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    @property
+    def wants_records(self) -> bool:
+        """Whether there is room for more records."""
+        return not self._paused and not self._stopping and not self._full
+
+    @property
+    def topic_id(self) -> str | None:
+        """Kafka's id of the topic; known once partitions were located."""
+        return self._topic_id
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is collected, under way or to be located."""
+        return self._job is None and not self._unlocated and self._collected == self._dispatched
+
+    @property
+    def assigned(self) -> frozenset[int]:
+        """The partitions being fetched."""
+        return frozenset(self._collected)
+
+    @property
+    def in_outage(self) -> bool:
+        """Whether a job failed and will be tried again."""
+        return self._paused
+
+    # Events of the group and of Kafka.
+
+    def on_given(self, partitions: Iterable[int]) -> None:
+        """The group gave us partitions."""
+        self._unlocated.update(partitions)
+
+    def on_taken(self, partitions: Iterable[int]) -> None:
+        """The group took partitions, or they were lost. What is under way goes on; its fence decides."""
+        for partition in partitions:
+            self._unlocated.discard(partition)
+            self._forget(partition)
+
+    def on_records(self, records: Sequence[Record], now_s: float) -> None:
+        """Records were fetched; those of partitions that went meanwhile, or seen already, are passed over."""
+        for record in records:
+            partition, offset = record.source.partition, record.source.offset
+            if offset < self._collected.get(partition, offset + 1):
+                continue
+            self._collected[partition] = offset + 1
+            self._judged.append((record, self._judge(record)))
+            self._bytes += record.size_bytes
+        self._open(now_s)
+
+    def on_end(self, partition: int, next_offset: int, now_s: float) -> None:
+        """The client's position passed what holds no records: transaction markers, compacted gaps."""
+        if next_offset > self._collected.get(partition, next_offset):
+            self._collected[partition] = next_offset
+            self._open(now_s)
+
+    def on_tick(self, now_s: float) -> None:
+        """Time passed: start the job that is due, if none is under way."""
+        if self._retry_at_s is not None and now_s >= self._retry_at_s and self._job is not None:
+            self._retry_at_s = None
+            self._start(self._job, now_s)
+        elif self._job is None and not self._stopping:
+            self._start_next_job(now_s)
+        elif self._retry_at_s is None and not self._paused and now_s - self._job_since_s >= STALL_S:
+            self._pause(StoreUnreachable(f"PostgreSQL has not answered for {STALL_S:g} s"), 0)
+
+    # Events of the job under way.
+
+    def on_located(self, topic_id: str, next_offsets: Mapping[int, int]) -> None:
+        """Where the partitions asked for go on."""
+        self._finish()
+        if self._topic_id not in {None, topic_id}:
+            self._stop(
+                TopicRemade(f"topic {self._topic} was made again: its id is {topic_id}, it was {self._topic_id}")
+            )
+            return
+        self._topic_id = topic_id
+        mine = {partition: offset for partition, offset in next_offsets.items() if partition in self._unlocated}
+        self._unlocated -= mine.keys()
+        self._collected.update(mine)
+        self._dispatched.update(mine)
+        if mine:
+            self._actions.append(Assign(mine))
+
+    def on_surveyed(self, next_offsets: Mapping[int, int]) -> None:
+        """Where the group stands."""
+        self._finish()
+        if all(next_offsets.get(partition, 0) >= end for partition, end in (self._until or {}).items()):
+            self._stop(None)
+
+    def on_written(self) -> None:
+        """The batch under way is committed."""
+        assert isinstance(self._job, Write)
+        spans = self._job.batch.spans
+        self._finish()
+        reported = {p: span.next_offset for p, span in spans.items() if p in self._collected}
+        if reported:
+            self._actions.append(Report(reported))
+
+    def on_failed(self, error: OrderError, now_s: float) -> None:
+        """The job under way failed, and left nothing behind; of a COMMIT without an answer the next fence will tell."""
+        if isinstance(error, FenceLost):
+            self._on_fence_lost(error, now_s)
+        elif isinstance(error, Collision):
+            self._retry_at_s = now_s
+        elif isinstance(error, TryAgain):
+            wait_s = self._backoff.next_wait_s()
+            self._retry_at_s = now_s + wait_s
+            self._pause(error, wait_s)
+        else:
+            self._job = None
+            self._stop(error)
+        if self._stopping:
+            self._job = None
+
+    def on_stop(self) -> None:
+        """Someone wants us to stop: the job under way may end, nothing new begins."""
+        self._stopping = True
+        if self._retry_at_s is not None:
+            self._job = self._retry_at_s = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing is under way any more after ``on_stop``."""
+        return self._stopping and self._job is None
+
+    # Bookkeeping.
+
+    @property
+    def _full(self) -> bool:
+        return len(self._judged) >= MAX_RECORDS or self._bytes >= MAX_BYTES
+
+    def _open(self, now_s: float) -> None:
+        if self._opened_at_s is None and self._collected != self._dispatched:
+            self._opened_at_s = now_s
+
+    def _close_batch(self) -> Batch:
+        assert self._topic_id is not None
+        spans = {
+            partition: Span(expected_offset=self._dispatched[partition], next_offset=collected)
+            for partition, collected in self._collected.items()
+            if collected != self._dispatched[partition]
+        }
+        batch = Batch(topic=self._topic, topic_id=self._topic_id, spans=spans, judged=tuple(self._judged))
+        self._dispatched = dict(self._collected)
+        self._judged, self._bytes, self._opened_at_s = [], 0, None
+        return batch
+
+    def _start_next_job(self, now_s: float) -> None:
+        if self._unlocated:
+            self._start(Locate(frozenset(self._unlocated)), now_s)
+        elif self._full or (self._opened_at_s is not None and now_s - self._opened_at_s >= MAX_AGE_S):
+            self._start(Write(self._close_batch()), now_s)
+        elif self._until is not None and self.idle and now_s >= self._survey_at_s:
+            self._survey_at_s = now_s + SURVEY_S
+            self._start(Survey(frozenset(self._until)), now_s)
+
+    def _start(self, job: Job, now_s: float) -> None:
+        self._job, self._job_since_s = job, now_s
+        self._actions.append(job)
+
+    def _pause(self, reason: OrderError, wait_s: float) -> None:
+        self._paused = True
+        self._actions.append(Pause(reason, wait_s))
+
+    def _finish(self) -> None:
+        self._job = None
+        self._backoff.reset()
+        if self._paused:
+            self._paused = False
+            self._actions.append(Resume())
+
+    def _stop(self, error: OrderError | None) -> None:
+        self._stopping = True
+        self._actions.append(Stop(error))
+
+    def _forget(self, partition: int) -> None:
+        self._collected.pop(partition, None)
+        self._dispatched.pop(partition, None)
+        self._judged = [pair for pair in self._judged if pair[0].source.partition != partition]
+        self._bytes = sum(record.size_bytes for record, _ in self._judged)
+        if self._collected == self._dispatched:
+            self._opened_at_s = None
+
+    def _on_fence_lost(self, error: FenceLost, now_s: float) -> None:
+        """Go on where the store is with the partitions that are still ours; try the batch's others without them."""
+        assert isinstance(self._job, Write)
+        batch = self._job.batch
+        for partition in error.partitions & self._collected.keys():
+            there = error.next_offsets[partition]
+            if there != batch.spans[partition].next_offset:
+                self._forget(partition)
+                self._collected[partition] = self._dispatched[partition] = there
+                self._actions.append(Seek(partition, there))
+        rest = batch.without(error.partitions)
+        if rest.spans:
+            self._start(Write(rest), now_s)
+        else:
+            self._finish()

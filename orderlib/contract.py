@@ -1,0 +1,310 @@
+"""The contract of a class, read off its types: what fits, what does not, and how that is said.
+
+The rules themselves stand once, as ``Annotated`` types with ``msgspec.Meta`` on the models. msgspec enforces
+them in C while decoding. Everything else that must know them reads them here: the check of a model made in Python, the
+complete fault report, the JSON Schema, the CHECK constraints. Two rules hold for every text and every time and are
+therefore not written on each field: text has no U+0000 and no lone surrogate, and a time's UTC instant lies in years
+0001 to 9999 (PostgreSQL keeps neither, or cannot give it back).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import inspect
+import re
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+import attrs
+import msgspec
+from msgspec.inspect import DataclassType, DateTimeType, Field, IntType, StrType, Type, VarTupleType
+
+from orderlib.errors import MAX_FAULTS, Fault, InvalidOrder
+
+M = TypeVar("M", bound=attrs.AttrsInstance)
+
+#: PostgreSQL's ``bigint`` and ``integer`` end here.
+BIGINT_MAX = 2**63 - 1
+INTEGER_MAX = 2**31 - 1
+
+#: A value that is not there at all, as opposed to null.
+NOTHING = object()
+
+
+def text(min_chars: int, max_chars: int, pattern: str | None = None) -> msgspec.Meta:
+    """A text of so many code points, matching ``pattern`` (one that Python, PostgreSQL and JSON Schema read alike)."""
+    return msgspec.Meta(min_length=min_chars, max_length=max_chars, pattern=pattern)
+
+
+def integer(least: int, most: int = BIGINT_MAX) -> msgspec.Meta:
+    """An integer within both bounds."""
+    return msgspec.Meta(ge=least, le=most)
+
+
+def checked(cls: type[M]) -> type[M]:
+    """Class decorator above ``attrs.frozen``: calling the class, or evolving it, raises InvalidOrder for bad values.
+
+    msgspec fills the fields without calling ``__init__``, having checked them in C by then; so does ``trusted``.
+    """
+    assign = cls.__init__
+
+    @functools.wraps(assign)
+    def assign_and_check(self: attrs.AttrsInstance, *args: Any, **kwargs: Any) -> None:
+        assign(self, *args, **kwargs)
+        check(self)
+
+    cls.__init__ = assign_and_check  # type: ignore[method-assign, assignment]
+    cls.__trusted_init__ = assign  # type: ignore[attr-defined]
+    return cls
+
+
+def trusted(cls: type[M], **fields: object) -> M:
+    """An instance of a ``checked`` class from values that are known to keep the contract, such as a stored row."""
+    made = cls.__new__(cls)
+    made.__trusted_init__(**fields)  # type: ignore[attr-defined]
+    return made
+
+
+@functools.cache
+def rules_of(cls: Hashable) -> DataclassType:
+    """The rules on the fields of a class, in its field order."""
+    info = msgspec.inspect.type_info(cls)
+    assert isinstance(info, DataclassType)
+    return info
+
+
+def rule_of(field: Field) -> Type:
+    """The rule on a field, without the wrapper msgspec puts around described types."""
+    rule = field.type
+    return rule.type if isinstance(rule, msgspec.inspect.Metadata) else rule
+
+
+def fits_postgres(value: str) -> bool:
+    """Whether PostgreSQL can keep this text: no U+0000, and encodable as UTF-8 (no lone surrogate)."""
+    if "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def within_utc_years(value: dt.datetime) -> bool:
+    """Whether a time with an offset is an instant of years 0001 to 9999 in UTC."""
+    try:
+        value.astimezone(dt.UTC)
+    except OverflowError:
+        return False
+    return True
+
+
+def check(model: attrs.AttrsInstance) -> None:
+    """Raise InvalidOrder with every fault of a model made in Python; parts that are models were checked when made."""
+    shallow = {field.name: getattr(model, field.name) for field in attrs.fields(type(model))}
+    examination = _ExaminationOfModel()
+    examination.examine_fields(shallow, rules_of(type(model)), "$")
+    examination.raise_faults()
+
+
+def _as_is(value: object, _rule: Type) -> object:
+    return value
+
+
+class Examination:
+    """One complete look at a value: collects every fault, and the plain value as the contract sees it.
+
+    ``peek`` opens a value one level deep before it is compared with its rule; it lets a caller examine JSON text
+    without building what the contract does not ask for.
+    """
+
+    def __init__(self, peek: Callable[[object, Type], object] = _as_is) -> None:
+        self._peek = peek
+        self._faults: list[Fault] = []
+        self._total = 0
+
+    def raise_faults(self) -> None:
+        """Raise InvalidOrder if any fault was found."""
+        if self._total:
+            raise InvalidOrder(self._faults, self._total)
+
+    def examine(self, value: object, rule: Type, path: str) -> object:
+        """Examine a value of any kind; gives it back plain, faulty or not."""
+        if value is NOTHING:
+            return self._fault(path, rule, "nothing")
+        value = self._peek(value, rule)
+        match rule:
+            case DataclassType():
+                return self._object(value, rule, path)
+            case VarTupleType():
+                return self._array(value, rule, path)
+            case StrType():
+                return self._text(value, rule, path)
+            case IntType():
+                return self._integer(value, rule, path)
+            case DateTimeType():
+                return self._time(value, rule, path)
+            case _:
+                raise NotImplementedError(f"the contract has no rule of kind {rule}")
+
+    def examine_fields(self, value: Mapping[str, object], rule: DataclassType, path: str) -> object:
+        """Examine an object: its known fields in its own order, then the missing ones. Unknown ones are passed over."""
+        known = {field.encode_name: field for field in rule.fields}
+        plain = {
+            name: self.examine(part, rule_of(known[name]), f"{path}.{name}")
+            for name, part in value.items()
+            if name in known
+        }
+        for name, field in known.items():
+            if name not in plain:
+                self.examine(NOTHING, rule_of(field), f"{path}.{name}")
+        return plain
+
+    def _object(self, value: object, rule: DataclassType, path: str) -> object:
+        if isinstance(value, rule.cls):
+            return value
+        if not isinstance(value, Mapping):
+            return self._fault(path, rule, kind_of(value))
+        return self.examine_fields(value, rule, path)
+
+    def _array(self, value: object, rule: VarTupleType, path: str) -> object:
+        if not isinstance(value, list | tuple):
+            return self._fault(path, rule, kind_of(value))
+        if len(value) > (rule.max_length or len(value)):
+            return self._fault(path, rule, f"an array of more than {rule.max_length:,}")
+        if len(value) < (rule.min_length or 0):
+            return self._fault(path, rule, f"an array of {len(value)}")
+        return [self.examine(part, rule.item_type, f"{path}[{index}]") for index, part in enumerate(value)]
+
+    def _text(self, value: object, rule: StrType, path: str) -> object:
+        if type(value) is not str:
+            return self._fault(path, rule, kind_of(value))
+        if not (rule.min_length or 0) <= len(value) <= (rule.max_length or len(value)):
+            return self._fault(path, rule, f"a string of {len(value):,} characters")
+        if not fits_postgres(value):
+            return self._fault(path, rule, "a string with U+0000 or a lone surrogate")
+        if rule.pattern is not None and re.search(rule.pattern, value) is None:
+            return self._fault(path, rule, "a string of another form")
+        return value
+
+    def _integer(self, value: object, rule: IntType, path: str) -> object:
+        if type(value) is not int:
+            return self._fault(path, rule, kind_of(value))
+        if rule.ge is not None and value < rule.ge:
+            return self._fault(path, rule, "an integer below that")
+        if rule.le is not None and value > rule.le:
+            return self._fault(path, rule, "an integer above that")
+        return value
+
+    def _time(self, value: object, rule: DateTimeType, path: str) -> object:
+        if type(value) is str:
+            if not fits_postgres(value):
+                return self._fault(path, rule, "a string with U+0000 or a lone surrogate")
+            try:
+                value = msgspec.convert(value, dt.datetime)
+            except msgspec.ValidationError:
+                return self._fault(path, rule, "a string of another form")
+        if type(value) is not dt.datetime:
+            return self._fault(path, rule, kind_of(value))
+        if value.utcoffset() is None:
+            return self._fault(path, rule, "a time without an offset")
+        if not within_utc_years(value):
+            return self._fault(path, rule, "a time outside those years")
+        return value
+
+    def _fault(self, path: str, rule: Type, found: str) -> object:
+        self._total += 1
+        if self._total <= MAX_FAULTS:
+            self._faults.append(Fault(path=path, expected=describe(rule), found=found))
+        return None
+
+
+class _ExaminationOfModel(Examination):
+    """Of a model made in Python: its parts are models and its time is a time, not the plain data of either."""
+
+    def _object(self, value: object, rule: DataclassType, path: str) -> object:
+        if isinstance(value, rule.cls):
+            return value
+        return self._fault(path, rule, f"a Python {type(value).__name__}")
+
+    def _time(self, value: object, rule: DateTimeType, path: str) -> object:
+        if type(value) is str:
+            return self._fault(path, rule, kind_of(value))
+        return super()._time(value, rule, path)
+
+
+def describe(rule: Type) -> str:
+    """A rule in words, for fault reports."""
+    match rule:
+        case DataclassType():
+            return "an object"
+        case VarTupleType(min_length=least, max_length=most):
+            return f"an array of {least} to {most:,}"
+        case StrType(min_length=least, max_length=most, pattern=pattern):
+            form = f" matching {pattern}" if pattern else ""
+            return f"a string of {least} to {most:,} characters{form}"
+        case IntType(ge=least, le=most):
+            return f"an integer from {least} to {most}"
+        case DateTimeType():
+            return "an RFC 3339 time with an offset, in years 0001 to 9999 of UTC"
+        case _:
+            raise NotImplementedError(f"the contract has no rule of kind {rule}")
+
+
+_KINDS = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number that is not an integer",
+    str: "a string",
+    list: "an array",
+    tuple: "an array",
+    dict: "an object",
+}
+
+
+def kind_of(value: object) -> str:
+    """The kind of a value in JSON's words, or its Python type; never the value."""
+    return _KINDS.get(type(value)) or f"a Python {type(value).__name__}"
+
+
+def column_type(rule: Type) -> str:
+    """The PostgreSQL type that keeps a scalar of this rule."""
+    match rule:
+        case StrType():
+            return "text"
+        case IntType(le=most):
+            return "integer" if most is not None and most <= INTEGER_MAX else "bigint"
+        case DateTimeType():
+            return "timestamptz"
+        case _:
+            raise NotImplementedError(f"no column keeps a rule of kind {rule}")
+
+
+def check_clause(column: str, rule: Type) -> str:
+    """The condition of the CHECK constraint that holds a column to its rule."""
+    match rule:
+        case StrType(min_length=least, max_length=most, pattern=pattern):
+            length = (
+                f"char_length({column}) <= {most}" if not least else f"char_length({column}) BETWEEN {least} AND {most}"
+            )
+            return f"{length} AND {column} ~ '{pattern}'" if pattern else length
+        case IntType(ge=least, le=most):
+            bounded = most is not None and most not in {INTEGER_MAX, BIGINT_MAX}
+            return f"{column} BETWEEN {least} AND {most}" if bounded else f"{column} >= {least}"
+        case DateTimeType():
+            return f"{column} >= '0001-01-01 00:00:00+00' AND {column} < '10000-01-01 00:00:00+00'"
+        case _:
+            raise NotImplementedError(f"no column keeps a rule of kind {rule}")
+
+
+def json_schema(*classes: type) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
+    """JSON Schemas (2020-12) of the classes, and the components they refer to as ``#/components/schemas/…``."""
+    schemas, components = msgspec.json.schema_components(classes, ref_template="#/components/schemas/{name}")
+    for component in components.values():
+        component["description"] = inspect.cleandoc(component["description"])
+        for part in component.get("properties", {}).values():
+            if part.get("type") == "string" and "pattern" not in part and "format" not in part:
+                part["pattern"] = r"^[^\u0000]*$"
+    return schemas, components

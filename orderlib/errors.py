@@ -1,0 +1,142 @@
+"""What can go wrong, named by what the caller does next.
+
+::
+
+    OrderError
+    ├── TryAgain                an outage or a collision: the same call may succeed later
+    │   ├── StoreUnreachable        PostgreSQL does not answer: wait, then again
+    │   ├── BrokerUnreachable       Kafka does not answer: wait, then again
+    │   └── Collision               two transactions met (deadlock, serialization): again at once
+    ├── Refused                 bad data: no retry helps; keep it as a reject, or answer 4xx
+    │   ├── MalformedJson           not one well-formed JSON text
+    │   ├── InvalidOrder            JSON, but not an order: .faults, each with its path
+    │   ├── TooLarge                longer than the limit; not even parsed
+    │   └── RefusedByDatabase       PostgreSQL would not take it although we would
+    ├── OrderNotFound           no order has that order_uid
+    ├── FenceLost               these records were handled already: reread the offsets, go on from there
+    └── BrokenSetup             a missing table, right or setting: stop, loudly
+
+No message holds a value of an order: values are personal data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar
+
+import attrs
+
+#: So many faults of one record are kept; the total says how many there were.
+MAX_FAULTS = 100
+
+
+@attrs.frozen(kw_only=True)
+class Fault:
+    """One way in which a record breaks the contract. It never holds a value from the record."""
+
+    #: JSON path of the value, ``$`` being the whole record: ``$.items[3].price``.
+    path: str
+    #: What the contract asks for there.
+    expected: str
+    #: What kind of thing was found instead.
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: expected {self.expected}, found {self.found}"
+
+
+class OrderError(Exception):
+    """Root of every error that orderlib raises on purpose."""
+
+
+class TryAgain(OrderError):
+    """An outage or a collision: nothing is known to be wrong with the data, and the call may succeed later."""
+
+
+class StoreUnreachable(TryAgain):
+    """PostgreSQL refused, cut or did not answer. Whether a COMMIT under way took effect is unknown."""
+
+
+class BrokerUnreachable(TryAgain):
+    """Kafka did not answer in time."""
+
+
+class Collision(TryAgain):
+    """Two transactions met and this one was rolled back whole; at once again is right."""
+
+
+class Refused(OrderError):
+    """The data is at fault: the same call will never succeed."""
+
+    #: The code that a reject carries.
+    code: ClassVar[str]
+    #: The first ``MAX_FAULTS`` faults in document order.
+    faults: tuple[Fault, ...]
+    #: How many faults there were.
+    total: int
+
+    def __init__(self, faults: Sequence[Fault], total: int | None = None) -> None:
+        self.faults = tuple(faults[:MAX_FAULTS])
+        self.total = len(faults) if total is None else total
+        more = f" (and {self.total - 1} more)" if self.total > 1 else ""
+        super().__init__(f"{self.code}: {self.faults[0]}{more}")
+
+
+class MalformedJson(Refused):
+    """The bytes are not one well-formed JSON text in UTF-8, or nest 1,000 levels or deeper."""
+
+    code = "malformed_json"
+
+
+class InvalidOrder(Refused):
+    """JSON or a Python value that breaks the contract of an order; ``faults`` says where."""
+
+    code = "invalid_order"
+
+
+class TooLarge(Refused):
+    """The value is longer than ``ORDERS_MAX_RECORD_BYTES``."""
+
+    code = "too_large"
+
+
+class RefusedByDatabase(Refused):
+    """PostgreSQL refused a row that passed our own checks. Nothing of it is stored."""
+
+    code = "refused_by_database"
+
+    #: SQLSTATE of the refusal, or ``None`` where the driver refused before sending.
+    sqlstate: str | None
+
+    def __init__(self, sqlstate: str | None, order_uid: str | None = None) -> None:
+        self.sqlstate = sqlstate
+        self.order_uid = order_uid
+        where = f"order {order_uid}" if order_uid else "a row"
+        found = f"SQLSTATE {sqlstate}" if sqlstate else "a value the driver cannot encode"
+        super().__init__([Fault(path="$", expected=f"{where} that PostgreSQL takes", found=found)])
+
+
+class OrderNotFound(OrderError):
+    """No stored order has this order_uid."""
+
+    def __init__(self, order_uid: str) -> None:
+        self.order_uid = order_uid
+        super().__init__(f"no order {order_uid!r}")
+
+
+class FenceLost(OrderError):
+    """The offsets were not where this batch expected them: its records were handled by someone.
+
+    Perhaps by us, in a COMMIT whose answer was lost. Nothing of the batch is stored by this call.
+    """
+
+    def __init__(self, partitions: Collection[int], next_offsets: Mapping[int, int]) -> None:
+        #: The partitions whose fence failed.
+        self.partitions = frozenset(partitions)
+        #: Where the store stands now, by partition.
+        self.next_offsets = dict(next_offsets)
+        super().__init__(f"records of partitions {sorted(self.partitions)} were handled already")
+
+
+class BrokenSetup(OrderError):
+    """A missing setting, table, topic or right: no retry helps until an operator acts."""

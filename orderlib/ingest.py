@@ -1,0 +1,222 @@
+"""The pure core of ingestion: what becomes of a record. No I/O, no clock, no chance."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Mapping, Sequence
+
+import attrs
+
+from orderlib.codecs import content_sha256, decode_order
+from orderlib.errors import Fault, MalformedJson, Refused, TooLarge
+from orderlib.models import Order
+from orderlib.repository import Outcome
+
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_LAST_MILLISECOND = int((dt.datetime.max.replace(tzinfo=dt.UTC) - _EPOCH) / dt.timedelta(milliseconds=1))
+_FIRST_MILLISECOND = int((dt.datetime.min.replace(tzinfo=dt.UTC) - _EPOCH) / dt.timedelta(milliseconds=1))
+
+
+@attrs.frozen(kw_only=True)
+class Source:
+    """Where in Kafka an order came from."""
+
+    #: Kafka's id of the topic, as its tools print it; a topic made again has another.
+    topic_id: str
+    partition: int
+    offset: int
+    #: The record's timestamp; UTC.
+    time: dt.datetime
+
+    def supersedes(self, other: Source | None) -> bool:
+        """Whether this is the same record as the other, or a later one of the same partition."""
+        return (
+            other is not None
+            and (self.topic_id, self.partition) == (other.topic_id, other.partition)
+            and self.offset >= other.offset
+        )
+
+
+#: Names and values in the record's order, repeats kept.
+Headers = tuple[tuple[str, bytes | None], ...]
+
+
+@attrs.frozen(kw_only=True)
+class Record:
+    """One Kafka message, byte for byte."""
+
+    source: Source
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    #: ``None`` if they could not be read.
+    headers: Headers | None = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """What the record weighs in memory, roughly."""
+        return len(self.key or b"") + len(self.value or b"")
+
+
+def record_time(timestamp_ms: int) -> dt.datetime:
+    """A record's timestamp as a time. Producers may set any number; it is held to years 0001 to 9999."""
+    return _EPOCH + dt.timedelta(milliseconds=min(max(timestamp_ms, _FIRST_MILLISECOND), _LAST_MILLISECOND))
+
+
+@attrs.frozen(kw_only=True)
+class Arrival:
+    """An order about to be stored."""
+
+    order: Order
+    content_sha256: bytes
+    #: ``None`` for an order saved from Python.
+    source: Source | None = None
+
+    @classmethod
+    def of(cls, order: Order, source: Source | None = None) -> Arrival:
+        """The order with the digest of its content."""
+        return cls(order=order, content_sha256=content_sha256(order), source=source)
+
+
+@attrs.frozen(kw_only=True)
+class Reject:
+    """A refused record, kept whole with its reasons."""
+
+    record: Record
+    code: str
+    #: The first faults, and how many there were.
+    faults: tuple[Fault, ...]
+    total_faults: int
+
+    @classmethod
+    def of(cls, record: Record, refusal: Refused) -> Reject:
+        """The record with the reasons of its refusal."""
+        faults, total = refusal.faults, refusal.total
+        if record.headers is None:
+            unreadable = Fault(path="headers", expected="headers in UTF-8", found="bytes that are not")
+            faults, total = (*faults, unreadable), total + 1
+        return cls(record=record, code=refusal.code, faults=faults, total_faults=total)
+
+
+def judge(record: Record, max_bytes: int) -> Arrival | Reject:
+    """What a record is: an order, or a reject with every reason."""
+    try:
+        value = record.value
+        if value is None:
+            raise MalformedJson([Fault(path="$", expected="one JSON text in UTF-8", found="a record without a value")])
+        if len(value) > max_bytes:
+            found = f"{len(value):,} bytes"
+            raise TooLarge([Fault(path="$", expected=f"at most {max_bytes:,} bytes", found=found)])
+        return Arrival.of(decode_order(value), record.source)
+    except Refused as refusal:
+        return Reject.of(record, refusal)
+
+
+@attrs.frozen(kw_only=True)
+class StoredVersion:
+    """What is known of an order that is stored already."""
+
+    content_sha256: bytes
+    source: Source | None
+    first_stored_at: dt.datetime | None
+
+
+@attrs.frozen(kw_only=True)
+class Settlement:
+    """What to do for some arrivals so that the store is as if they had been handled one by one."""
+
+    #: One for each arrival, in their order.
+    outcomes: tuple[Outcome, ...]
+    #: The orders to write whole, each once.
+    writes: tuple[Arrival, ...]
+    #: Stored orders that only move their source forward, by order_uid.
+    moves: Mapping[str, Source]
+
+
+def settle(arrivals: Sequence[Arrival], stored: Mapping[str, StoredVersion]) -> Settlement:
+    """Handle arrivals one by one against what is stored, and say what remains to be done at the end.
+
+    Where batches are cut therefore never shows in the final state. The rules:
+
+    * not later than the stored record of the same partition: nothing changes
+    * equal content: a duplicate; only the source moves
+    * anything else is stored; an arrival of this batch that it replaces was superseded
+    """
+    versions = dict(stored)
+    writes: dict[str, Arrival] = {}
+    written_by: dict[str, int] = {}
+    moves: dict[str, Source] = {}
+    outcomes: list[Outcome] = []
+    for index, arrival in enumerate(arrivals):
+        uid = arrival.order.order_uid
+        version = versions.get(uid)
+        if version is None or version.content_sha256 != arrival.content_sha256:
+            if version is not None and version.source is not None and version.source.supersedes(arrival.source):
+                outcomes.append(Outcome.SUPERSEDED)
+                continue
+            if uid in written_by:
+                outcomes[written_by[uid]] = Outcome.SUPERSEDED
+            outcomes.append(Outcome.STORED)
+            writes[uid], written_by[uid] = arrival, index
+            moves.pop(uid, None)
+        else:
+            outcomes.append(Outcome.DUPLICATE)
+            if arrival.source is None or (version.source is not None and version.source.supersedes(arrival.source)):
+                continue
+            if uid in writes:
+                writes[uid] = attrs.evolve(writes[uid], source=arrival.source)
+            else:
+                moves[uid] = arrival.source
+        versions[uid] = StoredVersion(
+            content_sha256=arrival.content_sha256,
+            source=arrival.source,
+            first_stored_at=version.first_stored_at if version else None,
+        )
+    return Settlement(outcomes=tuple(outcomes), writes=tuple(writes.values()), moves=moves)
+
+
+def redrivable(arrival: Arrival, stored: StoredVersion | None) -> bool:
+    """Whether an order found in a reject may still be stored: there is none, or an earlier one of its own partition.
+
+    Anything else came later than the reject, or from where its age cannot be told.
+    """
+    if stored is None:
+        return True
+    source, other = arrival.source, stored.source
+    return source is not None and other is not None and source.supersedes(other) and source != other
+
+
+def settle_redriven(arrivals: Sequence[Arrival], stored: Mapping[str, StoredVersion]) -> Settlement:
+    """As ``settle``, for orders found in rejects: each is superseded unless it is ``redrivable``."""
+    [arrival] = arrivals
+    if redrivable(arrival, stored.get(arrival.order.order_uid)):
+        return settle(arrivals, stored)
+    return Settlement(outcomes=(Outcome.SUPERSEDED,), writes=(), moves={})
+
+
+@attrs.frozen(kw_only=True)
+class Span:
+    """The records of one partition that a batch handles: from the offset it expects to the next one."""
+
+    expected_offset: int
+    next_offset: int
+
+
+@attrs.frozen(kw_only=True)
+class Batch:
+    """Records handled in one transaction, all of one topic."""
+
+    topic: str
+    topic_id: str
+    spans: Mapping[int, Span]
+    #: In the order in which they were fetched.
+    judged: tuple[tuple[Record, Arrival | Reject], ...]
+
+    def without(self, partitions: Iterable[int]) -> Batch:
+        """The batch of the other partitions alone."""
+        gone = frozenset(partitions)
+        return attrs.evolve(
+            self,
+            spans={partition: span for partition, span in self.spans.items() if partition not in gone},
+            judged=tuple(pair for pair in self.judged if pair[0].source.partition not in gone),
+        )

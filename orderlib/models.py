@@ -1,0 +1,152 @@
+"""What an order is: the one place where its rules stand.
+
+Frozen, keyword-only attrs classes whose ``Annotated`` types carry the whole contract (see ``orderlib.contract`` for who
+reads it). Making one in Python checks it: ``Item(sale=101, …)`` raises ``InvalidOrder`` naming ``$.sale``. Money is in
+minor units of the payment's currency, never a float. Times carry an offset. Lengths count code points.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable
+from typing import Annotated
+
+import attrs
+import msgspec
+
+from orderlib.contract import INTEGER_MAX, checked, integer, text
+
+#: Letters, digits and ``. _ : -``, but not ``.`` or ``..``, which a URL's path would swallow. The look-ahead at the end
+#: is for Python, whose ``$`` also matches before a last newline; PostgreSQL and JavaScript read it alike.
+ORDER_UID_PATTERN = r"^(?!\.{1,2}$)[A-Za-z0-9._:-]+$(?!\n)"
+
+#: ISO 4217 in form; which codes exist is not ours to say.
+CURRENCY_PATTERN = r"^[A-Z]{3}$(?!\n)"
+
+#: Unix seconds of 9999-12-31T23:59:59Z, the last that a calendar with four-digit years can show.
+LAST_UNIX_SECOND = 253402300799
+
+MAX_ITEMS = 1000
+
+
+@checked
+@attrs.frozen(kw_only=True)
+class Delivery:
+    """Where an order goes, and to whom. Every field is personal data."""
+
+    #: Recipient's name as they wrote it.
+    name: Annotated[str, text(1, 255)]
+    #: Phone number as they wrote it; no form is imposed.
+    phone: Annotated[str, text(1, 64)]
+    #: Postal code; empty where the country has none.
+    zip: Annotated[str, text(0, 32)]
+    #: Town.
+    city: Annotated[str, text(1, 255)]
+    #: Street, house, flat.
+    address: Annotated[str, text(1, 1024)]
+    #: Region; may be empty.
+    region: Annotated[str, text(0, 255)]
+    #: E-mail address as they wrote it; may be empty.
+    email: Annotated[str, text(0, 320)]
+
+
+@checked
+@attrs.frozen(kw_only=True)
+class Payment:
+    """How an order was paid."""
+
+    #: The provider's reference; usually the order_uid, and any other text is as valid.
+    transaction: Annotated[str, text(1, 255)]
+    #: The request it answers; may be empty.
+    request_id: Annotated[str, text(0, 255)]
+    #: ISO 4217 code in capitals.
+    currency: Annotated[str, text(3, 3, CURRENCY_PATTERN)]
+    #: Payment provider.
+    provider: Annotated[str, text(1, 255)]
+    #: Paid in all, in minor units of the currency.
+    amount: Annotated[int, integer(0)]
+    #: When it was paid, in Unix seconds.
+    payment_dt: Annotated[int, integer(0, LAST_UNIX_SECOND)]
+    #: Bank; may be empty.
+    bank: Annotated[str, text(0, 255)]
+    #: Part of the amount for delivery, in minor units.
+    delivery_cost: Annotated[int, integer(0)]
+    #: Part of the amount for goods, in minor units.
+    goods_total: Annotated[int, integer(0)]
+    #: Part of the amount for customs, in minor units.
+    custom_fee: Annotated[int, integer(0)]
+
+
+@checked
+@attrs.frozen(kw_only=True)
+class Item:
+    """One line of an order."""
+
+    #: Stock-keeping number.
+    chrt_id: Annotated[int, integer(0)]
+    #: Parcel's tracking number; may be empty.
+    track_number: Annotated[str, text(0, 255)]
+    #: Price of one before the discount, in minor units.
+    price: Annotated[int, integer(0)]
+    #: The line's own reference.
+    rid: Annotated[str, text(1, 255)]
+    #: What it is; may be empty.
+    name: Annotated[str, text(0, 1024)]
+    #: Discount in percent.
+    sale: Annotated[int, integer(0, 100)]
+    #: Size as the shop spells it; may be empty.
+    size: Annotated[str, text(0, 64)]
+    #: Price after the discount, in minor units.
+    total_price: Annotated[int, integer(0)]
+    #: Catalogue number.
+    nm_id: Annotated[int, integer(0)]
+    #: Brand; may be empty.
+    brand: Annotated[str, text(0, 255)]
+    #: The shop's status code.
+    status: Annotated[int, integer(0, INTEGER_MAX)]
+
+
+def _in_order(items: Iterable[Item]) -> tuple[Item, ...]:
+    if not isinstance(items, Iterable):
+        return items  # type: ignore[unreachable]  # the check says what it is
+    return tuple(items)
+
+
+@checked
+@attrs.frozen(kw_only=True)
+class Order:
+    """An order, whole: what a shop publishes and everybody gets back exactly as sent.
+
+    Equal orders have equal content: times compare as instants, whatever offset they were written with.
+    """
+
+    #: The order's name everywhere: the key in Kafka, in the tables and in URLs.
+    order_uid: Annotated[str, text(1, 128, ORDER_UID_PATTERN)]
+    #: Tracking number of the order.
+    track_number: Annotated[str, text(1, 255)]
+    #: Where the order entered the shop.
+    entry: Annotated[str, text(1, 255)]
+    #: Language tag of the customer.
+    locale: Annotated[str, text(1, 35)]
+    #: The shop's own signature; may be empty.
+    internal_signature: Annotated[str, text(0, 4096)]
+    #: Who ordered, by the shop's number.
+    customer_id: Annotated[str, text(1, 255)]
+    #: Carrier.
+    delivery_service: Annotated[str, text(1, 255)]
+    #: The shop's shard key; may be empty.
+    shardkey: Annotated[str, text(0, 255)]
+    #: The shop's service number.
+    sm_id: Annotated[int, integer(0)]
+    #: When the order was made; always with an offset, to the microsecond.
+    date_created: Annotated[dt.datetime, msgspec.Meta(tz=True)]
+    #: The shop's out-of-family shard; may be empty.
+    oof_shard: Annotated[str, text(0, 255)]
+    #: Where it goes.
+    delivery: Delivery
+    #: How it was paid.
+    payment: Payment
+    #: Its lines, in the shop's order.
+    items: Annotated[tuple[Item, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)] = attrs.field(
+        converter=_in_order
+    )

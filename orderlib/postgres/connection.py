@@ -1,0 +1,78 @@
+"""Connections and pools, all set up alike."""
+
+from __future__ import annotations
+
+import functools
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.rows import TupleRow
+from psycopg_pool import ConnectionPool
+
+from orderlib import queries
+from orderlib.errors import BrokenSetup
+from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.reading import Reading
+
+Connection = psycopg.Connection[TupleRow]
+
+
+class PooledConnection(Connection):
+    """A connection that remembers which reads it has prepared."""
+
+    @functools.cached_property
+    def reading(self) -> Reading:
+        """The reads over this connection."""
+        return Reading(self)
+
+
+#: Unless the URL says otherwise: give up connecting after 5 s, notice a peer that is gone within about 15 s.
+_DEFAULTS: dict[str, str | int] = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 3,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
+
+
+def connection_arguments(url: str, application_name: str) -> dict[str, str | int]:
+    """What psycopg needs to connect. Raises BrokenSetup for a URL that is none; it quotes no password."""
+    try:
+        given = conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        raise BrokenSetup("the database URL is not one that PostgreSQL's libpq takes") from None
+    return {
+        **_DEFAULTS,
+        "application_name": application_name,
+        **{k: v for k, v in given.items() if v is not None},
+    }
+
+
+def prepare_session(connection: Connection) -> None:
+    """UTC, and autocommit, so that transactions begin where they are written."""
+    connection.autocommit = True
+    connection.execute(queries.SET_UTC)
+
+
+def connect(url: str, *, application_name: str) -> Connection:
+    """One connection. Raises StoreUnreachable or BrokenSetup."""
+    arguments = connection_arguments(url, application_name)
+    with translated_errors():
+        connection = psycopg.connect(**arguments)  # type: ignore[arg-type]
+        prepare_session(connection)
+        return connection
+
+
+def make_pool(url: str, *, application_name: str, max_size: int, timeout_s: float) -> ConnectionPool[PooledConnection]:
+    """A pool, not yet open, that waits at most so long for a free connection."""
+    return ConnectionPool(
+        kwargs=connection_arguments(url, application_name),
+        connection_class=PooledConnection,
+        configure=prepare_session,
+        min_size=1,
+        max_size=max_size,
+        timeout=timeout_s,
+        open=False,
+        name=application_name,
+    )

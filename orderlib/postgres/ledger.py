@@ -1,0 +1,232 @@
+"""The consumer's side of the store: orders, rejects and offsets, committed together behind the fence."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import attrs
+import msgspec
+import psycopg
+
+from orderlib import queries
+from orderlib.errors import BrokenSetup, Collision, FenceLost, RefusedByDatabase, StoreUnreachable
+from orderlib.ingest import Arrival, Batch, Record, Reject
+from orderlib.postgres.connection import Connection, connect
+from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.migrate import WRITER_RIGHTS, check_rights, check_schema
+from orderlib.postgres.writing import store
+from orderlib.repository import Outcome
+
+
+@attrs.frozen(kw_only=True)
+class Written:
+    """What a batch came to."""
+
+    outcomes: Counter[Outcome]
+    #: The refused records, also those that only PostgreSQL refused.
+    rejects: tuple[Reject, ...]
+    #: Seconds by step: fence, orders, rejects, commit.
+    seconds: Mapping[str, float]
+
+
+class ConsumerLedger:
+    """One connection to the store, for one consumer group.
+
+    Not for several threads at once, but for ``interrupt``. Connects when it must, also again after an outage. Any call
+    may raise StoreUnreachable, BrokenSetup or Collision; nothing took effect then, but for a COMMIT without an answer.
+    """
+
+    APPLICATION_NAME = "orderlib-consumer"
+
+    def __init__(self, url: str, group: str, clock: Callable[[], float]) -> None:
+        self._url = url
+        self._group = group
+        self._clock = clock
+        self._connection: Connection | None = None
+        self._interrupting = threading.Lock()
+        self._interrupted = False
+
+    def check(self) -> None:
+        """Raise BrokenSetup if a table or a right is missing, or if another group's offsets are stored here.
+
+        Two groups would overwrite each other's orders.
+        """
+        with translated_errors(), self._connected() as connection:
+            check_rights(connection, WRITER_RIGHTS)
+            others = {group for (group,) in connection.execute(queries.GROUPS)} - {self._group}
+            if others:
+                raise BrokenSetup(f"this database belongs to consumer group {min(others)!r}, not {self._group!r}")
+
+    def next_offsets(self, topic_id: str, partitions: Iterable[int]) -> dict[int, int]:
+        """Where this group stands in these partitions; without those that it never read."""
+        with translated_errors(), self._connected() as connection:
+            return _next_offsets(connection, self._position(topic_id, partitions))
+
+    def begin(self, topic: str, topic_id: str, earliest: Mapping[int, int]) -> dict[int, int]:
+        """Where this group goes on in these partitions; one that it never read begins at its earliest offset."""
+        position = self._position(topic_id, earliest)
+        offsets = [earliest[partition] for partition in sorted(earliest)]
+        with translated_errors(), self._connected() as connection, connection.transaction():
+            connection.execute(queries.BEGIN_OFFSETS, {**position, "topic": topic, "next_offsets": offsets})
+            return _next_offsets(connection, position)
+
+    def write(self, batch: Batch, before_commit: Callable[[Written], None]) -> Written:
+        """Commit a batch whole: its offsets, its orders, its rejects.
+
+        ``before_commit`` may still raise, and nothing is kept then. Raises FenceLost with where the store is if an
+        offset was not where the batch expects it.
+        """
+        seconds: dict[str, float] = {}
+        began_s = self._clock()
+
+        def lap(step: str) -> None:
+            nonlocal began_s
+            seconds[step] = (now_s := self._clock()) - began_s
+            began_s = now_s
+
+        with translated_errors(), self._connected() as connection:
+            with connection.transaction():
+                self._fence(connection, batch)
+                lap("fence")
+                written = attrs.evolve(_write_orders(connection, batch), seconds=seconds)
+                lap("orders")
+                _insert_rejects(connection, written.rejects)
+                lap("rejects")
+                before_commit(written)
+                lap("check")
+            lap("commit")
+            return written
+
+    def interrupt(self) -> None:
+        """From any thread: make the call under way, and any later one, fail soon.
+
+        Only shutting the socket ends a wait for a peer that is half gone.
+        """
+        with self._interrupting:
+            self._interrupted = True
+            if self._connection is not None and not self._connection.closed:
+                with contextlib.suppress(OSError), socket.socket(fileno=self._connection.fileno()) as shut:
+                    try:
+                        shut.shutdown(socket.SHUT_RDWR)
+                    finally:
+                        shut.detach()
+
+    def close(self) -> None:
+        """Disconnect."""
+        if self._connection is not None:
+            self._connection.close()
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[Connection]:
+        if self._connection is None or self._connection.closed:
+            connection = connect(self._url, application_name=self.APPLICATION_NAME)
+            with self._interrupting:
+                self._connection = connection
+            check_schema(connection)
+        if self._interrupted:
+            raise StoreUnreachable("PostgreSQL: interrupted")
+        try:
+            yield self._connection
+        except psycopg.OperationalError:
+            # Whatever state it is in, the next call begins afresh.
+            self._connection.close()
+            raise
+
+    def _position(self, topic_id: str, partitions: Iterable[int]) -> dict[str, object]:
+        return {"group": self._group, "topic_id": topic_id, "partitions": sorted(partitions)}
+
+    def _fence(self, connection: Connection, batch: Batch) -> None:
+        """Move the offsets from where the batch expects them; all of them, or FenceLost."""
+        partitions = sorted(batch.spans)
+        position = self._position(batch.topic_id, partitions)
+        moves = {
+            **position,
+            "expected": [batch.spans[partition].expected_offset for partition in partitions],
+            "next_offsets": [batch.spans[partition].next_offset for partition in partitions],
+        }
+        try:
+            with connection.pipeline():
+                connection.execute(queries.LIMIT_LOCK_WAIT)
+                moved = connection.execute(queries.MOVE_OFFSETS, moves)
+                connection.execute(queries.UNLIMIT_LOCK_WAIT)
+        except psycopg.errors.LockNotAvailable as exc:
+            connection.rollback()
+            raise self._end_blockers(connection, position) from exc
+        lost = set(partitions) - {partition for (partition,) in moved.fetchall()}
+        if lost:
+            there = _next_offsets(connection, position)
+            if lost - there.keys():
+                raise BrokenSetup(
+                    f"the offsets of partitions {sorted(lost - there.keys())} are gone from consumer_offsets"
+                )
+            raise FenceLost(lost, there)
+
+    def _end_blockers(self, connection: Connection, position: Mapping[str, object]) -> Collision | StoreUnreachable:
+        """End the backends of our own kind that hold the fence's rows: processes that froze in their transaction."""
+        ended = connection.execute(queries.END_BLOCKERS, position).fetchall()
+        if ended:
+            return Collision(f"ended {len(ended)} backend(s) of a frozen consumer that held the fence")
+        return StoreUnreachable("PostgreSQL: another session holds the fence's lock")
+
+
+def _next_offsets(connection: Connection, position: Mapping[str, object]) -> dict[int, int]:
+    return dict(connection.execute(queries.NEXT_OFFSETS, position).fetchall())
+
+
+def _write_orders(connection: Connection, batch: Batch) -> Written:
+    arrivals = [judged for _, judged in batch.judged if isinstance(judged, Arrival)]
+    results = store(connection, arrivals) if arrivals else []
+    rejects = [judged for _, judged in batch.judged if isinstance(judged, Reject)]
+    outcomes = Counter(result for result in results if isinstance(result, Outcome))
+    if any(isinstance(result, RefusedByDatabase) for result in results):
+        records = [record for record, judged in batch.judged if isinstance(judged, Arrival)]
+        rejects += [
+            Reject.of(record, result)
+            for record, result in zip(records, results, strict=True)
+            if isinstance(result, RefusedByDatabase)
+        ]
+    outcomes[Outcome.REJECTED] = len(rejects)
+    return Written(outcomes=outcomes, rejects=tuple(rejects), seconds={})
+
+
+def _insert_rejects(connection: Connection, rejects: Sequence[Reject]) -> None:
+    if not rejects:
+        return
+    sources = [reject.record.source for reject in rejects]
+    connection.execute(
+        queries.INSERT_REJECTS,
+        {
+            "topic_ids": [source.topic_id for source in sources],
+            "partitions": [source.partition for source in sources],
+            "offsets": [source.offset for source in sources],
+            "topics": [reject.record.topic for reject in rejects],
+            "times": [source.time for source in sources],
+            "keys": [reject.record.key for reject in rejects],
+            "values": [reject.record.value for reject in rejects],
+            "headers": [_headers_json(reject.record) for reject in rejects],
+            "codes": [reject.code for reject in rejects],
+            "faults": [_faults_json(reject) for reject in rejects],
+        },
+    )
+
+
+def _headers_json(record: Record) -> str | None:
+    if record.headers is None:
+        return None
+    return json.dumps(
+        [
+            {"key": key, "value": None if value is None else base64.b64encode(value).decode()}
+            for key, value in record.headers
+        ]
+    )
+
+
+def _faults_json(reject: Reject) -> str:
+    first = [attrs.asdict(fault) for fault in reject.faults]
+    return msgspec.json.encode({"total": reject.total_faults, "first": first}).decode()

@@ -1,0 +1,80 @@
+"""What only an operator does, as the migrator: move offsets, erase an order, purge rejects."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import attrs
+
+from orderlib import queries
+from orderlib.errors import BrokenSetup
+from orderlib.postgres.connection import Connection
+from orderlib.postgres.errors import translated_errors
+
+
+@attrs.frozen(kw_only=True)
+class StoredOffset:
+    """Where a group stands in one partition of one life of a topic."""
+
+    group: str
+    topic: str
+    topic_id: str
+    partition: int
+    next_offset: int
+    #: When a batch last moved it; UTC.
+    updated_at: dt.datetime
+
+
+@contextmanager
+def as_owner(connection: Connection) -> Iterator[None]:
+    """One transaction in which the migrator has the owner's rights."""
+    with translated_errors(), connection.transaction():
+        connection.execute(queries.BECOME_OWNER)
+        yield
+
+
+def stored_offsets(connection: Connection) -> list[StoredOffset]:
+    """Every stored offset. The reader's rights suffice."""
+    with translated_errors():
+        rows = connection.execute(queries.ALL_OFFSETS).fetchall()
+    names = [field.name for field in attrs.fields(StoredOffset)]
+    return [StoredOffset(**dict(zip(names, row, strict=True))) for row in rows]
+
+
+def reset_offsets(connection: Connection, group: str, topic_id: str, next_offsets: Mapping[int, int]) -> None:
+    """Move a group's offsets, all or none. Only with the group stopped: nothing but its fence would notice.
+
+    Raises BrokenSetup for a partition that the group never read.
+    """
+    with as_owner(connection):
+        for partition, next_offset in sorted(next_offsets.items()):
+            moved = connection.execute(
+                queries.RESET_OFFSET,
+                {"group": group, "topic_id": topic_id, "partition": partition, "next_offset": next_offset},
+            )
+            if moved.rowcount != 1:
+                raise BrokenSetup(f"group {group!r} has no offset for partition {partition} of topic id {topic_id}")
+
+
+def forget(connection: Connection, order_uid: str) -> tuple[int, int]:
+    """Erase an order with all its parts, and the rejects whose key is its order_uid; how many of each there were."""
+    with as_owner(connection):
+        orders = connection.execute(queries.FORGET_ORDER, {"order_uid": order_uid}).rowcount
+        rejects = connection.execute(queries.FORGET_REJECTS, {"order_uid": order_uid}).rowcount
+        return orders, rejects
+
+
+def count_old_rejects(connection: Connection, age: dt.timedelta) -> int:
+    """How many rejects are older than this."""
+    with as_owner(connection):
+        row = connection.execute(queries.COUNT_OLD_REJECTS, {"age": age}).fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+def purge_rejects(connection: Connection, age: dt.timedelta) -> int:
+    """Take away the rejects older than this, redriven or not; how many there were."""
+    with as_owner(connection):
+        return connection.execute(queries.PURGE_REJECTS, {"age": age}).rowcount

@@ -1,0 +1,136 @@
+"""Refused records: to look at, and to try again in place."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+
+from orderlib import queries
+from orderlib.errors import Collision, OrderNotFound
+from orderlib.ingest import Arrival, Record, Reject, Source, settle_redriven
+from orderlib.postgres.connection import Connection
+from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.writing import store
+from orderlib.repository import Outcome
+
+#: Rejects redriven in one transaction. The consumer waits for it.
+_REDRIVEN_AT_ONCE = 100
+
+
+@attrs.frozen(kw_only=True)
+class RejectPlace:
+    """The name that people give a reject: a topic, a partition, an offset."""
+
+    topic: str
+    partition: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.topic}/{self.partition}/{self.offset}"
+
+
+@attrs.frozen(kw_only=True)
+class RejectSummary:
+    """A reject without what the record says."""
+
+    place: RejectPlace
+    topic_id: str
+    #: The record's own time; UTC.
+    record_time: dt.datetime
+    code: str
+    #: How many faults were found, and the path of the first.
+    faults: int
+    first_path: str
+    rejected_at: dt.datetime
+    #: Both ``None`` until it was redriven.
+    redriven_at: dt.datetime | None
+    redrive_outcome: str | None
+
+
+def list_rejects(connection: Connection, *, code: str | None, waiting: bool, limit: int) -> list[RejectSummary]:
+    """The oldest rejects; of one code, or only those that were never redriven."""
+    with translated_errors():
+        rows = connection.execute(queries.LIST_REJECTS, {"code": code, "waiting": waiting, "limit": limit}).fetchall()
+    names = [field.name for field in attrs.fields(RejectSummary)]
+    return [
+        RejectSummary(
+            place=RejectPlace(topic=topic, partition=partition, offset=offset),
+            **dict(zip(names[1:], rest, strict=True)),
+        )
+        for topic, partition, offset, *rest in rows
+    ]
+
+
+def get_reject(connection: Connection, place: RejectPlace) -> list[dict[str, Any]]:
+    """Everything kept of the reject at a place, one for each life of the topic, the newest first.
+
+    Raises OrderNotFound if there is none.
+    """
+    with translated_errors():
+        cursor = connection.execute(queries.GET_REJECT, attrs.asdict(place))
+        names = [column.name for column in cursor.description or ()]
+        found = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+    if not found:
+        raise OrderNotFound(str(place))
+    return found
+
+
+def redrive(
+    connection: Connection,
+    judge: Callable[[Record], Arrival | Reject],
+    *,
+    code: str | None = None,
+    place: RejectPlace | None = None,
+) -> Iterator[Counter[Outcome]]:
+    """Try rejects again, all or by code or one, in the order of their positions; what each transaction came to.
+
+    Each is judged in place, at its own position: stored only if there is no such order or an earlier one of its own
+    partition, else superseded. Those that had one of these outcomes are left alone: again is harmless. Those still
+    refused may be tried again. The reject stays, with outcome and time.
+    """
+    after = ("", -1, -1)
+    while True:
+        try:
+            with translated_errors(), connection.transaction():
+                last, outcomes = _redrive_some(connection, judge, code, place, after)
+        except Collision:
+            continue
+        if last is None:
+            return
+        after = last
+        yield outcomes
+
+
+def _redrive_some(
+    connection: Connection,
+    judge: Callable[[Record], Arrival | Reject],
+    code: str | None,
+    place: RejectPlace | None,
+    after: tuple[str, int, int],
+) -> tuple[tuple[str, int, int] | None, Counter[Outcome]]:
+    which = {
+        "code": code,
+        **(attrs.asdict(place) if place else {"topic": None, "partition": None, "offset": None}),
+        **dict(zip(("after_topic_id", "after_partition", "after_offset"), after, strict=True)),
+        "limit": _REDRIVEN_AT_ONCE,
+    }
+    rows = connection.execute(queries.REJECTS_TO_REDRIVE, which).fetchall()
+    connection.execute(queries.HOLD_OFFSETS, {"topic_ids": sorted({row[0] for row in rows})})
+    outcomes: Counter[Outcome] = Counter()
+    for topic_id, partition, offset, topic, record_time, key, value in rows:
+        source = Source(topic_id=topic_id, partition=partition, offset=offset, time=record_time)
+        judged = judge(Record(source=source, topic=topic, key=key, value=value))
+        outcome = _store_alone(connection, judged) if isinstance(judged, Arrival) else Outcome.REJECTED
+        position = {"topic_id": topic_id, "partition": partition, "offset": offset}
+        connection.execute(queries.RECORD_REDRIVE, {**position, "outcome": outcome})
+        outcomes[outcome] += 1
+    return (rows[-1][:3] if rows else None), outcomes
+
+
+def _store_alone(connection: Connection, arrival: Arrival) -> Outcome:
+    [result] = store(connection, [arrival], settle_redriven)
+    return result if isinstance(result, Outcome) else Outcome.REJECTED

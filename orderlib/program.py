@@ -1,0 +1,81 @@
+"""What every command of ours does alike: logs, exit statuses, one line instead of a traceback.
+
+Logs go to stderr, one event a line: JSON, or on a terminal a person's format. Exit statuses: 0 done, 1 failed or
+stopped itself, 2 usage, configuration or set-up.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+import msgspec
+
+from orderlib.errors import BrokenSetup, OrderError
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_SETUP = 2
+
+#: Who wrote the line, and nothing else of logging's own bookkeeping.
+_FIELDS = "fields"
+
+log = logging.getLogger("orderlib")
+
+
+def event(name: str, level: int = logging.INFO, **fields: object) -> None:
+    """Log a fixed event with its fields. Fields carry positions, order_uids, counts and codes; never personal data."""
+    log.log(level, name, extra={_FIELDS: fields})
+
+
+class _Lines(logging.Formatter):
+    """One line an event."""
+
+    def __init__(self, *, for_person: bool) -> None:
+        super().__init__()
+        self._for_person = for_person
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = dt.datetime.fromtimestamp(record.created, dt.UTC)
+        fields: Mapping[str, Any] = getattr(record, _FIELDS, {})
+        message = record.getMessage()
+        if record.exc_info:
+            fields = {**fields, "traceback": self.formatException(record.exc_info)}
+        if self._for_person:
+            shown = " ".join(f"{name}={value}" for name, value in fields.items())
+            return f"{moment:%H:%M:%S} {record.levelname.lower():7} {message} {shown}".rstrip()
+        line = {"time": moment, "level": record.levelname.lower(), "event": message, **fields}
+        return msgspec.json.encode(line, enc_hook=str).decode()
+
+
+def set_up_logging(stream: TextIO | None = None, level: int = logging.INFO) -> None:
+    """Send our events, and warnings of the libraries, to a stream (stderr)."""
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_Lines(for_person=stream.isatty()))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    log.setLevel(level)
+
+
+def run(main: Callable[[], int]) -> int:
+    """The exit status of a program: what it returns, or the one its error stands for, with one line on stderr."""
+    try:
+        return main()
+    except BrokenSetup as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return EXIT_SETUP
+    except OrderError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        # Whoever read our output has enough.
+        sys.stderr.close()
+        return EXIT_FAILED

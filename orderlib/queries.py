@@ -1,0 +1,311 @@
+"""Every SQL statement of orderlib, each with its purpose. Values go only as parameters.
+
+Written to run unchanged with the tables distributed by ``order_uid`` on Citus: every table has its own condition on
+``order_uid``, and no temporary table is joined.
+"""
+
+from typing import Literal, LiteralString
+
+#: UTC, or valid years 1 and 9999 could not be read back.
+SET_UTC: LiteralString = "SET TIME ZONE 'UTC'"
+SET_STATEMENT_TIMEOUT: LiteralString = "SET statement_timeout = {}"
+
+#: One consistent look at several statements; nothing in it can write.
+BEGIN_READ: LiteralString = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+COMMIT: LiteralString = "COMMIT"
+ROLLBACK: LiteralString = "ROLLBACK"
+
+_ORDER_COLUMNS: LiteralString = """
+    o.order_uid, o.track_number, o.entry, o.locale, o.internal_signature, o.customer_id, o.delivery_service,
+    o.shardkey, o.sm_id, o.date_created, o.oof_shard,
+    d.name, d.phone, d.zip, d.city, d.address, d.region, d.email,
+    p.transaction, p.request_id, p.currency, p.provider, p.amount, p.payment_dt, p.bank, p.delivery_cost,
+    p.goods_total, p.custom_fee,
+    o.first_stored_at, o.stored_at
+"""
+
+_ITEM_COLUMNS: LiteralString = """
+    order_uid, chrt_id, track_number, price, rid, name, sale, size, total_price, nm_id, brand, status
+"""
+
+#: One order without its items: one JOIN of three tables, on one shard. The statements of reading write their parameters
+#: as PostgreSQL does, for they go straight to libpq.
+GET_ORDER: LiteralString = f"""
+SELECT {_ORDER_COLUMNS}
+FROM orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)
+WHERE o.order_uid = $1 AND d.order_uid = $1 AND p.order_uid = $1
+"""
+
+#: The items of one order, in its own order.
+GET_ITEMS: LiteralString = f"SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid = $1 ORDER BY line"
+
+#: The same two for any number of orders.
+GET_ORDERS: LiteralString = f"""
+SELECT {_ORDER_COLUMNS}
+FROM orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)
+WHERE o.order_uid = ANY($1) AND d.order_uid = ANY($1) AND p.order_uid = ANY($1)
+"""
+GET_ITEMS_OF_ORDERS: LiteralString = f"""
+SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid = ANY($1) ORDER BY order_uid, line
+"""
+
+#: Whether an order is there, and which version: one primary-key read.
+GET_CONTENT_SHA256: LiteralString = "SELECT content_sha256 FROM orders WHERE order_uid = $1"
+
+#: How a page of orders is cut: the condition and the direction for each side of a place in the list, or for its top.
+_SIDES: dict[str, tuple[LiteralString, LiteralString]] = {
+    "top": ("", "DESC"),
+    "older": (" AND (o.first_stored_at, o.order_uid) < ($2::timestamptz, $3)", "DESC"),
+    "newer": (" AND (o.first_stored_at, o.order_uid) > ($2::timestamptz, $3)", "ASC"),
+}
+
+
+def newest(side: Literal["top", "older", "newer"], *, customer: bool, track: bool) -> LiteralString:
+    """A page of orders from one side of a place: $1 is how many, $2 and $3 the place, then the filters asked for.
+
+    With just the conditions asked for, each combination has its own plan and its own index.
+    """
+    place, direction = _SIDES[side]
+    numbers = ("$2", "$3") if side == "top" else ("$4", "$5")
+    of_customer = f" AND o.customer_id = {numbers[0]}" if customer else ""
+    of_track = f" AND o.track_number = {numbers[1 if customer else 0]}" if track else ""
+    return f"""
+SELECT {_ORDER_COLUMNS}
+FROM orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)
+WHERE true{place}{of_customer}{of_track}
+ORDER BY o.first_stored_at {direction}, o.order_uid {direction} LIMIT $1
+"""
+
+
+#: The newest order, the new ones of the last five minutes, and the rejects by code; nothing is counted further than $1.
+NEWEST_STORED: LiteralString = """
+SELECT now(), (SELECT first_stored_at FROM orders ORDER BY first_stored_at DESC, order_uid DESC LIMIT 1)
+"""
+COUNT_STORED_LATELY: LiteralString = """
+SELECT count(*) FROM (
+    SELECT FROM orders WHERE first_stored_at > now() - interval '5 minutes' LIMIT $1
+) lately
+"""
+COUNT_REJECTS: LiteralString = """
+SELECT asked.code, (SELECT count(*) FROM (SELECT FROM rejects r WHERE r.code = asked.code LIMIT $1) found)
+FROM unnest($2::text[]) AS asked (code)
+"""
+
+#: What is stored of these orders already; ``now`` is the transaction's, for the rows it writes.
+STORED_STATES: LiteralString = """
+SELECT order_uid, content_sha256, source_topic_id, source_partition, source_offset, first_stored_at
+FROM orders WHERE order_uid = ANY(%(order_uids)s)
+"""
+NOW: LiteralString = "SELECT now()"
+
+#: Make room for the new versions of orders; delivery, payment and every item go with them.
+DELETE_ORDERS: LiteralString = "DELETE FROM orders WHERE order_uid = ANY(%(order_uids)s)"
+
+COPY_ORDERS: LiteralString = """
+COPY orders (
+    order_uid, track_number, entry, locale, internal_signature, customer_id, delivery_service, shardkey, sm_id,
+    date_created, oof_shard, content_sha256, source_topic_id, source_partition, source_offset, source_time,
+    first_stored_at, stored_at
+) FROM STDIN (FORMAT BINARY)
+"""
+COPY_DELIVERY: LiteralString = """
+COPY delivery (order_uid, name, phone, zip, city, address, region, email) FROM STDIN (FORMAT BINARY)
+"""
+COPY_PAYMENT: LiteralString = """
+COPY payment (
+    order_uid, transaction, request_id, currency, provider, amount, payment_dt, bank, delivery_cost, goods_total,
+    custom_fee
+) FROM STDIN (FORMAT BINARY)
+"""
+COPY_ITEMS: LiteralString = """
+COPY items (
+    order_uid, line, chrt_id, track_number, price, rid, name, sale, size, total_price, nm_id, brand, status
+) FROM STDIN (FORMAT BINARY)
+"""
+
+#: A duplicate moves only the position that last confirmed the content.
+MOVE_SOURCES: LiteralString = """
+UPDATE orders o
+SET source_topic_id = n.topic_id, source_partition = n.partition, source_offset = n.record_offset,
+    source_time = n.record_time
+FROM unnest(%(order_uids)s::text[], %(topic_ids)s::text[], %(partitions)s::int[], %(offsets)s::bigint[],
+            %(times)s::timestamptz[]) AS n (order_uid, topic_id, partition, record_offset, record_time)
+WHERE o.order_uid = n.order_uid
+"""
+
+#: The consumer groups that have ever stored an offset here: at most one.
+GROUPS: LiteralString = "SELECT DISTINCT consumer_group FROM consumer_offsets"
+
+#: Begin a partition that has no offset yet.
+BEGIN_OFFSETS: LiteralString = """
+INSERT INTO consumer_offsets (consumer_group, topic_id, partition, topic, next_offset)
+SELECT %(group)s, %(topic_id)s, n.partition, %(topic)s, n.next_offset
+FROM unnest(%(partitions)s::int[], %(next_offsets)s::bigint[]) AS n (partition, next_offset)
+ON CONFLICT DO NOTHING
+"""
+
+#: Where a group stands in one life of a topic.
+NEXT_OFFSETS: LiteralString = """
+SELECT partition, next_offset FROM consumer_offsets
+WHERE consumer_group = %(group)s AND topic_id = %(topic_id)s AND partition = ANY(%(partitions)s)
+"""
+
+#: The fence: move each offset from where the batch expects it.
+MOVE_OFFSETS: LiteralString = """
+UPDATE consumer_offsets o SET next_offset = n.next_offset, updated_at = clock_timestamp()
+FROM unnest(%(partitions)s::int[], %(expected)s::bigint[], %(next_offsets)s::bigint[])
+  AS n (partition, expected, next_offset)
+WHERE o.consumer_group = %(group)s AND o.topic_id = %(topic_id)s AND o.partition = n.partition
+  AND o.next_offset = n.expected
+RETURNING o.partition
+"""
+
+#: Keep a refused record; keeping it twice is harmless.
+INSERT_REJECTS: LiteralString = """
+INSERT INTO rejects (topic_id, partition, record_offset, topic, record_time, key, value, headers, code, faults)
+SELECT * FROM unnest(
+    %(topic_ids)s::text[], %(partitions)s::int[], %(offsets)s::bigint[], %(topics)s::text[], %(times)s::timestamptz[],
+    %(keys)b::bytea[], %(values)b::bytea[], %(headers)s::json[], %(codes)s::text[], %(faults)s::jsonb[])
+ON CONFLICT DO NOTHING
+"""
+
+#: How far the schema is.
+SCHEMA_NUMBER: LiteralString = "SELECT max(number) FROM schema_migrations"
+
+#: One schema change at a time, whoever asks; freed by the transaction's end. The number is ours: "orders" in ASCII.
+LOCK_SCHEMA: LiteralString = "SELECT pg_advisory_xact_lock(x'6f7264657273'::bigint)"
+DATABASE: LiteralString = (
+    "SELECT pg_encoding_to_char(encoding), datname FROM pg_database WHERE datname = current_database()"
+)
+BECOME_OWNER: LiteralString = "SET LOCAL ROLE orders_owner"
+SCHEMA_MIGRATIONS: tuple[LiteralString, ...] = (
+    """
+    CREATE TABLE IF NOT EXISTS schema_migrations (
+        number integer PRIMARY KEY, name text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())
+    """,
+    "GRANT SELECT ON schema_migrations TO orders_writer, orders_reader",
+)
+IS_APPLIED: LiteralString = "SELECT 1 FROM schema_migrations WHERE number = %(number)s"
+RECORD_MIGRATION: LiteralString = "INSERT INTO schema_migrations (number, name) VALUES (%(number)s, %(name)s)"
+
+#: The roles. The owner cannot log in; the migrator becomes it, and nobody else can.
+BOOTSTRAP: tuple[LiteralString, ...] = (
+    """
+    DO $$ DECLARE role text; BEGIN
+        FOREACH role IN ARRAY ARRAY['orders_owner', 'orders_migrator', 'orders_writer', 'orders_reader'] LOOP
+            IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = role) THEN
+                EXECUTE format('CREATE ROLE %I', role);
+            END IF;
+        END LOOP;
+    END $$
+    """,
+    "ALTER ROLE orders_owner NOLOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS",
+    "ALTER ROLE orders_migrator NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS NOINHERIT",
+    "ALTER ROLE orders_writer NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS",
+    "ALTER ROLE orders_reader NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS",
+    "GRANT orders_owner TO orders_migrator",
+    "GRANT USAGE, CREATE ON SCHEMA public TO orders_owner",
+)
+
+#: The fence waits so long for a row that another session holds, and no longer.
+LIMIT_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = '5s'"
+UNLIMIT_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = 0"
+
+#: End the sessions of our own role and program that hold these rows' locks. A row's xmax is who locked it.
+END_BLOCKERS: LiteralString = """
+SELECT a.pid
+FROM consumer_offsets o
+JOIN pg_locks l ON l.locktype = 'transactionid' AND l.granted AND l.transactionid = o.xmax
+JOIN pg_stat_activity a ON a.pid = l.pid
+WHERE o.consumer_group = %(group)s AND o.topic_id = %(topic_id)s AND o.partition = ANY(%(partitions)s)
+  AND a.pid <> pg_backend_pid() AND a.usename = current_user
+  AND a.application_name = current_setting('application_name')
+  AND pg_terminate_backend(a.pid)
+"""
+
+#: Which of these rights the session's role lacks.
+MISSING_RIGHTS: LiteralString = """
+SELECT current_user, n.table_name, n.table_right
+FROM unnest(%(tables)s::text[], %(rights)s::text[]) AS n (table_name, table_right)
+WHERE NOT has_table_privilege(n.table_name, n.table_right)
+"""
+
+#: Rejects, oldest first, without what the records say.
+LIST_REJECTS: LiteralString = """
+SELECT topic, partition, record_offset, topic_id, record_time, code, faults -> 'total',
+       faults -> 'first' -> 0 ->> 'path', rejected_at, redriven_at, redrive_outcome
+FROM rejects
+WHERE (%(code)s::text IS NULL OR code = %(code)s) AND (NOT %(waiting)s OR redrive_outcome IS NULL)
+ORDER BY rejected_at, topic_id, partition, record_offset
+LIMIT %(limit)s
+"""
+
+#: One reject, whole.
+GET_REJECT: LiteralString = """
+SELECT topic, partition, record_offset, topic_id, record_time, key, value, headers, code, faults, rejected_at,
+       redriven_at, redrive_outcome
+FROM rejects WHERE topic = %(topic)s AND partition = %(partition)s AND record_offset = %(offset)s
+ORDER BY rejected_at DESC
+"""
+
+#: Rejects that a redrive has not settled yet, a few at a time, past a place; held until the transaction ends.
+REJECTS_TO_REDRIVE: LiteralString = """
+SELECT topic_id, partition, record_offset, topic, record_time, key, value
+FROM rejects
+WHERE (redrive_outcome IS NULL OR redrive_outcome = 'rejected')
+  AND (%(code)s::text IS NULL OR code = %(code)s)
+  AND (%(topic)s::text IS NULL OR (topic = %(topic)s AND partition = %(partition)s AND record_offset = %(offset)s))
+  AND (topic_id, partition, record_offset) > (%(after_topic_id)s, %(after_partition)s, %(after_offset)s)
+ORDER BY topic_id, partition, record_offset
+LIMIT %(limit)s
+FOR UPDATE
+"""
+
+#: Keep the consumer's batches of these topics waiting: what a redrive compares with must not move meanwhile.
+HOLD_OFFSETS: LiteralString = """
+SELECT partition FROM consumer_offsets WHERE topic_id = ANY(%(topic_ids)s)
+ORDER BY topic_id, partition, consumer_group FOR UPDATE
+"""
+
+#: What a redrive came to; the reject stays.
+RECORD_REDRIVE: LiteralString = """
+UPDATE rejects SET redriven_at = clock_timestamp(), redrive_outcome = %(outcome)s
+WHERE topic_id = %(topic_id)s AND partition = %(partition)s AND record_offset = %(offset)s
+"""
+
+#: Rejects older than an interval; how many, and away with them.
+COUNT_OLD_REJECTS: LiteralString = "SELECT count(*) FROM rejects WHERE rejected_at < now() - %(age)s::interval"
+PURGE_REJECTS: LiteralString = "DELETE FROM rejects WHERE rejected_at < now() - %(age)s::interval"
+
+#: Erase an order, and the rejects that its key names; delivery, payment and items go with the order.
+FORGET_ORDER: LiteralString = "DELETE FROM orders WHERE order_uid = %(order_uid)s"
+FORGET_REJECTS: LiteralString = "DELETE FROM rejects WHERE key = convert_to(%(order_uid)s, 'UTF8')"
+
+#: Where the group stands, in every life of every topic.
+ALL_OFFSETS: LiteralString = """
+SELECT consumer_group, topic, topic_id, partition, next_offset, updated_at
+FROM consumer_offsets ORDER BY topic, topic_id, partition
+"""
+
+#: Move a group's offsets without a fence: only with the group stopped.
+RESET_OFFSET: LiteralString = """
+UPDATE consumer_offsets SET next_offset = %(next_offset)s, updated_at = clock_timestamp()
+WHERE consumer_group = %(group)s AND topic_id = %(topic_id)s AND partition = %(partition)s
+"""
+
+#: Where a group stands in one life of a topic, whole.
+GROUP_OFFSETS: LiteralString = """
+SELECT partition, next_offset FROM consumer_offsets WHERE consumer_group = %(group)s AND topic_id = %(topic_id)s
+"""
+
+#: Every reject of a topic, by its position.
+REJECT_POSITIONS: LiteralString = """
+SELECT partition, record_offset, redrive_outcome FROM rejects WHERE topic_id = %(topic_id)s
+"""
+
+#: Every order with its digest and its source, for a proof of what is stored.
+ALL_ORDERS: LiteralString = f"""
+SELECT {_ORDER_COLUMNS}, o.content_sha256, o.source_topic_id, o.source_partition, o.source_offset,
+    o.source_time
+FROM orders o LEFT JOIN delivery d USING (order_uid) LEFT JOIN payment p USING (order_uid)
+"""

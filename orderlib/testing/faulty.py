@@ -1,0 +1,220 @@
+"""Bad orders by kind of fault, derived from the rules on the models: what the sender's ``--bad-rate`` sends.
+
+Each is a good order with one fault added, so a report about it names one path.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import attrs
+import msgspec
+from msgspec.inspect import DataclassType, DateTimeType, IntType, StrType, Type, VarTupleType
+
+from orderlib.codecs import MAX_NESTING, encode_order, order_to_plain
+from orderlib.contract import rule_of, rules_of
+from orderlib.errors import InvalidOrder, MalformedJson, Refused
+from orderlib.models import Order
+
+
+class FaultKind(enum.StrEnum):
+    """One way to break an order."""
+
+    # Of one value: the report names its path.
+    MISSING = "missing"
+    NULL = "null"
+    WRONG_TYPE = "wrong_type"
+    TOO_SHORT = "too_short"
+    TOO_LONG = "too_long"
+    OTHER_FORM = "other_form"
+    NUL_CHARACTER = "nul_character"
+    LONE_SURROGATE = "lone_surrogate"
+    TOO_SMALL = "too_small"
+    TOO_GREAT = "too_great"
+    MANY_DIGITS = "many_digits"
+    HUGE_FLOAT = "huge_float"
+    WITHOUT_OFFSET = "without_offset"
+    OUT_OF_YEARS = "out_of_years"
+    NO_ITEMS = "no_items"
+    TOO_MANY_ITEMS = "too_many_items"
+    # Of the record as a whole: the path is ``$``.
+    NOT_AN_OBJECT = "not_an_object"
+    NOT_UTF8 = "not_utf8"
+    BYTE_ORDER_MARK = "byte_order_mark"
+    EMPTY = "empty"
+    TRUNCATED = "truncated"
+    TWO_TEXTS = "two_texts"
+    RAW_CONTROL_CHARACTER = "raw_control_character"
+    NOT_A_NUMBER = "not_a_number"
+    TOO_DEEP = "too_deep"
+
+
+@attrs.frozen(kw_only=True)
+class BadRecord:
+    """The value of a record that must be refused."""
+
+    data: bytes
+    #: JSON path of its one fault.
+    path: str
+    #: What ``decode_order`` raises for it.
+    error: type[Refused]
+
+
+@attrs.frozen
+class _Place:
+    """A value in an order's plain data, and what the contract asks for there."""
+
+    container: Any
+    key: str | int
+    rule: Type
+    path: str
+
+    @property
+    def value(self) -> Any:
+        return self.container[self.key]
+
+
+def break_order(order: Order, kind: FaultKind, rng: Random) -> BadRecord:
+    """The JSON of an order with one fault of this kind added; where, and how exactly, is up to ``rng``."""
+    plain = order_to_plain(order)
+    whole = _whole(encode_order(order), kind, rng)
+    if whole is not None:
+        error = InvalidOrder if kind is FaultKind.NOT_AN_OBJECT else MalformedJson
+        return BadRecord(data=whole, path="$", error=error)
+    malformed = kind in {FaultKind.NOT_A_NUMBER, FaultKind.TOO_DEEP, FaultKind.RAW_CONTROL_CHARACTER}
+    places = list(_places(plain, rules_of(Order), "$"))
+    rng.shuffle(places)
+    for place in places:
+        if kind is FaultKind.MISSING:
+            if not isinstance(place.key, str):
+                continue
+            del place.container[place.key]
+        else:
+            bad = _bad_value(place.rule, place.value, kind, rng)
+            if bad is None:
+                continue
+            place.container[place.key] = msgspec.Raw(bad)
+        path, error = ("$", MalformedJson) if malformed else (place.path, InvalidOrder)
+        return BadRecord(data=msgspec.json.encode(plain), path=path, error=error)
+    raise AssertionError(f"no value of an order can have a fault of kind {kind}")
+
+
+def _places(container: Any, rule: DataclassType, path: str) -> Iterator[_Place]:
+    for field in rule.fields:
+        place = _Place(container, field.name, rule_of(field), f"{path}.{field.name}")
+        yield place
+        match place.rule:
+            case DataclassType():
+                yield from _places(place.value, place.rule, place.path)
+            case VarTupleType(item_type=DataclassType() as item_rule):
+                for index, item in enumerate(place.value):
+                    yield _Place(place.value, index, item_rule, f"{place.path}[{index}]")
+                    yield from _places(item, item_rule, f"{place.path}[{index}]")
+
+
+def _bad_value(rule: Type, good: Any, kind: FaultKind, rng: Random) -> bytes | None:
+    """JSON of a value that breaks the rule in this way, made from a good one; ``None`` if no value can."""
+    match kind, rule:
+        case FaultKind.NULL, _:
+            return b"null"
+        case FaultKind.WRONG_TYPE, _:
+            return rng.choice([value for accepted, value in _OF_EVERY_TYPE if not isinstance(rule, accepted)])
+        case FaultKind.NOT_A_NUMBER, _:
+            return rng.choice([b"NaN", b"Infinity", b"-Infinity", b"nan", b"01", b"+1", b".5", b"0x10"])
+        case FaultKind.TOO_DEEP, _:
+            # Deeper by the order around it, whatever that adds.
+            return b"[" * MAX_NESTING + b"]" * MAX_NESTING
+        case (FaultKind.TOO_SHORT, StrType(min_length=int(least))) if least > 0:
+            return _text(good[: least - 1])
+        case FaultKind.TOO_LONG, StrType(max_length=int(most)):
+            return _text("".join(itertools.islice(itertools.cycle(good or "x"), most + 1)))
+        case FaultKind.OTHER_FORM, StrType(pattern=str(pattern)):
+            return _text(rng.choice([text for text in _variants(good) if re.search(pattern, text) is None]))
+        case FaultKind.OTHER_FORM, DateTimeType():
+            return _text(
+                rng.choice(["", "yesterday", "1637907739", good[:10], f"0{good}", f"{good}\n", "2021-02-30T00:00:00Z"])
+            )
+        case FaultKind.NUL_CHARACTER, StrType() | DateTimeType():
+            return _text(_with(good, "\0", rng))
+        case FaultKind.LONE_SURROGATE, StrType() | DateTimeType():
+            return _text(_with(good, rng.choice("\ud800\udbff\udc00\udfff"), rng))
+        case FaultKind.RAW_CONTROL_CHARACTER, StrType():
+            return _text(good)[:-1] + bytes([rng.randrange(32)]) + b'"'
+        case FaultKind.TOO_SMALL, IntType(ge=int(least)):
+            return str(rng.choice([least - 1, -(2**63), -(2**63) - 1, -(2**64)])).encode()
+        case FaultKind.TOO_GREAT, IntType(le=int(most)):
+            return str(rng.choice([most + 1, 2**63, 2**64 - 1, 2**64, 10**20])).encode()
+        case FaultKind.MANY_DIGITS, IntType():
+            return rng.choice([b"", b"-"]) + b"9" * 5000
+        case FaultKind.HUGE_FLOAT, IntType():
+            return rng.choice([b"1e400", b"-1e400", b"1e-400"])
+        case FaultKind.WITHOUT_OFFSET, DateTimeType():
+            return _text(good.removesuffix("Z"))
+        case FaultKind.OUT_OF_YEARS, DateTimeType():
+            return _text(rng.choice(["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59.999999-00:01"]))
+        case FaultKind.NO_ITEMS, VarTupleType():
+            return b"[]"
+        case FaultKind.TOO_MANY_ITEMS, VarTupleType(max_length=int(most)):
+            return msgspec.json.encode((good * (most + 1))[: most + 1])
+        case _:
+            return None
+
+
+def _whole(data: bytes, kind: FaultKind, rng: Random) -> bytes | None:
+    """A record that is bad as a whole in this way; ``None`` where one of its values is to be."""
+    match kind:
+        case FaultKind.NOT_AN_OBJECT:
+            return rng.choice(
+                [b"[%b]" % data, json.dumps(data.decode()).encode(), b"[]", b'""', b"7", b"true", b"null"]
+            )
+        case FaultKind.NOT_UTF8:
+            at = rng.randrange(len(data))
+            bad = rng.choice([b"\xff", b"\x80", b"\xc3", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80"])
+            return data[:at] + bad + data[at:]
+        case FaultKind.BYTE_ORDER_MARK:
+            return b"\xef\xbb\xbf" + data
+        case FaultKind.EMPTY:
+            return rng.choice([b"", b" ", b"\n"])
+        case FaultKind.TRUNCATED:
+            return data[: rng.randrange(1, len(data))]
+        case FaultKind.TWO_TEXTS:
+            return data + rng.choice([data, b"}", b"{}", b",", b"\0", b"null"])
+        case _:
+            return None
+
+
+#: JSON of each type, and the rules that accept that type.
+_OF_EVERY_TYPE: list[tuple[Any, bytes]] = [
+    (IntType, b"1"),
+    ((), b"1.0"),
+    ((), b"1.5e3"),
+    ((), b"true"),
+    ((), b"false"),
+    ((StrType, DateTimeType), b'"99"'),
+    (VarTupleType, b"[]"),
+    (DataclassType, b"{}"),
+]
+
+
+def _text(text: str) -> bytes:
+    # The standard library writes lone surrogates as escapes; msgspec does not write them at all.
+    return json.dumps(text).encode()
+
+
+def _with(good: str, character: str, rng: Random) -> str:
+    """The text with one character replaced, so that its length stays right."""
+    at = rng.randrange(max(len(good), 1))
+    return good[:at] + character + good[at + 1 :]
+
+
+def _variants(good: str) -> Iterator[str]:
+    """Texts as long as a good one that differ in one character."""
+    for character in ("\n", " ", "/", "%", "a", "é", "\N{FULLWIDTH DIGIT ONE}"):
+        yield good[:-1] + character
+        yield character + good[1:]

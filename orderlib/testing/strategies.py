@@ -1,0 +1,65 @@
+"""Hypothesis strategies of good orders, derived from the rules on the models. Needs ``orderlib[testing]``.
+
+Every value that the contract allows can be drawn: any Unicode text, integers at their bounds, any instant, any offset.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+
+from hypothesis import strategies as st
+from msgspec.inspect import DataclassType, DateTimeType, IntType, StrType, Type, VarTupleType
+
+from orderlib.contract import M, rule_of, rules_of, within_utc_years
+from orderlib.models import Delivery, Item, Order, Payment
+
+_CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+
+#: RFC 3339 writes offsets as ±hh:mm.
+_OFFSETS = st.integers(-(24 * 60 - 1), 24 * 60 - 1).map(lambda minutes: dt.timezone(dt.timedelta(minutes=minutes)))
+
+
+def orders(*, max_items: int = 3) -> st.SearchStrategy[Order]:
+    """Good orders, of at most so many items."""
+    return _instances(Order, max_items)
+
+
+def deliveries() -> st.SearchStrategy[Delivery]:
+    """Good deliveries."""
+    return _instances(Delivery, 0)
+
+
+def payments() -> st.SearchStrategy[Payment]:
+    """Good payments."""
+    return _instances(Payment, 0)
+
+
+def items() -> st.SearchStrategy[Item]:
+    """Good items."""
+    return _instances(Item, 0)
+
+
+def values(rule: Type, *, max_items: int = 3) -> st.SearchStrategy[object]:
+    """Values that a rule allows, as a model holds them; arrays have at most so many items."""
+    match rule:
+        case DataclassType(cls=cls):
+            return _instances(cls, max_items)
+        case VarTupleType(item_type=item, min_length=least, max_length=most):
+            longest = max_items if most is None else min(max_items, most)
+            return st.lists(values(item), min_size=least or 0, max_size=longest).map(tuple)
+        case StrType(min_length=least, max_length=most, pattern=None):
+            return st.text(_CHARACTERS, min_size=least or 0, max_size=most)
+        case StrType(min_length=least, max_length=most, pattern=str(pattern)):
+            matching = st.from_regex(pattern, alphabet=_CHARACTERS)
+            return matching.filter(lambda text: (least or 0) <= len(text) <= (most or len(text)))
+        case IntType(ge=least, le=most):
+            return st.integers(least, most)
+        case DateTimeType():
+            return st.datetimes(timezones=_OFFSETS).filter(within_utc_years)
+        case _:
+            raise NotImplementedError(f"the contract has no rule of kind {rule}")
+
+
+def _instances(cls: type[M], max_items: int) -> st.SearchStrategy[M]:
+    fields = {field.name: values(rule_of(field), max_items=max_items) for field in rules_of(cls).fields}
+    return st.builds(cls, **fields)
