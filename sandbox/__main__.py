@@ -1,0 +1,123 @@
+"""`python -m sandbox`: both servers on this machine, for as long as it runs or for one command."""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from sandbox import Sandbox, SandboxError, running_sandbox
+
+DESCRIPTION = """\
+Runs a real PostgreSQL and a real Kafka on free ports of this machine, empty but for the database `orders`.
+When it ends, however it ends, both are gone within 5 seconds, and so are their data.
+
+Without COMMAND it prints the ORDERS_... variables that lead to them as NAME=value lines on stdout once they
+are ready, and runs until Ctrl-C or SIGTERM. With COMMAND it runs that with the variables set, then takes both
+down and exits with its status (128 + n if signal n killed it).
+"""
+#: How long an orderly end may take when our parent has died; after that we just go, and the servers with us.
+ORPHAN_GRACE_S = 3.0
+
+
+class _Stopped(Exception):
+    """SIGINT or SIGTERM came, and there is no command to hand it on to."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    command = _parsed_command()
+    _on_signals(_stop_once)
+    threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+    try:
+        return _run(command)
+    except _Stopped as stopped:
+        return 128 + stopped.number if command else 0
+    except (SandboxError, OSError) as error:  # OSError: no room left, too many open files
+        print(f"sandbox: {error}", file=sys.stderr)
+        return 1
+
+
+def _parsed_command() -> Sequence[str]:
+    parser = argparse.ArgumentParser(
+        prog="python -m sandbox",
+        usage="python -m sandbox [-h] [-- COMMAND...]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", nargs="*", metavar="COMMAND", help="what to run, with its arguments")
+    command: list[str] = parser.parse_args().command
+    if command and shutil.which(command[0]) is None:
+        parser.error(f"no such command: {command[0]}")
+    return command
+
+
+def _run(command: Sequence[str]) -> int:
+    started_at = time.monotonic()
+    print("sandbox: starting PostgreSQL and Kafka", file=sys.stderr)
+    with running_sandbox() as sandbox:
+        print(f"sandbox: both are up after {time.monotonic() - started_at:.1f} s", file=sys.stderr)
+        if command:
+            return _status_of(command, sandbox)
+        print("\n".join(f"{name}={value}" for name, value in sandbox.environ.items()), flush=True)
+        while True:
+            signal.pause()
+
+
+def _status_of(command: Sequence[str], sandbox: Sandbox) -> int:
+    early: list[int] = []
+    _on_signals(lambda number, _: early.append(number))
+    process = subprocess.Popen(command, env={**os.environ, **sandbox.environ})
+
+    def hand_on(number: int, _: FrameType | None) -> None:
+        if number != signal.SIGINT or not _is_in_foreground():
+            process.send_signal(number)
+
+    _on_signals(hand_on)
+    for number in early:
+        hand_on(number, None)
+    status = process.wait()
+    return status if status >= 0 else 128 - status
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def _stop_once(number: int, _: FrameType | None) -> NoReturn:
+    _on_signals(signal.SIG_IGN)  # a second Ctrl-C must not interrupt the tidying up
+    raise _Stopped(number)
+
+
+def _is_in_foreground() -> bool:
+    """Tell whether a Ctrl-C at the terminal reaches COMMAND without us, for it is in our process group."""
+    try:
+        with Path("/dev/tty").open() as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
+
+
+def _end_with_parent(parent: int) -> None:
+    """Stop as on SIGTERM when the parent is no more; nobody would do it otherwise."""
+    while os.getppid() == parent:
+        time.sleep(0.25)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_GRACE_S)
+    os._exit(128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""`make demo`: the whole way of an order, on the servers of the sandbox, until Ctrl-C.
+
+Runs the same commands with the same settings as anybody would; it needs the variables that `python -m sandbox` sets.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from sandbox.server import SandboxError, free_port
+
+ORDERS = 1_000
+BAD_RATE = 0.02
+#: Orders go on coming at this rate, so that there is something to watch.
+ORDERS_PER_S = 2
+READABLE_WITHIN_S = 60.0
+STOP_WITHIN_S = 15.0
+
+
+def main() -> int:
+    """Run it all. Exit status 0 after Ctrl-C, 1 if something failed."""
+    told_to_stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: told_to_stop.set())
+    address = f"127.0.0.1:{free_port()}"
+    environ = {
+        **os.environ,
+        "ORDERS_API_BIND": address,
+        "ORDERS_API_AUTH": "off",
+    }
+    try:
+        with ExitStack() as stack:
+            logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orderlib-demo-")))
+            for command in ("bootstrap", "migrate", "topics"):
+                _run(f"admin {command}", environ)
+            began_s = time.monotonic()
+            for service, port in (("consumer", free_port()), ("api", free_port())):
+                own = {**environ, "ORDERS_METRICS_BIND": f"127.0.0.1:{port}"}
+                stack.enter_context(_running(service, own, logs))
+            _run(f"sender --count {ORDERS} --bad-rate {BAD_RATE}", environ)
+            order_uid = _first_readable_order(f"http://{address}/orders?limit=1", told_to_stop)
+            _say(f"the first order was readable {time.monotonic() - began_s:.1f} s after the services were started")
+            stack.enter_context(_running(f"sender --count 1000000 --rate {ORDERS_PER_S}", environ, logs))
+            _say(f"{ORDERS_PER_S} more orders a second are on their way; Ctrl-C stops everything")
+            _say(f"an order:  http://{address}/orders/{order_uid}")
+            _say(f"the page:  http://{address}/")
+            told_to_stop.wait()
+            _say("stopping")
+    except SandboxError as exc:
+        print(f"demo: {exc}", file=sys.stderr)
+        return 0 if told_to_stop.is_set() else 1
+    return 0
+
+
+def _run(command: str, environ: Mapping[str, str]) -> None:
+    """Run one of our commands to its end. Raises SandboxError if it fails."""
+    _say(f"python -m services.{command}")
+    done = subprocess.run([sys.executable, "-m", *f"services.{command}".split()], env=environ, check=False)
+    if done.returncode:
+        raise SandboxError(f"services.{command} failed with {done.returncode}")
+
+
+@contextmanager
+def _running(command: str, environ: Mapping[str, str], logs: Path) -> Iterator[None]:
+    """Run one of our commands meanwhile, and stop it cleanly at the end. Shows its log if that did not work."""
+    _say(f"python -m services.{command} &")
+    log_path = logs / f"{command.partition(' ')[0]}.log"
+    with log_path.open("ab") as log:
+        # In a group of its own: Ctrl-C is for us, who stop the sender before the consumer, and that before the servers.
+        process = subprocess.Popen(
+            [sys.executable, "-m", *f"services.{command}".split()], env=environ, stderr=log, stdout=log, process_group=0
+        )
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            status = process.wait(STOP_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
+        if status not in (0, 1):
+            print(log_path.read_text(errors="replace")[-4000:], file=sys.stderr)
+
+
+def _first_readable_order(url: str, told_to_stop: threading.Event) -> str:
+    deadline = time.monotonic() + READABLE_WITHIN_S
+    while time.monotonic() < deadline and not told_to_stop.is_set():
+        with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  our own address
+            for found in json.load(answer)["orders"]:
+                return str(found["order_uid"])
+        told_to_stop.wait(0.05)
+    raise SandboxError(f"no order was readable within {READABLE_WITHIN_S:.0f} s")
+
+
+def _say(line: str) -> None:
+    print(f"demo: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

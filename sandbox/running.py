@@ -1,0 +1,51 @@
+"""Both servers together, and the environment that leads our programs to them."""
+
+import secrets
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+
+import attrs
+
+from sandbox.kafka import KafkaServer
+from sandbox.postgres import PostgresServer
+
+
+@attrs.frozen(kw_only=True)
+class Sandbox:
+    """A running PostgreSQL and a running Kafka."""
+
+    postgres: PostgresServer
+    kafka: KafkaServer
+    #: The settings of our programs. `admin bootstrap` makes the roles in its URLs, with these passwords.
+    environ: Mapping[str, str] = attrs.field(repr=False)
+
+
+@contextmanager
+def running_sandbox() -> Iterator[Sandbox]:
+    """Run both servers on free ports; at the end they and their data are gone.
+
+    Raises SandboxError if one of them does not start; then neither is left running.
+    """
+    with ExitStack() as stack:
+        # Kafka starts on this thread, so that Ctrl-C interrupts the one long wait, for its jars.
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        postgres, kafka = PostgresServer(), KafkaServer()
+        stack.callback(postgres.close)
+        stack.callback(kafka.close)
+        postgres_started = pool.submit(postgres.start)
+        # Whatever happens to Kafka, PostgreSQL is not closed in the middle of its start.
+        stack.callback(postgres_started.exception)
+        kafka.start()
+        postgres_started.result()
+        yield Sandbox(postgres=postgres, kafka=kafka, environ=_environ(postgres, kafka))
+
+
+def _environ(postgres: PostgresServer, kafka: KafkaServer) -> Mapping[str, str]:
+    return {
+        "ORDERS_BOOTSTRAP_URL": postgres.superuser_url,
+        "ORDERS_MIGRATOR_URL": postgres.url("orders_migrator", secrets.token_hex(16)),
+        "ORDERS_DATABASE_URL": postgres.url("orders_writer", secrets.token_hex(16)),
+        "ORDERS_READER_URL": postgres.url("orders_reader", secrets.token_hex(16)),
+        "ORDERS_KAFKA_BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
+    }

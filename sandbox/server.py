@@ -1,0 +1,247 @@
+"""What both servers have in common: a folder, a process, a free port, and an end with their parent."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, ClassVar, Self
+
+START_WITHIN_S = 60.0
+STOP_WITHIN_S = 30.0
+#: How often another port is tried when somebody took the chosen one in between.
+PORT_ATTEMPTS = 5
+
+GUARD = Path(__file__).with_name("guard.py")
+# The new process waits here until the guard knows its pid. If we are killed before that, it reads the
+# end of its input instead of a line, and never becomes a server that nobody would end.
+GATE = ("/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "sh")
+
+
+class SandboxError(Exception):
+    """The sandbox cannot go on; the text tells why, and is made for the person who started it."""
+
+
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that nobody listens on just now.
+
+    It lies below the range that systems give to outgoing connections. In that range another program's
+    connection may sit on the port while a server is stopped; and a client that tries to reach a stopped
+    server now and then gets the server's port as its own, and is connected to itself.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+
+
+class Server(ABC):
+    """A server on a free port of 127.0.0.1, with its data in a temporary folder.
+
+    As a context manager it is started, and closed at the end. `stop` keeps port and data, and `start`
+    goes on with them; `close` ends the server if need be and removes the data. Whatever becomes of this
+    process, server and folder are gone within 5 s of its end.
+    """
+
+    #: As people call it.
+    name: ClassVar[str]
+    #: What ends it at once, without care for its data.
+    _deadly_signal: ClassVar[signal.Signals]
+    #: Whom it runs as; None for ourselves.
+    _user: str | None = None
+    _group: int | None = None
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._choose_ports()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def _choose_ports(self) -> None:
+        """Set the ports; they stay once the first start has succeeded."""
+
+    @abstractmethod
+    def _prepare(self, folder: Path) -> None:
+        """Lay out the data in `folder`, once, before the first start."""
+
+    @abstractmethod
+    def _command(self, folder: Path) -> Sequence[str]:
+        """Return what to run."""
+
+    @abstractmethod
+    def _answers(self) -> bool:
+        """Tell whether the running server serves its clients."""
+
+    @abstractmethod
+    def _finish_first_start(self) -> None:
+        """Do what is to be done once, as soon as the server answers."""
+
+    @property
+    def pid(self) -> int:
+        """The running server's process id. Raises SandboxError if it does not run."""
+        if self._process is None:
+            raise SandboxError(f"{self.name} is not running")
+        return self._process.pid
+
+    @property
+    def folder(self) -> Path:
+        """Where its data and its log are. Raises SandboxError before the first start and after `close`."""
+        if self._folder is None:
+            raise SandboxError(f"{self.name} has not been started")
+        return self._folder
+
+    @property
+    def log_path(self) -> Path:
+        """What it has written to stdout and stderr, over all its starts."""
+        return self.folder / "server.log"
+
+    def start(self) -> None:
+        """Start it, and return once it answers; after a stop, on the same port and data.
+
+        Raises SandboxError with the end of its log if it does not; nothing runs then.
+        """
+        if self._process is not None:
+            raise SandboxError(f"{self.name} is running already")
+        if self._folder is not None:
+            self._launch()
+            return
+        try:
+            self._make_folder()
+            self._prepare(self.folder)
+            self._launch_on_a_free_port()
+            self._finish_first_start()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the server at once, and remove its folder; harmless if there is none."""
+        if self._process is not None:
+            self._end(self._deadly_signal)
+        if self._guard is not None:
+            self._tell_guard("end")
+            assert self._guard.stdin is not None
+            self._guard.stdin.close()
+            self._guard.wait()
+            self._guard = None
+        self._folder = None
+
+    def _make_folder(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix=f"orderlib-{self.name.lower()}-"))
+        self._guard = subprocess.Popen(
+            [
+                *(sys.executable, "-I", "-S", GUARD),
+                *(self._folder, str(int(self._deadly_signal)), str(os.getpid())),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        if self._user is not None:
+            shutil.chown(self._folder, self._user)
+
+    def _launch_on_a_free_port(self) -> None:
+        for attempt in range(PORT_ATTEMPTS):
+            try:
+                self._launch()
+            except SandboxError:
+                port_was_taken = "Address already in use" in _tail(self.log_path)
+                if not port_was_taken or attempt == PORT_ATTEMPTS - 1:
+                    raise
+                self.log_path.unlink()
+                self._choose_ports()
+            else:
+                return
+
+    def _launch(self) -> None:
+        with self.log_path.open("ab") as log:
+            self._process = self._spawn(self._command(self.folder), log)
+        deadline = time.monotonic() + START_WITHIN_S
+        try:
+            while not self._answers():
+                if self._process.poll() is not None:
+                    raise SandboxError(f"{self.name} did not start; its log ends:\n{_tail(self.log_path)}")
+                if time.monotonic() > deadline:
+                    raise SandboxError(
+                        f"{self.name} did not answer within {START_WITHIN_S:.0f} s; its log ends:\n"
+                        f"{_tail(self.log_path)}"
+                    )
+                time.sleep(0.02)
+        except BaseException:
+            self._end(self._deadly_signal)
+            raise
+
+    def _run(self, command: Sequence[str], log: Path) -> None:
+        """Run a command to its end. Raises SandboxError with the end of its output if it fails."""
+        with log.open("ab") as output:
+            process = self._spawn(command, output)
+        status = process.wait()
+        self._tell_guard("0")
+        if status != 0:
+            raise SandboxError(f"{Path(command[0]).name} failed with {status}; its output ends:\n{_tail(log)}")
+
+    def _spawn(self, command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [*GATE, *command],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=self.folder,
+            env={"LC_ALL": "C"},
+            # Ctrl-C at a terminal must stop what uses the server, not the server under it.
+            start_new_session=True,
+            user=self._user,
+            group=self._group,
+            extra_groups=None if self._user is None else [],
+        )
+        self._tell_guard(str(process.pid))
+        assert process.stdin is not None
+        with process.stdin as gate:
+            gate.write(b"go\n")
+        return process
+
+    def _end(self, how: signal.Signals) -> None:
+        """Send a signal to the server and wait until it is gone; if that takes long, be less polite."""
+        assert self._process is not None
+        for attempt in (how, self._deadly_signal, signal.SIGKILL):
+            self._process.send_signal(attempt)
+            self._process.send_signal(signal.SIGCONT)
+            try:
+                self._process.wait(STOP_WITHIN_S)
+            except subprocess.TimeoutExpired:
+                continue
+            break
+        self._tell_guard("0")
+        self._process = None
+
+    def _tell_guard(self, line: str) -> None:
+        assert self._guard is not None
+        assert self._guard.stdin is not None
+        self._guard.stdin.write(f"{line}\n".encode())
+        self._guard.stdin.flush()
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-20:])

@@ -1,0 +1,171 @@
+"""Real servers for the suite, started once and only if a test asks; a database and a topic of its own for each test."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import attrs
+import hypothesis
+import psycopg
+import pytest
+from confluent_kafka.admin import AdminClient, NewTopic
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from orderlib.postgres.connection import connect
+from orderlib.postgres.migrate import bootstrap, migrate
+from sandbox import Sandbox, running_sandbox
+
+ROOT = Path(__file__).parent.parent
+
+hypothesis.settings.register_profile("suite", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the settings of whoever runs it."""
+    for name in list(os.environ):
+        if name.startswith("ORDERS_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Iterator[Sandbox]:
+    """PostgreSQL and Kafka for the whole run."""
+    with running_sandbox() as running:
+        yield running
+
+
+@attrs.frozen(kw_only=True)
+class Database:
+    """A database of a test's own, migrated, and who may log in."""
+
+    superuser_url: str
+    migrator_url: str
+    writer_url: str
+    reader_url: str
+
+    def environ(self) -> dict[str, str]:
+        """The URLs as settings."""
+        return {
+            "ORDERS_BOOTSTRAP_URL": self.superuser_url,
+            "ORDERS_MIGRATOR_URL": self.migrator_url,
+            "ORDERS_DATABASE_URL": self.writer_url,
+            "ORDERS_READER_URL": self.reader_url,
+        }
+
+
+def of_database(environ: Mapping[str, str], name: str) -> Database:
+    """The sandbox's URLs, leading to another of its databases."""
+
+    def url(variable: str) -> str:
+        return make_conninfo(environ[variable], dbname=name)
+
+    return Database(
+        superuser_url=url("ORDERS_BOOTSTRAP_URL"),
+        migrator_url=url("ORDERS_MIGRATOR_URL"),
+        writer_url=url("ORDERS_DATABASE_URL"),
+        reader_url=url("ORDERS_READER_URL"),
+    )
+
+
+def role_passwords(database: Database) -> dict[str, str]:
+    """The passwords in the URLs, by role."""
+    urls = map(conninfo_to_dict, (database.migrator_url, database.writer_url, database.reader_url))
+    return {str(url["user"]): str(url["password"]) for url in urls}
+
+
+def make_database(sandbox: Sandbox, template: str = "template1") -> Database:
+    """A new database in the sandbox."""
+    name = f"test_{secrets.token_hex(6)}"
+    with psycopg.connect(sandbox.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+    return of_database(sandbox.environ, name)
+
+
+def drop_database(sandbox: Sandbox, database: Database) -> None:
+    """Away with it, whoever is still connected."""
+    name = conninfo_to_dict(database.superuser_url)["dbname"]
+    with psycopg.connect(sandbox.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def _template(sandbox: Sandbox) -> str:
+    database = make_database(sandbox)
+    with connect(database.superuser_url, application_name="tests") as connection:
+        bootstrap(connection, role_passwords(database))
+    with connect(database.migrator_url, application_name="tests") as connection:
+        migrate(connection)
+    return str(conninfo_to_dict(database.superuser_url)["dbname"])
+
+
+@pytest.fixture
+def empty_database(sandbox: Sandbox) -> Iterator[Database]:
+    """A database of the test's own in which nothing was made yet."""
+    database = make_database(sandbox)
+    yield database
+    drop_database(sandbox, database)
+
+
+@pytest.fixture
+def database(sandbox: Sandbox, _template: str) -> Iterator[Database]:
+    """A migrated, empty database of the test's own."""
+    database = make_database(sandbox, _template)
+    yield database
+    drop_database(sandbox, database)
+
+
+@pytest.fixture(scope="module")
+def module_database(sandbox: Sandbox, _template: str) -> Iterator[Database]:
+    """A migrated database for all tests of a module that do not mind each other's orders."""
+    database = make_database(sandbox, _template)
+    yield database
+    drop_database(sandbox, database)
+
+
+@pytest.fixture
+def make_topic(sandbox: Sandbox) -> Iterator[Callable[..., str]]:
+    """Makes topics, and takes them away after the test."""
+    admin = AdminClient({"bootstrap.servers": sandbox.kafka.bootstrap_servers})
+    made: list[str] = []
+
+    def make(partitions: int = 3, **config: str) -> str:
+        name = f"orders-{secrets.token_hex(6)}"
+        topic = NewTopic(
+            name,
+            num_partitions=partitions,
+            config={"max.message.bytes": "16777216", **{k.replace("_", "."): v for k, v in config.items()}},
+        )
+        admin.create_topics([topic])[name].result(30)
+        made.append(name)
+        return name
+
+    yield make
+    if made:
+        for future in admin.delete_topics(made).values():
+            future.exception(30)
+
+
+@pytest.fixture
+def topic(make_topic: Callable[..., str]) -> str:
+    """A topic of the test's own, with three partitions."""
+    return make_topic()
+
+
+@pytest.fixture
+def environ(sandbox: Sandbox, database: Database, topic: str) -> dict[str, str]:
+    """What a program of ours needs to work on this test's database and topic; listening on ports that are free."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("ORDERS_")},
+        **database.environ(),
+        "ORDERS_KAFKA_BOOTSTRAP_SERVERS": sandbox.kafka.bootstrap_servers,
+        "ORDERS_TOPIC": topic,
+        "ORDERS_METRICS_BIND": "127.0.0.1:0",
+        "ORDERS_API_BIND": "127.0.0.1:0",
+        "ORDERS_API_AUTH": "off",
+        "PYTHONPATH": str(ROOT),
+    }

@@ -1,0 +1,39 @@
+"""Seeing from outside what is left of a sandbox."""
+
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]  # it ships no types
+
+
+def eventually(condition: Callable[[], bool], within_s: float) -> bool:
+    """Poll until the condition holds; tell whether it did in time."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def listens(port: int) -> bool:
+    """Tell whether anybody takes connections on a port of 127.0.0.1."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Return the command lines of all processes that were started on, or work in, something in the folder."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            arguments = " ".join(process.cmdline())
+            if str(folder) in arguments or process.cwd().startswith(str(folder)):
+                found.append(arguments)
+    return found

