@@ -1,0 +1,1 @@
+"""Thin programs that import orderlib and hold no knowledge of their own."""

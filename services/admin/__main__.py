@@ -1,0 +1,38 @@
+"""``python -m services.admin``: the operator's command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping
+
+from orderlib.program import run, set_up_logging
+from services.admin import offsets, orders, reconcile, rejects, schema, topics
+
+Command = Callable[[argparse.Namespace, Mapping[str, str]], int]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands, each with its help."""
+    parser = argparse.ArgumentParser(
+        prog="python -m services.admin",
+        description="Set up and look after orders. Servers that do not answer are given up after 10 s.",
+        epilog="Exit status: 0 done, 1 failed, 2 usage, configuration or set-up.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in (schema, topics, offsets, rejects, reconcile, orders):
+        module.add_commands(commands)
+    return parser
+
+
+def main(arguments: list[str], environ: Mapping[str, str]) -> int:
+    """The exit status."""
+    options = make_parser().parse_args(arguments)
+    command: Command = options.command
+    return command(options, environ)
+
+
+if __name__ == "__main__":
+    set_up_logging()
+    sys.exit(run(lambda: main(sys.argv[1:], os.environ)))

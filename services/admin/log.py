@@ -1,0 +1,100 @@
+"""The topic, read outside of any group: where it begins and ends, and its records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+
+from confluent_kafka import Consumer, KafkaError, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
+from orderlib.config import KafkaSettings
+from orderlib.errors import BrokerUnreachable
+from orderlib.ingest import Record
+from services.kafka import (
+    ANSWER_S,
+    SILENT,
+    ask_topic_id,
+    offsets_of,
+    partitions_of,
+    record_of,
+    translate,
+    translated_errors,
+)
+
+#: Records taken from librdkafka at once; it waits for so many until the turn is over.
+_AT_ONCE = 500
+_TURN_S = 0.1
+
+
+class Log:
+    """A topic to look at. Raises BrokenSetup if there is none, BrokerUnreachable if Kafka does not answer."""
+
+    def __init__(self, settings: KafkaSettings) -> None:
+        self.topic = settings.topic
+        self._settings = settings
+        with translated_errors():
+            self.admin = AdminClient({**settings.client_properties()}, logger=SILENT)
+        self.partitions = partitions_of(self.admin, self.topic)
+        self.topic_id = ask_topic_id(self.admin, self.topic)()
+
+    def earliest(self) -> dict[int, int]:
+        """The earliest offset that each partition still holds."""
+        return offsets_of(self.admin, self.topic, self.partitions, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+
+    def ends(self) -> dict[int, int]:
+        """The log end of each partition."""
+        return offsets_of(self.admin, self.topic, self.partitions, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+
+    def at_time(self, timestamp_ms: int) -> dict[int, int]:
+        """The first offset of each partition at this time or later; its log end where there is none."""
+        ends = self.ends()
+        found = offsets_of(self.admin, self.topic, self.partitions, OffsetSpec.for_timestamp(timestamp_ms))
+        return {partition: offset if offset >= 0 else ends[partition] for partition, offset in found.items()}
+
+    def records(self, first: Mapping[int, int], until: Mapping[int, int]) -> Iterator[Record]:
+        """The committed records from the first offsets up to, not including, the others."""
+        ends = self.ends()
+        open_until = {
+            partition: min(until[partition], ends[partition])
+            for partition, offset in first.items()
+            if offset < min(until.get(partition, 0), ends[partition])
+        }
+        if not open_until:
+            return
+        consumer = Consumer(
+            {
+                **self._settings.client_properties(),
+                "group.id": "orderlib-admin",  # never joined: partitions are assigned by hand
+                "enable.auto.commit": False,
+                "enable.partition.eof": True,
+                "isolation.level": "read_committed",
+                "auto.offset.reset": "error",
+            },
+            logger=SILENT,
+        )
+        try:
+            consumer.assign([TopicPartition(self.topic, partition, first[partition]) for partition in open_until])
+            yield from self._fetch(consumer, open_until)
+        finally:
+            consumer.close()
+
+    def _fetch(self, consumer: Consumer, open_until: dict[int, int]) -> Iterator[Record]:
+        answered_at_s = time.monotonic()
+        while open_until:
+            with translated_errors():
+                messages = consumer.consume(_AT_ONCE, _TURN_S)
+            if messages:
+                answered_at_s = time.monotonic()
+            elif time.monotonic() - answered_at_s > ANSWER_S:
+                raise BrokerUnreachable(f"Kafka did not answer in {ANSWER_S:g} s")
+            for message in messages:
+                partition, offset, error = message.partition(), message.offset(), message.error()
+                if error is not None and error.code() != KafkaError._PARTITION_EOF:  # noqa: SLF001  spelled so
+                    raise translate(error)
+                if partition not in open_until or offset is None:
+                    continue
+                if error is None and offset < open_until[partition]:
+                    yield record_of(message, self.topic_id)
+                if offset + (error is None) >= open_until[partition]:
+                    del open_until[partition]

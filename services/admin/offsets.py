@@ -1,0 +1,171 @@
+"""``lag`` and ``offsets show | reset``: where the consumer group stands."""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+from collections.abc import Mapping
+
+from confluent_kafka import ConsumerGroupState
+
+from orderlib.config import KafkaSettings, database_url
+from orderlib.errors import BrokenSetup
+from orderlib.postgres.connection import connect
+from orderlib.postgres.operations import StoredOffset, as_owner, reset_offsets, stored_offsets
+from orderlib.program import EXIT_DONE, EXIT_FAILED
+from services.admin.log import Log
+from services.admin.output import add_json_option, add_yes_option, agreed, show
+from services.admin.schema import APPLICATION_NAME, Commands
+from services.kafka import ANSWER_S, answer
+
+_STOPPED = {ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD}
+
+
+def add_commands(commands: Commands) -> None:
+    """Add these commands to the parser."""
+    lag = commands.add_parser(
+        "lag",
+        help="how far behind the consumer is",
+        description="Log end minus next offset of each partition (ORDERS_READER_URL).",
+    )
+    add_json_option(lag)
+    lag.set_defaults(command=_lag)
+
+    parser = commands.add_parser(
+        "offsets", help="look at the stored offsets, or move them", description="The offsets stored in PostgreSQL."
+    )
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    showing = actions.add_parser("show", help="every stored offset (ORDERS_READER_URL)")
+    add_json_option(showing)
+    showing.set_defaults(command=_show)
+    resetting = actions.add_parser(
+        "reset",
+        help="move the offsets, with the group stopped (ORDERS_MIGRATOR_URL)",
+        description="Move the stored offsets of the topic as it is now. Shows what would change; changes it only with "
+        "--execute. Back is harmless: what was handled is handled again, and no older version replaces a newer one; it "
+        "brings back orders that were forgotten. Forth skips records: they are never stored.",
+    )
+    to = resetting.add_mutually_exclusive_group(required=True)
+    to.add_argument("--to-earliest", action="store_true", help="to the earliest record that Kafka holds")
+    to.add_argument("--to-latest", action="store_true", help="to the log end")
+    to.add_argument("--to-time", metavar="TIME", type=_time, help="to the first record at this RFC 3339 time or later")
+    to.add_argument("--to-offset", metavar="N", type=int, help="to this offset; needs --partition")
+    resetting.add_argument("--partition", type=int, help="only this partition")
+    resetting.add_argument("--execute", action="store_true", help="do it")
+    add_yes_option(resetting)
+    add_json_option(resetting)
+    resetting.set_defaults(command=_reset)
+
+
+def _time(text: str) -> dt.datetime:
+    try:
+        moment = dt.datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("must be a time such as 2026-01-31T12:00:00Z") from None
+    if moment.tzinfo is None:
+        raise argparse.ArgumentTypeError("must have an offset, such as Z")
+    return moment
+
+
+def _stored(environ: Mapping[str, str], url_name: str) -> list[StoredOffset]:
+    with connect(database_url(environ, url_name), application_name=APPLICATION_NAME) as connection:
+        return stored_offsets(connection)
+
+
+def _lag(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    stored = _stored(environ, "ORDERS_READER_URL")
+    log = Log(KafkaSettings.from_mapping(environ))
+    next_offsets = {offset.partition: offset for offset in stored if offset.topic_id == log.topic_id}
+    earliest, ends = log.earliest(), log.ends()
+    rows = []
+    for partition in sorted(log.partitions):
+        known = next_offsets.get(partition)
+        next_offset = known.next_offset if known else earliest[partition]
+        rows.append(
+            {
+                "topic": log.topic,
+                "partition": partition,
+                "next_offset": next_offset,
+                "log_end": ends[partition],
+                "lag": ends[partition] - next_offset,
+                "updated_at": known.updated_at if known else None,
+            }
+        )
+    show(rows, as_json=options.json)
+    return EXIT_DONE
+
+
+def _show(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    rows = [
+        {
+            "group": offset.group,
+            "topic": offset.topic,
+            "topic_id": offset.topic_id,
+            "partition": offset.partition,
+            "next_offset": offset.next_offset,
+            "updated_at": offset.updated_at,
+        }
+        for offset in _stored(environ, "ORDERS_READER_URL")
+    ]
+    show(rows, as_json=options.json)
+    return EXIT_DONE
+
+
+def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    if options.to_offset is not None and options.partition is None:
+        raise BrokenSetup("--to-offset needs --partition")
+    url = database_url(environ, "ORDERS_MIGRATOR_URL")
+    log = Log(KafkaSettings.from_mapping(environ))
+    with connect(url, application_name=APPLICATION_NAME) as connection:
+        with as_owner(connection):
+            stored = stored_offsets(connection)
+        mine = {
+            offset.partition: offset
+            for offset in stored
+            if offset.topic_id == log.topic_id and options.partition in {None, offset.partition}
+        }
+        if not mine:
+            raise BrokenSetup(f"no offsets of topic {log.topic!r} are stored yet")
+        wanted = {partition: offset for partition, offset in _wanted(options, log).items() if partition in mine}
+        rows = [
+            {
+                "partition": partition,
+                "next_offset": mine[partition].next_offset,
+                "new_next_offset": offset,
+                "again": max(0, mine[partition].next_offset - offset),
+                "skipped": max(0, offset - mine[partition].next_offset),
+            }
+            for partition, offset in sorted(wanted.items())
+        ]
+        show(rows, as_json=options.json)
+        if not options.execute:
+            return EXIT_DONE
+        group = next(iter(mine.values())).group
+        _require_stopped(log, group)
+        if not agreed(f"move the offsets of group {group!r}", yes=options.yes):
+            return EXIT_FAILED
+        reset_offsets(connection, group, log.topic_id, wanted)
+    return EXIT_DONE
+
+
+def _wanted(options: argparse.Namespace, log: Log) -> dict[int, int]:
+    if options.to_earliest:
+        return log.earliest()
+    if options.to_latest:
+        return log.ends()
+    if options.to_time is not None:
+        return log.at_time(int(options.to_time.timestamp() * 1000))
+    earliest, ends = log.earliest(), log.ends()
+    if options.partition not in ends:
+        raise BrokenSetup(f"topic {log.topic!r} has no partition {options.partition}")
+    if not earliest[options.partition] <= options.to_offset <= ends[options.partition]:
+        raise BrokenSetup(
+            f"--to-offset must be from {earliest[options.partition]} to {ends[options.partition]}, what Kafka holds"
+        )
+    return {options.partition: options.to_offset}
+
+
+def _require_stopped(log: Log, group: str) -> None:
+    found = answer(log.admin.describe_consumer_groups([group], request_timeout=ANSWER_S)[group])
+    if found.state not in _STOPPED:
+        raise BrokenSetup(f"group {group!r} has {len(found.members)} running consumers: stop them first")

@@ -1,0 +1,57 @@
+"""``get`` and ``forget``: one order."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+
+import orderlib
+from orderlib.config import database_url
+from orderlib.errors import OrderNotFound
+from orderlib.postgres.connection import connect
+from orderlib.postgres.operations import forget
+from orderlib.program import EXIT_DONE, EXIT_FAILED
+from services.admin.output import add_yes_option, agreed
+from services.admin.schema import APPLICATION_NAME, Commands
+
+
+def add_commands(commands: Commands) -> None:
+    """Add these commands to the parser."""
+    parser = commands.add_parser(
+        "get",
+        help="print an order",
+        description="Print the current version of an order as canonical JSON (ORDERS_READER_URL).",
+    )
+    parser.add_argument("order_uid", metavar="UID")
+    parser.set_defaults(command=_get)
+    parser = commands.add_parser(
+        "forget",
+        help="erase an order",
+        description="Erase a person's order, with its delivery, payment and items, and the rejects with its uid as key "
+        "(ORDERS_MIGRATOR_URL). Kafka still holds the record until its retention ends: rewinding the offsets past it "
+        "brings the order back. Backups hold it, too.",
+    )
+    parser.add_argument("order_uid", metavar="UID")
+    add_yes_option(parser)
+    parser.set_defaults(command=_forget)
+
+
+def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    url = database_url(environ, "ORDERS_READER_URL")
+    with orderlib.connect(url, application_name=APPLICATION_NAME, max_connections=1) as repository:
+        order = repository.get(options.order_uid)
+    sys.stdout.buffer.write(orderlib.encode_order(order) + b"\n")
+    return EXIT_DONE
+
+
+def _forget(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    url = database_url(environ, "ORDERS_MIGRATOR_URL")
+    if not agreed(f"erase order {options.order_uid} for good", yes=options.yes):
+        return EXIT_FAILED
+    with connect(url, application_name=APPLICATION_NAME) as connection:
+        orders, rejects = forget(connection, options.order_uid)
+    if not orders and not rejects:
+        raise OrderNotFound(options.order_uid)
+    print(f"erased {orders} order and {rejects} rejects; a rewind of the offsets would bring them back")
+    return EXIT_DONE

@@ -1,0 +1,76 @@
+"""Results for people and for programs, and the question before what cannot be undone."""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import sys
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+Row = Mapping[str, object]
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Let a command's result be asked for as JSON."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def show(rows: Sequence[Row], *, as_json: bool) -> None:
+    """Print rows of the same names: a JSON array, or a table with its names on top."""
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode())
+        return
+    if not rows:
+        return
+    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: object) -> str:
+    match value:
+        case None:
+            return "-"
+        case dt.datetime():
+            return value.astimezone(dt.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+        case int():
+            return f"{value:,}"
+        case _:
+            return str(value)
+
+
+def add_yes_option(parser: argparse.ArgumentParser) -> None:
+    """Let a command go on without its question."""
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def agreed(question: str, *, yes: bool) -> bool:
+    """Whether the operator wants it: asked on a terminal; elsewhere only ``--yes`` counts."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        print(f"{question}: not done; say --yes", file=sys.stderr)
+        return False
+    print(f"{question}? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+
+class Progress:
+    """A count on stderr, if that is a terminal."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._shown = sys.stderr.isatty()
+
+    def at(self, count: int) -> None:
+        """So far."""
+        if self._shown:
+            print(f"\r{count:,} {self._what}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Done; the line is left."""
+        if self._shown:
+            print(file=sys.stderr)

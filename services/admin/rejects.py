@@ -1,0 +1,150 @@
+"""``rejects list | show | redrive | purge``: refused records."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import datetime as dt
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+from orderlib.config import database_url, max_record_bytes
+from orderlib.errors import InvalidOrder, MalformedJson, RefusedByDatabase, TooLarge
+from orderlib.ingest import judge
+from orderlib.postgres.connection import connect
+from orderlib.postgres.operations import count_old_rejects, purge_rejects
+from orderlib.postgres.rejects import RejectPlace, get_reject, list_rejects, redrive
+from orderlib.program import EXIT_DONE, EXIT_FAILED
+from orderlib.repository import Outcome
+from services.admin.output import Progress, add_json_option, add_yes_option, agreed, show
+from services.admin.schema import APPLICATION_NAME, Commands
+
+CODES = [refusal.code for refusal in (MalformedJson, InvalidOrder, TooLarge, RefusedByDatabase)]
+
+
+def add_commands(commands: Commands) -> None:
+    """Add these commands to the parser."""
+    parser = commands.add_parser(
+        "rejects",
+        help="look at refused records, try them again, purge them",
+        description="Refused records, each kept whole with its reasons. PLACE is TOPIC/PARTITION/OFFSET.",
+    )
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+
+    listing = actions.add_parser("list", help="the oldest rejects (ORDERS_DATABASE_URL)")
+    listing.add_argument("--code", choices=CODES, help="only those of one code")
+    listing.add_argument("--waiting", action="store_true", help="only those that were never redriven")
+    listing.add_argument("--limit", type=int, default=50, help="at most so many (%(default)s)")
+    add_json_option(listing)
+    listing.set_defaults(command=_list)
+
+    showing = actions.add_parser(
+        "show",
+        help="one reject, whole (ORDERS_DATABASE_URL)",
+        description="Print all that is kept of a reject, as JSON; key and value are text if they can be, else base64.",
+    )
+    showing.add_argument("place", metavar="PLACE", type=_place)
+    showing.set_defaults(command=_show)
+
+    redriving = actions.add_parser(
+        "redrive",
+        help="try rejects again, in place (ORDERS_DATABASE_URL)",
+        description="Judge rejects again by the rules of today, each at its own position: it is stored only if there "
+        "is no such order or an earlier one of its own partition, else it counts as superseded. The reject stays, with "
+        "the outcome. Again is harmless.",
+    )
+    which = redriving.add_mutually_exclusive_group(required=True)
+    which.add_argument("--all", action="store_true", help="all of them")
+    which.add_argument("--code", choices=CODES, help="those of one code")
+    which.add_argument("place", metavar="PLACE", nargs="?", type=_place, help="one")
+    add_json_option(redriving)
+    redriving.set_defaults(command=_redrive)
+
+    purging = actions.add_parser(
+        "purge",
+        help="take old rejects away for good (ORDERS_MIGRATOR_URL)",
+        description="Delete the rejects that were refused longer ago than this, redriven or not. Only a rewind of the "
+        "offsets brings them back.",
+    )
+    purging.add_argument("--older-than", metavar="AGE", type=_age, required=True, help="such as 90d, 12h or 30m")
+    add_yes_option(purging)
+    purging.set_defaults(command=_purge)
+
+
+def _place(text: str) -> RejectPlace:
+    found = re.fullmatch(r"(?P<topic>[^/]+)/(?P<partition>\d{1,9})/(?P<offset>\d{1,18})", text)
+    if not found:
+        raise argparse.ArgumentTypeError("must be TOPIC/PARTITION/OFFSET")
+    return RejectPlace(topic=found["topic"], partition=int(found["partition"]), offset=int(found["offset"]))
+
+
+def _age(text: str) -> dt.timedelta:
+    found = re.fullmatch(r"(\d{1,6})([mhd])", text)
+    if not found:
+        raise argparse.ArgumentTypeError("must be a number of m(inutes), h(ours) or d(ays), such as 90d")
+    unit = {"m": "minutes", "h": "hours", "d": "days"}[found[2]]
+    return dt.timedelta(**{unit: int(found[1])})
+
+
+def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    with connect(database_url(environ, "ORDERS_DATABASE_URL"), application_name=APPLICATION_NAME) as connection:
+        found = list_rejects(connection, code=options.code, waiting=options.waiting, limit=options.limit)
+    rows = [
+        {
+            "place": str(reject.place),
+            "code": reject.code,
+            "faults": reject.faults,
+            "first_path": reject.first_path,
+            "record_time": reject.record_time,
+            "rejected_at": reject.rejected_at,
+            "redriven_at": reject.redriven_at,
+            "redrive_outcome": reject.redrive_outcome,
+        }
+        for reject in found
+    ]
+    show(rows, as_json=options.json)
+    return EXIT_DONE
+
+
+def _show(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    with connect(database_url(environ, "ORDERS_DATABASE_URL"), application_name=APPLICATION_NAME) as connection:
+        for reject in get_reject(connection, options.place):
+            plain = {**reject, "key": _bytes(reject["key"]), "value": _bytes(reject["value"])}
+            print(json.dumps(plain, indent=2, ensure_ascii=False, default=lambda value: value.isoformat()))
+    return EXIT_DONE
+
+
+def _bytes(value: bytes | None) -> dict[str, str] | None:
+    if value is None:
+        return None
+    try:
+        return {"text": value.decode()}
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(value).decode()}
+
+
+def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    rule = functools.partial(judge, max_bytes=max_record_bytes(environ))
+    outcomes: Counter[Outcome] = Counter()
+    progress = Progress("rejects redriven")
+    with connect(database_url(environ, "ORDERS_DATABASE_URL"), application_name=APPLICATION_NAME) as connection:
+        if options.place is not None:
+            get_reject(connection, options.place)
+        for some in redrive(connection, rule, code=options.code, place=options.place):
+            outcomes += some
+            progress.at(outcomes.total())
+    progress.end()
+    show([{str(outcome): outcomes[outcome] for outcome in Outcome}], as_json=options.json)
+    return EXIT_DONE
+
+
+def _purge(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    with connect(database_url(environ, "ORDERS_MIGRATOR_URL"), application_name=APPLICATION_NAME) as connection:
+        count = count_old_rejects(connection, options.older_than)
+        if count and not agreed(f"delete {count:,} rejects for good", yes=options.yes):
+            return EXIT_FAILED
+        print(f"deleted {purge_rejects(connection, options.older_than):,} rejects")
+    return EXIT_DONE

@@ -1,0 +1,115 @@
+"""``python -m services.consumer``: stores every order from Kafka exactly once, and loses none."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from orderlib.config import ConsumerSettings
+from orderlib.consumption import Breaker, Consumption
+from orderlib.errors import TryAgain
+from orderlib.ingest import judge
+from orderlib.postgres.ledger import ConsumerLedger
+from orderlib.program import EXIT_DONE, event, run, set_up_logging
+from orderlib.retry import Backoff
+from services.consumer.health import Health, HealthServer, Metrics
+from services.consumer.loop import STOP_CLOSE_S, Loop, StoreThread
+from services.consumer.topic import Topic
+
+T = TypeVar("T")
+
+
+class _Told(Exception):
+    """A signal came while we waited for a server at the start."""
+
+
+def main(arguments: list[str], environ: Mapping[str, str]) -> int:
+    """The exit status: 0 told to stop or the end reached, 1 stopped itself, 2 set-up."""
+    parser = argparse.ArgumentParser(
+        prog="python -m services.consumer",
+        description="Store every order of the topic in PostgreSQL, exactly once. Stops cleanly on SIGTERM and Ctrl-C.",
+        epilog="Settings are environment variables: ORDERS_DATABASE_URL, ORDERS_KAFKA_BOOTSTRAP_SERVERS, ORDERS_TOPIC, "
+        "ORDERS_CONSUMER_GROUP, ORDERS_MAX_RECORD_BYTES, ORDERS_METRICS_BIND, ORDERS_BREAKER_FRACTION.",
+    )
+    parser.add_argument(
+        "--exit-at-end", action="store_true", help="stop with 0 when the log ends seen at the start are handled"
+    )
+    options = parser.parse_args(arguments)
+    settings = ConsumerSettings.from_mapping(environ)
+    told_to_stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: told_to_stop.set())
+
+    clock = time.monotonic
+    health, metrics = Health(clock), Metrics()
+    ledger = ConsumerLedger(settings.database_url, settings.group, clock)
+    with HealthServer(settings.metrics_bind, health, metrics) as server:
+        event("started", metrics=str(server.address), topic=settings.kafka.topic, group=settings.group)
+        topic = Topic(settings)
+        try:
+            partitions = _once_it_answers(topic.partitions, "Kafka", told_to_stop, health)
+            ends = _once_it_answers(lambda: topic.ends(partitions), "Kafka", told_to_stop, health)
+            _once_it_answers(ledger.check, "PostgreSQL", told_to_stop, health)
+        except _Told:
+            return EXIT_DONE
+        core = Consumption(
+            settings.kafka.topic,
+            functools.partial(judge, max_bytes=settings.max_record_bytes),
+            random.Random(),  # noqa: S311  jitter, no secret
+            until=ends if options.exit_at_end else None,
+        )
+        store = StoreThread(ledger, topic, Breaker(settings.breaker_fraction), metrics)
+        topic.join(core)
+        try:
+            return Loop(core, topic, store, ledger, health, metrics, clock, told_to_stop).run()
+        finally:
+            store.close(timeout_s=1)
+            left = topic.close(STOP_CLOSE_S)
+            event("ended", left_group=left)
+
+
+def _once_it_answers(ask: Callable[[], T], server: str, told_to_stop: threading.Event, health: Health) -> T:
+    """Ask until there is an answer; say once that we wait. Raises BrokenSetup at once."""
+    backoff = Backoff(rng=random.Random())  # noqa: S311  jitter, no secret
+    said = False
+    while not told_to_stop.is_set():
+        health.turn()
+        try:
+            return ask()
+        except TryAgain as exc:
+            health.not_ready = str(exc)
+            if not said:
+                event("waiting_for_server", server=server, reason=str(exc))
+                said = True
+        told_to_stop.wait(backoff.next_wait_s())
+    raise _Told
+
+
+def _tune_interpreter() -> None:
+    """Two threads that both compute, and batches of objects without cycles.
+
+    The store's thread asks for the interpreter after every write to its socket; at the default of 5 ms the database
+    would wait for us. The cycle collector looks at a whole batch again and again and finds nothing: let it look seldom.
+    """
+    sys.setswitchinterval(0.0005)
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+
+
+if __name__ == "__main__":
+    set_up_logging()
+    _tune_interpreter()
+    status = run(lambda: main(sys.argv[1:], os.environ))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # librdkafka's threads may be stuck in a dead network; nothing of ours is left to do.
+    os._exit(status)

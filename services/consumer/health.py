@@ -1,0 +1,147 @@
+"""Metrics and health over HTTP, on a thread of their own."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Self
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+from prometheus_client import CollectorRegistry, Gauge, Histogram, make_wsgi_app
+from prometheus_client import Counter as Count
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from orderlib.config import Address
+from orderlib.errors import BrokenSetup
+from orderlib.repository import Outcome
+
+#: Not live: the loop has not turned for so long.
+LOOP_S = 30.0
+
+
+class _EndToEnd(Collector):
+    """Seconds from a record's time to its commit, counted by the batch: one observation a record is too slow for us."""
+
+    _BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60, 600, 3600)
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(self._BOUNDS_S) + 1)
+        self._sum_s = 0.0
+
+    def observe(self, ages_s: Iterable[float]) -> None:
+        for age_s in ages_s:
+            self._counts[bisect_left(self._BOUNDS_S, age_s)] += 1
+            self._sum_s += age_s
+
+    def collect(self) -> Iterator[Metric]:
+        total, buckets = 0, []
+        for bound, count in zip([*map(str, self._BOUNDS_S), "+Inf"], self._counts, strict=True):
+            total += count
+            buckets.append((bound, float(total)))
+        yield HistogramMetricFamily(
+            "orders_end_to_end_seconds", "Seconds from a record's time to its commit", buckets, self._sum_s
+        )
+
+
+class Metrics:
+    """What the consumer counts."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.records = Count("orders_records", "Records handled", ["outcome"], registry=self.registry)
+        self.rejects = Count("orders_rejects", "Records refused", ["code"], registry=self.registry)
+        self.batch_records = Histogram(
+            "orders_batch_records",
+            "Records in a committed batch",
+            buckets=(1, 10, 50, 100, 500, 1000, 2000),
+            registry=self.registry,
+        )
+        self.batch_seconds = Histogram(
+            "orders_batch_seconds", "Seconds a batch spent in a step", ["step"], registry=self.registry
+        )
+        self.lag = Gauge("orders_lag_records", "Log end minus next offset", ["partition"], registry=self.registry)
+        self.retries = Count("orders_retries", "Jobs tried again", ["cause"], registry=self.registry)
+        self.end_to_end = _EndToEnd()
+        self.registry.register(self.end_to_end)
+        for outcome in Outcome:
+            self.records.labels(outcome)
+
+    def count_rejects(self, codes: Counter[str]) -> None:
+        """Count refused records by code."""
+        for code, count in codes.items():
+            self.rejects.labels(code).inc(count)
+
+
+class Health:
+    """Whether the consumer is live (its loop turns) and ready (nothing keeps it from storing).
+
+    Set from the loop, read by the server.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._turned_at_s = clock()
+        #: Why it cannot store now; ``None`` if it can.
+        self.not_ready: str | None = "starting"
+
+    def turn(self) -> None:
+        """The loop has turned."""
+        self._turned_at_s = self._clock()
+
+    @property
+    def live(self) -> bool:
+        """Whether the loop turned lately."""
+        return self._clock() - self._turned_at_s < LOOP_S
+
+
+class HealthServer:
+    """Serves ``/metrics``, ``/livez`` and ``/readyz`` while in ``with``. Raises BrokenSetup if the address is taken."""
+
+    def __init__(self, bind: Address, health: Health, metrics: Metrics) -> None:
+        self._health = health
+        self._metrics: WSGIApplication = make_wsgi_app(metrics.registry)
+        try:
+            self._server = make_server(bind.host, bind.port, self._answer, WSGIServer, _Quiet)
+        except OSError as exc:
+            raise BrokenSetup(f"ORDERS_METRICS_BIND: cannot listen on {bind}: {exc.strerror}") from exc
+        self.address = Address(host=bind.host, port=self._server.server_port)
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        match environ["PATH_INFO"]:
+            case "/metrics":
+                return self._metrics(environ, start_response)
+            case "/livez":
+                fault = None if self._health.live else f"the loop has not turned for {LOOP_S:g} s"
+            case "/readyz":
+                fault = self._health.not_ready if self._health.live else f"the loop has not turned for {LOOP_S:g} s"
+            case _:
+                start_response("404 Not Found", [("Content-Type", "text/plain")])
+                return [b"/metrics, /livez, /readyz\n"]
+        start_response(
+            "503 Service Unavailable" if fault else "200 OK", [("Content-Type", "text/plain; charset=utf-8")]
+        )
+        return [f"{fault or 'ok'}\n".encode()]
+
+
+class _Quiet(WSGIRequestHandler):
+    timeout = 5
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base class's name
+        """Say nothing: probes come every few seconds."""

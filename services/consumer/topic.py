@@ -1,0 +1,218 @@
+"""The topic as librdkafka shows it: the consumer's only room that knows confluent_kafka."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import attrs
+from confluent_kafka import (
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
+from orderlib.config import ConsumerSettings
+from orderlib.errors import BrokenSetup, OrderError
+from orderlib.ingest import Record
+from orderlib.program import event
+from services.kafka import (
+    SILENT,
+    ask_topic_id,
+    known,
+    offsets_of,
+    partitions_of,
+    record_of,
+    translate,
+    translated_errors,
+)
+
+#: Records taken from librdkafka at once. A consume(2000) could return 500 MB of large ones.
+CONSUME_RECORDS = 200
+
+#: What librdkafka may fetch ahead, in KiB, and at most per partition and request, in bytes.
+_QUEUE_KIB = 8 * 1024
+_FETCH_BYTES = 1024 * 1024
+
+
+@attrs.frozen
+class EndReached:
+    """The client's position in a partition, past anything that holds no records."""
+
+    partition: int
+    next_offset: int
+
+
+Fetched = Record | EndReached | OrderError
+
+
+class Member(Protocol):
+    """Who wants to know which partitions the group gives and takes."""
+
+    def on_given(self, partitions: Iterable[int]) -> None:
+        """These are ours now."""
+
+    def on_taken(self, partitions: Iterable[int]) -> None:
+        """These are not ours any more."""
+
+
+class Topic:
+    """One topic, read by one member of a consumer group.
+
+    What the group gives and takes is told from within ``fetch`` and ``poll``. Assigning is left to ``assign``, when the
+    store has said where to begin.
+    """
+
+    def __init__(self, settings: ConsumerSettings) -> None:
+        self.name = settings.kafka.topic
+        self._assigned: set[int] = set()
+        self._down = threading.Event()
+        shared: dict[str, Any] = {**settings.kafka.client_properties(), "error_cb": self._on_error}
+        self._admin = AdminClient(shared, logger=SILENT)
+        self._consumer = Consumer(
+            {
+                "partition.assignment.strategy": "cooperative-sticky",
+                "queued.max.messages.kbytes": _QUEUE_KIB,
+                "fetch.message.max.bytes": _FETCH_BYTES,
+                "fetch.wait.max.ms": 100,
+                **shared,
+                "group.id": settings.group,
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "enable.partition.eof": True,
+                "isolation.level": "read_committed",
+                # An offset that Kafka no longer holds must stop us, never skip records.
+                "auto.offset.reset": "error",
+                "on_commit": _on_reported,
+            },
+            logger=SILENT,
+        )
+
+    @property
+    def down(self) -> bool:
+        """Whether no broker could be reached at last notice."""
+        return self._down.is_set()
+
+    # Questions to the cluster. They raise BrokerUnreachable or BrokenSetup.
+
+    def partitions(self) -> frozenset[int]:
+        """The topic's partitions. Raises BrokenSetup if there is no such topic."""
+        return partitions_of(self._consumer, self.name)
+
+    def ask_topic_id(self) -> Callable[[], str]:
+        """Ask for the topic's id; the result waits for the answer."""
+        return ask_topic_id(self._admin, self.name)
+
+    def earliest(self, partitions: Iterable[int]) -> dict[int, int]:
+        """The earliest offset that each partition still holds."""
+        return offsets_of(self._admin, self.name, partitions, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+
+    def ends(self, partitions: Iterable[int]) -> dict[int, int]:
+        """The log end of each partition: its last stable offset."""
+        return offsets_of(self._admin, self.name, partitions, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+
+    # The life of a member.
+
+    def join(self, member: Member) -> None:
+        """Join the group; ``member`` is told what it gives and takes."""
+
+        def given(consumer: Consumer, places: list[TopicPartition]) -> None:
+            # An empty call keeps the binding from assigning them at once: the store has not said where to begin.
+            consumer.incremental_assign([])
+            member.on_given([place.partition for place in places])
+
+        def taken(consumer: Consumer, places: list[TopicPartition]) -> None:
+            gone = {place.partition for place in places}
+            consumer.incremental_unassign(self._places(gone & self._assigned))
+            self._assigned -= gone
+            member.on_taken(gone)
+
+        self._consumer.subscribe([self.name], on_assign=given, on_revoke=taken, on_lost=taken)
+
+    def fetch(self, topic_id: str | None, timeout_s: float) -> list[Fetched]:
+        """A few records, and whatever else the client has to say."""
+        with translated_errors():
+            messages = self._consumer.consume(CONSUME_RECORDS, timeout_s)
+        return [self._fetched(message, topic_id) for message in messages]
+
+    def poll(self, topic_id: str | None, timeout_s: float) -> list[Fetched]:
+        """Stay in the group while paused."""
+        message = self._consumer.poll(timeout_s)
+        return [] if message is None else [self._fetched(message, topic_id)]
+
+    def assign(self, next_offsets: Mapping[int, int]) -> None:
+        """Fetch these partitions, which the group gave us, from these offsets on."""
+        with translated_errors():
+            self._consumer.incremental_assign(
+                [TopicPartition(self.name, partition, offset) for partition, offset in next_offsets.items()]
+            )
+        self._assigned.update(next_offsets)
+
+    def seek(self, partition: int, next_offset: int) -> None:
+        """Go on from another offset."""
+        with translated_errors():
+            self._consumer.seek(TopicPartition(self.name, partition, next_offset))
+
+    def pause(self) -> None:
+        """Fetch nothing, until ``resume``."""
+        with translated_errors():
+            self._consumer.pause(self._places(self._assigned))
+
+    def resume(self) -> None:
+        """Fetch again."""
+        with translated_errors():
+            self._consumer.resume(self._places(self._assigned))
+
+    def report(self, next_offsets: Mapping[int, int]) -> None:
+        """Commit offsets to Kafka, which nobody waits for: only lag tools read them."""
+        places = [TopicPartition(self.name, partition, offset) for partition, offset in next_offsets.items()]
+        with contextlib.suppress(KafkaException):
+            self._consumer.commit(offsets=places, asynchronous=True)
+
+    def close(self, timeout_s: float) -> bool:
+        """Leave the group; whether that was done in time."""
+        closing = threading.Thread(target=self._consumer.close, daemon=True)
+        closing.start()
+        closing.join(timeout_s)
+        return not closing.is_alive()
+
+    # Callbacks of librdkafka.
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.code() == KafkaError._ALL_BROKERS_DOWN and not self._down.is_set():  # noqa: SLF001
+            self._down.set()
+            event("kafka_unreachable", logging.WARNING, reason=error.str())
+
+    def _fetched(self, message: Message, topic_id: str | None) -> Fetched:
+        error = message.error()
+        if error is None:
+            self._up()
+            return record_of(message, topic_id or "")
+        if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001
+            self._up()
+            return EndReached(partition=known(message.partition()), next_offset=known(message.offset()))
+        if error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001
+            return BrokenSetup(
+                f"Kafka no longer holds the next record of {self.name}[{message.partition()}] ({error.str()}): records "
+                "were lost before they were stored; see `python -m services.admin offsets`"
+            )
+        return translate(error)
+
+    def _up(self) -> None:
+        if self._down.is_set():
+            self._down.clear()
+            event("kafka_reachable")
+
+    def _places(self, partitions: Iterable[int]) -> list[TopicPartition]:
+        return [TopicPartition(self.name, partition) for partition in partitions]
+
+
+def _on_reported(error: KafkaError | None, _places: list[TopicPartition]) -> None:
+    if error is not None:
+        event("offsets_not_reported", logging.INFO, reason=error.name())
