@@ -211,16 +211,19 @@ BOOTSTRAP: tuple[LiteralString, ...] = (
 LIMIT_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = '5s'"
 UNLIMIT_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = 0"
 
-#: End the sessions of our own role and program that hold these rows' locks. A row's xmax is who locked it.
+#: End the sessions of our own role and program that hold these rows' locks. A row's xmax is who locked it. They are found
+#: before any is ended: as one more condition, pg_terminate_backend would be called first, for every session there is.
 END_BLOCKERS: LiteralString = """
-SELECT a.pid
-FROM consumer_offsets o
-JOIN pg_locks l ON l.locktype = 'transactionid' AND l.granted AND l.transactionid = o.xmax
-JOIN pg_stat_activity a ON a.pid = l.pid
-WHERE o.consumer_group = %(group)s AND o.topic_id = %(topic_id)s AND o.partition = ANY(%(partitions)s)
-  AND a.pid <> pg_backend_pid() AND a.usename = current_user
-  AND a.application_name = current_setting('application_name')
-  AND pg_terminate_backend(a.pid)
+WITH blockers AS MATERIALIZED (
+    SELECT a.pid
+    FROM consumer_offsets o
+    JOIN pg_locks l ON l.locktype = 'transactionid' AND l.granted AND l.transactionid = o.xmax
+    JOIN pg_stat_activity a ON a.pid = l.pid
+    WHERE o.consumer_group = %(group)s AND o.topic_id = %(topic_id)s AND o.partition = ANY(%(partitions)s)
+      AND a.pid <> pg_backend_pid() AND a.usename = current_user
+      AND a.application_name = current_setting('application_name')
+)
+SELECT pid FROM blockers WHERE pg_terminate_backend(pid)
 """
 
 #: Which of these rights the session's role lacks.

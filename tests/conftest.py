@@ -164,6 +164,8 @@ def environ(sandbox: Sandbox, database: Database, topic: str) -> dict[str, str]:
         **database.environ(),
         "ORDERS_KAFKA_BOOTSTRAP_SERVERS": sandbox.kafka.bootstrap_servers,
         "ORDERS_TOPIC": topic,
+        # The least that the broker allows: a consumer that was killed is missed sooner.
+        "ORDERS_KAFKA_SESSION_TIMEOUT_MS": "6000",
         "ORDERS_METRICS_BIND": "127.0.0.1:0",
         "ORDERS_API_BIND": "127.0.0.1:0",
         "ORDERS_API_AUTH": "off",

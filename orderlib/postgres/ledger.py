@@ -71,9 +71,14 @@ class ConsumerLedger:
     def begin(self, topic: str, topic_id: str, earliest: Mapping[int, int]) -> dict[int, int]:
         """Where this group goes on in these partitions; one that it never read begins at its earliest offset."""
         position = self._position(topic_id, earliest)
-        offsets = [earliest[partition] for partition in sorted(earliest)]
-        with translated_errors(), self._connected() as connection, connection.transaction():
-            connection.execute(queries.BEGIN_OFFSETS, {**position, "topic": topic, "next_offsets": offsets})
+        with translated_errors(), self._connected() as connection:
+            known = _next_offsets(connection, position)
+            # Even to do nothing, an INSERT would wait for a row that a frozen consumer is just moving.
+            new = sorted(earliest.keys() - known.keys())
+            if not new:
+                return known
+            begun = {**position, "topic": topic, "partitions": new, "next_offsets": [earliest[p] for p in new]}
+            connection.execute(queries.BEGIN_OFFSETS, begun)
             return _next_offsets(connection, position)
 
     def write(self, batch: Batch, before_commit: Callable[[Written], None]) -> Written:
@@ -91,15 +96,19 @@ class ConsumerLedger:
             began_s = now_s
 
         with translated_errors(), self._connected() as connection:
-            with connection.transaction():
-                self._fence(connection, batch)
-                lap("fence")
-                written = attrs.evolve(_write_orders(connection, batch), seconds=seconds)
-                lap("orders")
-                _insert_rejects(connection, written.rejects)
-                lap("rejects")
-                before_commit(written)
-                lap("check")
+            try:
+                with connection.transaction():
+                    self._fence(connection, batch)
+                    lap("fence")
+                    written = attrs.evolve(_write_orders(connection, batch), seconds=seconds)
+                    lap("orders")
+                    _insert_rejects(connection, written.rejects)
+                    lap("rejects")
+                    before_commit(written)
+                    lap("check")
+            except psycopg.errors.LockNotAvailable as exc:
+                # Nothing but the fence limits its wait. The transaction must be over before anything else is asked.
+                raise self._end_blockers(connection, self._position(batch.topic_id, batch.spans)) from exc
             lap("commit")
             return written
 
@@ -150,14 +159,10 @@ class ConsumerLedger:
             "expected": [batch.spans[partition].expected_offset for partition in partitions],
             "next_offsets": [batch.spans[partition].next_offset for partition in partitions],
         }
-        try:
-            with connection.pipeline():
-                connection.execute(queries.LIMIT_LOCK_WAIT)
-                moved = connection.execute(queries.MOVE_OFFSETS, moves)
-                connection.execute(queries.UNLIMIT_LOCK_WAIT)
-        except psycopg.errors.LockNotAvailable as exc:
-            connection.rollback()
-            raise self._end_blockers(connection, position) from exc
+        with connection.pipeline():
+            connection.execute(queries.LIMIT_LOCK_WAIT)
+            moved = connection.execute(queries.MOVE_OFFSETS, moves)
+            connection.execute(queries.UNLIMIT_LOCK_WAIT)
         lost = set(partitions) - {partition for (partition,) in moved.fetchall()}
         if lost:
             there = _next_offsets(connection, position)

@@ -47,8 +47,10 @@ def values(rule: Type, *, max_items: int = 3) -> st.SearchStrategy[object]:
         case VarTupleType(item_type=item, min_length=least, max_length=most):
             longest = max_items if most is None else min(max_items, most)
             return st.lists(values(item), min_size=least or 0, max_size=longest).map(tuple)
-        case StrType(min_length=least, max_length=most, pattern=None):
-            return st.text(_CHARACTERS, min_size=least or 0, max_size=most)
+        case StrType(min_length=least, max_length=int(limit), pattern=None):
+            # By itself hypothesis seldom draws a text of hundreds of characters.
+            full = _CHARACTERS.map(lambda character: character * limit)
+            return st.text(_CHARACTERS, min_size=least or 0, max_size=limit) | full
         case StrType(min_length=least, max_length=most, pattern=str(pattern)):
             matching = st.from_regex(pattern, alphabet=_CHARACTERS)
             return matching.filter(lambda text: (least or 0) <= len(text) <= (most or len(text)))

@@ -27,7 +27,7 @@ from orderlib.consumption import (
     TopicRemade,
     Write,
 )
-from orderlib.errors import OrderError, TryAgain
+from orderlib.errors import Collision, OrderError, TryAgain
 from orderlib.ingest import Batch, Record, Reject
 from orderlib.postgres.ledger import ConsumerLedger, Written
 from orderlib.program import EXIT_DONE, EXIT_FAILED, event
@@ -170,6 +170,8 @@ class Loop:
             return
         if isinstance(result, OrderError):
             self._metrics.retries.labels(type(result).__name__).inc()
+            if isinstance(result, Collision):
+                event("collision", logging.WARNING, reason=str(result))
             self._core.on_failed(result, self._clock())
         elif isinstance(result, BaseException):
             raise result

@@ -74,25 +74,30 @@ class Topic:
         self._assigned: set[int] = set()
         self._down = threading.Event()
         shared: dict[str, Any] = {**settings.kafka.client_properties(), "error_cb": self._on_error}
-        self._admin = AdminClient(shared, logger=SILENT)
-        self._consumer = Consumer(
-            {
-                "partition.assignment.strategy": "cooperative-sticky",
-                "queued.max.messages.kbytes": _QUEUE_KIB,
-                "fetch.message.max.bytes": _FETCH_BYTES,
-                "fetch.wait.max.ms": 100,
-                **shared,
-                "group.id": settings.group,
-                "enable.auto.commit": False,
-                "enable.auto.offset.store": False,
-                "enable.partition.eof": True,
-                "isolation.level": "read_committed",
-                # An offset that Kafka no longer holds must stop us, never skip records.
-                "auto.offset.reset": "error",
-                "on_commit": _on_reported,
-            },
-            logger=SILENT,
-        )
+        with translated_errors():
+            self._admin = AdminClient(shared, logger=SILENT)
+            self._consumer = Consumer(
+                {
+                    "partition.assignment.strategy": "cooperative-sticky",
+                    # The partitions of one that was killed go to the others after this.
+                    "session.timeout.ms": 10_000,
+                    "queued.max.messages.kbytes": _QUEUE_KIB,
+                    "fetch.message.max.bytes": _FETCH_BYTES,
+                    "fetch.wait.max.ms": 100,
+                # How soon a deleted topic and a new partition are noticed; by default it takes five minutes.
+                "topic.metadata.refresh.interval.ms": 10_000,
+                    **shared,
+                    "group.id": settings.group,
+                    "enable.auto.commit": False,
+                    "enable.auto.offset.store": False,
+                    "enable.partition.eof": True,
+                    "isolation.level": "read_committed",
+                    # An offset that Kafka no longer holds must stop us, never skip records.
+                    "auto.offset.reset": "error",
+                    "on_commit": _on_reported,
+                },
+                logger=SILENT,
+            )
 
     @property
     def down(self) -> bool:
@@ -149,6 +154,8 @@ class Topic:
     def assign(self, next_offsets: Mapping[int, int]) -> None:
         """Fetch these partitions, which the group gave us, from these offsets on."""
         with translated_errors():
+            # One that was taken while paused would still be.
+            self._consumer.resume(self._places(next_offsets))
             self._consumer.incremental_assign(
                 [TopicPartition(self.name, partition, offset) for partition, offset in next_offsets.items()]
             )

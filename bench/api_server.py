@@ -1,0 +1,204 @@
+"""One way of serving orders, for ``bench.api`` to measure: ``python -m bench.api_server APPLICATION SERVER PORT``.
+
+Applications: ``ours`` is the API as it is, with a fixed body at ``/hello`` besides. ``four`` reads with four plain SELECTs
+through psycopg and its pool, as the service that orderlib replaces did; ``four-ours`` sends the same four through our own
+driver. ``wsgi`` is ``ours`` as a WSGI application.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import falcon
+import falcon.asgi
+import psycopg
+from psycopg.abc import PQGen
+from psycopg_pool import AsyncConnectionPool
+
+from orderlib.codecs import encode_order
+from orderlib.config import Address, ApiSettings
+from orderlib.errors import OrderNotFound
+from orderlib.models import Order
+from orderlib.postgres.asynchronous import AsyncPostgresOrderReader
+from orderlib.postgres.reading import Reading
+from orderlib.postgres.repository import PostgresOrderRepository
+from orderlib.program import set_up_logging
+from orderlib.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS, Row, order_from_rows
+from services.api.server import Server, listen
+
+ORDERS = f"SELECT {', '.join(ORDER_COLUMNS)} FROM orders WHERE order_uid = $1"
+DELIVERY = f"SELECT {', '.join(DELIVERY_COLUMNS)} FROM delivery WHERE order_uid = $1"
+PAYMENT = f"SELECT {', '.join(PAYMENT_COLUMNS)} FROM payment WHERE order_uid = $1"
+ITEMS = f"SELECT order_uid, {', '.join(ITEM_COLUMNS)} FROM items WHERE order_uid = $1 ORDER BY line"
+FOUR = (ORDERS, DELIVERY, PAYMENT, ITEMS)
+
+
+def _order(answers: list[list[Row]]) -> Order:
+    orders, delivery, payment, items = answers
+    return order_from_rows(orders[0] + delivery[0] + payment[0], items)
+
+
+class FourQueries(AsyncPostgresOrderReader):
+    """Four SELECTs, one after the other, in no common transaction: psycopg as its manual shows it."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._url = url
+        self._pool: AsyncConnectionPool[psycopg.AsyncConnection[Row]] | None = None
+
+    async def get(self, order_uid: str) -> Order:  # noqa: D102
+        if self._pool is None:
+            self._pool = AsyncConnectionPool(
+                self._url,
+                min_size=8,
+                max_size=8,
+                open=False,
+                kwargs={"autocommit": True},
+                connection_class=psycopg.AsyncConnection[Row],
+            )
+            await self._pool.open(wait=True)
+        async with self._pool.connection() as connection:
+            answers = []
+            for statement in FOUR:
+                cursor = psycopg.AsyncRawCursor(connection)
+                await cursor.execute(statement, [order_uid], binary=True)
+                answers.append(await cursor.fetchall())
+        return _order(answers)
+
+
+class FourQueriesOverOurs(AsyncPostgresOrderReader):
+    """The same four, over the driver that ours uses."""
+
+    async def get(self, order_uid: str) -> Order:  # noqa: D102
+        def four(reading: Reading) -> PQGen[Order]:
+            answers = []
+            for statement in FOUR:
+                answers += yield from reading._look((statement, [order_uid]))  # noqa: SLF001
+            return _order(answers)
+
+        return await self._read(four)
+
+
+BODY = b"x" * 1040
+
+
+class Hello:
+    """A fixed body of the sample's size."""
+
+    async def on_get(self, _req: Any, resp: Any) -> None:  # noqa: D102
+        resp.data, resp.content_type = BODY, falcon.MEDIA_JSON
+
+
+def _now(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run to its end a coroutine that waits for nothing, as those of our middleware do."""
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return
+    raise AssertionError("it waits")
+
+
+class _SyncMiddleware:
+    """Our middleware for WSGI."""
+
+    def __init__(self, observation: Any, access: Any) -> None:
+        self._observation = observation
+        self._access = access
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        _now(self._observation.process_request(req, resp))
+        _now(self._access.process_request(req, resp))
+
+    def process_response(
+        self, req: falcon.Request, resp: falcon.Response, resource: object, req_succeeded: bool
+    ) -> None:
+        _now(self._observation.process_response(req, resp, resource, req_succeeded))
+
+
+class _SyncOrder:
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._repository: PostgresOrderRepository | None = None
+
+    def on_get(self, _req: falcon.Request, resp: falcon.Response, order_uid: str) -> None:
+        if self._repository is None:
+            self._repository = PostgresOrderRepository.connect(self._url, max_connections=16)
+        try:
+            resp.data = encode_order(self._repository.get(order_uid))
+        except OrderNotFound as exc:
+            raise falcon.HTTPNotFound from exc
+        resp.content_type = falcon.MEDIA_JSON
+
+
+class _SyncHello:
+    def on_get(self, _req: falcon.Request, resp: falcon.Response) -> None:
+        resp.data, resp.content_type = BODY, falcon.MEDIA_JSON
+
+
+def build(application: str) -> Any:
+    """One of the applications, from the settings in the environment."""
+    # Imported here: prometheus_client looks at PROMETHEUS_MULTIPROC_DIR when it is imported.
+    from prometheus_client import CollectorRegistry  # noqa: PLC0415
+
+    from services.api.access import Access  # noqa: PLC0415
+    from services.api.app import create_app  # noqa: PLC0415
+    from services.api.observation import Metrics, Observation  # noqa: PLC0415
+
+    set_up_logging(open(os.devnull, "w"))  # noqa: PTH123, SIM115 - for as long as the process lives
+    settings = ApiSettings.from_mapping({**os.environ, "ORDERS_API_AUTH": "off"})
+    metrics = Metrics(CollectorRegistry())
+    make_id: Callable[[], str] = lambda: uuid.uuid4().hex  # noqa: E731
+    url = settings.reader_url
+    if application.startswith("wsgi"):
+        wsgi = falcon.App(middleware=_SyncMiddleware(Observation(metrics, make_id), Access(settings)))
+        wsgi.add_route("/orders/{order_uid}", _SyncOrder(url))
+        wsgi.add_route("/hello", _SyncHello())
+        return wsgi
+    reader = {"four": FourQueries, "four-ours": FourQueriesOverOurs}.get(application, AsyncPostgresOrderReader)(url)
+    app = create_app(reader, settings, metrics, make_id)
+    app.add_route("/hello", Hello())
+    return app
+
+
+def main() -> None:
+    """Serve until stopped."""
+    application, server, port = sys.argv[1:]
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp()
+    if server == "granian":
+        from granian import Granian  # noqa: PLC0415
+        from granian.constants import Interfaces  # noqa: PLC0415
+
+        interface = Interfaces.WSGI if application.startswith("wsgi") else Interfaces.ASGI
+        os.environ["BENCH_APPLICATION"] = application
+        Granian(
+            "bench.api_server:granian_application",
+            address="127.0.0.1",
+            port=int(port),
+            interface=interface,
+            factory=True,
+            log_enabled=False,
+            blocking_threads=8 if interface is Interfaces.WSGI else None,
+        ).serve()
+        return
+    listener = listen("PORT", Address(host="127.0.0.1", port=int(port)))
+    made = Server([listener], load=lambda: build(application), on_exit=lambda: None)
+    if server in ("sync", "gthread"):
+        made.cfg.set("worker_class", server)
+        made.cfg.set("threads", 8 if server == "gthread" else 1)
+    if server == "uvloop":
+        made.cfg.set("asgi_loop", "uvloop")
+    made.run()
+
+
+def granian_application() -> Any:
+    """What granian loads."""
+    return build(os.environ["BENCH_APPLICATION"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Figures, their limits, and where they are written down."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import platform
+from pathlib import Path
+
+import attrs
+
+RESULTS = Path(__file__).parent.parent / "docs" / "bench"
+
+
+@attrs.frozen
+class Figure:
+    """One measured number."""
+
+    name: str
+    value: float
+    unit: str
+    #: What it must reach, or must not exceed; what would be better still.
+    at_least: float | None = attrs.field(default=None, kw_only=True)
+    at_most: float | None = attrs.field(default=None, kw_only=True)
+    goal: float | None = attrs.field(default=None, kw_only=True)
+
+    @property
+    def verdict(self) -> str:
+        """Whether it keeps its limit, in a word; empty where it has none."""
+        if self.at_least is None and self.at_most is None:
+            return ""
+        kept = (self.at_least is None or self.value >= self.at_least) and (
+            self.at_most is None or self.value <= self.at_most
+        )
+        if not kept:
+            return "missed"
+        return "goal" if self.goal is not None and self.value >= self.goal else "kept"
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    return {
+        "measured_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "python": platform.python_version(),
+    }
+
+
+def write(topic: str, figures: list[Figure]) -> None:
+    """Print the figures as a table, and write them as JSON to ``docs/bench/TOPIC.json``."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    plain = [{**attrs.asdict(figure), "verdict": figure.verdict} for figure in figures]
+    text = json.dumps({"machine": machine(), "figures": plain}, indent=2, ensure_ascii=False)
+    (RESULTS / f"{topic}.json").write_text(text + "\n", encoding="utf-8")
+    print(table(figures))
+
+
+def table(figures: list[Figure]) -> str:
+    """The figures as a table in Markdown."""
+    lines = ["| figure | measured | limit | |", "|---|---:|---|---|"]
+    for figure in figures:
+        limit = ""
+        if figure.at_least is not None:
+            limit = f"≥ {figure.at_least:g}" + (f", goal {figure.goal:g}" if figure.goal is not None else "")
+        if figure.at_most is not None:
+            limit = f"≤ {figure.at_most:g}"
+        value = f"{figure.value:,.0f}" if figure.value >= 1000 else f"{figure.value:.3g}"
+        lines.append(f"| {figure.name} | {value} {figure.unit} | {limit} | {figure.verdict} |")
+    return "\n".join(lines)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

@@ -1,0 +1,210 @@
+"""``python -m services.sender``: makes or reads orders and publishes them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime as dt
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from random import Random
+
+from orderlib.config import KafkaSettings
+from orderlib.errors import BrokenSetup
+from orderlib.program import EXIT_DONE, EXIT_FAILED, run, set_up_logging
+from services.sender.feed import Pace, lines
+from services.sender.generate import make_values
+from services.sender.publish import Publisher
+
+DESCRIPTION = """\
+Publishes orders to Kafka: made-up ones, or the lines of a file. Each record is keyed by its order_uid if it has one.
+
+Settings are environment variables: ORDERS_KAFKA_BOOTSTRAP_SERVERS, ORDERS_TOPIC, and ORDERS_KAFKA_X_Y for librdkafka's
+property x.y. What is not acknowledged for 30 s counts as failed (ORDERS_KAFKA_MESSAGE_TIMEOUT_MS).
+"""
+EPILOG = """\
+On Ctrl-C or SIGTERM it sends nothing more, waits up to 8 s for what is on its way, and reports; to have been stopped is
+no failure.
+
+Exit status: 0 all that was sent is acknowledged, 1 some is not or Kafka did not answer for 10 s, 2 usage, settings or
+set-up.
+"""
+DEFAULT_COUNT = 1000
+
+#: When told to stop, what is on its way gets so long.
+STOP_WITHIN_S = 8.0
+
+#: How long any wait lasts at most, so that we notice soon when we are told to stop.
+_TURN_S = 0.1
+#: No pause of the pace is shorter, for that would only burn the processor; a few records are then sent at once.
+_LEAST_PAUSE_S = 0.005
+_PROGRESS_EVERY_S = 0.2
+
+#: Where the time of seeded orders begins; each is made a second after the one before.
+_SEEDED_TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+
+
+def main(arguments: list[str], environ: Mapping[str, str]) -> int:
+    """The exit status."""
+    options = _parsed(arguments)
+    settings = KafkaSettings.from_mapping(environ)
+    with contextlib.ExitStack() as stack:
+        try:
+            manifest = stack.enter_context(Path(options.manifest).open("wb", buffering=0)) if options.manifest else None
+            values: Iterable[bytes | None]
+            if options.file is None:
+                values = _made_up(options)
+            elif options.file == "-":
+                values = lines(sys.stdin.fileno(), idle_s=_TURN_S)
+            else:
+                values = lines(stack.enter_context(Path(options.file).open("rb")).fileno(), idle_s=_TURN_S)
+        except OSError as exc:
+            raise BrokenSetup(f"{exc.filename}: {exc.strerror}") from exc
+        publisher = Publisher(settings, manifest)
+        publisher.check_topic()
+        sending = _Sending(publisher)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: sending.stop())
+        sending.send(values, options.rate)
+        sending.settle()
+        return sending.report()
+
+
+class _Sending:
+    """One run of the sender, until its values end or it is told to stop."""
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self._told_to_stop = threading.Event()
+        self._began_s = time.monotonic()
+        self._shown_s = self._began_s if sys.stderr.isatty() else float("inf")
+
+    def stop(self) -> None:
+        """Send nothing more."""
+        self._told_to_stop.set()
+
+    def send(self, values: Iterable[bytes | None], per_s: float | None) -> None:
+        """Send the values at this pace."""
+        pace = Pace(per_s, time.monotonic())
+        for value in values:
+            while (early_s := pace.early_s(time.monotonic())) > 0 and not self._told_to_stop.is_set():
+                self._wait(min(max(early_s, _LEAST_PAUSE_S), _TURN_S))
+            if value is None:
+                self._wait(0)
+            else:
+                while not self._told_to_stop.is_set() and not self._publisher.send(value):
+                    self._show_progress()
+                pace.take_turn(time.monotonic())
+            self._show_progress()
+            if self._told_to_stop.is_set():
+                return
+
+    def settle(self) -> None:
+        """Wait until all that was sent is acknowledged or has failed; not for long if told to stop."""
+        give_up_s = None
+        while self._publisher.unacknowledged:
+            if give_up_s is None and self._told_to_stop.is_set():
+                give_up_s = time.monotonic() + STOP_WITHIN_S
+            if give_up_s is not None and time.monotonic() > give_up_s:
+                self._publisher.give_up()
+                return
+            self._wait(_TURN_S)
+
+    def report(self) -> int:
+        """Say what became of it; the exit status."""
+        if self._shown_s < float("inf"):
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        print(self._so_far())
+        failed = self._publisher.sent - self._publisher.acknowledged
+        if not failed:
+            return EXIT_DONE
+        first = self._publisher.first_failure
+        reason = f"the first: {first.str()} ({first.name()})" if first else "Kafka did not answer in time"
+        print(f"error: {failed:,} of {self._publisher.sent:,} records not acknowledged; {reason}", file=sys.stderr)
+        return EXIT_FAILED
+
+    def _wait(self, timeout_s: float) -> None:
+        self._publisher.wait(timeout_s)
+        self._show_progress()
+
+    def _show_progress(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._shown_s >= _PROGRESS_EVERY_S:
+            self._shown_s = now_s
+            print(f"\r\x1b[K{self._so_far()}", end="", file=sys.stderr, flush=True)
+
+    def _so_far(self) -> str:
+        publisher, seconds = self._publisher, time.monotonic() - self._began_s
+        return (
+            f"sent {publisher.sent:,} in {seconds:.1f} s ({publisher.sent / max(seconds, 0.001):,.0f}/s), "
+            f"acknowledged {publisher.acknowledged:,}, failed {publisher.failed:,}"
+        )
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m services.sender",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--count", type=_count, metavar="N", help=f"make up so many orders ({DEFAULT_COUNT})")
+    parser.add_argument("--seed", metavar="S", help="any text; the same gives the same orders, byte for byte")
+    parser.add_argument("--bad-rate", type=_fraction, metavar="0..1", help="break so many of them, each in one way (0)")
+    parser.add_argument("--rate", type=_rate, metavar="PER_S", help="send so many a second (as many as possible)")
+    parser.add_argument(
+        "--file",
+        metavar="F",
+        help="send the lines of a file instead, or with - of stdin: one value a line, byte for byte, an empty line "
+        "being an empty value; only \\n ends a line, and the last may lack it",
+    )
+    parser.add_argument(
+        "--manifest", metavar="F", help="write a JSON line for each acknowledged record to this file, replacing it"
+    )
+    options = parser.parse_args(arguments)
+    if options.file is not None:
+        for name in ("count", "seed", "bad_rate"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} is for made-up orders, not for --file")
+    return options
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError("must be a whole number")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError("must be a number from 0 to 1")
+
+
+def _rate(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError("must be a number above 0")
+
+
+def _made_up(options: argparse.Namespace) -> Iterator[bytes]:
+    if options.seed is None:
+        rng, clock = Random(), lambda: dt.datetime.now(dt.UTC)  # noqa: S311  made-up orders, no secret
+    else:
+        seconds = itertools.count()
+        rng, clock = Random(options.seed), lambda: _SEEDED_TIME + dt.timedelta(seconds=next(seconds))  # noqa: S311
+    count = DEFAULT_COUNT if options.count is None else options.count
+    return itertools.islice(make_values(rng, clock, options.bad_rate or 0.0), count)
+
+
+if __name__ == "__main__":
+    set_up_logging()
+    sys.exit(run(lambda: main(sys.argv[1:], os.environ)))

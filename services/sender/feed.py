@@ -1,0 +1,52 @@
+"""What is sent, and when: the lines of a file, and the pace."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Iterator
+
+_READ_BYTES = 1024 * 1024
+
+#: After a stall, so much of the time lost is made up for.
+CATCH_UP_S = 1.0
+
+
+def lines(file: int, idle_s: float) -> Iterator[bytes | None]:
+    r"""The lines of an open file as they are, without their ``\n``; ``None`` whenever nothing came for ``idle_s``.
+
+    The last line may lack its ``\n``. Nothing else ends a line, and an empty line is a line.
+    """
+    rest = b""
+    while True:
+        if not select.select([file], [], [], idle_s)[0]:
+            yield None
+            continue
+        read = os.read(file, _READ_BYTES)
+        if not read:
+            break
+        *whole, rest = (rest + read).split(b"\n")
+        yield from whole
+    if rest:
+        yield rest
+
+
+class Pace:
+    """Spreads turns evenly over time.
+
+    Lateness is made up for, so that inexact waits add up to no drift; but no more than ``CATCH_UP_S``, so that no flood
+    follows a stall.
+    """
+
+    def __init__(self, per_s: float | None, now_s: float) -> None:
+        """``None``: as fast as can be."""
+        self._gap_s = 1 / per_s if per_s else 0.0
+        self._due_s = now_s
+
+    def early_s(self, now_s: float) -> float:
+        """How long until the next turn; not above 0 if it is due."""
+        return self._due_s - now_s
+
+    def take_turn(self, now_s: float) -> None:
+        """The next turn is taken now."""
+        self._due_s = max(self._due_s, now_s - CATCH_UP_S) + self._gap_s

@@ -1,0 +1,311 @@
+"""The repository on PostgreSQL, held to the contract, and what only a server in between can do."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from typing import TypeVar
+
+import attrs
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from orderlib import (
+    BrokenSetup,
+    Item,
+    Order,
+    OrderNotFound,
+    OrderRepository,
+    Outcome,
+    PostgresOrderRepository,
+    RefusedByDatabase,
+    StoreUnreachable,
+    connect,
+)
+from orderlib.contract import trusted
+from orderlib.repository import StoredOrder
+from tests.cable import Cable
+from tests.conftest import Database
+from tests.repository_contract import SAMPLE_ORDER, RepositoryContract, an_order, versions_in
+
+
+T = TypeVar("T")
+
+
+@pytest.fixture
+def postgres(database: Database) -> Iterator[PostgresOrderRepository]:
+    with connect(database.writer_url) as repository:
+        yield repository
+
+
+class TestPostgresOrderRepository(RepositoryContract):
+    @pytest.fixture
+    def repository(self, postgres: PostgresOrderRepository) -> OrderRepository:
+        return postgres
+
+
+def unchecked(order: Order, **fields: object) -> Order:
+    """The order with values that nobody checked."""
+    return trusted(Order, **{field.name: getattr(order, field.name) for field in attrs.fields(Order)} | fields)
+
+
+def unchecked_item(**fields: object) -> Item:
+    first = SAMPLE_ORDER.items[0]
+    return trusted(Item, **{field.name: getattr(first, field.name) for field in attrs.fields(Item)} | fields)
+
+
+# Reading while others write
+
+
+READS: dict[str, Callable[[PostgresOrderRepository], list[Order]]] = {
+    "get": lambda repository: [repository.get("a")],
+    "get_many": lambda repository: list(repository.get_many(["a", "b"]).values()),
+    "newest": lambda repository: [stored.order for stored in repository.newest().orders],
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_a_reader_never_sees_a_mixture_of_two_versions(
+    postgres: PostgresOrderRepository, database: Database, read: Callable[[PostgresOrderRepository], list[Order]]
+) -> None:
+    postgres.save_many([an_order("a", 1), an_order("b", 1)])
+    enough = threading.Event()
+
+    def rewrite() -> int:
+        version = 1
+        while not enough.is_set():
+            version += 1
+            lines = 1 + version % 5
+            postgres.save_many([an_order("a", version, items=lines), an_order("b", version, items=lines)])
+        return version
+
+    seen: set[int] = set()
+    with connect(database.reader_url) as reader, ThreadPoolExecutor(1) as thread:
+        writing = thread.submit(rewrite)
+        try:
+            for _ in range(300):
+                versions = set[int]()
+                for order in read(reader):
+                    [version] = versions_in(order)
+                    assert len(order.items) == (1 + version % 5 if version > 1 else 2)
+                    versions.add(version)
+                # Both orders were saved in one transaction.
+                assert len(versions) == 1
+                seen |= versions
+        finally:
+            enough.set()
+        assert writing.result() > 10
+    assert len(seen) > 10
+
+
+def test_the_readers_url_suffices_for_reading_and_only_for_that(
+    postgres: PostgresOrderRepository, database: Database
+) -> None:
+    postgres.save(SAMPLE_ORDER)
+    with connect(database.reader_url) as reader:
+        assert reader.get(SAMPLE_ORDER.order_uid) == SAMPLE_ORDER
+        assert reader.newest(customer_id=SAMPLE_ORDER.customer_id).orders[0].order == SAMPLE_ORDER
+        assert reader.content_sha256(SAMPLE_ORDER.order_uid) == postgres.content_sha256(SAMPLE_ORDER.order_uid)
+        assert reader.status().stored_lately == 1
+        with pytest.raises(BrokenSetup, match="42501"):
+            reader.save(an_order("another"))
+
+
+def test_times_are_read_whatever_time_zone_the_database_prefers(database: Database) -> None:
+    name = str(conninfo_to_dict(database.superuser_url)["dbname"])
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        superuser.execute(sql.SQL("ALTER DATABASE {} SET timezone = 'Asia/Kolkata'").format(sql.Identifier(name)))
+    with connect(database.writer_url) as repository:
+        TestPostgresOrderRepository().test_orders_at_the_edges_of_the_contract_are_read_back_as_they_were_saved(
+            repository
+        )
+
+
+# What PostgreSQL refuses
+
+
+@pytest.mark.parametrize(
+    ("bad", "sqlstate"),
+    [
+        (unchecked(an_order("bad"), customer_id=""), "23514"),
+        (unchecked(an_order("bad"), sm_id=-1), "23514"),
+        (unchecked(an_order("bad"), items=(unchecked_item(sale=101),)), "23514"),
+        (unchecked(an_order("bad"), items=(SAMPLE_ORDER.items[0], unchecked_item(name="secret\0"))), "22021"),
+        (unchecked(an_order("bad"), sm_id=2**63), None),
+        (unchecked(an_order("bad"), items=SAMPLE_ORDER.items * 501), "23514"),
+    ],
+    ids=["empty", "negative", "item", "nul", "integer", "items"],
+)
+def test_an_order_that_only_postgresql_refuses_is_named_and_nothing_is_stored(
+    postgres: PostgresOrderRepository, bad: Order, sqlstate: str | None
+) -> None:
+    with pytest.raises(RefusedByDatabase) as refusal:
+        postgres.save_many([an_order("good"), *(an_order(f"{index}") for index in range(20)), bad, an_order("after")])
+    assert (refusal.value.order_uid, refusal.value.sqlstate) == ("bad", sqlstate)
+    assert [fault.path for fault in refusal.value.faults] == ["$"]
+    assert "secret" not in str(refusal.value)
+    assert postgres.newest().orders == ()
+
+
+# Writers that meet
+
+
+def test_concurrent_replacements_end_with_every_order_whole(database: Database) -> None:
+    """More writers than the suite has, each on a connection of its own, over few orders: collisions are the rule."""
+
+    def save(version: int) -> Counter[Outcome]:
+        with connect(database.writer_url, max_connections=1) as repository:
+            outcomes: Counter[Outcome] = Counter()
+            for step in range(8):
+                # In an order of its own, so that row locks are taken crosswise.
+                chosen = "abcdef"[step % 6 :] + "abcdef"[: step % 6]
+                chosen = chosen if version % 2 else chosen[::-1]
+                outcomes += repository.save_many(an_order(uid, 100 * version + step, items=version) for uid in chosen)
+            return outcomes
+
+    with ThreadPoolExecutor(6) as threads:
+        outcomes = sum(threads.map(save, range(1, 7)), Counter[Outcome]())
+    assert outcomes == Counter({Outcome.STORED: 6 * 8 * 6})
+    with connect(database.reader_url) as reader:
+        found = reader.get_many("abcdef")
+        assert found.keys() == set("abcdef")
+        for order in found.values():
+            [version] = versions_in(order)
+            assert len(order.items) == version // 100
+    with psycopg.connect(database.superuser_url) as superuser:
+        counts = superuser.execute(
+            "SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM delivery), (SELECT count(*) FROM payment)"
+        ).fetchone()
+        assert counts == (6, 6, 6)
+        gaps = superuser.execute(
+            "SELECT order_uid FROM items GROUP BY order_uid HAVING max(line) <> count(*) - 1 OR min(line) <> 0"
+        ).fetchall()
+        assert gaps == []
+
+
+# Outages
+
+
+@contextmanager
+def cable_to(url: str) -> Iterator[Cable]:
+    with closing(Cable(url)) as cable:
+        yield cable
+
+
+def test_a_server_that_is_gone_is_unreachable_and_comes_back_by_itself(database: Database) -> None:
+    with cable_to(database.writer_url) as cable, connect(cable.url, timeout_s=1) as repository:
+        repository.save(an_order("a", 1))
+        cable.cut()
+        for call in (lambda: repository.get("a"), repository.newest, lambda: repository.save(an_order("a", 2))):
+            with pytest.raises(StoreUnreachable):
+                call()
+        cable.mend()
+        assert until_reachable(lambda: repository.save(an_order("a", 3))) is Outcome.STORED
+        assert versions_in(repository.get("a")) == {3}
+
+
+def until_reachable(call: Callable[[], T]) -> T:
+    """The result of a call once the pool has found its way back; it waits longer after each failure."""
+    for _ in range(30):
+        try:
+            return call()
+        except StoreUnreachable:
+            continue
+    raise AssertionError("the server is back, and was not found")
+
+
+def test_a_connection_that_the_server_ended_is_replaced(
+    postgres: PostgresOrderRepository, database: Database
+) -> None:
+    postgres.save(an_order("a"))
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        superuser.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'orders_writer'")
+    assert until_reachable(lambda: postgres.get("a")) == an_order("a")
+
+
+def test_nobody_listening_is_an_outage(database: Database) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(StoreUnreachable) as refusal:
+        connect(make_conninfo(database.writer_url, port=port))
+    assert str(conninfo_to_dict(database.writer_url)["password"]) not in str(refusal.value)
+
+
+# Broken set-ups
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"password": "wrong-secret"}, "password authentication failed"),
+        ({"dbname": "no_such_database"}, 'database "no_such_database" does not exist'),
+        ({"user": "no_such_role"}, "password authentication failed"),
+    ],
+)
+def test_a_url_that_leads_nowhere_is_a_broken_setup(database: Database, change: dict[str, str], told: str) -> None:
+    with pytest.raises(BrokenSetup, match=told) as refusal:
+        connect(make_conninfo(database.writer_url, **change))
+    assert "wrong-secret" not in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("url", ["secret", "postgresql://user:secret@[::1/orders", "password=secret nonsense=1"])
+def test_a_url_that_is_none_is_not_quoted(url: str) -> None:
+    with pytest.raises(BrokenSetup) as refusal:
+        connect(url)
+    assert "secret" not in str(refusal.value)
+
+
+def test_a_database_without_our_schema_is_a_broken_setup_that_names_the_command(empty_database: Database) -> None:
+    with pytest.raises(BrokenSetup, match=r"services\.admin migrate"):
+        connect(empty_database.superuser_url)
+
+
+def test_a_schema_that_is_older_than_the_program_is_a_broken_setup(database: Database) -> None:
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        superuser.execute("DELETE FROM schema_migrations WHERE number = (SELECT max(number) FROM schema_migrations)")
+    with pytest.raises(BrokenSetup, match=r"schema is at .*, this program needs .*services\.admin migrate"):
+        connect(database.reader_url)
+
+
+def test_a_schema_that_is_newer_than_the_program_is_fine(database: Database) -> None:
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        superuser.execute("INSERT INTO schema_migrations (number, name) VALUES (9999, 'of a later release')")
+    with connect(database.reader_url) as repository, pytest.raises(OrderNotFound):
+        repository.get("a")
+
+
+def test_a_table_that_went_missing_is_a_broken_setup(postgres: PostgresOrderRepository, database: Database) -> None:
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        superuser.execute("DROP TABLE items")
+    with pytest.raises(BrokenSetup, match="42P01"):
+        postgres.get("a")
+
+
+def test_the_list_is_walked_in_the_order_of_an_index(postgres: PostgresOrderRepository, database: Database) -> None:
+    """However many orders there are, a page reads a page of them."""
+    postgres.save_many(an_order(f"{index}", customer_id=f"{index % 3}", items=1) for index in range(300))
+    page: tuple[StoredOrder, ...] = postgres.newest(limit=5, customer_id="1").orders
+    assert len(page) == 5
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        superuser.execute("ANALYZE")
+        superuser.execute("SET enable_seqscan = off")
+        superuser.execute("SET enable_sort = off")
+        for condition, index in (
+            ("true", "orders_newest"),
+            ("customer_id = '1'", "orders_newest_of_customer"),
+            ("track_number = 't'", "orders_newest_of_track"),
+        ):
+            plan = superuser.execute(
+                sql.SQL(
+                    "EXPLAIN SELECT * FROM orders WHERE {} ORDER BY first_stored_at DESC, order_uid DESC LIMIT 5"
+                ).format(sql.SQL(condition))
+            ).fetchall()
+            assert any(f"using {index} " in line for (line,) in plan)
+            assert not any("Sort" in line for (line,) in plan)

@@ -1,0 +1,170 @@
+"""The API as its users meet it: a process of its own, spoken to over HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import psutil
+
+ROOT = Path(__file__).parent.parent
+
+#: What a client sends that then falls silent.
+HALF_A_REQUEST = b"GET /orders/x HTTP/1.1\r\nHost: localhost\r\nX-Half: "
+
+
+def eventually(condition: Callable[[], bool], within_s: float) -> bool:
+    """Poll until the condition holds; whether it did in time."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@attrs.frozen
+class Answer:
+    """What came back."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+    seconds: float
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+
+@attrs.define
+class Service:
+    """A running ``services.api``."""
+
+    process: subprocess.Popen[bytes]
+    _stderr: Path
+    address: str = ""
+    metrics_address: str = ""
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """The log so far, or the events of one name."""
+        # The last line may be half-written.
+        lines = self._stderr.read_text().rpartition("\n")[0].splitlines()
+        events = [json.loads(line) for line in lines]
+        return [event for event in events if name in (None, event["event"])]
+
+    def get(
+        self,
+        path: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        method: str = "GET",
+        address: str | None = None,
+        timeout_s: float = 20,
+    ) -> Answer:
+        """One request on a connection of its own."""
+        connection = http.client.HTTPConnection(address or self.address, timeout=timeout_s)
+        begin = time.monotonic()
+        try:
+            connection.request(method, path, headers=dict(headers or {}))
+            response = connection.getresponse()
+            body = response.read()
+            return Answer(response.status, response.headers, body, time.monotonic() - begin)
+        finally:
+            connection.close()
+
+    def page(self, path: str) -> Answer:
+        """One request as a browser makes it."""
+        return self.get(path, {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"})
+
+    def workers(self) -> list[int]:
+        """The worker processes."""
+        return [child.pid for child in psutil.Process(self.process.pid).children()]
+
+    def connections(self) -> int:
+        """How many clients the workers are connected with, on the API's address."""
+        return sum(
+            found.status == psutil.CONN_ESTABLISHED and found.laddr.port == self.port
+            for worker in self.workers()
+            for found in psutil.Process(worker).net_connections("tcp")
+        )
+
+    def accepts(self) -> bool:
+        """Whether it takes new connections."""
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Tell it to stop; its exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(15)
+
+
+@contextmanager
+def serving(environ: Mapping[str, str]) -> Iterator[Service]:
+    """``python -m services.api`` with these settings, listening; gone at the end, however the test went."""
+    with tempfile.TemporaryDirectory() as folder:
+        stderr = Path(folder) / "stderr"
+        with stderr.open("wb") as log:
+            process = subprocess.Popen([sys.executable, "-m", "services.api"], env=environ, stderr=log, cwd=ROOT)
+        service = Service(process, stderr)
+        try:
+            assert eventually(lambda: process.poll() is not None or bool(service.events("listening")), 20)
+            assert process.poll() is None, stderr.read_text()
+            [listening] = service.events("listening")
+            service.address, service.metrics_address = listening["address"], listening["metrics"]
+            yield service
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(15)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+
+def settings_for(reader_url: str, **more: str) -> dict[str, str]:
+    """An environment that has the API read from there, on free ports, for everybody on this machine."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("ORDERS_", "WEB_CONCURRENCY"))},
+        "ORDERS_READER_URL": reader_url,
+        "ORDERS_API_BIND": "127.0.0.1:0",
+        "ORDERS_METRICS_BIND": "127.0.0.1:0",
+        "PYTHONPATH": str(ROOT),
+        **({} if "ORDERS_API_TOKENS" in more else {"ORDERS_API_AUTH": "off"}),
+        **more,
+    }
+
+
+@contextmanager
+def clients(api: Service, number: int, sent: bytes) -> Iterator[list[socket.socket]]:
+    """So many clients that connect, send this, and leave it at that."""
+    with ExitStack() as stack:
+        made = [stack.enter_context(socket.create_connection(("127.0.0.1", api.port))) for _ in range(number)]
+        for client in made:
+            client.sendall(sent)
+        yield made

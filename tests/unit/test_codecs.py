@@ -1,0 +1,407 @@
+"""What the codec promises about every order, good or with one fault."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import traceback
+from collections.abc import Mapping
+from random import Random
+from typing import Any
+
+import attrs
+import cattrs
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from orderlib import (
+    Delivery,
+    Fault,
+    InvalidOrder,
+    Item,
+    MalformedJson,
+    Order,
+    Payment,
+    Refused,
+    content_sha256,
+    decode_order,
+    encode_order,
+    order_from_plain,
+    order_to_plain,
+    register_order_hooks,
+)
+from orderlib.errors import MAX_FAULTS
+from orderlib.models import MAX_ITEMS
+from orderlib.testing import SAMPLE, FaultKind, break_order
+from orderlib.testing.strategies import orders
+from tests.fuzz_decoder import answer
+from tests.reference import reference_decode, verdict
+
+SAMPLE_ORDER = decode_order(SAMPLE)
+
+#: The sample in canonical form: the order of the table in the contract, no blanks, UTC.
+CANONICAL_SAMPLE = (
+    b'{"order_uid":"b563feb7b2b84b6test","track_number":"WBILMTESTTRACK","entry":"WBIL","locale":"en",'
+    b'"internal_signature":"","customer_id":"test","delivery_service":"meest","shardkey":"9","sm_id":99,'
+    b'"date_created":"2021-11-26T06:22:19Z","oof_shard":"1",'
+    b'"delivery":{"name":"Test Testov","phone":"+9720000000","zip":"2639809","city":"Kiryat Mozkin",'
+    b'"address":"Ploshad Mira 15","region":"Kraiot","email":"test@gmail.com"},'
+    b'"payment":{"transaction":"b563feb7b2b84b6test","request_id":"","currency":"USD","provider":"wbpay",'
+    b'"amount":1817,"payment_dt":1637907727,"bank":"alpha","delivery_cost":1500,"goods_total":317,"custom_fee":0},'
+    b'"items":[{"chrt_id":9934930,"track_number":"WBILMTESTTRACK","price":453,"rid":"ab4219087a764ae0btest",'
+    b'"name":"Mascaras","sale":30,"size":"0","total_price":317,"nm_id":2389212,"brand":"Vivienne Sabo","status":202},'
+    b'{"chrt_id":9934931,"track_number":"WBILMTESTTRACK","price":453,"rid":"ab4219087a764ae0btest2",'
+    b'"name":"Mascaras","sale":30,"size":"0","total_price":317,"nm_id":2389212,"brand":"Vivienne Sabo","status":202}]}'
+)
+
+seeds = st.integers(0, 2**32).map(Random)
+
+
+def sample_with(**changes: object) -> bytes:
+    """The sample's JSON with these fields of the order changed."""
+    return json.dumps({**json.loads(SAMPLE), **changes}).encode()
+
+
+def faults_in(data: bytes) -> tuple[Fault, ...]:
+    with pytest.raises(InvalidOrder) as refusal:
+        decode_order(data)
+    return refusal.value.faults
+
+
+# Decoding and encoding
+
+
+def test_the_sample_is_an_order_and_canonical_json_follows_the_contract() -> None:
+    assert encode_order(SAMPLE_ORDER) == CANONICAL_SAMPLE
+    assert decode_order(CANONICAL_SAMPLE) == SAMPLE_ORDER
+
+
+@given(orders())
+@settings(max_examples=50)
+def test_what_was_encoded_is_decoded_to_the_same_order(order: Order) -> None:
+    assert decode_order(encode_order(order)) == order
+
+
+@given(orders(), seeds)
+@settings(max_examples=50)
+def test_equal_orders_have_the_same_canonical_json_however_they_were_written(order: Order, rng: Random) -> None:
+    again = decode_order(written_otherwise(order, rng))
+    assert again == order
+    assert encode_order(again) == encode_order(order)
+    assert content_sha256(again) == content_sha256(order)
+
+
+@given(orders(), orders())
+def test_orders_have_the_same_digest_exactly_if_they_are_equal(one: Order, other: Order) -> None:
+    assert (content_sha256(one) == content_sha256(other)) == (one == other)
+
+
+def written_otherwise(order: Order, rng: Random) -> bytes:
+    """JSON of the same order with its keys shuffled, another offset, other escapes and blanks, and unknown fields."""
+    plain = order_to_plain(order)
+    zone = dt.timezone(dt.timedelta(minutes=rng.randint(-1439, 1439)))
+    try:
+        plain["date_created"] = order.date_created.astimezone(zone).isoformat(rng.choice("T "))
+    except OverflowError:
+        # Near year 1 or 9999 not every offset can be written.
+        plain["date_created"] = plain["date_created"].replace("Z", "-00:00")
+
+    def shuffled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [shuffled(part) for part in value]
+        if not isinstance(value, dict):
+            return value
+        fields = [(name, shuffled(part)) for name, part in value.items()]
+        fields.append(("later", rng.choice([None, "\ud800\0", [[]], 1e300, {"order_uid": 1}])))
+        rng.shuffle(fields)
+        return dict(fields)
+
+    return json.dumps(shuffled(plain), ensure_ascii=True, indent=rng.choice([None, 1, "\t", "\r"])).encode()
+
+
+@pytest.mark.parametrize(
+    ("written", "canonical"),
+    [
+        ("2021-11-26T06:22:19Z", "2021-11-26T06:22:19Z"),
+        ("2021-11-26t11:52:19+05:30", "2021-11-26T06:22:19Z"),
+        ("2021-11-26 06:22:19-0000", "2021-11-26T06:22:19Z"),
+        ("2021-11-26T06:22:19.5Z", "2021-11-26T06:22:19.500000Z"),
+        ("2021-11-26T06:22:19.1234564999Z", "2021-11-26T06:22:19.123456Z"),
+        ("2021-11-26T06:22:19.1234565Z", "2021-11-26T06:22:19.123457Z"),
+        ("2021-12-31T23:59:59.9999999Z", "2022-01-01T00:00:00Z"),
+        ("0001-01-01T23:59:00+23:59", "0001-01-01T00:00:00Z"),
+        ("9999-12-31T00:00:59.999999-23:59", "9999-12-31T23:59:59.999999Z"),
+    ],
+)
+def test_times_are_written_in_utc_to_the_microsecond(written: str, canonical: str) -> None:
+    order = decode_order(sample_with(date_created=written))
+    assert order_to_plain(order)["date_created"] == canonical
+
+
+@pytest.mark.parametrize("part", ["", "delivery", "payment", "items"])
+def test_unknown_fields_are_passed_over_whatever_they_hold(part: str) -> None:
+    holder = f'"{part}":[{{' if part == "items" else f'"{part}":{{' if part else "{"
+    for unknown in (
+        rb"null",
+        rb'"\ud800\u0000"',
+        rb"1e400",
+        b"9" * 5000,
+        rb'{"a":[{}]}',
+        rb'"\\u0000"',
+        b"[" * 900 + b"]" * 900,
+    ):
+        for key in (rb"later", "ключ".encode(), rb"\udfff", rb"\u0000", b""):
+            data = SAMPLE.replace(holder.encode(), holder.encode() + b'"%b":%b,' % (key, unknown), 1)
+            assert decode_order(data) == SAMPLE_ORDER
+
+
+def test_of_a_repeated_key_the_last_counts_even_where_an_earlier_one_was_bad() -> None:
+    twice = SAMPLE.replace(b'"sm_id":99', b'"sm_id":"no","sm_id":7,"sm_id":99')
+    twice = twice.replace(b'"currency":"USD"', b'"currency":7,"currency":"EUR","currency":"USD"')
+    twice = twice.replace(b'{"chrt_id":9934931', b'{"chrt_id":null,"chrt_id":9934931')
+    twice = b'{"delivery":[],"payment":{},"items":[],' + twice[1:]
+    assert decode_order(twice) == SAMPLE_ORDER
+    assert [fault.path for fault in faults_in(SAMPLE.replace(b'"sm_id":99', b'"sm_id":99,"sm_id":"99"'))] == ["$.sm_id"]
+
+
+def test_a_repeated_key_does_not_stand_in_for_a_missing_one() -> None:
+    [fault] = faults_in(SAMPLE.replace(b'"entry":"WBIL"', b'"sm_id":99'))
+    assert (fault.path, fault.found) == ("$.entry", "nothing")
+
+
+def test_an_escaped_key_is_the_key() -> None:
+    assert decode_order(SAMPLE.replace(b'"order_uid"', rb'"order\u005Fuid"')) == SAMPLE_ORDER
+
+
+# Faults
+
+
+@pytest.mark.parametrize("kind", FaultKind)
+@given(order=orders(max_items=2), rng=seeds)
+@settings(max_examples=10)
+def test_one_fault_of_any_kind_is_noticed_and_its_path_named(kind: FaultKind, order: Order, rng: Random) -> None:
+    bad = break_order(order, kind, rng)
+    with pytest.raises(bad.error) as refusal:
+        decode_order(bad.data)
+    assert ([fault.path for fault in refusal.value.faults], refusal.value.total) == ([bad.path], 1)
+
+
+@pytest.mark.parametrize("kind", FaultKind)
+def test_no_error_shows_a_value(kind: FaultKind) -> None:
+    secret, secret_number = "Zz9secret", 7_654_321
+    order = attrs.evolve(
+        SAMPLE_ORDER,
+        order_uid=secret,
+        entry=secret,
+        customer_id=secret,
+        internal_signature=secret,
+        sm_id=secret_number,
+        delivery=Delivery(**dict.fromkeys(attrs.fields_dict(Delivery), secret)),
+        items=[
+            attrs.evolve(item, name=secret, rid=secret, brand=secret, size=secret, price=secret_number)
+            for item in SAMPLE_ORDER.items
+        ],
+    )
+    for seed in range(30):
+        data = break_order(order, kind, Random(seed)).data
+        with pytest.raises(Refused) as refusal:
+            decode_order(data)
+        told = "".join(traceback.format_exception(refusal.value)) + repr(refusal.value) + repr(refusal.value.faults)
+        assert secret not in told
+        assert str(secret_number) not in told
+
+
+def test_faults_come_in_document_order_and_missing_fields_last_of_their_object() -> None:
+    plain = json.loads(SAMPLE)
+    del plain["track_number"], plain["payment"]["bank"]
+    payment = {"amount": None} | plain.pop("payment") | {"amount": -1, "provider": None}
+    items = [plain["items"][0], {"brand": 1, "rid": ""}]
+    del plain["sm_id"]
+    bad = {"payment": payment, "sm_id": True} | plain | {"items": items, "locale": []}
+    paths = [fault.path for fault in faults_in(json.dumps(bad).encode())]
+    assert paths == [
+        "$.payment.amount",
+        "$.payment.provider",
+        "$.payment.bank",
+        "$.sm_id",
+        "$.items[1].brand",
+        "$.items[1].rid",
+        *(
+            f"$.items[1].{name}"
+            for name in ("chrt_id", "track_number", "price", "name", "sale", "size", "total_price", "nm_id", "status")
+        ),
+        "$.locale",
+        "$.track_number",
+    ]
+
+
+def test_the_first_hundred_faults_are_kept_and_all_are_counted() -> None:
+    with pytest.raises(InvalidOrder) as refusal:
+        decode_order(sample_with(items=[{}] * MAX_ITEMS))
+    fields = len(attrs.fields(Item))
+    assert refusal.value.total == fields * MAX_ITEMS
+    assert len(refusal.value.faults) == MAX_FAULTS
+    assert refusal.value.faults[-1].path == f"$.items[{(MAX_FAULTS - 1) // fields}].chrt_id"
+    assert f"(and {fields * MAX_ITEMS - 1} more)" in str(refusal.value)
+
+
+@pytest.mark.parametrize("item", [{}, None, SAMPLE, 1])
+def test_of_too_many_items_only_the_number_is_told(item: object) -> None:
+    many = json.loads(item)["items"] if isinstance(item, bytes) else [item]
+    [fault] = faults_in(sample_with(items=many * (MAX_ITEMS + 1)))
+    assert str(fault) == "$.items: expected an array of 1 to 1,000, found an array of more than 1,000"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("sm_id", "99", "expected an integer from 0 to 9223372036854775807, found a string"),
+        ("sm_id", True, "expected an integer from 0 to 9223372036854775807, found a boolean"),
+        ("sm_id", 1.0, "expected an integer from 0 to 9223372036854775807, found a number that is not an integer"),
+        ("sm_id", -1, "expected an integer from 0 to 9223372036854775807, found an integer below that"),
+        ("sm_id", 2**63, "expected an integer from 0 to 9223372036854775807, found an integer above that"),
+        ("entry", "x" * 256, "expected a string of 1 to 255 characters, found a string of 256 characters"),
+        ("entry", "\0", "expected a string of 1 to 255 characters, found a string with U+0000 or a lone surrogate"),
+        ("entry", "\ud800", "expected a string of 1 to 255 characters, found a string with U+0000 or a lone surrogate"),
+        ("entry", None, "expected a string of 1 to 255 characters, found null"),
+        ("delivery", [], "expected an object, found an array"),
+        ("items", {}, "expected an array of 1 to 1,000, found an object"),
+        ("items", [], "expected an array of 1 to 1,000, found an array of 0"),
+    ],
+)
+def test_a_fault_says_what_was_expected_and_what_kind_of_thing_was_found(field: str, value: object, told: str) -> None:
+    [fault] = faults_in(sample_with(**{field: value}))
+    assert str(fault) == f"$.{field}: {told}"
+
+
+@pytest.mark.parametrize(
+    ("date_created", "found"),
+    [
+        ("2021-11-26T06:22:19", "a time without an offset"),
+        ("2021-11-26", "a string of another form"),
+        ("2021-11-26T06:22:60Z", "a string of another form"),
+        ("2021-02-29T06:22:19Z", "a string of another form"),
+        ("2021-11-26T06:22:19+24:00", "a string of another form"),
+        ("2021-11-26T06:22:19Z\n", "a string of another form"),
+        ("2021-11-26T06:22:19.5\0Z", "a string with U+0000 or a lone surrogate"),
+        ("0000-12-31T23:59:59Z", "a string of another form"),
+        ("10000-01-01T00:00:00Z", "a string of another form"),
+        ("0001-01-01T00:00:00+00:01", "a time outside those years"),
+        ("9999-12-31T23:59:59.999999-00:01", "a time outside those years"),
+        ("9999-12-31T23:59:59.9999995Z", "a string of another form"),
+        (1637907739, "an integer"),
+    ],
+)
+def test_a_time_that_is_none_of_ours_is_named(date_created: object, found: str) -> None:
+    [fault] = faults_in(sample_with(date_created=date_created))
+    assert (fault.path, fault.found) == ("$.date_created", found)
+
+
+# Plain data
+
+
+@given(orders())
+@settings(max_examples=50)
+@example(SAMPLE_ORDER)
+def test_plain_data_is_what_the_canonical_json_says(order: Order) -> None:
+    plain = order_to_plain(order)
+    assert json.dumps(plain, ensure_ascii=False, separators=(",", ":")).encode() == encode_order(order)
+    assert order_from_plain(plain) == order
+
+
+def test_plain_data_may_hold_times_and_models() -> None:
+    plain = order_to_plain(SAMPLE_ORDER) | {
+        "date_created": SAMPLE_ORDER.date_created,
+        "delivery": SAMPLE_ORDER.delivery,
+        "items": SAMPLE_ORDER.items,
+    }
+    assert order_from_plain(plain) == SAMPLE_ORDER
+
+
+def test_plain_data_from_python_is_as_strict_as_json() -> None:
+    naive = SAMPLE_ORDER.date_created.replace(tzinfo=None)
+    for bad, found in (
+        ({"date_created": naive}, "a time without an offset"),
+        ({"sm_id": 99.0}, "a number that is not an integer"),
+        ({"sm_id": b"99"}, "a Python bytes"),
+        ({"entry": Random}, "a Python type"),
+        ({"date_created": "2021-11-26T06:22:19\ud800Z"}, "a string with U+0000 or a lone surrogate"),
+    ):
+        with pytest.raises(InvalidOrder) as refusal:
+            order_from_plain({**json.loads(SAMPLE), **bad})
+        assert [fault.found for fault in refusal.value.faults] == [found]
+
+
+@pytest.mark.parametrize("kind", FaultKind)
+def test_plain_data_has_the_same_report_as_its_json(kind: FaultKind) -> None:
+    for seed in range(20):
+        data = break_order(SAMPLE_ORDER, kind, Random(seed)).data
+        assert verdict(answer(decode_order, data)) == verdict(answer(reference_decode, data))
+
+
+# cattrs
+
+
+@attrs.frozen
+class Basket:
+    """A class of a user's own, with orders and times in it."""
+
+    orders: list[Order]
+    opened: dt.datetime
+
+
+@pytest.fixture
+def converter() -> cattrs.Converter:
+    made = cattrs.Converter()
+    register_order_hooks(made)
+    return made
+
+
+def test_a_cattrs_converter_with_our_hooks_converts_both_ways(converter: cattrs.Converter) -> None:
+    assert converter.unstructure(SAMPLE_ORDER) == order_to_plain(SAMPLE_ORDER)
+    assert converter.structure(order_to_plain(SAMPLE_ORDER), Order) == SAMPLE_ORDER
+    for part in (SAMPLE_ORDER.delivery, SAMPLE_ORDER.payment, SAMPLE_ORDER.items[0]):
+        assert converter.structure(converter.unstructure(part), type(part)) == part
+
+
+def test_our_hooks_leave_other_classes_of_a_converter_alone(converter: cattrs.Converter) -> None:
+    converter.register_unstructure_hook(dt.datetime, dt.datetime.timestamp)
+    basket = converter.unstructure(Basket([SAMPLE_ORDER], SAMPLE_ORDER.date_created))
+    assert basket == {"orders": [order_to_plain(SAMPLE_ORDER)], "opened": SAMPLE_ORDER.date_created.timestamp()}
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in FaultKind if kind not in {FaultKind.MANY_DIGITS, FaultKind.TOO_DEEP}]
+)
+def test_a_cattrs_converter_with_our_hooks_reports_as_the_decoder_does(
+    kind: FaultKind, converter: cattrs.Converter
+) -> None:
+    for seed in range(10):
+        data = break_order(SAMPLE_ORDER, kind, Random(seed)).data
+        found = answer(decode_order, data)
+        if not isinstance(found, MalformedJson):
+            assert verdict(answer(lambda data: converter.structure(json.loads(data), Order), data)) == verdict(found)
+
+
+@pytest.mark.parametrize("model", [Delivery, Payment, Item])
+def test_a_part_by_itself_is_reported_from_its_own_root(
+    model: type[attrs.AttrsInstance], converter: cattrs.Converter
+) -> None:
+    with pytest.raises(InvalidOrder) as refusal:
+        converter.structure({}, model)
+    assert [fault.path for fault in refusal.value.faults] == [f"$.{field.name}" for field in attrs.fields(model)]
+
+
+def test_a_fault_inside_a_class_of_the_users_own_keeps_its_report(converter: cattrs.Converter) -> None:
+    bad: Mapping[str, object] = {"orders": [{**json.loads(SAMPLE), "sm_id": "99"}], "opened": SAMPLE_ORDER.date_created}
+    converter.register_structure_hook(dt.datetime, lambda value, _: value)
+    with pytest.raises(cattrs.ClassValidationError) as wrapped:
+        converter.structure(bad, Basket)
+    found = wrapped.value.split(InvalidOrder)[0]
+    assert found is not None
+    [within_list] = found.exceptions
+    assert isinstance(within_list, cattrs.IterableValidationError)
+    [refusal] = within_list.exceptions
+    assert isinstance(refusal, InvalidOrder)
+    assert [fault.path for fault in refusal.faults] == ["$.sm_id"]

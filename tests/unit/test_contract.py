@@ -1,0 +1,212 @@
+"""The rules on the models, as each of their readers keeps them."""
+
+from __future__ import annotations
+
+import copy
+import datetime as dt
+import enum
+import json
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.inspect import IntType, StrType
+
+from orderlib import Delivery, InvalidOrder, Item, Order, Payment, decode_order, order_to_plain
+from orderlib.contract import describe, json_schema, rules_of, trusted
+from orderlib.models import MAX_ITEMS
+from orderlib.testing import SAMPLE
+from orderlib.testing.strategies import deliveries, items, orders, payments, values
+from tests.candidates import PLACES, Place, candidates, decoder_accepts, model_accepts
+
+SAMPLE_ORDER = decode_order(SAMPLE)
+
+#: Of JSON's types and some of Python's, a value each that no scalar field of another type may take.
+FOREIGN = [None, True, 0, 1.0, 0.5, float("nan"), "99", b"99", [], {}, (), object()]
+
+
+_SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+
+
+class Currency(enum.StrEnum):
+    EURO = "EUR"
+
+
+class Moment(dt.datetime):
+    pass
+
+
+def faults_of(make: object) -> list[tuple[str, str]]:
+    assert callable(make)
+    with pytest.raises(InvalidOrder) as refusal:
+        make()
+    return [(fault.path, fault.found) for fault in refusal.value.faults]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_models_and_decoder_accept_the_same_values_around_every_bound(place: Place) -> None:
+    tried = {value: model_accepts(place, SAMPLE_ORDER, value) for value in candidates(place.rule)}
+    assert set(tried.values()) == {True, False}
+    assert tried == {value: decoder_accepts(place, SAMPLE_ORDER, value) for value in tried}
+
+
+@given(st.sampled_from(PLACES), st.data())
+def test_models_and_decoder_accept_the_same_values_drawn_at_random(place: Place, data: st.DataObject) -> None:
+    any_text = st.text(st.characters(), max_size=300).filter(lambda text: not _SURROGATE_PAIR.search(text))
+    value = data.draw(st.one_of(values(place.rule), any_text, st.integers()), label=str(place))
+    if isinstance(value, str) and not isinstance(place.rule, StrType):
+        return
+    assert model_accepts(place, SAMPLE_ORDER, value) == decoder_accepts(place, SAMPLE_ORDER, value)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_models_take_no_value_of_another_type(place: Place) -> None:
+    good = type(next(candidates(place.rule)))
+    for value in FOREIGN:
+        if type(value) is not good:
+            assert not model_accepts(place, SAMPLE_ORDER, value), value
+
+
+@pytest.mark.parametrize("count", [0, 1, MAX_ITEMS, MAX_ITEMS + 1])
+def test_models_and_decoder_agree_about_the_number_of_items(count: int) -> None:
+    many = SAMPLE_ORDER.items[:1] * count
+    plain = order_to_plain(SAMPLE_ORDER)
+    plain["items"] = plain["items"][:1] * count
+    if 1 <= count <= MAX_ITEMS:
+        assert attrs.evolve(SAMPLE_ORDER, items=many) == decode_order(json.dumps(plain).encode())
+    else:
+        found = f"an array of {'more than 1,000' if count else 0}"
+        assert faults_of(lambda: attrs.evolve(SAMPLE_ORDER, items=many)) == [("$.items", found)]
+        assert faults_of(lambda: decode_order(json.dumps(plain).encode())) == [("$.items", found)]
+
+
+def test_a_model_names_every_fault_at_once() -> None:
+    found = faults_of(lambda: attrs.evolve(SAMPLE_ORDER.items[0], sale=101, rid="", price=-1, brand="x" * 256))
+    assert found == [
+        ("$.price", "an integer below that"),
+        ("$.rid", "a string of 0 characters"),
+        ("$.sale", "an integer above that"),
+        ("$.brand", "a string of 256 characters"),
+    ]
+
+
+def test_plain_data_in_place_of_a_model_or_a_time_is_a_fault_of_the_model() -> None:
+    plain = order_to_plain(SAMPLE_ORDER)
+    assert faults_of(
+        lambda: attrs.evolve(
+            SAMPLE_ORDER, date_created=plain["date_created"], delivery=plain["delivery"], items=plain["items"]
+        )
+    ) == [
+        ("$.date_created", "a string"),
+        ("$.delivery", "a Python dict"),
+        ("$.items[0]", "a Python dict"),
+        ("$.items[1]", "a Python dict"),
+    ]
+
+
+def test_subclasses_of_plain_types_are_faults_named_by_their_type() -> None:
+    """The encoder, the driver and equality would each have its own idea of them."""
+    moment = Moment(2021, 11, 26, tzinfo=dt.UTC)
+    assert faults_of(lambda: attrs.evolve(SAMPLE_ORDER, entry=Currency.EURO, sm_id=True, date_created=moment)) == [
+        ("$.entry", "a Python Currency"),
+        ("$.sm_id", "a boolean"),
+        ("$.date_created", "a Python Moment"),
+    ]
+
+
+@pytest.mark.parametrize("not_items", [None, 7, SAMPLE_ORDER.items[0]])
+def test_items_that_are_no_collection_are_a_fault(not_items: Any) -> None:
+    [(path, _)] = faults_of(lambda: attrs.evolve(SAMPLE_ORDER, items=not_items))
+    assert path == "$.items"
+
+
+def test_items_may_come_from_any_iterable() -> None:
+    def one_by_one() -> Iterator[Item]:
+        yield from SAMPLE_ORDER.items
+
+    assert attrs.evolve(SAMPLE_ORDER, items=one_by_one()) == SAMPLE_ORDER
+    assert attrs.evolve(SAMPLE_ORDER, items=list(SAMPLE_ORDER.items)) == SAMPLE_ORDER
+
+
+def test_an_order_cannot_be_changed_and_copies_are_equal() -> None:
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        SAMPLE_ORDER.sm_id = 1  # type: ignore[misc]
+    for copied in (copy.deepcopy(SAMPLE_ORDER), pickle.loads(pickle.dumps(SAMPLE_ORDER))):  # noqa: S301 - our own
+        assert copied == SAMPLE_ORDER
+        assert hash(copied) == hash(SAMPLE_ORDER)
+
+
+def test_orders_whose_times_are_the_same_instant_are_equal() -> None:
+    elsewhere = SAMPLE_ORDER.date_created.astimezone(dt.timezone(dt.timedelta(hours=5, minutes=30)))
+    moved = attrs.evolve(SAMPLE_ORDER, date_created=elsewhere)
+    assert moved == SAMPLE_ORDER
+    assert hash(moved) == hash(SAMPLE_ORDER)
+
+
+def test_trusted_makes_what_calling_the_class_would() -> None:
+    fields = {field.name: getattr(SAMPLE_ORDER.delivery, field.name) for field in attrs.fields(Delivery)}
+    assert trusted(Delivery, **fields) == SAMPLE_ORDER.delivery
+
+
+@given(orders(), deliveries(), payments(), items())
+@settings(max_examples=25)
+def test_every_order_that_can_be_drawn_is_made_of_parts_that_can(
+    order: Order, delivery: Delivery, payment: Payment, item: Item
+) -> None:
+    assert attrs.evolve(order, delivery=delivery, payment=payment, items=[item]).items == (item,)
+
+
+def test_a_rule_without_words_for_it_is_said_so() -> None:
+    with pytest.raises(NotImplementedError, match="no rule of kind"):
+        describe(rules_of(Order).fields[0])  # type: ignore[arg-type]
+
+
+# JSON Schema
+
+
+def order_schema() -> dict[str, Any]:
+    [schema], components = json_schema(Order)
+    return {**schema, "components": {"schemas": components}}
+
+
+def test_the_json_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(order_schema())
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_the_json_schema_accepts_what_the_decoder_accepts(place: Place) -> None:
+    """But for what JSON Schema cannot say: that 1.0 is not 1, which texts are times, what a lone surrogate is."""
+    validator = jsonschema.Draft202012Validator(order_schema())
+    of_another_type: list[object] = [None, True, 0.5, [], {}, "7" if isinstance(place.rule, IntType) else 7]
+    of_its_own = [value for value in candidates(place.rule) if not isinstance(value, dt.datetime) and _encodable(value)]
+    for value in of_another_type + of_its_own:
+        record = place.in_json(SAMPLE_ORDER, value)
+        assert validator.is_valid(json.loads(record)) == decoder_accepts(place, SAMPLE_ORDER, value), value
+
+
+@pytest.mark.parametrize("part", [None, "delivery", "payment", "items"])
+def test_the_json_schema_requires_every_field_and_lets_unknown_ones_pass(part: str | None) -> None:
+    validator = jsonschema.Draft202012Validator(order_schema())
+
+    def with_part(change: Mapping[str, object], without: str | None = None) -> dict[str, object]:
+        plain = json.loads(SAMPLE)
+        holder = plain if part is None else plain[part][0] if part == "items" else plain[part]
+        holder |= change
+        if without:
+            del holder[without]
+        return dict(plain)
+
+    assert validator.is_valid(with_part({"later": [1]}))
+    for place in PLACES:
+        if place.part == part:
+            assert not validator.is_valid(with_part({}, without=place.name)), place
+
+
+def _encodable(value: object) -> bool:
+    return not (isinstance(value, str) and re.search("[\ud800-\udfff]", value))

@@ -1,0 +1,165 @@
+"""What a program of ours writes to stderr, and the status it leaves."""
+
+from __future__ import annotations
+
+import datetime as dt
+import io
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from orderlib import BrokenSetup, OrderError, RefusedByDatabase, StoreUnreachable
+from orderlib.program import event, log, run, set_up_logging
+
+ROOT = Path(__file__).parents[2]
+
+
+class Terminal(io.StringIO):
+    """A stream that a person reads."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level, our_level = root.handlers[:], root.level, log.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    log.setLevel(our_level)
+
+
+def raising(error: BaseException) -> Callable[[], NoReturn]:
+    def main() -> NoReturn:
+        raise error
+
+    return main
+
+
+# Logs
+
+
+def test_an_event_is_one_line_of_json_with_its_fields() -> None:
+    stream = io.StringIO()
+    set_up_logging(stream)
+    event("batch_stored", partition=3, next_offset=17, order_uid="b563", note='a "quoted"\nline')
+    [line] = stream.getvalue().splitlines()
+    logged = json.loads(line)
+    assert dt.datetime.fromisoformat(logged.pop("time")).utcoffset() == dt.timedelta()
+    assert logged == {
+        "level": "info",
+        "event": "batch_stored",
+        "partition": 3,
+        "next_offset": 17,
+        "order_uid": "b563",
+        "note": 'a "quoted"\nline',
+    }
+
+
+def test_fields_of_any_type_can_be_logged() -> None:
+    stream = io.StringIO()
+    set_up_logging(stream)
+    event("odd", where=Path("a"), partitions={2}, error=StoreUnreachable("away"))
+    logged = json.loads(stream.getvalue())
+    assert (logged["where"], logged["partitions"], logged["error"]) == ("a", [2], "away")
+
+
+def test_a_person_at_a_terminal_reads_another_format() -> None:
+    stream = Terminal()
+    set_up_logging(stream)
+    event("batch_stored", level=logging.WARNING, partition=3)
+    event("idle")
+    first, second = stream.getvalue().splitlines()
+    assert first.endswith(" warning batch_stored partition=3")
+    assert second.endswith(" info    idle")
+
+
+def test_warnings_of_libraries_are_lines_of_ours_and_their_chatter_is_not() -> None:
+    stream = io.StringIO()
+    set_up_logging(stream)
+    logging.getLogger("psycopg.pool").info("chatter")
+    logging.getLogger("psycopg.pool").warning("error connecting in %r", "pool")
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["error connecting in 'pool'"]
+
+
+def test_a_traceback_stays_within_its_line() -> None:
+    stream = io.StringIO()
+    set_up_logging(stream)
+    try:
+        raise StoreUnreachable("away")
+    except StoreUnreachable:
+        log.exception("stopped")
+    [line] = stream.getvalue().splitlines()
+    assert json.loads(line)["traceback"].endswith("StoreUnreachable: away")
+
+
+def test_setting_up_again_does_not_write_lines_twice() -> None:
+    stream = io.StringIO()
+    set_up_logging(io.StringIO())
+    set_up_logging(stream, logging.WARNING)
+    event("unheard")
+    event("heard", logging.ERROR)
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["heard"]
+
+
+# Exit statuses
+
+
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_a_program_leaves_the_status_it_returns(status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda: status) == status
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (BrokenSetup("ORDERS_TOPIC is not set"), 2, "error: ORDERS_TOPIC is not set\n"),
+        (StoreUnreachable("PostgreSQL: away"), 1, "error: PostgreSQL: away\n"),
+        (
+            RefusedByDatabase("23514", "b563"),
+            1,
+            "error: refused_by_database: $: expected order b563 that PostgreSQL takes, found SQLSTATE 23514\n",
+        ),
+        (OrderError("anything else of ours"), 1, "error: anything else of ours\n"),
+        (KeyboardInterrupt(), 1, "interrupted\n"),
+    ],
+)
+def test_an_error_of_ours_is_one_line_and_a_status(
+    error: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(raising(error)) == status
+    assert capsys.readouterr() == ("", line)
+
+
+def test_any_other_error_is_a_bug_and_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(raising(ZeroDivisionError()))
+
+
+def test_a_reader_that_has_had_enough_is_no_traceback() -> None:
+    program = (
+        "import sys\n"
+        "from orderlib.program import run\n"
+        "def main():\n"
+        "    while True:\n"
+        "        print('an order')\n"
+        "sys.exit(run(main))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "an order\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(10) == 1

@@ -1,0 +1,265 @@
+"""What the sender makes up, reads and keys by, without a broker."""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+import os
+import tempfile
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator
+from random import Random
+
+import pytest
+
+from orderlib.codecs import decode_order, encode_order
+from orderlib.errors import Refused
+from orderlib.models import Delivery, Order
+from orderlib.program import run
+from orderlib.testing import SAMPLE
+from services.sender.__main__ import main
+from services.sender.feed import CATCH_UP_S, Pace, lines
+from services.sender.generate import make_order, make_values
+from services.sender.publish import order_uid_of
+
+NOW = dt.datetime(2026, 11, 23, 12, 30, 15, 123456, tzinfo=dt.UTC)
+
+
+def made(count: int, seed: str = "seed") -> list[Order]:
+    rng = Random(seed)
+    return [make_order(rng, lambda: NOW) for _ in range(count)]
+
+
+def values(count: int, bad_rate: float, seed: str = "seed") -> list[bytes]:
+    return list(itertools.islice(make_values(Random(seed), lambda: NOW, bad_rate), count))
+
+
+def test_every_made_up_order_keeps_the_contract() -> None:
+    for order in made(3000):
+        assert decode_order(encode_order(order)) == order
+
+
+def test_the_sums_of_a_made_up_order_are_right() -> None:
+    for order in made(1000):
+        for item in order.items:
+            assert item.total_price == item.price * (100 - item.sale) // 100
+        payment = order.payment
+        assert payment.goods_total == sum(item.total_price for item in order.items)
+        assert payment.amount == payment.goods_total + payment.delivery_cost + payment.custom_fee
+
+
+def test_a_made_up_order_was_paid_shortly_before_it_was_made() -> None:
+    for order in made(1000):
+        assert order.date_created == NOW
+        assert 0 < NOW.timestamp() - order.payment.payment_dt < 180
+
+
+def test_the_same_seed_makes_the_same_orders_and_another_seed_others() -> None:
+    assert values(200, 0.3) == values(200, 0.3)
+    assert not set(values(200, 0)) & set(values(200, 0, seed="another"))
+
+
+def test_made_up_orders_have_order_uids_of_their_own() -> None:
+    orders = made(5000)
+    assert len({order.order_uid for order in orders}) == len(orders)
+
+
+def test_made_up_orders_vary_as_a_shop_s_do() -> None:
+    orders = made(3000)
+    assert len({order.payment.currency for order in orders}) >= 8
+    assert len({order.delivery.name for order in orders}) >= 200
+    assert len({item.name for order in orders for item in order.items}) >= 40
+    counts = Counter(len(order.items) for order in orders)
+    assert sum(counts[count] for count in range(1, 7)) > 0.9 * len(orders)
+    assert max(counts) > 6
+    paid_by_another_reference = sum(order.payment.transaction != order.order_uid for order in orders)
+    assert 0.05 < paid_by_another_reference / len(orders) < 0.2
+
+
+@pytest.mark.parametrize(
+    "script", ["CYRILLIC", "CJK UNIFIED IDEOGRAPH", "HIRAGANA", "HEBREW", "LATIN SMALL LETTER E WITH", "APOSTROPHE"]
+)
+def test_names_are_written_in_many_scripts(script: str) -> None:
+    names = {order.delivery.name for order in made(500)}
+    assert any(script in unicodedata.name(character) for name in names for character in name)
+
+
+def test_a_customer_is_the_same_person_in_every_order() -> None:
+    known: dict[str, Delivery] = {}
+    for order in itertools.chain(made(5000), made(5000, seed="another")):
+        assert known.setdefault(order.customer_id, order.delivery) == order.delivery
+    assert len(known) < 8000
+
+
+def test_an_article_costs_the_same_in_every_order_of_its_country() -> None:
+    known: dict[tuple[str, int], int] = {}
+    for order in made(2000):
+        for item in order.items:
+            assert known.setdefault((order.locale, item.chrt_id), item.price) == item.price
+
+
+def test_a_bad_rate_of_one_makes_nothing_but_records_to_refuse() -> None:
+    for value in values(500, 1.0):
+        with pytest.raises(Refused):
+            decode_order(value)
+
+
+def test_a_bad_rate_is_about_kept() -> None:
+    bad = 0
+    for value in values(2000, 0.2):
+        try:
+            decode_order(value)
+        except Refused:
+            bad += 1
+    assert 300 < bad < 500
+
+
+@pytest.mark.parametrize(
+    ("value", "order_uid"),
+    [
+        (SAMPLE, "b563feb7b2b84b6test"),
+        (b'{"order_uid":"a:b.c_d-E","items":null}', "a:b.c_d-E"),
+        (b'{"order_uid":"first","order_uid":"last"}', "last"),
+        (b'{"order_uid":"x","deep":' + b"[" * 500 + b"]" * 500 + b"}", "x"),
+        (b"", None),
+        (b"null", None),
+        (b"[]", None),
+        (b"{}", None),
+        (b'{"order_uid":7}', None),
+        (b'{"order_uid":""}', None),
+        (b'{"order_uid":"two words"}', None),
+        (b'{"order_uid":"' + b"x" * 129 + b'"}', None),
+        (b'{"order_uid":"\\ud800"}', None),
+        (b'{"order_uid":"\xff"}', None),
+        (b'{"order_uid":"x"', None),
+        (b'{"order_uid":"x"} and more', None),
+        (b"\xff\xfe", None),
+        (b"[" * 100_000, None),
+    ],
+)
+def test_a_record_is_keyed_by_a_valid_order_uid_alone(value: bytes, order_uid: str | None) -> None:
+    assert order_uid_of(value) == order_uid
+
+
+def test_reading_the_order_uid_never_fails() -> None:
+    for value in values(500, 1.0):
+        order_uid_of(value)
+
+
+@pytest.fixture
+def lines_of() -> Iterator[Callable[[bytes], list[bytes | None]]]:
+    with tempfile.TemporaryFile() as file:
+
+        def read(content: bytes) -> list[bytes | None]:
+            file.write(content)
+            file.seek(0)
+            return list(lines(file.fileno(), idle_s=1))
+
+        yield read
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", []),
+        (b"one", [b"one"]),
+        (b"one\n", [b"one"]),
+        (b"one\n\n\ntwo", [b"one", b"", b"", b"two"]),
+        (b"\n", [b""]),
+        (b"dos\r\nmac\rform\x0cfeed\x85\xe2\x80\xa8", [b"dos\r", b"mac\rform\x0cfeed\x85\xe2\x80\xa8"]),
+        (b" \0\xff \n", [b" \0\xff "]),
+        (b"x" * 3_000_000 + b"\ny", [b"x" * 3_000_000, b"y"]),
+    ],
+)
+def test_lines_end_with_a_newline_and_nothing_else(
+    lines_of: Callable[[bytes], list[bytes | None]], content: bytes, expected: list[bytes]
+) -> None:
+    assert lines_of(content) == expected
+
+
+def test_waiting_for_a_line_gives_control_back() -> None:
+    reading, writing = os.pipe()
+    found = lines(reading, idle_s=0.01)
+    assert next(found) is None
+    os.write(writing, b"ha")
+    assert next(found) is None
+    os.write(writing, b"lf\nrest")
+    assert next(found) == b"half"
+    os.close(writing)
+    assert list(found) == [b"rest"]
+    os.close(reading)
+
+
+def turns(pace: Pace, now_s: float, until_s: float, step_s: float) -> list[float]:
+    """When turns are taken by one who looks every so often."""
+    taken = []
+    while now_s < until_s:
+        while pace.early_s(now_s) <= 0:
+            pace.take_turn(now_s)
+            taken.append(now_s)
+        now_s += step_s
+    return taken
+
+
+def test_a_pace_is_kept_exactly_however_coarse_the_waits() -> None:
+    taken = turns(Pace(300, 0.0), 0.0, 10.0, step_s=0.013)
+    assert abs(len(taken) - 3000) < 10
+    assert max(Counter(taken).values()) <= 5
+
+
+def test_a_long_stall_is_followed_by_no_flood() -> None:
+    pace = Pace(100, 0.0)
+    pace.take_turn(0.0)
+    taken = turns(pace, 60.0, 61.0, step_s=0.01)
+    assert len(taken) <= 100 * (1.0 + CATCH_UP_S) + 2
+
+
+def test_without_a_rate_it_is_always_the_next_s_turn() -> None:
+    pace = Pace(None, 5.0)
+    for _ in range(1000):
+        assert pace.early_s(5.0) <= 0
+        pace.take_turn(5.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--count -1",
+        "--count many",
+        "--rate 0",
+        "--rate nan",
+        "--bad-rate 1.1",
+        "--bad-rate nan",
+        "--file - --count 5",
+        "--file - --seed 0",
+        "--file - --bad-rate 0",
+        "--fast",
+        "orders.json",
+    ],
+)
+def test_wrong_usage_is_status_2(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(options.split(), {"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"})
+    assert "usage: python -m services.sender" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "named"),
+    [
+        ("", {}, "ORDERS_KAFKA_BOOTSTRAP_SERVERS"),
+        ("", {"ORDERS_KAFKA_ACKS": "0"}, "ORDERS_KAFKA_ACKS"),
+        ("--file /no/such/file", {}, "/no/such/file: No such file"),
+        ("--file /", {}, "/: Is a directory"),
+        ("--manifest /no/such/folder/manifest", {}, "/no/such/folder/manifest: No such file"),
+    ],
+)
+def test_a_broken_set_up_is_one_line_and_status_2(
+    options: str, settings: dict[str, str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environ = settings if not options else {"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}
+    assert run(lambda: main(options.split(), environ)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert named in captured.err

@@ -1,0 +1,94 @@
+"""What ``orderlib.testing`` gives to users' own tests, and to the sender."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import re
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import find, given, settings
+from msgspec.inspect import DataclassType, VarTupleType
+
+from orderlib import InvalidOrder, MalformedJson, Order, Payment, decode_order
+from orderlib.contract import rule_of, rules_of
+from orderlib.testing import SAMPLE, BadRecord, FaultKind, break_order
+from orderlib.testing.strategies import orders, payments, values
+
+SAMPLE_ORDER = decode_order(SAMPLE)
+RULES = {field.name: rule_of(field) for field in rules_of(Order).fields}
+
+
+def test_the_sample_is_an_order() -> None:
+    assert json.loads(SAMPLE)["order_uid"] == SAMPLE_ORDER.order_uid == "b563feb7b2b84b6test"
+
+
+def test_the_sample_is_shipped_with_the_library() -> None:
+    assert (Path(__file__).parents[2] / "orderlib" / "testing" / "sample.json").read_bytes() == SAMPLE
+
+
+@pytest.mark.parametrize("kind", FaultKind)
+def test_bad_orders_depend_on_the_seed_alone(kind: FaultKind) -> None:
+    def some(seed: int) -> list[BadRecord]:
+        rng = Random(seed)
+        return [break_order(SAMPLE_ORDER, kind, rng) for _ in range(20)]
+
+    assert some(7) == some(7)
+    # Of some kinds there is but one.
+    only_one = {FaultKind.TOO_MANY_ITEMS, FaultKind.NO_ITEMS, FaultKind.WITHOUT_OFFSET, FaultKind.BYTE_ORDER_MARK}
+    assert (some(7) == some(8)) == (kind in only_one)
+
+
+@pytest.mark.parametrize("kind", FaultKind)
+def test_breaking_an_order_leaves_the_order_itself_whole(kind: FaultKind) -> None:
+    break_order(SAMPLE_ORDER, kind, Random(1))
+    assert decode_order(SAMPLE) == SAMPLE_ORDER
+
+
+def test_every_field_and_every_item_can_be_the_one_that_is_broken() -> None:
+    rng = Random(1)
+    broken = {break_order(SAMPLE_ORDER, FaultKind.NULL, rng).path for _ in range(3000)}
+    assert broken == set(paths(rules_of(Order), "$"))
+
+
+def paths(rule: DataclassType, path: str) -> list[str]:
+    """The path of each value in the sample."""
+    found = []
+    for field in rule.fields:
+        here = f"{path}.{field.name}"
+        found.append(here)
+        match rule_of(field):
+            case DataclassType() as part:
+                found += paths(part, here)
+            case VarTupleType(item_type=DataclassType() as item):
+                for index in range(len(SAMPLE_ORDER.items)):
+                    found += [f"{here}[{index}]", *paths(item, f"{here}[{index}]")]
+    return found
+
+
+def test_there_are_bad_records_of_both_sorts_of_error() -> None:
+    rng = Random(1)
+    errors = {kind: break_order(SAMPLE_ORDER, kind, rng).error for kind in FaultKind}
+    assert errors[FaultKind.TOO_DEEP] is MalformedJson
+    assert errors[FaultKind.TOO_LONG] is InvalidOrder
+
+
+@given(orders(max_items=2))
+@settings(max_examples=25)
+def test_no_more_items_are_drawn_than_asked_for(order: Order) -> None:
+    assert 1 <= len(order.items) <= 2
+
+
+def test_strategies_reach_the_bounds() -> None:
+    assert find(values(RULES["sm_id"]), lambda number: number == 2**63 - 1) == 2**63 - 1
+    assert find(values(RULES["shardkey"]), lambda text: not text) == ""
+    assert find(values(RULES["entry"]), lambda text: isinstance(text, str) and len(text) == 255)
+    assert find(values(RULES["date_created"]), lambda time: isinstance(time, dt.datetime) and bool(time.utcoffset()))
+
+
+@given(payments())
+@settings(max_examples=25)
+def test_texts_with_a_form_have_it(payment: Payment) -> None:
+    assert re.fullmatch("[A-Z]{3}", payment.currency)
