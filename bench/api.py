@@ -1,8 +1,8 @@
 """How fast the API answers, beside other ways of doing the same: ``python -m sandbox -- python -m bench.api``.
 
 Needs ``wrk`` on PATH; granian and uvloop are measured where they are installed. Each way is measured several times, in
-turns, with a new process each time; the median counts. Orders are asked for at random, so that each is read anew; all of
-them fit into PostgreSQL's memory.
+turns, with a new process each time; the median counts. Orders are asked for at random, so that each is read anew; all
+of them fit into PostgreSQL's memory.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import attrs
+import psutil
 from psycopg.conninfo import conninfo_to_dict
 
 import orderlib
@@ -38,10 +39,10 @@ FOUR = "GET, four queries"
 #: name, application, server, what is asked for
 WAYS = (
     (OURS, "ours", "asgi", "random"),
+    (FOUR, "four", "asgi", "random"),
     ("GET, 304", "ours", "asgi", "known"),
     ("list of 20 orders", "ours", "asgi", "list"),
     ("fixed body", "ours", "asgi", "hello"),
-    (FOUR, "four", "asgi", "random"),
     ("GET, four queries over our driver", "four-ours", "asgi", "random"),
     ("GET, uncached, uvloop", "ours", "uvloop", "random"),
     ("fixed body, uvloop", "ours", "uvloop", "hello"),
@@ -62,6 +63,8 @@ class Measured:
     per_s: float
     p50_ms: float
     p99_ms: float
+    #: What a request cost the server's own processes; PostgreSQL's work is not in it. Steadier than the rest.
+    cpu_us: float
 
 
 def main() -> None:
@@ -79,16 +82,16 @@ def main() -> None:
         for name, application, server, asked in WAYS:
             if options.only not in name or not _is_there(server):
                 continue
-            with serving(application, server) as port:
+            with serving(application, server) as (port, process):
                 for connections in CONNECTIONS:
-                    found = ask(port, asked, connections, options.seconds)
+                    found = ask(port, process, asked, connections, options.seconds)
                     measured.setdefault((name, connections), []).append(found)
                     print(f"{name}, {connections} connections: {found.per_s:,.0f}/s", file=sys.stderr)
     write("api", list(figures(measured)))
 
 
 def figures(measured: Mapping[tuple[str, int], list[Measured]]) -> Iterator[Figure]:
-    """The medians, and how much faster ours is than four queries: in the median of the rounds, each with its neighbour."""
+    """The medians, and how much faster ours is than four queries: each round compared with itself, then the median."""
     for connections in CONNECTIONS:
         ours, four = measured.get((OURS, connections)), measured.get((FOUR, connections))
         if ours and four:
@@ -99,6 +102,7 @@ def figures(measured: Mapping[tuple[str, int], list[Measured]]) -> Iterator[Figu
         yield Figure(what, statistics.median(one.per_s for one in runs), "/s")
         yield Figure(f"{what}, p50", statistics.median(one.p50_ms for one in runs), "ms")
         yield Figure(f"{what}, p99", statistics.median(one.p99_ms for one in runs), "ms")
+        yield Figure(f"{what}, server's CPU", statistics.median(one.cpu_us for one in runs), "µs")
 
 
 def _is_there(server: str) -> bool:
@@ -125,7 +129,7 @@ def prepare(environ: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def serving(application: str, server: str) -> Iterator[int]:
+def serving(application: str, server: str) -> Iterator[tuple[int, psutil.Process]]:
     """One process of a way of serving, on a port of its own."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -140,13 +144,13 @@ def serving(application: str, server: str) -> Iterator[int]:
                 if time.monotonic() > deadline or process.poll() is not None:
                     raise
                 time.sleep(0.1)
-        yield port
+        yield port, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(15)
 
 
-def ask(port: int, asked: str, connections: int, seconds: int) -> Measured:
+def ask(port: int, process: psutil.Process, asked: str, connections: int, seconds: int) -> Measured:
     """Load it for so long."""
     scripts = {
         "random": f'request = function() return wrk.format("GET", "/orders/u" .. math.random(0, {ORDERS - 1})) end',
@@ -159,12 +163,25 @@ def ask(port: int, asked: str, connections: int, seconds: int) -> Measured:
         script.flush()
         command = ["wrk", "-t1", f"-c{connections}", "--latency", "-s", script.name, f"http://127.0.0.1:{port}"]
         subprocess.run([*command, "-d1s"], capture_output=True, check=True)
+        cpu_s = _cpu_s(process)
         text = subprocess.run([*command, f"-d{seconds}s"], capture_output=True, check=True, text=True).stdout
     assert "Non-2xx" not in text, text
     assert "Socket errors" not in text, text
-    found = re.search(r"Requests/sec:\s+([\d.]+)", text)
+    cpu_s = _cpu_s(process) - cpu_s
+    found = re.search(r"(\d+) requests in .*Requests/sec:\s+([\d.]+)", text, re.DOTALL)
     assert found, text
-    return Measured(per_s=float(found[1]), p50_ms=_percentile(text, 50), p99_ms=_percentile(text, 99))
+    return Measured(
+        per_s=float(found[2]),
+        p50_ms=_percentile(text, 50),
+        p99_ms=_percentile(text, 99),
+        cpu_us=cpu_s / int(found[1]) * 1_000_000,
+    )
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    """What a process and those it started have used so far."""
+    used = (one.cpu_times() for one in [process, *process.children(recursive=True)])
+    return sum(times.user + times.system for times in used)
 
 
 def _percentile(text: str, percent: int) -> float:

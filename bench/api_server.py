@@ -1,8 +1,8 @@
 """One way of serving orders, for ``bench.api`` to measure: ``python -m bench.api_server APPLICATION SERVER PORT``.
 
-Applications: ``ours`` is the API as it is, with a fixed body at ``/hello`` besides. ``four`` reads with four plain SELECTs
-through psycopg and its pool, as the service that orderlib replaces did; ``four-ours`` sends the same four through our own
-driver. ``wsgi`` is ``ours`` as a WSGI application.
+Applications: ``ours`` is the API as it is, with a fixed body at ``/hello`` besides. ``four`` reads with four plain
+SELECTs through psycopg and its pool, as the service that orderlib replaces did; ``four-ours`` sends the same four
+through our own driver. ``wsgi`` is ``ours`` as a WSGI application.
 """
 
 from __future__ import annotations

@@ -63,13 +63,18 @@ def decode_order(data: bytes) -> Order:
             data.decode()
         except UnicodeDecodeError as exc:
             raise _malformed(f"bytes that are not UTF-8 (byte {exc.start})") from exc
-    if data.count(b"[") + data.count(b"{") >= MAX_NESTING and _nesting(data) >= MAX_NESTING:
+    if (
+        # Each level has two brackets; a text that is too short for them is not worth counting.
+        len(data) >= 2 * MAX_NESTING
+        and data.count(b"[") + data.count(b"{") >= MAX_NESTING
+        and _nesting(data) >= MAX_NESTING
+    ):
         raise _malformed(f"{MAX_NESTING:,} or more levels of nesting")
     try:
         order = _decoder.decode(data)
     except (msgspec.DecodeError, RecursionError):
         return _second_look(data)
-    if b"\\u0000" in data or not 1 < order.date_created.year < 9999:
+    if (b"\\" in data and b"\\u0000" in data) or not 1 < order.date_created.year < 9999:
         return _second_look(data)
     return order
 

@@ -12,9 +12,8 @@ from orderlib.errors import Fault, MalformedJson, Refused, TooLarge
 from orderlib.models import Order
 from orderlib.repository import Outcome
 
-_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
-_LAST_MILLISECOND = int((dt.datetime.max.replace(tzinfo=dt.UTC) - _EPOCH) / dt.timedelta(milliseconds=1))
-_FIRST_MILLISECOND = int((dt.datetime.min.replace(tzinfo=dt.UTC) - _EPOCH) / dt.timedelta(milliseconds=1))
+_FIRST_MOMENT = dt.datetime(1, 1, 1, tzinfo=dt.UTC)
+_LAST_MOMENT = dt.datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=dt.UTC)
 
 
 @attrs.frozen(kw_only=True)
@@ -60,7 +59,10 @@ class Record:
 
 def record_time(timestamp_ms: int) -> dt.datetime:
     """A record's timestamp as a time. Producers may set any number; it is held to years 0001 to 9999."""
-    return _EPOCH + dt.timedelta(milliseconds=min(max(timestamp_ms, _FIRST_MILLISECOND), _LAST_MILLISECOND))
+    try:
+        return dt.datetime.fromtimestamp(timestamp_ms / 1000, dt.UTC)
+    except (OverflowError, OSError, ValueError):
+        return _LAST_MOMENT if timestamp_ms > 0 else _FIRST_MOMENT
 
 
 @attrs.frozen(kw_only=True)

@@ -83,11 +83,11 @@ SELECT now(), (SELECT first_stored_at FROM orders ORDER BY first_stored_at DESC,
 """
 COUNT_STORED_LATELY: LiteralString = """
 SELECT count(*) FROM (
-    SELECT FROM orders WHERE first_stored_at > now() - interval '5 minutes' LIMIT $1
+    SELECT 1 FROM orders WHERE first_stored_at > now() - interval '5 minutes' LIMIT $1
 ) lately
 """
 COUNT_REJECTS: LiteralString = """
-SELECT asked.code, (SELECT count(*) FROM (SELECT FROM rejects r WHERE r.code = asked.code LIMIT $1) found)
+SELECT asked.code, (SELECT count(*) FROM (SELECT 1 FROM rejects r WHERE r.code = asked.code LIMIT $1) found)
 FROM unnest($2::text[]) AS asked (code)
 """
 

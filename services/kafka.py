@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Protocol, TypeVar, cast
 
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Message, TopicCollection, TopicPartition
-from confluent_kafka.admin import AdminClient, ClusterMetadata, OffsetSpec
+from confluent_kafka.admin import AdminClient, ClusterMetadata, ListOffsetsResultInfo, OffsetSpec
 
 from orderlib.errors import BrokenSetup, BrokerUnreachable, OrderError
 from orderlib.ingest import Headers, Record, Source, record_time
@@ -95,12 +95,20 @@ def ask_topic_id(admin: AdminClient, topic: str) -> Callable[[], str]:
 
 def offsets_of(admin: AdminClient, topic: str, partitions: Iterable[int], spec: OffsetSpec) -> dict[int, int]:
     """An offset of each partition: its earliest, its log end (the last stable offset), that of a time; -1 for none."""
+    questions = ask_offsets(admin, topic, partitions, spec)
+    return {partition: answer(question).offset for partition, question in questions.items()}
+
+
+def ask_offsets(
+    admin: AdminClient, topic: str, partitions: Iterable[int], spec: OffsetSpec
+) -> dict[int, Future[ListOffsetsResultInfo]]:
+    """As ``offsets_of``, without waiting for the answers."""
     questions = admin.list_offsets(
         {TopicPartition(topic, partition): spec for partition in partitions},
         isolation_level=IsolationLevel.READ_COMMITTED,
         request_timeout=ANSWER_S,
     )
-    return {place.partition: answer(question).offset for place, question in questions.items()}
+    return {place.partition: question for place, question in questions.items()}
 
 
 def record_of(message: Message, topic_id: str) -> Record:
@@ -108,7 +116,8 @@ def record_of(message: Message, topic_id: str) -> Record:
     headers: Headers | None
     try:
         headers = cast("Headers", tuple(message.headers() or ()))
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, SystemError):
+        # The binding leaves an error set and returns all the same, which Python calls a SystemError.
         headers = None
     _, timestamp_ms = message.timestamp()
     return Record(

@@ -46,6 +46,8 @@ def connection_arguments(url: str, application_name: str) -> dict[str, str | int
         **_DEFAULTS,
         "application_name": application_name,
         **{k: v for k, v in given.items() if v is not None},
+        # Whatever PGCLIENTENCODING says: in any other, some orders could not be sent.
+        "client_encoding": "utf8",
     }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from random import Random
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -20,11 +22,12 @@ from orderlib.postgres.migrate import check_schema
 from orderlib.postgres.reading import Reading
 from orderlib.postgres.writing import store
 from orderlib.repository import PAGE_SIZE, Cursor, Outcome, Page, Status
+from orderlib.retry import Backoff
 
 T = TypeVar("T")
 
 #: Two transactions that meet again and again are no accident.
-_COLLISIONS = 10
+_COLLISIONS = 20
 
 
 class PostgresOrderRepository:
@@ -36,6 +39,7 @@ class PostgresOrderRepository:
 
     def __init__(self, pool: ConnectionPool[PooledConnection]) -> None:
         self._pool = pool
+        self._rng = Random()  # noqa: S311 - spreads tries, keeps no secret
 
     @classmethod
     def connect(
@@ -112,6 +116,7 @@ class PostgresOrderRepository:
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
         """See ``OrderRepository.save_many``."""
         arrivals = [Arrival.of(order) for order in orders]
+        backoff = Backoff(self._rng, first_s=0.01, most_s=0.5)
         for last_try in [False] * _COLLISIONS + [True]:
             try:
                 with self._connection() as connection, connection.transaction():
@@ -120,6 +125,7 @@ class PostgresOrderRepository:
             except Collision:
                 if last_try:
                     raise
+                time.sleep(backoff.next_wait_s())
         raise AssertionError("the last try returns or raises")
 
     @contextlib.contextmanager

@@ -10,7 +10,7 @@ import psycopg
 
 from orderlib import queries
 from orderlib.contract import column_type, rule_of, rules_of
-from orderlib.errors import OrderError, RefusedByDatabase
+from orderlib.errors import Collision, OrderError, RefusedByDatabase
 from orderlib.ingest import Arrival, Settlement, Source, StoredVersion, settle
 from orderlib.models import Delivery, Item, Order, Payment
 from orderlib.postgres.connection import Connection
@@ -28,9 +28,10 @@ from orderlib.rows import (
     payment_row,
 )
 
-#: A unique violation may only mean that somebody stored the same order_uid meanwhile; then a new look settles it.
+#: So Citus reports a unique violation, and it may only mean that somebody stored the same order_uid meanwhile; then a
+#: new look settles it.
 _LOOKS_AGAIN = 3
-_MAYBE_SOMEBODY_ELSE = {"23505", "XX000"}
+_MAYBE_SOMEBODY_ELSE = "XX000"
 
 
 def _types(model: type, columns: Sequence[str]) -> list[str]:
@@ -63,6 +64,8 @@ def store(
         with connection.transaction():
             return list(_store(connection, arrivals, rule))
     except (psycopg.Error, UnicodeEncodeError) as exc:
+        if _met_another_writer(exc):
+            raise Collision("another writer stored one of these orders meanwhile") from exc
         error = translate(exc)
         if not isinstance(error, RefusedByDatabase):
             raise error from exc
@@ -72,12 +75,17 @@ def store(
     return store(connection, arrivals[:middle], rule) + store(connection, arrivals[middle:], rule)
 
 
+def _met_another_writer(exc: Exception) -> bool:
+    """Each order is written once, so its key can be there already only because somebody stored it since we looked."""
+    return isinstance(exc, psycopg.errors.UniqueViolation) and str(exc.diag.constraint_name).startswith("orders_pkey")
+
+
 def _store_alone(
     connection: Connection, arrival: Arrival, rule: Rule, error: OrderError
 ) -> Outcome | RefusedByDatabase:
     for _ in range(_LOOKS_AGAIN):
         assert isinstance(error, RefusedByDatabase)
-        if error.sqlstate not in _MAYBE_SOMEBODY_ELSE:
+        if error.sqlstate != _MAYBE_SOMEBODY_ELSE:
             break
         try:
             with connection.transaction():
@@ -97,7 +105,9 @@ def _store(connection: Connection, arrivals: Sequence[Arrival], rule: Rule) -> S
     if replaced:
         connection.execute(queries.DELETE_ORDERS, {"order_uids": replaced})
     if settlement.writes:
-        _copy_orders(connection, settlement.writes, stored, now)
+        # In one order everywhere, so that of two writers one waits for the other and they never wait for each other.
+        writes = sorted(settlement.writes, key=lambda write: write.order.order_uid)
+        _copy_orders(connection, writes, stored, now)
     if settlement.moves:
         _move_sources(connection, settlement.moves.items())
     return settlement.outcomes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import functools
 import gc
 import os
@@ -26,6 +27,9 @@ from services.consumer.loop import STOP_CLOSE_S, Loop, StoreThread
 from services.consumer.topic import Topic
 
 T = TypeVar("T")
+
+#: How soon a signal is heeded while we wait for an answer.
+_TURN_S = 0.1
 
 
 class _Told(Exception):
@@ -81,17 +85,36 @@ def _once_it_answers(ask: Callable[[], T], server: str, told_to_stop: threading.
     """Ask until there is an answer; say once that we wait. Raises BrokenSetup at once."""
     backoff = Backoff(rng=random.Random())  # noqa: S311  jitter, no secret
     said = False
+    question = _asked(ask)
     while not told_to_stop.is_set():
         health.turn()
+        concurrent.futures.wait([question], _TURN_S)
+        if not question.done():
+            continue
         try:
-            return ask()
+            return question.result()
         except TryAgain as exc:
             health.not_ready = str(exc)
             if not said:
                 event("waiting_for_server", server=server, reason=str(exc))
                 said = True
         told_to_stop.wait(backoff.next_wait_s())
+        question = _asked(ask)
     raise _Told
+
+
+def _asked(ask: Callable[[], T]) -> concurrent.futures.Future[T]:
+    """The answer to come. Nothing interrupts a question to a server that is half gone, so nobody waits for its end."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            future.set_result(ask())
+        except BaseException as exc:  # noqa: BLE001  whoever asks for the result gets it
+            future.set_exception(exc)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def _tune_interpreter() -> None:

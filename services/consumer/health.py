@@ -6,6 +6,7 @@ import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from socketserver import ThreadingMixIn
 from types import TracebackType
 from typing import Self
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -106,7 +107,7 @@ class HealthServer:
         self._health = health
         self._metrics: WSGIApplication = make_wsgi_app(metrics.registry)
         try:
-            self._server = make_server(bind.host, bind.port, self._answer, WSGIServer, _Quiet)
+            self._server = make_server(bind.host, bind.port, self._answer, _Threads, _Quiet)
         except OSError as exc:
             raise BrokenSetup(f"ORDERS_METRICS_BIND: cannot listen on {bind}: {exc.strerror}") from exc
         self.address = Address(host=bind.host, port=self._server.server_port)
@@ -138,6 +139,13 @@ class HealthServer:
             "503 Service Unavailable" if fault else "200 OK", [("Content-Type", "text/plain; charset=utf-8")]
         )
         return [f"{fault or 'ok'}\n".encode()]
+
+
+class _Threads(ThreadingMixIn, WSGIServer):
+    """One thread a connection, waited for by nobody: a silent client keeps neither probes nor our end waiting."""
+
+    daemon_threads = True
+    block_on_close = False
 
 
 class _Quiet(WSGIRequestHandler):

@@ -10,7 +10,9 @@ import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from prometheus_client import Gauge
 
 from orderlib.consumption import (
     Assign,
@@ -37,6 +39,9 @@ from services.consumer.topic import EndReached, Topic
 #: How long one wait for Kafka or the store lasts, so that the other is not left waiting.
 _TURN_S = 0.02
 _TURN_PAUSED_S = 0.1
+
+#: How often the log ends are asked for.
+_LAG_S = 1.0
 
 #: After a signal, the batch in hand may take so long; then its socket is shut. Then leaving the group may.
 STOP_BATCH_S = 5.0
@@ -113,6 +118,42 @@ class StoreThread:
             _log_reject(reject)
 
 
+class Lag:
+    """How far the store is behind the log's end, by partition; asked now and then, never waited for."""
+
+    def __init__(self, topic: Topic, gauge: Gauge, clock: Callable[[], float]) -> None:
+        self._topic = topic
+        self._gauge = gauge
+        self._clock = clock
+        self._next_offsets: dict[int, int] = {}
+        self._shown: set[int] = set()
+        self._ask_at_s = clock()
+        self._answer: Callable[[], Mapping[int, int] | None] | None = None
+
+    def at(self, next_offsets: Mapping[int, int]) -> None:
+        """The store is there in these partitions."""
+        self._next_offsets.update(next_offsets)
+
+    def turn(self, assigned: frozenset[int]) -> None:
+        """Show what is known, and ask again when it is time."""
+        for partition in self._shown - assigned:
+            self._gauge.remove(str(partition))
+        self._shown &= assigned
+        if self._answer is not None:
+            self._show(self._answer(), assigned)
+        elif assigned and self._clock() >= self._ask_at_s:
+            self._ask_at_s = self._clock() + _LAG_S
+            self._answer = self._topic.ask_ends(assigned)
+
+    def _show(self, ends: Mapping[int, int] | None, assigned: frozenset[int]) -> None:
+        if ends is None:
+            return
+        self._answer = None
+        for partition in ends.keys() & assigned:
+            self._gauge.labels(str(partition)).set(max(0, ends[partition] - self._next_offsets[partition]))
+            self._shown.add(partition)
+
+
 class Loop:
     """Runs until told to stop, or until nothing can go on."""
 
@@ -135,6 +176,7 @@ class Loop:
         self._metrics = metrics
         self._clock = clock
         self._told_to_stop = told_to_stop
+        self._lag = Lag(topic, metrics.lag, clock)
         self._stop_by_s: float | None = None
         self._status: int | None = None
 
@@ -146,6 +188,7 @@ class Loop:
             self._take_results()
             self._core.on_tick(self._clock())
             self._act()
+            self._lag.turn(self._core.assigned)
             self._listen()
         return EXIT_DONE if self._status is None else self._status
 
@@ -185,12 +228,15 @@ class Loop:
                     self._store.submit(action)
                 case Assign(next_offsets):
                     self._topic.assign(next_offsets)
+                    self._lag.at(next_offsets)
                     event("partitions_assigned", next_offsets=next_offsets)
                 case Seek(partition, next_offset):
                     self._topic.seek(partition, next_offset)
+                    self._lag.at({partition: next_offset})
                     event("fence_lost", logging.WARNING, partition=partition, next_offset=next_offset)
                 case Report(next_offsets):
                     self._topic.report(next_offsets)
+                    self._lag.at(next_offsets)
                 case Pause(reason, wait_s):
                     self._topic.pause()
                     self._health.not_ready = str(reason)

@@ -24,6 +24,7 @@ from orderlib.ingest import Record
 from orderlib.program import event
 from services.kafka import (
     SILENT,
+    ask_offsets,
     ask_topic_id,
     known,
     offsets_of,
@@ -37,8 +38,8 @@ from services.kafka import (
 CONSUME_RECORDS = 200
 
 #: What librdkafka may fetch ahead, in KiB, and at most per partition and request, in bytes.
-_QUEUE_KIB = 8 * 1024
-_FETCH_BYTES = 1024 * 1024
+_QUEUE_KIB = 2 * 1024
+_FETCH_BYTES = 256 * 1024
 
 
 @attrs.frozen
@@ -63,7 +64,7 @@ class Member(Protocol):
 
 
 class Topic:
-    """One topic, read by one member of a consumer group.
+    """One topic, read by one member of a consumer group. Raises BrokenSetup for a property that librdkafka refuses.
 
     What the group gives and takes is told from within ``fetch`` and ``poll``. Assigning is left to ``assign``, when the
     store has said where to begin.
@@ -84,8 +85,10 @@ class Topic:
                     "queued.max.messages.kbytes": _QUEUE_KIB,
                     "fetch.message.max.bytes": _FETCH_BYTES,
                     "fetch.wait.max.ms": 100,
-                # How soon a deleted topic and a new partition are noticed; by default it takes five minutes.
-                "topic.metadata.refresh.interval.ms": 10_000,
+                    # A full queue is soon emptied; the default would wait for a second.
+                    "fetch.queue.backoff.ms": 2,
+                    # How soon a deleted topic and a new partition are noticed; by default it takes five minutes.
+                    "topic.metadata.refresh.interval.ms": 10_000,
                     **shared,
                     "group.id": settings.group,
                     "enable.auto.commit": False,
@@ -121,6 +124,17 @@ class Topic:
     def ends(self, partitions: Iterable[int]) -> dict[int, int]:
         """The log end of each partition: its last stable offset."""
         return offsets_of(self._admin, self.name, partitions, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+
+    def ask_ends(self, partitions: Iterable[int]) -> Callable[[], dict[int, int] | None]:
+        """Ask for log ends; the result gives what is known of them, or ``None`` until there is an answer."""
+        questions = ask_offsets(self._admin, self.name, partitions, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+
+        def ends() -> dict[int, int] | None:
+            if not all(question.done() for question in questions.values()):
+                return None
+            return {p: question.result().offset for p, question in questions.items() if question.exception() is None}
+
+        return ends
 
     # The life of a member.
 

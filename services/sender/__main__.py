@@ -56,7 +56,6 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     settings = KafkaSettings.from_mapping(environ)
     with contextlib.ExitStack() as stack:
         try:
-            manifest = stack.enter_context(Path(options.manifest).open("wb", buffering=0)) if options.manifest else None
             values: Iterable[bytes | None]
             if options.file is None:
                 values = _made_up(options)
@@ -64,6 +63,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
                 values = lines(sys.stdin.fileno(), idle_s=_TURN_S)
             else:
                 values = lines(stack.enter_context(Path(options.file).open("rb")).fileno(), idle_s=_TURN_S)
+            manifest = stack.enter_context(Path(options.manifest).open("wb", buffering=0)) if options.manifest else None
         except OSError as exc:
             raise BrokenSetup(f"{exc.filename}: {exc.strerror}") from exc
         publisher = Publisher(settings, manifest)

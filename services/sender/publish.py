@@ -60,7 +60,6 @@ class Publisher:
         with translated_errors():
             self._producer = Producer(
                 {
-                    "compression.type": "lz4",
                     "message.max.bytes": _MAX_VALUE_BYTES,
                     "message.timeout.ms": 30_000,
                     "queue.buffering.max.kbytes": _MAX_QUEUED_KIB,

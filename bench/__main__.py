@@ -1,0 +1,49 @@
+"""``make bench``: every figure, one after the other, and the tables made from them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from bench.report import RESULTS, Figure, table
+
+TOPICS = ("decode", "ingest", "api")
+
+HEAD = """\
+# Figures
+
+Made by `make bench` from the JSON files beside it; never edited. Each ratio is of one run, its two sides measured in turn.
+"""
+
+
+def main() -> int:
+    """Measure everything; exit status 1 if a part failed."""
+    failed = [
+        topic for topic in TOPICS if subprocess.run([sys.executable, "-m", f"bench.{topic}"], check=False).returncode
+    ]
+    render()
+    for topic in failed:
+        print(f"bench: {topic} failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def render() -> None:
+    """Write the tables of what was measured last."""
+    parts = [HEAD]
+    for topic in TOPICS:
+        path = RESULTS / f"{topic}.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text(encoding="utf-8"))
+        figures = [
+            Figure(**{name: value for name, value in figure.items() if name != "verdict"})
+            for figure in result["figures"]
+        ]
+        machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+        parts.append(f"## {topic}\n\n{machine}\n\n{table(figures)}\n")
+    (RESULTS / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
