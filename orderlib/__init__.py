@@ -31,14 +31,24 @@ from orderlib.errors import (
     TryAgain,
 )
 from orderlib.models import Delivery, Item, Order, Payment
-from orderlib.postgres import PostgresOrderRepository
-from orderlib.repository import Cursor, OrderRepository, Outcome, Page, StoredOrder
+from orderlib.postgres import AsyncPostgresOrderReader, PostgresOrderRepository
+from orderlib.repository import (
+    AsyncOrderReader,
+    Cursor,
+    OrderRepository,
+    Outcome,
+    Page,
+    Status,
+    StoredOrder,
+)
 
 __version__ = "0.1.0"
 
 connect = PostgresOrderRepository.connect
 
 __all__ = [
+    "AsyncOrderReader",
+    "AsyncPostgresOrderReader",
     "BrokenSetup",
     "BrokerUnreachable",
     "Collision",
@@ -59,6 +69,7 @@ __all__ = [
     "PostgresOrderRepository",
     "Refused",
     "RefusedByDatabase",
+    "Status",
     "StoreUnreachable",
     "StoredOrder",
     "TooLarge",

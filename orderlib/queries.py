@@ -211,8 +211,8 @@ BOOTSTRAP: tuple[LiteralString, ...] = (
 LIMIT_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = '5s'"
 UNLIMIT_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = 0"
 
-#: End the sessions of our own role and program that hold these rows' locks. A row's xmax is who locked it. They are found
-#: before any is ended: as one more condition, pg_terminate_backend would be called first, for every session there is.
+#: End the sessions of our own role and program that hold these rows' locks. A row's xmax is who locked it. They are
+#: found before any is ended: as one more condition, pg_terminate_backend would be called first, for every session.
 END_BLOCKERS: LiteralString = """
 WITH blockers AS MATERIALIZED (
     SELECT a.pid

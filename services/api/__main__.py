@@ -1,0 +1,84 @@
+"""`python -m services.api`: orders over HTTP, for programs and for people."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+
+import attrs
+
+from orderlib.config import ApiSettings
+from orderlib.errors import BrokenSetup, StoreUnreachable
+from orderlib.postgres.connection import connect
+from orderlib.postgres.migrate import READER_RIGHTS, check_rights, check_schema
+from orderlib.program import EXIT_DONE, event, run, set_up_logging
+
+DESCRIPTION = """\
+Gives stored orders back over HTTP: as JSON to programs, as pages to people.
+
+ORDERS_READER_URL       PostgreSQL as the reader
+ORDERS_API_BIND         where to listen (127.0.0.1:8080); port 0 takes a free one
+ORDERS_API_TOKENS       name:token, several with commas: who may read
+ORDERS_API_AUTH=off     instead of tokens: everybody who asks localhost may read
+ORDERS_METRICS_BIND     where /metrics is (127.0.0.1:9102)
+WEB_CONCURRENCY         worker processes (1)
+
+Exit status: 0 stopped, 1 failed, 2 wrong settings or set-up.
+"""
+
+
+def main() -> int:
+    """Serve until told to stop."""
+    argparse.ArgumentParser(
+        prog="python -m services.api", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    settings = ApiSettings.from_mapping(os.environ)
+    if not re.fullmatch("[1-9][0-9]?", os.environ.get("WEB_CONCURRENCY", "1")):
+        raise BrokenSetup("WEB_CONCURRENCY must be an integer from 1 to 99")
+    # gunicorn reads that variable when it is imported.
+    from services.api.server import Server, bound_address, listen  # noqa: PLC0415
+
+    set_up_logging()
+    _look_at_database(settings.reader_url)
+    listener = listen("ORDERS_API_BIND", settings.bind)
+    metrics_listener = listen("ORDERS_METRICS_BIND", settings.metrics_bind)
+    settings = attrs.evolve(settings, bind=bound_address(listener), metrics_bind=bound_address(metrics_listener))
+    if settings.bind.port == settings.metrics_bind.port:
+        raise BrokenSetup("ORDERS_API_BIND and ORDERS_METRICS_BIND need ports of their own")
+    if not settings.tokens:
+        event("no_authentication", logging.WARNING, served="localhost only")
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="orderlib-api-")
+    event("listening", address=str(settings.bind), metrics=str(settings.metrics_bind))
+    Server(
+        [listener, metrics_listener],
+        load=functools.partial(_build, settings),
+        on_exit=functools.partial(shutil.rmtree, os.environ["PROMETHEUS_MULTIPROC_DIR"]),
+    ).run()
+    return EXIT_DONE
+
+
+def _look_at_database(url: str) -> None:
+    """Raise BrokenSetup for what only an operator can mend; say so if there is nothing to look at yet."""
+    try:
+        with connect(url, application_name="orderlib-api") as connection:
+            check_schema(connection)
+            check_rights(connection, READER_RIGHTS)
+    except StoreUnreachable as exc:
+        event("waiting_for_server", logging.WARNING, server="PostgreSQL", reason=str(exc))
+
+
+def _build(settings: ApiSettings) -> object:
+    # Imported in the worker: prometheus_client looks at PROMETHEUS_MULTIPROC_DIR when it is imported.
+    from services.api.asgi import build  # noqa: PLC0415
+
+    return build(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

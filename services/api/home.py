@@ -1,0 +1,52 @@
+"""The page people start from: look an order up, see the newest, see how the store is doing."""
+
+from __future__ import annotations
+
+from urllib.parse import quote, urlencode
+
+import falcon
+from falcon.asgi import Request, Response
+
+from orderlib.errors import OrderNotFound
+from orderlib.repository import AsyncOrderReader
+from services.api.pages import Pages
+
+
+class HomeResource:
+    """``/``."""
+
+    def __init__(self, reader: AsyncOrderReader, pages: Pages) -> None:
+        self._reader = reader
+        self._pages = pages
+
+    async def on_get(self, req: Request, resp: Response) -> None:
+        """The newest orders and the status; with ``q``, the way to what was looked for."""
+        query = (req.get_param("q") or "").strip()
+        if not query:
+            page, status = await self._reader.newest(), await self._reader.status()
+            self._pages.show(resp, "home.html", page=page, status=status, query="")
+            return
+        found = await self._found(query)
+        if found is None:
+            self._pages.show(resp, "nothing_found.html", query=query)
+            resp.status = falcon.HTTP_NOT_FOUND
+        else:
+            resp.set_header("Cache-Control", "no-store")
+            resp.set_header("Location", found)
+            resp.status = falcon.HTTP_SEE_OTHER
+
+    on_head = on_get
+
+    async def _found(self, query: str) -> str | None:
+        """Where the order of this order_uid is; else those with this track number; else those of this customer."""
+        try:
+            await self._reader.content_sha256(query)
+        except OrderNotFound:
+            pass
+        else:
+            return f"/orders/{quote(query, safe=':')}"
+        if (await self._reader.newest(limit=1, track_number=query)).orders:
+            return f"/orders?{urlencode({'track_number': query})}"
+        if (await self._reader.newest(limit=1, customer_id=query)).orders:
+            return f"/orders?{urlencode({'customer_id': query})}"
+        return None

@@ -1,0 +1,109 @@
+"""Pages for people: templates, and how money and moments are written for a person."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import falcon
+import jinja2
+from falcon.asgi import Request, Response
+
+from orderlib.repository import COUNTED_AT_MOST
+
+_HERE = Path(__file__).parent
+
+#: How many decimals the currencies have that do not have two (ISO 4217). An unknown code is taken to have two.
+_DECIMALS = {
+    code: decimals
+    for decimals, codes in {
+        0: [
+            *("BIF", "CLP", "DJF", "GNF", "ISK", "JPY", "KMF", "KRW", "PYG"),
+            *("RWF", "UGX", "UYI", "VND", "VUV", "XAF", "XOF", "XPF"),
+        ],
+        3: ["BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND"],
+        4: ["CLF", "UYW"],
+    }.items()
+    for code in codes
+}
+
+
+def money(minor_units: int, currency: str) -> str:
+    """An amount as a person writes it: ``1,817.00 USD``."""
+    decimals = _DECIMALS.get(currency, 2)
+    whole, rest = divmod(minor_units, 10**decimals)
+    fraction = f".{rest:0{decimals}}" if decimals else ""
+    return f"{whole:,}{fraction}\N{NO-BREAK SPACE}{currency}"
+
+
+def moment(time: dt.datetime | int) -> str:
+    """A time, or Unix seconds, as a person reads it, in UTC: ``26 Nov 2021, 06:22 UTC``."""
+    if isinstance(time, int):
+        time = dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(seconds=time)
+    time = time.astimezone(dt.UTC)
+    return f"{time.day} {time:%b} {time.year:04}, {time:%H:%M} UTC"
+
+
+def machine_time(time: dt.datetime | int) -> str:
+    """The same for ``<time datetime=…>``."""
+    if isinstance(time, int):
+        time = dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(seconds=time)
+    return time.astimezone(dt.UTC).isoformat().replace("+00:00", "Z")
+
+
+def duration(span: dt.timedelta) -> str:
+    """A span in the unit that says enough: ``40 s``, ``3 min``, ``5 h``, ``12 days``."""
+    seconds = max(int(span.total_seconds()), 0)
+    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
+
+
+def counted(number: int) -> str:
+    """A number that was counted so far and perhaps no further."""
+    return f"{number:,}{' or more' if number >= COUNTED_AT_MOST else ''}"
+
+
+class Pages:
+    """Renders the templates beside this file; everything that is put into them is escaped."""
+
+    def __init__(self) -> None:
+        self.static = {path.name: path.read_bytes() for path in sorted((_HERE / "static").iterdir())}
+        version = hashlib.sha256(b"".join(self.static.values())).hexdigest()[:12]
+        self._templates = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(_HERE / "templates"),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.globals["static_version"] = version
+        self._templates.filters.update(
+            money=money, moment=moment, machine_time=machine_time, duration=duration, counted=counted
+        )
+
+    def show(self, resp: Response, template: str, **shown: Any) -> None:
+        """Answer with a page. It may show personal data, so nobody keeps a copy."""
+        resp.content_type = falcon.MEDIA_HTML
+        resp.set_header("Cache-Control", "no-store")
+        resp.text = self._templates.get_template(template).render(shown)
+
+
+class StaticResource:
+    """``/static/{name}``: what the pages are dressed in."""
+
+    def __init__(self, pages: Pages) -> None:
+        self._files = pages.static
+
+    async def on_get(self, _req: Request, resp: Response, name: str) -> None:
+        """A file beside the templates, to be kept: its URL changes with its content."""
+        if name not in self._files:
+            raise falcon.HTTPNotFound
+        resp.content_type = {"css": "text/css; charset=utf-8", "svg": "image/svg+xml"}[name.rpartition(".")[2]]
+        resp.set_header("Cache-Control", "private, max-age=31536000, immutable")
+        resp.data = self._files[name]
+
+    on_head = on_get

@@ -1,0 +1,44 @@
+"""The running server against its own description."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+
+import orderlib
+from orderlib.testing import SAMPLE as SAMPLE_JSON
+from tests.conftest import Database
+from tests.serving import serving, settings_for
+
+SAMPLE = orderlib.decode_order(SAMPLE_JSON)
+
+
+def test_the_server_does_what_its_openapi_document_says(module_database: Database, tmp_path: Path) -> None:
+    """Schemathesis makes requests from the document, good and bad, and judges the answers by it."""
+    with orderlib.connect(module_database.writer_url) as repository:
+        repository.save_many(attrs.evolve(SAMPLE, order_uid=f"n-{n}") for n in range(25))
+    environ = settings_for(module_database.reader_url, ORDERS_API_TOKENS="schemathesis:token")
+    with serving(environ) as api:
+        ended = subprocess.run(
+            [
+                *(sys.executable, "-m", "schemathesis.cli", "run", f"http://{api.address}/openapi.json"),
+                *("--header", "Authorization: Bearer token", "--no-color"),
+                *("--max-examples", "6", "--seed", str(int.from_bytes(os.urandom(2)))),
+                *("--request-timeout", "10"),
+                # A cursor is opaque: the document cannot say which texts were once given.
+                *("--checks", "all", "--exclude-checks", "positive_data_acceptance"),
+            ],
+            cwd=tmp_path,
+            env={**environ, "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert len(api.events("request")) > 100
+        assert api.events("request_failed") == []

@@ -1,0 +1,101 @@
+"""The API while PostgreSQL restarts under load, and while clients keep it waiting for longer than a test run likes."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import attrs
+import psycopg
+import pytest
+
+import orderlib
+from orderlib.postgres.connection import connect
+from orderlib.postgres.migrate import bootstrap, migrate
+from orderlib.testing import SAMPLE as SAMPLE_JSON
+from sandbox import PostgresServer
+from tests.conftest import Database
+from tests.serving import HALF_A_REQUEST, clients, eventually, serving, settings_for
+
+SAMPLE = orderlib.decode_order(SAMPLE_JSON)
+PATH = f"/orders/{SAMPLE.order_uid}"
+MODES: tuple[Literal["fast", "immediate"], ...] = ("fast", "immediate")
+
+
+@pytest.mark.faults
+def test_a_restart_under_load_gives_no_wrong_answer_and_ends_by_itself() -> None:
+    server = PostgresServer()
+    server.start()
+    expected = orderlib.encode_order(SAMPLE)
+    done = threading.Event()
+    try:
+        with serving(settings_for(_prepared(server))) as api, ThreadPoolExecutor(8) as pool:
+
+            def ask() -> set[int]:
+                statuses = set()
+                while not done.is_set():
+                    answer = api.get(PATH)
+                    statuses.add(answer.status)
+                    assert answer.status != 200 or answer.body == expected
+                    assert answer.seconds < 5
+                return statuses
+
+            def answered(status: int) -> int:
+                return sum(event["status"] == status for event in api.events("request"))
+
+            def grows(status: int) -> bool:
+                before = answered(status)
+                return eventually(lambda: answered(status) > before + 20, 5)
+
+            asking = [pool.submit(ask) for _ in range(8)]
+            try:
+                for mode in MODES:
+                    server.stop(mode)
+                    assert grows(503)
+                    server.start()
+                    assert grows(200)
+            finally:
+                done.set()
+            assert set.union(*(one.result() for one in asking)) == {200, 503}
+            with psycopg.connect(server.superuser_url) as superuser:
+                sessions = superuser.execute("SELECT FROM pg_stat_activity WHERE application_name = 'orderlib-api'")
+                assert sessions.rowcount <= 8
+            assert api.events("request_failed") == []
+    finally:
+        server.close()
+
+
+def _prepared(server: PostgresServer) -> str:
+    passwords = {"orders_migrator": "m", "orders_writer": "w", "orders_reader": "r"}
+    with connect(server.superuser_url, application_name="tests") as superuser:
+        bootstrap(superuser, passwords)
+    with connect(server.url("orders_migrator", "m"), application_name="tests") as migrator:
+        migrate(migrator)
+    with orderlib.connect(server.url("orders_writer", "w")) as repository:
+        repository.save(SAMPLE)
+    return server.url("orders_reader", "r")
+
+
+@pytest.mark.faults
+def test_who_does_not_send_its_request_in_time_is_closed(module_database: Database) -> None:
+    with (
+        serving(settings_for(module_database.reader_url)) as api,
+        clients(api, 20, HALF_A_REQUEST),
+        clients(api, 20, b""),
+    ):
+        assert eventually(lambda: api.connections() == 40, 5)
+        assert eventually(lambda: api.connections() == 0, 12)
+
+
+@pytest.mark.faults
+def test_who_does_not_take_its_answers_is_closed(module_database: Database) -> None:
+    with orderlib.connect(module_database.writer_url) as repository:
+        repository.save_many(attrs.evolve(SAMPLE, order_uid=f"n-{n}", items=SAMPLE.items * 20) for n in range(100))
+    request = b"GET /orders?limit=100 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with serving(settings_for(module_database.reader_url)) as api, clients(api, 3, request * 50):
+        assert eventually(lambda: len(api.events("request")) >= 3, 10)
+        assert api.connections() == 3
+        assert eventually(lambda: api.connections() == 0, 60)
+        # They were closed for not taking them: not all were even made.
+        assert len(api.events("request")) < 150

@@ -1,0 +1,55 @@
+"""How money and moments are written for a person."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+
+from services.api.pages import counted, duration, machine_time, moment, money
+
+
+@pytest.mark.parametrize(
+    ("minor_units", "currency", "written"),
+    [
+        (1817, "USD", "18.17 USD"),
+        (5, "EUR", "0.05 EUR"),
+        (0, "RUB", "0.00 RUB"),
+        (1234567, "JPY", "1,234,567 JPY"),
+        (1234567, "KWD", "1,234.567 KWD"),
+        (7, "BHD", "0.007 BHD"),
+        (12345, "CLF", "1.2345 CLF"),
+        (100, "ZZZ", "1.00 ZZZ"),
+        (2**63 - 1, "USD", "92,233,720,368,547,758.07 USD"),
+    ],
+)
+def test_money_has_the_decimals_of_its_currency(minor_units: int, currency: str, written: str) -> None:
+    assert money(minor_units, currency).replace("\N{NO-BREAK SPACE}", " ") == written
+
+
+@pytest.mark.parametrize(
+    ("time", "written", "machine"),
+    [
+        (1637907727, "26 Nov 2021, 06:22 UTC", "2021-11-26T06:22:07Z"),
+        (0, "1 Jan 1970, 00:00 UTC", "1970-01-01T00:00:00Z"),
+        (253402300799, "31 Dec 9999, 23:59 UTC", "9999-12-31T23:59:59Z"),
+        (dt.datetime.fromisoformat("2021-11-26T01:22:19+05:00"), "25 Nov 2021, 20:22 UTC", "2021-11-25T20:22:19Z"),
+        (dt.datetime(1, 1, 1, tzinfo=dt.UTC), "1 Jan 0001, 00:00 UTC", "0001-01-01T00:00:00Z"),
+    ],
+)
+def test_a_moment_is_written_in_utc(time: dt.datetime | int, written: str, machine: str) -> None:
+    assert moment(time) == written
+    assert machine_time(time) == machine
+
+
+@pytest.mark.parametrize(
+    ("seconds", "written"),
+    [(-3, "0 s"), (0, "0 s"), (119.9, "119 s"), (120, "2 min"), (7199, "119 min"), (7200, "2 h"), (200_000, "2 days")],
+)
+def test_a_duration_is_written_in_the_unit_that_says_enough(seconds: float, written: str) -> None:
+    assert duration(dt.timedelta(seconds=seconds)) == written
+
+
+def test_a_count_that_ended_early_says_so() -> None:
+    assert counted(9_999) == "9,999"
+    assert counted(10_000) == "10,000 or more"

@@ -1,0 +1,72 @@
+"""A headless Chromium, as Debian's packages chromium and chromium-driver bring it, with JavaScript switched off."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service as DriverService
+from selenium.webdriver.chrome.webdriver import WebDriver
+
+import orderlib
+from tests.conftest import Database
+from tests.serving import Service, serving, settings_for
+
+WIDE = (1280, 900)
+PHONE = (360, 800)
+
+
+@pytest.fixture(scope="session")
+def _chromium() -> Iterator[WebDriver]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.fail("these tests need Chromium: apt-get install chromium chromium-driver", pytrace=False)
+    options = Options()
+    options.binary_location = chromium
+    for flag in (
+        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "hide-scrollbars"),
+        *("disable-background-networking", "disable-component-update", "disable-sync", "disable-dev-shm-usage"),
+    ):
+        options.add_argument(f"--{flag}")
+    # The pages must not need it, and must not run what somebody wrote into an order.
+    options.add_experimental_option("prefs", {"profile.managed_default_content_settings.javascript": 2})
+    browser = webdriver.Chrome(options, DriverService(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def browser(_chromium: WebDriver) -> WebDriver:
+    """The browser, wide, light, at an empty page."""
+    _chromium.get("about:blank")
+    show(_chromium, WIDE)
+    return _chromium
+
+
+def show(browser: WebDriver, size: tuple[int, int], scheme: str = "light") -> None:
+    """Make the window so large, and prefer light or dark."""
+    width, height = size
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 700},
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+
+
+@pytest.fixture(scope="module")
+def store(module_database: Database) -> Iterator[orderlib.PostgresOrderRepository]:
+    """Where a test puts its orders."""
+    with orderlib.connect(module_database.writer_url) as repository:
+        yield repository
+
+
+@pytest.fixture(scope="module")
+def api(module_database: Database) -> Iterator[Service]:
+    """The service, reading them."""
+    with serving(settings_for(module_database.reader_url)) as service:
+        yield service

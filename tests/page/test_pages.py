@@ -1,0 +1,316 @@
+"""What a person with a browser can do, and cannot be made to suffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import pytest
+from selenium.webdriver.chrome.webdriver import WebDriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.expected_conditions import staleness_of
+from selenium.webdriver.support.wait import WebDriverWait
+
+import orderlib
+from orderlib.models import Order
+from orderlib.testing import SAMPLE as SAMPLE_JSON
+from tests.cable import cable
+from tests.conftest import Database
+from tests.page.conftest import PHONE, WIDE, show
+from tests.serving import Service, serving, settings_for
+
+SAMPLE = orderlib.decode_order(SAMPLE_JSON)
+EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\"'&amp;"
+
+
+def order(order_uid: str, **changed: Any) -> Order:
+    return attrs.evolve(SAMPLE, order_uid=order_uid, **changed)
+
+
+def one(browser: WebDriver, selector: str) -> WebElement:
+    return browser.find_element(By.CSS_SELECTOR, selector)
+
+
+def texts(browser: WebDriver, selector: str) -> list[str]:
+    return [element.text for element in browser.find_elements(By.CSS_SELECTOR, selector)]
+
+
+@contextmanager
+def leading_on(browser: WebDriver) -> Iterator[None]:
+    """What is done in the block leads to another page; at its end that page is there."""
+    left = one(browser, "html")
+    yield
+    WebDriverWait(browser, 10).until(staleness_of(left))
+
+
+def look_up(browser: WebDriver, text: str) -> None:
+    field = one(browser, "#q")
+    field.clear()
+    with leading_on(browser):
+        field.send_keys(text, Keys.ENTER)
+
+
+def click(browser: WebDriver, selector: str) -> None:
+    with leading_on(browser):
+        one(browser, selector).click()
+
+
+def path_of(browser: WebDriver) -> str:
+    return "/" + browser.current_url.split("/", 3)[3]
+
+
+def test_an_order_is_looked_up_by_its_uid(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    store.save(order("page-1", delivery=attrs.evolve(SAMPLE.delivery, name="Ada Lovelace")))
+    browser.get(f"http://{api.address}/")
+    look_up(browser, "  page-1 ")
+    assert path_of(browser) == "/orders/page-1"
+    assert one(browser, "h1").text == "Order page-1"
+    assert "Ada Lovelace" in texts(browser, "dd")
+    assert "18.17\N{NO-BREAK SPACE}USD" in texts(browser, "dd") or "18.17 USD" in texts(browser, "dd")
+    assert "26 Nov 2021, 06:22 UTC" in one(browser, "main").text
+
+
+@pytest.mark.parametrize("looked_up", ["T/rack & 1", "Kund\N{LATIN SMALL LETTER O WITH DIAERESIS} 1"])
+def test_orders_are_looked_up_by_track_number_or_customer(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, looked_up: str
+) -> None:
+    store.save(order("page-2", track_number="T/rack & 1", customer_id="Kund\N{LATIN SMALL LETTER O WITH DIAERESIS} 1"))
+    browser.get(f"http://{api.address}/")
+    look_up(browser, looked_up)
+    assert looked_up in one(browser, "h1").text
+    assert texts(browser, "tbody th") == ["page-2"]
+    click(browser, "tbody a")
+    assert path_of(browser) == "/orders/page-2"
+
+
+def test_what_is_not_there_is_said_and_can_be_corrected(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    store.save(order("page-3"))
+    browser.get(f"http://{api.address}/")
+    look_up(browser, "page-4")
+    assert one(browser, "h1").text == "Nothing found"
+    assert one(browser, "#q").get_attribute("value") == "page-4"
+    look_up(browser, "page-3")
+    assert one(browser, "h1").text == "Order page-3"
+
+
+def test_the_list_is_paged_through_to_its_end_and_back(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    uids = [f"paged-{n:02}" for n in range(45)]
+    for uid in uids:
+        store.save(order(uid, customer_id="paged"))
+    browser.get(f"http://{api.address}/orders?customer_id=paged")
+    assert texts(browser, "nav [rel=prev]") == []
+    pages = [texts(browser, "tbody th")]
+    while browser.find_elements(By.CSS_SELECTOR, "nav [rel=next]"):
+        click(browser, "nav [rel=next]")
+        pages.append(texts(browser, "tbody th"))
+    assert [uid for page in pages for uid in page] == uids[::-1]
+    back = [pages[-1]]
+    while browser.find_elements(By.CSS_SELECTOR, "nav [rel=prev]"):
+        click(browser, "nav [rel=prev]")
+        back.append(texts(browser, "tbody th"))
+    assert back == pages[::-1]
+
+
+def test_the_newest_orders_are_at_the_start(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    for n in range(21):
+        store.save(order(f"newest-{n}"))
+    browser.get(f"http://{api.address}/")
+    assert texts(browser, "tbody th")[:2] == ["newest-20", "newest-19"]
+    click(browser, "nav [rel=next]")
+    assert texts(browser, "tbody th")[0] == "newest-0"
+
+
+def test_the_status_strip_tells_how_the_store_is_doing(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, module_database: Database
+) -> None:
+    with orderlib.postgres.connection.connect(module_database.superuser_url, application_name="tests") as connection:
+        connection.execute(
+            "INSERT INTO rejects (topic_id, partition, record_offset, topic, record_time, code, faults)"
+            " SELECT 't', 0, n, 't', now(), 'invalid_order', '{}' FROM generate_series(1, 3) n"
+        )
+    store.save(order("just-now"))
+    browser.get(f"http://{api.address}/")
+    status = dict(zip(texts(browser, ".status dt"), texts(browser, ".status dd"), strict=True))
+    assert status["Newest order"].endswith(" s ago")
+    assert int(status["Stored in 5 minutes"]) >= 1
+    assert status["Rejects"] == "3 invalid order"
+    assert status["Database"] == "answers"
+
+
+def test_a_hostile_order_stays_text(browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository) -> None:
+    store.save(
+        order(
+            "hostile",
+            customer_id=EVIL,
+            track_number=EVIL,
+            delivery=attrs.evolve(SAMPLE.delivery, name=EVIL),
+            items=[attrs.evolve(SAMPLE.items[0], name=EVIL, brand=EVIL)],
+        )
+    )
+    browser.get(f"http://{api.address}/orders/hostile")
+    assert EVIL in texts(browser, "dd")
+    assert any(EVIL in text for text in texts(browser, "tbody th"))
+    for path in ("/orders/hostile", "/", "/orders"):
+        browser.get(f"http://{api.address}{path}")
+        assert "owned" not in browser.title
+        assert browser.find_elements(By.CSS_SELECTOR, "script, img, main [onerror]") == []
+    browser.get(f"http://{api.address}/orders/hostile")
+    click(browser, "main dd a")
+    assert EVIL in one(browser, "h1").text
+    assert browser.find_elements(By.CSS_SELECTOR, "script, img") == []
+
+
+def test_raw_json_is_one_click_away_and_exactly_what_programs_get(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    store.save(order("raw"))
+    browser.get(f"http://{api.address}/orders/raw")
+    click(browser, "a[href$='format=json']")
+    assert one(browser, "pre").text == api.get("/orders/raw").text
+
+
+def test_everything_can_be_reached_with_the_keyboard_alone(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    store.save(order("keys-1", customer_id="keys"))
+    browser.get(f"http://{api.address}/")
+
+    def press(key: str) -> WebElement:
+        browser.switch_to.active_element.send_keys(key)
+        return browser.switch_to.active_element
+
+    skip = press(Keys.TAB)
+    assert skip.text == "Skip to content"
+    assert skip.rect["y"] >= 0
+    assert skip.value_of_css_property("outline-style") == "solid"
+    assert press(Keys.TAB).get_attribute("href") == f"http://{api.address}/"
+    field = press(Keys.TAB)
+    assert field.get_attribute("id") == "q"
+    field.send_keys("keys")
+    assert press(Keys.TAB).text == "Find"
+    with leading_on(browser):
+        press(Keys.ENTER)
+    assert texts(browser, "tbody th") == ["keys-1"]
+    # Past the header, the next stop is the order.
+    press(Keys.TAB).send_keys(Keys.ENTER)
+    link = press(Keys.TAB)
+    assert link.text == "keys-1"
+    with leading_on(browser):
+        link.send_keys(Keys.ENTER)
+    assert one(browser, "h1").text == "Order keys-1"
+
+
+def longest() -> Order:
+    """An order in which every text is as long as it may be, without a blank."""
+    item = attrs.evolve(SAMPLE.items[0], name="W" * 1024, brand="W" * 255, size="W" * 64, rid="W" * 255)
+    return order(
+        "W" * 128,
+        track_number="W" * 255,
+        customer_id="W" * 255,
+        entry="W" * 255,
+        internal_signature="W" * 4096,
+        delivery=attrs.evolve(SAMPLE.delivery, name="W" * 255, address="W" * 1024, email="W" * 320, phone="9" * 64),
+        payment=attrs.evolve(SAMPLE.payment, amount=2**63 - 1, goods_total=2**63 - 1, transaction="W" * 255),
+        items=[item, SAMPLE.items[0]],
+    )
+
+
+@pytest.mark.parametrize("size", [WIDE, (800, 900), PHONE])
+@pytest.mark.parametrize(
+    "path", ["/", "/orders/" + "W" * 128, f"/orders/{SAMPLE.order_uid}", "/orders?limit=100", "/?q=x"]
+)
+def test_nothing_is_wider_than_the_window(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, size: tuple[int, int], path: str
+) -> None:
+    store.save_many([longest(), SAMPLE])
+    show(browser, size)
+    browser.get(f"http://{api.address}{path}")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
+
+
+#: WCAG's contrast of each text with the nearest background that is not transparent.
+CONTRASTS = """
+const light = (colour) => {
+  const [r, g, b] = colour.match(/[\\d.]+/g).map(Number).map((c) => {
+    c /= 255;
+    return c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  });
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const ground = (element) => {
+  for (; element; element = element.parentElement) {
+    const colour = getComputedStyle(element).backgroundColor;
+    if (colour !== "rgba(0, 0, 0, 0)") return colour;
+  }
+  return "rgb(255, 255, 255)";
+};
+return [...document.querySelectorAll("body *")]
+  .filter((e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
+  .map((e) => {
+    const [a, b] = [light(getComputedStyle(e).color), light(ground(e))];
+    return [e.tagName + ": " + e.textContent.trim(), (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)];
+  })
+  .filter(([, contrast]) => contrast < 4.5);
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("path", ["/", f"/orders/{SAMPLE.order_uid}", "/?q=nothing", "/orders/nobody"])
+def test_every_text_stands_out_from_its_background(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, scheme: str, path: str
+) -> None:
+    store.save(SAMPLE)
+    show(browser, WIDE, scheme)
+    browser.get(f"http://{api.address}{path}")
+    ground = one(browser, "body").value_of_css_property("background-color")
+    is_dark = int(ground.removeprefix("rgba(").split(",")[0]) < 128
+    assert is_dark == (scheme == "dark")
+    assert browser.execute_script(CONTRASTS) == []
+
+
+@pytest.mark.parametrize("path", ["/", f"/orders/{SAMPLE.order_uid}", "/orders", "/?q=nothing", "/nowhere"])
+def test_a_screen_reader_finds_its_way(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, path: str
+) -> None:
+    store.save(SAMPLE)
+    browser.get(f"http://{api.address}{path}")
+    assert one(browser, "html").get_attribute("lang") == "en"
+    assert len(texts(browser, "main")) == len(texts(browser, "h1")) == len(texts(browser, "[role=search]")) == 1
+    assert one(browser, "label[for=q]").is_displayed()
+    assert browser.title.endswith(" · Orders")
+    for table in browser.find_elements(By.CSS_SELECTOR, "table"):
+        assert table.find_element(By.CSS_SELECTOR, "caption").get_attribute("textContent")
+        assert table.find_elements(By.CSS_SELECTOR, "thead th:not([scope=col]), tbody th:not([scope=row])") == []
+
+
+def test_a_browser_gives_its_token_as_a_password(
+    browser: WebDriver, store: orderlib.PostgresOrderRepository, module_database: Database
+) -> None:
+    store.save(order("guarded"))
+    with serving(settings_for(module_database.reader_url, ORDERS_API_TOKENS="people:t0ken")) as guarded:
+        browser.get(f"http://{guarded.address}/orders/guarded")
+        assert "guarded" not in browser.page_source
+        browser.get(f"http://me:t0ken@{guarded.address}/orders/guarded")
+        assert one(browser, "h1").text == "Order guarded"
+        # The style sheet is behind the token too.
+        assert one(browser, "header").value_of_css_property("display") == "flex"
+
+
+def test_without_the_database_the_page_says_so(browser: WebDriver, module_database: Database) -> None:
+    with cable(module_database.reader_url) as wire, serving(settings_for(wire.url)) as cut_off:
+        wire.cut()
+        browser.get(f"http://{cut_off.address}/")
+        assert "The database does not answer" in one(browser, "main").text
+        assert one(browser, "#q").is_displayed()
