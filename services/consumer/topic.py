@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import attrs
@@ -14,15 +15,17 @@ from confluent_kafka import (
     KafkaError,
     KafkaException,
     Message,
+    TopicCollection,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient, OffsetSpec, TopicDescription
 
 from orderlib.config import ConsumerSettings
-from orderlib.errors import BrokenSetup, OrderError
+from orderlib.errors import BrokenSetup, BrokerUnreachable, OrderError
 from orderlib.ingest import Record
 from orderlib.program import event
 from services.kafka import (
+    ANSWER_S,
     SILENT,
     ask_offsets,
     ask_topic_id,
@@ -209,6 +212,20 @@ class Topic:
         if error.code() == KafkaError._ALL_BROKERS_DOWN and not self._down.is_set():  # noqa: SLF001
             self._down.set()
             event("kafka_unreachable", logging.WARNING, reason=error.str())
+            self._ask_whether_up()
+
+    def _ask_whether_up(self) -> None:
+        """Without records, or without partitions, nothing else would tell that Kafka is back."""
+        question = self._admin.describe_topics(TopicCollection([self.name]), request_timeout=ANSWER_S)[self.name]
+        question.add_done_callback(self._on_answer)
+
+    def _on_answer(self, question: Future[TopicDescription]) -> None:
+        error = question.exception()
+        if isinstance(error, KafkaException) and isinstance(translate(error.args[0]), BrokerUnreachable):
+            if self._down.is_set():
+                self._ask_whether_up()
+        else:
+            self._up()
 
     def _fetched(self, message: Message, topic_id: str | None) -> Fetched:
         error = message.error()

@@ -1,0 +1,212 @@
+"""The consumer from day to day: how it starts, what it says, what it keeps, how it leaves."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+
+from orderlib.testing import SAMPLE
+from sandbox import Sandbox
+from tests.conftest import Database
+from tests.consuming import consuming
+from tests.faults.accounting import assert_all_accounted_for, next_offsets, stored_rejects, wait_until_handled
+from tests.faults.sending import Sender, order, uids
+from tests.programs import run
+from tests.serving import eventually
+
+
+@pytest.fixture
+def sender(sandbox: Sandbox, topic: str) -> Sender:
+    return Sender(sandbox.kafka.bootstrap_servers, topic)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"ORDERS_DATABASE_URL": "no url"}, "database URL"),
+        ({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": ""}, "ORDERS_KAFKA_BOOTSTRAP_SERVERS is not set"),
+        ({"ORDERS_MAX_RECORD_BYTES": "many"}, "ORDERS_MAX_RECORD_BYTES"),
+        ({"ORDERS_BREAKER_FRACTION": "2"}, "ORDERS_BREAKER_FRACTION"),
+    ],
+)
+def test_a_wrong_setting_ends_it_with_2_and_one_line_that_names_it(
+    environ: dict[str, str], changed: dict[str, str], named: str
+) -> None:
+    done = run("consumer", {**environ, **changed})
+    assert done.returncode == 2
+    [error] = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    assert error.startswith("error: ")
+    assert named in error
+
+
+def test_a_role_that_may_not_write_ends_it_with_2_and_one_line(environ: dict[str, str], database: Database) -> None:
+    done = run("consumer", {**environ, "ORDERS_DATABASE_URL": database.reader_url})
+    assert done.returncode == 2
+    [error] = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    assert error.startswith("error: ")
+    assert "orders_reader" in error
+
+
+def test_an_address_in_use_ends_it_with_2_and_one_line(environ: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run("consumer", {**environ, "ORDERS_METRICS_BIND": f"127.0.0.1:{taken.getsockname()[1]}"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ORDERS_METRICS_BIND")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_second_group_is_refused_a_database_that_has_one(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_orders(["order"])
+    with consuming(environ, "--exit-at-end") as consumer:
+        assert consumer.status(within_s=20) == 0
+    stood = next_offsets(database)
+    done = run("consumer", {**environ, "ORDERS_CONSUMER_GROUP": "another"})
+    assert done.returncode == 2
+    assert "'order-consumer', not 'another'" in done.stderr
+    assert next_offsets(database) == stood
+
+
+def test_it_exits_at_the_end_once_everything_is_stored(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    for version in (1, 2, 3):
+        sender.send_orders(uids("order", 2000), version)
+    sender.send_good(SAMPLE, key=b"anything")
+    with consuming(environ, "--exit-at-end") as consumer:
+        assert consumer.status(within_s=30) == 0
+    assert_all_accounted_for(sender.manifest, database, environ)
+
+
+def test_it_exits_at_the_end_of_an_empty_topic(environ: dict[str, str]) -> None:
+    with consuming(environ, "--exit-at-end") as consumer:
+        assert consumer.status(within_s=15) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_leaves_with_0_when_told_and_kafka_knows_how_far_it_was(
+    number: signal.Signals, environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_orders(uids("order", 100))
+    with consuming(environ) as consumer:
+        wait_until_handled(sender.manifest, database)
+        consumer.process.send_signal(number)
+        assert consumer.status(within_s=10) == 0
+        assert [event["event"] for event in consumer.events()][-2:] == ["stopping", "ended"]
+        assert "Traceback" not in consumer.stderr.read_text()
+
+
+def test_silent_clients_of_its_health_server_keep_neither_probes_nor_its_end_waiting(environ: dict[str, str]) -> None:
+    with consuming(environ) as consumer:
+        host, _, port = consumer.events("started")[0]["metrics"].rpartition(":")
+        silent = [socket.create_connection((host, int(port))) for _ in range(20)]
+        began_s = time.monotonic()
+        assert consumer.live
+        assert time.monotonic() - began_s < 2
+        assert consumer.stop() == 0
+        assert time.monotonic() - began_s < 5
+        for connection in silent:
+            connection.close()
+
+
+def test_records_without_a_key_or_outside_of_keying_are_welcome(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    for number, partition in enumerate([0, 1, 2, 1, 0]):
+        sender.send_good(order(f"unkeyed-{number}"), key=None, partition=partition)
+    with consuming(environ, "--exit-at-end") as consumer:
+        assert consumer.status(within_s=20) == 0
+    assert_all_accounted_for(sender.manifest, database, environ)
+
+
+def test_a_reject_tells_why_without_telling_what(environ: dict[str, str], database: Database, sender: Sender) -> None:
+    secret = "Secret-Street-7"
+    content = json.loads(SAMPLE)
+    content["delivery"]["address"] = secret
+    content["payment"]["amount"] = -1
+    del content["locale"]
+    sender.send_bad(json.dumps(content).encode(), headers=[("trace", secret.encode())])
+    sender.send_bad(f'{{"address": "{secret}'.encode())
+    with consuming(environ, "--exit-at-end") as consumer:
+        assert consumer.status(within_s=20) == 0
+        log = consumer.stderr.read_text()
+        rejected = consumer.events("rejected")
+    assert secret not in log
+    assert {event["code"] for event in rejected} == {"invalid_order", "malformed_json"}
+    assert {event["partition"] for event in rejected} == {record.partition for record in sender.manifest}
+    with psycopg.connect(database.superuser_url) as connection:
+        faults: dict[str, Any] = dict(connection.execute("SELECT code, faults FROM rejects").fetchall())
+    assert secret not in str(faults)
+    assert {fault["path"] for fault in faults["invalid_order"]["first"]} == {"$.locale", "$.payment.amount"}
+    assert faults["invalid_order"]["total"] == 2
+    assert len(stored_rejects(database)) == 2
+
+
+def test_it_counts_what_became_of_each_record(environ: dict[str, str], database: Database, sender: Sender) -> None:
+    sender.send_orders(uids("order", 100))
+    with consuming(environ) as consumer:
+        wait_until_handled(sender.manifest, database)
+        sender.send_orders(uids("order", 40))
+        sender.send_orders(uids("order", 10), version=2)
+        sender.send_bad(b"{")
+        wait_until_handled(sender.manifest, database)
+        assert eventually(lambda: consumer.metric("orders_batch_records_sum") == 151, 5)
+        kinds = ("stored", "duplicate", "superseded", "rejected")
+        counts = {kind: consumer.metric(f'orders_records_total{{outcome="{kind}"}}') for kind in kinds}
+        assert sum(counts.values()) == 151
+        assert counts["rejected"] == consumer.metric('orders_rejects_total{code="malformed_json"}') == 1
+        assert consumer.metric("orders_end_to_end_seconds_count") == 151
+        assert consumer.metric('orders_batch_seconds_count{step="commit"}') >= 2
+        assert eventually(lambda: consumer.ready, 5)
+        assert consumer.get("/nothing")[0] == 404
+        assert consumer.stop() == 0
+
+
+def test_its_lag_is_counted_for_each_partition(environ: dict[str, str], database: Database, sender: Sender) -> None:
+    sender.send_orders(uids("order", 60))
+    with consuming(environ) as consumer:
+        wait_until_handled(sender.manifest, database)
+        lags = [f'orders_lag_records{{partition="{partition}"}}' for partition in range(3)]
+        assert eventually(lambda: all(f"{lag} 0.0" in consumer.get("/metrics")[1] for lag in lags), 15)
+        with psycopg.connect(database.superuser_url) as stranger:
+            stranger.execute("LOCK TABLE orders")
+            sender.send_orders(uids("order", 60), version=2)
+            assert eventually(lambda: sum(map(consumer.metric, lags)) == 60, 15)
+        wait_until_handled(sender.manifest, database)
+        assert eventually(lambda: sum(map(consumer.metric, lags)) == 0, 15)
+        assert consumer.stop() == 0
+
+
+def test_a_member_without_partitions_is_ready(environ: dict[str, str], make_topic: Callable[..., str]) -> None:
+    environ = {**environ, "ORDERS_TOPIC": make_topic(1)}
+    with consuming(environ) as owner, consuming(environ) as spare:
+        assert eventually(lambda: owner.ready and spare.ready, 10)
+        assert sum(len(consumer.events("partitions_assigned")) for consumer in (owner, spare)) == 1
+        assert owner.stop() == spare.stop() == 0
+
+
+def test_too_many_rejects_in_a_row_stop_it_with_the_batch_rolled_back(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_orders(uids("order", 10))
+    with consuming(environ) as consumer:
+        wait_until_handled(sender.manifest, database)
+        stood = next_offsets(database)
+        for number in range(1200):
+            sender.produce_bad(f"not an order {number}".encode())
+        sender.flush()
+        assert consumer.status(within_s=20) == 1
+        assert "refused" in consumer.events("stopped")[0]["reason"]
+    handled = sum(next_offsets(database).values()) - sum(stood.values())
+    assert len(stored_rejects(database)) == handled < 1000
+    with consuming({**environ, "ORDERS_BREAKER_FRACTION": "0"}, "--exit-at-end") as stubborn:
+        assert stubborn.status(within_s=20) == 0
+    assert len(stored_rejects(database)) == 1200

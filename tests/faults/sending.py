@@ -1,0 +1,119 @@
+"""A plain sender for tests: it remembers what Kafka acknowledged, and knows itself which records are good."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import attrs
+from confluent_kafka import KafkaError, Message, Producer
+
+from orderlib.testing import SAMPLE
+from services.kafka import SILENT
+
+Headers = list[tuple[str, str | bytes | None]]
+
+
+@attrs.frozen(kw_only=True)
+class Acknowledged:
+    """A record that Kafka has."""
+
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+    #: Whether the contract of an order holds for it.
+    good: bool
+
+
+def order(order_uid: str, version: int = 1) -> bytes:
+    """A good order; versions differ in every part, and in the number of items."""
+    content: dict[str, Any] = json.loads(SAMPLE)
+    content["order_uid"] = order_uid
+    content["track_number"] = f"TRACK{version}"
+    content["delivery"]["city"] = f"City {version}"
+    content["payment"]["amount"] = version
+    [item] = content["items"][:1]
+    content["items"] = [{**item, "chrt_id": version * 10 + line} for line in range(1 + version % 3)]
+    return json.dumps(content).encode()
+
+
+#: For ``partition``: wherever the key leads.
+ANY = -1
+
+
+class Sender:
+    """Publishes to one topic."""
+
+    def __init__(self, bootstrap_servers: str, topic: str, **properties: Any) -> None:
+        self.topic = topic
+        self.manifest: list[Acknowledged] = []
+        self._producer = Producer(
+            {
+                "bootstrap.servers": bootstrap_servers,
+                "partitioner": "murmur2_random",
+                "enable.idempotence": True,
+                "linger.ms": 5,
+                "message.max.bytes": 16 * 1024 * 1024,
+                **{name.replace("_", "."): value for name, value in properties.items()},
+            },
+            logger=SILENT,
+        )
+
+    def send_orders(self, order_uids: Iterable[str], version: int = 1) -> None:
+        """Publish a version of each order, keyed as they should be, and wait until all are acknowledged."""
+        for order_uid in order_uids:
+            self._produce(order(order_uid, version), key=order_uid.encode(), headers=[], good=True)
+        self.flush()
+
+    def send_good(self, value: bytes, *, key: bytes | None, partition: int = ANY) -> None:
+        """Publish one good order and wait."""
+        self._produce(value, key=key, headers=[], good=True, partition=partition)
+        self.flush()
+
+    def send_bad(self, value: bytes | None, *, key: bytes | None = b"bad", headers: Headers | None = None) -> None:
+        """Publish one record that is no good order, and wait."""
+        self._produce(value, key=key, headers=headers or [], good=False)
+        self.flush()
+
+    def produce_bad(self, value: bytes) -> None:
+        """As ``send_bad``, without waiting."""
+        self._produce(value, key=b"bad", headers=[], good=False)
+
+    def flush(self) -> None:
+        """Wait until everything is acknowledged."""
+        assert self._producer.flush(30) == 0, "Kafka did not acknowledge everything"
+
+    @property
+    def producer(self) -> Producer:
+        return self._producer
+
+    def _produce(
+        self, value: bytes | None, *, key: bytes | None, headers: Headers, good: bool, partition: int = ANY
+    ) -> None:
+        def acknowledged(error: KafkaError | None, message: Message) -> None:
+            assert error is None, error
+            partition, offset = message.partition(), message.offset()
+            assert partition is not None
+            assert offset is not None
+            self.manifest.append(
+                Acknowledged(partition=partition, offset=offset, key=key, value=value, headers=headers, good=good)
+            )
+
+        while True:
+            try:
+                self._producer.produce(
+                    self.topic, value, key, headers=headers, on_delivery=acknowledged, partition=partition
+                )
+            except BufferError:
+                self._producer.poll(0.1)
+            else:
+                self._producer.poll(0)
+                return
+
+
+def uids(prefix: str, count: int) -> list[str]:
+    """Names for orders."""
+    return [f"{prefix}-{number}" for number in range(count)]

@@ -1,0 +1,188 @@
+"""The way to PostgreSQL is cut, stalls or goes half-open; the consumer goes on by itself, and doubles nothing."""
+
+from __future__ import annotations
+
+import threading
+
+import psycopg
+import pytest
+
+from tests.conftest import Database
+from tests.consuming import consuming
+from tests.faults.accounting import assert_all_accounted_for, next_offsets, stored_orders, wait_until_handled
+from tests.faults.locking import FENCE, TABLE, locked
+from tests.faults.proxy import Moment, proxy
+from tests.faults.sending import Sender, uids
+from tests.serving import eventually
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(Moment.BEGIN, id="at-its-begin", marks=pytest.mark.faults),
+        pytest.param(Moment.COPY, id="in-a-copy", marks=pytest.mark.faults),
+        pytest.param(Moment.COMMIT, id="before-commit", marks=pytest.mark.faults),
+        pytest.param(Moment.COMMITTED, id="between-commit-and-its-answer"),
+    ],
+)
+def test_a_connection_cut_in_a_batch_neither_loses_nor_doubles_a_record(
+    moment: Moment, environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_orders(uids("order", 300))
+    with (
+        proxy(database.writer_url) as between,
+        consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as consumer,
+    ):
+        wait_until_handled(sender.manifest, database)
+        between.set_trap(moment)
+        sender.send_orders(uids("order", 500), version=2)
+        sender.send_bad(b"{")
+        assert between.trapped.wait(10)
+        between.drop()
+        sender.send_orders(uids("order", 100), version=3)
+        wait_until_handled(sender.manifest, database)
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert consumer.metric('orders_retries_total{cause="StoreUnreachable"}') >= 1
+        assert eventually(lambda: consumer.ready, 5)
+        assert consumer.stop() == 0
+
+
+@pytest.mark.faults
+def test_the_batch_of_a_commit_without_an_answer_is_not_written_again(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_orders(uids("order", 10))
+    with (
+        proxy(database.writer_url) as between,
+        consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as consumer,
+    ):
+        wait_until_handled(sender.manifest, database)
+        between.set_trap(Moment.COMMITTED)
+        sender.send_orders(uids("order", 500), version=2)
+        assert between.trapped.wait(10)
+        committed = versions(database)
+        between.drop()
+        sender.send_orders(uids("other", 10))
+        wait_until_handled(sender.manifest, database)
+        assert committed.items() <= versions(database).items()
+        assert consumer.stop() == 0
+
+
+def versions(database: Database) -> dict[str, tuple[object, ...]]:
+    """What tells one row of an order from a later one with the same content, for those of version 2."""
+    with psycopg.connect(database.superuser_url) as connection:
+        rows = connection.execute(
+            "SELECT order_uid, xmin::text, source_offset, stored_at FROM orders WHERE track_number = 'TRACK2'"
+        )
+        return {row[0]: row[1:] for row in rows}
+
+
+def test_a_stalled_database_is_reported_and_waited_for(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    with (
+        proxy(database.writer_url) as between,
+        consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as consumer,
+    ):
+        sender.send_orders(uids("order", 10))
+        wait_until_handled(sender.manifest, database)
+        assert eventually(lambda: consumer.ready, 5)
+        between.freeze()
+        sender.send_orders(uids("order", 10), version=2)
+        assert eventually(lambda: not consumer.ready, 10)
+        assert consumer.live
+        between.release()
+        wait_until_handled(sender.manifest, database)
+        assert eventually(lambda: consumer.ready, 5)
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert consumer.stop() == 0
+
+
+@pytest.mark.faults
+def test_a_consumer_whose_backends_are_terminated_again_and_again_goes_on(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    done = threading.Event()
+
+    def terminate() -> None:
+        with psycopg.connect(database.superuser_url, autocommit=True) as connection:
+            while not done.wait(0.15):
+                connection.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND usename = 'orders_writer'"
+                )
+
+    with consuming(environ) as consumer:
+        terminator = threading.Thread(target=terminate)
+        terminator.start()
+        try:
+            for version in range(1, 30):
+                sender.send_orders(uids("order", 300), version)
+        finally:
+            done.set()
+            terminator.join()
+        wait_until_handled(sender.manifest, database)
+        assert consumer.metric('orders_retries_total{cause="StoreUnreachable"}') >= 1
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert consumer.stop() == 0
+
+
+def test_a_locked_table_is_waited_for_and_its_holder_left_alone(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    with consuming(environ) as consumer:
+        sender.send_orders(uids("order", 10))
+        wait_until_handled(sender.manifest, database)
+        with locked(database, TABLE) as stranger:
+            sender.send_orders(uids("order", 10), version=2)
+            assert eventually(lambda: not consumer.ready, 10)
+            assert consumer.live
+            assert stranger.execute("SELECT 1").fetchone() == (1,)
+        wait_until_handled(sender.manifest, database)
+        assert eventually(lambda: consumer.ready, 5)
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert consumer.stop() == 0
+
+
+@pytest.mark.faults
+def test_a_strangers_lock_on_the_fence_is_waited_for_and_its_holder_left_alone(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    with consuming(environ) as consumer:
+        sender.send_orders(uids("order", 10))
+        wait_until_handled(sender.manifest, database)
+        with locked(database, FENCE) as stranger:
+            sender.send_orders(uids("order", 10), version=2)
+            assert eventually(lambda: consumer.metric('orders_retries_total{cause="StoreUnreachable"}') >= 1, 10)
+            assert consumer.live
+            assert not consumer.ready
+            assert stranger.execute("SELECT 1").fetchone() == (1,)
+        wait_until_handled(sender.manifest, database)
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert consumer.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "right",
+    ["INSERT ON items", pytest.param("UPDATE (next_offset) ON consumer_offsets", marks=pytest.mark.faults)],
+)
+def test_a_right_taken_away_stops_the_consumer_with_nothing_rejected(
+    right: str, member: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_orders(uids("order", 10))
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        with consuming(member) as consumer:
+            wait_until_handled(sender.manifest, database)
+            before = next_offsets(database)
+            superuser.execute(f"REVOKE {right} FROM orders_writer")
+            sender.send_orders(uids("late", 10))
+            assert consumer.status(within_s=15) == 1
+            [stopped] = consumer.events("stopped")
+            assert "permission denied" in stopped["reason"]
+        assert next_offsets(database) == before
+        assert stored_orders(database).keys() == set(uids("order", 10))
+        superuser.execute(f"GRANT {right} TO orders_writer")
+    with consuming(member) as successor:
+        wait_until_handled(sender.manifest, database)
+        assert_all_accounted_for(sender.manifest, database, member)
+        assert successor.stop() == 0

@@ -1,0 +1,105 @@
+"""PostgreSQL's disk is full: an outage, and no fault of any record."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from orderlib.postgres.connection import connect
+from orderlib.postgres.migrate import bootstrap, migrate
+from sandbox import PostgresServer
+from tests.conftest import Database, role_passwords
+from tests.consuming import consuming
+from tests.faults.accounting import assert_all_accounted_for, wait_until_handled
+from tests.faults.sending import Sender, uids
+from tests.serving import eventually
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture
+def postgres() -> Iterator[PostgresServer]:
+    """A server of its own: without the small disk it would not start again."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture
+def database(postgres: PostgresServer) -> Database:
+    database = Database(
+        superuser_url=postgres.superuser_url,
+        migrator_url=postgres.url("orders_migrator", "migrator"),
+        writer_url=postgres.url("orders_writer", "writer"),
+        reader_url=postgres.url("orders_reader", "reader"),
+    )
+    with connect(database.superuser_url, application_name="tests") as connection:
+        bootstrap(connection, role_passwords(database))
+    with connect(database.migrator_url, application_name="tests") as connection:
+        migrate(connection)
+    return database
+
+
+@pytest.fixture
+def small_disk(postgres: PostgresServer) -> Iterator[Path]:
+    """A disk of 4 MB that PostgreSQL may write to."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        disk = Path(folder) / "disk"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+        if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+            pytest.skip("a small disk takes the right to mount one")
+        shutil.chown(disk, postgres.folder.owner())
+        yield disk
+        postgres.stop("immediate")
+        subprocess.run(["umount", disk], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """A file that leaves no room; how much there was is nobody's business."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            return ballast
+    raise AssertionError("the disk has no end")
+
+
+def test_a_full_disk_is_waited_out_and_rejects_nothing(
+    small_disk: Path, environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_orders(uids("order", 100))
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser, consuming(environ) as consumer:
+        wait_until_handled(sender.manifest, database)
+        superuser.execute(f"CREATE TABLESPACE small LOCATION '{small_disk}'")
+        superuser.execute("ALTER TABLE items SET TABLESPACE small")
+        ballast = fill(small_disk)
+        sender.send_orders(uids("order", 2000), version=2)
+        sender.send_bad(b"{")
+        assert eventually(lambda: any("53100" in event["reason"] for event in consumer.events("waiting")), 15)
+        assert consumer.live
+        assert not consumer.ready
+        ballast.unlink()
+        wait_until_handled(sender.manifest, database)
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert consumer.stop() == 0
+
+
+def test_a_full_disk_does_not_keep_a_consumer_that_is_told_to_stop(
+    small_disk: Path, environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser, consuming(environ) as consumer:
+        superuser.execute(f"CREATE TABLESPACE small LOCATION '{small_disk}'")
+        superuser.execute("ALTER TABLE items SET TABLESPACE small")
+        fill(small_disk)
+        sender.send_orders(uids("order", 2000))
+        assert eventually(lambda: bool(consumer.events("waiting")), 15)
+        assert consumer.stop() == 0

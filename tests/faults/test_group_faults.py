@@ -1,0 +1,113 @@
+"""Partitions change hands: in order, in an outage, and behind the back of a consumer that is frozen."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from tests.conftest import Database
+from tests.consuming import Consuming, consuming
+from tests.faults.accounting import assert_all_accounted_for, next_offsets, wait_until_handled
+from tests.faults.locking import TABLE, locked
+from tests.faults.proxy import Moment, proxy
+from tests.faults.sending import Sender, uids
+from tests.serving import eventually
+
+
+def given(consumer: Consuming) -> set[int]:
+    """The partitions that a consumer was ever given."""
+    return {int(p) for event in consumer.events("partitions_assigned") for p in event["next_offsets"]}
+
+
+@pytest.mark.parametrize("members", [2, pytest.param(3, marks=pytest.mark.faults)])
+def test_consumers_that_come_and_go_under_load_share_the_work_and_double_nothing(
+    members: int, environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    with ExitStack() as running:
+        first = running.enter_context(consuming(environ))
+        others: list[Consuming] = []
+        for version in range(1, 4 * members):
+            sender.send_orders(uids("order", 600), version)
+            if version < members:
+                others.append(running.enter_context(consuming(environ)))
+            elif version == 2 * members:
+                assert eventually(lambda: all(given(other) for other in others), 20)
+                assert others[0].stop() == 0
+        wait_until_handled(sender.manifest, database)
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert sum(consumer.metric('orders_records_total{outcome="stored"}') for consumer in (first, *others[1:])) > 0
+        for consumer in (first, *others[1:]):
+            assert consumer.stop() == 0
+
+
+@pytest.mark.faults
+def test_a_dead_consumers_partitions_pass_to_another(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    with consuming(environ) as survivor, consuming(environ) as doomed:
+        sender.send_orders(uids("order", 100))
+        assert eventually(lambda: bool(given(doomed)), 20)
+        wait_until_handled(sender.manifest, database)
+        doomed.kill()
+        sender.send_orders(uids("order", 1000), version=2)
+        wait_until_handled(sender.manifest, database)
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert survivor.stop() == 0
+
+
+@pytest.mark.faults
+def test_a_frozen_consumer_is_taken_over_from_and_does_no_harm_when_it_wakes(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    """It holds the lock of its offset rows, in the middle of a COPY; only ending its backend frees them."""
+    sender.send_orders(uids("order", 300))
+    with (
+        proxy(database.writer_url) as between,
+        consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as frozen,
+    ):
+        wait_until_handled(sender.manifest, database)
+        before = next_offsets(database)
+        between.set_trap(Moment.COPY)
+        sender.send_orders(uids("order", 300), version=2)
+        assert between.trapped.wait(10)
+        frozen.freeze()
+        between.release()
+        with consuming(environ) as heir:
+            sender.send_orders(uids("order", 100), version=3)
+            wait_until_handled(sender.manifest, database)
+            assert next_offsets(database).items() != before.items()
+            assert heir.metric('orders_retries_total{cause="Collision"}') >= 1
+            assert "frozen consumer" in heir.events("collision")[0]["reason"]
+            frozen.thaw()
+            sender.send_orders(uids("order", 50), version=4)
+            wait_until_handled(sender.manifest, database)
+            assert eventually(lambda: frozen.ready, 30)
+            sender.send_orders(uids("order", 300), version=5)
+            wait_until_handled(sender.manifest, database)
+            assert_all_accounted_for(sender.manifest, database, environ)
+            assert frozen.stop() == 0
+            assert heir.stop() == 0
+
+
+@pytest.mark.faults
+def test_a_partition_that_was_taken_and_given_back_in_an_outage_is_read_on(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    """Fetching is paused in an outage, and librdkafka keeps that in mind for a partition that goes and comes back."""
+    sender.send_orders(uids("order", 50))
+    with proxy(database.writer_url) as between, consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as consumer:
+        wait_until_handled(sender.manifest, database)
+        with locked(database, TABLE):
+            sender.send_orders(uids("order", 50), version=2)
+            assert eventually(lambda: bool(consumer.events("waiting")), 10)
+            with consuming(environ) as visitor:
+                assert eventually(lambda: bool(given(visitor)), 20)
+                visited = given(visitor)
+                assert visitor.stop() == 0
+        assert visited
+        sender.send_orders(uids("order", 50), version=3)
+        wait_until_handled(sender.manifest, database, within_s=20)
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert eventually(lambda: consumer.ready, 5)
+        assert consumer.stop() == 0

@@ -1,0 +1,40 @@
+"""The consumer is killed, at any moment: what it had in hand is handled once, by its successor or by itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import Database
+from tests.consuming import consuming
+from tests.faults.accounting import assert_all_accounted_for, wait_until_handled
+from tests.faults.proxy import Moment, proxy
+from tests.faults.sending import Sender, uids
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(Moment.BEGIN, id="after-poll", marks=pytest.mark.faults),
+        pytest.param(Moment.COPY, id="in-the-transaction"),
+        pytest.param(Moment.COMMIT, id="before-commit", marks=pytest.mark.faults),
+        pytest.param(Moment.COMMITTED, id="after-commit", marks=pytest.mark.faults),
+    ],
+)
+def test_a_consumer_killed_in_a_batch_leaves_it_to_its_successor(
+    moment: Moment, member: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_orders(uids("order", 300))
+    with proxy(database.writer_url) as between:
+        with consuming({**member, "ORDERS_DATABASE_URL": between.url}) as consumer:
+            wait_until_handled(sender.manifest, database)
+            between.set_trap(moment)
+            sender.send_orders(uids("order", 500), version=2)
+            sender.send_bad(b"{")
+            assert between.trapped.wait(10)
+            consumer.kill()
+        between.drop()
+        sender.send_orders(uids("order", 100), version=3)
+        with consuming(member) as successor:
+            wait_until_handled(sender.manifest, database)
+            assert_all_accounted_for(sender.manifest, database, member)
+            assert successor.stop() == 0

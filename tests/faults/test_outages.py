@@ -1,0 +1,174 @@
+"""PostgreSQL or Kafka is away: at the start, under load, for a moment or for longer. Servers of these tests' own."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Iterator
+
+import pytest
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from orderlib.postgres.connection import connect
+from orderlib.postgres.migrate import bootstrap, migrate
+from sandbox import Sandbox, running_sandbox
+from services.kafka import SILENT
+from tests.conftest import ROOT, Database, make_database, role_passwords
+from tests.consuming import consuming
+from tests.faults.accounting import assert_all_accounted_for, wait_until_handled
+from tests.faults.sending import Sender, uids
+from tests.serving import eventually
+
+
+@pytest.fixture(scope="module")
+def own_sandbox() -> Iterator[Sandbox]:
+    """Servers that a test may stop, as long as it starts them again."""
+    with running_sandbox() as running:
+        yield running
+
+
+@pytest.fixture
+def database(own_sandbox: Sandbox) -> Database:
+    """A migrated database; its servers take it along."""
+    database = make_database(own_sandbox)
+    with connect(database.superuser_url, application_name="tests") as connection:
+        bootstrap(connection, role_passwords(database))
+    with connect(database.migrator_url, application_name="tests") as connection:
+        migrate(connection)
+    return database
+
+
+def make_topic(sandbox: Sandbox, partitions: int) -> str:
+    name = f"orders-{secrets.token_hex(6)}"
+    admin = AdminClient({"bootstrap.servers": sandbox.kafka.bootstrap_servers}, logger=SILENT)
+    admin.create_topics([NewTopic(name, num_partitions=partitions)])[name].result(30)
+    return name
+
+
+@pytest.fixture
+def topic(own_sandbox: Sandbox) -> str:
+    return make_topic(own_sandbox, partitions=3)
+
+
+@pytest.fixture
+def sender(own_sandbox: Sandbox, topic: str) -> Sender:
+    return Sender(own_sandbox.kafka.bootstrap_servers, topic)
+
+
+@pytest.fixture
+def environ(own_sandbox: Sandbox, database: Database, topic: str) -> dict[str, str]:
+    return {
+        **database.environ(),
+        "ORDERS_KAFKA_BOOTSTRAP_SERVERS": own_sandbox.kafka.bootstrap_servers,
+        "ORDERS_TOPIC": topic,
+        "ORDERS_CONSUMER_GROUP": topic,
+        "ORDERS_METRICS_BIND": "127.0.0.1:0",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def test_a_crash_of_postgresql_under_load_is_waited_out(
+    own_sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    with consuming(environ) as consumer:
+        sender.send_orders(uids("order", 500))
+        for version in (2, 3):
+            sender.send_orders(uids("order", 1500), version)
+            own_sandbox.postgres.stop("immediate")
+            sender.send_orders(uids("order", 500), version)
+            sender.send_bad(b"{")
+            assert eventually(lambda: not consumer.ready, 10)
+            assert consumer.live
+            own_sandbox.postgres.start()
+        wait_until_handled(sender.manifest, database)
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert eventually(lambda: consumer.ready, 5)
+        assert consumer.stop() == 0
+
+
+def test_a_crash_of_kafka_under_load_is_waited_out(
+    own_sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    with consuming(environ) as consumer:
+        sender.send_orders(uids("order", 3000))
+        own_sandbox.kafka.kill()
+        assert eventually(lambda: not consumer.ready, 10)
+        assert consumer.live
+        own_sandbox.kafka.start()
+        sender.send_orders(uids("order", 500), version=2)
+        sender.send_bad(b"{")
+        wait_until_handled(sender.manifest, database)
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert consumer.stop() == 0
+
+
+@pytest.mark.faults
+def test_consumers_with_nothing_to_do_are_ready_again_after_a_crash_of_kafka(
+    own_sandbox: Sandbox, environ: dict[str, str]
+) -> None:
+    """One has read everything, the other has no partition: neither gets a record that would tell."""
+    environ = {**environ, "ORDERS_TOPIC": make_topic(own_sandbox, partitions=1)}
+    with consuming(environ) as owner, consuming(environ) as spare:
+        assert eventually(lambda: owner.ready and spare.ready, 10)
+        own_sandbox.kafka.kill()
+        assert eventually(lambda: not owner.ready and not spare.ready, 10)
+        own_sandbox.kafka.start()
+        assert eventually(lambda: owner.ready and spare.ready, 30)
+        assert owner.stop() == 0
+        assert spare.stop() == 0
+
+
+@pytest.mark.parametrize("server", ["PostgreSQL", pytest.param("Kafka", marks=pytest.mark.faults)])
+def test_a_server_that_is_away_at_the_start_is_waited_for_and_named_once(
+    server: str, own_sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_orders(uids("order", 50))
+    away = own_sandbox.postgres if server == "PostgreSQL" else own_sandbox.kafka
+    away.stop()
+    try:
+        with consuming(environ) as consumer:
+            assert eventually(lambda: bool(consumer.events("waiting_for_server")), 15)
+            assert consumer.live
+            assert not consumer.ready
+            away.start()
+            wait_until_handled(sender.manifest, database)
+            assert [event["server"] for event in consumer.events("waiting_for_server")] == [server]
+            assert_all_accounted_for(sender.manifest, database, environ)
+            assert eventually(lambda: consumer.ready, 5)
+            assert consumer.stop() == 0
+    finally:
+        if not is_listening(own_sandbox, server):
+            away.start()
+
+
+def is_listening(sandbox: Sandbox, server: str) -> bool:
+    with socket.socket() as probe:
+        return (
+            probe.connect_ex(("127.0.0.1", sandbox.postgres.port if server == "PostgreSQL" else sandbox.kafka.port))
+            == 0
+        )
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("server", ["PostgreSQL", "Kafka"])
+@pytest.mark.parametrize("when", ["at-the-start", "later"])
+def test_a_consumer_that_waits_for_a_server_leaves_when_told(
+    server: str, when: str, own_sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    away = own_sandbox.postgres if server == "PostgreSQL" else own_sandbox.kafka
+    sender.send_orders(uids("order", 300))
+    try:
+        if when == "at-the-start":
+            away.stop()
+            with consuming(environ) as consumer:
+                assert consumer.stop() == 0
+        else:
+            with consuming(environ) as consumer:
+                wait_until_handled(sender.manifest, database)
+                if server == "PostgreSQL":
+                    sender.send_orders(uids("order", 300), version=2)
+                away.stop()
+                assert eventually(lambda: not consumer.ready, 10)
+                assert consumer.stop() == 0
+    finally:
+        away.start()

@@ -1,0 +1,297 @@
+"""The topic is not what it was: made again, emptied, rewound, full of gaps, full of odd records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import psycopg
+import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
+
+from sandbox import Sandbox
+from tests.conftest import Database
+from tests.consuming import consuming
+from tests.faults.accounting import (
+    assert_all_accounted_for,
+    next_offsets,
+    stored_orders,
+    stored_rejects,
+    wait_until_handled,
+)
+from tests.faults.proxy import proxy
+from tests.faults.raw import produce
+from tests.faults.sending import Sender, order, uids
+from tests.serving import eventually
+
+
+@pytest.fixture
+def admin(sandbox: Sandbox) -> AdminClient:
+    return AdminClient({"bootstrap.servers": sandbox.kafka.bootstrap_servers})
+
+
+def delete_topic(admin: AdminClient, topic: str) -> None:
+    admin.delete_topics([topic])[topic].result(30)
+
+
+def make_topic_again(admin: AdminClient, topic: str) -> None:
+    def is_made() -> bool:
+        return admin.create_topics([NewTopic(topic, num_partitions=3)])[topic].exception(30) is None
+
+    assert eventually(is_made, 20)
+
+
+@pytest.mark.parametrize("new_records", [0, pytest.param(500, marks=pytest.mark.faults)])
+def test_a_topic_made_again_stops_the_consumer_and_is_begun_at_its_earliest_record(
+    new_records: int, sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender, admin: AdminClient
+) -> None:
+    """With more new records than the old topic had, a consumer could read on at its old offset and never notice."""
+    sender.send_orders(uids("old", 50))
+    with consuming(environ) as consumer:
+        wait_until_handled(sender.manifest, database)
+        consumer.freeze()
+        delete_topic(admin, sender.topic)
+        make_topic_again(admin, sender.topic)
+        heir = Sender(sandbox.kafka.bootstrap_servers, sender.topic)
+        heir.send_orders(uids("new", new_records))
+        consumer.thaw()
+        heir.send_orders(uids("newer", 100))
+        assert consumer.status(within_s=30) == 1
+        assert consumer.events("stopped")
+        assert stored_orders(database).keys() == set(uids("old", 50))
+    with consuming(environ) as successor:
+        assert eventually(lambda: len(stored_orders(database)) == 150 + new_records, 20)
+        with psycopg.connect(database.superuser_url) as connection:
+            connection.execute("DELETE FROM orders WHERE order_uid LIKE 'old-%'")
+        assert_all_accounted_for(heir.manifest, database, environ)
+        assert successor.stop() == 0
+
+
+@pytest.mark.faults
+def test_a_topic_that_is_gone_stops_the_consumer(
+    environ: dict[str, str], database: Database, sender: Sender, admin: AdminClient
+) -> None:
+    sender.send_orders(uids("order", 50))
+    with consuming(environ) as consumer:
+        wait_until_handled(sender.manifest, database)
+        delete_topic(admin, sender.topic)
+        assert consumer.status(within_s=30) == 1
+        assert "Unknown topic" in consumer.events("stopped")[0]["reason"]
+    assert stored_orders(database).keys() == set(uids("order", 50))
+
+
+@pytest.mark.faults
+def test_a_partition_added_to_the_topic_is_read_from_its_beginning(
+    sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender, admin: AdminClient
+) -> None:
+    sender.send_orders(uids("order", 50))
+    with consuming(environ) as consumer:
+        wait_until_handled(sender.manifest, database)
+        admin.create_partitions([NewPartitions(sender.topic, 4)])[sender.topic].result(30)
+        late = Sender(sandbox.kafka.bootstrap_servers, sender.topic)
+        late.send_good(order("late"), key=b"late", partition=3)
+        wait_until_handled(late.manifest, database)
+        assert_all_accounted_for([*sender.manifest, *late.manifest], database, environ)
+        assert consumer.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "while_running",
+    [pytest.param(False, id="between-two-runs", marks=pytest.mark.faults), pytest.param(True, id="while-running")],
+)
+def test_rewound_offsets_are_followed_and_overwrite_nothing_newer(
+    *, while_running: bool, member: dict[str, str], database: Database, sender: Sender
+) -> None:
+    def rewind() -> None:
+        with psycopg.connect(database.superuser_url) as connection:
+            connection.execute("UPDATE consumer_offsets SET next_offset = 0")
+            connection.execute("DELETE FROM orders WHERE order_uid = 'order-1'")
+
+    for version in (1, 2, 3):
+        sender.send_orders(uids("order", 300), version)
+    sender.send_bad(b"{")
+    with consuming(member) as consumer:
+        wait_until_handled(sender.manifest, database)
+        if while_running:
+            rewind()
+            # The fence notices with the next record of each partition.
+            sender.send_orders(uids("later", 30))
+            wait_until_handled(sender.manifest, database)
+            assert len(consumer.events("fence_lost")) == 3
+        assert consumer.stop() == 0
+    if not while_running:
+        rewind()
+        with consuming(member) as successor:
+            wait_until_handled(sender.manifest, database)
+            assert successor.stop() == 0
+    assert_all_accounted_for(sender.manifest, database, member)
+
+
+@pytest.mark.faults
+def test_offsets_rewound_in_an_outage_are_followed_when_it_is_over(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    """Fetching is paused when the fence tells; librdkafka must go on from where we say, not from where it paused."""
+    sender.send_orders(uids("order", 300))
+    with (
+        proxy(database.writer_url) as between,
+        consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as consumer,
+    ):
+        wait_until_handled(sender.manifest, database)
+        between.freeze()
+        sender.send_orders(uids("order", 100), version=2)
+        assert eventually(lambda: bool(consumer.events("waiting")), 10)
+        with psycopg.connect(database.superuser_url) as connection:
+            connection.execute("UPDATE consumer_offsets SET next_offset = 5")
+            connection.execute("DELETE FROM orders WHERE source_offset >= 5")
+        between.drop()
+        wait_until_handled(sender.manifest, database)
+        assert consumer.events("fence_lost")
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert consumer.stop() == 0
+
+
+def test_records_that_kafka_dropped_before_they_were_stored_stop_the_consumer(
+    member: dict[str, str], database: Database, sender: Sender, admin: AdminClient
+) -> None:
+    sender.send_orders(uids("order", 50))
+    with consuming(member) as consumer:
+        wait_until_handled(sender.manifest, database)
+        assert consumer.stop() == 0
+    stood = next_offsets(database)
+    sender.send_orders(uids("lost", 100))
+    beyond = [TopicPartition(sender.topic, partition, offset + 10) for partition, offset in stood.items()]
+    for dropped in admin.delete_records(beyond).values():
+        dropped.result(30)
+    with consuming(member) as successor:
+        assert successor.status(within_s=20) == 1
+        assert "no longer holds" in successor.events("stopped")[0]["reason"]
+    assert next_offsets(database) == stood
+    assert len(stored_orders(database)) == 50
+
+
+@pytest.mark.faults
+def test_a_group_without_offsets_begins_at_the_earliest_record_that_is_left(
+    environ: dict[str, str], database: Database, sender: Sender, admin: AdminClient
+) -> None:
+    sender.send_orders(uids("gone", 90))
+    ends: dict[int, int] = {}
+    for record in sender.manifest:
+        ends[record.partition] = max(ends.get(record.partition, 0), record.offset + 1)
+    sender.manifest.clear()
+    for dropped in admin.delete_records([TopicPartition(sender.topic, *end) for end in ends.items()]).values():
+        dropped.result(30)
+    sender.send_orders(uids("order", 30))
+    with consuming(environ, "--exit-at-end") as consumer:
+        assert consumer.status(within_s=20) == 0
+    assert_all_accounted_for(sender.manifest, database, environ)
+
+
+def test_transactions_leave_gaps_that_are_passed_also_at_the_very_end(
+    sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    transactional = Sender(sandbox.kafka.bootstrap_servers, sender.topic, transactional_id=f"sender-{sender.topic}")
+    transactional.producer.init_transactions(30)
+    for version in (1, 2, 3):
+        transactional.producer.begin_transaction()
+        transactional.send_orders(uids("order", 60), version)
+        transactional.producer.commit_transaction(30)
+        kept = list(transactional.manifest)
+        transactional.producer.begin_transaction()
+        transactional.send_orders(uids("order", 60), version=9)
+        transactional.producer.abort_transaction(30)
+        transactional.manifest[:] = kept
+    with consuming(environ, "--exit-at-end") as consumer:
+        assert consumer.status(within_s=20) == 0
+    assert_all_accounted_for(transactional.manifest, database, environ)
+    # Half of the six transactions were aborted, and each ends with a marker in each of three partitions.
+    assert sum(next_offsets(database).values()) == 6 * 60 + 6 * 3
+
+
+@pytest.mark.faults
+def test_an_open_transaction_is_waited_for_and_hides_nothing_behind_it(
+    sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    transactional = Sender(sandbox.kafka.bootstrap_servers, sender.topic, transactional_id=f"sender-{sender.topic}")
+    transactional.producer.init_transactions(30)
+    sender.send_orders(uids("before", 30))
+    transactional.producer.begin_transaction()
+    transactional.send_orders(uids("inside", 30))
+    sender.send_orders(uids("behind", 30))
+    with consuming(environ, "--exit-at-end") as consumer:
+        assert consumer.status(within_s=20) == 0
+    assert stored_orders(database).keys() == set(uids("before", 30))
+    transactional.producer.commit_transaction(30)
+    with consuming(environ, "--exit-at-end") as consumer:
+        assert consumer.status(within_s=20) == 0
+    assert_all_accounted_for([*sender.manifest, *transactional.manifest], database, environ)
+
+
+@pytest.mark.faults
+def test_a_compacted_topic_is_read_over_its_gaps(
+    make_topic: Callable[..., str], sandbox: Sandbox, environ: dict[str, str], database: Database
+) -> None:
+    topic = make_topic(
+        1,
+        cleanup_policy="compact",
+        segment_ms="100",
+        min_cleanable_dirty_ratio="0.01",
+        max_compaction_lag_ms="100",
+        delete_retention_ms="0",
+    )
+    sender = Sender(sandbox.kafka.bootstrap_servers, topic)
+    for version in (1, 2, 3):
+        sender.send_orders(uids("order", 50), version)
+        time.sleep(0.2)  # the next record opens a new segment, by the age of this one
+    sender.send_orders(["last"])
+    sent_bytes = sum(len(record.value or b"") for record in sender.manifest)
+
+    def kept_bytes() -> int:
+        logs = sandbox.kafka.folder.glob(f"data/{topic}-0/*.log")
+        return sum(path.stat().st_size for path in logs)
+
+    assert eventually(lambda: kept_bytes() < 0.7 * sent_bytes, 60)
+    with consuming({**environ, "ORDERS_TOPIC": topic}) as consumer:
+        wait_until_handled(sender.manifest, database)
+        assert consumer.metric("orders_batch_records_sum") < len(sender.manifest)
+        assert consumer.stop() == 0
+    assert_all_accounted_for(sender.manifest, database, {**environ, "ORDERS_TOPIC": topic})
+
+
+def test_unkeyed_oversized_and_hostile_records_do_not_block_their_neighbours(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_orders(uids("order", 20))
+    sender.send_good(order("unkeyed"), key=None, partition=1)
+    sender.send_bad(b"", key=None)
+    sender.send_bad(None, key=b"")
+    sender.send_bad(
+        b"\xff\xfe", key=b"\x00\xff", headers=[("a", b"\xff"), ("b", None), ("a", b""), ("", b"x"), ("a", b"\xff")]
+    )
+    sender.send_bad(b"[" * 2000, headers=[("h" * 3000, b"v" * 100_000)] * 3)
+    sender.send_bad(b'"' + b"x" * (8 * 1024 * 1024) + b'"')
+    sender.send_bad(order("bad").replace(b'"locale"', b'"l"'))
+    sender.send_orders(uids("order", 20), version=2)
+    with consuming(environ, "--exit-at-end") as consumer:
+        assert consumer.status(within_s=20) == 0
+    assert_all_accounted_for(sender.manifest, database, environ)
+
+
+def test_header_names_that_are_no_text_stop_neither_a_good_nor_a_bad_record(
+    sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_good(order("first"), key=None, partition=0)
+    produce(sandbox.kafka.bootstrap_servers, sender.topic, 0, order("good"), [b"plain", b"\xff\xfe", b""])
+    produce(sandbox.kafka.bootstrap_servers, sender.topic, 0, b"{", [b"plain", b"\xff\xfe"])
+    produce(sandbox.kafka.bootstrap_servers, sender.topic, 0, b"{", [b"nul\0byte"])
+    sender.send_orders(["behind"])
+    with consuming(environ, "--exit-at-end") as consumer:
+        assert consumer.status(within_s=20) == 0
+    assert stored_orders(database).keys() == {"first", "good", "behind"}
+    assert stored_rejects(database).keys() == {(0, 2), (0, 3)}
+    assert stored_rejects(database)[0, 2] == (None, b"{", None)
+    with psycopg.connect(database.superuser_url) as connection:
+        [(faults,)] = connection.execute("SELECT faults FROM rejects WHERE record_offset = 2").fetchall()
+    assert faults["total"] == 2
+    assert faults["first"][1]["path"] == "headers"
