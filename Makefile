@@ -30,7 +30,7 @@ demo: $(READY)
 	@$(SANDBOX) $(BIN)/python -m sandbox.demo
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -13,15 +13,14 @@ TOPICS = ("decode", "ingest", "api")
 HEAD = """\
 # Figures
 
-Made by `make bench` from the JSON files beside it; never edited. Each ratio is of one run, its two sides measured in turn.
+Made by `make bench` from the JSON files beside it; never edited. Each ratio is of one run, its sides measured in turn.
 """
 
 
 def main() -> int:
     """Measure everything; exit status 1 if a part failed."""
-    failed = [
-        topic for topic in TOPICS if subprocess.run([sys.executable, "-m", f"bench.{topic}"], check=False).returncode
-    ]
+    runs = {topic: subprocess.run([sys.executable, "-m", f"bench.{topic}"], check=False) for topic in TOPICS}
+    failed = [topic for topic, run in runs.items() if run.returncode]
     render()
     for topic in failed:
         print(f"bench: {topic} failed", file=sys.stderr)

@@ -26,7 +26,7 @@ DESCRIPTION = """\
 Publishes orders to Kafka: made-up ones, or the lines of a file. Each record is keyed by its order_uid if it has one.
 
 Settings are environment variables: ORDERS_KAFKA_BOOTSTRAP_SERVERS, ORDERS_TOPIC, and ORDERS_KAFKA_X_Y for librdkafka's
-property x.y. What is not acknowledged for 30 s counts as failed (ORDERS_KAFKA_MESSAGE_TIMEOUT_MS).
+property x.y. What is not acknowledged for 60 s counts as failed (ORDERS_KAFKA_MESSAGE_TIMEOUT_MS).
 """
 EPILOG = """\
 On Ctrl-C or SIGTERM it sends nothing more, waits up to 8 s for what is on its way, and reports; to have been stopped is

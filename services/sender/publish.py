@@ -61,9 +61,11 @@ class Publisher:
             self._producer = Producer(
                 {
                     "message.max.bytes": _MAX_VALUE_BYTES,
-                    "message.timeout.ms": 30_000,
+                    "message.timeout.ms": 60_000,
                     "queue.buffering.max.kbytes": _MAX_QUEUED_KIB,
                     "queue.buffering.max.messages": _MAX_QUEUED_RECORDS,
+                    # A broker whose machine is gone says nothing; this long we believe in it.
+                    "socket.timeout.ms": 10_000,
                     **settings.client_properties(),
                     "acks": "all",
                     "enable.idempotence": True,

@@ -86,6 +86,7 @@ def test_a_crash_of_postgresql_under_load_is_waited_out(
         assert consumer.stop() == 0
 
 
+@pytest.mark.faults
 def test_a_crash_of_kafka_under_load_is_waited_out(
     own_sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import attrs
 import psycopg
@@ -27,20 +27,27 @@ from orderlib import (
     RefusedByDatabase,
     StoreUnreachable,
     connect,
+    queries,
 )
 from orderlib.contract import trusted
-from orderlib.repository import StoredOrder
 from tests.cable import Cable
 from tests.conftest import Database
 from tests.repository_contract import SAMPLE_ORDER, RepositoryContract, an_order, versions_in
-
 
 T = TypeVar("T")
 
 
 @pytest.fixture
-def postgres(database: Database) -> Iterator[PostgresOrderRepository]:
-    with connect(database.writer_url) as repository:
+def emptied(module_database: Database) -> Database:
+    """The module's database without orders: quicker than a new one for each test."""
+    with psycopg.connect(module_database.superuser_url, autocommit=True) as superuser:
+        superuser.execute("TRUNCATE orders CASCADE")
+    return module_database
+
+
+@pytest.fixture
+def postgres(emptied: Database) -> Iterator[PostgresOrderRepository]:
+    with connect(emptied.writer_url) as repository:
         yield repository
 
 
@@ -72,7 +79,7 @@ READS: dict[str, Callable[[PostgresOrderRepository], list[Order]]] = {
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_a_reader_never_sees_a_mixture_of_two_versions(
-    postgres: PostgresOrderRepository, database: Database, read: Callable[[PostgresOrderRepository], list[Order]]
+    postgres: PostgresOrderRepository, emptied: Database, read: Callable[[PostgresOrderRepository], list[Order]]
 ) -> None:
     postgres.save_many([an_order("a", 1), an_order("b", 1)])
     enough = threading.Event()
@@ -86,10 +93,10 @@ def test_a_reader_never_sees_a_mixture_of_two_versions(
         return version
 
     seen: set[int] = set()
-    with connect(database.reader_url) as reader, ThreadPoolExecutor(1) as thread:
+    with connect(emptied.reader_url) as reader, ThreadPoolExecutor(1) as thread:
         writing = thread.submit(rewrite)
         try:
-            for _ in range(300):
+            for _ in range(2000):
                 versions = set[int]()
                 for order in read(reader):
                     [version] = versions_in(order)
@@ -105,10 +112,10 @@ def test_a_reader_never_sees_a_mixture_of_two_versions(
 
 
 def test_the_readers_url_suffices_for_reading_and_only_for_that(
-    postgres: PostgresOrderRepository, database: Database
+    postgres: PostgresOrderRepository, emptied: Database
 ) -> None:
     postgres.save(SAMPLE_ORDER)
-    with connect(database.reader_url) as reader:
+    with connect(emptied.reader_url) as reader:
         assert reader.get(SAMPLE_ORDER.order_uid) == SAMPLE_ORDER
         assert reader.newest(customer_id=SAMPLE_ORDER.customer_id).orders[0].order == SAMPLE_ORDER
         assert reader.content_sha256(SAMPLE_ORDER.order_uid) == postgres.content_sha256(SAMPLE_ORDER.order_uid)
@@ -127,6 +134,16 @@ def test_times_are_read_whatever_time_zone_the_database_prefers(database: Databa
         )
 
 
+def test_texts_are_sent_in_utf8_whatever_the_environment_prefers(
+    emptied: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    order = attrs.evolve(an_order("a"), internal_signature="ключ \U0001f600")
+    with connect(emptied.writer_url) as repository:
+        repository.save(order)
+        assert repository.get("a") == order
+
+
 # What PostgreSQL refuses
 
 
@@ -137,13 +154,12 @@ def test_times_are_read_whatever_time_zone_the_database_prefers(database: Databa
         (unchecked(an_order("bad"), sm_id=-1), "23514"),
         (unchecked(an_order("bad"), items=(unchecked_item(sale=101),)), "23514"),
         (unchecked(an_order("bad"), items=(SAMPLE_ORDER.items[0], unchecked_item(name="secret\0"))), "22021"),
-        (unchecked(an_order("bad"), sm_id=2**63), None),
         (unchecked(an_order("bad"), items=SAMPLE_ORDER.items * 501), "23514"),
     ],
-    ids=["empty", "negative", "item", "nul", "integer", "items"],
+    ids=["empty", "negative", "item", "nul", "items"],
 )
 def test_an_order_that_only_postgresql_refuses_is_named_and_nothing_is_stored(
-    postgres: PostgresOrderRepository, bad: Order, sqlstate: str | None
+    postgres: PostgresOrderRepository, bad: Order, sqlstate: str
 ) -> None:
     with pytest.raises(RefusedByDatabase) as refusal:
         postgres.save_many([an_order("good"), *(an_order(f"{index}") for index in range(20)), bad, an_order("after")])
@@ -156,11 +172,11 @@ def test_an_order_that_only_postgresql_refuses_is_named_and_nothing_is_stored(
 # Writers that meet
 
 
-def test_concurrent_replacements_end_with_every_order_whole(database: Database) -> None:
+def test_concurrent_replacements_end_with_every_order_whole(emptied: Database) -> None:
     """More writers than the suite has, each on a connection of its own, over few orders: collisions are the rule."""
 
     def save(version: int) -> Counter[Outcome]:
-        with connect(database.writer_url, max_connections=1) as repository:
+        with connect(emptied.writer_url, max_connections=1) as repository:
             outcomes: Counter[Outcome] = Counter()
             for step in range(8):
                 # In an order of its own, so that row locks are taken crosswise.
@@ -172,13 +188,13 @@ def test_concurrent_replacements_end_with_every_order_whole(database: Database) 
     with ThreadPoolExecutor(6) as threads:
         outcomes = sum(threads.map(save, range(1, 7)), Counter[Outcome]())
     assert outcomes == Counter({Outcome.STORED: 6 * 8 * 6})
-    with connect(database.reader_url) as reader:
+    with connect(emptied.reader_url) as reader:
         found = reader.get_many("abcdef")
         assert found.keys() == set("abcdef")
         for order in found.values():
             [version] = versions_in(order)
             assert len(order.items) == version // 100
-    with psycopg.connect(database.superuser_url) as superuser:
+    with psycopg.connect(emptied.superuser_url) as superuser:
         counts = superuser.execute(
             "SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM delivery), (SELECT count(*) FROM payment)"
         ).fetchone()
@@ -198,8 +214,8 @@ def cable_to(url: str) -> Iterator[Cable]:
         yield cable
 
 
-def test_a_server_that_is_gone_is_unreachable_and_comes_back_by_itself(database: Database) -> None:
-    with cable_to(database.writer_url) as cable, connect(cable.url, timeout_s=1) as repository:
+def test_a_server_that_is_gone_is_unreachable_and_comes_back_by_itself(emptied: Database) -> None:
+    with cable_to(emptied.writer_url) as cable, connect(cable.url, timeout_s=1) as repository:
         repository.save(an_order("a", 1))
         cable.cut()
         for call in (lambda: repository.get("a"), repository.newest, lambda: repository.save(an_order("a", 2))):
@@ -220,21 +236,19 @@ def until_reachable(call: Callable[[], T]) -> T:
     raise AssertionError("the server is back, and was not found")
 
 
-def test_a_connection_that_the_server_ended_is_replaced(
-    postgres: PostgresOrderRepository, database: Database
-) -> None:
+def test_a_connection_that_the_server_ended_is_replaced(postgres: PostgresOrderRepository, emptied: Database) -> None:
     postgres.save(an_order("a"))
-    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+    with psycopg.connect(emptied.superuser_url, autocommit=True) as superuser:
         superuser.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'orders_writer'")
     assert until_reachable(lambda: postgres.get("a")) == an_order("a")
 
 
-def test_nobody_listening_is_an_outage(database: Database) -> None:
+def test_nobody_listening_is_an_outage(emptied: Database) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(StoreUnreachable) as refusal:
-        connect(make_conninfo(database.writer_url, port=port))
-    assert str(conninfo_to_dict(database.writer_url)["password"]) not in str(refusal.value)
+        connect(make_conninfo(emptied.writer_url, port=port))
+    assert str(conninfo_to_dict(emptied.writer_url)["password"]) not in str(refusal.value)
 
 
 # Broken set-ups
@@ -248,9 +262,9 @@ def test_nobody_listening_is_an_outage(database: Database) -> None:
         ({"user": "no_such_role"}, "password authentication failed"),
     ],
 )
-def test_a_url_that_leads_nowhere_is_a_broken_setup(database: Database, change: dict[str, str], told: str) -> None:
+def test_a_url_that_leads_nowhere_is_a_broken_setup(emptied: Database, change: dict[str, str], told: str) -> None:
     with pytest.raises(BrokenSetup, match=told) as refusal:
-        connect(make_conninfo(database.writer_url, **change))
+        connect(make_conninfo(emptied.writer_url, **change))
     assert "wrong-secret" not in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -281,31 +295,30 @@ def test_a_schema_that_is_newer_than_the_program_is_fine(database: Database) -> 
         repository.get("a")
 
 
-def test_a_table_that_went_missing_is_a_broken_setup(postgres: PostgresOrderRepository, database: Database) -> None:
+def test_a_table_that_went_missing_is_a_broken_setup(database: Database) -> None:
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
         superuser.execute("DROP TABLE items")
-    with pytest.raises(BrokenSetup, match="42P01"):
-        postgres.get("a")
+    with connect(database.writer_url) as repository, pytest.raises(BrokenSetup, match="42P01"):
+        repository.get("a")
 
 
-def test_the_list_is_walked_in_the_order_of_an_index(postgres: PostgresOrderRepository, database: Database) -> None:
-    """However many orders there are, a page reads a page of them."""
-    postgres.save_many(an_order(f"{index}", customer_id=f"{index % 3}", items=1) for index in range(300))
-    page: tuple[StoredOrder, ...] = postgres.newest(limit=5, customer_id="1").orders
-    assert len(page) == 5
-    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
-        superuser.execute("ANALYZE")
+@pytest.mark.parametrize("side", ["top", "older", "newer"])
+@pytest.mark.parametrize(
+    ("customer", "track", "index"),
+    [
+        (False, False, "orders_newest"),
+        (True, False, "orders_newest_of_customer"),
+        (False, True, "orders_newest_of_track"),
+    ],
+)
+def test_a_page_is_read_along_its_index_and_never_sorted(
+    module_database: Database, side: Literal["top", "older", "newer"], customer: bool, track: bool, index: str
+) -> None:
+    """However many orders there are, a page costs a page."""
+    with psycopg.connect(module_database.superuser_url, autocommit=True) as superuser:
         superuser.execute("SET enable_seqscan = off")
         superuser.execute("SET enable_sort = off")
-        for condition, index in (
-            ("true", "orders_newest"),
-            ("customer_id = '1'", "orders_newest_of_customer"),
-            ("track_number = 't'", "orders_newest_of_track"),
-        ):
-            plan = superuser.execute(
-                sql.SQL(
-                    "EXPLAIN SELECT * FROM orders WHERE {} ORDER BY first_stored_at DESC, order_uid DESC LIMIT 5"
-                ).format(sql.SQL(condition))
-            ).fetchall()
-            assert any(f"using {index} " in line for (line,) in plan)
-            assert not any("Sort" in line for (line,) in plan)
+        statement = sql.SQL(queries.newest(side, customer=customer, track=track))
+        plan = [line for (line,) in superuser.execute(sql.SQL("EXPLAIN (GENERIC_PLAN) ") + statement)]
+    assert any(f"using {index} on orders" in line for line in plan), plan
+    assert not any("Sort" in line for line in plan), plan

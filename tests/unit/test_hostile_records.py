@@ -142,6 +142,7 @@ ACCEPTED = {
     "2,000 brackets after escaped quotes": with_unknown(rb'"\\\"' + b"[" * 2000 + rb'\\"'),
     "100,000 arrays side by side": with_unknown(b"[" + b"[]," * 100_000 + b"[]]"),
     "lone surrogates in unknown fields and keys": with_unknown(rb'{"\ud800":"\udfff\ud800\u0041"}'),
+    "a lone surrogate below 999 levels": with_unknown(b"[" * 998 + rb'"\ud800"' + b"]" * 998),
     "a NUL in an unknown field": with_unknown(rb'"\u0000"'),
     "1e400 in an unknown field": with_unknown(b"1e400"),
     "5,000 digits in an unknown field": with_unknown(b"9" * 5000),

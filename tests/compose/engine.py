@@ -1,0 +1,56 @@
+"""docker and its compose, as far as the tests need them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+#: Marks a local image that stands in for a public one.
+STAND_IN = "orderlib.stand-in"
+
+
+def docker(*arguments: str) -> str:
+    """What ``docker …`` prints. Fails the test, with what it said, if that does not work."""
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"docker {' '.join(arguments)}:\n{done.stderr}"
+    return done.stdout.strip()
+
+
+def works(*command: str) -> bool:
+    """Whether a command is there and ends with 0."""
+    return (
+        shutil.which(command[0]) is not None
+        and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    )
+
+
+def base_images() -> list[str]:
+    """The public images that the system is built on."""
+    dockerfile, compose = (ROOT / "Dockerfile").read_text(), (ROOT / "docker-compose.yml").read_text()
+    found = re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE) + re.findall(r"^ +image: (\S+)", compose, re.MULTILINE)
+    return sorted(set(found) - {"orderlib"})
+
+
+def is_stand_in(image: str) -> bool | None:
+    """Whether it is one of our stand-ins; ``None`` if there is no such image."""
+    if not works("docker", "image", "inspect", image):
+        return None
+    labels = json.loads(docker("image", "inspect", "--format", "{{json .Config.Labels}}", image))
+    return STAND_IN in (labels or {})
+
+
+def what_is_missing() -> str | None:
+    """What keeps the tests from running, in one line; ``None`` if nothing does. Pulls the images that are not here."""
+    if not works("docker", "version"):
+        return "these tests need docker, and a daemon that answers `docker version`"
+    if not works("docker", "compose", "version"):
+        return "these tests need docker's plugin compose: `docker compose version` does not work"
+    for image in base_images():
+        if is_stand_in(image) is None and not works("docker", "pull", "--quiet", image):
+            return f"{image} can not be pulled; see tests/compose/README.md for stand-ins"
+    return None

@@ -1,0 +1,129 @@
+"""``docker compose up`` on a real engine: it works, it is shut tight, and it comes back when any part of it crashes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import orderlib
+from orderlib.testing import SAMPLE
+from tests.compose.engine import docker
+from tests.compose.system import PROGRAMS, RECOVER_WITHIN_S, SERVICES, System
+from tests.programs import wait_for
+
+pytestmark = pytest.mark.timeout(600)
+
+ORDER = orderlib.decode_order(SAMPLE)
+
+
+def send_sample(system: System) -> None:
+    done = system.run("sender", "python", "-m", "services.sender", "--file", "-", stdin=SAMPLE.strip())
+    assert done.returncode == 0, done.stderr
+
+
+def stored_sample(system: System) -> orderlib.Order | None:
+    status, body = system.get(f"/orders/{ORDER.order_uid}", system.token)
+    return orderlib.decode_order(body) if status == 200 else None
+
+
+def reconciled(system: System) -> bool:
+    """Whether all that was sent is handled; then all of it must be accounted for."""
+    lag = system.run("admin", "lag", "--json")
+    if lag.returncode or any(row["lag"] for row in json.loads(lag.stdout)):
+        return False
+    done = system.run("admin", "reconcile")
+    assert done.returncode == 0, done.stdout
+    return True
+
+
+def test_what_the_sender_sent_is_stored_and_accounted_for(running: System) -> None:
+    assert "acknowledged 1,000, failed 0" in running.compose("logs", "--no-log-prefix", "sender")
+    assert wait_for(lambda: reconciled(running))
+
+
+def test_an_order_comes_back_as_it_was_sent(running: System) -> None:
+    send_sample(running)
+    assert wait_for(lambda: stored_sample(running)) == ORDER
+
+
+@pytest.mark.parametrize("token", [None, "development0token"])
+def test_without_the_token_of_the_settings_no_order_is_read(running: System, token: str | None) -> None:
+    assert running.get("/orders", token)[0] == 401
+
+
+@pytest.mark.parametrize("compression", ["gzip", "snappy", "lz4", "zstd"])
+def test_kafka_takes_records_however_they_are_compressed(running: System, compression: str) -> None:
+    option = f"--env=ORDERS_KAFKA_COMPRESSION_TYPE={compression}"
+    done = running.run(option, "sender", "python", "-m", "services.sender", "--count", "100")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("service", [*PROGRAMS, "postgres", "kafka"])
+def test_a_container_can_do_no_more_than_it_must(running: System, service: str) -> None:
+    found = running.inspect(service)
+    host = found["HostConfig"]
+    assert found["Config"]["User"] not in {"", "0", "root", "0:0"}
+    assert host["ReadonlyRootfs"]
+    assert host["CapDrop"] == ["ALL"]
+    assert not host["CapAdd"]
+    assert not host["Privileged"]
+    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert 0 < host["Memory"] <= 1024**3
+    assert host["PidsLimit"] > 0
+    published = [binding for bindings in (host["PortBindings"] or {}).values() for binding in bindings]
+    assert {binding["HostIp"] for binding in published} <= {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("service", "known"),
+    [
+        ("bootstrap", {"POSTGRES", "MIGRATOR", "WRITER", "READER"}),
+        ("migrate", {"MIGRATOR"}),
+        ("topics", set()),
+        ("sender", set()),
+        ("consumer", {"WRITER"}),
+        ("api", {"READER"}),
+        ("kafka", set()),
+    ],
+)
+def test_a_container_knows_the_passwords_it_needs_and_no_other(running: System, service: str, known: set[str]) -> None:
+    environ = "\n".join(running.inspect(service)["Config"]["Env"])
+    roles = {"POSTGRES", "MIGRATOR", "WRITER", "READER"}
+    assert {role for role in roles if running.settings[f"{role}_PASSWORD"] in environ} == known
+
+
+def test_the_image_holds_the_programs_and_neither_settings_nor_anything_else_of_ours(running: System) -> None:
+    assert running.state("api")["Status"] == "running"
+    assert sorted(docker("run", "--rm", "orderlib", "ls", "-A", "/opt/app").split()) == ["orderlib", "services"]
+    environ = docker("run", "--rm", "orderlib", "env")
+    assert "ORDERS_" not in environ
+    assert "PASSWORD" not in environ
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_part_that_is_killed_comes_back_and_nothing_is_lost(running: System, service: str) -> None:
+    restarts = running.inspect(service)["RestartCount"]
+    with running.running("sender", "python", "-m", "services.sender", "--count", "3000", "--rate", "200"):
+        stored = running.run("admin", "lag", "--json").stdout
+        wait_for(lambda: running.run("admin", "lag", "--json").stdout != stored)
+        running.kill(service)
+        wait_for(lambda: running.inspect(service)["RestartCount"] > restarts)
+        wait_for(lambda: all(map(running.is_healthy, SERVICES)), RECOVER_WITHIN_S)
+    assert wait_for(lambda: reconciled(running), RECOVER_WITHIN_S)
+
+
+def test_stopped_and_brought_up_again_it_still_has_every_order(running: System) -> None:
+    send_sample(running)
+    wait_for(lambda: stored_sample(running))
+    running.compose("stop")
+    assert {service: running.state(service)["ExitCode"] for service in ("postgres", "consumer", "api")} == {
+        "postgres": 0,
+        "consumer": 0,
+        "api": 0,
+    }
+    assert running.state("kafka")["ExitCode"] == 143
+    running.compose("up", "--detach")
+    running.wait_until_up()
+    assert stored_sample(running) == ORDER
+    assert wait_for(lambda: reconciled(running))

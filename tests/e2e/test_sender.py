@@ -1,0 +1,301 @@
+"""The sender as its users meet it: a command, a broker, a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from confluent_kafka import Consumer, Message, TopicPartition
+
+from orderlib.testing import SAMPLE
+from sandbox import Sandbox
+from tests.programs import ROOT, events, run, running, succeed, wait_for
+
+#: What Kafka's Java client computes for these keys: UtilsTest.testMurmur2 of org.apache.kafka.common.utils.
+MURMUR2 = {
+    "21": -973932308,
+    "foobar": -790332482,
+    "a-little-bit-long-string": -985981536,
+    "a-little-bit-longer-string": -1486304829,
+    "lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8": -58897971,
+    "abc": 479470107,
+}
+
+
+def records(environ: Mapping[str, str]) -> list[Message]:
+    """What the topic holds, partition by partition."""
+    topic = environ["ORDERS_TOPIC"]
+    consumer = Consumer(
+        {
+            "bootstrap.servers": environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"],
+            "group.id": "test",
+            "enable.auto.commit": False,
+            "auto.offset.reset": "earliest",
+        }
+    )
+    try:
+        places = [
+            TopicPartition(topic, partition) for partition in consumer.list_topics(topic).topics[topic].partitions
+        ]
+        expected = sum(consumer.get_watermark_offsets(place, timeout=10)[1] for place in places)
+        consumer.assign(places)
+        found: list[Message] = []
+        wait_for(lambda: len(found.__iadd__(consumer.consume(1000, 0.1))) >= expected)
+    finally:
+        consumer.close()
+    assert all(message.error() is None for message in found)
+    return sorted(found, key=lambda message: (message.partition(), message.offset()))
+
+
+def values(environ: Mapping[str, str]) -> list[bytes]:
+    return [message.value() or b"" for message in records(environ)]
+
+
+def lines_of(manifest: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in manifest.read_bytes().splitlines()]
+
+
+@pytest.fixture
+def one_partition(environ: dict[str, str], make_topic: Callable[..., str]) -> dict[str, str]:
+    """Settings that lead to a topic in which records stay in one order."""
+    return {**environ, "ORDERS_TOPIC": make_topic(partitions=1)}
+
+
+@contextmanager
+def frozen(sandbox: Sandbox) -> Iterator[None]:
+    """A Kafka that takes connections and answers nothing."""
+    os.kill(sandbox.kafka.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(sandbox.kafka.pid, signal.SIGCONT)
+
+
+def test_the_manifest_names_every_record_and_what_is_in_it(environ: dict[str, str], tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest"
+    out = succeed(f"sender --count 2000 --bad-rate 0.2 --manifest {manifest}", environ)
+    assert out.startswith("sent 2,000 in ")
+    assert out.endswith("acknowledged 2,000, failed 0\n")
+    expected = [
+        {
+            "topic": environ["ORDERS_TOPIC"],
+            "partition": message.partition(),
+            "offset": message.offset(),
+            "order_uid": (message.key() or b"").decode() or None,
+            "sha256": hashlib.sha256(message.value() or b"").hexdigest(),
+        }
+        for message in records(environ)
+    ]
+    assert sorted(lines_of(manifest), key=lambda line: (line["partition"], line["offset"])) == expected
+    assert 50 < sum(line["order_uid"] is None for line in expected) < 400
+
+
+def test_a_thousand_orders_are_sent_unless_told_otherwise_and_nothing_is_said_beside_the_summary(
+    environ: dict[str, str],
+) -> None:
+    done = run("sender", environ)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == 1
+    assert len(records(environ)) == 1000
+
+
+def test_the_same_seed_sends_the_same_values(one_partition: dict[str, str]) -> None:
+    for _ in range(2):
+        succeed("sender --count 100 --seed spring --bad-rate 0.3", one_partition)
+    sent = values(one_partition)
+    assert sent[:100] == sent[100:]
+
+
+@pytest.mark.parametrize("through_stdin", [False, True], ids=["file", "stdin"])
+def test_a_file_is_sent_line_by_line_byte_for_byte(
+    one_partition: dict[str, str], tmp_path: Path, *, through_stdin: bool
+) -> None:
+    sent = [
+        SAMPLE.strip(),
+        b"",
+        b'{"order_uid": "windows"}\r',
+        b"\xff\xfe\0 not JSON \x85\x0c",
+        b'{"order_uid":"last one"}',
+        b"x",
+    ]
+    file = tmp_path / "orders.jsonl"
+    file.write_bytes(b"\n".join(sent))
+    if through_stdin:
+        succeed("sender --file -", one_partition, stdin=file.read_bytes())
+    else:
+        succeed(f"sender --file {file}", one_partition)
+    found = records(one_partition)
+    assert [message.value() for message in found] == sent
+    assert [message.key() for message in found] == [b"b563feb7b2b84b6test", None, b"windows", None, None, None]
+
+
+def test_an_order_is_put_where_a_java_client_would_put_it(environ: dict[str, str]) -> None:
+    lines = b"".join(b'{"order_uid":"%b"}\n' % key.encode() for key in MURMUR2)
+    succeed("sender --file -", environ, stdin=lines)
+    found = {(message.key() or b"").decode(): message.partition() for message in records(environ)}
+    assert found == {key: (value & 0x7FFFFFFF) % 3 for key, value in MURMUR2.items()}
+
+
+def test_what_the_broker_refuses_is_counted_and_fails_the_sender(
+    environ: dict[str, str], make_topic: Callable[..., str], tmp_path: Path
+) -> None:
+    environ = {**environ, "ORDERS_TOPIC": make_topic(max_message_bytes="1048588")}
+    too_large = Random(1).randbytes(2_000_000).hex().encode()
+    manifest = tmp_path / "manifest"
+    lines = [b'{"order_uid":"%d"}' % number for number in range(200)]
+    lines[50:50] = lines[150:150] = [too_large]
+    done = run(f"sender --file - --manifest {manifest}", environ, stdin=b"\n".join(lines))
+    assert done.returncode == 1
+    assert done.stdout.endswith("acknowledged 200, failed 2\n")
+    assert "error: 2 of 202 records not acknowledged" in done.stderr
+    assert "MSG_SIZE_TOO_LARGE" in done.stderr
+    uids = [line["order_uid"] for line in lines_of(manifest)]
+    assert sorted(uids, key=int) == [str(number) for number in range(200)]
+    assert len(records(environ)) == 200
+
+
+def test_what_is_not_acknowledged_in_time_fails_the_sender_and_what_comes_later_does_not(
+    environ: dict[str, str], sandbox: Sandbox, tmp_path: Path
+) -> None:
+    environ["ORDERS_KAFKA_MESSAGE_TIMEOUT_MS"] = "1500"
+    manifest, log = tmp_path / "manifest", tmp_path / "log"
+    with running(f"sender --count 100000 --rate 200 --manifest {manifest}", environ, log) as process:
+        wait_for(lambda: manifest.exists() and lines_of(manifest))
+        with frozen(sandbox):
+            [failure] = wait_for(lambda: events(log.read_text()))
+        known = len(lines_of(manifest))
+        wait_for(lambda: len(lines_of(manifest)) > known + 200)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 1
+    assert failure["event"] == "not_acknowledged"
+    assert re.search(rf"acknowledged {len(lines_of(manifest)):,}, failed [1-9]", log.read_text())
+    assert "records not acknowledged" in log.read_text()
+    held = {(message.partition(), message.offset()) for message in records(environ)}
+    assert {(line["partition"], line["offset"]) for line in lines_of(manifest)} <= held
+
+
+def test_a_full_queue_is_waited_for(environ: dict[str, str]) -> None:
+    environ["ORDERS_KAFKA_QUEUE_BUFFERING_MAX_MESSAGES"] = "10"
+    assert succeed("sender --count 1000", environ).endswith("acknowledged 1,000, failed 0\n")
+    assert len(records(environ)) == 1000
+
+
+def test_a_rate_is_kept_evenly(environ: dict[str, str]) -> None:
+    began_s = time.monotonic()
+    succeed("sender --count 300 --rate 100", environ)
+    assert time.monotonic() - began_s >= 2.9
+    times_ms = [message.timestamp()[1] for message in records(environ)]
+    tenths = Counter((time_ms - min(times_ms)) // 500 for time_ms in times_ms)
+    assert all(count <= 100 for count in tenths.values()), tenths
+
+
+def test_being_told_to_stop_is_no_failure_and_loses_nothing(environ: dict[str, str], tmp_path: Path) -> None:
+    manifest, log = tmp_path / "manifest", tmp_path / "log"
+    with running(f"sender --count 100000 --rate 500 --manifest {manifest}", environ, log) as process:
+        wait_for(lambda: manifest.exists() and len(manifest.read_bytes().splitlines()) > 200)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+    sent = len(lines_of(manifest))
+    assert f"acknowledged {sent:,}, failed 0" in log.read_text()
+    assert len(records(environ)) == sent
+
+
+def test_a_second_ctrl_c_does_not_cut_the_report_short(
+    environ: dict[str, str], sandbox: Sandbox, tmp_path: Path
+) -> None:
+    manifest, log = tmp_path / "manifest", tmp_path / "log"
+    with running(f"sender --count 100000 --rate 100 --manifest {manifest}", environ, log) as process:
+        wait_for(lambda: manifest.exists() and lines_of(manifest))
+        with frozen(sandbox):
+            held = len(lines_of(manifest))
+            began_s = time.monotonic()
+            while process.poll() is None and time.monotonic() - began_s < 15:
+                if time.monotonic() - began_s > 1:
+                    process.send_signal(signal.SIGINT)
+                time.sleep(0.5)
+            assert 5 < time.monotonic() - began_s < 12
+    assert process.returncode == 1
+    assert f"acknowledged {held:,}, failed" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def test_lines_that_come_late_are_sent_at_once_and_are_in_the_manifest(environ: dict[str, str], tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "services.sender", "--file", "-", "--manifest", str(manifest)],
+        env=environ,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    assert process.stdin is not None
+    try:
+        for number in range(1, 4):
+            process.stdin.write(SAMPLE.strip() + b"\n")
+            process.stdin.flush()
+            wait_for(lambda count=number: manifest.exists() and len(lines_of(manifest)) == count)  # type: ignore[misc]
+        process.stdin.close()
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_terminal_sees_progress(environ: dict[str, str]) -> None:
+    terminal, side = pty.openpty()
+    command = [sys.executable, "-m", "services.sender", "--count", "300", "--rate", "200"]
+    done = subprocess.run(command, env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=side, check=True, timeout=60)
+    os.close(side)
+    shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert shown.count("acknowledged") >= 3
+    assert done.stdout.endswith(b"acknowledged 300, failed 0\n")
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    for part in parts:
+        assert part in done.stderr
+
+
+def test_a_missing_topic_is_named_together_with_the_command_that_makes_it(environ: dict[str, str]) -> None:
+    done = run("sender", {**environ, "ORDERS_TOPIC": "no-such-topic"})
+    assert done.returncode == 2
+    assert_one_line(done, "no-such-topic", "python -m services.admin topics")
+
+
+def test_an_unreachable_kafka_is_given_up_after_ten_seconds(environ: dict[str, str]) -> None:
+    began_s = time.monotonic()
+    done = run("sender", {**environ, "ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"})
+    assert done.returncode == 1
+    assert_one_line(done, "Kafka")
+    assert 9 < time.monotonic() - began_s < 15
+
+
+def test_a_property_that_kafka_s_client_does_not_know_is_named_without_its_value(environ: dict[str, str]) -> None:
+    done = run("sender", {**environ, "ORDERS_KAFKA_NO_SUCH_PROPERTY": "secret"})
+    assert done.returncode == 2
+    assert_one_line(done, "no.such.property")
+    assert "secret" not in done.stderr
+
+
+def test_a_manifest_that_cannot_be_written_stops_the_sender(environ: dict[str, str]) -> None:
+    done = run("sender --manifest /dev/full", environ)
+    assert done.returncode == 2
+    assert_one_line(done, "the manifest cannot be written: No space left on device")

@@ -1,0 +1,251 @@
+"""One contract: what a model takes, what the decoder takes and what PostgreSQL takes are the same values.
+
+Three things are kept by the only write path instead of the database: how many items there are, that their lines have
+no gaps, and that there is one delivery and one payment. And a column has one type, so PostgreSQL is asked about values
+of that type alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import attrs
+import psycopg
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.inspect import DateTimeType, IntType, StrType
+from psycopg import sql
+
+from orderlib import Delivery, Item, Order, Payment, PostgresOrderRepository, connect, decode_order, encode_order
+from orderlib.contract import check_clause, column_type, rule_of, rules_of
+from orderlib.ingest import Arrival
+from orderlib.rows import (
+    DELIVERY_COLUMNS,
+    ITEM_COLUMNS,
+    ORDER_COLUMNS,
+    PAYMENT_COLUMNS,
+    delivery_row,
+    item_row,
+    order_row,
+    payment_row,
+)
+from orderlib.testing import SAMPLE
+from orderlib.testing.strategies import orders, values
+from tests.candidates import PLACES, Place, candidates, decoder_accepts, model_accepts
+from tests.conftest import Database
+
+SAMPLE_ORDER = decode_order(SAMPLE)
+
+TABLES: dict[str | None, tuple[str, type[attrs.AttrsInstance]]] = {
+    None: ("orders", Order),
+    "delivery": ("delivery", Delivery),
+    "payment": ("payment", Payment),
+    "items": ("items", Item),
+}
+
+#: The sample as the rows of its tables, by column; for ``orders`` with what the store adds.
+BASE_ROWS: dict[str | None, dict[str, object]] = {
+    None: {
+        **dict(zip(ORDER_COLUMNS, order_row(SAMPLE_ORDER), strict=True)),
+        "content_sha256": Arrival.of(SAMPLE_ORDER).content_sha256,
+        "first_stored_at": SAMPLE_ORDER.date_created,
+        "stored_at": SAMPLE_ORDER.date_created,
+    },
+    "delivery": dict(zip(DELIVERY_COLUMNS, delivery_row(SAMPLE_ORDER.delivery), strict=True)),
+    "payment": dict(zip(PAYMENT_COLUMNS, payment_row(SAMPLE_ORDER.payment), strict=True)),
+    "items": {"line": 0, **dict(zip(ITEM_COLUMNS, item_row(SAMPLE_ORDER.items[0]), strict=True))},
+}
+
+
+@pytest.fixture(scope="module")
+def writer(module_database: Database) -> Iterator[psycopg.Connection]:
+    """The role that writes orders, past all of our own checks; an order is there for parts to belong to."""
+    with psycopg.connect(module_database.writer_url, autocommit=True) as connection:
+        base = {**BASE_ROWS[None], "order_uid": "base"}
+        connection.execute(insertion("orders", list(base)), list(base.values()))
+        yield connection
+
+
+@pytest.fixture(scope="module")
+def repository(module_database: Database) -> Iterator[PostgresOrderRepository]:
+    with connect(module_database.writer_url) as repository:
+        # The pool throws its dice when it connects; hypothesis minds dice of others while it draws.
+        repository.status()
+        yield repository
+
+
+def insertion(table: str, columns: Sequence[str]) -> sql.Composed:
+    """The statement that inserts one row."""
+    return sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
+        sql.Identifier(table),
+        sql.SQL(", ").join(map(sql.Identifier, columns)),
+        sql.SQL(", ").join([sql.Placeholder()] * len(columns)),
+    )
+
+
+def postgres_accepts(writer: psycopg.Connection, place: Place, value: object) -> bool:
+    """Whether PostgreSQL takes the sample's row with this value in its place; nothing of it stays."""
+    table, _ = TABLES[place.part]
+    row = {**({} if place.part is None else {"order_uid": "base"}), **BASE_ROWS[place.part], place.name: value}
+    try:
+        with writer.transaction(force_rollback=True):
+            writer.execute(insertion(table, list(row)), list(row.values()))
+    except psycopg.errors.UniqueViolation:
+        # Taken, and stored by another test.
+        return True
+    except (psycopg.DataError, psycopg.IntegrityError, UnicodeEncodeError):
+        # Data exceptions and violated constraints, or a text that the driver cannot even send. Anything else is a bug.
+        return False
+    return True
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_all_three_accept_the_same_values_around_every_bound(writer: psycopg.Connection, place: Place) -> None:
+    # A time without an offset is none of PostgreSQL's values: it would take it for one in the session's zone.
+    values = {value for value in candidates(place.rule) if getattr(value, "tzinfo", "not a time") is not None}
+    by_postgres = {value: postgres_accepts(writer, place, value) for value in values}
+    assert set(by_postgres.values()) == {True, False}
+    assert by_postgres == {value: model_accepts(place, SAMPLE_ORDER, value) for value in values}
+    assert by_postgres == {value: decoder_accepts(place, SAMPLE_ORDER, value) for value in values}
+
+
+@given(st.data())
+@settings(max_examples=30)
+def test_all_three_accept_the_same_values_drawn_at_random(writer: psycopg.Connection, data: st.DataObject) -> None:
+    place = data.draw(st.sampled_from(PLACES))
+    match place.rule:
+        case StrType():
+            # Any text at all, and those that differ little from what the rule asks for.
+            any_text = st.text(st.characters(), max_size=400).filter(lambda text: not _SURROGATE_PAIR.search(text))
+            almost = st.text("AZaz09._:-\n \0é", max_size=4)
+            strategy = values(place.rule) | any_text | almost
+        case IntType():
+            strategy = values(place.rule) | st.integers() | st.integers(-(2**66), 2**66)
+        case DateTimeType():
+            strategy = st.datetimes(timezones=st.timezones())
+        case _:
+            raise NotImplementedError
+    for value in data.draw(st.lists(strategy, min_size=10, max_size=20), label=str(place)):
+        accepted = postgres_accepts(writer, place, value)
+        assert accepted == model_accepts(place, SAMPLE_ORDER, value), value
+        if not isinstance(place.rule, DateTimeType):
+            assert accepted == decoder_accepts(place, SAMPLE_ORDER, value), value
+
+
+_SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_no_column_takes_null(writer: psycopg.Connection, place: Place) -> None:
+    assert not postgres_accepts(writer, place, None)
+
+
+@given(st.lists(orders(), min_size=1, max_size=8, unique_by=lambda order: order.order_uid))
+@settings(max_examples=40)
+def test_what_is_stored_is_read_back_exactly_as_it_was_sent(
+    repository: PostgresOrderRepository, sent: list[Order]
+) -> None:
+    repository.save_many(decode_order(encode_order(order)) for order in sent)
+    assert repository.get_many(order.order_uid for order in sent) == {order.order_uid: order for order in sent}
+    for order in sent[:2]:
+        assert encode_order(repository.get(order.order_uid)) == encode_order(order)
+
+
+# The schema
+
+
+def contract_columns(model: type[attrs.AttrsInstance]) -> list[tuple[str, str, str]]:
+    """Name, type and condition of each column that the contract asks for, as SQL."""
+    return [
+        (field.name, column_type(rule_of(field)), check_clause(field.name, rule_of(field)))
+        for field in rules_of(model).fields
+        if isinstance(rule_of(field), StrType | IntType | DateTimeType)
+    ]
+
+
+_COLUMNS = """
+    SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull FROM pg_attribute a
+    WHERE a.attrelid = %s::regclass AND a.attname = ANY(%s) ORDER BY a.attname
+"""
+_CHECKS = """
+    SELECT a.attname, pg_get_constraintdef(c.oid) FROM pg_constraint c
+    JOIN pg_attribute a ON a.attrelid = c.conrelid AND c.conkey = ARRAY[a.attnum]
+    WHERE c.conrelid = %s::regclass AND c.contype = 'c' AND a.attname = ANY(%s) ORDER BY 1, 2
+"""
+
+
+@pytest.mark.parametrize(("table", "model"), TABLES.values())
+def test_the_columns_and_their_checks_are_those_of_the_contract(
+    module_database: Database, table: str, model: type[attrs.AttrsInstance]
+) -> None:
+    columns = contract_columns(model)
+    names = [name for name, _, _ in columns]
+    with psycopg.connect(module_database.superuser_url) as superuser:
+        definitions = [
+            sql.SQL("{} {} NOT NULL CHECK ({})").format(sql.Identifier(name), sql.SQL(type_name), sql.SQL(condition))
+            for name, type_name, condition in columns
+        ]
+        superuser.execute(sql.SQL("CREATE TEMPORARY TABLE contract ({})").format(sql.SQL(", ").join(definitions)))
+        for question in (_COLUMNS, _CHECKS):
+            asked_of_the_contract = superuser.execute(question, ["pg_temp.contract", names]).fetchall()
+            assert len(asked_of_the_contract) == len(names)
+            assert superuser.execute(question, [f"public.{table}", names]).fetchall() == asked_of_the_contract
+
+
+@pytest.mark.parametrize(
+    ("table", "model", "added"),
+    [
+        (
+            "orders",
+            Order,
+            {
+                "content_sha256",
+                "source_topic_id",
+                "source_partition",
+                "source_offset",
+                "source_time",
+                "first_stored_at",
+                "stored_at",
+            },
+        ),
+        ("delivery", Delivery, {"order_uid"}),
+        ("payment", Payment, {"order_uid"}),
+        ("items", Item, {"order_uid", "line"}),
+    ],
+)
+def test_a_table_has_the_fields_of_its_model_and_what_the_store_adds(
+    module_database: Database, table: str, model: type[attrs.AttrsInstance], added: set[str]
+) -> None:
+    with psycopg.connect(module_database.superuser_url) as superuser:
+        found = superuser.execute(
+            "SELECT column_name FROM information_schema.columns WHERE table_schema = 'public' AND table_name = %s",
+            [table],
+        )
+        assert {name for (name,) in found} == {name for name, _, _ in contract_columns(model)} | added
+
+
+def test_what_the_store_adds_is_checked_too(writer: psycopg.Connection) -> None:
+    whole_source: dict[str, object] = {
+        "source_topic_id": "t",
+        "source_partition": 0,
+        "source_offset": 0,
+        "source_time": SAMPLE_ORDER.date_created,
+    }
+    base: dict[str, object] = {**BASE_ROWS[None], "order_uid": "other"}
+    cases: list[tuple[dict[str, object], bool]] = [
+        (whole_source, True),
+        *(({**whole_source, name: None}, False) for name in whole_source),
+        ({"content_sha256": b"short"}, False),
+        ({"first_stored_at": None}, False),
+    ]
+    for added, fits in cases:
+        row = {**base, **added}
+        try:
+            with writer.transaction(force_rollback=True):
+                writer.execute(insertion("orders", list(row)), list(row.values()))
+            taken = True
+        except psycopg.IntegrityError:
+            taken = False
+        assert taken == fits, added

@@ -1,0 +1,185 @@
+"""Roles and schema: made once, however often and from wherever it is asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+import orderlib
+from orderlib import BrokenSetup, StoreUnreachable
+from orderlib.postgres.connection import Connection, connect
+from orderlib.postgres.migrate import (
+    LATEST_MIGRATION,
+    READER_RIGHTS,
+    WRITER_RIGHTS,
+    bootstrap,
+    check_rights,
+    check_schema,
+    migrate,
+)
+from sandbox import Sandbox
+from tests.conftest import Database, drop_database, of_database, role_passwords
+
+FILES = sorted(path.name for path in (Path(orderlib.__file__).parent / "migrations").glob("*.sql"))
+
+
+@contextmanager
+def connected(url: str) -> Iterator[Connection]:
+    with connect(url, application_name="tests") as connection:
+        yield connection
+
+
+def bootstrap_it(database: Database) -> None:
+    with connected(database.superuser_url) as superuser:
+        bootstrap(superuser, role_passwords(database))
+
+
+def migrate_it(database: Database) -> int:
+    with connected(database.migrator_url) as migrator:
+        return migrate(migrator)
+
+
+def at_once(work: Callable[[], int], times: int) -> list[int]:
+    """The results of the same work, done by so many threads at the same time."""
+    with ThreadPoolExecutor(times) as threads:
+        return [result.result() for result in [threads.submit(work) for _ in range(times)]]
+
+
+def test_migrations_are_numbered_from_one_without_gaps() -> None:
+    assert [name[:5] for name in FILES] == [f"{number:04}_" for number in range(1, LATEST_MIGRATION + 1)]
+
+
+def test_migrating_applies_every_migration_once_and_says_which(empty_database: Database) -> None:
+    bootstrap_it(empty_database)
+    applied: list[str] = []
+    with connected(empty_database.migrator_url) as migrator:
+        assert migrate(migrator, applied.append) == LATEST_MIGRATION
+        assert applied == FILES
+        assert migrate(migrator, applied.append) == 0
+        assert applied == FILES
+    with connected(empty_database.reader_url) as reader:
+        check_schema(reader)
+        recorded = reader.execute("SELECT number, name FROM schema_migrations ORDER BY number").fetchall()
+    assert recorded == list(enumerate(FILES, start=1))
+
+
+def test_migrating_from_several_machines_at_once_applies_every_migration_once(empty_database: Database) -> None:
+    bootstrap_it(empty_database)
+    assert sum(at_once(lambda: migrate_it(empty_database), 4)) == LATEST_MIGRATION
+    with connected(empty_database.reader_url) as reader:
+        check_schema(reader)
+
+
+def test_bootstrapping_again_or_at_once_is_harmless(empty_database: Database) -> None:
+    def once() -> int:
+        bootstrap_it(empty_database)
+        return 1
+
+    assert at_once(once, 3) == [1, 1, 1]
+    assert migrate_it(empty_database) == LATEST_MIGRATION
+    bootstrap_it(empty_database)
+    with connected(empty_database.writer_url) as writer, connected(empty_database.reader_url) as reader:
+        check_rights(writer, WRITER_RIGHTS)
+        check_rights(reader, READER_RIGHTS)
+
+
+def test_migrations_belong_to_the_owner_whom_nobody_can_log_in_as(database: Database) -> None:
+    with connected(database.superuser_url) as superuser:
+        owners = superuser.execute("SELECT DISTINCT tableowner FROM pg_tables WHERE schemaname = 'public'").fetchall()
+        assert owners == [("orders_owner",)]
+        assert superuser.execute("SELECT rolcanlogin FROM pg_roles WHERE rolname = 'orders_owner'").fetchone() == (
+            False,
+        )
+
+
+def test_a_migration_that_fails_leaves_nothing_behind(empty_database: Database) -> None:
+    bootstrap_it(empty_database)
+    with connected(empty_database.superuser_url) as superuser:
+        # In the way of the first migration's last table.
+        superuser.execute("CREATE TABLE items ()")
+        with pytest.raises(BrokenSetup, match="42P07"):
+            migrate_it(empty_database)
+        left = superuser.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").fetchall()
+        assert left == [("items",)]
+        superuser.execute("DROP TABLE items")
+    assert migrate_it(empty_database) == LATEST_MIGRATION
+
+
+def test_only_the_migrator_can_migrate(empty_database: Database) -> None:
+    bootstrap_it(empty_database)
+    for url in (empty_database.writer_url, empty_database.reader_url):
+        with connected(url) as connection, pytest.raises(BrokenSetup, match="42501"):
+            migrate(connection)
+
+
+def test_a_database_without_a_schema_is_a_broken_setup_that_names_the_command(empty_database: Database) -> None:
+    with (
+        connected(empty_database.superuser_url) as superuser,
+        pytest.raises(BrokenSetup, match=r"schema is at 0, .*services\.admin migrate"),
+    ):
+        check_schema(superuser)
+
+
+def test_a_right_that_was_taken_away_is_named(database: Database) -> None:
+    with connected(database.superuser_url) as superuser:
+        superuser.execute("REVOKE INSERT ON items FROM orders_writer")
+    with (
+        connected(database.writer_url) as writer,
+        pytest.raises(BrokenSetup, match=r"orders_writer .*INSERT on items.*services\.admin migrate"),
+    ):
+        check_rights(writer, WRITER_RIGHTS)
+
+
+@pytest.fixture(params=["SQL_ASCII", "LATIN1"])
+def foreign_database(sandbox: Sandbox, request: pytest.FixtureRequest) -> Iterator[Database]:
+    """A database in which some texts could not be kept."""
+    name = f"test_{request.param.lower()}"
+    with psycopg.connect(sandbox.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as superuser:
+        superuser.execute(
+            sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING {} LOCALE 'C'").format(
+                sql.Identifier(name), sql.Literal(request.param)
+            )
+        )
+    database = of_database(sandbox.environ, name)
+    yield database
+    drop_database(sandbox, database)
+
+
+@pytest.mark.usefixtures("_template")
+def test_a_database_in_another_encoding_is_refused(foreign_database: Database) -> None:
+    with connected(foreign_database.superuser_url) as superuser:
+        encoding = str(conninfo_to_dict(foreign_database.superuser_url)["dbname"]).removeprefix("test_").upper()
+        for refused in (lambda: bootstrap(superuser, {}), lambda: migrate(superuser)):
+            with pytest.raises(BrokenSetup, match=f"encoding is {encoding}, orders need UTF8"):
+                refused()
+        assert superuser.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)
+
+
+def test_no_password_is_kept_or_told_in_clear(empty_database: Database) -> None:
+    bootstrap_it(empty_database)
+    passwords = role_passwords(empty_database)
+    with connected(empty_database.superuser_url) as superuser:
+        kept = dict(superuser.execute("SELECT rolname, rolpassword FROM pg_authid").fetchall())
+    assert all(kept[role].startswith("SCRAM-SHA-256$") for role in passwords)
+    url = make_conninfo(empty_database.migrator_url, user="nobody")
+    with pytest.raises((BrokenSetup, StoreUnreachable)) as refusal, connected(url):
+        pass
+    assert not any(password in str(refusal.value) for password in passwords.values())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_migration_is_one_transaction_and_says_why_each_index_is_there(name: str) -> None:
+    script = (Path(orderlib.__file__).parent / "migrations" / name).read_text(encoding="utf-8")
+    assert not re.search(r"^\s*(BEGIN|COMMIT|ROLLBACK|VACUUM)\b|CONCURRENTLY", script, re.MULTILINE | re.IGNORECASE)
+    lines = script.splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("CREATE INDEX"):
+            assert lines[number - 1].startswith(("--", "CREATE INDEX")), line

@@ -1,0 +1,76 @@
+"""Every error of the driver has one of ours in its place, and none of them quotes a row."""
+
+from __future__ import annotations
+
+import inspect
+
+import psycopg
+import psycopg_pool
+import pytest
+from psycopg import errors
+
+from orderlib import BrokenSetup, Collision, OrderError, RefusedByDatabase, StoreUnreachable
+from orderlib.postgres.errors import translate, translated_errors
+
+WITH_SQLSTATE = [
+    kind
+    for _, kind in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(kind, psycopg.Error) and isinstance(kind.sqlstate, str)
+]
+WITHOUT_SQLSTATE = [
+    kind
+    for module in (errors, psycopg_pool)
+    for _, kind in inspect.getmembers(module, inspect.isclass)
+    if issubclass(kind, psycopg.Error) and kind.sqlstate is None
+]
+
+
+@pytest.mark.parametrize("kind", WITH_SQLSTATE)
+def test_every_sqlstate_has_a_counterpart(kind: type[psycopg.Error]) -> None:
+    ours = translate(kind("secret"))
+    assert isinstance(ours, RefusedByDatabase | Collision | StoreUnreachable | BrokenSetup)
+    assert "secret" not in str(ours)
+    assert str(kind.sqlstate) in str(ours)
+
+
+@pytest.mark.parametrize("kind", WITHOUT_SQLSTATE)
+def test_every_error_of_the_driver_itself_has_a_counterpart(kind: type[psycopg.Error]) -> None:
+    assert isinstance(translate(kind("gone")), RefusedByDatabase | StoreUnreachable | BrokenSetup)
+
+
+@pytest.mark.parametrize(
+    ("error", "ours"),
+    [
+        (errors.CheckViolation(), RefusedByDatabase),
+        (errors.StringDataRightTruncation(), RefusedByDatabase),
+        (psycopg.DataError("cannot dump"), RefusedByDatabase),
+        (UnicodeEncodeError("utf-8", "secret\ud800", 6, 7, "surrogates not allowed"), RefusedByDatabase),
+        (errors.DeadlockDetected(), Collision),
+        (errors.AdminShutdown(), StoreUnreachable),
+        (errors.LockNotAvailable(), StoreUnreachable),
+        (errors.DiskFull(), StoreUnreachable),
+        (psycopg_pool.PoolTimeout(), StoreUnreachable),
+        (psycopg.OperationalError("consuming input failed: server closed the connection"), StoreUnreachable),
+        (psycopg.OperationalError("connection failed: FATAL:  the database system is starting up"), StoreUnreachable),
+        (psycopg.OperationalError("connection failed: FATAL:  sorry, too many clients already"), StoreUnreachable),
+        (psycopg.OperationalError('connection failed: FATAL:  database "x" does not exist'), BrokenSetup),
+        (psycopg.OperationalError("connection failed: FATAL:  password authentication failed"), BrokenSetup),
+        (psycopg.InterfaceError("the connection is closed"), StoreUnreachable),
+        (errors.UndefinedTable(), BrokenSetup),
+        (errors.InsufficientPrivilege(), BrokenSetup),
+        (errors.RaiseException(), BrokenSetup),
+        (psycopg.ProgrammingError("a bug of ours"), BrokenSetup),
+    ],
+)
+def test_an_error_becomes_the_one_that_says_what_to_do_next(
+    error: psycopg.Error | UnicodeEncodeError, ours: type[OrderError]
+) -> None:
+    with pytest.raises(ours) as translated, translated_errors():
+        raise error
+    assert translated.value.__cause__ is error
+    assert "secret" not in str(translated.value)
+
+
+def test_other_errors_pass_untouched() -> None:
+    with pytest.raises(ZeroDivisionError), translated_errors():
+        raise ZeroDivisionError
