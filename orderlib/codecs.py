@@ -140,7 +140,7 @@ def _second_look(data: bytes) -> Order:
     try:
         return _look(data)
     except RecursionError:
-        return _look(_shallow(data))
+        return _look(_shallow(_without_lone_surrogates(data)))
 
 
 def _look(data: bytes) -> Order:

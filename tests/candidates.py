@@ -93,7 +93,20 @@ def _texts(rule: StrType) -> Iterator[str]:
     for length in {0, max(least - 1, 0), least, 1, 2, 3, 4, most - 1, most, most + 1}:
         for character in _CHARACTERS:
             yield character * length
-    yield from (".", "..", "...", ".\n", "USD", "USD\n", "US\n", "\nUSD", "usd", "ÜSD", "US\N{FULLWIDTH DIGIT ONE}")
+    yield from (
+        ".",
+        "..",
+        "...",
+        ".\n",
+        "USD",
+        "XAF",
+        "USD\n",
+        "US\n",
+        "\nUSD",
+        "usd",
+        "ÜSD",
+        "US\N{FULLWIDTH DIGIT ONE}",
+    )
     yield from (
         " ",
         "\n",

@@ -95,6 +95,13 @@ def _flip(data: bytes, _other: bytes, rng: Random) -> bytes:
     return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
 
 
+def _bury(data: bytes, _other: bytes, rng: Random) -> bytes:
+    """Something far below a field that nobody asked for."""
+    levels = rng.choice([14, 15, 16, 500, 990, 997, 998])
+    at = data.find(b"{", rng.randrange(len(data) + 1)) + 1
+    return data[:at] + b'"x":' + b"[" * levels + rng.choice(_TOKENS) + b"]" * levels + b"," + data[at:]
+
+
 _MUTATIONS: list[Callable[[bytes, bytes, Random], bytes]] = [
     _cut,
     _repeat,
@@ -104,6 +111,7 @@ _MUTATIONS: list[Callable[[bytes, bytes, Random], bytes]] = [
     _replace_value,
     _replace_value,
     _flip,
+    _bury,
 ]
 
 
