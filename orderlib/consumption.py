@@ -242,12 +242,14 @@ class Consumption:
 
     def on_tick(self, now_s: float) -> None:
         """Time passed: start the job that is due, if none is under way."""
-        if self._retry_at_s is not None and now_s >= self._retry_at_s and self._job is not None:
-            self._retry_at_s = None
-            self._start(self._job, now_s)
-        elif self._job is None and not self._stopping:
-            self._start_next_job(now_s)
-        elif self._retry_at_s is None and not self._paused and now_s - self._job_since_s >= STALL_S:
+        if self._job is None:
+            if not self._stopping:
+                self._start_next_job(now_s)
+        elif self._retry_at_s is not None:
+            if now_s >= self._retry_at_s:
+                self._retry_at_s = None
+                self._start(self._job, now_s)
+        elif not self._paused and now_s - self._job_since_s >= STALL_S:
             self._pause(StoreUnreachable(f"PostgreSQL has not answered for {STALL_S:g} s"), 0)
 
     # Events of the job under way.
@@ -285,7 +287,9 @@ class Consumption:
 
     def on_failed(self, error: OrderError, now_s: float) -> None:
         """The job under way failed, and left nothing behind; of a COMMIT without an answer the next fence will tell."""
-        if isinstance(error, FenceLost):
+        if self._stopping and isinstance(error, FenceLost | TryAgain):
+            self._job = None
+        elif isinstance(error, FenceLost):
             self._on_fence_lost(error, now_s)
         elif isinstance(error, Collision):
             self._retry_at_s = now_s
@@ -296,8 +300,6 @@ class Consumption:
         else:
             self._job = None
             self._stop(error)
-        if self._stopping:
-            self._job = None
 
     def on_stop(self) -> None:
         """Someone wants us to stop: the job under way may end, nothing new begins."""

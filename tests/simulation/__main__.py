@@ -1,0 +1,33 @@
+"""``python -m tests.simulation SEED``: replay one schedule, and tell what happens in it. ``--count``: run many."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tests.simulation.promises import PromiseBrokenError
+from tests.simulation.schedules import explore, table
+from tests.simulation.store import Bug
+from tests.simulation.world import World
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status: 0 if every promise was kept."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description="Replay a schedule.")
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--count", type=int, help="run so many schedules from this seed on, without telling")
+    parser.add_argument("--bug", type=Bug, help=f"with a planted mistake: {', '.join(bug.value for bug in Bug)}")
+    options = parser.parse_args(arguments)
+    try:
+        if options.count is None:
+            World(options.seed, options.bug, print).run()
+        else:
+            print(table(explore(options.seed, options.count, options.bug), options.count))
+    except PromiseBrokenError as exc:
+        print(f"BROKEN: {exc}", *getattr(exc, "__notes__", ()), sep="\n")
+        return 1
+    print("every promise was kept")
+    return 0
+
+
+sys.exit(main(sys.argv[1:]))

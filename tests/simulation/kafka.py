@@ -1,0 +1,156 @@
+"""Kafka as the consumer sees it: lives of a topic, and a group that gives partitions and takes them."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+from collections.abc import Callable
+from random import Random
+from typing import TYPE_CHECKING, NamedTuple
+
+import attrs
+
+from orderlib import decode_order
+from orderlib.errors import Fault
+from orderlib.ingest import Arrival, Record, Reject, Source
+from orderlib.testing import SAMPLE
+
+if TYPE_CHECKING:
+    from tests.simulation.process import Process
+
+PARTITIONS = 3
+TOPIC = "orders"
+
+#: Each of these uids has one partition, uid modulo partitions; the others appear anywhere.
+KEYED_UIDS = 5
+UIDS = 7
+
+#: What a record is. The too large ones hold a good order, and pass when they are redriven.
+GOOD, HEAVY, POISON, REFUSED, TOO_LARGE = range(5)
+CODES = {POISON: "malformed_json", REFUSED: "refused_by_database", TOO_LARGE: "too_large"}
+
+_TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+_ARRIVALS = [Arrival.of(attrs.evolve(decode_order(SAMPLE), order_uid=f"u{uid}")) for uid in range(UIDS)]
+_FAULTS = (Fault(path="$", expected="something else", found="this"),)
+#: Three of these close a batch.
+_HEAVY_VALUE = bytes(6 * 1024 * 1024)
+
+
+class Entry(NamedTuple):
+    """A record in the log."""
+
+    uid: int
+    content: int
+    kind: int
+    #: Which life of the topic it is in; no two lives hold equal entries.
+    life: int
+
+
+@attrs.frozen(kw_only=True, repr=False)
+class Fetched(Record):
+    """A record that knows what it is, so that nothing has to be decoded."""
+
+    entry: Entry
+    judged: Arrival | Reject
+    #: What a redrive finds in it.
+    redriven: Arrival | None
+
+    def __repr__(self) -> str:
+        return f"{self.source.partition}:{self.source.offset} {self.entry}"
+
+
+@functools.cache
+def fetched(topic_id: str, partition: int, offset: int, entry: Entry) -> Fetched:
+    """The record as a consumer gets it who takes this for the topic's id."""
+    source = Source(topic_id=topic_id, partition=partition, offset=offset, time=_TIME)
+    plain = Record(source=source, topic=TOPIC, key=None, value=b"value")
+    refused = entry.kind == REFUSED
+    content_sha256 = b"!" if refused else b"%d" % entry.content
+    order = attrs.evolve(_ARRIVALS[entry.uid], content_sha256=content_sha256, source=source)
+    is_reject = entry.kind in {POISON, TOO_LARGE}
+    return Fetched(
+        source=source,
+        topic=TOPIC,
+        key=None,
+        value=_HEAVY_VALUE if entry.kind == HEAVY else b"value",
+        entry=entry,
+        judged=Reject(record=plain, code=CODES[entry.kind], faults=_FAULTS, total_faults=1) if is_reject else order,
+        redriven=None if entry.kind == POISON else order,
+    )
+
+
+def judged(record: Record) -> Arrival | Reject:
+    """What the core is given to judge records with."""
+    assert isinstance(record, Fetched)
+    return record.judged
+
+
+class Life:
+    """One life of the topic. An offset without an entry is a gap: a transaction's marker, or compacted away."""
+
+    def __init__(self, number: int, earliest: list[int]) -> None:
+        self.number = number
+        self.topic_id = f"life-{number}"
+        self.earliest = earliest
+        self.logs: list[list[Entry | None]] = [[None] * start for start in earliest]
+
+    def ends(self) -> dict[int, int]:
+        return {partition: len(log) for partition, log in enumerate(self.logs)}
+
+
+class Group:
+    """Who holds which partition, and who shall. A process hears of it when it next polls."""
+
+    def __init__(self, chance: Callable[[], float]) -> None:
+        self._chance = chance
+        self.members: list[Process] = []
+        self.holders: list[Process | None] = [None] * PARTITIONS
+        self._targets: list[Process | None] = [None] * PARTITIONS
+
+    def join(self, process: Process) -> None:
+        self.members.append(process)
+        self.rebalance()
+
+    def drop(self, process: Process) -> None:
+        """It left, died, or fell silent: its partitions go to the others."""
+        self.members.remove(process)
+        self.holders = [None if holder is process else holder for holder in self.holders]
+        self.rebalance()
+
+    def rebalance(self) -> None:
+        """Decide anew who shall have what, at random; a partition that stays is not touched."""
+        members, chance = self.members, self._chance
+        self._targets = [members[int(chance() * len(members))] if members else None for _ in range(PARTITIONS)]
+        self.hand_over()
+
+    def take_all(self) -> None:
+        """Everybody gives everything back before anything is given again."""
+        for partition, holder in enumerate(self.holders):
+            if holder is not None:
+                holder.inbox.append(("taken", partition))
+
+    def hand_over(self) -> None:
+        """Ask for what shall move; give what is free."""
+        for partition, target in enumerate(self._targets):
+            holder = self.holders[partition]
+            if holder is target:
+                continue
+            if holder is not None:
+                holder.inbox.append(("taken", partition))
+            elif target is not None:
+                self.holders[partition] = target
+                target.inbox.append(("given", partition))
+
+    def released(self, process: Process, partition: int) -> None:
+        """It has let go of the partition."""
+        if self.holders[partition] is process:
+            self.holders[partition] = None
+            self.hand_over()
+
+
+def shuffled(rng: Random, partitions: list[int]) -> list[int]:
+    """The partitions in an order of chance: between partitions Kafka promises none."""
+    if len(partitions) > 1:
+        start = int(rng.random() * len(partitions))
+        return partitions[start:] + partitions[:start]
+    return partitions

@@ -1,0 +1,169 @@
+"""What the consumer promises, checked from outside: by what the log holds, not by what the store says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from orderlib.ingest import Arrival, Batch, StoredVersion
+from orderlib.repository import Outcome
+from tests.simulation.kafka import CODES, KEYED_UIDS, TOO_LARGE, Fetched, Life
+
+#: The uids whose records are all in one partition.
+KEYED = {f"u{uid}" for uid in range(KEYED_UIDS)}
+
+#: Topic id, partition, offset.
+Place = tuple[str, int, int]
+
+
+class PromiseBrokenError(AssertionError):
+    """The consumer did what it promised never to do."""
+
+
+class Promises:
+    """Told of every commit; raises PromiseBrokenError."""
+
+    def __init__(self, fault: Callable[[str], None]) -> None:
+        self._fault = fault
+        self.lives: dict[str, Life] = {}
+        #: Next record to be handled, by topic id and partition; an operator's rewind sets it back.
+        self.handled: dict[tuple[str, int], int] = {}
+        #: The furthest it ever was.
+        self.reached: dict[tuple[str, int], int] = {}
+
+    def on_life(self, life: Life) -> None:
+        """The topic was made; it begins at its earliest records."""
+        self.lives[life.topic_id] = life
+        for partition, earliest in enumerate(life.earliest):
+            self.handled[life.topic_id, partition] = self.reached[life.topic_id, partition] = earliest
+
+    def on_batch(
+        self,
+        batch: Batch,
+        outcomes: Sequence[Outcome],
+        before: Mapping[str, StoredVersion],
+        changes: Mapping[str, StoredVersion],
+    ) -> None:
+        """A batch is about to take effect."""
+        life = self.lives[batch.topic_id]
+        records: dict[int, list[Fetched]] = {partition: [] for partition in batch.spans}
+        bad = 0
+        for record, _ in batch.judged:
+            assert isinstance(record, Fetched)
+            records[record.source.partition].append(record)
+            bad += record.entry.kind in CODES
+        for partition, span in batch.spans.items():
+            key = (batch.topic_id, partition)
+            if self.handled[key] != span.expected_offset:
+                raise PromiseBrokenError(f"{key} was handled up to {self.handled[key]}, and now {span}")
+            here = records[partition]
+            log = life.logs[partition]
+            at = 0
+            for offset in range(span.expected_offset, span.next_offset):
+                entry = log[offset] if offset < len(log) else None
+                if entry is None:
+                    continue
+                if at == len(here) or here[at].source.offset != offset or here[at].entry != entry:
+                    raise PromiseBrokenError(f"{key} offset {offset} is not in its batch: {span}")
+                at += 1
+            if at != len(here):
+                raise PromiseBrokenError(f"{key}: the batch holds records outside of {span}, or of another life")
+            self.handled[key] = span.next_offset
+            self.reached[key] = max(self.reached[key], span.next_offset)
+        refused = sum(isinstance(judged, Arrival) and judged.content_sha256 == b"!" for _, judged in batch.judged)
+        if len(outcomes) - refused != len(batch.judged) - bad or outcomes.count(Outcome.REJECTED) != refused:
+            raise PromiseBrokenError(f"{len(batch.judged)} records, {bad} of them bad, came to {outcomes}")
+        if Outcome.SUPERSEDED in outcomes:
+            self._fault("superseded")
+        self.on_orders(before, changes)
+
+    def on_orders(self, before: Mapping[str, StoredVersion], changes: Mapping[str, StoredVersion]) -> None:
+        """Orders are about to change: one that is keyed never goes back."""
+        for uid, after in changes.items():
+            old = before.get(uid)
+            if old is None or uid not in KEYED or old == after:
+                continue
+            if after.source is None or (old.source is not None and old.source.topic_id != after.source.topic_id):
+                continue
+            if old.source is None or after.source.offset < old.source.offset:
+                raise PromiseBrokenError(f"{uid} went back from {old} to {after}")
+            if after.source.offset == old.source.offset and old.content_sha256 != after.content_sha256:
+                raise PromiseBrokenError(f"{uid} has another content at the same place: {old}, {after}")
+
+    def on_redriven(self, place: Place, before: Outcome | None, outcome: Outcome) -> None:
+        """A reject is about to get its outcome."""
+        if before not in {None, Outcome.REJECTED, outcome}:
+            raise PromiseBrokenError(f"the reject {place} was {before} when redriven, and is {outcome} now")
+        if outcome is Outcome.SUPERSEDED:
+            self._fault("redrive beside a newer version")
+
+    def on_rewind(self, topic_id: str, partition: int, next_offset: int) -> None:
+        """An operator moved an offset back: from there on everything is handled once more."""
+        self.handled[topic_id, partition] = next_offset
+
+    def all_handled(self, life: Life) -> bool:
+        """Whether nothing of the topic is left."""
+        return all(self.handled[life.topic_id, p] == len(log) for p, log in enumerate(life.logs))
+
+    def check_end(
+        self,
+        life: Life,
+        orders: Mapping[str, StoredVersion],
+        rejects: Mapping[Place, tuple[Fetched, Outcome | None]],
+        offsets: Mapping[tuple[str, int], int],
+    ) -> None:
+        """Everything is handled: is everything where it must be?"""
+        for partition, log in enumerate(life.logs):
+            if offsets.get((life.topic_id, partition), life.earliest[partition]) != len(log):
+                raise PromiseBrokenError(f"the store stands at {offsets}, and the log ends are {life.ends()}")
+        expected_rejects: dict[Place, str] = {}
+        #: Content and offset of the last valid record in each partition, and of the redriven ones behind it.
+        last: dict[str, dict[tuple[str, int], list[tuple[bytes, int]]]] = {}
+        for (topic_id, partition), reached in self.reached.items():
+            for offset, entry in enumerate(self.lives[topic_id].logs[partition][:reached]):
+                if entry is None:
+                    continue
+                place = (topic_id, partition, offset)
+                earlier: list[tuple[bytes, int]] = []
+                if entry.kind in CODES:
+                    expected_rejects[place] = CODES[entry.kind]
+                    redriven = rejects[place][1] if place in rejects else None
+                    if entry.kind != TOO_LARGE or redriven not in {Outcome.STORED, Outcome.DUPLICATE}:
+                        continue
+                    earlier = last.get(f"u{entry.uid}", {}).get((topic_id, partition), [])
+                versions = [*earlier, (b"%d" % entry.content, offset)]
+                last.setdefault(f"u{entry.uid}", {})[topic_id, partition] = versions
+        kept = {place: CODES[record.entry.kind] for place, (record, _) in rejects.items()}
+        if kept != expected_rejects:
+            raise PromiseBrokenError(f"rejects: {kept}, expected {expected_rejects}")
+        if orders.keys() != last.keys():
+            raise PromiseBrokenError(f"stored are {sorted(orders)}, expected {sorted(last)}")
+        for uid, version in orders.items():
+            source = version.source
+            if source is None:
+                raise PromiseBrokenError(f"{uid} has no source")
+            candidates = last[uid]
+            if len(candidates) > 1:
+                # Written from two partitions at once, a duplicate may put its source beside the other's content; and
+                # what was redriven in the past is not redriven once more when offsets are rewound.
+                holds = version.content_sha256 in {content for at in candidates.values() for content, _ in at}
+            else:
+                at = candidates.get((source.topic_id, source.partition), [(b"", -1)])
+                holds = at[-1] == (version.content_sha256, source.offset)
+            if not holds:
+                raise PromiseBrokenError(f"{uid} is {version}, expected one of {candidates}")
+
+    def on_settled(self, batch: Batch, before: Mapping[str, StoredVersion], after: Mapping[str, StoredVersion]) -> None:
+        """The contract once more in its plainest form, one record after the other: orders before the batch, and after.
+
+        A uid of several partitions has no such plain form.
+        """
+        expected = {uid: (version.content_sha256, version.source) for uid, version in before.items()}
+        for _, judged in batch.judged:
+            if isinstance(judged, Arrival) and judged.content_sha256 != b"!":
+                uid, source = judged.order.order_uid, judged.source
+                at = expected[uid][1] if uid in expected else None
+                if at is None or source is None or at.topic_id != source.topic_id or at.offset < source.offset:
+                    expected[uid] = (judged.content_sha256, source)
+        for uid, version in after.items():
+            if uid in KEYED and (version.content_sha256, version.source) != expected[uid]:
+                raise PromiseBrokenError(f"{uid} becomes {version}, one by one it would be {expected[uid]}")

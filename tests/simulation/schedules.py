@@ -1,0 +1,28 @@
+"""Many schedules, one after the other."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tests.simulation.store import Bug
+from tests.simulation.world import World
+
+
+def explore(first_seed: int, count: int, bug: Bug | None = None) -> Counter[str]:
+    """Run so many schedules; in how many each fault occurred. What breaks says how to replay its schedule."""
+    faults: Counter[str] = Counter()
+    for seed in range(first_seed, first_seed + count):
+        world = World(seed, bug)
+        try:
+            world.run()
+        except Exception as exc:
+            planted = f" --bug {bug.value}" if bug is not None else ""
+            exc.add_note(f"replay: python -m tests.simulation {seed}{planted}")
+            raise
+        faults.update(world.faults)
+    return faults
+
+
+def table(faults: Counter[str], count: int) -> str:
+    """The faults, the most frequent first."""
+    return "\n".join(f"{occurred / count:8.2%}  {fault}" for fault, occurred in faults.most_common())

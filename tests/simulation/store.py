@@ -1,0 +1,223 @@
+"""PostgreSQL as the consumer uses it, with the rules of ``ingest`` itself.
+
+Whatever touches the store is a generator: at each ``yield`` anyone else may act, and anything may go wrong. Thrown into
+before its COMMIT it rolls back; closed after it, it has taken effect.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+
+from orderlib.consumption import Consumption, TopicRemade
+from orderlib.errors import Collision, FenceLost
+from orderlib.ingest import Arrival, Batch, Settlement, Source, StoredVersion, settle, settle_redriven
+from orderlib.repository import Outcome
+from tests.simulation.kafka import CODES, REFUSED, Fetched
+from tests.simulation.promises import Place, Promises
+
+
+class Bug(enum.Enum):
+    """A mistake that the promises must find."""
+
+    NO_FENCE = "no-fence"
+    COMMIT_BEFORE_WRITE = "commit-before-write"
+    NO_SUPERSEDED_RULE = "no-superseded-rule"
+    REJECT_SKIPPED = "reject-skipped"
+    DOUBLE_REDRIVE = "double-redrive"
+    NO_TOPIC_ID_CHECK = "no-topic-id-check"
+
+
+class Step(enum.Enum):
+    """How far a job is."""
+
+    ASKING = "asking"
+    #: Another session holds a lock.
+    WAITING = "waiting"
+    #: In its transaction.
+    WORKING = "working"
+    #: COMMIT is sent, and nobody knows.
+    COMMITTING = "committing"
+    #: COMMIT took effect, its answer is on the way.
+    ANSWERING = "answering"
+
+
+Told = Callable[[Consumption], None]
+Steps = Generator[Step, None, Told | None]
+#: A row that can be locked: of an offset, of an order, of a reject.
+Row = tuple[str | int, ...]
+Rule = Callable[[Sequence[Arrival], Mapping[str, StoredVersion]], Settlement]
+
+
+class Job:
+    """What somebody does in the store, and how far it is."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+        self.step = Step.ASKING
+
+
+class Store:
+    """Offsets, orders and rejects; READ COMMITTED, row locks held until the end of a transaction."""
+
+    def __init__(self, promises: Promises, bug: Bug | None) -> None:
+        self._promises = promises
+        self._bug = bug
+        self.offsets: dict[tuple[str, int], int] = {}
+        self.orders: dict[str, StoredVersion] = {}
+        #: With what a redrive came to.
+        self.rejects: dict[Place, tuple[Fetched, Outcome | None]] = {}
+        self.locks: dict[Row, object] = {}
+        self.down = False
+
+    def next_offsets(self, topic_id: str, partitions: Iterable[int]) -> dict[int, int]:
+        return {p: self.offsets[topic_id, p] for p in partitions if (topic_id, p) in self.offsets}
+
+    def begin(self, topic_id: str, earliest: Mapping[int, int]) -> Generator[Step, None, dict[int, int]]:
+        """As ``ConsumerLedger.begin``."""
+        if any((topic_id, partition) not in self.offsets for partition in earliest):
+            yield Step.COMMITTING
+            for partition, offset in earliest.items():
+                self.offsets.setdefault((topic_id, partition), offset)
+            yield Step.ANSWERING
+        return self.next_offsets(topic_id, earliest)
+
+    def write(self, batch: Batch, topic_id: Callable[[], str]) -> Steps:
+        """As ``ConsumerLedger.write``, with the consumer's look at the topic's id before COMMIT."""
+        transaction, key = object(), batch.topic_id
+        try:
+            yield from self._lock(transaction, [(key, partition) for partition in sorted(batch.spans)])
+            self._fence(batch)
+            if self._bug is Bug.COMMIT_BEFORE_WRITE:
+                self._move_offsets(batch)
+            yield Step.WORKING
+            arrivals = [judged for _, judged in batch.judged if isinstance(judged, Arrival)]
+            read = self.orders.copy()
+            after = read.copy()
+            outcomes = self._store(arrivals, after, self._settle)
+            self._promises.on_settled(batch, read, after)
+            changed = [uid for uid in sorted(after) if after[uid] is not read.get(uid)]
+            yield Step.WORKING
+            yield from self._lock(transaction, [(uid,) for uid in changed])
+            changes = self._changes(changed, read, after)
+            if self._bug is not Bug.NO_TOPIC_ID_CHECK and topic_id() != batch.topic_id:
+                raise TopicRemade(f"{batch.topic_id} is now another")
+            yield Step.COMMITTING
+            self._promises.on_batch(batch, outcomes, self.orders, changes)
+            self.orders.update(changes)
+            self._keep_rejects(batch)
+            self._move_offsets(batch)
+        finally:
+            self._unlock(transaction)
+        yield Step.ANSWERING
+        return Consumption.on_written
+
+    def redrive(self) -> Steps:
+        """As ``rejects.redrive``, of all rejects."""
+        transaction = object()
+        try:
+            places = self._to_redrive()
+            yield from self._lock(transaction, places)
+            places = [place for place in places if self._is_waiting(place)]
+            of_topics = {topic_id for topic_id, _, _ in places}
+            yield from self._lock(transaction, [key for key in self.offsets if key[0] in of_topics])
+            yield Step.WORKING
+            arrivals = {place: self.rejects[place][0].redriven for place in places}
+            uids = sorted({arrival.order.order_uid for arrival in arrivals.values() if arrival is not None})
+            yield from self._lock(transaction, [(uid,) for uid in uids])
+            after = self.orders.copy()
+            outcomes = {
+                place: Outcome.REJECTED if arrival is None else self._store([arrival], after, settle_redriven)[0]
+                for place, arrival in arrivals.items()
+            }
+            yield Step.COMMITTING
+            for place, outcome in outcomes.items():
+                record, before = self.rejects[place]
+                self._promises.on_redriven(place, before, outcome)
+                self.rejects[place] = record, outcome
+            changes = {uid: after[uid] for uid in uids if uid in after}
+            self._promises.on_orders(self.orders, changes)
+            self.orders.update(changes)
+        finally:
+            self._unlock(transaction)
+        yield Step.ANSWERING
+        return None
+
+    # Locks.
+
+    def _lock(self, transaction: object, rows: Sequence[Row]) -> Generator[Step]:
+        while any(self.locks.get(row, transaction) is not transaction for row in rows):
+            yield Step.WAITING
+        for row in rows:
+            self.locks[row] = transaction
+
+    def _unlock(self, transaction: object) -> None:
+        if transaction in self.locks.values():
+            self.locks = {row: holder for row, holder in self.locks.items() if holder is not transaction}
+
+    # Offsets.
+
+    def _fence(self, batch: Batch) -> None:
+        there = self.next_offsets(batch.topic_id, batch.spans)
+        lost = {p for p, span in batch.spans.items() if there[p] != span.expected_offset}
+        if lost and self._bug is not Bug.NO_FENCE:
+            raise FenceLost(lost, there)
+
+    def _move_offsets(self, batch: Batch) -> None:
+        for partition, span in batch.spans.items():
+            self.offsets[batch.topic_id, partition] = span.next_offset
+
+    # Orders.
+
+    def _settle(self, arrivals: Sequence[Arrival], stored: Mapping[str, StoredVersion]) -> Settlement:
+        if self._bug is Bug.NO_SUPERSEDED_RULE:
+            stored = {uid: _version(v.content_sha256, None) for uid, v in stored.items()}
+        return settle(arrivals, stored)
+
+    def _store(self, arrivals: Sequence[Arrival], stored: dict[str, StoredVersion], rule: Rule) -> list[Outcome]:
+        """As ``writing.store``: what is refused is found by halving, and sinks no neighbour."""
+        if not any(arrival.content_sha256 == b"!" for arrival in arrivals):
+            settlement = rule(arrivals, stored)
+            for write in settlement.writes:
+                stored[write.order.order_uid] = _version(write.content_sha256, write.source)
+            for uid, source in settlement.moves.items():
+                stored[uid] = _version(stored[uid].content_sha256, source)
+            return list(settlement.outcomes)
+        if len(arrivals) == 1:
+            return [Outcome.REJECTED]
+        middle = len(arrivals) // 2
+        return self._store(arrivals[:middle], stored, rule) + self._store(arrivals[middle:], stored, rule)
+
+    def _changes(
+        self, uids: Sequence[str], read: Mapping[str, StoredVersion], after: Mapping[str, StoredVersion]
+    ) -> dict[str, StoredVersion]:
+        """What the statements do to the rows as they are now; somebody may have changed them since they were read."""
+        changes = {}
+        for uid in uids:
+            if uid not in read and uid in self.orders:
+                raise Collision("somebody stored the same order meanwhile")
+            version = after[uid]
+            if uid in read and read[uid].content_sha256 == version.content_sha256:
+                version = _version(self.orders[uid].content_sha256, version.source)
+            changes[uid] = version
+        return changes
+
+    # Rejects.
+
+    def _keep_rejects(self, batch: Batch) -> None:
+        bad = [record for record, _ in batch.judged if isinstance(record, Fetched) and record.entry.kind in CODES]
+        if self._bug is Bug.REJECT_SKIPPED:
+            bad = [record for record in bad if record.entry.kind != REFUSED or len(batch.judged) == 1]
+        for record in bad:
+            source = record.source
+            self.rejects.setdefault((source.topic_id, source.partition, source.offset), (record, None))
+
+    def _is_waiting(self, place: Place) -> bool:
+        return self.rejects[place][1] in {None, Outcome.REJECTED} or self._bug is Bug.DOUBLE_REDRIVE
+
+    def _to_redrive(self) -> list[Place]:
+        return sorted(place for place in self.rejects if self._is_waiting(place))
+
+
+def _version(content_sha256: bytes, source: Source | None) -> StoredVersion:
+    return StoredVersion(content_sha256=content_sha256, source=source, first_stored_at=None)
