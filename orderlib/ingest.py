@@ -11,6 +11,7 @@ from orderlib.codecs import content_sha256, decode_order
 from orderlib.errors import Fault, MalformedJson, Refused, TooLarge
 from orderlib.models import Order
 from orderlib.repository import Outcome
+from orderlib.rows import BinaryRows
 
 _FIRST_MOMENT = dt.datetime(1, 1, 1, tzinfo=dt.UTC)
 _LAST_MOMENT = dt.datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=dt.UTC)
@@ -71,13 +72,15 @@ class Arrival:
 
     order: Order
     content_sha256: bytes
+    #: Ready to be copied.
+    rows: BinaryRows = attrs.field(repr=False, eq=False)
     #: ``None`` for an order saved from Python.
     source: Source | None = None
 
     @classmethod
     def of(cls, order: Order, source: Source | None = None) -> Arrival:
-        """The order with the digest of its content."""
-        return cls(order=order, content_sha256=content_sha256(order), source=source)
+        """The order with all that can be made of it before the database is asked."""
+        return cls(order=order, content_sha256=content_sha256(order), rows=BinaryRows.of(order), source=source)
 
 
 @attrs.frozen(kw_only=True)

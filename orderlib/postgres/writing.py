@@ -9,43 +9,17 @@ from typing import LiteralString
 import psycopg
 
 from orderlib import queries
-from orderlib.contract import column_type, rule_of, rules_of
 from orderlib.errors import Collision, OrderError, RefusedByDatabase
 from orderlib.ingest import Arrival, Settlement, Source, StoredVersion, settle
-from orderlib.models import Delivery, Item, Order, Payment
 from orderlib.postgres.connection import Connection
 from orderlib.postgres.errors import translate
 from orderlib.repository import Outcome
-from orderlib.rows import (
-    DELIVERY_COLUMNS,
-    ITEM_COLUMNS,
-    ORDER_COLUMNS,
-    PAYMENT_COLUMNS,
-    Row,
-    delivery_row,
-    item_row,
-    order_row,
-    payment_row,
-)
+from orderlib.rows import COPY_HEADER, COPY_TRAILER
 
 #: So Citus reports a unique violation, and it may only mean that somebody stored the same order_uid meanwhile; then a
 #: new look settles it.
 _LOOKS_AGAIN = 3
 _MAYBE_SOMEBODY_ELSE = "XX000"
-
-
-def _types(model: type, columns: Sequence[str]) -> list[str]:
-    rules = {field.name: rule_of(field) for field in rules_of(model).fields}
-    return [column_type(rules[name]) for name in columns]
-
-
-_ORDER_TYPES = [
-    *_types(Order, ORDER_COLUMNS),
-    *("bytea", "text", "integer", "bigint", "timestamptz", "timestamptz", "timestamptz"),
-]
-_DELIVERY_TYPES = ["text", *_types(Delivery, DELIVERY_COLUMNS)]
-_PAYMENT_TYPES = ["text", *_types(Payment, PAYMENT_COLUMNS)]
-_ITEM_TYPES = ["text", "integer", *_types(Item, ITEM_COLUMNS)]
 
 
 #: Decides what is to be done for some arrivals, given what is stored.
@@ -126,35 +100,26 @@ def _stored_versions(connection: Connection, order_uids: Iterable[str]) -> tuple
 
 
 def _copy_orders(
-    connection: Connection, writes: Sequence[Arrival], stored: dict[str, StoredVersion], now: dt.datetime
+    connection: Connection, writes: Sequence[Arrival], stored: Mapping[str, StoredVersion], now: dt.datetime
 ) -> None:
-    def order_rows() -> Iterable[Row]:
-        for arrival in writes:
-            version, source = stored.get(arrival.order.order_uid), arrival.source
-            position = (source.topic_id, source.partition, source.offset, source.time) if source else (None,) * 4
-            first_stored_at = version.first_stored_at if version else now
-            yield (*order_row(arrival.order), arrival.content_sha256, *position, first_stored_at, now)
+    def order_row(arrival: Arrival) -> bytes:
+        version, source = stored.get(arrival.order.order_uid), arrival.source
+        return arrival.rows.order_row(
+            arrival.content_sha256,
+            (source.topic_id, source.partition, source.offset, source.time) if source else None,
+            (version and version.first_stored_at) or now,
+            now,
+        )
 
-    def item_rows() -> Iterable[Row]:
-        for arrival in writes:
-            uid = arrival.order.order_uid
-            for line, item in enumerate(arrival.order.items):
-                yield (uid, line, *item_row(item))
-
-    orders = [arrival.order for arrival in writes]
-    deliveries = ((order.order_uid, *delivery_row(order.delivery)) for order in orders)
-    payments = ((order.order_uid, *payment_row(order.payment)) for order in orders)
-    _copy(connection, queries.COPY_ORDERS, _ORDER_TYPES, order_rows())
-    _copy(connection, queries.COPY_DELIVERY, _DELIVERY_TYPES, deliveries)
-    _copy(connection, queries.COPY_PAYMENT, _PAYMENT_TYPES, payments)
-    _copy(connection, queries.COPY_ITEMS, _ITEM_TYPES, item_rows())
+    _copy(connection, queries.COPY_ORDERS, map(order_row, writes))
+    _copy(connection, queries.COPY_DELIVERY, (arrival.rows.delivery for arrival in writes))
+    _copy(connection, queries.COPY_PAYMENT, (arrival.rows.payment for arrival in writes))
+    _copy(connection, queries.COPY_ITEMS, (arrival.rows.items for arrival in writes))
 
 
-def _copy(connection: Connection, statement: LiteralString, types: Sequence[str], rows: Iterable[Row]) -> None:
+def _copy(connection: Connection, statement: LiteralString, rows: Iterable[bytes]) -> None:
     with connection.cursor() as cursor, cursor.copy(statement) as copy:
-        copy.set_types(types)
-        for row in rows:
-            copy.write_row(row)
+        copy.write(b"".join((COPY_HEADER, *rows, COPY_TRAILER)))
 
 
 def _move_sources(connection: Connection, moves: Iterable[tuple[str, Source]]) -> None:

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "codecs": {"models", "contract", "errors"},
     "rows": {"models", "contract", "errors"},
     "repository": {"models", "contract", "errors"},
-    "ingest": {"codecs", "repository", "models", "errors"},
+    "ingest": {"codecs", "repository", "rows", "models", "errors"},
     "consumption": {"ingest", "retry", "errors"},
     "reconcile": {"ingest", "codecs", "repository", "models", "errors"},
     "postgres": {"queries", "rows", "ingest", "repository", "models", "contract", "retry", "config", "errors"},
