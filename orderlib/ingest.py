@@ -80,7 +80,9 @@ class Arrival:
     @classmethod
     def of(cls, order: Order, source: Source | None = None) -> Arrival:
         """The order with all that can be made of it before the database is asked."""
-        return cls(order=order, content_sha256=content_sha256(order), rows=BinaryRows.of(order), source=source)
+        sha256 = content_sha256(order)
+        place = (source.topic_id, source.partition, source.offset, source.time) if source else None
+        return cls(order=order, content_sha256=sha256, rows=BinaryRows.of(order, sha256, place), source=source)
 
 
 @attrs.frozen(kw_only=True)
@@ -169,7 +171,7 @@ def settle(arrivals: Sequence[Arrival], stored: Mapping[str, StoredVersion]) -> 
             if arrival.source is None or (version.source is not None and version.source.supersedes(arrival.source)):
                 continue
             if uid in writes:
-                writes[uid] = attrs.evolve(writes[uid], source=arrival.source)
+                writes[uid] = arrival
             else:
                 moves[uid] = arrival.source
         versions[uid] = StoredVersion(

@@ -87,7 +87,8 @@ _field_count = struct.Struct("!h").pack
 
 
 def _text(value: str) -> bytes:
-    return _bytea(value.encode())
+    data = value.encode()
+    return _length(len(data)) + data
 
 
 def _bytea(value: bytes) -> bytes:
@@ -115,7 +116,7 @@ def _packer(model: type[attrs.AttrsInstance], names: Sequence[str]) -> Callable[
     rules = {field.name: rule_of(field) for field in rules_of(model).fields}
     packers = [_PACKERS[column_type(rules[name])] for name in names]
     read = _reader(names)
-    return lambda made: b"".join([pack(value) for pack, value in zip(packers, read(made), strict=True)])
+    return lambda made: b"".join(map(operator.call, packers, read(made)))
 
 
 _order_fields = _packer(Order, ORDER_COLUMNS)
@@ -132,19 +133,25 @@ _ITEM_HEAD = _field_count(2 + len(ITEM_COLUMNS))
 
 @attrs.frozen
 class BinaryRows:
-    """An order's rows for a binary COPY into each table; that of ``orders`` lacks what only the store knows."""
+    """An order's rows for a binary COPY into each table."""
 
+    #: Lacks ``stamps`` at its end.
     order: bytes
     delivery: bytes
     payment: bytes
     items: bytes
 
     @classmethod
-    def of(cls, order: Order) -> BinaryRows:
-        """The rows of an order."""
+    def of(cls, order: Order, content_sha256: bytes, source: tuple[str, int, int, dt.datetime] | None) -> BinaryRows:
+        """The rows of an order. ``source``: topic id, partition, offset and time."""
         uid = _text(order.order_uid)
+        if source is None:
+            place = _NULL * 4
+        else:
+            topic_id, partition, offset, time = source
+            place = _text(topic_id) + _integer(partition) + _bigint(offset) + _timestamptz(time)
         return cls(
-            order=_ORDER_HEAD + _order_fields(order),
+            order=_ORDER_HEAD + _order_fields(order) + _bytea(content_sha256) + place,
             delivery=_DELIVERY_HEAD + uid + _delivery_fields(order.delivery),
             payment=_PAYMENT_HEAD + uid + _payment_fields(order.payment),
             items=b"".join(
@@ -152,17 +159,7 @@ class BinaryRows:
             ),
         )
 
-    def order_row(
-        self,
-        content_sha256: bytes,
-        source: tuple[str, int, int, dt.datetime] | None,
-        first_stored_at: dt.datetime,
-        stored_at: dt.datetime,
-    ) -> bytes:
-        """The row of ``orders``, whole. ``source``: topic id, partition, offset and time."""
-        if source is None:
-            place = _NULL * 4
-        else:
-            topic_id, partition, offset, time = source
-            place = _text(topic_id) + _integer(partition) + _bigint(offset) + _timestamptz(time)
-        return self.order + _bytea(content_sha256) + place + _timestamptz(first_stored_at) + _timestamptz(stored_at)
+
+def stamps(first_stored_at: dt.datetime, stored_at: dt.datetime) -> bytes:
+    """The last two columns of ``orders``, which only the store knows."""
+    return _timestamptz(first_stored_at) + _timestamptz(stored_at)

@@ -14,7 +14,7 @@ from orderlib.ingest import Arrival, Settlement, Source, StoredVersion, settle
 from orderlib.postgres.connection import Connection
 from orderlib.postgres.errors import translate
 from orderlib.repository import Outcome
-from orderlib.rows import COPY_HEADER, COPY_TRAILER
+from orderlib.rows import COPY_HEADER, COPY_TRAILER, stamps
 
 #: So Citus reports a unique violation, and it may only mean that somebody stored the same order_uid meanwhile; then a
 #: new look settles it.
@@ -103,14 +103,12 @@ def _copy_orders(
     connection: Connection, writes: Sequence[Arrival], stored: Mapping[str, StoredVersion], now: dt.datetime
 ) -> None:
     def order_row(arrival: Arrival) -> bytes:
-        version, source = stored.get(arrival.order.order_uid), arrival.source
-        return arrival.rows.order_row(
-            arrival.content_sha256,
-            (source.topic_id, source.partition, source.offset, source.time) if source else None,
-            (version and version.first_stored_at) or now,
-            now,
-        )
+        version = stored.get(arrival.order.order_uid)
+        if version is None or version.first_stored_at is None:
+            return arrival.rows.order + new
+        return arrival.rows.order + stamps(version.first_stored_at, now)
 
+    new = stamps(now, now)
     _copy(connection, queries.COPY_ORDERS, map(order_row, writes))
     _copy(connection, queries.COPY_DELIVERY, (arrival.rows.delivery for arrival in writes))
     _copy(connection, queries.COPY_PAYMENT, (arrival.rows.payment for arrival in writes))

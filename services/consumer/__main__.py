@@ -123,7 +123,7 @@ def _tune_interpreter() -> None:
     The store's thread asks for the interpreter after every write to its socket; at the default of 5 ms the database
     would wait for us. The cycle collector looks at a whole batch again and again and finds nothing: let it look seldom.
     """
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(0.00005)
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
 
