@@ -6,14 +6,15 @@ import json
 import subprocess
 import sys
 
-from bench.report import RESULTS, Figure, table
+from bench.report import RESULTS, Figure, plots, table
 
 TOPICS = ("decode", "ingest", "api")
 
 HEAD = """\
 # Figures
 
-Made by `make bench` from the JSON files beside it; never edited. Each ratio is of one run, its sides measured in turn.
+Made by `make bench` from the JSON files beside this page; never edited. Each ratio is of one run, its sides measured
+in turn.
 """
 
 
@@ -40,7 +41,8 @@ def render() -> None:
             for figure in result["figures"]
         ]
         machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-        parts.append(f"## {topic}\n\n{machine}\n\n{table(figures)}\n")
+        drawn = "\n".join(f"![{path.stem}]({path.name})" for path in plots(topic, figures))
+        parts.append(f"## {topic}\n\n{machine}\n\n{table(figures)}\n\n{drawn}\n")
     (RESULTS / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 

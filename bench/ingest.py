@@ -60,6 +60,16 @@ class Bench:
             connection.execute("VACUUM orders, delivery, payment, items")
             connection.execute("CHECKPOINT")
 
+    def mix(self) -> None:
+        """Everything is to be handled again: half of it duplicates, a quarter changed, a quarter new."""
+        with psycopg.connect(self.superuser_url, autocommit=True) as connection:
+            connection.execute("DELETE FROM orders WHERE hashtext(order_uid) & 3 = 0")
+            connection.execute(
+                "UPDATE orders SET content_sha256 = decode(repeat('00', 32), 'hex'), source_topic_id = NULL, "
+                "source_partition = NULL, source_offset = NULL, source_time = NULL WHERE hashtext(order_uid) & 3 = 1"
+            )
+        self.rewind()
+
     def consume(self, consumers: int = 1) -> float:
         """Orders a second from the first commit to the last, with so many consumers."""
         with ExitStack() as stack:
@@ -173,7 +183,7 @@ def running(environ: Mapping[str, str], *command: str) -> Iterator[subprocess.Po
 
 def throughput(bench: Bench, rounds: int) -> list[Figure]:
     """Consumer, raw COPY and INSERTs in turn, each round; medians, and ratios of the same round."""
-    new, raw, inserts, duplicate = [], [], [], []
+    new, raw, inserts, duplicate, mixed = [], [], [], [], []
     batches: list[dict[str, bytes]] = []
     for number in range(rounds):
         _say(f"throughput, round {number + 1} of {rounds}")
@@ -182,6 +192,8 @@ def throughput(bench: Bench, rounds: int) -> list[Figure]:
         batches = batches or bench.prebuilt()
         bench.rewind()
         duplicate.append(bench.consume())
+        bench.mix()
+        mixed.append(bench.consume())
         bench.empty()
         raw.append(bench.raw_copy(batches))
         bench.empty()
@@ -190,6 +202,7 @@ def throughput(bench: Bench, rounds: int) -> list[Figure]:
     return [
         Figure("ingest, Kafka to committed, all new", statistics.median(new), "orders/s"),
         Figure("ingest, all duplicates", statistics.median(duplicate), "orders/s"),
+        Figure("ingest, half duplicates, a quarter changed", statistics.median(mixed), "orders/s"),
         Figure("raw COPY", statistics.median(raw), "orders/s"),
         Figure("one INSERT per row", statistics.median(inserts), "orders/s"),
         Figure("ingest / raw COPY", ratio, "×", at_least=0.5, goal=0.7),
@@ -203,13 +216,32 @@ def throughput(bench: Bench, rounds: int) -> list[Figure]:
     ]
 
 
+def batch_sizes(bench: Bench) -> list[Figure]:
+    """The write path alone, by the number of orders in a transaction."""
+    figures = []
+    for size in (1, 10, 100, 500, 2_000, 5_000):
+        _say(f"batches of {size:,}")
+        bench.empty()
+        orders = bench.orders[: 20 * size + 1_000]
+        with orderlib.connect(bench.environ["ORDERS_DATABASE_URL"]) as repository:
+            began_s = time.monotonic()
+            for at in range(0, len(orders), size):
+                repository.save_many(orders[at : at + size])
+            figures.append(
+                Figure(f"save_many, {size:,} at once", len(orders) / (time.monotonic() - began_s), "orders/s")
+            )
+    return figures
+
+
 def several_consumers(bench: Bench) -> list[Figure]:
     """One, two and three consumers of one group, one database."""
     figures = []
     for consumers in (1, 2, 3):
         _say(f"{consumers} consumers")
         bench.empty()
-        figures.append(Figure(f"ingest with {consumers} consumers", bench.consume(consumers), "orders/s"))
+        figures.append(
+            Figure(f"ingest with {consumers} consumer{'s' * (consumers > 1)}", bench.consume(consumers), "orders/s")
+        )
     return figures
 
 
@@ -325,6 +357,7 @@ def main() -> None:
         "ingest",
         [
             *throughput(bench, options.rounds),
+            *batch_sizes(bench),
             *several_consumers(bench),
             *latency(bench, options.latency_seconds),
             *memory(bench, (10_000, options.largest_lag)),

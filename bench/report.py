@@ -6,9 +6,11 @@ import datetime as dt
 import json
 import os
 import platform
+from itertools import groupby
 from pathlib import Path
 
 import attrs
+import pygal
 
 RESULTS = Path(__file__).parent.parent / "docs" / "bench"
 
@@ -59,6 +61,37 @@ def write(topic: str, figures: list[Figure]) -> None:
     print(table(figures))
 
 
+def plots(topic: str, figures: list[Figure]) -> list[Path]:
+    """Draw what has the same unit side by side, to ``docs/bench/TOPIC-N.svg``; three bars at least."""
+    drawn = []
+    by_unit = [(unit, list(group)) for unit, group in groupby(sorted(figures, key=_unit), key=_unit)]
+    for number, (unit, group) in enumerate(((unit, group) for unit, group in by_unit if len(group) > 2), 1):
+        chart = pygal.HorizontalBar(
+            title=f"{topic}, {unit}",
+            show_legend=False,
+            print_values=True,
+            js=[],
+            width=1000,
+            height=120 + 36 * len(group),
+            formatter=_number,
+        )
+        # pygal draws from below.
+        chart.x_labels = [figure.name for figure in reversed(group)]
+        chart.add(unit, [figure.value for figure in reversed(group)])
+        path = RESULTS / f"{topic}-{number}.svg"
+        chart.render_to_file(str(path))
+        drawn.append(path)
+    return drawn
+
+
+def _unit(figure: Figure) -> str:
+    return figure.unit
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def table(figures: list[Figure]) -> str:
     """The figures as a table in Markdown."""
     lines = ["| figure | measured | limit | |", "|---|---:|---|---|"]
@@ -68,8 +101,7 @@ def table(figures: list[Figure]) -> str:
             limit = f"≥ {figure.at_least:g}" + (f", goal {figure.goal:g}" if figure.goal is not None else "")
         if figure.at_most is not None:
             limit = f"≤ {figure.at_most:g}"
-        value = f"{figure.value:,.0f}" if figure.value >= 1000 else f"{figure.value:.3g}"
-        lines.append(f"| {figure.name} | {value} {figure.unit} | {limit} | {figure.verdict} |")
+        lines.append(f"| {figure.name} | {_number(figure.value)} {figure.unit} | {limit} | {figure.verdict} |")
     return "\n".join(lines)
 
 

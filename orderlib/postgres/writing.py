@@ -89,6 +89,7 @@ def _store(connection: Connection, arrivals: Sequence[Arrival], rule: Rule) -> S
 
 def _stored_versions(connection: Connection, order_uids: Iterable[str]) -> tuple[dict[str, StoredVersion], dt.datetime]:
     with connection.pipeline():
+        connection.execute(queries.LOOK_UP_BY_KEY)
         now = connection.execute(queries.NOW)
         rows = connection.execute(queries.STORED_STATES, {"order_uids": sorted(order_uids)}, binary=True)
     [(moment,)] = now.fetchall()
