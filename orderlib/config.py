@@ -25,6 +25,7 @@ RESERVED_KAFKA_PROPERTIES = frozenset(
         "enable.idempotence",
         "group.id",
         "isolation.level",
+        "partitioner",
         "request.required.acks",
     }
 )
