@@ -8,6 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[2]
 
 #: Marks a local image that stands in for a public one.
@@ -30,10 +32,11 @@ def works(*command: str) -> bool:
 
 
 def base_images() -> list[str]:
-    """The public images that the system is built on."""
-    dockerfile, compose = (ROOT / "Dockerfile").read_text(), (ROOT / "docker-compose.yml").read_text()
-    found = re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE) + re.findall(r"^ +image: (\S+)", compose, re.MULTILINE)
-    return sorted(set(found) - {"orderlib"})
+    """The public images that the system is built on, without those of who watches it."""
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"].values()
+    found = {service["image"] for service in services if "profiles" not in service}
+    found |= set(re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
+    return sorted(found - {"orderlib"})
 
 
 def is_stand_in(image: str) -> bool | None:
