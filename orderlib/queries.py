@@ -211,21 +211,26 @@ BOOTSTRAP: tuple[LiteralString, ...] = (
     "GRANT USAGE, CREATE ON SCHEMA public TO orders_owner",
 )
 
-#: The fence waits so long for a row that another session holds, and no longer.
+#: A batch waits so long for a row or a table that another session holds, and no longer.
 LIMIT_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = '5s'"
-UNLIMIT_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = 0"
 
-#: End the sessions of our own role and program that hold these rows' locks. A row's xmax is who locked it. They are
-#: found before any is ended: as one more condition, pg_terminate_backend would be called first, for every session.
+#: End the sessions of our own role and program that are in the way after such a wait: who holds these offsets (a row's
+#: xmax is who locked it), and who froze in a transaction, having sent nothing for as long as we waited; it may hold an
+#: order. They are found before any is ended: as one more condition, pg_terminate_backend would be called first, for
+#: every session.
 END_BLOCKERS: LiteralString = """
-WITH blockers AS MATERIALIZED (
-    SELECT a.pid
-    FROM consumer_offsets o
-    JOIN pg_locks l ON l.locktype = 'transactionid' AND l.granted AND l.transactionid = o.xmax
-    JOIN pg_stat_activity a ON a.pid = l.pid
-    WHERE o.consumer_group = %(group)s AND o.topic_id = %(topic_id)s AND o.partition = ANY(%(partitions)s)
-      AND a.pid <> pg_backend_pid() AND a.usename = current_user
-      AND a.application_name = current_setting('application_name')
+WITH ours AS MATERIALIZED (
+    SELECT pid, backend_xid, wait_event_type = 'Client' AND state_change < now() - interval '5 s' AS is_frozen
+    FROM pg_stat_activity
+    WHERE pid <> pg_backend_pid() AND usename = current_user AND backend_xid IS NOT NULL
+      AND application_name = current_setting('application_name')
+),
+blockers AS MATERIALIZED (
+    SELECT pid FROM ours
+    WHERE is_frozen OR backend_xid IN (
+        SELECT xmax FROM consumer_offsets
+        WHERE consumer_group = %(group)s AND topic_id = %(topic_id)s AND partition = ANY(%(partitions)s)
+    )
 )
 SELECT pid FROM blockers WHERE pg_terminate_backend(pid)
 """

@@ -107,7 +107,7 @@ class ConsumerLedger:
                     before_commit(written)
                     lap("check")
             except psycopg.errors.LockNotAvailable as exc:
-                # Nothing but the fence limits its wait. The transaction must be over before anything else is asked.
+                # The transaction must be over before anything else is asked.
                 raise self._end_blockers(connection, self._position(batch.topic_id, batch.spans)) from exc
             lap("commit")
             return written
@@ -162,7 +162,6 @@ class ConsumerLedger:
         with connection.pipeline():
             connection.execute(queries.LIMIT_LOCK_WAIT)
             moved = connection.execute(queries.MOVE_OFFSETS, moves)
-            connection.execute(queries.UNLIMIT_LOCK_WAIT)
         lost = set(partitions) - {partition for (partition,) in moved.fetchall()}
         if lost:
             there = _next_offsets(connection, position)
@@ -173,11 +172,11 @@ class ConsumerLedger:
             raise FenceLost(lost, there)
 
     def _end_blockers(self, connection: Connection, position: Mapping[str, object]) -> Collision | StoreUnreachable:
-        """End the backends of our own kind that hold the fence's rows: processes that froze in their transaction."""
+        """End the backends of our own kind that are in the way: their processes froze in a transaction."""
         ended = connection.execute(queries.END_BLOCKERS, position).fetchall()
         if ended:
-            return Collision(f"ended {len(ended)} backend(s) of a frozen consumer that held the fence")
-        return StoreUnreachable("PostgreSQL: another session holds the fence's lock")
+            return Collision(f"ended {len(ended)} backend(s) of a frozen consumer that held a lock")
+        return StoreUnreachable("PostgreSQL: another session holds a lock that the batch needs")
 
 
 def _next_offsets(connection: Connection, position: Mapping[str, object]) -> dict[int, int]:

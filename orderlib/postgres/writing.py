@@ -32,11 +32,14 @@ def store(
     """Store orders inside the transaction in hand: what became of each, in their order.
 
     One that PostgreSQL refuses does not sink its neighbours: halving finds it, each half in a savepoint. Raises any
-    other of our errors; the transaction must be rolled back then.
+    other of our errors, or psycopg's LockNotAvailable where the caller limits such waits; the transaction must be
+    rolled back then.
     """
     try:
         with connection.transaction():
             return list(_store(connection, arrivals, rule))
+    except psycopg.errors.LockNotAvailable:
+        raise
     except (psycopg.Error, UnicodeEncodeError) as exc:
         if _met_another_writer(exc):
             raise Collision("another writer stored one of these orders meanwhile") from exc
@@ -64,6 +67,8 @@ def _store_alone(
         try:
             with connection.transaction():
                 return _store(connection, [arrival], rule)[0]
+        except psycopg.errors.LockNotAvailable:
+            raise
         except psycopg.Error as exc:
             error = translate(exc)
             if not isinstance(error, RefusedByDatabase):

@@ -162,6 +162,25 @@ def test_a_strangers_lock_on_the_fence_is_waited_for_and_its_holder_left_alone(
         assert consumer.stop() == 0
 
 
+@pytest.mark.faults
+def test_a_frozen_consumer_that_holds_an_order_is_ended(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    """Records of one order may be in two partitions, so that the fence of another does not meet it."""
+    with consuming(environ) as consumer:
+        sender.send_orders(["shared"])
+        wait_until_handled(sender.manifest, database)
+        with psycopg.connect(database.writer_url, application_name="orderlib-consumer") as frozen:
+            frozen.execute("DELETE FROM orders")
+            sender.send_orders(["shared"], version=2)
+            wait_until_handled(sender.manifest, database)
+            assert "frozen consumer" in consumer.events("collision")[0]["reason"]
+            with pytest.raises(psycopg.OperationalError):
+                frozen.execute("SELECT 1")
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert consumer.stop() == 0
+
+
 @pytest.mark.parametrize(
     "right",
     ["INSERT ON items", pytest.param("UPDATE (next_offset) ON consumer_offsets", marks=pytest.mark.faults)],
