@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import os
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +28,7 @@ from confluent_kafka import Producer
 import orderlib
 from bench.report import Figure, write
 from orderlib.rows import delivery_row, item_row, order_row, payment_row
+from sandbox.server import free_port
 from services.kafka import SILENT
 from services.sender.generate import make_order
 
@@ -70,15 +73,37 @@ class Bench:
             )
         self.rewind()
 
-    def consume(self, consumers: int = 1) -> float:
-        """Orders a second from the first commit to the last, with so many consumers."""
+    def consume(self) -> float:
+        """Orders a second from the first commit to the last, with one consumer."""
+        with running(self.environ, "services.consumer"):
+            return self._watch()
+
+    def consume_together(self, consumers: int) -> tuple[float, float]:
+        """Orders a second with so many consumers, and the least busy one's part of an even share.
+
+        They join while nothing is to be done; then everything is set back under their feet, and a few new records make
+        them see it.
+        """
+        ports = [free_port() for _ in range(consumers)]
         with ExitStack() as stack:
-            for _ in range(consumers):
-                stack.enter_context(running(self.environ, "services.consumer"))
-            wait(lambda: self.handled() > 0)
-            began_s, first = time.monotonic(), self.handled()
-            wait(lambda: self.handled() >= len(self.orders))
-            return (len(self.orders) - first) / (time.monotonic() - began_s)
+            for port in ports:
+                environ = {**self.environ, "ORDERS_METRICS_BIND": f"127.0.0.1:{port}"}
+                stack.enter_context(running(environ, "services.consumer"))
+            wait(lambda: all(metric(port, "orders_lag_records") for port in ports))
+            with psycopg.connect(self.superuser_url, autocommit=True) as connection:
+                connection.execute("TRUNCATE orders, delivery, payment, items, rejects")
+                connection.execute("UPDATE consumer_offsets SET next_offset = 0")
+                connection.execute("CHECKPOINT")
+            _produce(self.environ, ((order.order_uid, orderlib.encode_order(order)) for order in self.orders[:100]))
+            orders_per_s = self._watch()
+            shares = [sum(metric(port, "orders_records_total")) for port in ports]
+        return orders_per_s, min(shares) * consumers / sum(shares)
+
+    def _watch(self) -> float:
+        wait(lambda: self.handled() > 0)
+        began_s, first = time.monotonic(), self.handled()
+        wait(lambda: self.handled() >= len(self.orders))
+        return (len(self.orders) - first) / (time.monotonic() - began_s)
 
     def handled(self) -> int:
         """Records below the stored offsets."""
@@ -236,12 +261,15 @@ def batch_sizes(bench: Bench) -> list[Figure]:
 def several_consumers(bench: Bench) -> list[Figure]:
     """One, two and three consumers of one group, one database."""
     figures = []
+    bench.empty()
+    bench.consume()
     for consumers in (1, 2, 3):
-        _say(f"{consumers} consumers")
-        bench.empty()
-        figures.append(
-            Figure(f"ingest with {consumers} consumer{'s' * (consumers > 1)}", bench.consume(consumers), "orders/s")
-        )
+        name = f"{consumers} consumer{'s' * (consumers > 1)}"
+        _say(name)
+        orders_per_s, balance = bench.consume_together(consumers)
+        figures.append(Figure(f"ingest with {name}", orders_per_s, "orders/s"))
+        if consumers > 1:
+            figures.append(Figure(f"the least busy of {name}", 100 * balance, "% of an even share"))
     return figures
 
 
@@ -319,6 +347,16 @@ def _peak_mib(process: psutil.Process) -> float:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / 1e6
     raise AssertionError("the kernel keeps no VmHWM")
+
+
+def metric(port: int, name: str) -> list[float]:
+    """The values of a metric of a consumer, one for each set of labels; none while it starts."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+    except OSError:
+        return []
+    return [float(value) for value in re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE)]
 
 
 def wait(condition: Callable[[], bool], within_s: float = 600) -> None:
