@@ -187,8 +187,8 @@ def _tokens(environ: Mapping[str, str]) -> dict[str, str]:
     tokens: dict[str, str] = {}
     for pair in text.split(","):
         name, _, token = pair.strip().partition(":")
-        if not name or not token or name in tokens:
-            raise BrokenSetup("ORDERS_API_TOKENS must be name:token, several with commas, each name once")
+        if not name or not token or name in tokens or not token.isascii():
+            raise BrokenSetup("ORDERS_API_TOKENS must be name:token in ASCII, several with commas, each name once")
         tokens[name] = token
     return tokens
 

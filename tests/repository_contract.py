@@ -312,6 +312,10 @@ class RepositoryContract:
         with pytest.raises(ValueError, match="limit must be from 1 to 100"):
             repository.newer_than(Cursor(first_stored_at=dt.datetime.now(dt.UTC), order_uid="a"), limit=limit)
 
+    def test_a_limit_is_a_whole_number(self, repository: OrderRepository) -> None:
+        with pytest.raises(TypeError, match="limit must be an int, not float"):
+            repository.newest(limit=5.0)  # type: ignore[arg-type]
+
     # Status
 
     def test_the_status_tells_the_newest_order_and_how_many_came_lately(self, repository: OrderRepository) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,9 @@ _OUTAGE_WORDS = (
     "remaining connection slots",
     "not accept",
 )
+
+#: So libpq refuses a URL before it connects: a port that is no number, an unknown sslmode.
+_INVALID_URL = re.compile(r"invalid (integer value|port number|\w+ value)")
 
 
 @contextmanager
@@ -55,8 +59,13 @@ def _without_sqlstate(exc: psycopg.Error) -> OrderError:
         return StoreUnreachable("PostgreSQL: no connection came free in time")
     if isinstance(exc, psycopg.DataError):
         return RefusedByDatabase(None)
+    if isinstance(exc, psycopg_pool.PoolClosed):
+        return BrokenSetup("PostgreSQL: the repository is closed")
     if isinstance(exc, psycopg.OperationalError):
         text = str(exc)
+        if invalid := _INVALID_URL.search(text):
+            # What is invalid may be a part of a password with an unescaped character.
+            return BrokenSetup(f"PostgreSQL: the database URL has an {invalid[0]}")
         if "FATAL:" in text and not any(word in text for word in _OUTAGE_WORDS):
             return BrokenSetup(f"PostgreSQL: {text.rpartition('FATAL:')[2].strip().splitlines()[0]}")
         return StoreUnreachable(f"PostgreSQL: {' '.join(text.split())}")

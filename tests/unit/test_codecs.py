@@ -142,6 +142,34 @@ def test_times_are_written_in_utc_to_the_microsecond(written: str, canonical: st
     assert order_to_plain(order)["date_created"] == canonical
 
 
+class TurnedBack(dt.tzinfo):
+    """A zone in the hour that its clocks show twice."""
+
+    def utcoffset(self, when: dt.datetime | None) -> dt.timedelta:
+        return dt.timedelta(hours=1 if when is not None and when.fold else 2)
+
+    def dst(self, _when: dt.datetime | None) -> dt.timedelta:
+        return dt.timedelta(0)
+
+    def tzname(self, _when: dt.datetime | None) -> str:
+        return "turned back"
+
+
+@pytest.mark.parametrize("fold", [0, 1])
+def test_an_order_made_in_an_hour_that_comes_twice_equals_what_is_read_back(fold: int) -> None:
+    made = dt.datetime(2024, 10, 27, 2, 30, fold=fold, tzinfo=TurnedBack())
+    order = attrs.evolve(SAMPLE_ORDER, date_created=made)
+    again = decode_order(encode_order(order))
+    assert again == order
+    assert hash(again) == hash(order)
+
+
+@pytest.mark.parametrize("data", [SAMPLE.decode(), bytearray(SAMPLE), None, json.loads(SAMPLE)])
+def test_only_bytes_are_decoded(data: Any) -> None:
+    with pytest.raises(TypeError, match=f"from bytes, not from {type(data).__name__}"):
+        decode_order(data)
+
+
 @pytest.mark.parametrize("part", ["", "delivery", "payment", "items"])
 def test_unknown_fields_are_passed_over_whatever_they_hold(part: str) -> None:
     holder = f'"{part}":[{{' if part == "items" else f'"{part}":{{' if part else "{"

@@ -127,8 +127,8 @@ def test_a_setting_that_is_missing_is_named(
         (
             ApiSettings.from_mapping,
             API,
-            "ORDERS_API_TOKENS must be name:token, several with commas, each name once",
-            [SECRET, f":{SECRET}", "name:", f"a:{SECRET},a:other", f"a:{SECRET},", ","],
+            "ORDERS_API_TOKENS must be name:token in ASCII, several with commas, each name once",
+            [f"a:{SECRET}é", SECRET, f":{SECRET}", "name:", f"a:{SECRET},a:other", f"a:{SECRET},", ","],
         ),
         (ApiSettings.from_mapping, API, "ORDERS_API_AUTH must be on or off", ["OFF", "0", "no", SECRET]),
     ],
