@@ -5,13 +5,14 @@ BIN := .venv/bin
 READY := .venv/.ready
 SANDBOX := $(BIN)/python -m sandbox --
 
-.PHONY: help demo test check bench test-faults test-page test-compose lock clean
+.PHONY: help demo test check bench docs test-faults test-page test-compose lock clean
 
 help:
 	@echo "make demo          the whole system on this machine: sender, Kafka, consumer, PostgreSQL, API; Ctrl-C stops it"
 	@echo "make test          checks and tests, on real PostgreSQL and Kafka"
 	@echo "make check         format, lint, types, architecture"
 	@echo "make bench         measurements as a table and as JSON"
+	@echo "make docs          docs/reference.md, from the docstrings"
 	@echo "make test-faults   the longer fault tests (some minutes)"
 	@echo "make test-page     the page in a real browser; needs chromium"
 	@echo "make test-compose  docker-compose.yml on a real engine; needs docker with compose"
@@ -40,6 +41,9 @@ check: $(READY)
 
 bench: $(READY)
 	@$(SANDBOX) $(BIN)/python -m bench
+
+docs: $(READY)
+	@$(BIN)/python -m docs.reference
 
 test-faults: $(READY)
 	$(BIN)/pytest -m "faults or not faults" tests/faults

@@ -57,7 +57,10 @@ def decode_order(data: bytes) -> Order:
     Raises:
         MalformedJson: not one well-formed JSON text in UTF-8, or 1,000 or more levels deep.
         InvalidOrder: well-formed, but not an order; ``faults`` has every fault in document order.
+        TypeError: anything but bytes.
     """
+    if not isinstance(data, bytes):
+        raise TypeError(f"an order is decoded from bytes, not from {type(data).__name__}")
     if not data.isascii():
         try:
             data.decode()
@@ -88,20 +91,24 @@ def encode_order(order: Order) -> bytes:
 
 
 def content_sha256(order: Order) -> bytes:
-    """The SHA-256 of an order's canonical JSON: equal exactly where the content is."""
+    """The SHA-256 of an order's canonical JSON, 32 bytes: equal exactly where the content is."""
     return hashlib.sha256(encode_order(order)).digest()
 
 
 def order_from_plain(data: object) -> Order:
     """The order in plain data (mappings, lists, strings, integers; the time as text or as an aware datetime).
 
+    Nothing is coerced, and unknown keys are passed over.
     Raises InvalidOrder with the same faults as ``decode_order`` for the same content.
     """
     return _structure(data, Order)
 
 
 def order_to_plain(order: Order) -> dict[str, Any]:
-    """An order as plain data of JSON's types, in the contract's order, the time in UTC as RFC 3339 text."""
+    """An order as plain data of JSON's types, in the contract's order, the time in UTC as RFC 3339 text.
+
+    ``order_from_plain`` gives the order back.
+    """
     plain: dict[str, Any] = msgspec.to_builtins(_in_canonical_form(order))
     return plain
 

@@ -54,23 +54,33 @@ class TryAgain(OrderError):
 
 
 class StoreUnreachable(TryAgain):
-    """PostgreSQL refused, cut or did not answer. Whether a COMMIT under way took effect is unknown."""
+    """PostgreSQL refused, cut or did not answer: wait, then again.
+
+    Whether a COMMIT under way took effect is unknown. Every call of ours may be made again all the same: what is stored
+    already counts as a duplicate.
+    """
 
 
 class BrokerUnreachable(TryAgain):
-    """Kafka did not answer in time."""
+    """Kafka did not answer in time: wait, then again. Raised by the programs, never by a repository."""
 
 
 class Collision(TryAgain):
-    """Two transactions met and this one was rolled back whole; at once again is right."""
+    """Two transactions met (deadlock, serialization) and this one was rolled back whole; at once again is right.
+
+    A repository has tried again by itself, many times, before it raises this.
+    """
 
 
 class Refused(OrderError):
-    """The data is at fault: the same call will never succeed."""
+    """The data is at fault: the same call will never succeed.
 
-    #: The code that a reject carries.
+    The message is the first fault and the number of the others; it holds no value.
+    """
+
+    #: The code that a reject carries: ``malformed_json``, ``invalid_order``, ``too_large``, ``refused_by_database``.
     code: ClassVar[str]
-    #: The first ``MAX_FAULTS`` faults in document order.
+    #: The first 100 faults, in document order.
     faults: tuple[Fault, ...]
     #: How many faults there were.
     total: int
@@ -95,13 +105,13 @@ class InvalidOrder(Refused):
 
 
 class TooLarge(Refused):
-    """The value is longer than ``ORDERS_MAX_RECORD_BYTES``."""
+    """The value is longer than ``ORDERS_MAX_RECORD_BYTES``. Raised by the programs; ``decode_order`` has no limit."""
 
     code = "too_large"
 
 
 class RefusedByDatabase(Refused):
-    """PostgreSQL refused a row that passed our own checks. Nothing of it is stored."""
+    """PostgreSQL refused a row that passed our own checks. Nothing of the call is stored."""
 
     code = "refused_by_database"
 
@@ -110,6 +120,7 @@ class RefusedByDatabase(Refused):
 
     def __init__(self, sqlstate: str | None, order_uid: str | None = None) -> None:
         self.sqlstate = sqlstate
+        #: Which order it was, or ``None`` where that is not known.
         self.order_uid = order_uid
         where = f"order {order_uid}" if order_uid else "a row"
         found = f"SQLSTATE {sqlstate}" if sqlstate else "a value the driver cannot encode"
@@ -120,6 +131,7 @@ class OrderNotFound(OrderError):
     """No stored order has this order_uid."""
 
     def __init__(self, order_uid: str) -> None:
+        #: What was asked for.
         self.order_uid = order_uid
         super().__init__(f"no order {order_uid!r}")
 
@@ -127,7 +139,8 @@ class OrderNotFound(OrderError):
 class FenceLost(OrderError):
     """The offsets were not where this batch expected them: its records were handled by someone.
 
-    Perhaps by us, in a COMMIT whose answer was lost. Nothing of the batch is stored by this call.
+    Perhaps by us, in a COMMIT whose answer was lost. Nothing of the batch is stored by this call. It is the consumer's,
+    and no repository raises it.
     """
 
     def __init__(self, partitions: Collection[int], next_offsets: Mapping[int, int]) -> None:

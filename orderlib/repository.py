@@ -39,7 +39,10 @@ class Outcome(enum.StrEnum):
 
 @attrs.frozen(kw_only=True)
 class Cursor:
-    """A place in the list of orders, newest first: just after this order."""
+    """A place in the list of orders, newest first: just after this order.
+
+    ``str`` gives it as URL-safe text for a caller to hand back; ``parse`` reads that.
+    """
 
     #: When the order was stored for the first time; UTC.
     first_stored_at: dt.datetime
@@ -69,6 +72,7 @@ class Cursor:
 class StoredOrder:
     """An order with what the store knows about it."""
 
+    #: Its current version.
     order: Order
     #: When an order of this order_uid was stored for the first time; UTC. Updates never move it.
     first_stored_at: dt.datetime
@@ -85,6 +89,7 @@ class StoredOrder:
 class Page:
     """Some orders, newest first."""
 
+    #: At most as many as were asked for.
     orders: tuple[StoredOrder, ...]
     #: Where the next page begins; ``None`` on the last page.
     next_cursor: Cursor | None
@@ -116,11 +121,14 @@ class OrderRepository(Protocol):
         ...
 
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
-        """The orders among these that exist, by order_uid; as few queries as for one."""
+        """The orders among these that exist, by order_uid, all as of one moment; as few queries as for one."""
         ...
 
     def content_sha256(self, order_uid: str) -> bytes:
-        """What ``codecs.content_sha256`` gives for the current version, without reading it. Raises OrderNotFound."""
+        """The 32 bytes of ``orderlib.content_sha256`` for the current version, without reading it.
+
+        Raises OrderNotFound.
+        """
         ...
 
     def newest(
@@ -131,10 +139,10 @@ class OrderRepository(Protocol):
         customer_id: str | None = None,
         track_number: str | None = None,
     ) -> Page:
-        """Orders by ``first_stored_at``, newest first; the filters are exact and both hold.
+        """At most ``limit`` orders by ``first_stored_at``, newest first; the filters are exact and both hold.
 
-        Updates never move an order, so following ``next_cursor`` shows each order once. Raises ValueError for a limit
-        outside 1 to 100.
+        ``after`` is the ``next_cursor`` of the page before. Updates never move an order, so following it shows each
+        order once. Raises ValueError for a limit outside 1 to 100.
         """
         ...
 
@@ -146,7 +154,10 @@ class OrderRepository(Protocol):
         customer_id: str | None = None,
         track_number: str | None = None,
     ) -> Page:
-        """The page of ``newest`` that ends just before this place: the way back. Its ``next_cursor`` leads on again."""
+        """The page of ``newest`` that ends just before this place: the way back. Its ``next_cursor`` leads on again.
+
+        Raises ValueError for a limit outside 1 to 100.
+        """
         ...
 
     def status(self) -> Status:
@@ -154,22 +165,29 @@ class OrderRepository(Protocol):
         ...
 
     def save(self, order: Order) -> Outcome:
-        """Store an order; as ``save_many`` with one."""
+        """Store an order, in one transaction: STORED or DUPLICATE; as ``save_many`` with one.
+
+        Raises what that raises.
+        """
         ...
 
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
-        """Store the orders with their items, all or nothing, in one transaction.
+        """Store the orders with their items, all or nothing, in one transaction; how many came to which outcome.
 
         Content that is stored already counts as DUPLICATE and changes no field; other content replaces the stored order
         whole. Of several with the same order_uid the last wins and the others count as SUPERSEDED or DUPLICATE.
         Raises RefusedByDatabase naming the order at fault; nothing is stored then.
-        Raises StoreUnreachable if the outcome is unknown; calling again is safe.
+        Raises StoreUnreachable if the outcome is unknown, or Collision if other writers were in the way again and
+        again; calling again is safe.
         """
         ...
 
 
 class AsyncOrderReader(Protocol):
-    """The reads of ``OrderRepository`` for asyncio: the same results, the same errors, each within a bounded time."""
+    """The reads of ``OrderRepository`` for asyncio: the same results, the same errors, each within a bounded time.
+
+    A store that does not answer in time raises StoreUnreachable.
+    """
 
     async def get(self, order_uid: str) -> Order:
         """See ``OrderRepository.get``."""
@@ -215,7 +233,9 @@ class AsyncOrderReader(Protocol):
 
 
 def checked_limit(limit: int) -> int:
-    """The limit, or ValueError."""
+    """The limit, or ValueError, or TypeError."""
+    if type(limit) is not int:
+        raise TypeError(f"limit must be an int, not {type(limit).__name__}")
     if not 1 <= limit <= MAX_PAGE_SIZE:
         raise ValueError(f"limit must be from 1 to {MAX_PAGE_SIZE}, not {limit}")
     return limit

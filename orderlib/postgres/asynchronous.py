@@ -65,10 +65,13 @@ class _Session:
 class AsyncPostgresOrderReader:
     """Keeps the promises of ``AsyncOrderReader`` on PostgreSQL, for one event loop.
 
-    It connects when it must and no earlier, so it can be made while PostgreSQL is away. A read raises StoreUnreachable
-    after ``CONNECTION_WITHIN_S`` without a connection, and after another ``ANSWER_WITHIN_S`` without an answer; then
-    the connection is given up, not waited for. Not psycopg_pool: that says it waited in vain, not why, and comes back
-    from an outage in waits that grow to minutes.
+    ``url`` is one that libpq takes; the reader's suffices. It connects when it must and no earlier, at most
+    ``max_connections`` times at once, so it can be made while PostgreSQL is away; each new connection looks at the
+    schema, and raises BrokenSetup if that is behind. A read raises StoreUnreachable after 1.5 s without a connection,
+    and after another 3 s without an answer; then the connection is given up, not waited for. Close it, or use it in
+    ``async with``.
+
+    Not psycopg_pool: that says it waited in vain, not why, and comes back from an outage in waits that grow to minutes.
     """
 
     def __init__(self, url: str, *, application_name: str = "orderlib", max_connections: int = 8) -> None:

@@ -34,7 +34,7 @@ class PostgresOrderRepository:
     """Keeps the promises of ``OrderRepository`` on PostgreSQL.
 
     An order is read by one JOIN plus one items query, pipelined in one REPEATABLE READ READ ONLY transaction. Threads
-    may share it. Close it, or use it in ``with``.
+    may share it. Made by ``connect``; close it, or use it in ``with``.
     """
 
     def __init__(self, pool: ConnectionPool[PooledConnection]) -> None:
@@ -47,7 +47,9 @@ class PostgresOrderRepository:
     ) -> Self:
         """Connect to a database that ``admin migrate`` has prepared.
 
-        The reader's URL suffices for reads. ``timeout_s`` bounds the wait for a connection, now and later.
+        ``url`` is one that libpq takes; the reader's suffices for reads. ``application_name`` is what PostgreSQL shows
+        in pg_stat_activity. A call that finds all ``max_connections`` in use waits ``timeout_s`` seconds for one, then
+        raises StoreUnreachable.
         Raises StoreUnreachable, or BrokenSetup for a wrong URL, password, database or schema.
         """
         pool = make_pool(url, application_name=application_name, max_size=max_connections, timeout_s=timeout_s)

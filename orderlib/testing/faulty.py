@@ -59,6 +59,7 @@ class FaultKind(enum.StrEnum):
 class BadRecord:
     """The value of a record that must be refused."""
 
+    #: The value, byte for byte.
     data: bytes
     #: JSON path of its one fault.
     path: str

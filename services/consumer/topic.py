@@ -85,6 +85,8 @@ class Topic:
                     "partition.assignment.strategy": "cooperative-sticky",
                     # The partitions of one that was killed go to the others after this.
                     "session.timeout.ms": 10_000,
+                    # Members hear of a rebalance in a heartbeat, and partitions that move take two rebalances.
+                    "heartbeat.interval.ms": 1_000,
                     "queued.max.messages.kbytes": _QUEUE_KIB,
                     "fetch.message.max.bytes": _FETCH_BYTES,
                     "fetch.wait.max.ms": 100,

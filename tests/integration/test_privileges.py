@@ -1,6 +1,9 @@
-"""Who may do what, compared with one written table; and what each may not do, tried."""
+"""Who may do what, compared with the one table in docs/run-in-production.md; and what that does not grant, tried."""
 
 from __future__ import annotations
+
+import itertools
+import re
 
 import psycopg
 import pytest
@@ -8,75 +11,142 @@ from psycopg import sql
 
 from orderlib.postgres.connection import connect
 from orderlib.postgres.migrate import bootstrap, migrate
-from tests.conftest import Database, role_passwords
+from tests.conftest import ROOT, Database, role_passwords
 
-SELECT, INSERT, UPDATE, DELETE = "SELECT", "INSERT", "UPDATE", "DELETE"
+DOCUMENT = (ROOT / "docs" / "run-in-production.md").read_text(encoding="utf-8")
 
-#: role → table → rights on the whole table. Anything that is not here, nobody has.
-TABLE_RIGHTS = {
-    "orders_writer": {
-        "orders": {SELECT, INSERT, DELETE},
-        "delivery": {SELECT, INSERT},
-        "payment": {SELECT, INSERT},
-        "items": {SELECT, INSERT},
-        "consumer_offsets": {SELECT, INSERT},
-        "rejects": {SELECT, INSERT},
-        "schema_migrations": {SELECT},
-    },
-    "orders_reader": {
-        "orders": {SELECT},
-        "delivery": {SELECT},
-        "payment": {SELECT},
-        "items": {SELECT},
-        "consumer_offsets": {SELECT},
-        "schema_migrations": {SELECT},
-    },
-}
+#: (table, role) → rights on the whole table, and "RIGHT column" where a right is only on some.
+Matrix = dict[tuple[str, str], set[str]]
 
-#: role → table → right → columns, where a right is only on some.
-COLUMN_RIGHTS = {
-    "orders_writer": {
-        "orders": {UPDATE: {"source_topic_id", "source_partition", "source_offset", "source_time"}},
-        "consumer_offsets": {UPDATE: {"next_offset", "updated_at"}},
-        "rejects": {UPDATE: {"redriven_at", "redrive_outcome"}},
-    },
-    "orders_reader": {
-        "rejects": {
-            SELECT: {
-                *("topic_id", "partition", "record_offset", "topic", "record_time"),
-                *("code", "rejected_at", "redriven_at", "redrive_outcome"),
-            }
-        },
-    },
-}
 
-_TABLE_GRANTS = """
-SELECT grantee, table_name, privilege_type FROM information_schema.role_table_grants
-WHERE table_schema = 'public' AND grantee <> 'orders_owner'
-"""
-_COLUMN_GRANTS = """
-SELECT grantee, table_name, privilege_type, column_name FROM information_schema.column_privileges
-WHERE table_schema = 'public' AND grantee <> 'orders_owner'
-"""
+def written_matrix() -> Matrix:
+    """The rights in the document's table of roles; "owns" for the owner."""
+    header, rows = re.findall(r"^(\| table \|.*)\n\|[-|]+\n((?:\|.*\n)+)", DOCUMENT, re.MULTILINE)[0]
+    _, *roles = cells(header)
+    matrix: Matrix = {}
+    for line in rows.splitlines():
+        table, *texts = cells(line)
+        for role, text in zip(roles, texts, strict=True):
+            matrix[table, role] = set() if text == "—" else set(rights(text))
+    return matrix
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip(" `") for cell in line.strip("|").split("|")]
+
+
+def rights(text: str) -> list[str]:
+    """``SELECT, UPDATE (a, b)`` as SELECT, UPDATE a, UPDATE b."""
+    found = re.findall(r"(\w+)(?: \(([^)]*)\))?(?:, |$)", text)
+    return [f"{right} {column}".strip() for right, columns in found for column in columns.split(", ")]
+
+
+def granted_matrix(connection: psycopg.Connection) -> Matrix:
+    """Whatever PostgreSQL has granted, to whomever, on whatever can be read like a table."""
+    roles = {role for _, role in written_matrix()}
+    owners = connection.execute(
+        """
+        SELECT relname, pg_get_userbyid(relowner) FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace AND relkind NOT IN ('i', 'I', 't', 'c')
+        """
+    ).fetchall()
+    matrix: Matrix = {(table, role): set() for (table, _), role in itertools.product(owners, roles)}
+    for table, owner in owners:
+        matrix[table, owner] = {"owns"}
+    grants = connection.execute(
+        """
+        SELECT relname, coalesce(grantee_role.rolname, 'public'), concat_ws(' ', privilege_type, attname)
+        FROM (
+            SELECT oid, relname, relowner, relnamespace, NULL AS attname, relacl AS acl FROM pg_class
+            UNION ALL
+            SELECT c.oid, relname, relowner, relnamespace, attname, attacl
+            FROM pg_class c JOIN pg_attribute ON attrelid = c.oid
+        ) granting, aclexplode(acl) LEFT JOIN pg_roles grantee_role ON grantee_role.oid = grantee
+        WHERE relnamespace = 'public'::regnamespace AND grantee <> relowner
+        """
+    )
+    for table, role, right in grants:
+        matrix.setdefault((table, role), set()).add(right)
+    return matrix
 
 
 def test_the_whole_matrix_of_roles_tables_and_rights_is_the_written_one(database: Database) -> None:
     with psycopg.connect(database.superuser_url) as connection:
-        tables = {name for (name,) in connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")}
-        found: dict[str, dict[str, set[str]]] = {}
-        for role, table, right in connection.execute(_TABLE_GRANTS):
-            found.setdefault(role, {}).setdefault(table, set()).add(right)
-        columns: dict[str, dict[str, dict[str, set[str]]]] = {}
-        for role, table, right, column in connection.execute(_COLUMN_GRANTS):
-            if right not in found.get(role, {}).get(table, set()):
-                columns.setdefault(role, {}).setdefault(table, {}).setdefault(right, set()).add(column)
-        owners = connection.execute("SELECT DISTINCT tableowner FROM pg_tables WHERE schemaname = 'public'").fetchall()
-    assert found == TABLE_RIGHTS
-    assert columns == COLUMN_RIGHTS
-    assert owners == [("orders_owner",)]
-    # A table that a later migration adds without grants is in nobody's row, and so fails here.
-    granted = {table for rows in (TABLE_RIGHTS, COLUMN_RIGHTS) for row in rows.values() for table in row}
-    assert tables == granted
+        assert granted_matrix(connection) == written_matrix()
+
+
+def test_the_written_table_has_every_role_and_grants_something_on_every_table() -> None:
+    written = written_matrix()
+    assert {role for _, role in written} == {"orders_owner", "orders_migrator", "orders_writer", "orders_reader"}
+    for table in {table for table, _ in written}:
+        assert written[table, "orders_owner"] == {"owns"}
+        assert written[table, "orders_writer"] | written[table, "orders_reader"], table
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "CREATE TABLE of_a_later_migration (n int)",
+        "CREATE VIEW of_a_later_migration AS SELECT * FROM delivery",
+        "GRANT MAINTAIN ON items TO orders_writer",
+        "GRANT SELECT (faults) ON rejects TO orders_reader",
+        "GRANT SELECT ON items TO PUBLIC",
+        "REVOKE SELECT ON items FROM orders_reader",
+        "ALTER TABLE items OWNER TO orders_migrator",
+    ],
+)
+def test_whatever_a_later_migration_makes_or_grants_must_be_written(database: Database, change: str) -> None:
+    with psycopg.connect(database.superuser_url) as connection:
+        if "OWNER" not in change:
+            connection.execute("SET ROLE orders_owner")
+        connection.execute(change.encode())
+        assert granted_matrix(connection) != written_matrix()
+
+
+#: How each right is used, on a whole table or on one column.
+USES = {
+    "SELECT": "SELECT {columns} FROM {table}",
+    "INSERT": "INSERT INTO {table} ({columns}) SELECT {nulls} WHERE false",
+    "UPDATE": "UPDATE {table} SET ({columns}) = ROW({nulls}) WHERE false",
+    "DELETE": "DELETE FROM {table} WHERE false",
+    "TRUNCATE": "TRUNCATE {table}",
+}
+
+
+@pytest.mark.parametrize("role", ["orders_migrator", "orders_writer", "orders_reader"])
+def test_a_role_may_do_what_is_written_and_is_refused_all_else(module_database: Database, role: str) -> None:
+    url = {
+        "orders_migrator": module_database.migrator_url,
+        "orders_writer": module_database.writer_url,
+        "orders_reader": module_database.reader_url,
+    }[role]
+    with psycopg.connect(module_database.superuser_url) as superuser:
+        columns: dict[str, list[str]] = dict(
+            superuser.execute(
+                """
+                SELECT table_name, array_agg(column_name::text)
+                FROM information_schema.columns WHERE table_schema = 'public' GROUP BY 1
+                """
+            ).fetchall()
+        )
+    with psycopg.connect(url) as connection:
+        for (table, grantee), written in written_matrix().items():
+            if grantee != role:
+                continue
+            for right, column in itertools.product(USES, columns[table]):
+                expected = bool({right, f"{right} {column}"} & written)
+                assert may(connection, USES[right], table, column) is expected, f"{right} {column} on {table}"
+
+
+def may(connection: psycopg.Connection, use: str, table: str, column: str) -> bool:
+    """Try it, and take it back."""
+    names = {"table": sql.Identifier(table), "columns": sql.Identifier(column), "nulls": sql.SQL("NULL")}
+    try:
+        with connection.transaction(force_rollback=True):
+            connection.execute(sql.SQL(use).format(**names))
+    except psycopg.errors.InsufficientPrivilege:
+        return False
+    return True
 
 
 def test_no_role_of_ours_is_more_than_it_must_be(database: Database) -> None:
@@ -102,43 +172,25 @@ def test_no_role_of_ours_is_more_than_it_must_be(database: Database) -> None:
     assert members == [("orders_owner", "orders_migrator")]
 
 
-WRITES = [
-    "INSERT INTO consumer_offsets VALUES ('g', 't', 0, 'o', 0)",
-    "UPDATE orders SET entry = 'x'",
-    "DELETE FROM orders",
-    "DELETE FROM rejects",
-    "TRUNCATE orders CASCADE",
-]
-DEFINITIONS = [
-    "CREATE TABLE mine (n int)",
-    "ALTER TABLE orders ADD COLUMN mine int",
-    "DROP TABLE items",
-    "CREATE ROLE mine",
-    "SET ROLE orders_owner",
-]
-
-
-@pytest.mark.parametrize(
-    "statement", [*WRITES, *DEFINITIONS, "SELECT value FROM rejects", "SELECT faults FROM rejects"]
-)
-def test_a_reader_is_refused(module_database: Database, statement: str) -> None:
-    with psycopg.connect(module_database.reader_url) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
-        connection.execute(statement.encode())
-
-
 @pytest.mark.parametrize(
     "statement",
     [
-        *DEFINITIONS,
-        "UPDATE orders SET entry = 'x'",
-        "DELETE FROM rejects",
-        "DELETE FROM consumer_offsets",
-        "TRUNCATE items",
+        "CREATE TABLE mine (n int)",
+        "ALTER TABLE orders ADD COLUMN mine int",
+        "DROP TABLE items",
+        "CREATE INDEX ON orders (entry)",
+        "CREATE FUNCTION mine() RETURNS int RETURN 1",
+        "CREATE ROLE mine",
+        "ALTER ROLE orders_reader SUPERUSER",
+        "SET ROLE orders_owner",
+        "SET ROLE orders_migrator",
+        "SET SESSION AUTHORIZATION orders_owner",
     ],
 )
-def test_a_writer_is_refused(module_database: Database, statement: str) -> None:
-    with psycopg.connect(module_database.writer_url) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
-        connection.execute(statement.encode())
+def test_reader_and_writer_define_nothing_and_become_nobody_else(module_database: Database, statement: str) -> None:
+    for url in (module_database.reader_url, module_database.writer_url):
+        with psycopg.connect(url) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute(statement.encode())
 
 
 def test_nobody_of_ours_may_make_temporary_tables(empty_database: Database) -> None:

@@ -1,0 +1,1 @@
+"""The documents; only ``reference.py`` is made to be run."""

@@ -1,0 +1,141 @@
+"""``pip install .`` gives the library alone: built, installed into a clean environment, and imported there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import Distribution, PathDistribution, distribution
+from pathlib import Path
+
+import attrs
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+
+#: What programs, sandbox and tests need, and a user of the library does not.
+FOREIGN = (
+    *("confluent_kafka", "falcon", "gunicorn", "jinja2", "prometheus_client", "hypothesis", "pytest"),
+    *("services", "sandbox", "tests", "bench", "docs"),
+)
+
+
+def run(*command: str | Path) -> str:
+    """The stdout of a command that must succeed."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``pip install .`` builds first. No package index is asked: the build backend is one of our requirements."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(*PIP, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", folder, ROOT)
+    [built] = folder.iterdir()
+    return built
+
+
+@attrs.frozen
+class Environment:
+    """A virtual environment with the wheel, what that declares to need, and nothing else; not even pip."""
+
+    python: Path
+    site_packages: Path
+
+    def run(self, code: str) -> str:
+        """The stdout of a program run there, far from this checkout."""
+        return run(self.python, "-I", "-W", "error", "-c", f"import os; os.chdir('/')\n{code}")
+
+    def can_import(self, module: str) -> bool:
+        return self.run(f"import importlib.util as u; print(u.find_spec({module!r}) is not None)") == "True\n"
+
+
+def needed_by(package: Distribution, extras: set[str]) -> Iterator[Distribution]:
+    """What a package with these extras needs, and what that needs in turn, as our own environment has it."""
+    for requirement in map(Requirement, package.requires or ()):
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in {"", *extras}):
+            found = distribution(requirement.name)
+            yield found
+            yield from needed_by(found, requirement.extras)
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """Made without a package index: what the wheel needs is linked from our own environment."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    made = Environment(
+        python=folder / "bin" / "python",
+        site_packages=folder / "lib" / f"python3.{sys.version_info.minor}" / "site-packages",
+    )
+    run(*PIP, "--python", made.python, "install", "--no-index", "--no-deps", wheel)
+    [installed] = made.site_packages.glob("orderlib-*.dist-info")
+    for package in needed_by(PathDistribution(installed), set()):
+        for file in package.files or ():
+            link = made.site_packages / file.parts[0]
+            if ".." not in file.parts and not link.exists():
+                link.symlink_to(Path(str(package.locate_file(file.parts[0]))))
+    return made
+
+
+def test_the_wheel_has_every_file_of_the_library_and_no_other(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as opened:
+        packed = {name for name in opened.namelist() if ".dist-info/" not in name}
+    files = {path for path in (ROOT / "orderlib").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert packed == {path.relative_to(ROOT).as_posix() for path in files}
+    assert {"orderlib/py.typed", "orderlib/testing/sample.json", "orderlib/migrations/0001_orders.sql"} <= packed
+
+
+def test_the_library_works_with_what_it_declares_to_need_alone(environment: Environment) -> None:
+    run(*PIP, "--python", environment.python, "check")
+    told = environment.run(
+        """
+import orderlib, orderlib.testing
+from orderlib.postgres.migrate import LATEST_MIGRATION
+order = orderlib.decode_order(orderlib.testing.SAMPLE)
+print(orderlib.__file__, order.order_uid, LATEST_MIGRATION >= 2)
+"""
+    )
+    path, order_uid, has_migrations = told.split()
+    assert Path(path).is_relative_to(environment.site_packages)
+    assert (order_uid, has_migrations) == ("b563feb7b2b84b6test", "True")
+
+
+def test_it_brings_nothing_that_only_programs_need(environment: Environment) -> None:
+    assert environment.can_import("msgspec")
+    assert [module for module in FOREIGN if environment.can_import(module)] == []
+
+
+def test_each_program_has_an_extra_with_what_it_imports(wheel: Path) -> None:
+    """The programs themselves are run from a checkout or an image; see the Dockerfile."""
+    with zipfile.ZipFile(wheel) as opened:
+        [metadata] = [opened.read(name).decode() for name in opened.namelist() if name.endswith(".dist-info/METADATA")]
+    extras = re.findall(r"^Provides-Extra: (\S+)$", metadata, re.MULTILINE)
+    declared: dict[str, set[str]] = {extra: set() for extra in extras}
+    for line in re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE):
+        requirement = Requirement(line)
+        for extra, names in declared.items():
+            if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
+                names.add(requirement.name.replace("-", "_"))
+    written = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert declared.keys() == written.keys()
+    shared = imported_by(ROOT / "services" / "kafka.py")
+    for program in ("consumer", "api", "sender", "admin"):
+        sources = list((ROOT / "services" / program).rglob("*.py"))
+        imported = {name for source in sources for name in imported_by(source)}
+        if "services.kafka" in imported:
+            imported |= shared
+        assert imported & set(FOREIGN) - {"services"} == declared[program], program
+
+
+def imported_by(source: Path) -> set[str]:
+    """The modules that a file imports, and the packages they are in."""
+    names = re.findall(r"^ *(?:from|import) ([\w.]+)", source.read_text(encoding="utf-8"), re.MULTILINE)
+    return {*names, *(name.partition(".")[0] for name in names)}
