@@ -1,0 +1,356 @@
+"""What the consumer does next, event by event. ``tests.simulation`` tries the same at random."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+from random import Random
+
+import pytest
+
+from orderlib.consumption import (
+    BREAKER_RECORDS,
+    MAX_AGE_S,
+    MAX_BYTES,
+    MAX_RECORDS,
+    STALL_S,
+    SURVEY_S,
+    Action,
+    Assign,
+    Breaker,
+    BreakerTripped,
+    Consumption,
+    Locate,
+    Pause,
+    Report,
+    Resume,
+    Seek,
+    Stop,
+    Survey,
+    TopicRemade,
+    Write,
+)
+from orderlib.errors import BrokenSetup, Collision, FenceLost, OrderError, StoreUnreachable
+from orderlib.ingest import Arrival, Batch, Record, Reject, Source, Span
+
+TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+
+
+def record(offset: int, partition: int = 0, value: bytes = b"") -> Record:
+    source = Source(topic_id="id", partition=partition, offset=offset, time=TIME)
+    return Record(source=source, topic="orders", key=None, value=value)
+
+
+def refused(one: Record) -> Arrival | Reject:
+    return Reject(record=one, code="malformed_json", faults=(), total_faults=0)
+
+
+class Driver:
+    """A core, the time, and what it asked for since one last looked."""
+
+    def __init__(self, until: Mapping[int, int] | None = None) -> None:
+        self.core = Consumption("orders", refused, Random(1), until)
+        self.now_s = 0.0
+
+    def fetch(self, *records: Record) -> None:
+        self.core.on_records(records, self.now_s)
+
+    def tick(self, seconds: float = 0.0) -> list[Action]:
+        self.now_s += seconds
+        self.core.on_tick(self.now_s)
+        return self.core.take_actions()
+
+    def fail(self, error: OrderError) -> list[Action]:
+        self.core.on_failed(error, self.now_s)
+        return self.core.take_actions()
+
+    def write(self, seconds: float = MAX_AGE_S * 1.01) -> Batch:
+        """The batch that is due now."""
+        [action] = self.tick(seconds)
+        assert isinstance(action, Write)
+        return action.batch
+
+    def written(self) -> list[Action]:
+        self.core.on_written()
+        return self.core.take_actions()
+
+
+def started(*partitions: int, until: Mapping[int, int] | None = None) -> Driver:
+    """A consumer that fetches these partitions from 0 on."""
+    driver = Driver(until)
+    driver.core.on_given(partitions)
+    assert driver.tick() == [Locate(frozenset(partitions))]
+    driver.core.on_located("id", dict.fromkeys(partitions, 0))
+    assert driver.core.take_actions() == [Assign(dict.fromkeys(partitions, 0))]
+    return driver
+
+
+# Batches.
+
+
+def test_a_batch_closes_when_its_first_record_is_50_ms_old() -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    assert driver.tick(MAX_AGE_S * 0.9) == []
+    driver.fetch(record(1))
+    assert driver.write(MAX_AGE_S * 0.2).spans == {0: Span(expected_offset=0, next_offset=2)}
+
+
+def test_a_batch_closes_at_2000_records_and_nothing_more_is_wanted() -> None:
+    driver = started(0)
+    driver.fetch(*map(record, range(MAX_RECORDS)))
+    assert not driver.core.wants_records
+    assert len(driver.write(0).judged) == MAX_RECORDS
+    assert driver.core.wants_records
+
+
+def test_a_batch_closes_at_16_mib() -> None:
+    driver = started(0)
+    driver.fetch(record(0, value=bytes(MAX_BYTES)))
+    assert not driver.core.wants_records
+    assert len(driver.write(0).judged) == 1
+
+
+def test_while_one_batch_is_written_the_next_is_collected_and_follows_it() -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    driver.write()
+    driver.fetch(record(1))
+    assert driver.tick(MAX_AGE_S) == []
+    assert driver.written() == [Report({0: 1})]
+    assert driver.write().spans == {0: Span(expected_offset=1, next_offset=2)}
+
+
+def test_gaps_are_part_of_a_batch_also_where_no_record_follows() -> None:
+    driver = started(0, 1)
+    driver.fetch(record(5))
+    driver.core.on_end(1, 3, driver.now_s)
+    batch = driver.write()
+    assert batch.spans == {0: Span(expected_offset=0, next_offset=6), 1: Span(expected_offset=0, next_offset=3)}
+    assert len(batch.judged) == 1
+
+
+def test_a_record_that_was_seen_already_is_passed_over() -> None:
+    driver = started(0)
+    driver.fetch(record(0), record(1), record(0))
+    assert [one.source.offset for one, _ in driver.write().judged] == [0, 1]
+
+
+# The group.
+
+
+def test_partitions_are_located_together_and_fetched_from_where_the_store_is() -> None:
+    driver = Driver()
+    driver.core.on_given([2])
+    driver.core.on_given([0])
+    assert driver.tick() == [Locate(frozenset({0, 2}))]
+    driver.core.on_located("id", {0: 7, 2: 9})
+    assert driver.core.take_actions() == [Assign({0: 7, 2: 9})]
+
+
+def test_a_partition_that_was_taken_while_it_was_located_is_not_fetched() -> None:
+    driver = Driver()
+    driver.core.on_given([0, 1])
+    driver.tick()
+    driver.core.on_taken([1])
+    driver.core.on_located("id", {0: 0, 1: 0})
+    assert driver.core.take_actions() == [Assign({0: 0})]
+
+
+def test_records_of_a_partition_that_was_taken_are_dropped_and_those_of_others_kept() -> None:
+    driver = started(0, 1)
+    driver.fetch(record(0, 0), record(0, 1))
+    driver.core.on_taken([0])
+    driver.fetch(record(1, 0))
+    batch = driver.write()
+    assert batch.spans == {1: Span(expected_offset=0, next_offset=1)}
+    assert [one.source.partition for one, _ in batch.judged] == [1]
+
+
+def test_a_batch_whose_partition_was_taken_is_written_and_not_reported() -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    driver.write()
+    driver.core.on_taken([0])
+    assert driver.written() == []
+    assert driver.core.idle
+
+
+def test_a_topic_with_another_id_stops_the_consumer() -> None:
+    driver = started(0)
+    driver.core.on_given([1])
+    driver.tick()
+    driver.core.on_located("another id", {1: 0})
+    [stop] = driver.core.take_actions()
+    assert isinstance(stop, Stop)
+    assert isinstance(stop.error, TopicRemade)
+
+
+# The fence.
+
+
+def test_a_lost_fence_goes_on_where_the_store_is_and_the_others_are_written_without_it() -> None:
+    driver = started(0, 1)
+    driver.fetch(record(0, 0), record(0, 1))
+    batch = driver.write()
+    driver.fetch(record(1, 0), record(1, 1))
+    assert driver.fail(FenceLost({0}, {0: 5})) == [Seek(0, 5), Write(batch.without({0}))]
+    assert driver.written() == [Report({1: 1})]
+    driver.fetch(record(5, 0))
+    assert driver.write().spans == {
+        0: Span(expected_offset=5, next_offset=6),
+        1: Span(expected_offset=1, next_offset=2),
+    }
+
+
+def test_a_fence_that_our_own_lost_commit_moved_costs_nothing() -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    driver.write()
+    driver.fetch(record(1))
+    assert driver.fail(FenceLost({0}, {0: 1})) == []
+    assert driver.write().spans == {0: Span(expected_offset=1, next_offset=2)}
+
+
+def test_a_lost_fence_of_a_partition_that_was_taken_is_dropped() -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    driver.write()
+    driver.core.on_taken([0])
+    assert driver.fail(FenceLost({0}, {0: 5})) == []
+    assert driver.core.idle
+
+
+# Errors.
+
+
+def test_an_outage_is_waited_out_in_growing_waits_and_the_same_batch_is_tried_again() -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    batch = driver.write()
+    waits_s = []
+    for _ in range(6):
+        [pause] = driver.fail(StoreUnreachable("away"))
+        assert isinstance(pause, Pause)
+        waits_s.append(pause.wait_s)
+        assert driver.core.in_outage
+        assert not driver.core.wants_records
+        assert driver.tick(pause.wait_s * 0.99) == []
+        assert driver.tick(pause.wait_s * 0.02) == [Write(batch)]
+    assert waits_s == sorted(waits_s)
+    assert driver.written() == [Resume(), Report({0: 1})]
+    assert driver.core.wants_records
+    driver.fetch(record(1))
+    driver.write()
+    [pause] = driver.fail(StoreUnreachable("away"))
+    assert isinstance(pause, Pause)
+    assert pause.wait_s <= 2 * waits_s[0]
+
+
+def test_a_store_that_does_not_answer_is_an_outage_said_once() -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    driver.write()
+    assert driver.tick(STALL_S * 0.9) == []
+    [pause] = driver.tick(STALL_S * 0.2)
+    assert isinstance(pause, Pause)
+    assert driver.tick(STALL_S) == []
+    assert driver.written() == [Resume(), Report({0: 1})]
+
+
+def test_two_transactions_that_met_are_tried_again_at_once() -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    batch = driver.write()
+    assert driver.fail(Collision("deadlock")) == []
+    assert driver.tick() == [Write(batch)]
+
+
+@pytest.mark.parametrize("error", [BrokenSetup("no such right"), BreakerTripped("nearly all")])
+def test_what_no_retry_can_mend_stops_the_consumer(error: OrderError) -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    driver.write()
+    assert driver.fail(error) == [Stop(error)]
+    assert driver.core.stopped
+    assert driver.tick(60) == []
+
+
+# The end.
+
+
+def test_told_to_stop_it_waits_for_the_batch_in_hand_and_begins_nothing() -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    driver.write()
+    driver.fetch(record(1))
+    driver.core.on_stop()
+    assert (driver.core.wants_records, driver.core.stopped) == (False, False)
+    assert driver.written() == [Report({0: 1})]
+    assert (driver.core.wants_records, driver.core.stopped) == (False, True)
+    assert driver.tick(60) == []
+
+
+@pytest.mark.parametrize("error", [StoreUnreachable("away"), Collision("deadlock"), FenceLost({0}, {0: 5})])
+def test_told_to_stop_a_batch_that_failed_is_left_to_the_next(error: OrderError) -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    driver.write()
+    driver.core.on_stop()
+    assert driver.fail(error) == []
+    assert driver.core.stopped
+
+
+def test_told_to_stop_in_an_outage_it_leaves_at_once() -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    driver.write()
+    driver.fail(StoreUnreachable("away"))
+    driver.core.on_stop()
+    assert driver.core.stopped
+
+
+def test_it_leaves_when_the_group_has_handled_everything_asked_for() -> None:
+    driver = started(0, until={0: 1, 1: 4})
+    driver.fetch(record(0))
+    driver.write()
+    driver.written()
+    assert driver.tick(SURVEY_S) == [Survey(frozenset({0, 1}))]
+    driver.core.on_surveyed({0: 1, 1: 3})
+    assert driver.tick() == []
+    assert driver.tick(SURVEY_S) == [Survey(frozenset({0, 1}))]
+    driver.core.on_surveyed({0: 1, 1: 4})
+    assert driver.core.take_actions() == [Stop(None)]
+
+
+# The breaker.
+
+
+def test_the_breaker_trips_when_nearly_all_of_the_last_1000_were_refused() -> None:
+    breaker = Breaker(0.95)
+    breaker.check([True] * 949 + [False] * 51)()
+    breaker.check([False])()
+    with pytest.raises(BreakerTripped, match="950 of the last 1,000"):
+        Breaker(0.95).check([True] * 950 + [False] * 50)
+
+
+def test_the_breaker_never_trips_on_fewer_than_1000() -> None:
+    breaker = Breaker(0.95)
+    breaker.check([True] * (BREAKER_RECORDS - 1))()
+    with pytest.raises(BreakerTripped):
+        breaker.check([True])
+
+
+def test_a_batch_that_was_rolled_back_does_not_count() -> None:
+    breaker = Breaker(0.95)
+    for _ in range(3):
+        breaker.check([True] * (BREAKER_RECORDS - 1))
+
+
+def test_the_breaker_trips_in_the_middle_of_a_batch_that_ends_well() -> None:
+    with pytest.raises(BreakerTripped):
+        Breaker(0.95).check([True] * BREAKER_RECORDS + [False] * BREAKER_RECORDS)
+
+
+def test_the_breaker_can_be_switched_off() -> None:
+    Breaker(0.0).check([True] * 5 * BREAKER_RECORDS)()

@@ -1,0 +1,177 @@
+"""What becomes of records, one by one and in batches."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from itertools import pairwise
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orderlib import Outcome, decode_order
+from orderlib.ingest import (
+    Arrival,
+    Batch,
+    Record,
+    Reject,
+    Source,
+    Span,
+    StoredVersion,
+    judge,
+    record_time,
+    redrivable,
+    settle,
+    settle_redriven,
+)
+from orderlib.testing import SAMPLE
+
+SAMPLE_ORDER = decode_order(SAMPLE)
+TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+
+Stored = dict[str, StoredVersion]
+
+
+def source(offset: int, partition: int = 0, topic_id: str = "first") -> Source:
+    return Source(topic_id=topic_id, partition=partition, offset=offset, time=TIME)
+
+
+def arrival(uid: str, content: int, at: Source | None) -> Arrival:
+    return Arrival.of(attrs.evolve(SAMPLE_ORDER, order_uid=uid, sm_id=content), at)
+
+
+def version(of: Arrival) -> StoredVersion:
+    return StoredVersion(content_sha256=of.content_sha256, source=of.source, first_stored_at=None)
+
+
+def after(arrivals: Sequence[Arrival], stored: Stored) -> tuple[Stored, list[Outcome]]:
+    """What is stored after a batch, and what became of each arrival."""
+    settlement = settle(arrivals, stored)
+    written = {write.order.order_uid: version(write) for write in settlement.writes}
+    moved = {uid: attrs.evolve(stored[uid], source=at) for uid, at in settlement.moves.items()}
+    assert not written.keys() & moved.keys()
+    return {**stored, **written, **moved}, list(settlement.outcomes)
+
+
+SOURCES = st.none() | st.builds(source, st.integers(0, 5), st.integers(0, 1), st.sampled_from(["first", "made again"]))
+ARRIVALS = st.lists(st.builds(arrival, st.sampled_from(["a", "b"]), st.integers(0, 2), SOURCES), max_size=12)
+
+
+@given(ARRIVALS, ARRIVALS, st.sets(st.integers(0, 12)))
+def test_where_batches_are_cut_never_shows(before: list[Arrival], arrivals: list[Arrival], cuts: set[int]) -> None:
+    stored: Stored = {}
+    for one in before:
+        stored, _ = after([one], stored)
+    one_by_one = stored
+    for one in arrivals:
+        one_by_one, _ = after([one], one_by_one)
+    outcomes: list[Outcome] = []
+    bounds = sorted({0, len(arrivals), *(cut for cut in cuts if cut < len(arrivals))})
+    for begin, end in pairwise(bounds):
+        stored, of_batch = after(arrivals[begin:end], stored)
+        outcomes += of_batch
+    assert stored == one_by_one
+    assert len(outcomes) == len(arrivals)
+
+
+def test_the_later_record_of_an_order_wins_and_the_earlier_ones_are_superseded() -> None:
+    first, second, third = (arrival("a", content, source(content)) for content in (0, 1, 2))
+    stored, outcomes = after([first, second, third], {})
+    assert outcomes == [Outcome.SUPERSEDED, Outcome.SUPERSEDED, Outcome.STORED]
+    assert stored == {"a": version(third)}
+
+
+def test_a_replay_never_overwrites_what_is_newer() -> None:
+    newest = {"a": version(arrival("a", 2, source(2)))}
+    stored, outcomes = after([arrival("a", 0, source(0)), arrival("a", 1, source(1))], newest)
+    assert outcomes == [Outcome.SUPERSEDED, Outcome.SUPERSEDED]
+    assert stored == newest
+
+
+def test_equal_content_is_a_duplicate_that_only_moves_the_source_forward() -> None:
+    stored = {"a": version(arrival("a", 0, source(3)))}
+    later, earlier = arrival("a", 0, source(4)), arrival("a", 0, source(1))
+    assert after([later], stored) == ({"a": version(later)}, [Outcome.DUPLICATE])
+    assert after([earlier], stored) == (stored, [Outcome.DUPLICATE])
+    assert settle([later], stored).writes == ()
+
+
+@pytest.mark.parametrize("elsewhere", [source(0, partition=1), source(0, topic_id="made again"), None])
+def test_between_partitions_the_record_handled_last_wins(elsewhere: Source | None) -> None:
+    stored = {"a": version(arrival("a", 0, source(9)))}
+    other = arrival("a", 1, elsewhere)
+    assert after([other], stored) == ({"a": version(other)}, [Outcome.STORED])
+
+
+@pytest.mark.parametrize(
+    ("stored_at", "may"),
+    [
+        (source(4), True),
+        (source(5), False),
+        (source(6), False),
+        (source(4, partition=1), False),
+        (source(4, topic_id="made again"), False),
+        (None, False),
+    ],
+)
+def test_a_redriven_reject_replaces_only_what_came_before_it_in_its_partition(
+    stored_at: Source | None, may: bool
+) -> None:
+    reject = arrival("a", 1, source(5))
+    stored = {"a": version(arrival("a", 0, stored_at))}
+    assert redrivable(reject, stored["a"]) is may
+    settlement = settle_redriven([reject], stored)
+    assert settlement.outcomes == (Outcome.STORED if may else Outcome.SUPERSEDED,)
+    assert settlement.writes == ((reject,) if may else ())
+    assert settlement.moves == {}
+
+
+def test_a_redriven_reject_of_an_order_that_is_absent_is_stored() -> None:
+    reject = arrival("a", 1, source(5))
+    assert settle_redriven([reject], {}).writes == (reject,)
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        (SAMPLE, None),
+        (None, "malformed_json"),
+        (b"", "malformed_json"),
+        (b"{}", "invalid_order"),
+        (SAMPLE + b" " * 1_000, "too_large"),
+    ],
+)
+def test_a_record_is_an_order_or_a_reject_that_keeps_it_whole(value: bytes | None, code: str | None) -> None:
+    record = Record(source=source(7), topic="orders", key=b"k", value=value, headers=(("h", None),))
+    judged = judge(record, max_bytes=len(SAMPLE) + 100)
+    if code is None:
+        assert judged == Arrival.of(SAMPLE_ORDER, source(7))
+    else:
+        assert isinstance(judged, Reject)
+        assert (judged.code, judged.record) == (code, record)
+        assert judged.total_faults >= 1
+
+
+@pytest.mark.parametrize(
+    "timestamp_ms", [-(2**63), -62135596800001, -1, 0, 253402300799999, 253402300800000, 2**63 - 1]
+)
+def test_any_timestamp_becomes_a_time_that_postgresql_and_python_hold(timestamp_ms: int) -> None:
+    time = record_time(timestamp_ms)
+    assert time.utcoffset() == dt.timedelta(0)
+    if -62135596800000 <= timestamp_ms <= 253402300799999:
+        assert abs(time.timestamp() - timestamp_ms / 1000) < 0.001
+
+
+def test_a_batch_without_some_partitions_is_the_batch_of_the_others() -> None:
+    records = [Record(source=source(p, partition=p), topic="orders", key=None, value=SAMPLE) for p in range(3)]
+    batch = Batch(
+        topic="orders",
+        topic_id="first",
+        spans={p: Span(expected_offset=p, next_offset=p + 1) for p in range(3)},
+        judged=tuple((record, judge(record, 10_000)) for record in records),
+    )
+    rest = batch.without({0, 2})
+    assert rest.spans == {1: batch.spans[1]}
+    assert rest.judged == (batch.judged[1],)
