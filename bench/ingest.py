@@ -27,7 +27,7 @@ from confluent_kafka import Producer
 
 import orderlib
 from bench.report import Figure, write
-from orderlib.rows import delivery_row, item_row, order_row, payment_row
+from orderlib.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS
 from sandbox.server import free_port
 from services.kafka import SILENT
 from services.sender.generate import make_order
@@ -152,11 +152,15 @@ def _insert(connection: psycopg.Connection, order: orderlib.Order) -> None:
     def values(row: tuple[object, ...]) -> str:
         return ", ".join(["%s"] * len(row))
 
+    def fields(model: object, columns: tuple[str, ...]) -> tuple[object, ...]:
+        return tuple(getattr(model, name) for name in columns)
+
+    uid, of_the_store = order.order_uid, (orderlib.content_sha256(order), None, None, None, None, "now", "now")
     rows = [
-        ("orders", (*order_row(order), orderlib.content_sha256(order), None, None, None, None, "now", "now")),
-        ("delivery", (order.order_uid, *delivery_row(order.delivery))),
-        ("payment", (order.order_uid, *payment_row(order.payment))),
-        *(("items", (order.order_uid, line, *item_row(item))) for line, item in enumerate(order.items)),
+        ("orders", (*fields(order, ORDER_COLUMNS), *of_the_store)),
+        ("delivery", (uid, *fields(order.delivery, DELIVERY_COLUMNS))),
+        ("payment", (uid, *fields(order.payment, PAYMENT_COLUMNS))),
+        *(("items", (uid, line, *fields(item, ITEM_COLUMNS))) for line, item in enumerate(order.items)),
     ]
     with connection.transaction():
         for table, row in rows:

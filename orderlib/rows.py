@@ -40,17 +40,6 @@ _PAYMENT_AT = _DELIVERY_AT + len(DELIVERY_COLUMNS)
 JOINED_WIDTH = _PAYMENT_AT + len(PAYMENT_COLUMNS)
 
 
-def _reader(names: Sequence[str]) -> Callable[[Any], Row]:
-    return operator.attrgetter(*names)
-
-
-#: The columns of a model as a row.
-order_row = _reader(ORDER_COLUMNS)
-delivery_row = _reader(DELIVERY_COLUMNS)
-payment_row = _reader(PAYMENT_COLUMNS)
-item_row = _reader(ITEM_COLUMNS)
-
-
 def _model(cls: type[M], names: Sequence[str], row: Sequence[Any]) -> M:
     return trusted(cls, **dict(zip(names, row, strict=True)))
 
@@ -115,7 +104,7 @@ def _packer(model: type[attrs.AttrsInstance], names: Sequence[str]) -> Callable[
     """What makes a model's columns into fields of a binary row."""
     rules = {field.name: rule_of(field) for field in rules_of(model).fields}
     packers = [_PACKERS[column_type(rules[name])] for name in names]
-    read = _reader(names)
+    read = operator.attrgetter(*names)
     return lambda made: b"".join(map(operator.call, packers, read(made)))
 
 

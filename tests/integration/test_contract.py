@@ -26,10 +26,6 @@ from orderlib.rows import (
     ITEM_COLUMNS,
     ORDER_COLUMNS,
     PAYMENT_COLUMNS,
-    delivery_row,
-    item_row,
-    order_row,
-    payment_row,
 )
 from orderlib.testing import SAMPLE
 from orderlib.testing.strategies import orders, values
@@ -45,17 +41,23 @@ TABLES: dict[str | None, tuple[str, type[attrs.AttrsInstance]]] = {
     "items": ("items", Item),
 }
 
+
+def row_of(model: object, columns: Sequence[str]) -> dict[str, object]:
+    """A model's columns with their values."""
+    return {name: getattr(model, name) for name in columns}
+
+
 #: The sample as the rows of its tables, by column; for ``orders`` with what the store adds.
 BASE_ROWS: dict[str | None, dict[str, object]] = {
     None: {
-        **dict(zip(ORDER_COLUMNS, order_row(SAMPLE_ORDER), strict=True)),
+        **row_of(SAMPLE_ORDER, ORDER_COLUMNS),
         "content_sha256": Arrival.of(SAMPLE_ORDER).content_sha256,
         "first_stored_at": SAMPLE_ORDER.date_created,
         "stored_at": SAMPLE_ORDER.date_created,
     },
-    "delivery": dict(zip(DELIVERY_COLUMNS, delivery_row(SAMPLE_ORDER.delivery), strict=True)),
-    "payment": dict(zip(PAYMENT_COLUMNS, payment_row(SAMPLE_ORDER.payment), strict=True)),
-    "items": {"line": 0, **dict(zip(ITEM_COLUMNS, item_row(SAMPLE_ORDER.items[0]), strict=True))},
+    "delivery": row_of(SAMPLE_ORDER.delivery, DELIVERY_COLUMNS),
+    "payment": row_of(SAMPLE_ORDER.payment, PAYMENT_COLUMNS),
+    "items": {"line": 0, **row_of(SAMPLE_ORDER.items[0], ITEM_COLUMNS)},
 }
 
 
