@@ -7,6 +7,7 @@ missing or wrong raises BrokenSetup naming its variable, never its value: it may
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import re
 from collections.abc import Mapping
 
@@ -68,6 +69,16 @@ class Address:
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
 
     @classmethod
     def parse(cls, name: str, text: str) -> Address:
@@ -157,9 +168,12 @@ class ApiSettings:
     @classmethod
     def from_mapping(cls, environ: Mapping[str, str]) -> ApiSettings:
         """Read the settings. Raises BrokenSetup, also where nobody said who may read."""
+        bind = Address.parse("ORDERS_API_BIND", environ.get("ORDERS_API_BIND") or "127.0.0.1:8080")
+        if environ.get("ORDERS_API_AUTH") == "off" and not bind.is_loopback:
+            raise BrokenSetup("ORDERS_API_BIND must be localhost, 127.0.0.1 or [::1] where ORDERS_API_AUTH=off")
         return cls(
             reader_url=_required(environ, "ORDERS_READER_URL"),
-            bind=Address.parse("ORDERS_API_BIND", environ.get("ORDERS_API_BIND") or "127.0.0.1:8080"),
+            bind=bind,
             metrics_bind=Address.parse("ORDERS_METRICS_BIND", environ.get("ORDERS_METRICS_BIND") or "127.0.0.1:9102"),
             tokens=_tokens(environ),
         )

@@ -49,6 +49,11 @@ GET_ITEMS_OF_ORDERS: LiteralString = f"""
 SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid = ANY($1) ORDER BY order_uid, line
 """
 
+#: The items of a page's orders, in the page's order, up to a bound on them all.
+GET_ITEMS_OF_PAGE: LiteralString = f"""
+SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid = ANY($1) ORDER BY array_position($1, order_uid), line LIMIT $2
+"""
+
 #: Whether an order is there, and which version: one primary-key read.
 GET_CONTENT_SHA256: LiteralString = "SELECT content_sha256 FROM orders WHERE order_uid = $1"
 

@@ -20,6 +20,9 @@ from orderlib.models import Order
 PAGE_SIZE = 20
 MAX_PAGE_SIZE = 100
 
+#: A page ends early rather than hold so many items: nobody else should have to wait for it.
+MAX_PAGE_ITEMS = 5_000
+
 #: ``status`` counts no further: a larger number would cost time and tell nobody more.
 COUNTED_AT_MOST = 10_000
 
@@ -140,6 +143,8 @@ class OrderRepository(Protocol):
         track_number: str | None = None,
     ) -> Page:
         """At most ``limit`` orders by ``first_stored_at``, newest first; the filters are exact and both hold.
+
+        A page of very large orders ends early, before 5,000 items, and has a ``next_cursor`` then.
 
         ``after`` is the ``next_cursor`` of the page before. Updates never move an order, so following it shows each
         order once. Raises ValueError for a limit outside 1 to 100.

@@ -22,7 +22,7 @@ from orderlib import queries
 from orderlib.contract import fits_postgres
 from orderlib.errors import InvalidOrder, MalformedJson, OrderNotFound, RefusedByDatabase, TooLarge
 from orderlib.models import Order
-from orderlib.repository import COUNTED_AT_MOST, Cursor, Page, Status, StoredOrder, checked_limit
+from orderlib.repository import COUNTED_AT_MOST, MAX_PAGE_ITEMS, Cursor, Page, Status, StoredOrder, checked_limit
 from orderlib.rows import JOINED_WIDTH, Row, order_from_rows, orders_from_rows
 
 #: A statement and what goes into it.
@@ -129,12 +129,16 @@ class Reading:
         at: list[object] = [place.first_stored_at, place.order_uid] if place else []
         _, joined = yield from self._look(_BEGIN, (statement, [checked_limit(limit) + 1, *at, *filters]))
         shown = joined[:limit]
-        items, _ = yield from self._look((queries.GET_ITEMS_OF_ORDERS, [[row[0] for row in shown]]), _COMMIT)
+        uids = [row[0] for row in shown]
+        items, _ = yield from self._look((queries.GET_ITEMS_OF_PAGE, [uids, MAX_PAGE_ITEMS]), _COMMIT)
+        if len(items) == MAX_PAGE_ITEMS:
+            # The last one's items may not all be there. No order has so many, so the first is whole.
+            shown = shown[: uids.index(items[-1][0])]
         stored = [
             StoredOrder(order=order, first_stored_at=row[JOINED_WIDTH], stored_at=row[JOINED_WIDTH + 1])
             for order, row in zip(orders_from_rows(shown, items), shown, strict=True)
         ]
-        return stored, len(joined) > limit
+        return stored, len(joined) > len(shown)
 
     def _look(self, *questions: Question) -> PQGen[list[list[Row]]]:
         """The rows of each statement, in one round trip."""

@@ -43,6 +43,9 @@ def build(settings: ApiSettings) -> Callable[[Scope, Receive, Send], Awaitable[N
     metrics = metrics_app(of_all_workers)
 
     async def front(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+            return
         is_for_metrics = scope["type"] == "http" and scope["server"][1] == settings.metrics_bind.port
         await (metrics if is_for_metrics else api)(scope, receive, send)
 

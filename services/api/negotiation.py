@@ -13,13 +13,18 @@ def prefers_page(req: Request) -> bool:
     """Whether a page suits this client better than JSON, as it does a browser that did not ask for ``format=json``."""
     if req.params.get("format") == "json":
         return False
-    return req.client_prefers(_OFFERS) == falcon.MEDIA_HTML
+    return _preferred(req) == falcon.MEDIA_HTML
 
 
 def require_acceptable(req: Request) -> None:
     """Raise HTTPNotAcceptable for a client that takes neither."""
-    if req.params.get("format") != "json" and req.client_prefers(_OFFERS) is None:
+    if req.params.get("format") != "json" and _preferred(req) is None:
         raise falcon.HTTPNotAcceptable(description="There is JSON and there are pages, nothing else.")
+
+
+def _preferred(req: Request) -> str | None:
+    """The best of what we offer; the names of media types are compared whatever their case (RFC 9110, 8.3.1)."""
+    return falcon.mediatypes.best_match(_OFFERS, req.accept.lower()) or None
 
 
 def has_fresh_copy(req: Request, etag: str) -> bool:

@@ -45,7 +45,7 @@ def _text(description: str, *, most: int) -> dict[str, Any]:
     return {
         "description": description,
         "required": False,
-        "schema": {"type": "string", "maxLength": most, "pattern": r"^[^\u0000]*$"},
+        "schema": {"type": "string", "minLength": 1, "maxLength": most, "pattern": r"^[^\u0000]*$"},
     }
 
 

@@ -12,10 +12,14 @@ from orderlib.codecs import encode_order
 from orderlib.contract import fits_postgres
 from orderlib.errors import Fault, InvalidOrder
 from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, AsyncOrderReader, Cursor, Page
+from services.api.deadline import in_time
 from services.api.negotiation import has_fresh_copy, prefers_page, require_acceptable
 from services.api.pages import Pages
 
 _REVALIDATE = "private, no-cache"
+
+#: Of the list. A filter that is misspelt must not show everybody's orders.
+_PARAMETERS = {"limit", "cursor", "newer_than", "customer_id", "track_number", "format"}
 
 
 class OrderResource:
@@ -25,6 +29,7 @@ class OrderResource:
         self._reader = reader
         self._pages = pages
 
+    @in_time
     async def on_get(self, req: Request, resp: Response, order_uid: str) -> None:
         """The order, or 304 if the client has this version; that costs one read by primary key."""
         require_acceptable(req)
@@ -57,9 +62,12 @@ class OrdersResource:
         self._reader = reader
         self._pages = pages
 
+    @in_time
     async def on_get(self, req: Request, resp: Response) -> None:
         """A page of orders; two queries, however many."""
         require_acceptable(req)
+        for unknown in sorted(req.params.keys() - _PARAMETERS):
+            raise _bad(unknown, f"one of {', '.join(sorted(_PARAMETERS))}", "another parameter")
         limit = _limit(req)
         after = _cursor(req, "cursor")
         filters = {name: _filter(req, name) for name in ("customer_id", "track_number")}
@@ -95,8 +103,8 @@ def _encoded(page: Page) -> bytes:
 
 
 def _parameter(req: Request, name: str) -> str | None:
-    """A parameter of the query; empty is as good as absent, as a form sends it."""
-    value = req.params.get(name) or None
+    """A parameter of the query."""
+    value = req.params.get(name)
     if isinstance(value, list):
         raise _bad(name, "one value", "several")
     return value
@@ -118,8 +126,8 @@ def _cursor(req: Request, name: str) -> Cursor | None:
 
 def _filter(req: Request, name: str) -> str | None:
     text = _parameter(req, name)
-    if text is not None and (len(text) > 255 or not fits_postgres(text)):
-        raise _bad(name, "a text of at most 255 characters", "another")
+    if text is not None and (not 1 <= len(text) <= 255 or not fits_postgres(text)):
+        raise _bad(name, "a text of 1 to 255 characters", "another")
     return text
 
 

@@ -35,7 +35,7 @@ class Problems:
         app.add_error_handler(OrderNotFound, self._answer_not_found)
         app.add_error_handler(InvalidOrder, self._answer_invalid)
         app.add_error_handler(TryAgain, self._answer_unavailable)
-        app.add_error_handler(BrokenSetup, self._answer_unavailable)
+        app.add_error_handler(BrokenSetup, self._answer_not_set_up)
 
     async def _answer(self, req: Request, resp: Response, error: falcon.HTTPError, _params: dict[str, Any]) -> None:
         status = HTTPStatus(falcon.http_status_to_code(error.status))
@@ -67,12 +67,19 @@ class Problems:
     async def _answer_invalid(self, req: Request, resp: Response, error: InvalidOrder, params: dict[str, Any]) -> None:
         await self._answer(req, resp, falcon.HTTPBadRequest(description=f"{error.faults[0]}."), params)
 
-    async def _answer_unavailable(
-        self, req: Request, resp: Response, error: TryAgain | BrokenSetup, params: dict[str, Any]
-    ) -> None:
+    async def _answer_unavailable(self, req: Request, resp: Response, error: TryAgain, params: dict[str, Any]) -> None:
         req.context.reason = str(error)
         unavailable = falcon.HTTPServiceUnavailable(
             description="The database does not answer. Please try again.", retry_after=RETRY_AFTER_S
+        )
+        await self._answer(req, resp, unavailable, params)
+
+    async def _answer_not_set_up(
+        self, req: Request, resp: Response, error: BrokenSetup, params: dict[str, Any]
+    ) -> None:
+        req.context.reason = str(error)
+        unavailable = falcon.HTTPServiceUnavailable(
+            description="The service is not set up; its log says what is missing.", retry_after=RETRY_AFTER_S
         )
         await self._answer(req, resp, unavailable, params)
 

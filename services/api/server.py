@@ -49,7 +49,7 @@ class _Protocol(ASGIProtocol):  # type: ignore[misc]
         self._keepalive_handle = self.worker.loop.call_later(HEAD_WITHIN_S, self._keepalive_timeout)
 
     def pause_writing(self) -> None:
-        self._unread = self.worker.loop.call_later(TAKE_WITHIN_S, self.transport.abort)
+        self._expect_less()
         super().pause_writing()
 
     def resume_writing(self) -> None:
@@ -65,6 +65,14 @@ class _Protocol(ASGIProtocol):  # type: ignore[misc]
         """Close unless an answer is owed."""
         if self._current_request is None and not self._finishing_calls:
             self._keepalive_timeout()
+
+    def _expect_less(self, before: int | None = None) -> None:
+        """Give up on a client that took nothing since the last look; look again at one that did."""
+        waiting = self.transport.get_write_buffer_size()
+        if before is not None and waiting >= before:
+            self.transport.abort()
+        else:
+            self._unread = self.worker.loop.call_later(TAKE_WITHIN_S, self._expect_less, waiting)
 
     def _let_be(self) -> None:
         if self._unread is not None:

@@ -161,6 +161,8 @@ def test_filters_are_exact_and_both_must_hold(api: Service, store: orderlib.Post
         # 2026-01-01T00:00:00+00:00 and an order_uid with U+0000.
         "cursor=" + base64.urlsafe_b64encode(b"2026-01-01T00:00:00+00:00 a\0b").decode().rstrip("="),
         *(f"customer_id={'x' * 256}", "track_number=%00", "customer_id=a&customer_id=b"),
+        # Taken for no filter at all, these would show everybody's orders.
+        *("customer_id=", "track_number", "custmer_id=a"),
     ],
 )
 def test_a_bad_parameter_is_named(api: Service, query: str) -> None:
@@ -227,6 +229,21 @@ def test_raw_json_for_a_browser_is_what_a_program_gets(api: Service) -> None:
     answer = api.page(f"{SAMPLE_PATH}?format=json")
     assert answer.headers["Content-Type"] == "application/json"
     assert answer.body == api.get(SAMPLE_PATH).body
+
+
+def test_the_names_of_media_types_have_no_case(api: Service) -> None:
+    assert api.get(SAMPLE_PATH, {"Accept": "Text/HTML"}).headers["Content-Type"].startswith("text/html")
+
+
+def test_a_websocket_is_refused_without_a_word_in_the_log(guarded: Service) -> None:
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(),
+    }
+    assert guarded.get("/orders", upgrade).status == 403
+    assert [told for told in guarded.events() if told["level"] == "error"] == []
 
 
 def test_a_request_keeps_its_id(api: Service) -> None:

@@ -148,6 +148,18 @@ def test_an_outage_and_a_broken_set_up_are_told_apart(module_database: Database,
         asyncio.run(ask(empty_database.superuser_url))
 
 
+def test_a_check_notices_a_table_that_cannot_be_read(database: Database) -> None:
+    async def check() -> None:
+        async with AsyncPostgresOrderReader(database.reader_url) as reader:
+            await reader.check()
+
+    asyncio.run(check())
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        superuser.execute("REVOKE SELECT ON items FROM orders_reader")
+    with pytest.raises(BrokenSetup, match="items"):
+        asyncio.run(check())
+
+
 def test_the_reader_sets_utc_and_a_bound_on_statements(module_database: Database, store: object) -> None:  # noqa: ARG001
     """A lock keeps it waiting; PostgreSQL itself ends the statement, and nothing waits on there."""
 

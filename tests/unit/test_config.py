@@ -150,6 +150,19 @@ def test_who_may_read_must_be_said_once() -> None:
         ApiSettings.from_mapping({**API, "ORDERS_API_AUTH": "off"})
 
 
+@pytest.mark.parametrize(
+    ("host", "may"),
+    [("localhost", True), ("127.0.0.9", True), ("[::1]", True), ("192.0.2.1", False), ("[::]", False), ("shop", False)],
+)
+def test_without_tokens_only_this_machine_may_ask(host: str, may: bool) -> None:
+    environ = {**API, "ORDERS_API_TOKENS": "", "ORDERS_API_AUTH": "off", "ORDERS_API_BIND": f"{host}:1"}
+    if may:
+        assert ApiSettings.from_mapping(environ).bind.host == host
+    else:
+        with pytest.raises(BrokenSetup, match="ORDERS_API_BIND must be localhost"):
+            ApiSettings.from_mapping(environ)
+
+
 def test_a_token_belongs_to_its_name() -> None:
     settings = ApiSettings.from_mapping({**API, "ORDERS_API_TOKENS": f"shop:{SECRET}, old:with:colon"})
     assert settings.name_of(SECRET) == "shop"

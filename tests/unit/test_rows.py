@@ -53,7 +53,7 @@ def test_a_joined_row_has_the_columns_of_the_models_in_their_order(statement: Li
     assert columns(selected[1])[:JOINED_WIDTH] == JOINED
 
 
-@pytest.mark.parametrize("statement", [queries.GET_ITEMS, queries.GET_ITEMS_OF_ORDERS])
+@pytest.mark.parametrize("statement", [queries.GET_ITEMS, queries.GET_ITEMS_OF_ORDERS, queries.GET_ITEMS_OF_PAGE])
 def test_an_items_row_is_its_order_uid_and_the_columns_of_the_model(statement: LiteralString) -> None:
     selected = re.search(r"SELECT(.*?)FROM items", statement, re.DOTALL)
     assert selected
