@@ -81,7 +81,8 @@ def document() -> dict[str, Any]:
     }
     many = {
         "200": {
-            "description": "A page of orders, newest first.",
+            "description": "A page of orders, newest first. One of very large orders ends early.",
+            "headers": {name: headers[name] for name in ("Cache-Control", "Vary")},
             "content": {
                 _JSON: {"schema": {"$ref": "#/components/schemas/OrderList"}},
                 "text/html": {"schema": {"type": "string"}},
@@ -90,13 +91,23 @@ def document() -> dict[str, Any]:
         "400": _BAD_REQUEST,
         **_PROBLEMS,
     }
+    as_json = {
+        "name": "format",
+        "in": "query",
+        "description": "`json` gives JSON to a browser too; anything else changes nothing.",
+        "schema": {"type": "string"},
+    }
     query = [
         {
             "name": "limit",
             "description": "How many at most.",
             "schema": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": PAGE_SIZE},
         },
-        {"name": "cursor", "description": "`next_cursor` of the page before.", "schema": {"type": "string"}},
+        {
+            "name": "cursor",
+            "description": "`next_cursor` of the page before.",
+            "schema": {"type": "string", "minLength": 1},
+        },
         {"name": "customer_id", **_text("Only orders of exactly this customer.", most=255)},
         {"name": "track_number", **_text("Only orders with exactly this track number.", most=255)},
     ]
@@ -114,18 +125,19 @@ def document() -> dict[str, Any]:
         "security": [{"bearer": []}, {"basic": []}],
         "paths": {
             "/orders/{order_uid}": {
-                "parameters": [order_uid, if_none_match],
+                "parameters": [order_uid, if_none_match, as_json],
                 "get": {"operationId": "getOrder", "summary": "An order", "responses": one},
                 "head": {"operationId": "headOrder", "summary": "An order's headers", "responses": one},
             },
             "/orders": {
-                "parameters": [{"in": "query", "required": False, **parameter} for parameter in query],
+                "parameters": [as_json, *({"in": "query", "required": False, **parameter} for parameter in query)],
                 "get": {
                     "operationId": "listOrders",
                     "summary": "Orders, newest first",
                     "description": "By the time of their first storing, which updates never move.",
                     "responses": many,
                 },
+                "head": {"operationId": "headOrders", "summary": "The list's headers", "responses": many},
             },
             "/livez": {"get": {"operationId": "live", "summary": "Does it live?", "security": [], "responses": health}},
             "/readyz": {
