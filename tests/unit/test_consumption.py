@@ -11,8 +11,6 @@ import pytest
 from orderlib.consumption import (
     BREAKER_RECORDS,
     MAX_AGE_S,
-    MAX_BYTES,
-    MAX_RECORDS,
     STALL_S,
     SURVEY_S,
     Action,
@@ -55,6 +53,15 @@ class Driver:
     def fetch(self, *records: Record) -> None:
         self.core.on_records(records, self.now_s)
 
+    def wants_records(self) -> bool:
+        return self.core.wants_records
+
+    def idle(self) -> bool:
+        return self.core.idle
+
+    def stopped(self) -> bool:
+        return self.core.stopped
+
     def tick(self, seconds: float = 0.0) -> list[Action]:
         self.now_s += seconds
         self.core.on_tick(self.now_s)
@@ -91,24 +98,30 @@ def started(*partitions: int, until: Mapping[int, int] | None = None) -> Driver:
 def test_a_batch_closes_when_its_first_record_is_50_ms_old() -> None:
     driver = started(0)
     driver.fetch(record(0))
-    assert driver.tick(MAX_AGE_S * 0.9) == []
+    assert driver.tick(0.045) == []
     driver.fetch(record(1))
-    assert driver.write(MAX_AGE_S * 0.2).spans == {0: Span(expected_offset=0, next_offset=2)}
+    assert driver.write(0.01).spans == {0: Span(expected_offset=0, next_offset=2)}
 
 
 def test_a_batch_closes_at_2000_records_and_nothing_more_is_wanted() -> None:
     driver = started(0)
-    driver.fetch(*map(record, range(MAX_RECORDS)))
-    assert not driver.core.wants_records
-    assert len(driver.write(0).judged) == MAX_RECORDS
-    assert driver.core.wants_records
+    driver.fetch(*map(record, range(1_999)))
+    assert driver.wants_records()
+    assert driver.tick() == []
+    driver.fetch(record(1_999))
+    assert not driver.wants_records()
+    assert len(driver.write(0).judged) == 2_000
+    assert driver.wants_records()
 
 
 def test_a_batch_closes_at_16_mib() -> None:
     driver = started(0)
-    driver.fetch(record(0, value=bytes(MAX_BYTES)))
-    assert not driver.core.wants_records
-    assert len(driver.write(0).judged) == 1
+    driver.fetch(record(0, value=bytes(2**24 - 1)))
+    assert driver.wants_records()
+    assert driver.tick() == []
+    driver.fetch(record(1, value=b"1"))
+    assert not driver.wants_records()
+    assert len(driver.write(0).judged) == 2
 
 
 def test_while_one_batch_is_written_the_next_is_collected_and_follows_it() -> None:
@@ -130,6 +143,17 @@ def test_gaps_are_part_of_a_batch_also_where_no_record_follows() -> None:
     assert len(batch.judged) == 1
 
 
+def test_a_position_that_is_not_further_changes_nothing() -> None:
+    driver = started(0)
+    driver.core.on_end(0, 5, driver.now_s)
+    driver.core.on_end(0, 4, driver.now_s)
+    driver.core.on_end(1, 9, driver.now_s)
+    assert driver.write().spans == {0: Span(expected_offset=0, next_offset=5)}
+    driver.written()
+    driver.core.on_end(0, 5, driver.now_s)
+    assert driver.tick(MAX_AGE_S) == []
+
+
 def test_a_record_that_was_seen_already_is_passed_over() -> None:
     driver = started(0)
     driver.fetch(record(0), record(1), record(0))
@@ -143,9 +167,12 @@ def test_partitions_are_located_together_and_fetched_from_where_the_store_is() -
     driver = Driver()
     driver.core.on_given([2])
     driver.core.on_given([0])
+    assert not driver.idle()
     assert driver.tick() == [Locate(frozenset({0, 2}))]
     driver.core.on_located("id", {0: 7, 2: 9})
     assert driver.core.take_actions() == [Assign({0: 7, 2: 9})]
+    assert driver.core.assigned == {0, 2}
+    assert driver.idle()
 
 
 def test_a_partition_that_was_taken_while_it_was_located_is_not_fetched() -> None:
@@ -155,6 +182,11 @@ def test_a_partition_that_was_taken_while_it_was_located_is_not_fetched() -> Non
     driver.core.on_taken([1])
     driver.core.on_located("id", {0: 0, 1: 0})
     assert driver.core.take_actions() == [Assign({0: 0})]
+    driver.core.on_given([1])
+    driver.tick()
+    driver.core.on_taken([1])
+    driver.core.on_located("id", {1: 0})
+    assert driver.core.take_actions() == []
 
 
 def test_records_of_a_partition_that_was_taken_are_dropped_and_those_of_others_kept() -> None:
@@ -167,13 +199,47 @@ def test_records_of_a_partition_that_was_taken_are_dropped_and_those_of_others_k
     assert [one.source.partition for one, _ in batch.judged] == [1]
 
 
-def test_a_batch_whose_partition_was_taken_is_written_and_not_reported() -> None:
+def test_records_that_were_dropped_make_room_and_leave_no_age_behind() -> None:
+    driver = started(0, 1)
+    driver.fetch(record(0, value=bytes(2**24)))
+    assert not driver.wants_records()
+    driver.core.on_taken([0])
+    assert driver.wants_records()
+    assert driver.tick(MAX_AGE_S) == []
+    driver.fetch(record(0, 1))
+    assert driver.tick() == []
+    driver.write()
+
+
+def test_what_was_collected_of_others_is_not_made_to_wait_by_a_partition_that_was_taken() -> None:
+    driver = started(0, 1)
+    driver.fetch(record(0, 0), record(0, 1))
+    driver.now_s += MAX_AGE_S
+    driver.core.on_taken([0])
+    driver.fetch(record(1, 1))
+    assert driver.write(0).spans == {1: Span(expected_offset=0, next_offset=2)}
+
+
+def test_a_partition_that_went_and_came_back_is_located_anew_once_the_batch_in_hand_is_written() -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
     driver.core.on_taken([0])
+    driver.core.on_given([0])
+    assert driver.tick() == []
     assert driver.written() == []
-    assert driver.core.idle
+    assert driver.tick() == [Locate(frozenset({0}))]
+
+
+def test_a_batch_whose_partition_was_taken_is_written_and_not_reported() -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    assert not driver.idle()
+    driver.write()
+    driver.core.on_taken([0])
+    assert not driver.idle()
+    assert driver.written() == []
+    assert driver.idle()
 
 
 def test_a_topic_with_another_id_stops_the_consumer() -> None:
@@ -218,7 +284,7 @@ def test_a_lost_fence_of_a_partition_that_was_taken_is_dropped() -> None:
     driver.write()
     driver.core.on_taken([0])
     assert driver.fail(FenceLost({0}, {0: 5})) == []
-    assert driver.core.idle
+    assert driver.idle()
 
 
 # Errors.
@@ -234,17 +300,28 @@ def test_an_outage_is_waited_out_in_growing_waits_and_the_same_batch_is_tried_ag
         assert isinstance(pause, Pause)
         waits_s.append(pause.wait_s)
         assert driver.core.in_outage
-        assert not driver.core.wants_records
+        assert not driver.wants_records()
         assert driver.tick(pause.wait_s * 0.99) == []
         assert driver.tick(pause.wait_s * 0.02) == [Write(batch)]
     assert waits_s == sorted(waits_s)
     assert driver.written() == [Resume(), Report({0: 1})]
-    assert driver.core.wants_records
+    assert driver.wants_records()
     driver.fetch(record(1))
     driver.write()
     [pause] = driver.fail(StoreUnreachable("away"))
     assert isinstance(pause, Pause)
     assert pause.wait_s <= 2 * waits_s[0]
+
+
+def test_an_outage_at_the_start_is_waited_out_too() -> None:
+    driver = Driver()
+    driver.core.on_given([0])
+    locate = driver.tick()
+    [pause] = driver.fail(StoreUnreachable("away"))
+    assert isinstance(pause, Pause)
+    assert driver.tick(pause.wait_s) == locate
+    driver.core.on_located("id", {0: 3})
+    assert driver.core.take_actions() == [Resume(), Assign({0: 3})]
 
 
 def test_a_store_that_does_not_answer_is_an_outage_said_once() -> None:
@@ -254,8 +331,20 @@ def test_a_store_that_does_not_answer_is_an_outage_said_once() -> None:
     assert driver.tick(STALL_S * 0.9) == []
     [pause] = driver.tick(STALL_S * 0.2)
     assert isinstance(pause, Pause)
+    assert not driver.wants_records()
     assert driver.tick(STALL_S) == []
     assert driver.written() == [Resume(), Report({0: 1})]
+
+
+def test_each_try_has_its_own_time_to_answer() -> None:
+    driver = started(0)
+    driver.tick(10 * STALL_S)
+    driver.fetch(record(0))
+    driver.write()
+    assert driver.tick(STALL_S * 0.9) == []
+    driver.fail(Collision("deadlock"))
+    driver.tick()
+    assert driver.tick(STALL_S * 0.9) == []
 
 
 def test_two_transactions_that_met_are_tried_again_at_once() -> None:
@@ -266,13 +355,16 @@ def test_two_transactions_that_met_are_tried_again_at_once() -> None:
     assert driver.tick() == [Write(batch)]
 
 
-@pytest.mark.parametrize("error", [BrokenSetup("no such right"), BreakerTripped("nearly all")])
+@pytest.mark.parametrize(
+    "error",
+    [BrokenSetup("no such right"), BreakerTripped("nearly all"), OrderError("never seen before")],
+)
 def test_what_no_retry_can_mend_stops_the_consumer(error: OrderError) -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
     assert driver.fail(error) == [Stop(error)]
-    assert driver.core.stopped
+    assert driver.stopped()
     assert driver.tick(60) == []
 
 
@@ -285,9 +377,9 @@ def test_told_to_stop_it_waits_for_the_batch_in_hand_and_begins_nothing() -> Non
     driver.write()
     driver.fetch(record(1))
     driver.core.on_stop()
-    assert (driver.core.wants_records, driver.core.stopped) == (False, False)
+    assert (driver.wants_records(), driver.stopped()) == (False, False)
     assert driver.written() == [Report({0: 1})]
-    assert (driver.core.wants_records, driver.core.stopped) == (False, True)
+    assert (driver.wants_records(), driver.stopped()) == (False, True)
     assert driver.tick(60) == []
 
 
@@ -298,16 +390,47 @@ def test_told_to_stop_a_batch_that_failed_is_left_to_the_next(error: OrderError)
     driver.write()
     driver.core.on_stop()
     assert driver.fail(error) == []
-    assert driver.core.stopped
+    assert driver.stopped()
 
 
-def test_told_to_stop_in_an_outage_it_leaves_at_once() -> None:
+def test_told_to_stop_a_set_up_that_is_broken_is_said_all_the_same() -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
-    driver.fail(StoreUnreachable("away"))
     driver.core.on_stop()
-    assert driver.core.stopped
+    error = BrokenSetup("no such right")
+    assert driver.fail(error) == [Stop(error)]
+    assert driver.stopped()
+
+
+@pytest.mark.parametrize("error", [StoreUnreachable("away"), Collision("deadlock")])
+def test_told_to_stop_before_the_next_try_it_leaves_at_once(error: OrderError) -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    driver.write()
+    driver.fail(error)
+    driver.core.on_stop()
+    assert driver.stopped()
+    assert driver.tick(60) == []
+
+
+def test_told_to_stop_with_records_collected_it_leaves_them_to_the_next() -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    driver.core.on_stop()
+    assert driver.stopped()
+    assert driver.tick(MAX_AGE_S) == []
+
+
+def test_told_to_stop_while_partitions_are_located_it_waits_for_the_answer() -> None:
+    driver = Driver()
+    driver.core.on_given([0])
+    driver.tick()
+    driver.core.on_stop()
+    assert not driver.stopped()
+    driver.core.on_located("id", {0: 0})
+    assert driver.stopped()
+    assert not driver.wants_records()
 
 
 def test_it_leaves_when_the_group_has_handled_everything_asked_for() -> None:
@@ -323,6 +446,18 @@ def test_it_leaves_when_the_group_has_handled_everything_asked_for() -> None:
     assert driver.core.take_actions() == [Stop(None)]
 
 
+def test_the_ends_asked_for_are_not_looked_at_while_there_is_something_to_write() -> None:
+    driver = started(0, until={0: 1})
+    driver.fetch(record(0))
+    assert driver.tick() == []
+    driver.write()
+    assert driver.tick() == []
+
+
+def test_where_nothing_was_asked_for_it_never_leaves_by_itself() -> None:
+    assert started(0).tick(SURVEY_S) == []
+
+
 # The breaker.
 
 
@@ -332,6 +467,13 @@ def test_the_breaker_trips_when_nearly_all_of_the_last_1000_were_refused() -> No
     breaker.check([False])()
     with pytest.raises(BreakerTripped, match="950 of the last 1,000"):
         Breaker(0.95).check([True] * 950 + [False] * 50)
+
+
+def test_what_was_refused_1000_records_ago_no_longer_counts() -> None:
+    breaker = Breaker(0.95)
+    for _ in range(3):
+        breaker.check([True] * 949)()
+        breaker.check([False] * 51)()
 
 
 def test_the_breaker_never_trips_on_fewer_than_1000() -> None:

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
+import struct
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import LiteralString
 
+import attrs
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from psycopg import adapters
+from psycopg.adapt import PyFormat, Transformer
+from psycopg.pq import Format
 
-from orderlib import Order, queries
+from orderlib import Order, decode_order, queries
+from orderlib.contract import column_type
 from orderlib.rows import (
     DELIVERY_COLUMNS,
     ITEM_COLUMNS,
     JOINED_WIDTH,
     ORDER_COLUMNS,
     PAYMENT_COLUMNS,
+    BinaryRows,
     order_from_rows,
     orders_from_rows,
+    stamps,
 )
+from orderlib.testing import SAMPLE
 from orderlib.testing.strategies import orders
+from tests.candidates import PLACES
 
 JOINED = [
     *(f"o.{name}" for name in ORDER_COLUMNS),
@@ -28,8 +41,17 @@ JOINED = [
 ]
 
 
+SAMPLE_ORDER = decode_order(SAMPLE)
+
+
 def columns(text: str) -> list[str]:
     return [column.strip() for column in text.split(",")]
+
+
+def copied_columns(statement: str) -> list[str]:
+    copied = re.search(r"COPY \w+ \((.*?)\)", statement, re.DOTALL)
+    assert copied
+    return columns(copied[1])
 
 
 def joined_row(order: Order) -> tuple[object, ...]:
@@ -70,9 +92,7 @@ def test_an_items_row_is_its_order_uid_and_the_columns_of_the_model(statement: L
     ],
 )
 def test_rows_are_copied_into_the_columns_of_the_models(statement: LiteralString, expected: tuple[str, ...]) -> None:
-    copied = re.search(r"COPY \w+ \((.*?)\)", statement, re.DOTALL)
-    assert copied
-    assert columns(copied[1])[: len(expected)] == list(expected)
+    assert copied_columns(statement)[: len(expected)] == list(expected)
 
 
 @given(orders())
@@ -94,3 +114,83 @@ def test_items_find_their_order_whatever_the_order_of_the_rows(one: Order, other
 def test_a_row_of_another_width_is_an_error() -> None:
     with pytest.raises(ValueError, match="zip"):
         order_from_rows(("too", "short"), [])
+
+
+# Rows in the binary format
+
+#: The type of each column, as the schema has it (tests/integration/test_contract.py).
+TYPES = {(place.part, place.name): column_type(place.rule) for place in PLACES}
+OF_THE_STORE = {
+    "order_uid": "text",
+    "line": "integer",
+    "content_sha256": "bytea",
+    "source_topic_id": "text",
+    "source_partition": "integer",
+    "source_offset": "bigint",
+    "source_time": "timestamptz",
+    "first_stored_at": "timestamptz",
+    "stored_at": "timestamptz",
+}
+MOMENTS = st.datetimes(timezones=st.just(dt.UTC))
+Place = tuple[str, int, int, dt.datetime]
+PLACES_IN_KAFKA = st.tuples(
+    st.text(st.characters(exclude_categories=["Cs"])), st.integers(0, 2**31 - 1), st.integers(0, 2**63 - 1), MOMENTS
+)
+
+FIRST, LAST = dt.datetime.min.replace(tzinfo=dt.UTC), dt.datetime.max.replace(tzinfo=dt.UTC)
+BEFORE_2000 = dt.datetime(1999, 12, 31, 23, 59, 59, 999999, dt.timezone(dt.timedelta(hours=-14)))
+LEAST = attrs.evolve(SAMPLE_ORDER, date_created=FIRST, sm_id=0, shardkey="", oof_shard="", internal_signature="")
+MOST = attrs.evolve(
+    SAMPLE_ORDER,
+    date_created=LAST,
+    sm_id=2**63 - 1,
+    entry="\U0001f600\U0010ffff" * 127,
+    items=[attrs.evolve(SAMPLE_ORDER.items[0], status=2**31 - 1, chrt_id=2**63 - 1, name="\u0301")] * 3,
+)
+
+
+def written_by_psycopg(part: str | None, statement: str, values: Mapping[str, object]) -> bytes:
+    """A row for a binary COPY as psycopg makes it, in the columns of the statement."""
+    names = copied_columns(statement)
+    types = [TYPES.get((part, name)) or OF_THE_STORE[name] for name in names]
+    transformer = Transformer()
+    transformer.set_dumper_types([adapters.types[name].oid for name in types], Format.BINARY)
+    fields = transformer.dump_sequence([values[name] for name in names], [PyFormat.BINARY] * len(names))
+    packed = (struct.pack("!i", -1) if data is None else struct.pack("!i", len(data)) + bytes(data) for data in fields)
+    return struct.pack("!h", len(names)) + b"".join(packed)
+
+
+@given(orders(), st.binary(min_size=32, max_size=32), st.none() | PLACES_IN_KAFKA, MOMENTS, MOMENTS)
+@example(LEAST, bytes(32), None, FIRST, FIRST)
+@example(MOST, b"\xff" * 32, ("", 2**31 - 1, 2**63 - 1, LAST), LAST, LAST)
+@example(attrs.evolve(SAMPLE_ORDER, date_created=BEFORE_2000), bytes(32), ("id", 0, 0, FIRST), BEFORE_2000, LAST)
+@settings(max_examples=50)
+def test_rows_are_byte_for_byte_what_psycopg_would_copy(
+    order: Order, sha256: bytes, source: Place | None, first_stored_at: dt.datetime, stored_at: dt.datetime
+) -> None:
+    topic_id, partition, offset, time = source or (None, None, None, None)
+    of_order = {
+        **{name: getattr(order, name) for name in ORDER_COLUMNS},
+        "content_sha256": sha256,
+        "source_topic_id": topic_id,
+        "source_partition": partition,
+        "source_offset": offset,
+        "source_time": time,
+        "first_stored_at": first_stored_at,
+        "stored_at": stored_at,
+    }
+
+    def of_part(part: object, names: tuple[str, ...]) -> dict[str, object]:
+        return {"order_uid": order.order_uid, **{name: getattr(part, name) for name in names}}
+
+    rows = BinaryRows.of(order, sha256, source)
+    assert rows.order + stamps(first_stored_at, stored_at) == written_by_psycopg(None, queries.COPY_ORDERS, of_order)
+    for name, made, statement, names in (
+        ("delivery", rows.delivery, queries.COPY_DELIVERY, DELIVERY_COLUMNS),
+        ("payment", rows.payment, queries.COPY_PAYMENT, PAYMENT_COLUMNS),
+    ):
+        assert made == written_by_psycopg(name, statement, of_part(getattr(order, name), names))
+    assert rows.items == b"".join(
+        written_by_psycopg("items", queries.COPY_ITEMS, {"line": line, **of_part(item, ITEM_COLUMNS)})
+        for line, item in enumerate(order.items)
+    )
