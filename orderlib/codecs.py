@@ -9,16 +9,14 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import itertools
-import operator
 import re
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-import attrs
 import msgspec
 from cattrs import BaseConverter
 from msgspec.inspect import DataclassType, Type, VarTupleType
 
+from orderlib.canonical import Canonical, CanonicalOrder, canonical_form
 from orderlib.contract import Examination, M, rules_of
 from orderlib.errors import Fault, MalformedJson
 from orderlib.models import MAX_ITEMS, Delivery, Item, Order, Payment
@@ -26,25 +24,11 @@ from orderlib.models import MAX_ITEMS, Delivery, Item, Order, Payment
 #: So many levels of arrays and objects, anywhere in a record, are malformed.
 MAX_NESTING = 1000
 
-_decoder = msgspec.json.Decoder(Order)
+T = TypeVar("T")
+
 _encoder = msgspec.json.Encoder()
-
-
-def _canonical(
-    model: type[attrs.AttrsInstance],
-) -> tuple[Callable[..., Any], Callable[[Any], tuple[Any, ...]]]:
-    """A struct with the model's fields, and what reads them off a model, both in the contract's order.
-
-    msgspec writes attrs classes in the order of their slots, which CPython sorts by name; structs in their own.
-    """
-    names = [field.name for field in attrs.fields(model)]
-    return msgspec.defstruct(f"Canonical{model.__name__}", names, gc=False), operator.attrgetter(*names)
-
-
-_CanonicalOrder, _fields_of_order = _canonical(Order)
-_CanonicalDelivery, _fields_of_delivery = _canonical(Delivery)
-_CanonicalPayment, _fields_of_payment = _canonical(Payment)
-_CanonicalItem, _fields_of_item = _canonical(Item)
+_decoder = msgspec.json.Decoder(Order)
+_canonical_decoder = msgspec.json.Decoder(CanonicalOrder)
 
 
 def decode_order(data: bytes) -> Order:
@@ -59,6 +43,17 @@ def decode_order(data: bytes) -> Order:
         InvalidOrder: well-formed, but not an order; ``faults`` has every fault in document order.
         TypeError: anything but bytes.
     """
+    return _decoded(data, _decoder)
+
+
+def decode_canonical(data: bytes) -> Canonical:
+    """What ``decode_order`` gives, in canonical form; takes and refuses the same."""
+    canonical = _decoded(data, _canonical_decoder)
+    canonical.date_created = canonical.date_created.astimezone(dt.UTC)
+    return canonical
+
+
+def _decoded(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     if not isinstance(data, bytes):
         raise TypeError(f"an order is decoded from bytes, not from {type(data).__name__}")
     if not data.isascii():
@@ -74,12 +69,12 @@ def decode_order(data: bytes) -> Order:
     ):
         raise _malformed(f"{MAX_NESTING:,} or more levels of nesting")
     try:
-        order = _decoder.decode(data)
+        order: Any = decoder.decode(data)
     except (msgspec.DecodeError, RecursionError):
-        return _second_look(data)
-    if (b"\\" in data and b"\\u0000" in data) or not 1 < order.date_created.year < 9999:
-        return _second_look(data)
-    return order
+        order = None
+    if order is None or (b"\\" in data and b"\\u0000" in data) or not 1 < order.date_created.year < 9999:
+        return msgspec.convert(_second_look(data), decoder.type)
+    return order  # type: ignore[no-any-return]
 
 
 def encode_order(order: Order) -> bytes:
@@ -87,12 +82,12 @@ def encode_order(order: Order) -> bytes:
 
     Equal orders give equal bytes, and ``decode_order`` gives the order back.
     """
-    return _encoder.encode(_in_canonical_form(order))
+    return _encoder.encode(canonical_form(order))
 
 
 def content_sha256(order: Order) -> bytes:
     """The SHA-256 of an order's canonical JSON, 32 bytes: equal exactly where the content is."""
-    return hashlib.sha256(encode_order(order)).digest()
+    return digest(canonical_form(order))
 
 
 def order_from_plain(data: object) -> Order:
@@ -109,7 +104,7 @@ def order_to_plain(order: Order) -> dict[str, Any]:
 
     ``order_from_plain`` gives the order back.
     """
-    plain: dict[str, Any] = msgspec.to_builtins(_in_canonical_form(order))
+    plain: dict[str, Any] = msgspec.to_builtins(canonical_form(order))
     return plain
 
 
@@ -124,16 +119,9 @@ def register_order_hooks(converter: BaseConverter) -> None:
     converter.register_unstructure_hook(Order, order_to_plain)
 
 
-def _in_canonical_form(order: Order) -> object:
-    *head, date_created, oof_shard, delivery, payment, items = _fields_of_order(order)
-    return _CanonicalOrder(
-        *head,
-        date_created.astimezone(dt.UTC),
-        oof_shard,
-        _CanonicalDelivery(*_fields_of_delivery(delivery)),
-        _CanonicalPayment(*_fields_of_payment(payment)),
-        [_CanonicalItem(*_fields_of_item(item)) for item in items],
-    )
+def digest(canonical: Canonical) -> bytes:
+    """``content_sha256`` of an order in canonical form."""
+    return hashlib.sha256(_encoder.encode(canonical)).digest()
 
 
 def _structure(data: object, cls: type[M]) -> M:
@@ -143,24 +131,24 @@ def _structure(data: object, cls: type[M]) -> M:
     return msgspec.convert(plain, cls)
 
 
-def _second_look(data: bytes) -> Order:
+def _second_look(data: bytes) -> object:
+    """The order in a JSON text as plain data, or every fault."""
     try:
         return _look(data)
     except RecursionError:
         return _look(_shallow(_without_lone_surrogates(data)))
 
 
-def _look(data: bytes) -> Order:
+def _look(data: bytes) -> object:
     try:
-        plain = _examined(data)
+        return _examined(data)
     except msgspec.DecodeError:
         # msgspec refuses a lone surrogate in an escape as malformed, also in unknown fields; JSON's grammar allows it.
         # As U+0000 it stays as unfit for a text of ours, and nobody looks at the others.
         try:
-            plain = _examined(_without_lone_surrogates(data))
+            return _examined(_without_lone_surrogates(data))
         except msgspec.DecodeError as exc:
             raise _malformed(str(exc).removeprefix("JSON is malformed: ")) from exc
-    return msgspec.convert(plain, Order)
 
 
 def _examined(data: bytes) -> object:

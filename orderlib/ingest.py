@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
-from orderlib.codecs import content_sha256, decode_order
+from orderlib.canonical import Canonical, canonical_form
+from orderlib.codecs import decode_canonical, digest
 from orderlib.errors import Fault, MalformedJson, Refused, TooLarge
 from orderlib.models import Order
 from orderlib.repository import Outcome
@@ -68,9 +69,9 @@ def record_time(timestamp_ms: int) -> dt.datetime:
 
 @attrs.frozen(kw_only=True)
 class Arrival:
-    """An order about to be stored."""
+    """An order about to be stored, with all that can be made of it before the database is asked."""
 
-    order: Order
+    order_uid: str
     content_sha256: bytes
     #: Ready to be copied.
     rows: BinaryRows = attrs.field(repr=False, eq=False)
@@ -79,10 +80,16 @@ class Arrival:
 
     @classmethod
     def of(cls, order: Order, source: Source | None = None) -> Arrival:
-        """The order with all that can be made of it before the database is asked."""
-        sha256 = content_sha256(order)
+        """An order's arrival."""
+        return cls.of_canonical(canonical_form(order), source)
+
+    @classmethod
+    def of_canonical(cls, order: Canonical, source: Source | None) -> Arrival:
+        """The arrival of an order in canonical form."""
+        sha256 = digest(order)
         place = (source.topic_id, source.partition, source.offset, source.time) if source else None
-        return cls(order=order, content_sha256=sha256, rows=BinaryRows.of(order, sha256, place), source=source)
+        rows = BinaryRows.of(order, sha256, place)
+        return cls(order_uid=order.order_uid, content_sha256=sha256, rows=rows, source=source)
 
 
 @attrs.frozen(kw_only=True)
@@ -114,7 +121,7 @@ def judge(record: Record, max_bytes: int) -> Arrival | Reject:
         if len(value) > max_bytes:
             found = f"{len(value):,} bytes"
             raise TooLarge([Fault(path="$", expected=f"at most {max_bytes:,} bytes", found=found)])
-        return Arrival.of(decode_order(value), record.source)
+        return Arrival.of_canonical(decode_canonical(value), record.source)
     except Refused as refusal:
         return Reject.of(record, refusal)
 
@@ -149,13 +156,13 @@ def settle(arrivals: Sequence[Arrival], stored: Mapping[str, StoredVersion]) -> 
     * equal content: a duplicate; only the source moves
     * anything else is stored; an arrival of this batch that it replaces was superseded
     """
-    versions = dict(stored)
+    versions: dict[str, StoredVersion | Arrival] = dict(stored)
     writes: dict[str, Arrival] = {}
     written_by: dict[str, int] = {}
     moves: dict[str, Source] = {}
     outcomes: list[Outcome] = []
     for index, arrival in enumerate(arrivals):
-        uid = arrival.order.order_uid
+        uid = arrival.order_uid
         version = versions.get(uid)
         if version is None or version.content_sha256 != arrival.content_sha256:
             if version is not None and version.source is not None and version.source.supersedes(arrival.source):
@@ -174,11 +181,7 @@ def settle(arrivals: Sequence[Arrival], stored: Mapping[str, StoredVersion]) -> 
                 writes[uid] = arrival
             else:
                 moves[uid] = arrival.source
-        versions[uid] = StoredVersion(
-            content_sha256=arrival.content_sha256,
-            source=arrival.source,
-            first_stored_at=version.first_stored_at if version else None,
-        )
+        versions[uid] = arrival
     return Settlement(outcomes=tuple(outcomes), writes=tuple(writes.values()), moves=moves)
 
 
@@ -196,7 +199,7 @@ def redrivable(arrival: Arrival, stored: StoredVersion | None) -> bool:
 def settle_redriven(arrivals: Sequence[Arrival], stored: Mapping[str, StoredVersion]) -> Settlement:
     """As ``settle``, for orders found in rejects: each is superseded unless it is ``redrivable``."""
     [arrival] = arrivals
-    if redrivable(arrival, stored.get(arrival.order.order_uid)):
+    if redrivable(arrival, stored.get(arrival.order_uid)):
         return settle(arrivals, stored)
     return Settlement(outcomes=(Outcome.SUPERSEDED,), writes=(), moves={})
 

@@ -75,7 +75,7 @@ class Reconciliation:
         if isinstance(judged, Reject):
             self._find(f"refused ({judged.code}), and not kept as a reject", record.source)
             return
-        versions = self._versions.setdefault(judged.order.order_uid, {})
+        versions = self._versions.setdefault(judged.order_uid, {})
         before = versions.get(place[0])
         if before is None or before.offset < place[1]:
             versions[place[0]] = _Version(place[1], judged.content_sha256)

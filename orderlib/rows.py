@@ -16,6 +16,7 @@ from typing import Any
 
 import attrs
 
+from orderlib.canonical import Canonical
 from orderlib.contract import M, column_type, rule_of, rules_of, trusted
 from orderlib.models import Delivery, Item, Order, Payment
 
@@ -134,8 +135,10 @@ class BinaryRows:
     items: bytes
 
     @classmethod
-    def of(cls, order: Order, content_sha256: bytes, source: tuple[str, int, int, dt.datetime] | None) -> BinaryRows:
-        """The rows of an order. ``source``: topic id, partition, offset and time."""
+    def of(
+        cls, order: Canonical, content_sha256: bytes, source: tuple[str, int, int, dt.datetime] | None
+    ) -> BinaryRows:
+        """The rows of an order in canonical form. ``source``: topic id, partition, offset and time."""
         uid = _text(order.order_uid)
         if source is None:
             place = _NULL * 4

@@ -20,7 +20,10 @@ from sandbox import Sandbox, running_sandbox
 
 ROOT = Path(__file__).parent.parent
 
-hypothesis.settings.register_profile("suite", deadline=None, print_blob=True)
+# No timing decides a test, nor does how long it takes to make up examples on a busy machine.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
 hypothesis.settings.load_profile("suite")
 
 

@@ -1,8 +1,8 @@
 """Mutation fuzzing of the decoder against the reference: ``python -m tests.fuzz_decoder --seconds 600``.
 
-Whatever comes in, ``decode_order`` gives an order or raises Refused, just as the reference does. Inputs that get an
-answer not seen before join the corpus. The first disagreement ends the run with status 1 and prints the input; it then
-belongs among the cases of tests/unit/test_hostile_records.py.
+Whatever comes in, ``decode_order`` and ``decode_canonical`` give an order or raise Refused, just as the reference does.
+Inputs that get an answer not seen before join the corpus. The first disagreement ends the run with status 1 and prints
+the input; it then belongs among the cases of tests/unit/test_hostile_records.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from random import Random
 
 import attrs
 
-from orderlib import InvalidOrder, MalformedJson, Order, decode_order, encode_order
+from orderlib import InvalidOrder, MalformedJson, Order, content_sha256, decode_order, encode_order
+from orderlib.codecs import decode_canonical, digest
 from orderlib.testing import SAMPLE, FaultKind, break_order
 from tests.reference import reference_decode, verdict
 
@@ -128,14 +129,23 @@ def answer(decode: Callable[[bytes], Order], data: bytes) -> Order | InvalidOrde
         return refusal
 
 
+def consumer_agrees(found: Order | InvalidOrder | MalformedJson, data: bytes) -> bool:
+    """Whether the consumer decodes the order found, or refuses it with the same report."""
+    try:
+        canonical = decode_canonical(data)
+    except (InvalidOrder, MalformedJson) as refusal:
+        return verdict(refusal) == verdict(found)
+    return isinstance(found, Order) and digest(canonical) == content_sha256(found)
+
+
 def disagreements(rng: Random) -> Iterator[bytes | None]:
-    """Try one input after another: those about which decoder and reference differ, ``None`` for the others."""
+    """Try one input after another: those about which decoders and reference differ, ``None`` for the others."""
     seen: set[object] = set()
     stream = inputs(rng)
     data = next(stream)
     while True:
         found = answer(decode_order, data)
-        agreed = verdict(found) == verdict(answer(reference_decode, data))
+        agreed = consumer_agrees(found, data) and verdict(found) == verdict(answer(reference_decode, data))
         yield None if agreed else data
         kind: object = Order
         if isinstance(found, MalformedJson | InvalidOrder):
@@ -155,7 +165,7 @@ def main() -> int:
     deadline = time.monotonic() + arguments.seconds
     for tried, culprit in enumerate(disagreements(Random(arguments.seed)), start=1):
         if culprit is not None:
-            print(f"after {tried:,} inputs decoder and reference differ about {culprit!r}")
+            print(f"after {tried:,} inputs decoders and reference differ about {culprit!r}")
             return 1
         if time.monotonic() > deadline:
             print(f"{tried:,} inputs, no disagreement")

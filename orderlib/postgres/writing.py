@@ -74,18 +74,18 @@ def _store_alone(
             if not isinstance(error, RefusedByDatabase):
                 raise error from exc
     assert isinstance(error, RefusedByDatabase)
-    return RefusedByDatabase(error.sqlstate, arrival.order.order_uid)
+    return RefusedByDatabase(error.sqlstate, arrival.order_uid)
 
 
 def _store(connection: Connection, arrivals: Sequence[Arrival], rule: Rule) -> Sequence[Outcome]:
-    stored, now = _stored_versions(connection, {arrival.order.order_uid for arrival in arrivals})
+    stored, now = _stored_versions(connection, {arrival.order_uid for arrival in arrivals})
     settlement = rule(arrivals, stored)
-    replaced = [a.order.order_uid for a in settlement.writes if a.order.order_uid in stored]
+    replaced = [a.order_uid for a in settlement.writes if a.order_uid in stored]
     if replaced:
         connection.execute(queries.DELETE_ORDERS, {"order_uids": replaced})
     if settlement.writes:
         # In one order everywhere, so that of two writers one waits for the other and they never wait for each other.
-        writes = sorted(settlement.writes, key=lambda write: write.order.order_uid)
+        writes = sorted(settlement.writes, key=lambda write: write.order_uid)
         _copy_orders(connection, writes, stored, now)
     if settlement.moves:
         _move_sources(connection, settlement.moves.items())
@@ -109,7 +109,7 @@ def _copy_orders(
     connection: Connection, writes: Sequence[Arrival], stored: Mapping[str, StoredVersion], now: dt.datetime
 ) -> None:
     def order_row(arrival: Arrival) -> bytes:
-        version = stored.get(arrival.order.order_uid)
+        version = stored.get(arrival.order_uid)
         if version is None or version.first_stored_at is None:
             return arrival.rows.order + new
         return arrival.rows.order + stamps(version.first_stored_at, now)

@@ -102,15 +102,18 @@ class MemoryOrderRepository:
 
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
         """See ``OrderRepository.save_many``."""
+        orders = list(orders)
         arrivals = [Arrival.of(order) for order in orders]
+        contents = {arrival.content_sha256: order for arrival, order in zip(arrivals, orders, strict=True)}
         now = self._clock()
         with self._lock:
             settlement = settle(arrivals, self._versions)
             for arrival in settlement.writes:
-                uid = arrival.order.order_uid
+                uid = arrival.order_uid
                 replaced = self._stored.get(uid)
                 first_stored_at = replaced.first_stored_at if replaced else now
-                self._stored[uid] = StoredOrder(order=arrival.order, first_stored_at=first_stored_at, stored_at=now)
+                order = contents[arrival.content_sha256]
+                self._stored[uid] = StoredOrder(order=order, first_stored_at=first_stored_at, stored_at=now)
                 self._versions[uid] = StoredVersion(
                     content_sha256=arrival.content_sha256, source=None, first_stored_at=first_stored_at
                 )

@@ -160,7 +160,7 @@ class Promises:
         expected = {uid: (version.content_sha256, version.source) for uid, version in before.items()}
         for _, judged in batch.judged:
             if isinstance(judged, Arrival) and judged.content_sha256 != b"!":
-                uid, source = judged.order.order_uid, judged.source
+                uid, source = judged.order_uid, judged.source
                 at = expected[uid][1] if uid in expected else None
                 if at is None or source is None or at.topic_id != source.topic_id or at.offset < source.offset:
                     expected[uid] = (judged.content_sha256, source)

@@ -123,7 +123,7 @@ class Store:
             yield from self._lock(transaction, [key for key in self.offsets if key[0] in of_topics])
             yield Step.WORKING
             arrivals = {place: self.rejects[place][0].redriven for place in places}
-            uids = sorted({arrival.order.order_uid for arrival in arrivals.values() if arrival is not None})
+            uids = sorted({arrival.order_uid for arrival in arrivals.values() if arrival is not None})
             yield from self._lock(transaction, [(uid,) for uid in uids])
             after = self.orders.copy()
             outcomes = {
@@ -179,7 +179,7 @@ class Store:
         if not any(arrival.content_sha256 == b"!" for arrival in arrivals):
             settlement = rule(arrivals, stored)
             for write in settlement.writes:
-                stored[write.order.order_uid] = _version(write.content_sha256, write.source)
+                stored[write.order_uid] = _version(write.content_sha256, write.source)
             for uid, source in settlement.moves.items():
                 stored[uid] = _version(stored[uid].content_sha256, source)
             return list(settlement.outcomes)

@@ -16,7 +16,7 @@ import pytest
 from orderlib import InvalidOrder, MalformedJson, TooLarge, decode_order
 from orderlib.ingest import Record, Reject, Source, judge, record_time
 from orderlib.testing import SAMPLE
-from tests.fuzz_decoder import answer, disagreements
+from tests.fuzz_decoder import answer, consumer_agrees, disagreements
 from tests.reference import reference_decode, verdict
 
 SAMPLE_ORDER = decode_order(SAMPLE)
@@ -169,8 +169,10 @@ def test_what_only_looks_bad_is_the_order(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("data", [*MALFORMED.values(), *(data for data, _ in INVALID.values()), *ACCEPTED.values()])
-def test_the_reference_agrees(data: bytes) -> None:
-    assert verdict(answer(decode_order, data)) == verdict(answer(reference_decode, data))
+def test_the_consumer_and_the_reference_agree(data: bytes) -> None:
+    found = answer(decode_order, data)
+    assert consumer_agrees(found, data)
+    assert verdict(found) == verdict(answer(reference_decode, data))
 
 
 def test_a_thousand_items_are_an_order() -> None:

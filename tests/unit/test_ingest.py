@@ -49,7 +49,7 @@ def version(of: Arrival) -> StoredVersion:
 def after(arrivals: Sequence[Arrival], stored: Stored) -> tuple[Stored, list[Outcome]]:
     """What is stored after a batch, and what became of each arrival."""
     settlement = settle(arrivals, stored)
-    written = {write.order.order_uid: version(write) for write in settlement.writes}
+    written = {write.order_uid: version(write) for write in settlement.writes}
     moved = {uid: attrs.evolve(stored[uid], source=at) for uid, at in settlement.moves.items()}
     assert not written.keys() & moved.keys()
     return {**stored, **written, **moved}, list(settlement.outcomes)

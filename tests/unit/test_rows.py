@@ -18,6 +18,7 @@ from psycopg.adapt import PyFormat, Transformer
 from psycopg.pq import Format
 
 from orderlib import Order, decode_order, queries
+from orderlib.canonical import canonical_form
 from orderlib.contract import column_type
 from orderlib.rows import (
     DELIVERY_COLUMNS,
@@ -183,7 +184,7 @@ def test_rows_are_byte_for_byte_what_psycopg_would_copy(
     def of_part(part: object, names: tuple[str, ...]) -> dict[str, object]:
         return {"order_uid": order.order_uid, **{name: getattr(part, name) for name in names}}
 
-    rows = BinaryRows.of(order, sha256, source)
+    rows = BinaryRows.of(canonical_form(order), sha256, source)
     assert rows.order + stamps(first_stored_at, stored_at) == written_by_psycopg(None, queries.COPY_ORDERS, of_order)
     for name, made, statement, names in (
         ("delivery", rows.delivery, queries.COPY_DELIVERY, DELIVERY_COLUMNS),
