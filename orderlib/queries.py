@@ -99,7 +99,7 @@ FROM unnest($2::text[]) AS asked (code)
 #: What is stored of these orders already; ``now`` is the transaction's, for the rows it writes.
 STORED_STATES: LiteralString = """
 SELECT order_uid, content_sha256, source_topic_id, source_partition, source_offset, first_stored_at
-FROM orders WHERE order_uid = ANY(%(order_uids)s)
+FROM orders WHERE order_uid = ANY(%(order_uids)s::text[])
 """
 NOW: LiteralString = "SELECT now()"
 
