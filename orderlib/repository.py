@@ -124,7 +124,10 @@ class OrderRepository(Protocol):
         ...
 
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
-        """The orders among these that exist, by order_uid, all as of one moment; as few queries as for one."""
+        """The orders among these that exist, by order_uid, all as of one moment; as few queries as for one.
+
+        Raises TypeError for one text instead of several.
+        """
         ...
 
     def content_sha256(self, order_uid: str) -> bytes:
@@ -235,6 +238,13 @@ class AsyncOrderReader(Protocol):
     async def check(self) -> None:
         """Return if the store answers and is fit to be read. Raises StoreUnreachable or BrokenSetup."""
         ...
+
+
+def checked_uids(order_uids: Iterable[str]) -> list[str]:
+    """The order_uids, or TypeError: a text is an iterable of texts too, and nobody means its letters."""
+    if isinstance(order_uids, str):
+        raise TypeError("get_many takes several order_uids, not one text; see get")
+    return list(order_uids)
 
 
 def checked_limit(limit: int) -> int:

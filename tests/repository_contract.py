@@ -98,6 +98,11 @@ class RepositoryContract:
             with pytest.raises(OrderNotFound):
                 repository.content_sha256(order_uid)
 
+    def test_one_text_is_not_taken_for_several_order_uids(self, repository: OrderRepository) -> None:
+        repository.save(an_order("a"))
+        with pytest.raises(TypeError, match="several"):
+            repository.get_many("a")
+
     def test_the_digest_of_an_order_is_that_of_its_current_content(self, repository: OrderRepository) -> None:
         for order in (an_order("a", 1), an_order("a", 2)):
             repository.save(order)
@@ -150,7 +155,7 @@ class RepositoryContract:
             [an_order("a", 1), an_order("b", 1), an_order("a", 2), an_order("a", 2), an_order("c", 1), an_order("c", 2)]
         )
         assert outcomes == Counter({Outcome.STORED: 3, Outcome.SUPERSEDED: 2, Outcome.DUPLICATE: 1})
-        assert {uid: versions_in(order) for uid, order in repository.get_many("abc").items()} == {
+        assert {uid: versions_in(order) for uid, order in repository.get_many(["a", "b", "c"]).items()} == {
             "a": {2},
             "b": {1},
             "c": {2},
@@ -184,7 +189,7 @@ class RepositoryContract:
             ]
             assert repository.save_many(batch).total() == len(batch)
             last |= {order.order_uid: order for order in batch}
-            assert repository.get_many("abcdefgh") == last
+            assert repository.get_many(list("abcdefgh")) == last
 
     def test_threads_that_save_the_same_orders_leave_each_of_them_whole(self, repository: OrderRepository) -> None:
         def save(version: int) -> Counter[Outcome]:
@@ -198,7 +203,7 @@ class RepositoryContract:
         with ThreadPoolExecutor(4) as threads:
             outcomes = sum(threads.map(save, range(4)), Counter[Outcome]())
         assert outcomes.total() == 4 * 6 * 8
-        found = repository.get_many("abcdef")
+        found = repository.get_many(list("abcdef"))
         assert found.keys() == set("abcdef")
         for order in found.values():
             [version] = versions_in(order)

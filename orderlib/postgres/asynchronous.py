@@ -21,7 +21,7 @@ from orderlib.postgres.connection import connection_arguments
 from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.migrate import require_schema
 from orderlib.postgres.reading import Reading
-from orderlib.repository import PAGE_SIZE, Cursor, Page, Status
+from orderlib.repository import PAGE_SIZE, Cursor, Page, Status, checked_uids
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ class AsyncPostgresOrderReader:
 
     async def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
         """See ``OrderRepository.get_many``."""
-        wanted = list(order_uids)
+        wanted = checked_uids(order_uids)
         return await self._read(lambda reading: reading.get_many(wanted))
 
     async def content_sha256(self, order_uid: str) -> bytes:

@@ -22,7 +22,16 @@ from orderlib import queries
 from orderlib.contract import fits_postgres
 from orderlib.errors import InvalidOrder, MalformedJson, OrderNotFound, RefusedByDatabase, TooLarge
 from orderlib.models import Order
-from orderlib.repository import COUNTED_AT_MOST, MAX_PAGE_ITEMS, Cursor, Page, Status, StoredOrder, checked_limit
+from orderlib.repository import (
+    COUNTED_AT_MOST,
+    MAX_PAGE_ITEMS,
+    Cursor,
+    Page,
+    Status,
+    StoredOrder,
+    checked_limit,
+    checked_uids,
+)
 from orderlib.rows import JOINED_WIDTH, Row, order_from_rows, orders_from_rows
 
 #: A statement and what goes into it.
@@ -59,7 +68,7 @@ class Reading:
 
     def get_many(self, order_uids: Iterable[str]) -> PQGen[dict[str, Order]]:
         """See ``OrderRepository.get_many``."""
-        wanted = [[uid for uid in order_uids if fits_postgres(uid)]]
+        wanted = [[uid for uid in checked_uids(order_uids) if fits_postgres(uid)]]
         _, joined, items, _ = yield from self._look(
             _BEGIN, (queries.GET_ORDERS, wanted), (queries.GET_ITEMS_OF_ORDERS, wanted), _COMMIT
         )

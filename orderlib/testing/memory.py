@@ -10,7 +10,17 @@ from collections.abc import Callable, Iterable
 from orderlib.errors import OrderNotFound, Refused
 from orderlib.ingest import Arrival, StoredVersion, settle
 from orderlib.models import Order
-from orderlib.repository import COUNTED_AT_MOST, PAGE_SIZE, Cursor, Outcome, Page, Status, StoredOrder, checked_limit
+from orderlib.repository import (
+    COUNTED_AT_MOST,
+    PAGE_SIZE,
+    Cursor,
+    Outcome,
+    Page,
+    Status,
+    StoredOrder,
+    checked_limit,
+    checked_uids,
+)
 
 #: What ``status`` means by lately.
 STORED_LATELY = dt.timedelta(minutes=5)
@@ -43,7 +53,7 @@ class MemoryOrderRepository:
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
         """See ``OrderRepository.get_many``."""
         with self._lock:
-            return {uid: self._stored[uid].order for uid in order_uids if uid in self._stored}
+            return {uid: self._stored[uid].order for uid in checked_uids(order_uids) if uid in self._stored}
 
     def content_sha256(self, order_uid: str) -> bytes:
         """See ``OrderRepository.content_sha256``."""

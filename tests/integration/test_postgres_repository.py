@@ -200,7 +200,7 @@ def test_concurrent_replacements_end_with_every_order_whole(emptied: Database) -
         outcomes = sum(threads.map(save, range(1, 7)), Counter[Outcome]())
     assert outcomes == Counter({Outcome.STORED: 6 * 8 * 6})
     with connect(emptied.reader_url) as reader:
-        found = reader.get_many("abcdef")
+        found = reader.get_many(list("abcdef"))
         assert found.keys() == set("abcdef")
         for order in found.values():
             [version] = versions_in(order)
