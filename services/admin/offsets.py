@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import sys
 from collections.abc import Mapping
 
 from confluent_kafka import ConsumerGroupState
@@ -125,7 +126,8 @@ def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             if offset.topic_id == log.topic_id and options.partition in {None, offset.partition}
         }
         if not mine:
-            raise BrokenSetup(f"no offsets of topic {log.topic!r} are stored yet")
+            which = "" if options.partition is None else f"[{options.partition}]"
+            raise BrokenSetup(f"no offsets of topic {log.topic}{which} are stored")
         wanted = {partition: offset for partition, offset in _wanted(options, log).items() if partition in mine}
         rows = [
             {
@@ -139,12 +141,14 @@ def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         ]
         show(rows, as_json=options.json)
         if not options.execute:
+            print("nothing was changed; --execute does it", file=sys.stderr)
             return EXIT_DONE
         group = next(iter(mine.values())).group
-        _require_stopped(log, group)
         if not agreed(f"move the offsets of group {group!r}", yes=options.yes):
             return EXIT_FAILED
+        _require_stopped(log, group)
         reset_offsets(connection, group, log.topic_id, wanted)
+        print("the offsets were moved", file=sys.stderr)
     return EXIT_DONE
 
 

@@ -12,7 +12,7 @@ from orderlib.errors import OrderNotFound
 from orderlib.postgres.connection import connect
 from orderlib.postgres.operations import forget
 from orderlib.program import EXIT_DONE, EXIT_FAILED
-from services.admin.output import add_yes_option, agreed
+from services.admin.output import add_json_option, add_yes_option, agreed, tell
 from services.admin.schema import APPLICATION_NAME, Commands
 
 
@@ -34,6 +34,7 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("order_uid", metavar="UID")
     add_yes_option(parser)
+    add_json_option(parser)
     parser.set_defaults(command=_forget)
 
 
@@ -53,5 +54,7 @@ def _forget(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         orders, rejects = forget(connection, options.order_uid)
     if not orders and not rejects:
         raise OrderNotFound(options.order_uid)
-    print(f"erased {orders} order and {rejects} rejects; a rewind of the offsets would bring them back")
+    erased = {"orders": orders, "rejects": rejects}
+    told = f"erased {orders} order and {rejects} rejects; a rewind of the offsets would bring them back"
+    tell(told, erased, as_json=options.json)
     return EXIT_DONE

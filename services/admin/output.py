@@ -12,9 +12,16 @@ import msgspec
 Row = Mapping[str, object]
 
 
+def positive(text: str) -> int:
+    """An argument that is a whole number from 1 on."""
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a whole number from 1 on")
+    return int(text)
+
+
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Let a command's result be asked for as JSON."""
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
 def show(rows: Sequence[Row], *, as_json: bool) -> None:
@@ -28,6 +35,11 @@ def show(rows: Sequence[Row], *, as_json: bool) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def tell(sentence: str, result: Row, *, as_json: bool) -> None:
+    """Print what was done: a sentence, or a JSON object."""
+    print(msgspec.json.encode(result).decode() if as_json else sentence)
 
 
 def _cell(value: object) -> str:

@@ -19,7 +19,7 @@ from orderlib.postgres.operations import count_old_rejects, purge_rejects
 from orderlib.postgres.rejects import RejectPlace, get_reject, list_rejects, redrive
 from orderlib.program import EXIT_DONE, EXIT_FAILED
 from orderlib.repository import Outcome
-from services.admin.output import Progress, add_json_option, add_yes_option, agreed, show
+from services.admin.output import Progress, add_json_option, add_yes_option, agreed, positive, show, tell
 from services.admin.schema import APPLICATION_NAME, Commands
 
 CODES = [refusal.code for refusal in (MalformedJson, InvalidOrder, TooLarge, RefusedByDatabase)]
@@ -37,7 +37,7 @@ def add_commands(commands: Commands) -> None:
     listing = actions.add_parser("list", help="the oldest rejects (ORDERS_DATABASE_URL)")
     listing.add_argument("--code", choices=CODES, help="only those of one code")
     listing.add_argument("--waiting", action="store_true", help="only those that were never redriven")
-    listing.add_argument("--limit", type=int, default=50, help="at most so many (%(default)s)")
+    listing.add_argument("--limit", metavar="N", type=positive, default=50, help="at most so many (%(default)s)")
     add_json_option(listing)
     listing.set_defaults(command=_list)
 
@@ -71,6 +71,7 @@ def add_commands(commands: Commands) -> None:
     )
     purging.add_argument("--older-than", metavar="AGE", type=_age, required=True, help="such as 90d, 12h or 30m")
     add_yes_option(purging)
+    add_json_option(purging)
     purging.set_defaults(command=_purge)
 
 
@@ -146,5 +147,6 @@ def _purge(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         count = count_old_rejects(connection, options.older_than)
         if count and not agreed(f"delete {count:,} rejects for good", yes=options.yes):
             return EXIT_FAILED
-        print(f"deleted {purge_rejects(connection, options.older_than):,} rejects")
+        deleted = purge_rejects(connection, options.older_than)
+    tell(f"deleted {deleted:,} rejects", {"rejects": deleted}, as_json=options.json)
     return EXIT_DONE

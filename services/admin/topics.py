@@ -11,8 +11,9 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 from orderlib.config import KafkaSettings, max_record_bytes
 from orderlib.errors import BrokerUnreachable
 from orderlib.program import EXIT_DONE
+from services.admin.output import positive
 from services.admin.schema import Commands
-from services.kafka import ANSWER_S, SILENT, answer, translated_errors
+from services.kafka import ANSWER_S, SILENT, answer, partitions_of, translated_errors
 
 #: Keys, headers and framing need room beside the largest value.
 _ROOM_BYTES = 1024 * 1024
@@ -29,8 +30,12 @@ def add_commands(commands: Commands) -> None:
         description="Make the topic ORDERS_TOPIC, and set its max.message.bytes above ORDERS_MAX_RECORD_BYTES. A topic "
         "that exists keeps its partitions and records.",
     )
-    parser.add_argument("--partitions", type=int, default=_PARTITIONS, help="of a new topic (%(default)s)")
-    parser.add_argument("--replication-factor", type=int, default=-1, help="of a new topic (the cluster's default)")
+    parser.add_argument(
+        "--partitions", metavar="N", type=positive, default=_PARTITIONS, help="of a new topic (%(default)s)"
+    )
+    parser.add_argument(
+        "--replication-factor", metavar="N", type=positive, default=-1, help="of a new topic (the cluster's default)"
+    )
     parser.set_defaults(command=_topics)
 
 
@@ -45,12 +50,14 @@ def _topics(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         replication_factor=options.replication_factor,
         config={"max.message.bytes": str(largest)},
     )
-    made = _make(admin, topic)
+    made, partitions = _make(admin, topic), options.partitions
     if not made:
+        partitions = len(partitions_of(admin, settings.topic))
         entry = ConfigEntry("max.message.bytes", str(largest), incremental_operation=AlterConfigOpType.SET)
         resource = ConfigResource(ResourceType.TOPIC, settings.topic, incremental_configs=[entry])
         answer(admin.incremental_alter_configs([resource], request_timeout=ANSWER_S)[resource])
-    print(f"topic {settings.topic} {'made' if made else 'exists'}; it takes records up to {largest:,} bytes")
+    what = "made" if made else "exists"
+    print(f"topic {settings.topic} {what}: {partitions} partitions, records of at most {largest:,} bytes")
     return EXIT_DONE
 
 

@@ -1,0 +1,154 @@
+"""The operator's command: what it shows, what it changes, and what it asks before."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from confluent_kafka import Producer
+
+from orderlib.testing import SAMPLE
+from tests.programs import ROOT, run, succeed
+
+
+def rows(command: str, environ: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What a command tells programs."""
+    found: list[dict[str, Any]] = json.loads(succeed(f"admin {command} --json", environ))
+    return found
+
+
+def publish(environ: Mapping[str, str], *values: bytes, partition: int = 0, timestamp_ms: int = 0) -> None:
+    """Send records to one partition."""
+    producer = Producer({"bootstrap.servers": environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"]})
+    for value in values:
+        producer.produce(environ["ORDERS_TOPIC"], value, partition=partition, timestamp=timestamp_ms)
+    assert producer.flush(30) == 0
+
+
+def run_on_a_terminal(command: str, environ: Mapping[str, str], typed: str) -> subprocess.CompletedProcess[str]:
+    """Run a command whose stdin is a terminal at which somebody types this line."""
+    ours, theirs = pty.openpty()
+    try:
+        os.write(ours, f"{typed}\n".encode())
+        return subprocess.run(
+            [sys.executable, "-m", "services.admin", *command.split()],
+            env=dict(environ),
+            cwd=ROOT,
+            stdin=theirs,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_offsets_go_where_they_are_told_to(environ: dict[str, str]) -> None:
+    for minute in range(4):
+        publish(environ, SAMPLE, timestamp_ms=1_700_000_000_000 + minute * 60_000)
+    publish(environ, SAMPLE, partition=1, timestamp_ms=1_700_000_000_000)
+    succeed("consumer --exit-at-end", environ)
+
+    def moved(arguments: str) -> dict[int, int]:
+        succeed(f"admin offsets reset {arguments} --execute --yes", environ)
+        return {row["partition"]: row["next_offset"] for row in rows("offsets show", environ)}
+
+    assert moved("--to-offset 1 --partition 0") == {0: 1, 1: 1, 2: 0}
+    assert moved("--to-time 2023-11-14T22:15:00Z") == {0: 2, 1: 1, 2: 0}
+    assert moved("--to-earliest --partition 0") == {0: 0, 1: 1, 2: 0}
+    assert moved("--to-latest") == {0: 4, 1: 1, 2: 0}
+
+
+def test_a_reset_shows_what_it_would_do_and_does_nothing(environ: dict[str, str]) -> None:
+    publish(environ, SAMPLE, SAMPLE)
+    succeed("consumer --exit-at-end", environ)
+    done = run("admin offsets reset --to-earliest --partition 0", environ)
+    names, values = (line.split() for line in done.stdout.splitlines())
+    assert dict(zip(names, values, strict=True)) == {
+        "partition": "0",
+        "next_offset": "2",
+        "new_next_offset": "0",
+        "again": "2",
+        "skipped": "0",
+    }
+    assert "--execute" in done.stderr
+    assert rows("offsets show", environ)[0]["next_offset"] == 2
+
+
+def test_a_reset_to_nowhere_is_refused(environ: dict[str, str]) -> None:
+    publish(environ, SAMPLE, SAMPLE)
+    succeed("consumer --exit-at-end", environ)
+    for arguments, said in (
+        ("--to-offset 3 --partition 0", "from 0 to 2"),
+        ("--to-offset 0", "needs --partition"),
+        ("--to-earliest --partition 77", "[77]"),
+        ("--to-time yesterday", "such as 2026-01-31T12:00:00Z"),
+        ("--to-time 2026-01-31T12:00:00", "offset, such as Z"),
+    ):
+        done = run(f"admin offsets reset {arguments} --execute --yes", environ)
+        assert done.returncode == 2
+        assert said in done.stderr
+    assert rows("offsets show", environ)[0]["next_offset"] == 2
+
+
+def test_on_a_terminal_it_asks_and_only_a_yes_counts(environ: dict[str, str]) -> None:
+    publish(environ, SAMPLE)
+    succeed("consumer --exit-at-end", environ)
+    uid = json.loads(SAMPLE)["order_uid"]
+    for typed in ("", "n", "what?"):
+        refused = run_on_a_terminal(f"forget {uid}", environ, typed)
+        assert refused.returncode == 1
+        assert "for good? [y/N]" in refused.stderr
+        succeed(f"admin get {uid}", environ)
+    forgotten = run_on_a_terminal(f"forget {uid} --json", environ, "y")
+    assert json.loads(forgotten.stdout) == {"orders": 1, "rejects": 0}
+    assert run(f"admin get {uid}", environ).returncode == 1
+
+
+def test_rejects_are_listed_redriven_and_purged_as_asked(environ: dict[str, str]) -> None:
+    publish(environ, b"no JSON", SAMPLE.replace(b'"USD"', b'"usd"'), b"nor this")
+    succeed("consumer --exit-at-end", environ)
+    topic = environ["ORDERS_TOPIC"]
+
+    def places(arguments: str) -> list[str]:
+        return [row["place"] for row in rows(f"rejects list {arguments}", environ)]
+
+    assert places("") == [f"{topic}/0/{offset}" for offset in range(3)]
+    assert places("--code malformed_json") == [f"{topic}/0/0", f"{topic}/0/2"]
+    assert places("--limit 1") == [f"{topic}/0/0"]
+    [one] = rows(f"rejects redrive {topic}/0/1", environ)
+    assert (one["rejected"], sum(one.values())) == (1, 1)
+    assert places("--waiting") == [f"{topic}/0/0", f"{topic}/0/2"]
+    [others] = rows("rejects redrive --all", environ)
+    assert sum(others.values()) == others["rejected"]
+    assert run(f"admin rejects show {topic}/0/9", environ).returncode == 1
+
+    assert json.loads(succeed("admin rejects purge --older-than 1h --json", environ)) == {"rejects": 0}
+    asked = run("admin rejects purge --older-than 0m", environ)
+    assert (asked.returncode, len(places(""))) == (1, 3)
+    assert "say --yes" in asked.stderr
+    assert json.loads(succeed("admin rejects purge --older-than 0m --yes --json", environ)) == {"rejects": 3}
+    assert places("") == []
+
+
+def test_topics_may_be_asked_for_again_and_says_what_there_is(environ: dict[str, str]) -> None:
+    new = {**environ, "ORDERS_TOPIC": environ["ORDERS_TOPIC"] + "-new"}
+    assert "made: 2 partitions" in succeed("admin topics --partitions 2", new)
+    assert "exists: 2 partitions" in succeed("admin topics --partitions 3", new)
+    assert run("admin topics --partitions 0", new).returncode == 2
+
+
+@pytest.mark.parametrize("program", ["admin topics", "admin lag", "consumer --exit-at-end", "sender --count 1"])
+def test_a_name_that_kafka_does_not_take_is_a_broken_set_up(environ: dict[str, str], program: str) -> None:
+    done = run(program, {**environ, "ORDERS_TOPIC": "no such name"})
+    assert done.returncode == 2
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr
