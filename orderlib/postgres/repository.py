@@ -34,7 +34,7 @@ class PostgresOrderRepository:
     """Keeps the promises of ``OrderRepository`` on PostgreSQL.
 
     An order is read by one JOIN plus one items query, pipelined in one REPEATABLE READ READ ONLY transaction. Threads
-    may share it. Made by ``connect``; close it, or use it in ``with``.
+    may share it; a process that was forked must connect anew. Made by ``connect``; close it, or use it in ``with``.
     """
 
     def __init__(self, pool: ConnectionPool[PooledConnection]) -> None:
