@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
@@ -65,7 +66,8 @@ def set_up_logging(stream: TextIO | None = None, level: int = logging.INFO) -> N
 def run(main: Callable[[], int]) -> int:
     """The exit status of a program: what it returns, or the one its error stands for, with one line on stderr."""
     try:
-        return main()
+        status = main()
+        sys.stdout.flush()
     except BrokenSetup as exc:
         print(f"error: {exc}", file=sys.stderr)
         return EXIT_SETUP
@@ -77,5 +79,17 @@ def run(main: Callable[[], int]) -> int:
         return EXIT_FAILED
     except BrokenPipeError:
         # Whoever read our output has enough.
-        sys.stderr.close()
+        _drop_output()
         return EXIT_FAILED
+    except OSError as exc:
+        _drop_output()
+        print(f"error: {exc.strerror or exc}", file=sys.stderr)
+        return EXIT_FAILED
+    else:
+        return status
+
+
+def _drop_output() -> None:
+    """What is still to be written to stdout goes nowhere: Python would try again at its end, and complain again."""
+    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123  a device
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -44,19 +44,20 @@ class _Version:
 class Reconciliation:
     """Compares one life of a topic with one look at the store.
 
-    ``next_offsets``: where the group stood in that look; ``earliest``: what Kafka still holds; ``rejects``: the rejects
-    of this topic in that look, with the outcome of their redrive.
+    ``first``: where reading began in each partition, at the earliest record that Kafka still holds or later;
+    ``next_offsets``: where the group stood in that look; ``rejects``: the rejects of this topic in that look, with the
+    outcome of their redrive.
     """
 
     def __init__(
         self,
         topic_id: str,
-        earliest: Mapping[int, int],
+        first: Mapping[int, int],
         next_offsets: Mapping[int, int],
         rejects: Mapping[tuple[int, int], Outcome | None],
     ) -> None:
         self._topic_id = topic_id
-        self._earliest = earliest
+        self._first = first
         self._next_offsets = next_offsets
         self._rejects = rejects
         self._versions: dict[str, dict[int, _Version]] = {}
@@ -94,8 +95,8 @@ class Reconciliation:
         elif source.topic_id != self._topic_id:
             if versions:
                 self._find("stored from another life of the topic", source, order_uid)
-        elif not self._is_held(source.partition, source.offset):
-            self.counts["not held by Kafka any more"] += 1
+        elif not self._was_read(source.partition, source.offset):
+            self.counts["from records that were not read"] += 1
         elif not versions:
             self._find("stored, but Kafka has no such order", source, order_uid)
         elif now not in {version.content_sha256 for version in versions.values()}:
@@ -112,14 +113,14 @@ class Reconciliation:
         """The orders seen in more than one partition, so not keyed by order_uid; ask before the store's turn."""
         return (order_uid for order_uid, versions in self._versions.items() if len(versions) > 1)
 
-    def unheld_ranges(self) -> Iterator[tuple[int, int, int]]:
-        """The (partition, first, next) that Kafka no longer holds and nobody can prove any more."""
-        for partition, earliest in sorted(self._earliest.items()):
-            if earliest > 0:
-                yield partition, 0, min(earliest, self._next_offsets.get(partition, 0))
+    def unread_ranges(self) -> Iterator[tuple[int, int, int]]:
+        """The (partition, from, to) that the group handled and nobody read again; ``to`` is not among them."""
+        for partition, first in sorted(self._first.items()):
+            if unread := min(first, self._next_offsets.get(partition, 0)):
+                yield partition, 0, unread
 
-    def _is_held(self, partition: int, offset: int) -> bool:
-        return self._earliest.get(partition, 0) <= offset < self._next_offsets.get(partition, 0)
+    def _was_read(self, partition: int, offset: int) -> bool:
+        return self._first.get(partition, 0) <= offset < self._next_offsets.get(partition, 0)
 
     def _find(self, what: str, source: Source | None, order_uid: str | None = None) -> None:
         self._findings.append(

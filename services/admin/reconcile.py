@@ -143,20 +143,21 @@ def _report(
     findings: list[Finding],
     several: list[str],
 ) -> None:
-    unheld = [{"partition": p, "first": first, "next": last} for p, first, last in proof.unheld_ranges()]
+    unread = [{"partition": p, "first": first, "next": last} for p, first, last in proof.unread_ranges()]
     if options.json:
         result = {
             "holds": not findings,
             "counts": proof.counts,
             "findings": [attrs.asdict(finding) for finding in findings],
             "several_partitions": several,
-            "not_held_by_kafka": unheld,
+            "not_read": unread,
         }
         print(json.dumps(result, indent=2))
         return
     print(", ".join(f"{count:,} {what}" for what, count in proof.counts.items()) or "nothing to compare")
-    for gap in unheld:
-        print(f"not held by Kafka, and so not proved: [{gap['partition']}] {gap['first']:,} to {gap['next'] - 1:,}")
+    why = "they come before the manifest's" if options.manifest else "Kafka holds them no more"
+    for gap in unread:
+        print(f"[{gap['partition']}] {gap['first']:,} to {gap['next'] - 1:,} not proved: {why}")
     for order_uid in several[:_SHOWN]:
         print(f"{order_uid}: seen in several partitions; its sender does not key by order_uid")
     for finding in findings[:_SHOWN]:

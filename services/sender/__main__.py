@@ -172,6 +172,8 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
         for name in ("count", "seed", "bad_rate"):
             if getattr(options, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} is for made-up orders, not for --file")
+    if options.manifest == "-":
+        parser.error("--manifest must be a file: stdout has the summary")
     return options
 
 

@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,6 +138,18 @@ def test_rejects_are_listed_redriven_and_purged_as_asked(environ: dict[str, str]
     assert "say --yes" in asked.stderr
     assert json.loads(succeed("admin rejects purge --older-than 0m --yes --json", environ)) == {"rejects": 3}
     assert places("") == []
+
+
+def test_a_proof_by_a_manifest_says_what_it_did_not_read(environ: dict[str, str], tmp_path: Path) -> None:
+    succeed("sender --count 40", environ)
+    manifest = tmp_path / "manifest"
+    succeed(f"sender --count 40 --manifest {manifest}", environ)
+    succeed("consumer --exit-at-end", environ)
+    proof = json.loads(succeed(f"admin reconcile --manifest {manifest} --json", environ))
+    assert (proof["holds"], proof["counts"]["records"], proof["counts"]["orders"]) == (True, 40, 80)
+    assert sum(gap["next"] - gap["first"] for gap in proof["not_read"]) == 40
+    assert "before the manifest" in succeed(f"admin reconcile --manifest {manifest}", environ)
+    assert "not proved" not in succeed("admin reconcile", environ)
 
 
 def test_topics_may_be_asked_for_again_and_says_what_there_is(environ: dict[str, str]) -> None:

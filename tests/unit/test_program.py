@@ -145,6 +145,22 @@ def test_any_other_error_is_a_bug_and_keeps_its_traceback() -> None:
         run(raising(ZeroDivisionError()))
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_line_and_a_status(unbuffered: str) -> None:
+    program = "import sys; from orderlib.program import run; sys.exit(run(lambda: print('an order') or 0))"
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env={"PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
 def test_a_reader_that_has_had_enough_is_no_traceback() -> None:
     program = (
         "import sys\n"
