@@ -30,8 +30,9 @@ MAX_AGE_S = 0.05
 #: A job that has no answer for so long counts as an outage, and fetching pauses.
 STALL_S = 2.0
 
-#: How often to look whether the ends asked for are reached.
-SURVEY_S = 0.2
+#: With nothing to do for so long: look whether the topic is still the same; and whether the ends asked for are reached.
+SURVEY_S = 5.0
+SURVEY_FOR_ENDS_S = 0.2
 
 #: The breaker looks at so many records, never fewer.
 BREAKER_RECORDS = 1_000
@@ -53,7 +54,7 @@ class Write:
 
 @attrs.frozen
 class Survey:
-    """Job: read where the group stands in these partitions, whoever of it handled them."""
+    """Job: read the topic's id, and where the group stands in these partitions, whoever of it handled them."""
 
     partitions: frozenset[int]
 
@@ -162,7 +163,6 @@ class Consumption:
         self._judge = judge
         self._backoff = Backoff(rng=rng)
         self._until = until
-        self._survey_at_s = 0.0
         self._actions: list[Action] = []
         self._topic_id: str | None = None
         #: Given to us by the group, not yet located.
@@ -250,17 +250,15 @@ class Consumption:
                 self._retry_at_s = None
                 self._start(self._job, now_s)
         elif not self._paused and now_s - self._job_since_s >= STALL_S:
-            self._pause(StoreUnreachable(f"PostgreSQL has not answered for {STALL_S:g} s"), 0)
+            whose = "PostgreSQL has" if isinstance(self._job, Write) else "PostgreSQL or Kafka has"
+            self._pause(StoreUnreachable(f"{whose} not answered for {STALL_S:g} s"), 0)
 
     # Events of the job under way.
 
     def on_located(self, topic_id: str, next_offsets: Mapping[int, int]) -> None:
         """Where the partitions asked for go on."""
         self._finish()
-        if self._topic_id not in {None, topic_id}:
-            self._stop(
-                TopicRemade(f"topic {self._topic} was made again: its id is {topic_id}, it was {self._topic_id}")
-            )
+        if self._is_another(topic_id):
             return
         self._topic_id = topic_id
         mine = {partition: offset for partition, offset in next_offsets.items() if partition in self._unlocated}
@@ -270,10 +268,12 @@ class Consumption:
         if mine:
             self._actions.append(Assign(mine))
 
-    def on_surveyed(self, next_offsets: Mapping[int, int]) -> None:
-        """Where the group stands."""
+    def on_surveyed(self, topic_id: str, next_offsets: Mapping[int, int]) -> None:
+        """Which topic this is, and where the group stands."""
         self._finish()
-        if all(next_offsets.get(partition, 0) >= end for partition, end in (self._until or {}).items()):
+        if self._is_another(topic_id) or self._until is None:
+            return
+        if all(next_offsets.get(partition, 0) >= end for partition, end in self._until.items()):
             self._stop(None)
 
     def on_written(self) -> None:
@@ -339,9 +339,17 @@ class Consumption:
             self._start(Locate(frozenset(self._unlocated)), now_s)
         elif self._full or (self._opened_at_s is not None and now_s - self._opened_at_s >= MAX_AGE_S):
             self._start(Write(self._close_batch()), now_s)
-        elif self._until is not None and self.idle and now_s >= self._survey_at_s:
-            self._survey_at_s = now_s + SURVEY_S
+        elif self.idle and self._until is not None and now_s - self._job_since_s >= SURVEY_FOR_ENDS_S:
             self._start(Survey(frozenset(self._until)), now_s)
+        elif self.idle and self._collected and now_s - self._job_since_s >= SURVEY_S:
+            self._start(Survey(frozenset()), now_s)
+
+    def _is_another(self, topic_id: str) -> bool:
+        """Whether the topic was made again since we located; then there is no going on."""
+        if self._topic_id in {None, topic_id}:
+            return False
+        self._stop(TopicRemade(f"topic {self._topic} was made again: its id is {topic_id}, it was {self._topic_id}"))
+        return True
 
     def _start(self, job: Job, now_s: float) -> None:
         self._job, self._job_since_s = job, now_s

@@ -84,8 +84,9 @@ class StoreThread:
                 begin = self._ledger.begin(self._topic.name, topic_id, self._topic.earliest(partitions))
                 return lambda core: core.on_located(topic_id, begin)
             case Survey(partitions):
-                stored = self._ledger.next_offsets(self._topic.ask_topic_id()(), partitions)
-                return lambda core: core.on_surveyed(stored)
+                topic_id = self._topic.ask_topic_id()()
+                stored = self._ledger.next_offsets(topic_id, partitions)
+                return lambda core: core.on_surveyed(topic_id, stored)
             case Write(batch):
                 self._write(batch)
                 return lambda core: core.on_written()

@@ -73,6 +73,9 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
             signal.signal(number, lambda *_: sending.stop())
         sending.send(values, options.rate)
         sending.settle()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Nothing is left to stop; without this a signal at Python's own end would replace our exit status.
+            signal.signal(number, signal.SIG_IGN)
         return sending.report()
 
 

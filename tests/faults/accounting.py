@@ -67,7 +67,9 @@ def assert_all_accounted_for(manifest: Manifest, database: Database, environ: Ma
 def stored_orders(database: Database) -> dict[str, dict[str, Any]]:
     """What the four tables say, in the shape of the JSON that orders are sent in."""
     with psycopg.connect(database.superuser_url, row_factory=dict_row) as connection:
-        connection.execute("SET TIME ZONE 'UTC'")
+        # One look at all of them: the consumer may be at work.
+        connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        connection.execute("SET LOCAL TIME ZONE 'UTC'")
         orders = {row["order_uid"]: row for row in connection.execute("SELECT * FROM orders")}
         for part in ("delivery", "payment"):
             for row in connection.execute(f"SELECT * FROM {part}"):

@@ -68,6 +68,27 @@ def test_a_topic_made_again_stops_the_consumer_and_is_begun_at_its_earliest_reco
         assert successor.stop() == 0
 
 
+def test_a_topic_made_again_that_ends_where_the_old_one_did_stops_an_idle_consumer(
+    sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender, admin: AdminClient
+) -> None:
+    """Nothing is left to fetch and no offset is out of range, and yet every record is one that was never handled."""
+    sender.send_orders(uids("order", 50))
+    with consuming(environ) as consumer:
+        wait_until_handled(sender.manifest, database)
+        consumer.freeze()
+        delete_topic(admin, sender.topic)
+        make_topic_again(admin, sender.topic)
+        heir = Sender(sandbox.kafka.bootstrap_servers, sender.topic)
+        heir.send_orders(uids("order", 50), version=2)
+        consumer.thaw()
+        assert consumer.status(within_s=30) == 1
+        assert "made again" in consumer.events("stopped")[0]["reason"]
+    with consuming(environ) as successor:
+        assert eventually(lambda: {row["track_number"] for row in stored_orders(database).values()} == {"TRACK2"}, 20)
+        assert_all_accounted_for(heir.manifest, database, environ)
+        assert successor.stop() == 0
+
+
 @pytest.mark.faults
 def test_a_topic_that_is_gone_stops_the_consumer(
     environ: dict[str, str], database: Database, sender: Sender, admin: AdminClient

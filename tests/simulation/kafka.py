@@ -123,12 +123,6 @@ class Group:
         self._targets = [members[int(chance() * len(members))] if members else None for _ in range(PARTITIONS)]
         self.hand_over()
 
-    def take_all(self) -> None:
-        """Everybody gives everything back before anything is given again."""
-        for partition, holder in enumerate(self.holders):
-            if holder is not None:
-                holder.inbox.append(("taken", partition))
-
     def hand_over(self) -> None:
         """Ask for what shall move; give what is free."""
         for partition, target in enumerate(self._targets):

@@ -226,4 +226,4 @@ class Process:
         topic_id = self._topic_id()
         yield Step.ASKING
         next_offsets = self.world.store.next_offsets(topic_id, partitions)
-        return lambda core: core.on_surveyed(next_offsets)
+        return lambda core: core.on_surveyed(topic_id, next_offsets)

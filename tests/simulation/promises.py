@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from orderlib.ingest import Arrival, Batch, StoredVersion
@@ -118,6 +119,8 @@ class Promises:
         expected_rejects: dict[Place, str] = {}
         #: Content and offset of the last valid record in each partition, and of the redriven ones behind it.
         last: dict[str, dict[tuple[str, int], list[tuple[bytes, int]]]] = {}
+        #: What a rewind that the end of the topic's life cut short may have handled last.
+        cut_short: defaultdict[str, set[bytes]] = defaultdict(set)
         for (topic_id, partition), reached in self.reached.items():
             for offset, entry in enumerate(self.lives[topic_id].logs[partition][:reached]):
                 if entry is None:
@@ -130,8 +133,10 @@ class Promises:
                     if entry.kind != TOO_LARGE or redriven not in {Outcome.STORED, Outcome.DUPLICATE}:
                         continue
                     earlier = last.get(f"u{entry.uid}", {}).get((topic_id, partition), [])
-                versions = [*earlier, (b"%d" % entry.content, offset)]
-                last.setdefault(f"u{entry.uid}", {})[topic_id, partition] = versions
+                uid, content = f"u{entry.uid}", b"%d" % entry.content
+                last.setdefault(uid, {})[topic_id, partition] = [*earlier, (content, offset)]
+                if self.handled[topic_id, partition] < reached:
+                    cut_short[uid].add(content)
         kept = {place: CODES[record.entry.kind] for place, (record, _) in rejects.items()}
         if kept != expected_rejects:
             raise PromiseBrokenError(f"rejects: {kept}, expected {expected_rejects}")
@@ -145,7 +150,8 @@ class Promises:
             if len(candidates) > 1:
                 # Written from two partitions at once, a duplicate may put its source beside the other's content; and
                 # what was redriven in the past is not redriven once more when offsets are rewound.
-                holds = version.content_sha256 in {content for at in candidates.values() for content, _ in at}
+                contents = {content for at in candidates.values() for content, _ in at} | cut_short[uid]
+                holds = version.content_sha256 in contents
             else:
                 at = candidates.get((source.topic_id, source.partition), [(b"", -1)])
                 holds = at[-1] == (version.content_sha256, source.offset)

@@ -433,9 +433,6 @@ class World:
         self._settle_orphans()
         for _ in list(self.processes):
             self._wake()
-        if self.life.number:
-            # Kafka tells the group sooner or later that the topic is another.
-            self.group.take_all()
         for _ in range(ROUNDS):
             if not self.processes:
                 self._start()

@@ -12,6 +12,7 @@ from orderlib.consumption import (
     BREAKER_RECORDS,
     MAX_AGE_S,
     STALL_S,
+    SURVEY_FOR_ENDS_S,
     SURVEY_S,
     Action,
     Assign,
@@ -338,7 +339,7 @@ def test_a_store_that_does_not_answer_is_an_outage_said_once() -> None:
 
 def test_each_try_has_its_own_time_to_answer() -> None:
     driver = started(0)
-    driver.tick(10 * STALL_S)
+    driver.tick(2 * STALL_S)
     driver.fetch(record(0))
     driver.write()
     assert driver.tick(STALL_S * 0.9) == []
@@ -438,11 +439,11 @@ def test_it_leaves_when_the_group_has_handled_everything_asked_for() -> None:
     driver.fetch(record(0))
     driver.write()
     driver.written()
-    assert driver.tick(SURVEY_S) == [Survey(frozenset({0, 1}))]
-    driver.core.on_surveyed({0: 1, 1: 3})
+    assert driver.tick(SURVEY_FOR_ENDS_S) == [Survey(frozenset({0, 1}))]
+    driver.core.on_surveyed("id", {0: 1, 1: 3})
     assert driver.tick() == []
-    assert driver.tick(SURVEY_S) == [Survey(frozenset({0, 1}))]
-    driver.core.on_surveyed({0: 1, 1: 4})
+    assert driver.tick(SURVEY_FOR_ENDS_S) == [Survey(frozenset({0, 1}))]
+    driver.core.on_surveyed("id", {0: 1, 1: 4})
     assert driver.core.take_actions() == [Stop(None)]
 
 
@@ -454,8 +455,25 @@ def test_the_ends_asked_for_are_not_looked_at_while_there_is_something_to_write(
     assert driver.tick() == []
 
 
-def test_where_nothing_was_asked_for_it_never_leaves_by_itself() -> None:
-    assert started(0).tick(SURVEY_S) == []
+def test_with_nothing_to_do_it_looks_whether_the_topic_is_still_the_same() -> None:
+    driver = started(0)
+    assert driver.tick(SURVEY_S * 0.49) == []
+    assert driver.tick(SURVEY_S * 0.52) == [Survey(frozenset())]
+    driver.core.on_surveyed("id", {})
+    assert driver.tick(SURVEY_S * 0.49) == []
+    driver.fetch(record(0))
+    driver.write()
+    driver.written()
+    assert driver.tick(SURVEY_S * 0.49) == []
+    assert driver.tick(SURVEY_S * 0.52) == [Survey(frozenset())]
+    driver.core.on_surveyed("another id", {})
+    [stop] = driver.core.take_actions()
+    assert isinstance(stop, Stop)
+    assert isinstance(stop.error, TopicRemade)
+
+
+def test_without_partitions_it_asks_nobody_anything() -> None:
+    assert Driver().tick(2 * SURVEY_S) == []
 
 
 # The breaker.
