@@ -31,7 +31,7 @@ demo: $(READY)
 	@$(SANDBOX) $(BIN)/python -m sandbox.demo
 
 test: check
-	$(BIN)/pytest --numprocesses 3
+	$(BIN)/pytest --numprocesses 2
 
 check: $(READY)
 	$(BIN)/ruff format --check .
