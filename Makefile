@@ -5,12 +5,13 @@ BIN := .venv/bin
 READY := .venv/.ready
 SANDBOX := $(BIN)/python -m sandbox --
 
-.PHONY: help demo test check bench docs test-faults test-page test-compose lock clean
+.PHONY: help demo test check coverage bench docs test-faults test-page test-compose lock clean
 
 help:
 	@echo "make demo          the whole system on this machine: sender, Kafka, consumer, PostgreSQL, API; Ctrl-C stops it"
 	@echo "make test          checks and tests, on real PostgreSQL and Kafka"
 	@echo "make check         format, lint, types, architecture"
+	@echo "make coverage      which lines of the library and the programs the tests execute"
 	@echo "make bench         measurements as a table and as JSON"
 	@echo "make docs          docs/reference.md, from the docstrings"
 	@echo "make test-faults   the longer fault tests (some minutes)"
@@ -39,6 +40,12 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/pytest --quiet tests/unit/test_architecture.py
 
+coverage: $(READY)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest --numprocesses 2
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
 bench: $(READY)
 	@$(SANDBOX) $(BIN)/python -m bench
 
@@ -63,4 +70,4 @@ lock:
 		--output-file requirements/services.txt
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist
