@@ -19,18 +19,16 @@ _LAST_MOMENT = dt.datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=dt.UTC)
 
 
 @attrs.frozen(kw_only=True)
-class Source:
-    """Where in Kafka an order came from."""
+class RecordPosition:
+    """The position of a record in Kafka. Equal positions are the same record."""
 
-    #: Kafka's id of the topic, as its tools print it; a topic made again has another.
+    #: The topic id as Kafka's tools print it. A recreated topic has another one.
     topic_id: str
     partition: int
     offset: int
-    #: The record's timestamp; UTC.
-    time: dt.datetime
 
-    def supersedes(self, other: Source | None) -> bool:
-        """Whether this is the same record as the other, or a later one of the same partition."""
+    def supersedes(self, other: RecordPosition | None) -> bool:
+        """Return whether this is the same record as the other, or a later one of the same partition."""
         return (
             other is not None
             and (self.topic_id, self.partition) == (other.topic_id, other.partition)
@@ -46,7 +44,9 @@ Headers = tuple[tuple[str, bytes | None], ...]
 class Record:
     """One Kafka message, byte for byte."""
 
-    source: Source
+    source: RecordPosition
+    #: The record's timestamp; UTC. It orders nothing: producers may set any.
+    time: dt.datetime
     topic: str
     key: bytes | None
     value: bytes | None
@@ -75,21 +75,22 @@ class Arrival:
     content_sha256: bytes
     #: Ready to be copied.
     rows: BinaryRows = attrs.field(repr=False, eq=False)
-    #: ``None`` for an order saved from Python.
-    source: Source | None = None
+    #: The record's position and time; both ``None`` for an order saved from Python.
+    source: RecordPosition | None = None
+    time: dt.datetime | None = None
 
     @classmethod
-    def of(cls, order: Order, source: Source | None = None) -> Arrival:
-        """An order's arrival."""
-        return cls.of_canonical(canonical_form(order), source)
+    def of(cls, order: Order, source: RecordPosition | None = None, time: dt.datetime | None = None) -> Arrival:
+        """Return the arrival of an order; without a position it is saved from Python."""
+        return cls.of_canonical(canonical_form(order), source, time)
 
     @classmethod
-    def of_canonical(cls, order: Canonical, source: Source | None) -> Arrival:
-        """The arrival of an order in canonical form."""
+    def of_canonical(cls, order: Canonical, source: RecordPosition | None, time: dt.datetime | None) -> Arrival:
+        """Return the arrival of an order in canonical form."""
         sha256 = digest(order)
-        place = (source.topic_id, source.partition, source.offset, source.time) if source else None
+        place = (source.topic_id, source.partition, source.offset, time) if source and time else None
         rows = BinaryRows.of(order, sha256, place)
-        return cls(order_uid=order.order_uid, content_sha256=sha256, rows=rows, source=source)
+        return cls(order_uid=order.order_uid, content_sha256=sha256, rows=rows, source=source, time=time)
 
 
 @attrs.frozen(kw_only=True)
@@ -121,7 +122,7 @@ def judge(record: Record, max_bytes: int) -> Arrival | Reject:
         if len(value) > max_bytes:
             found = f"{len(value):,} bytes"
             raise TooLarge([Fault(path="$", expected=f"at most {max_bytes:,} bytes", found=found)])
-        return Arrival.of_canonical(decode_canonical(value), record.source)
+        return Arrival.of_canonical(decode_canonical(value), record.source, record.time)
     except Refused as refusal:
         return Reject.of(record, refusal)
 
@@ -131,7 +132,7 @@ class StoredVersion:
     """What is known of an order that is stored already."""
 
     content_sha256: bytes
-    source: Source | None
+    source: RecordPosition | None
     first_stored_at: dt.datetime | None
 
 
@@ -143,8 +144,8 @@ class Settlement:
     outcomes: tuple[Outcome, ...]
     #: The orders to write whole, each once.
     writes: tuple[Arrival, ...]
-    #: Stored orders that only move their source forward, by order_uid.
-    moves: Mapping[str, Source]
+    #: Stored orders that only move their source forward, by order_uid: the arrival that confirmed each.
+    moves: Mapping[str, Arrival]
 
 
 def settle(arrivals: Sequence[Arrival], stored: Mapping[str, StoredVersion]) -> Settlement:
@@ -159,7 +160,7 @@ def settle(arrivals: Sequence[Arrival], stored: Mapping[str, StoredVersion]) -> 
     versions: dict[str, StoredVersion | Arrival] = dict(stored)
     writes: dict[str, Arrival] = {}
     written_by: dict[str, int] = {}
-    moves: dict[str, Source] = {}
+    moves: dict[str, Arrival] = {}
     outcomes: list[Outcome] = []
     for index, arrival in enumerate(arrivals):
         uid = arrival.order_uid
@@ -180,7 +181,7 @@ def settle(arrivals: Sequence[Arrival], stored: Mapping[str, StoredVersion]) -> 
             if uid in writes:
                 writes[uid] = arrival
             else:
-                moves[uid] = arrival.source
+                moves[uid] = arrival
         versions[uid] = arrival
     return Settlement(outcomes=tuple(outcomes), writes=tuple(writes.values()), moves=moves)
 

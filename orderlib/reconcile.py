@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import attrs
 
 from orderlib.codecs import content_sha256
-from orderlib.ingest import Arrival, Record, Reject, Source
+from orderlib.ingest import Arrival, Record, RecordPosition, Reject
 from orderlib.models import Order
 from orderlib.repository import Outcome
 
@@ -81,7 +81,7 @@ class Reconciliation:
         if before is None or before.offset < place[1]:
             versions[place[0]] = _Version(place[1], judged.content_sha256)
 
-    def on_stored(self, order: Order | None, order_uid: str, sha256: bytes, source: Source | None) -> None:
+    def on_stored(self, order: Order | None, order_uid: str, sha256: bytes, source: RecordPosition | None) -> None:
         """A stored order as it reads now (``None`` if a part of it is missing), the digest kept with it, its source."""
         self.counts["orders"] += 1
         versions = self._versions.pop(order_uid, {})
@@ -122,7 +122,7 @@ class Reconciliation:
     def _was_read(self, partition: int, offset: int) -> bool:
         return self._first.get(partition, 0) <= offset < self._next_offsets.get(partition, 0)
 
-    def _find(self, what: str, source: Source | None, order_uid: str | None = None) -> None:
+    def _find(self, what: str, source: RecordPosition | None, order_uid: str | None = None) -> None:
         self._findings.append(
             Finding(
                 what=what,

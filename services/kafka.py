@@ -12,7 +12,7 @@ from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Message,
 from confluent_kafka.admin import AdminClient, ClusterMetadata, ListOffsetsResultInfo, OffsetSpec
 
 from orderlib.errors import BrokenSetup, BrokerUnreachable, OrderError
-from orderlib.ingest import Headers, Record, Source, record_time
+from orderlib.ingest import Headers, Record, RecordPosition, record_time
 
 T = TypeVar("T")
 
@@ -122,12 +122,8 @@ def record_of(message: Message, topic_id: str) -> Record:
         headers = None
     _, timestamp_ms = message.timestamp()
     return Record(
-        source=Source(
-            topic_id=topic_id,
-            partition=known(message.partition()),
-            offset=known(message.offset()),
-            time=record_time(timestamp_ms),
-        ),
+        source=RecordPosition(topic_id=topic_id, partition=known(message.partition()), offset=known(message.offset())),
+        time=record_time(timestamp_ms),
         topic=known(message.topic()),
         key=message.key(),
         value=message.value(),

@@ -210,7 +210,7 @@ def _insert_rejects(connection: Connection, rejects: Sequence[Reject]) -> None:
             "partitions": [source.partition for source in sources],
             "offsets": [source.offset for source in sources],
             "topics": [reject.record.topic for reject in rejects],
-            "times": [source.time for source in sources],
+            "times": [reject.record.time for reject in rejects],
             "keys": [reject.record.key for reject in rejects],
             "values": [reject.record.value for reject in rejects],
             "headers": [_headers_json(reject.record) for reject in rejects],

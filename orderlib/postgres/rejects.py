@@ -11,7 +11,7 @@ import attrs
 
 from orderlib import queries
 from orderlib.errors import Collision, OrderNotFound
-from orderlib.ingest import Arrival, Record, Reject, Source, settle_redriven
+from orderlib.ingest import Arrival, Record, RecordPosition, Reject, settle_redriven
 from orderlib.postgres.connection import Connection
 from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.writing import store
@@ -122,8 +122,8 @@ def _redrive_some(
     connection.execute(queries.HOLD_OFFSETS, {"topic_ids": sorted({row[0] for row in rows})})
     outcomes: Counter[Outcome] = Counter()
     for topic_id, partition, offset, topic, record_time, key, value in rows:
-        source = Source(topic_id=topic_id, partition=partition, offset=offset, time=record_time)
-        judged = judge(Record(source=source, topic=topic, key=key, value=value))
+        source = RecordPosition(topic_id=topic_id, partition=partition, offset=offset)
+        judged = judge(Record(source=source, time=record_time, topic=topic, key=key, value=value))
         outcome = _store_alone(connection, judged) if isinstance(judged, Arrival) else Outcome.REJECTED
         position = {"topic_id": topic_id, "partition": partition, "offset": offset}
         connection.execute(queries.RECORD_REDRIVE, {**position, "outcome": outcome})

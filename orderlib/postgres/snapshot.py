@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ import attrs
 import psycopg
 
 from orderlib import queries
-from orderlib.ingest import Source
+from orderlib.ingest import RecordPosition
 from orderlib.models import Order
 from orderlib.postgres.connection import Connection, connect
 from orderlib.postgres.errors import translated_errors
@@ -31,7 +32,9 @@ class KeptOrder:
     #: ``None`` if its delivery, its payment or all its items are missing, or its lines have a gap.
     order: Order | None
     content_sha256: bytes
-    source: Source | None
+    #: Both ``None`` for an order saved from Python.
+    source: RecordPosition | None
+    source_time: dt.datetime | None
 
 
 class Snapshot:
@@ -66,7 +69,8 @@ class Snapshot:
                         order_uid=row[0],
                         order=order_from_rows(row, items[row[0]]) if whole else None,
                         content_sha256=sha256,
-                        source=topic_id and Source(topic_id=topic_id, partition=partition, offset=offset, time=time),
+                        source=topic_id and RecordPosition(topic_id=topic_id, partition=partition, offset=offset),
+                        source_time=time,
                     )
 
 

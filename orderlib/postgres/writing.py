@@ -10,7 +10,7 @@ import psycopg
 
 from orderlib import queries
 from orderlib.errors import Collision, OrderError, RefusedByDatabase
-from orderlib.ingest import Arrival, Settlement, Source, StoredVersion, settle
+from orderlib.ingest import Arrival, RecordPosition, Settlement, StoredVersion, settle
 from orderlib.postgres.connection import Connection
 from orderlib.postgres.errors import translate
 from orderlib.repository import Outcome
@@ -88,7 +88,7 @@ def _store(connection: Connection, arrivals: Sequence[Arrival], rule: Rule) -> S
         writes = sorted(settlement.writes, key=lambda write: write.order_uid)
         _copy_orders(connection, writes, stored, now)
     if settlement.moves:
-        _move_sources(connection, settlement.moves.items())
+        _move_sources(connection, settlement.moves.values())
     return settlement.outcomes
 
 
@@ -100,7 +100,7 @@ def _stored_versions(connection: Connection, order_uids: Iterable[str]) -> tuple
     [(moment,)] = now.fetchall()
     stored = {}
     for order_uid, sha256, topic_id, partition, offset, first_stored_at in rows.fetchall():
-        source = Source(topic_id=topic_id, partition=partition, offset=offset, time=moment) if topic_id else None
+        source = RecordPosition(topic_id=topic_id, partition=partition, offset=offset) if topic_id else None
         stored[order_uid] = StoredVersion(content_sha256=sha256, source=source, first_stored_at=first_stored_at)
     return stored, moment
 
@@ -134,15 +134,19 @@ def _copy(connection: Connection, statement: LiteralString, rows: Iterable[bytes
         copy.write(b"".join((COPY_HEADER, *rows, COPY_TRAILER)))
 
 
-def _move_sources(connection: Connection, moves: Iterable[tuple[str, Source]]) -> None:
-    ordered = sorted(moves, key=lambda move: move[0])
+def _move_sources(connection: Connection, moves: Iterable[Arrival]) -> None:
+    ordered = [
+        (move.order_uid, move.source, move.time)
+        for move in sorted(moves, key=lambda move: move.order_uid)
+        if move.source
+    ]
     connection.execute(
         queries.MOVE_SOURCES,
         {
-            "order_uids": [uid for uid, _ in ordered],
-            "topic_ids": [source.topic_id for _, source in ordered],
-            "partitions": [source.partition for _, source in ordered],
-            "offsets": [source.offset for _, source in ordered],
-            "times": [source.time for _, source in ordered],
+            "order_uids": [uid for uid, _, _ in ordered],
+            "topic_ids": [source.topic_id for _, source, _ in ordered],
+            "partitions": [source.partition for _, source, _ in ordered],
+            "offsets": [source.offset for _, source, _ in ordered],
+            "times": [time for _, _, time in ordered],
         },
     )

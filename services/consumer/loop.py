@@ -115,7 +115,7 @@ class StoreThread:
         for step, seconds in written.seconds.items():
             self._metrics.batch_seconds.labels(step).observe(seconds)
         now = dt.datetime.now(dt.UTC)
-        self._metrics.end_to_end.observe((now - record.source.time).total_seconds() for record, _ in batch.judged)
+        self._metrics.end_to_end.observe((now - record.time).total_seconds() for record, _ in batch.judged)
         for reject in written.rejects:
             _log_reject(reject)
 

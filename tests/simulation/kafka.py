@@ -12,7 +12,7 @@ import attrs
 
 from orderlib import decode_order
 from orderlib.errors import Fault
-from orderlib.ingest import Arrival, Record, Reject, Source
+from orderlib.ingest import Arrival, Record, RecordPosition, Reject
 from orderlib.testing import SAMPLE
 
 if TYPE_CHECKING:
@@ -62,14 +62,15 @@ class Fetched(Record):
 @functools.cache
 def fetched(topic_id: str, partition: int, offset: int, entry: Entry) -> Fetched:
     """The record as a consumer gets it who takes this for the topic's id."""
-    source = Source(topic_id=topic_id, partition=partition, offset=offset, time=_TIME)
-    plain = Record(source=source, topic=TOPIC, key=None, value=b"value")
+    source = RecordPosition(topic_id=topic_id, partition=partition, offset=offset)
+    plain = Record(source=source, time=_TIME, topic=TOPIC, key=None, value=b"value")
     refused = entry.kind == REFUSED
     content_sha256 = b"!" if refused else b"%d" % entry.content
-    order = attrs.evolve(_ARRIVALS[entry.uid], content_sha256=content_sha256, source=source)
+    order = attrs.evolve(_ARRIVALS[entry.uid], content_sha256=content_sha256, source=source, time=_TIME)
     is_reject = entry.kind in {POISON, TOO_LARGE}
     return Fetched(
         source=source,
+        time=_TIME,
         topic=TOPIC,
         key=None,
         value=_HEAVY_VALUE if entry.kind == HEAVY else b"value",

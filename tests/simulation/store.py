@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 from orderlib.consumption import Consumption, TopicRemade
 from orderlib.errors import Collision, FenceLost
-from orderlib.ingest import Arrival, Batch, Settlement, Source, StoredVersion, settle, settle_redriven
+from orderlib.ingest import Arrival, Batch, RecordPosition, Settlement, StoredVersion, settle, settle_redriven
 from orderlib.repository import Outcome
 from tests.simulation.kafka import CODES, REFUSED, Fetched
 from tests.simulation.promises import Place, Promises
@@ -180,8 +180,8 @@ class Store:
             settlement = rule(arrivals, stored)
             for write in settlement.writes:
                 stored[write.order_uid] = _version(write.content_sha256, write.source)
-            for uid, source in settlement.moves.items():
-                stored[uid] = _version(stored[uid].content_sha256, source)
+            for uid, move in settlement.moves.items():
+                stored[uid] = _version(stored[uid].content_sha256, move.source)
             return list(settlement.outcomes)
         if len(arrivals) == 1:
             return [Outcome.REJECTED]
@@ -219,5 +219,5 @@ class Store:
         return sorted(place for place in self.rejects if self._is_waiting(place))
 
 
-def _version(content_sha256: bytes, source: Source | None) -> StoredVersion:
+def _version(content_sha256: bytes, source: RecordPosition | None) -> StoredVersion:
     return StoredVersion(content_sha256=content_sha256, source=source, first_stored_at=None)

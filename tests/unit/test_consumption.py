@@ -30,14 +30,14 @@ from orderlib.consumption import (
     Write,
 )
 from orderlib.errors import BrokenSetup, Collision, FenceLost, OrderError, StoreUnreachable
-from orderlib.ingest import Arrival, Batch, Record, Reject, Source, Span
+from orderlib.ingest import Arrival, Batch, Record, RecordPosition, Reject, Span
 
 TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
 
 def record(offset: int, partition: int = 0, value: bytes = b"") -> Record:
-    source = Source(topic_id="id", partition=partition, offset=offset, time=TIME)
-    return Record(source=source, topic="orders", key=None, value=value)
+    source = RecordPosition(topic_id="id", partition=partition, offset=offset)
+    return Record(source=source, time=TIME, topic="orders", key=None, value=value)
 
 
 def refused(one: Record) -> Arrival | Reject:

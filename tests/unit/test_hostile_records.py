@@ -14,7 +14,7 @@ from random import Random
 import pytest
 
 from orderlib import InvalidOrder, MalformedJson, TooLarge, decode_order
-from orderlib.ingest import Record, Reject, Source, judge, record_time
+from orderlib.ingest import Record, RecordPosition, Reject, judge, record_time
 from orderlib.testing import SAMPLE
 from tests.fuzz_decoder import answer, consumer_agrees, disagreements
 from tests.reference import reference_decode, verdict
@@ -250,8 +250,8 @@ def test_a_record_without_a_value_is_malformed() -> None:
 
 def record(value: bytes | None) -> Record:
     """A record with this value."""
-    source = Source(topic_id="topic", partition=0, offset=0, time=record_time(0))
-    return Record(source=source, topic="orders", key=None, value=value)
+    source = RecordPosition(topic_id="topic", partition=0, offset=0)
+    return Record(source=source, time=record_time(0), topic="orders", key=None, value=value)
 
 
 def test_a_short_fuzzing_run_finds_decoder_and_reference_agreed() -> None:

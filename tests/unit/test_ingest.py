@@ -16,8 +16,8 @@ from orderlib.ingest import (
     Arrival,
     Batch,
     Record,
+    RecordPosition,
     Reject,
-    Source,
     Span,
     StoredVersion,
     judge,
@@ -34,12 +34,12 @@ TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 Stored = dict[str, StoredVersion]
 
 
-def source(offset: int, partition: int = 0, topic_id: str = "first") -> Source:
-    return Source(topic_id=topic_id, partition=partition, offset=offset, time=TIME)
+def source(offset: int, partition: int = 0, topic_id: str = "first") -> RecordPosition:
+    return RecordPosition(topic_id=topic_id, partition=partition, offset=offset)
 
 
-def arrival(uid: str, content: int, at: Source | None) -> Arrival:
-    return Arrival.of(attrs.evolve(SAMPLE_ORDER, order_uid=uid, sm_id=content), at)
+def arrival(uid: str, content: int, at: RecordPosition | None) -> Arrival:
+    return Arrival.of(attrs.evolve(SAMPLE_ORDER, order_uid=uid, sm_id=content), at, TIME if at else None)
 
 
 def version(of: Arrival) -> StoredVersion:
@@ -50,7 +50,7 @@ def after(arrivals: Sequence[Arrival], stored: Stored) -> tuple[Stored, list[Out
     """What is stored after a batch, and what became of each arrival."""
     settlement = settle(arrivals, stored)
     written = {write.order_uid: version(write) for write in settlement.writes}
-    moved = {uid: attrs.evolve(stored[uid], source=at) for uid, at in settlement.moves.items()}
+    moved = {uid: attrs.evolve(stored[uid], source=at.source) for uid, at in settlement.moves.items()}
     assert not written.keys() & moved.keys()
     return {**stored, **written, **moved}, list(settlement.outcomes)
 
@@ -99,7 +99,7 @@ def test_equal_content_is_a_duplicate_that_only_moves_the_source_forward() -> No
 
 
 @pytest.mark.parametrize("elsewhere", [source(0, partition=1), source(0, topic_id="made again"), None])
-def test_between_partitions_the_record_handled_last_wins(elsewhere: Source | None) -> None:
+def test_between_partitions_the_record_handled_last_wins(elsewhere: RecordPosition | None) -> None:
     stored = {"a": version(arrival("a", 0, source(9)))}
     other = arrival("a", 1, elsewhere)
     assert after([other], stored) == ({"a": version(other)}, [Outcome.STORED])
@@ -117,7 +117,7 @@ def test_between_partitions_the_record_handled_last_wins(elsewhere: Source | Non
     ],
 )
 def test_a_redriven_reject_replaces_only_what_came_before_it_in_its_partition(
-    stored_at: Source | None, may: bool
+    stored_at: RecordPosition | None, may: bool
 ) -> None:
     reject = arrival("a", 1, source(5))
     stored = {"a": version(arrival("a", 0, stored_at))}
@@ -144,10 +144,10 @@ def test_a_redriven_reject_of_an_order_that_is_absent_is_stored() -> None:
     ],
 )
 def test_a_record_is_an_order_or_a_reject_that_keeps_it_whole(value: bytes | None, code: str | None) -> None:
-    record = Record(source=source(7), topic="orders", key=b"k", value=value, headers=(("h", None),))
+    record = Record(source=source(7), time=TIME, topic="orders", key=b"k", value=value, headers=(("h", None),))
     judged = judge(record, max_bytes=len(SAMPLE) + 100)
     if code is None:
-        assert judged == Arrival.of(SAMPLE_ORDER, source(7))
+        assert judged == Arrival.of(SAMPLE_ORDER, source(7), TIME)
     else:
         assert isinstance(judged, Reject)
         assert (judged.code, judged.record) == (code, record)
@@ -165,7 +165,9 @@ def test_any_timestamp_becomes_a_time_that_postgresql_and_python_hold(timestamp_
 
 
 def test_a_batch_without_some_partitions_is_the_batch_of_the_others() -> None:
-    records = [Record(source=source(p, partition=p), topic="orders", key=None, value=SAMPLE) for p in range(3)]
+    records = [
+        Record(source=source(p, partition=p), time=TIME, topic="orders", key=None, value=SAMPLE) for p in range(3)
+    ]
     batch = Batch(
         topic="orders",
         topic_id="first",

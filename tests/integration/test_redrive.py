@@ -1,0 +1,67 @@
+"""Redrive on PostgreSQL: which stored version a reject may replace."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+from collections import Counter
+
+import attrs
+import pytest
+
+from orderlib import Order, Outcome, decode_order, encode_order
+from orderlib.errors import Fault, MalformedJson
+from orderlib.ingest import Arrival, Batch, Record, RecordPosition, Reject, Span, judge
+from orderlib.postgres.connection import connect
+from orderlib.postgres.ledger import ConsumerLedger
+from orderlib.postgres.rejects import redrive
+from orderlib.postgres.writing import store
+from orderlib.testing import SAMPLE
+from tests.conftest import Database
+
+TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+ORDER = decode_order(SAMPLE)
+REFUSAL = MalformedJson([Fault(path="$", expected="an order", found="something else")])
+
+
+def position(offset: int) -> RecordPosition:
+    return RecordPosition(topic_id="topic", partition=0, offset=offset)
+
+
+def keep_reject(database: Database, order: Order, offset: int) -> None:
+    """Store a record as a reject, as a consumer would that could not read it."""
+    record = Record(source=position(offset), time=TIME, topic="orders", key=None, value=encode_order(order))
+    ledger = ConsumerLedger(database.writer_url, "tests", lambda: 0.0)
+    ledger.begin("orders", "topic", {0: offset})
+    batch = Batch(
+        topic="orders",
+        topic_id="topic",
+        spans={0: Span(expected_offset=offset, next_offset=offset + 1)},
+        judged=((record, Reject.of(record, REFUSAL)),),
+    )
+    ledger.write(batch, lambda _: None)
+    ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("stored_offset", "outcome"), [(4, Outcome.STORED), (5, Outcome.SUPERSEDED), (6, Outcome.SUPERSEDED)]
+)
+@pytest.mark.parametrize("same_content", [True, False])
+def test_a_reject_replaces_only_a_version_from_a_lower_offset(
+    database: Database, stored_offset: int, outcome: Outcome, same_content: bool
+) -> None:
+    in_reject = ORDER if same_content else attrs.evolve(ORDER, sm_id=ORDER.sm_id + 1)
+    if same_content and outcome is Outcome.STORED:
+        outcome = Outcome.DUPLICATE
+    keep_reject(database, in_reject, 5)
+    with connect(database.writer_url, application_name="tests") as writer:
+        # The time of the stored record is before that of the reject, at it, or after it: it decides nothing.
+        for time in (TIME - dt.timedelta(days=1), TIME, TIME + dt.timedelta(days=1)):
+            writer.execute("DELETE FROM orders")
+            store(writer, [Arrival.of(ORDER, position(stored_offset), time)])
+            found = sum(redrive(writer, functools.partial(judge, max_bytes=10_000)), Counter())
+            assert found == Counter({outcome: 1})
+            writer.execute("UPDATE rejects SET redriven_at = NULL, redrive_outcome = NULL")
+            stored = writer.execute("SELECT sm_id, source_offset FROM orders").fetchall()
+            replaced = outcome in {Outcome.STORED, Outcome.DUPLICATE}
+            assert stored == [(in_reject.sm_id if replaced else ORDER.sm_id, 5 if replaced else stored_offset)]
