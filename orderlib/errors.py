@@ -13,6 +13,7 @@
     │   ├── TooLarge                longer than the limit; not even parsed
     │   └── RefusedByDatabase       PostgreSQL would not take it although we would
     ├── OrderNotFound           no order has that order_uid
+    ├── RejectNotFound          no reject has that position
     ├── FenceLost               these records were handled already: reread the offsets, go on from there
     └── BrokenSetup             a missing table, right or setting: stop, loudly
 
@@ -134,6 +135,18 @@ class OrderNotFound(OrderError):
         #: What was asked for.
         self.order_uid = order_uid
         super().__init__(f"no order {order_uid!r}")
+
+
+class RejectNotFound(OrderError):
+    """No reject is stored at this position. Raised by the programs, never by a repository."""
+
+    def __init__(self, place: str) -> None:
+        #: TOPIC/PARTITION/OFFSET.
+        self.place = place
+        super().__init__(place)
+
+    def __str__(self) -> str:
+        return f"no reject {self.place!r}"
 
 
 class FenceLost(OrderError):

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from orderlib import queries
-from orderlib.errors import Collision, OrderNotFound
+from orderlib.errors import Collision, RejectNotFound
 from orderlib.ingest import Arrival, Record, RecordPosition, Reject, settle_redriven
 from orderlib.postgres.connection import Connection
 from orderlib.postgres.errors import translated_errors
@@ -66,16 +66,16 @@ def list_rejects(connection: Connection, *, code: str | None, waiting: bool, lim
 
 
 def get_reject(connection: Connection, place: RejectPlace) -> list[dict[str, Any]]:
-    """Everything kept of the reject at a place, one for each life of the topic, the newest first.
+    """Return everything stored of the reject at a position, one for each topic id, the newest first.
 
-    Raises OrderNotFound if there is none.
+    Raises RejectNotFound.
     """
     with translated_errors():
         cursor = connection.execute(queries.GET_REJECT, attrs.asdict(place))
         names = [column.name for column in cursor.description or ()]
         found = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
     if not found:
-        raise OrderNotFound(str(place))
+        raise RejectNotFound(str(place))
     return found
 
 

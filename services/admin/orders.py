@@ -12,7 +12,7 @@ from orderlib.errors import OrderNotFound
 from orderlib.postgres.connection import connect
 from orderlib.postgres.operations import forget
 from orderlib.program import EXIT_DONE, EXIT_FAILED
-from services.admin.output import add_json_option, add_yes_option, agreed, tell
+from services.admin.output import add_json_option, add_yes_option, agreed, count_of, printable, tell
 from services.admin.schema import APPLICATION_NAME, Commands
 
 
@@ -21,7 +21,8 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add_parser(
         "get",
         help="print an order",
-        description="Print the current version of an order as canonical JSON (ORDERS_READER_URL).",
+        description="Print the current version of an order as canonical JSON (ORDERS_READER_URL). On a "
+        "terminal, control characters are escaped.",
     )
     parser.add_argument("order_uid", metavar="UID")
     parser.set_defaults(command=_get)
@@ -42,7 +43,9 @@ def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_READER_URL")
     with orderlib.connect(url, application_name=APPLICATION_NAME, max_connections=1) as repository:
         order = repository.get(options.order_uid)
-    sys.stdout.buffer.write(orderlib.encode_order(order) + b"\n")
+    text = orderlib.encode_order(order) + b"\n"
+    # The canonical bytes for programs. A terminal would obey control characters in them.
+    sys.stdout.buffer.write(printable(text.decode()).encode() if sys.stdout.isatty() else text)
     return EXIT_DONE
 
 
@@ -55,6 +58,9 @@ def _forget(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if not orders and not rejects:
         raise OrderNotFound(options.order_uid)
     erased = {"orders": orders, "rejects": rejects}
-    told = f"erased {orders} order and {rejects} rejects; a rewind of the offsets would bring them back"
+    told = (
+        f"erased {count_of(orders, 'order')} and {count_of(rejects, 'reject')}; "
+        "a rewind of the offsets would bring them back"
+    )
     tell(told, erased, as_json=options.json)
     return EXIT_DONE

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import json
 import sys
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
 Row = Mapping[str, object]
+
+
+def printable(text: str) -> str:
+    """Escape, as JSON does, every character that a terminal may obey instead of show.
+
+    These are control characters (also C1), format and bidirectional controls, separators and unassigned characters.
+    Inside a JSON text the result is still the same JSON. Line feeds stay.
+    """
+    return "".join(char if char.isprintable() or char == "\n" else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    return json.dumps(char, ensure_ascii=True)[1:-1] if char != "\x7f" else "\\u007f"
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun: ``1 order``, ``2 orders``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def positive(text: str) -> int:
@@ -27,7 +46,7 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 def show(rows: Sequence[Row], *, as_json: bool) -> None:
     """Print rows of the same names: a JSON array, or a table with its names on top."""
     if as_json:
-        print(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode())
+        print(printable(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode()))
         return
     if not rows:
         return
@@ -39,7 +58,7 @@ def show(rows: Sequence[Row], *, as_json: bool) -> None:
 
 def tell(sentence: str, result: Row, *, as_json: bool) -> None:
     """Print what was done: a sentence, or a JSON object."""
-    print(msgspec.json.encode(result).decode() if as_json else sentence)
+    print(printable(msgspec.json.encode(result).decode() if as_json else sentence))
 
 
 def _cell(value: object) -> str:
@@ -51,7 +70,7 @@ def _cell(value: object) -> str:
         case int():
             return f"{value:,}"
         case _:
-            return str(value)
+            return printable(str(value))
 
 
 def add_yes_option(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,17 @@ from orderlib.postgres.operations import count_old_rejects, purge_rejects
 from orderlib.postgres.rejects import RejectPlace, get_reject, list_rejects, redrive
 from orderlib.program import EXIT_DONE, EXIT_FAILED
 from orderlib.repository import Outcome
-from services.admin.output import Progress, add_json_option, add_yes_option, agreed, positive, show, tell
+from services.admin.output import (
+    Progress,
+    add_json_option,
+    add_yes_option,
+    agreed,
+    count_of,
+    positive,
+    printable,
+    show,
+    tell,
+)
 from services.admin.schema import APPLICATION_NAME, Commands
 
 CODES = [refusal.code for refusal in (MalformedJson, InvalidOrder, TooLarge, RefusedByDatabase)]
@@ -44,7 +54,8 @@ def add_commands(commands: Commands) -> None:
     showing = actions.add_parser(
         "show",
         help="one reject, whole (ORDERS_DATABASE_URL)",
-        description="Print all that is kept of a reject, as JSON; key and value are text if they can be, else base64.",
+        description="Print all that is kept of a reject, as JSON; key and value are text if they can be, else base64; "
+        "control characters are escaped.",
     )
     showing.add_argument("place", metavar="PLACE", type=_place)
     showing.set_defaults(command=_show)
@@ -114,7 +125,7 @@ def _show(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with connect(database_url(environ, "ORDERS_DATABASE_URL"), application_name=APPLICATION_NAME) as connection:
         for reject in get_reject(connection, options.place):
             plain = {**reject, "key": _bytes(reject["key"]), "value": _bytes(reject["value"])}
-            print(json.dumps(plain, indent=2, ensure_ascii=False, default=lambda value: value.isoformat()))
+            print(printable(json.dumps(plain, indent=2, ensure_ascii=False, default=lambda value: value.isoformat())))
     return EXIT_DONE
 
 
@@ -145,8 +156,8 @@ def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 def _purge(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with connect(database_url(environ, "ORDERS_MIGRATOR_URL"), application_name=APPLICATION_NAME) as connection:
         count = count_old_rejects(connection, options.older_than)
-        if count and not agreed(f"delete {count:,} rejects for good", yes=options.yes):
+        if count and not agreed(f"delete {count_of(count, 'reject')} for good", yes=options.yes):
             return EXIT_FAILED
         deleted = purge_rejects(connection, options.older_than)
-    tell(f"deleted {deleted:,} rejects", {"rejects": deleted}, as_json=options.json)
+    tell(f"deleted {count_of(deleted, 'reject')}", {"rejects": deleted}, as_json=options.json)
     return EXIT_DONE

@@ -109,6 +109,9 @@ def test_on_a_terminal_it_asks_and_only_a_yes_counts(environ: dict[str, str]) ->
         assert refused.returncode == 1
         assert "for good? [y/N]" in refused.stderr
         succeed(f"admin get {uid}", environ)
+    assert "erased 1 order and 0 rejects;" in run_on_a_terminal(f"forget {uid}", environ, "y").stdout
+    succeed("admin offsets reset --to-earliest --execute --yes", environ)
+    succeed("consumer --exit-at-end", environ)
     forgotten = run_on_a_terminal(f"forget {uid} --json", environ, "y")
     assert json.loads(forgotten.stdout) == {"orders": 1, "rejects": 0}
     assert run(f"admin get {uid}", environ).returncode == 1
@@ -130,7 +133,10 @@ def test_rejects_are_listed_redriven_and_purged_as_asked(environ: dict[str, str]
     assert places("--waiting") == [f"{topic}/0/0", f"{topic}/0/2"]
     [others] = rows("rejects redrive --all", environ)
     assert sum(others.values()) == others["rejected"]
-    assert run(f"admin rejects show {topic}/0/9", environ).returncode == 1
+    missing = run(f"admin rejects show {topic}/0/9", environ)
+    assert missing.returncode == 1
+    assert f"no reject '{topic}/0/9'" in missing.stderr
+    assert "order" not in missing.stderr.replace(topic, "")
 
     assert json.loads(succeed("admin rejects purge --older-than 1h --json", environ)) == {"rejects": 0}
     asked = run("admin rejects purge --older-than 0m", environ)
@@ -138,6 +144,36 @@ def test_rejects_are_listed_redriven_and_purged_as_asked(environ: dict[str, str]
     assert "say --yes" in asked.stderr
     assert json.loads(succeed("admin rejects purge --older-than 0m --yes --json", environ)) == {"rejects": 3}
     assert places("") == []
+
+
+def test_nothing_in_a_reject_reaches_the_terminal_as_a_control_character(environ: dict[str, str]) -> None:
+    hostile = "\x1b]0;title\x07\x9b31m\x7f\u202e\u2066\u200b\u2028\ufeff\U000e0041é\n\t"
+    producer = Producer({"bootstrap.servers": environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"]})
+    producer.produce(environ["ORDERS_TOPIC"], hostile.encode(), hostile.encode(), 0, headers={hostile: b"1"})
+    assert producer.flush(30) == 0
+    succeed("consumer --exit-at-end", environ)
+    shown = succeed(f"admin rejects show {environ['ORDERS_TOPIC']}/0/0", environ)
+    assert {char for char in shown if not char.isprintable()} == {"\n"}
+    reject = json.loads(shown)
+    assert reject["value"] == reject["key"] == {"text": hostile}
+    assert reject["headers"][0]["key"] == hostile
+
+
+def test_get_escapes_control_characters_on_a_terminal_only(environ: dict[str, str]) -> None:
+    publish(environ, SAMPLE.replace(b"Test Testov", "\x9b31m\u202e".encode()))
+    succeed("consumer --exit-at-end", environ)
+    command = f"get {json.loads(SAMPLE)['order_uid']}"
+    assert "\x9b31m\u202e" in succeed(f"admin {command}", environ)
+    ours, theirs = pty.openpty()
+    try:
+        command_line = [sys.executable, "-m", "services.admin", *command.split()]
+        subprocess.run(command_line, env=environ, cwd=ROOT, stdout=theirs, timeout=60, check=True)
+        shown = os.read(ours, 65536).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert {char for char in shown if not char.isprintable()} <= {"\r", "\n"}
+    assert json.loads(shown)["delivery"]["name"] == "\x9b31m\u202e"
 
 
 def test_a_proof_by_a_manifest_says_what_it_did_not_read(environ: dict[str, str], tmp_path: Path) -> None:

@@ -1,0 +1,36 @@
+"""What the operator's command prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+
+import pytest
+
+from orderlib.errors import RejectNotFound
+from services.admin.output import count_of, printable
+
+EVERY_CHARACTER = "".join(map(chr, (*range(0xD800), *range(0xE000, sys.maxunicode + 1))))
+
+
+def test_whatever_a_terminal_may_obey_is_escaped_and_json_stays_the_same_json() -> None:
+    text = json.dumps(EVERY_CHARACTER, ensure_ascii=False)
+    shown = printable(text)
+    assert {unicodedata.category(char) for char in shown} & {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"} == set()
+    assert json.loads(shown) == EVERY_CHARACTER
+
+
+def test_text_that_shows_as_it_is_stays() -> None:
+    assert printable("Zoë, 東京\n") == "Zoë, 東京\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 rejects"), (1, "1 reject"), (2, "2 rejects"), (1234, "1,234 rejects")]
+)
+def test_a_number_agrees_with_its_noun(number: int, text: str) -> None:
+    assert count_of(number, "reject") == text
+
+
+def test_a_missing_reject_is_no_missing_order() -> None:
+    assert str(RejectNotFound("orders/0/9")) == "no reject 'orders/0/9'"
