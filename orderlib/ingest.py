@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
+import json
 from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
@@ -57,6 +59,21 @@ class Record:
     def size_bytes(self) -> int:
         """What the record weighs in memory, roughly."""
         return len(self.key or b"") + len(self.value or b"")
+
+    @property
+    def headers_json(self) -> str | None:
+        """Return the headers as ``rejects`` stores them: in the record's order, repeats kept.
+
+        ``reconcile`` compares this text with the stored one, so its spelling must never change.
+        """
+        if self.headers is None:
+            return None
+        return json.dumps(
+            [
+                {"key": key, "value": None if value is None else base64.b64encode(value).decode()}
+                for key, value in self.headers
+            ]
+        )
 
 
 def record_time(timestamp_ms: int) -> dt.datetime:

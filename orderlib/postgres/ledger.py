@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
 import socket
 import threading
 from collections import Counter
@@ -16,7 +14,7 @@ import psycopg
 
 from orderlib import queries
 from orderlib.errors import BrokenSetup, Collision, FenceLost, RefusedByDatabase, StoreUnreachable
-from orderlib.ingest import Arrival, Batch, Record, Reject
+from orderlib.ingest import Arrival, Batch, Reject
 from orderlib.postgres.connection import Connection, connect
 from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.migrate import WRITER_RIGHTS, check_rights, check_schema
@@ -213,21 +211,10 @@ def _insert_rejects(connection: Connection, rejects: Sequence[Reject]) -> None:
             "times": [reject.record.time for reject in rejects],
             "keys": [reject.record.key for reject in rejects],
             "values": [reject.record.value for reject in rejects],
-            "headers": [_headers_json(reject.record) for reject in rejects],
+            "headers": [reject.record.headers_json for reject in rejects],
             "codes": [reject.code for reject in rejects],
             "faults": [_faults_json(reject) for reject in rejects],
         },
-    )
-
-
-def _headers_json(record: Record) -> str | None:
-    if record.headers is None:
-        return None
-    return json.dumps(
-        [
-            {"key": key, "value": None if value is None else base64.b64encode(value).decode()}
-            for key, value in record.headers
-        ]
     )
 
 
