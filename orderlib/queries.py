@@ -6,8 +6,63 @@ Written to run unchanged with the tables distributed by ``order_uid`` on Citus: 
 
 from typing import Literal, LiteralString
 
-#: UTC, or valid years 1 and 9999 could not be read back.
-SET_UTC: LiteralString = "SET TIME ZONE 'UTC'"
+#: The settings that can change what our SQL means or stores, with the values that it is written for. This is the result
+#: of a review of every setting of PostgreSQL 18 that a session may change. The others only choose plans, write logs or
+#: limit time and memory (an administrator's limit is respected), or belong to features that we do not use. The tables'
+#: place, ``search_path`` and ``default_tablespace``, is the administrator's choice.
+SESSION_SETTINGS: dict[LiteralString, LiteralString] = {
+    # How values read and write as text. Years 1 and 9999 have no local time in some zones.
+    "TimeZone": "UTC",
+    "DateStyle": "ISO, MDY",
+    "IntervalStyle": "postgres",
+    "client_encoding": "UTF8",
+    "bytea_output": "hex",
+    "extra_float_digits": "1",
+    # How the server parses statements and arrays.
+    "array_nulls": "on",
+    "standard_conforming_strings": "on",
+    "backslash_quote": "safe_encoding",
+    "transform_null_equals": "off",
+    "quote_all_identifiers": "off",
+    # What a transaction is when it does not say so itself.
+    "default_transaction_isolation": "read committed",
+    "default_transaction_read_only": "off",
+    "default_transaction_deferrable": "off",
+    # Which rows are found, which statements are allowed, and whether an error ends the session.
+    "gin_fuzzy_search_limit": "0",
+    "row_security": "on",
+    "restrict_nonsystem_relation_kind": "",
+    "exit_on_error": "off",
+    # Only a superuser may change these. `replica` would skip foreign keys, the others would read damaged pages.
+    "session_replication_role": "origin",
+    "ignore_checksum_failure": "off",
+    "zero_damaged_pages": "off",
+    # What `bootstrap` and `migrate` create.
+    "check_function_bodies": "on",
+    "createrole_self_grant": "",
+    # A flood of debugging messages would slow down each statement.
+    "client_min_messages": "notice",
+}
+
+#: Prepare a new session in one round trip. A setting is touched only if its value differs, because that may need a
+#: right, and only if the server has it. The transaction is explicit because a serializable one fails on a standby.
+#: ``synchronous_commit`` may be stronger than `on`, but not `off`: what was reported as stored must be stored.
+SET_UP_SESSION: LiteralString = f"""
+BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY;
+SELECT set_config(name, wanted, false)
+FROM (VALUES {", ".join(f"('{name}', '{value}')" for name, value in SESSION_SETTINGS.items())}) AS s (name, wanted)
+WHERE current_setting(name, true) <> wanted;
+SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off';
+COMMIT
+"""
+
+#: Let the current transaction take as long as it needs, whatever limits the role, the database or the server has.
+LIFT_TIME_LIMITS: LiteralString = """
+SELECT set_config(name, '0', true)
+FROM (VALUES ('statement_timeout'), ('transaction_timeout'), ('idle_in_transaction_session_timeout')) AS s (name)
+WHERE current_setting(name, true) <> '0'
+"""
+
 SET_STATEMENT_TIMEOUT: LiteralString = "SET statement_timeout = {}"
 
 #: One consistent look at several statements; nothing in it can write.

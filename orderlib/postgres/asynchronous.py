@@ -180,7 +180,7 @@ class AsyncPostgresOrderReader:
         connection = await psycopg.AsyncConnection.connect(**self._arguments, autocommit=True)  # type: ignore[arg-type]
         session = _Session(connection)
         try:
-            await connection.execute(queries.SET_UTC)
+            await connection.execute(queries.SET_UP_SESSION)
             await connection.execute(sql.SQL(queries.SET_STATEMENT_TIMEOUT).format(STATEMENT_TIMEOUT_MS))
             require_schema(await session.drive(Reading.schema_number))
         except BaseException:

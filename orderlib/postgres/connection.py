@@ -52,9 +52,12 @@ def connection_arguments(url: str, application_name: str) -> dict[str, str | int
 
 
 def prepare_session(connection: Connection) -> None:
-    """UTC, and autocommit, so that transactions begin where they are written."""
+    """Set everything that our SQL depends on, in one round trip, whatever role, database, server or environment say.
+
+    The session is in autocommit mode afterwards, so that transactions begin where they are written.
+    """
     connection.autocommit = True
-    connection.execute(queries.SET_UTC)
+    connection.execute(queries.SET_UP_SESSION)
 
 
 def connect(url: str, *, application_name: str) -> Connection:
@@ -62,7 +65,11 @@ def connect(url: str, *, application_name: str) -> Connection:
     arguments = connection_arguments(url, application_name)
     with translated_errors():
         connection = psycopg.connect(**arguments)  # type: ignore[arg-type]
-        prepare_session(connection)
+        try:
+            prepare_session(connection)
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
 

@@ -102,6 +102,7 @@ def migrate(connection: Connection, on_applied: Callable[[str], None] = lambda _
                 connection.execute(statement)
             if connection.execute(queries.IS_APPLIED, {"number": number}).fetchone():
                 continue
+            connection.execute(queries.LIFT_TIME_LIMITS)
             script = resources.files("orderlib").joinpath("migrations", name).read_text(encoding="utf-8")
             connection.execute(script)
             connection.execute(queries.RECORD_MIGRATION, {"number": number, "name": name})

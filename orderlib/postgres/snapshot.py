@@ -81,4 +81,5 @@ def snapshot(url: str, application_name: str) -> Iterator[Snapshot]:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True
         with connection.transaction():
+            connection.execute(queries.LIFT_TIME_LIMITS)
             yield Snapshot(connection)
