@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 import threading
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from socketserver import ThreadingMixIn
+from contextlib import contextmanager, suppress
+from socketserver import TCPServer, ThreadingMixIn
 from types import TracebackType
-from typing import Self
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from typing import Any, Self
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, make_wsgi_app
@@ -19,7 +23,12 @@ from prometheus_client.registry import Collector
 
 from orderlib.config import Address
 from orderlib.errors import BrokenSetup
+from orderlib.program import event
 from orderlib.repository import Outcome
+
+#: The health server serves at most so many connections at a time, each for so long.
+MAX_CONNECTIONS = 32
+CONNECTION_S = 5.0
 
 #: Not live: the loop has not turned for so long.
 LOOP_S = 30.0
@@ -37,7 +46,9 @@ class _EndToEnd(Collector):
     def observe(self, ages_s: Iterable[float]) -> None:
         for age_s in ages_s:
             self._counts[bisect_left(self._BOUNDS_S, age_s)] += 1
-            self._sum_s += age_s
+            # A producer's clock may be ahead of ours; a histogram's sum never falls.
+            if age_s > 0:
+                self._sum_s += age_s
 
     def collect(self) -> Iterator[Metric]:
         total, buckets = 0, []
@@ -100,16 +111,26 @@ class Health:
         return self._clock() - self._turned_at_s < LOOP_S
 
 
+@contextmanager
+def never_fatal(what: str) -> Iterator[None]:
+    """Log an exception and go on: metrics and health never stop the consumer."""
+    try:
+        yield
+    except Exception as exc:  # noqa: BLE001  whatever it is
+        event("monitoring_failed", logging.WARNING, what=what, error=type(exc).__name__)
+
+
 class HealthServer:
-    """Serves ``/metrics``, ``/livez`` and ``/readyz`` while in ``with``. Raises BrokenSetup if the address is taken."""
+    """Serves ``/metrics``, ``/livez`` and ``/readyz`` while in ``with``. Raises BrokenSetup if it cannot listen."""
 
     def __init__(self, bind: Address, health: Health, metrics: Metrics) -> None:
         self._health = health
         self._metrics: WSGIApplication = make_wsgi_app(metrics.registry)
         try:
-            self._server = make_server(bind.host, bind.port, self._answer, _Threads, _Quiet)
+            self._server = _Server(bind)
         except OSError as exc:
             raise BrokenSetup(f"ORDERS_METRICS_BIND: cannot listen on {bind}: {exc.strerror}") from exc
+        self._server.set_app(self._answer)
         self.address = Address(host=bind.host, port=self._server.server_port)
 
     def __enter__(self) -> Self:
@@ -141,15 +162,73 @@ class HealthServer:
         return [f"{fault or 'ok'}\n".encode()]
 
 
-class _Threads(ThreadingMixIn, WSGIServer):
-    """One thread a connection, waited for by nobody: a silent client keeps neither probes nor our end waiting."""
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base class's name
+        """Log nothing: probes come every few seconds."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """One thread a connection. A connection is closed after a few seconds, or when too many newer ones came.
+
+    So a flood leaves file descriptors for PostgreSQL and Kafka, and a prober that sends its request at once is
+    answered.
+    """
 
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128
 
+    def __init__(self, bind: Address) -> None:
+        host = bind.host.strip("[]")
+        self.address_family = socket.getaddrinfo(host, bind.port, type=socket.SOCK_STREAM)[0][0]
+        #: The open connections and when they are closed, the oldest first.
+        self._open: dict[socket.socket, float] = {}
+        self._changing = threading.Lock()
+        super().__init__((host, bind.port), _Quiet)
 
-class _Quiet(WSGIRequestHandler):
-    timeout = 5
+    def server_bind(self) -> None:
+        """Bind without HTTPServer's look-up of the host's full name, which waits for a slow resolver."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = "orderlib", self.socket.getsockname()[1]
+        self.setup_environ()
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base class's name
-        """Say nothing: probes come every few seconds."""
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection."""
+        try:
+            return super().get_request()
+        except OSError:
+            # Without a free file descriptor the connection stays pending, and the selector would report it at once.
+            time.sleep(0.1)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread; close the oldest connection if there are too many."""
+        with self._changing:
+            self._open[request] = time.monotonic() + CONNECTION_S
+            crowded_out = list(self._open)[:-MAX_CONNECTIONS]
+        for connection in crowded_out:
+            self._cut(connection)
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Close the connections whose time is over; called several times a second."""
+        now_s = time.monotonic()
+        with self._changing:
+            late = [connection for connection, until_s in self._open.items() if until_s <= now_s]
+        for connection in late:
+            self._cut(connection)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection that was answered."""
+        with self._changing:
+            self._open.pop(request, None)
+            super().shutdown_request(request)
+
+    def _cut(self, connection: socket.socket) -> None:
+        """End a connection; its thread, which waits for it, then closes it."""
+        with self._changing, suppress(OSError):
+            if self._open.pop(connection, None) is not None:
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log nothing: a client that leaves early is no event."""

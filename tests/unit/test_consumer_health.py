@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import http.client
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 
 import attrs
+import psutil
 import pytest
+from prometheus_client import generate_latest
 
 from orderlib.config import Address
-from services.consumer.health import LOOP_S, Health, HealthServer, Metrics
+from services.consumer.health import (
+    CONNECTION_S,
+    LOOP_S,
+    MAX_CONNECTIONS,
+    Health,
+    HealthServer,
+    Metrics,
+    never_fatal,
+)
+from tests.serving import eventually
 
 
 @attrs.define
@@ -65,3 +78,66 @@ def test_a_loop_that_does_not_turn_for_thirty_seconds_is_neither_live_nor_ready(
     assert probe.get("/livez") == probe.get("/readyz") == (503, "the loop has not turned for 30 s\n")
     probe.health.turn()
     assert probe.get("/livez")[0] == probe.get("/readyz")[0] == 200
+
+
+def test_a_flood_of_slow_connections_takes_few_file_descriptors_and_no_prober_waits(probe: Probe) -> None:
+    this_process = psutil.Process()
+    before = this_process.num_fds()
+    host, port = probe.address.host, probe.address.port
+    with ExitStack() as stack:
+        flood = [stack.enter_context(socket.create_connection((host, port))) for _ in range(300)]
+        for client in flood:
+            with suppress(OSError):
+                client.sendall(b"GET /livez HTTP/1.1\r\nX-Slow: ")
+        assert probe.get("/livez") == (200, "ok\n")
+        # The other half of each connection is the flood's own.
+        assert eventually(lambda: this_process.num_fds() - before - len(flood) <= MAX_CONNECTIONS + 1, 5)
+        began_s = this_process.cpu_times().user
+        assert probe.get("/metrics")[0] == 200
+        assert this_process.cpu_times().user - began_s < 1
+
+
+def test_a_connection_ends_after_a_few_seconds_however_busy_its_client_is(probe: Probe) -> None:
+    with socket.create_connection((probe.address.host, probe.address.port), timeout=3 * CONNECTION_S) as slow:
+        slow.sendall(b"GET /livez HTTP/1.1\r\n")
+
+        def is_closed() -> bool:
+            try:
+                slow.sendall(b"X: y\r\n")
+            except OSError:
+                return True
+            return False
+
+        assert eventually(is_closed, 2 * CONNECTION_S)
+
+
+def test_it_listens_on_an_ipv6_address() -> None:
+    health = Health(Clock())
+    with HealthServer(Address(host="[::1]", port=0), health, Metrics()) as server:
+        assert str(server.address).startswith("[::1]:")
+        assert Probe(health, Clock(), server.address).get("/livez")[0] == 200
+
+
+def test_it_does_not_ask_a_resolver_for_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: object) -> str:
+        raise AssertionError("asked for a name")
+
+    monkeypatch.setattr(socket, "getfqdn", slow)
+    with HealthServer(Address(host="0.0.0.0", port=0), Health(Clock()), Metrics()):  # noqa: S104
+        pass
+
+
+def test_a_record_from_the_future_took_no_time_and_the_sum_never_falls() -> None:
+    metrics = Metrics()
+    metrics.end_to_end.observe([-3e9, 2.0, -1.0])
+    text = generate_latest(metrics.registry).decode()
+    assert "orders_end_to_end_seconds_sum 2.0" in text
+    assert "orders_end_to_end_seconds_count 3.0" in text
+    assert 'orders_end_to_end_seconds_bucket{le="0.01"} 2.0' in text
+
+
+def test_monitoring_that_fails_is_logged_and_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with never_fatal("metrics"):
+        int("a secret")
+    assert [record.message for record in caplog.records] == ["monitoring_failed"]
+    assert "a secret" not in str(vars(caplog.records[0]))
