@@ -12,13 +12,22 @@ Whatever happens to a partition, its fence decides what counted; nothing here ne
 
 from __future__ import annotations
 
+import enum
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from random import Random
 
 import attrs
 
-from orderlib.errors import BrokenSetup, Collision, FenceLost, OrderError, StoreUnreachable, TryAgain
+from orderlib.errors import (
+    BrokenSetup,
+    BrokerUnreachable,
+    Collision,
+    FenceLost,
+    OrderError,
+    StoreUnreachable,
+    TryAgain,
+)
 from orderlib.ingest import Arrival, Batch, Record, Reject, Span
 from orderlib.retry import Backoff
 
@@ -26,6 +35,14 @@ from orderlib.retry import Backoff
 MAX_RECORDS = 2_000
 MAX_BYTES = 16 * 1024 * 1024
 MAX_AGE_S = 0.05
+
+#: One turn classifies records up to this many bytes, and at least one record; the others wait for the next turn. A
+#: record of 8 MiB takes up to a second, and the loop must listen for signals between two of them.
+TURN_BYTES = 1024 * 1024
+
+#: Fetch at most this many records at once, and fewer if their mean size would exceed these bytes.
+FETCH_RECORDS = 200
+FETCH_BYTES = 2 * 1024 * 1024
 
 #: A job that has no answer for so long counts as an outage, and fetching pauses.
 STALL_S = 2.0
@@ -95,15 +112,23 @@ class Resume:
     """The outage is over."""
 
 
-@attrs.frozen
-class Stop:
-    """Leave: with this error, since nothing can go on, or without one, since the ends asked for are reached."""
-
-    error: OrderError | None
-
-
 Job = Locate | Write | Survey
-Action = Job | Assign | Seek | Report | Pause | Resume | Stop
+Action = Job | Assign | Seek | Report | Pause | Resume
+
+
+@attrs.frozen
+class EndReached:
+    """Event: the client's position in a partition, past anything that holds no records."""
+
+    partition: int
+    next_offset: int
+
+
+class Server(enum.Enum):
+    """What a job waits for."""
+
+    KAFKA = "Kafka"
+    POSTGRES = "PostgreSQL"
 
 
 class TopicRemade(BrokenSetup):
@@ -171,6 +196,12 @@ class Consumption:
         self._dispatched: dict[int, int] = {}
         self._judged: list[tuple[Record, Arrival | Reject]] = []
         self._bytes = 0
+        #: Fetched, not yet classified.
+        self._fetched: deque[Record | EndReached] = deque()
+        #: Revoked since records were fetched last.
+        self._just_revoked: set[int] = set()
+        #: Of the records classified last; large until one is known.
+        self._mean_bytes = FETCH_BYTES
         self._opened_at_s: float | None = None
         self._job: Job | None = None
         self._job_since_s = 0.0
@@ -178,6 +209,7 @@ class Consumption:
         self._retry_at_s: float | None = None
         self._paused = False
         self._stopping = False
+        self._error: OrderError | None = None
 
     # What the loop may ask.
 
@@ -188,8 +220,18 @@ class Consumption:
 
     @property
     def wants_records(self) -> bool:
-        """Whether there is room for more records."""
-        return not self._paused and not self._stopping and not self._full
+        """Whether to fetch more records now."""
+        return not self._paused and not self._stopping and not self._fetched and not self._full
+
+    @property
+    def fetch_limit(self) -> int:
+        """How many records to fetch at once: fewer if they are large."""
+        return max(1, min(FETCH_RECORDS, FETCH_BYTES // max(1, self._mean_bytes)))
+
+    @property
+    def has_more(self) -> bool:
+        """Whether records that were fetched can be taken without waiting for anything."""
+        return bool(self._fetched) and not self._paused and not self._stopping and not self._full
 
     @property
     def topic_id(self) -> str | None:
@@ -198,8 +240,8 @@ class Consumption:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is collected, under way or to be located."""
-        return self._job is None and not self._unlocated and self._collected == self._dispatched
+        """Whether nothing is fetched, collected, under way or to be located."""
+        return self._job is None and not self._unlocated and not self._fetched and self._collected == self._dispatched
 
     @property
     def assigned(self) -> frozenset[int]:
@@ -222,26 +264,51 @@ class Consumption:
         for partition in partitions:
             self._unlocated.discard(partition)
             self._forget(partition)
+            self._just_revoked.add(partition)
 
-    def on_records(self, records: Sequence[Record], now_s: float) -> None:
-        """Records were fetched; those of partitions that went meanwhile, or seen already, are passed over."""
-        for record in records:
-            partition, offset = record.source.partition, record.source.offset
-            if offset < self._collected.get(partition, offset + 1):
-                continue
-            self._collected[partition] = offset + 1
-            self._judged.append((record, self._judge(record)))
-            self._bytes += record.size_bytes
+    def on_fetched(self, fetched: Iterable[Record | EndReached]) -> None:
+        """Records and partition ends were fetched. ``classify`` takes them, one turn's share at a time."""
+        if self._just_revoked:
+            # A revocation is reported from within the call that returns these records.
+            fetched = [one for one in fetched if _partition_of(one) not in self._just_revoked]
+            self._just_revoked.clear()
+        self._fetched.extend(fetched)
+
+    def classify(self, now_s: float) -> None:
+        """Classify fetched records until the batch is full or this turn has done enough.
+
+        Those of partitions that were revoked meanwhile, or seen already, are passed over.
+        """
+        if not self.has_more:
+            return
+        fetched, collected, judged = self._fetched, self._collected, self._judged
+        before, bytes_before = len(judged), self._bytes
+        enough = min(self._bytes + TURN_BYTES, MAX_BYTES)
+        while fetched and len(judged) < MAX_RECORDS and self._bytes < enough:
+            one = fetched.popleft()
+            if isinstance(one, Record):
+                partition, offset = one.source.partition, one.source.offset
+                if offset < collected.get(partition, offset + 1):
+                    continue
+                collected[partition] = offset + 1
+                judged.append((one, self._judge(one)))
+                self._bytes += one.size_bytes
+            elif one.next_offset > collected.get(one.partition, one.next_offset):
+                # Transaction markers and compacted gaps hold no records.
+                collected[one.partition] = one.next_offset
+        if len(judged) > before:
+            self._mean_bytes = (self._bytes - bytes_before) // (len(judged) - before)
         self._open(now_s)
 
-    def on_end(self, partition: int, next_offset: int, now_s: float) -> None:
-        """The client's position passed what holds no records: transaction markers, compacted gaps."""
-        if next_offset > self._collected.get(partition, next_offset):
-            self._collected[partition] = next_offset
-            self._open(now_s)
+    def on_fatal(self, error: OrderError) -> None:
+        """Something failed that no retry can help: stop."""
+        self._stop(error)
 
-    def on_tick(self, now_s: float) -> None:
-        """Time passed: start the job that is due, if none is under way."""
+    def on_tick(self, now_s: float, awaited: Server = Server.POSTGRES) -> None:
+        """Time passed: start the job that is due, if none is under way.
+
+        ``awaited``: the server whose answer the job under way waits for.
+        """
         if self._job is None:
             if not self._stopping:
                 self._start_next_job(now_s)
@@ -250,8 +317,8 @@ class Consumption:
                 self._retry_at_s = None
                 self._start(self._job, now_s)
         elif not self._paused and now_s - self._job_since_s >= STALL_S:
-            whose = "PostgreSQL has" if isinstance(self._job, Write) else "PostgreSQL or Kafka has"
-            self._pause(StoreUnreachable(f"{whose} not answered for {STALL_S:g} s"), 0)
+            kind = BrokerUnreachable if awaited is Server.KAFKA else StoreUnreachable
+            self._pause(kind(f"{awaited.value} has not answered for {STALL_S:g} s"), 0)
 
     # Events of the job under way.
 
@@ -274,7 +341,7 @@ class Consumption:
         if self._is_another(topic_id) or self._until is None:
             return
         if all(next_offsets.get(partition, 0) >= end for partition, end in self._until.items()):
-            self._stop(None)
+            self.on_stop()
 
     def on_written(self) -> None:
         """The batch under way is committed."""
@@ -302,15 +369,26 @@ class Consumption:
             self._stop(error)
 
     def on_stop(self) -> None:
-        """Someone wants us to stop: the job under way may end, nothing new begins."""
+        """Stop: the job under way may end, nothing new begins."""
         self._stopping = True
+        self._fetched.clear()
         if self._retry_at_s is not None:
             self._job = self._retry_at_s = None
 
     @property
+    def stopping(self) -> bool:
+        """Whether nothing new begins: told to stop, at the ends asked for, or after an error."""
+        return self._stopping
+
+    @property
     def stopped(self) -> bool:
-        """Whether nothing is under way any more after ``on_stop``."""
+        """Whether it is stopping and nothing is under way any more."""
         return self._stopping and self._job is None
+
+    @property
+    def error(self) -> OrderError | None:
+        """The first error after which nothing can go on."""
+        return self._error
 
     # Bookkeeping.
 
@@ -366,13 +444,15 @@ class Consumption:
             self._paused = False
             self._actions.append(Resume())
 
-    def _stop(self, error: OrderError | None) -> None:
-        self._stopping = True
-        self._actions.append(Stop(error))
+    def _stop(self, error: OrderError) -> None:
+        self._error = self._error or error
+        self.on_stop()
 
     def _forget(self, partition: int) -> None:
         self._collected.pop(partition, None)
         self._dispatched.pop(partition, None)
+        # What was fetched before a seek must not be taken after it.
+        self._fetched = deque(one for one in self._fetched if _partition_of(one) != partition)
         self._judged = [pair for pair in self._judged if pair[0].source.partition != partition]
         self._bytes = sum(record.size_bytes for record, _ in self._judged)
         if self._collected == self._dispatched:
@@ -393,3 +473,7 @@ class Consumption:
             self._start(Write(rest), now_s)
         else:
             self._finish()
+
+
+def _partition_of(fetched: Record | EndReached) -> int:
+    return fetched.source.partition if isinstance(fetched, Record) else fetched.partition

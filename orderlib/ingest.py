@@ -38,6 +38,9 @@ class RecordPosition:
         )
 
 
+#: What CPython needs for a header beside its name and value: a tuple and two objects.
+HEADER_BYTES = 150
+
 #: Names and values in the record's order, repeats kept.
 Headers = tuple[tuple[str, bytes | None], ...]
 
@@ -57,8 +60,11 @@ class Record:
 
     @property
     def size_bytes(self) -> int:
-        """What the record weighs in memory, roughly."""
-        return len(self.key or b"") + len(self.value or b"")
+        """About how much memory the record takes."""
+        size = len(self.key or b"") + len(self.value or b"")
+        if self.headers:
+            size += sum(len(name) + len(value or b"") + HEADER_BYTES for name, value in self.headers)
+        return size
 
     @property
     def headers_json(self) -> str | None:

@@ -74,7 +74,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         store = StoreThread(ledger, topic, Breaker(settings.breaker_fraction), metrics)
         topic.join(core)
         try:
-            return Loop(core, topic, store, ledger, health, metrics, clock, told_to_stop).run()
+            return Loop(core, topic, store, health, metrics, clock, told_to_stop).run()
         finally:
             store.close(timeout_s=1)
             left = topic.close(STOP_CLOSE_S)

@@ -1,6 +1,7 @@
 """The loop: carries events from Kafka and the store to ``Consumption``, and carries out what it says.
 
 Two threads. This one listens for signals and polls Kafka, always soon; the store's thread does whatever can block.
+``tests.simulation`` runs this same loop on a simulated Kafka and store.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ import datetime as dt
 import logging
 import queue
 import threading
+import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
+import attrs
 from prometheus_client import Gauge
 
 from orderlib.consumption import (
@@ -24,17 +28,19 @@ from orderlib.consumption import (
     Report,
     Resume,
     Seek,
-    Stop,
+    Server,
     Survey,
     TopicRemade,
     Write,
 )
 from orderlib.errors import Collision, OrderError, TryAgain
-from orderlib.ingest import Batch, Record, Reject
+from orderlib.ingest import Batch, Reject
 from orderlib.postgres.ledger import ConsumerLedger, Written
 from orderlib.program import EXIT_DONE, EXIT_FAILED, event
-from services.consumer.health import Health, Metrics
-from services.consumer.topic import EndReached, Topic
+from services.consumer.health import Health, Metrics, never_fatal
+from services.consumer.topic import Fetched, Topic
+
+T = TypeVar("T")
 
 #: How long one wait for Kafka or the store lasts, so that the other is not left waiting.
 _TURN_S = 0.02
@@ -43,27 +49,90 @@ _TURN_PAUSED_S = 0.1
 #: How often the log ends are asked for.
 _LAG_S = 1.0
 
-#: After a signal, the batch in hand may take so long; then its socket is shut. Then leaving the group may.
+#: Once stopping, the batch in hand may take so long; then its socket is shut. Then leaving the group may.
 STOP_BATCH_S = 5.0
 STOP_CLOSE_S = 3.0
 
+#: What a job came to: what to tell the core, or why it failed.
+Result = Callable[[Consumption], None] | BaseException
+
+
+class KafkaClient(Protocol):
+    """What the loop needs of Kafka; see ``Topic``."""
+
+    @property
+    def down(self) -> bool:
+        """Whether no broker can be reached."""
+
+    def fetch(self, topic_id: str | None, limit: int, timeout_s: float) -> Sequence[Fetched]:
+        """Fetch records, at most so many."""
+
+    def poll(self, topic_id: str | None, timeout_s: float) -> Sequence[Fetched]:
+        """Stay in the group."""
+
+    def assign(self, next_offsets: Mapping[int, int]) -> None:
+        """Fetch from these offsets on."""
+
+    def seek(self, partition: int, next_offset: int) -> None:
+        """Go on from another offset."""
+
+    def pause(self) -> None:
+        """Fetch nothing until ``resume``."""
+
+    def resume(self) -> None:
+        """Fetch again."""
+
+    def report(self, next_offsets: Mapping[int, int]) -> None:
+        """Commit offsets for lag tools."""
+
+    def ask_ends(self, partitions: Iterable[int]) -> Callable[[], Mapping[int, int] | None]:
+        """Ask for log ends."""
+
+
+class StoreClient(Protocol):
+    """What the loop needs of the store; see ``StoreThread``."""
+
+    awaited: Server
+
+    def submit(self, job: Job) -> None:
+        """Carry out a job."""
+
+    def take_result(self, timeout_s: float) -> Result | None:
+        """Return what the job came to, if it is known within that time."""
+
+    def abort(self) -> None:
+        """Make the job fail soon."""
+
 
 class StoreThread:
-    """Carries out jobs, one at a time; ``results`` gets what tells the core."""
+    """Carries out jobs, one at a time."""
 
     def __init__(self, ledger: ConsumerLedger, topic: Topic, breaker: Breaker, metrics: Metrics) -> None:
         self._ledger = ledger
         self._topic = topic
         self._breaker = breaker
         self._metrics = metrics
+        #: The server whose answer the job under way waits for.
+        self.awaited = Server.POSTGRES
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.results: queue.SimpleQueue[Callable[[Consumption], None] | BaseException] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="store", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
         """Carry out a job."""
         self._jobs.put(job)
+
+    def take_result(self, timeout_s: float) -> Result | None:
+        """Return what the job under way came to, or ``None`` if it is not known within that time."""
+        try:
+            return self._results.get(timeout=timeout_s) if timeout_s else self._results.get_nowait()
+        except queue.Empty:
+            return None
+
+    def abort(self) -> None:
+        """Make the job under way fail soon."""
+        self._ledger.interrupt()
 
     def close(self, timeout_s: float) -> None:
         """End after the job in hand, or leave it behind."""
@@ -73,23 +142,31 @@ class StoreThread:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
-                self.results.put(self._carry_out(job))
-            except BaseException as exc:  # noqa: BLE001  the loop raises it, or tells the core
-                self.results.put(exc)
+                self._results.put(self._carry_out(job))
+            except BaseException as exc:  # noqa: BLE001  the loop stops for it, or tells the core
+                self._results.put(exc)
 
     def _carry_out(self, job: Job) -> Callable[[Consumption], None]:
         match job:
             case Locate(partitions):
-                topic_id = self._topic.ask_topic_id()()
-                begin = self._ledger.begin(self._topic.name, topic_id, self._topic.earliest(partitions))
+                topic_id = self._wait_for_kafka(self._topic.ask_topic_id())
+                earliest = self._wait_for_kafka(lambda: self._topic.earliest(partitions))
+                begin = self._ledger.begin(self._topic.name, topic_id, earliest)
                 return lambda core: core.on_located(topic_id, begin)
             case Survey(partitions):
-                topic_id = self._topic.ask_topic_id()()
+                topic_id = self._wait_for_kafka(self._topic.ask_topic_id())
                 stored = self._ledger.next_offsets(topic_id, partitions)
                 return lambda core: core.on_surveyed(topic_id, stored)
             case Write(batch):
                 self._write(batch)
                 return lambda core: core.on_written()
+
+    def _wait_for_kafka(self, answer: Callable[[], T]) -> T:
+        self.awaited = Server.KAFKA
+        try:
+            return answer()
+        finally:
+            self.awaited = Server.POSTGRES
 
     def _write(self, batch: Batch) -> None:
         topic_id = self._topic.ask_topic_id()
@@ -99,13 +176,16 @@ class StoreThread:
             # By identity: to hash two thousand sources would keep the database waiting.
             refused = {id(reject.record) for reject in written.rejects}
             remember.append(self._breaker.check(id(record) in refused for record, _ in batch.judged))
-            if (now := topic_id()) != batch.topic_id:
+            if (now := self._wait_for_kafka(topic_id)) != batch.topic_id:
                 raise TopicRemade(f"topic {batch.topic} was made again: its id is {now}, it was {batch.topic_id}")
 
         written = self._ledger.write(batch, check)
         for step in remember:
             step()
-        self._count(batch, written)
+        for reject in written.rejects:
+            _log_reject(reject)
+        with never_fatal("metrics"):
+            self._count(batch, written)
 
     def _count(self, batch: Batch, written: Written) -> None:
         for outcome, count in written.outcomes.items():
@@ -116,15 +196,13 @@ class StoreThread:
             self._metrics.batch_seconds.labels(step).observe(seconds)
         now = dt.datetime.now(dt.UTC)
         self._metrics.end_to_end.observe((now - record.time).total_seconds() for record, _ in batch.judged)
-        for reject in written.rejects:
-            _log_reject(reject)
 
 
 class Lag:
     """How far the store is behind the log's end, by partition; asked now and then, never waited for."""
 
-    def __init__(self, topic: Topic, gauge: Gauge, clock: Callable[[], float]) -> None:
-        self._topic = topic
+    def __init__(self, kafka: KafkaClient, gauge: Gauge, clock: Callable[[], float]) -> None:
+        self._kafka = kafka
         self._gauge = gauge
         self._clock = clock
         self._next_offsets: dict[int, int] = {}
@@ -141,86 +219,112 @@ class Lag:
         for partition in self._shown - assigned:
             self._gauge.remove(str(partition))
         self._shown &= assigned
-        if self._answer is not None:
-            self._show(self._answer(), assigned)
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            ends = answer()
+            if ends is None:
+                self._answer = answer
+            else:
+                self._show(ends, assigned)
         elif assigned and self._clock() >= self._ask_at_s:
             self._ask_at_s = self._clock() + _LAG_S
-            self._answer = self._topic.ask_ends(assigned)
+            self._answer = self._kafka.ask_ends(assigned)
 
-    def _show(self, ends: Mapping[int, int] | None, assigned: frozenset[int]) -> None:
-        if ends is None:
-            return
-        self._answer = None
+    def _show(self, ends: Mapping[int, int], assigned: frozenset[int]) -> None:
         for partition in ends.keys() & assigned:
             self._gauge.labels(str(partition)).set(max(0, ends[partition] - self._next_offsets[partition]))
             self._shown.add(partition)
 
 
+@attrs.define
 class Loop:
-    """Runs until told to stop, or until nothing can go on."""
+    """Runs until told to stop, until the ends asked for are reached, or until nothing can go on.
 
-    def __init__(
-        self,
-        core: Consumption,
-        topic: Topic,
-        store: StoreThread,
-        ledger: ConsumerLedger,
-        health: Health,
-        metrics: Metrics,
-        clock: Callable[[], float],
-        told_to_stop: threading.Event,
-    ) -> None:
-        self._core = core
-        self._topic = topic
-        self._store = store
-        self._ledger = ledger
-        self._health = health
-        self._metrics = metrics
-        self._clock = clock
-        self._told_to_stop = told_to_stop
-        self._lag = Lag(topic, metrics.lag, clock)
-        self._stop_by_s: float | None = None
-        self._status: int | None = None
+    The last turn logs why, and its exit status follows from the same facts: 0 if it was told to stop or is at the end,
+    else 1.
+    """
+
+    _core: Consumption
+    _kafka: KafkaClient
+    _store: StoreClient
+    _health: Health
+    _metrics: Metrics
+    _clock: Callable[[], float]
+    _told_to_stop: threading.Event
+    _log: Callable[..., None] = event
+    #: Told before anything failed.
+    _told: bool = attrs.field(default=False, init=False)
+    _stop_by_s: float | None = attrs.field(default=None, init=False)
+    _lag: Lag = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._lag = Lag(self._kafka, self._metrics.lag, self._clock)
 
     def run(self) -> int:
-        """The exit status."""
-        while self._status is None and not self._core.stopped:
+        """Return the exit status."""
+        while (status := self.turn()) is None:
+            pass
+        return status
+
+    def turn(self) -> int | None:
+        """Do a little of everything that is due; the exit status if this was the last turn."""
+        try:
             self._health.turn()
             self._heed_stop()
-            self._take_results()
-            self._core.on_tick(self._clock())
+            self._take_result(0)
+            self._core.classify(self._clock())
+            self._core.on_tick(self._clock(), self._store.awaited)
             self._act()
-            self._lag.turn(self._core.assigned)
-            self._listen()
-        return EXIT_DONE if self._status is None else self._status
+            with never_fatal("lag"):
+                self._lag.turn(self._core.assigned)
+            if not self._core.stopped:
+                self._listen()
+        except OrderError as exc:
+            self._core.on_fatal(exc)
+        except Exception as exc:  # noqa: BLE001  a mistake in the program: nothing is certain any more
+            return self._give_up(exc)
+        if self._core.stopped:
+            return self._end()
+        if self._stop_by_s is not None and self._clock() >= self._stop_by_s:
+            self._log("batch_abandoned", logging.WARNING, waited_seconds=STOP_BATCH_S)
+            self._store.abort()
+            return self._end()
+        return None
+
+    def _end(self) -> int:
+        error = self._core.error
+        if error is not None:
+            self._log("stopped", logging.ERROR, reason=str(error))
+        elif not self._told:
+            self._log("end_reached")
+        return EXIT_DONE if self._told or error is None else EXIT_FAILED
+
+    def _give_up(self, exc: Exception) -> int:
+        """Log where it happened. The message is left out: it may hold what a record says."""
+        frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(exc.__traceback__)]
+        self._log("unforeseen_error", logging.ERROR, error=type(exc).__name__, frames=frames)
+        self._core.on_fatal(OrderError(f"unforeseen {type(exc).__name__}"))
+        return self._end()
 
     def _heed_stop(self) -> None:
-        if not self._told_to_stop.is_set():
-            return
-        now_s = self._clock()
-        if self._stop_by_s is None:
-            event("stopping")
-            self._health.not_ready = "stopping"
-            self._stop_by_s = now_s + STOP_BATCH_S
+        if self._told_to_stop.is_set() and not self._core.stopping:
+            self._told = True
+            self._log("stopping")
             self._core.on_stop()
-        elif now_s >= self._stop_by_s:
-            event("batch_abandoned", logging.WARNING, waited_seconds=STOP_BATCH_S)
-            self._ledger.interrupt()
-            self._status = EXIT_DONE
+        if self._core.stopping and self._stop_by_s is None:
+            self._health.not_ready = "stopping"
+            self._stop_by_s = self._clock() + STOP_BATCH_S
 
-    def _take_results(self, timeout_s: float = 0.0) -> None:
-        try:
-            result = self._store.results.get(timeout=timeout_s) if timeout_s else self._store.results.get_nowait()
-        except queue.Empty:
-            return
+    def _take_result(self, timeout_s: float) -> None:
+        result = self._store.take_result(timeout_s)
         if isinstance(result, OrderError):
             self._metrics.retries.labels(type(result).__name__).inc()
             if isinstance(result, Collision):
-                event("collision", logging.WARNING, reason=str(result))
+                self._log("collision", logging.WARNING, reason=str(result))
             self._core.on_failed(result, self._clock())
         elif isinstance(result, BaseException):
             raise result
-        else:
+        elif result is not None:
             result(self._core)
 
     def _act(self) -> None:
@@ -229,51 +333,44 @@ class Loop:
                 case Locate() | Write() | Survey():
                     self._store.submit(action)
                 case Assign(next_offsets):
-                    self._topic.assign(next_offsets)
+                    self._kafka.assign(next_offsets)
                     self._lag.at(next_offsets)
-                    event("partitions_assigned", next_offsets=next_offsets)
+                    self._log("partitions_assigned", next_offsets=next_offsets)
                 case Seek(partition, next_offset):
-                    self._topic.seek(partition, next_offset)
+                    self._kafka.seek(partition, next_offset)
                     self._lag.at({partition: next_offset})
-                    event("fence_lost", logging.WARNING, partition=partition, next_offset=next_offset)
+                    self._log("fence_lost", logging.WARNING, partition=partition, next_offset=next_offset)
                 case Report(next_offsets):
-                    self._topic.report(next_offsets)
+                    self._kafka.report(next_offsets)
                     self._lag.at(next_offsets)
                 case Pause(reason, wait_s):
-                    self._topic.pause()
+                    self._kafka.pause()
                     self._health.not_ready = str(reason)
-                    event("waiting", logging.WARNING, reason=str(reason), seconds=round(wait_s, 2))
+                    self._log("waiting", logging.WARNING, reason=str(reason), seconds=round(wait_s, 2))
                 case Resume():
-                    self._topic.resume()
-                    event("resumed")
-                case Stop(error):
-                    self._status = EXIT_DONE if error is None else EXIT_FAILED
-                    if error is not None:
-                        event("stopped", logging.ERROR, reason=str(error))
-        if self._stop_by_s is None and not self._core.in_outage:
-            self._health.not_ready = "Kafka does not answer" if self._topic.down else None
+                    self._kafka.resume()
+                    self._log("resumed")
+        if not self._core.stopping and not self._core.in_outage:
+            self._health.not_ready = "Kafka does not answer" if self._kafka.down else None
 
     def _listen(self) -> None:
-        """Wait a little for whoever speaks next."""
-        if self._core.stopped or self._status is not None:
-            return
+        """Wait a little for the next event."""
+        topic_id = self._core.topic_id
         if self._core.wants_records:
-            fetched = self._topic.fetch(self._core.topic_id, _TURN_S)
+            fetched = self._kafka.fetch(topic_id, self._core.fetch_limit, _TURN_S)
         elif self._core.in_outage:
-            fetched = self._topic.poll(self._core.topic_id, _TURN_PAUSED_S)
+            fetched = self._kafka.poll(topic_id, _TURN_PAUSED_S)
+        elif self._core.has_more:
+            fetched = self._kafka.poll(topic_id, 0)
         else:
-            self._take_results(_TURN_S)
+            self._take_result(_TURN_S)
             return
-        now_s = self._clock()
-        self._core.on_records([one for one in fetched if isinstance(one, Record)], now_s)
+        self._core.on_fetched([one for one in fetched if not isinstance(one, OrderError)])
         for one in fetched:
-            if isinstance(one, EndReached):
-                self._core.on_end(one.partition, one.next_offset, now_s)
-            elif isinstance(one, TryAgain):
-                event("kafka_trouble", logging.WARNING, reason=str(one))
+            if isinstance(one, TryAgain):
+                self._log("kafka_trouble", logging.WARNING, reason=str(one))
             elif isinstance(one, OrderError):
-                self._status = EXIT_FAILED
-                event("stopped", logging.ERROR, reason=str(one))
+                self._core.on_fatal(one)
 
 
 def _log_reject(reject: Reject) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-import attrs
 from confluent_kafka import (
     Consumer,
     KafkaError,
@@ -21,6 +20,7 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient, OffsetSpec, TopicDescription
 
 from orderlib.config import ConsumerSettings
+from orderlib.consumption import EndReached
 from orderlib.errors import BrokenSetup, BrokerUnreachable, OrderError
 from orderlib.ingest import Record
 from orderlib.program import event
@@ -37,20 +37,9 @@ from services.kafka import (
     translated_errors,
 )
 
-#: Records taken from librdkafka at once. A consume(2000) could return 500 MB of large ones.
-CONSUME_RECORDS = 200
-
 #: What librdkafka may fetch ahead, in KiB, and at most per partition and request, in bytes.
 _QUEUE_KIB = 2 * 1024
 _FETCH_BYTES = 256 * 1024
-
-
-@attrs.frozen
-class EndReached:
-    """The client's position in a partition, past anything that holds no records."""
-
-    partition: int
-    next_offset: int
 
 
 Fetched = Record | EndReached | OrderError
@@ -159,10 +148,10 @@ class Topic:
 
         self._consumer.subscribe([self.name], on_assign=given, on_revoke=taken, on_lost=taken)
 
-    def fetch(self, topic_id: str | None, timeout_s: float) -> list[Fetched]:
-        """A few records, and whatever else the client has to say."""
+    def fetch(self, topic_id: str | None, limit: int, timeout_s: float) -> list[Fetched]:
+        """Fetch at most ``limit`` records and other events of the client."""
         with translated_errors():
-            messages = self._consumer.consume(CONSUME_RECORDS, timeout_s)
+            messages = self._consumer.consume(limit, timeout_s)
         return [self._fetched(message, topic_id) for message in messages]
 
     def poll(self, topic_id: str | None, timeout_s: float) -> list[Fetched]:

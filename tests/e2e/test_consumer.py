@@ -104,6 +104,26 @@ def test_it_leaves_with_0_when_told_and_kafka_knows_how_far_it_was(
         assert "Traceback" not in consumer.stderr.read_text()
 
 
+def test_a_right_that_is_revoked_stops_it_with_1_and_a_reason(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_orders(uids("order", 20_000))
+    with consuming(environ) as consumer, psycopg.connect(database.superuser_url, autocommit=True) as administrator:
+        assert eventually(lambda: sum(next_offsets(database).values()) > 0, 20)
+        administrator.execute("REVOKE INSERT ON items FROM orders_writer")
+        try:
+            assert consumer.status(within_s=20) == 1
+        finally:
+            administrator.execute("GRANT INSERT ON items TO orders_writer")
+        stopped, ended = consumer.events()[-2:]
+        assert (stopped["event"], ended["event"]) == ("stopped", "ended")
+        assert "permission denied" in stopped["reason"]
+    with consuming(environ, "--exit-at-end") as consumer:
+        assert consumer.status(within_s=30) == 0
+        assert [event["event"] for event in consumer.events()][-2:] == ["end_reached", "ended"]
+    assert_all_accounted_for(sender.manifest, database, environ)
+
+
 def test_silent_clients_of_its_health_server_keep_neither_probes_nor_its_end_waiting(environ: dict[str, str]) -> None:
     with consuming(environ) as consumer:
         host, _, port = consumer.events("started")[0]["metrics"].rpartition(":")

@@ -1,27 +1,49 @@
-"""One consumer process: the core, and around it what ``services.consumer`` does with threads and librdkafka."""
+"""One consumer process: the real core and the real loop; Kafka and the store around them are simulated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from random import Random
 from typing import TYPE_CHECKING
 
-from orderlib.consumption import Assign, Consumption, Locate, Pause, Resume, Seek, Stop, Survey, Write
-from orderlib.errors import BrokenSetup, BrokerUnreachable, OrderError, StoreUnreachable
-from orderlib.ingest import Record
+from orderlib.consumption import Consumption, EndReached, Locate, Server, Survey, TopicRemade, Write
+from orderlib.errors import BrokenSetup, BrokerUnreachable, FenceLost, OrderError, StoreUnreachable, TryAgain
+from orderlib.program import EXIT_DONE, EXIT_FAILED
+from services.consumer.health import Health, Metrics
+from services.consumer.loop import Loop
+from services.consumer.topic import Fetched
 from tests.simulation.kafka import TOPIC, fetched, judged, shuffled
 from tests.simulation.promises import PromiseBrokenError
-from tests.simulation.store import Job, Step, Steps, Told
+from tests.simulation.store import Bug, Job, Step, Steps, Told
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
-#: As ``services.consumer.loop``: after a signal the batch in hand may take so long.
-STOP_BATCH_S = 5.0
+
+class MistakeError(Exception):
+    """A mistake in the program."""
+
+
+class SilentLoop(Loop):
+    """A planted mistake: it leaves without a word."""
+
+    def _end(self) -> int:
+        return EXIT_DONE
+
+
+#: Nobody reads them here, and they are slow to make.
+_METRICS = Metrics()
 
 
 class Process:
-    """Turns when the world says so; its job in the store goes on when the world says so."""
+    """Turns when the world says so; its job in the store goes on when the world says so, and while the loop waits.
+
+    To its loop it is both Kafka and the store.
+    """
+
+    down = False
+    awaited = Server.POSTGRES
 
     def __init__(self, world: World, name: str, rng: Random, until: Mapping[int, int] | None) -> None:
         self.world = world
@@ -29,8 +51,18 @@ class Process:
         self._rng = rng
         self.until = until
         self.core = Consumption(TOPIC, judged, rng, until)
+        self.told_to_stop = threading.Event()
+        loop = SilentLoop if world.bug is Bug.SILENT_STOP else Loop
+        self._loop = loop(
+            self.core, self, self, Health(self._clock), _METRICS, self._clock, self.told_to_stop, self._log
+        )
+        #: Names and reasons of what it logged.
+        self._logged: list[tuple[str, str]] = []
+        #: What it was told that no retry can help, in order.
+        self._fatal: list[str] = []
+        self._told_first = False
         self.job: Job | None = None
-        self.result: Told | OrderError | None = None
+        self.result: Told | OrderError | MistakeError | None = None
         #: What the group has to say, not heard yet.
         self.inbox: list[tuple[str, int]] = []
         #: The partitions it believes to have.
@@ -43,34 +75,48 @@ class Process:
         self.deaf = False
         #: Neither turns nor works.
         self.frozen = False
-        self.told_at_s: float | None = None
-        self._stopping = False
-        self._stopped: Stop | None = None
 
     def turn(self) -> None:
-        """As ``Loop.run``, once."""
-        world, core = self.world, self.core
-        now_s = world.now_s
-        if self.told_at_s is not None:
-            if not self._stopping:
-                self._stopping = True
-                core.on_stop()
-            elif now_s >= self.told_at_s + STOP_BATCH_S:
-                world.note(self.name, "abandons its batch")
-                world.leave(self)
-                return
-        if self.result is not None:
-            result, self.result = self.result, None
-            if isinstance(result, OrderError):
-                core.on_failed(result, now_s)
-            else:
-                result(core)
-        core.on_tick(now_s)
-        self._act()
-        if self._stopped is None and not core.stopped:
-            self._listen(now_s)
-        if self._stopped is not None or core.stopped:
-            world.leave(self)
+        """One turn of its loop; the world hears if it was the last."""
+        if self.told_to_stop.is_set() and not self._fatal and not self.core.stopping:
+            self._told_first = True
+        status = self._loop.turn()
+        if status is not None:
+            self._check_end(status)
+            self.world.leave(self)
+
+    def _check_end(self, status: int) -> None:
+        """Exit status and log must tell how it ended."""
+        last = self._logged[-1] if self._logged else ("", "")
+        by_itself = bool(self._fatal) and not self._told_first
+        if status != (EXIT_FAILED if by_itself else EXIT_DONE):
+            raise PromiseBrokenError(f"{self.name} exits with {status} after {self._fatal}; its last line: {last}")
+        if self._fatal:
+            if last != ("stopped", self._fatal[0]):
+                raise PromiseBrokenError(f"{self.name} stopped because of {self._fatal}; its last line: {last}")
+        elif self._told_first:
+            if ("stopping", "") not in self._logged:
+                raise PromiseBrokenError(f"{self.name} was told to stop, and did not log it")
+        elif last != ("end_reached", ""):
+            raise PromiseBrokenError(f"{self.name} has left without a reason; its last line: {last}")
+        else:
+            self.world.on_end_reached(self)
+
+    def _clock(self) -> float:
+        return self.world.now_s
+
+    def _log(self, name: str, _level: int = 0, **fields: object) -> None:
+        self._logged.append((name, str(fields.get("reason", ""))))
+        self.world.note(self.name, "logs", name, fields)
+        if name == "batch_abandoned":
+            self.world.fault("batch abandoned")
+        elif name == "fence_lost":
+            self.world.fault("seek after a lost fence")
+
+    def _hears_fatal(self, error: OrderError | MistakeError) -> None:
+        """It is about to hear of this, and must stop."""
+        self._fatal.append("unforeseen MistakeError" if isinstance(error, MistakeError) else str(error))
+        self.world.on_fatal(self, error)
 
     def advance(self) -> Step | None:
         """Take the job in the store one step further; where it is then, ``None`` if it has ended."""
@@ -78,6 +124,8 @@ class Process:
         try:
             if self.world.store.down:
                 raise StoreUnreachable("down")
+            if self.world.revoked and self.job.step is Step.WORKING:
+                raise BrokenSetup("permission denied for table items")
             self.job.step = next(self.job.steps)
         except StopIteration as done:
             self.finish(done.value)
@@ -88,60 +136,79 @@ class Process:
             return self.job.step
         return None
 
-    def finish(self, result: Told | OrderError) -> None:
+    def finish(self, result: Told | OrderError | MistakeError) -> None:
         """The job has ended so."""
         self.world.note(self.name, "hears", result)
         self.job, self.result = None, result
 
-    def _act(self) -> None:
-        for action in self.core.take_actions():
-            self.world.note(self.name, action)
-            match action:
-                case Write() | Locate() | Survey():
-                    if self._stopping:
-                        raise PromiseBrokenError(f"{self.name} was told to stop and began {action}")
-                    if self.job is not None:
-                        raise PromiseBrokenError(f"{self.name} has two jobs at once")
-                    self.job = Job(self._steps_of(action))
-                case Assign(next_offsets):
-                    if not next_offsets.keys() <= self.mine - self.positions.keys():
-                        raise PromiseBrokenError(f"{self.name} has {self.mine}, and assigns {next_offsets}")
-                    self.positions.update(next_offsets)
-                case Seek(partition, next_offset):
-                    if partition not in self.positions:
-                        raise PromiseBrokenError(f"{self.name} does not have {partition} to seek in")
-                    self.world.fault("seek after a lost fence")
-                    self.positions[partition] = next_offset
-                    self.ends_seen.pop(partition, None)
-                case Pause(reason, wait_s):
-                    if not wait_s and self.job is None:
-                        raise PromiseBrokenError(f"{self.name} awaits no answer, and pauses: {reason}")
-                    self.paused = True
-                case Resume():
-                    self.paused = False
-                case Stop():
-                    self._stopped = action
-                    self.world.on_stopped_itself(self, action.error)
-                case _:
-                    pass
+    # The store, as its loop sees it.
 
-    def _listen(self, now_s: float) -> None:
-        core = self.core
-        if core.wants_records:
-            if self.paused:
-                raise PromiseBrokenError(f"{self.name} wants records and does not fetch them")
-            if self.inbox and self._rng.random() < 0.5:
-                self._hear()
-            records, ends = self._fetch()
+    def submit(self, job: Write | Locate | Survey) -> None:
+        self.world.note(self.name, job)
+        if self.told_to_stop.is_set() and self._told_first:
+            raise PromiseBrokenError(f"{self.name} was told to stop and began {job}")
+        if self.job is not None:
+            raise PromiseBrokenError(f"{self.name} has two jobs at once")
+        self.job = Job(self._steps_of(job))
+
+    def take_result(self, timeout_s: float) -> Told | OrderError | MistakeError | None:
+        if timeout_s:
+            self.world.fault("waited to stop" if self.core.stopping else "batch full")
+            # While it waits, its job goes on.
+            while self.job is not None and self._rng.random() < 0.5:
+                self.advance()
+        result, self.result = self.result, None
+        if isinstance(result, MistakeError) or (
+            isinstance(result, OrderError) and not isinstance(result, TryAgain | FenceLost)
+        ):
+            self._hears_fatal(result)
+        return result
+
+    def abort(self) -> None:
+        self.world.note(self.name, "abandons its batch")
+
+    # Kafka, as its loop sees it.
+
+    def assign(self, next_offsets: Mapping[int, int]) -> None:
+        if not next_offsets.keys() <= self.mine - self.positions.keys():
+            raise PromiseBrokenError(f"{self.name} has {self.mine}, and assigns {next_offsets}")
+        self.positions.update(next_offsets)
+
+    def seek(self, partition: int, next_offset: int) -> None:
+        if partition not in self.positions:
+            raise PromiseBrokenError(f"{self.name} does not have {partition} to seek in")
+        self.positions[partition] = next_offset
+        self.ends_seen.pop(partition, None)
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+
+    def report(self, next_offsets: Mapping[int, int]) -> None:
+        pass
+
+    def ask_ends(self, _partitions: Iterable[int]) -> Callable[[], Mapping[int, int] | None]:
+        return self.world.life.ends
+
+    def fetch(self, topic_id: str | None, limit: int, _timeout_s: float) -> list[Fetched]:
+        if self.paused:
+            raise PromiseBrokenError(f"{self.name} wants records and does not fetch them")
+        if self.inbox and self._rng.random() < 0.5:
             self._hear()
-            if records:
-                core.on_records(records, now_s)
-            for partition, end in ends:
-                core.on_end(partition, end, now_s)
-        elif core.in_outage:
-            self._hear()
-        else:
-            self.world.fault("batch full")
+        found = self._fetch(topic_id, limit)
+        self._hear()
+        if self.world.refusing:
+            self.world.refusing = False
+            error = BrokenSetup("Kafka: topic authorization failed")
+            self._hears_fatal(error)
+            found.append(error)
+        return found
+
+    def poll(self, _topic_id: str | None, _timeout_s: float) -> list[Fetched]:
+        self._hear()
+        return []
 
     def _hear(self) -> None:
         """Whatever the group said, as callbacks from within a poll."""
@@ -159,26 +226,29 @@ class Process:
                 self.core.on_taken([partition])
                 self.world.group.released(self, partition)
 
-    def _fetch(self) -> tuple[list[Record], list[tuple[int, int]]]:
+    def _fetch(self, topic_id: str | None, limit: int) -> list[Fetched]:
         """A few records of some partitions, and the ends that were reached."""
-        records: list[Record] = []
-        ends: list[tuple[int, int]] = []
+        found: list[Fetched] = []
         world, positions, chance = self.world, self.positions, self._rng.random
-        topic_id = self.core.topic_id
         if world.kafka_down or topic_id is None:
-            return records, ends
+            return found
         for partition in shuffled(self._rng, list(positions)):
             position, log = positions[partition], world.life.logs[partition]
             end = len(log)
             if position > end:
-                self._stopped = Stop(BrokenSetup("Kafka does not hold this offset"))
-                world.on_stopped_itself(self, self._stopped.error)
-                return records, ends
+                error = BrokenSetup("Kafka does not hold this offset")
+                self._hears_fatal(error)
+                found.append(error)
+                return found
             stop = end if world.healing else min(end, position + int(chance() * 8))
             for offset in range(position, stop):
                 entry = log[offset]
-                if entry is not None:
-                    records.append(fetched(topic_id, partition, offset, entry))
+                if entry is None:
+                    continue
+                if len(found) >= limit:
+                    stop = offset
+                    break
+                found.append(fetched(topic_id, partition, offset, entry))
             if stop > position:
                 # The client's position is behind a record; a gap is passed with what follows it.
                 while stop < end and stop > position and log[stop - 1] is None:
@@ -186,8 +256,8 @@ class Process:
                 positions[partition] = stop
             if stop == end and self.ends_seen.get(partition) != end:
                 self.ends_seen[partition] = end
-                ends.append((partition, end))
-        return records, ends
+                found.append(EndReached(partition, end))
+        return found
 
     # Jobs, as StoreThread carries them out.
 
@@ -220,10 +290,26 @@ class Process:
         yield Step.ASKING
         earliest = {partition: self.world.life.earliest[partition] for partition in partitions}
         next_offsets = yield from self.world.store.begin(topic_id, earliest)
-        return lambda core: core.on_located(topic_id, next_offsets)
+
+        def tell(core: Consumption) -> None:
+            self._on_topic_id(topic_id)
+            core.on_located(topic_id, next_offsets)
+
+        return tell
 
     def _survey(self, partitions: frozenset[int]) -> Steps:
         topic_id = self._topic_id()
         yield Step.ASKING
         next_offsets = self.world.store.next_offsets(topic_id, partitions)
-        return lambda core: core.on_surveyed(topic_id, next_offsets)
+
+        def tell(core: Consumption) -> None:
+            self._on_topic_id(topic_id)
+            core.on_surveyed(topic_id, next_offsets)
+
+        return tell
+
+    def _on_topic_id(self, topic_id: str) -> None:
+        """It hears the topic's id from Kafka, and must stop if that is another."""
+        known = self.core.topic_id
+        if known not in {None, topic_id}:
+            self._hears_fatal(TopicRemade(f"topic {TOPIC} was made again: its id is {topic_id}, it was {known}"))

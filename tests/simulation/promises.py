@@ -16,8 +16,8 @@ KEYED = {f"u{uid}" for uid in range(KEYED_UIDS)}
 Place = tuple[str, int, int]
 
 
-class PromiseBrokenError(AssertionError):
-    """The consumer did what it promised never to do."""
+class PromiseBrokenError(BaseException):
+    """The consumer did what it promised never to do. No ``except Exception`` of the program hides it."""
 
 
 class Promises:

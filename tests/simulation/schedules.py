@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from tests.simulation.promises import PromiseBrokenError
 from tests.simulation.store import Bug
 from tests.simulation.world import World
 
@@ -15,7 +16,7 @@ def explore(first_seed: int, count: int, bug: Bug | None = None) -> Counter[str]
         world = World(seed, bug)
         try:
             world.run()
-        except Exception as exc:
+        except (PromiseBrokenError, Exception) as exc:
             planted = f" --bug {bug.value}" if bug is not None else ""
             exc.add_note(f"replay: python -m tests.simulation {seed}{planted}")
             raise

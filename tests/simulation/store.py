@@ -26,6 +26,7 @@ class Bug(enum.Enum):
     REJECT_SKIPPED = "reject-skipped"
     DOUBLE_REDRIVE = "double-redrive"
     NO_TOPIC_ID_CHECK = "no-topic-id-check"
+    SILENT_STOP = "silent-stop"
 
 
 class Step(enum.Enum):

@@ -23,7 +23,7 @@ from tests.simulation.kafka import (
     Group,
     Life,
 )
-from tests.simulation.process import Process
+from tests.simulation.process import MistakeError, Process
 from tests.simulation.promises import PromiseBrokenError, Promises
 from tests.simulation.store import Bug, Job, Step, Store
 
@@ -38,6 +38,12 @@ FAULTS_AT_ONCE = 5
 
 #: After everything has healed, so many rounds must be enough.
 ROUNDS = 200
+
+#: What no retry can help, planted by the schedule.
+RIGHT_REVOKED = "permission denied for table items"
+NOT_AUTHORIZED = "Kafka: topic authorization failed"
+MISTAKE = "a mistake in the program"
+FATAL = {RIGHT_REVOKED, NOT_AUTHORIZED, MISTAKE}
 
 #: What may happen in a schedule, and is counted.
 FAULTS = {
@@ -54,6 +60,14 @@ FAULTS = {
     *("killed before COMMIT", "killed between batches", "killed in COMMIT", "offsets rewound", "partitions lost"),
     *("poison", "rebalance", "redrive", "redrive beside a newer version", "refused by PostgreSQL"),
     *("seek after a lost fence", "stall", "superseded", "told to stop", "told to stop in a batch", "too large"),
+    *(
+        "no answer while it stops",
+        "batch abandoned",
+        "mistake in the program",
+        "not authorized by Kafka",
+        "right revoked",
+        "waited to stop",
+    ),
     *("topic id differs", "topic made again", "two redrives at once", "version", "zombie", "zombie at the fence"),
 }
 
@@ -64,7 +78,7 @@ _NAMES = {
     REFUSED: "refused by PostgreSQL",
     TOO_LARGE: "too large",
 }
-_KINDS = [GOOD] * 20 + [HEAVY, POISON, POISON, REFUSED, TOO_LARGE, TOO_LARGE]
+_KINDS = [GOOD] * 20 + [HEAVY, HEAVY, HEAVY, POISON, POISON, REFUSED, TOO_LARGE, TOO_LARGE]
 _UIDS = [uid for uid in range(UIDS) for _ in range(3 if uid < KEYED_UIDS else 1)]
 
 
@@ -80,6 +94,10 @@ class World:
         self.now_s = 0.0
         self.healing = False
         self.kafka_down = False
+        #: The writer may not write; Kafka refuses whoever fetches next.
+        self.revoked = False
+        self.refusing = False
+        self.bug = bug
         self.promises = Promises(self.fault)
         self.store = Store(self.promises, bug)
         self.group = Group(self._chance)
@@ -112,6 +130,7 @@ class World:
             self._remake,
             self._rewind,
             self._redrive,
+            self._break,
         ]
         self.rng.shuffle(faults)
         ordinary = [self._turn] * 20 + [self._advance] * 20 + [self._produce] * 4 + [self._restore, self._start_anew]
@@ -141,19 +160,19 @@ class World:
         self._abandon(process)
         self._remove(process)
 
-    def on_stopped_itself(self, process: Process, error: OrderError | None) -> None:
-        """It could not go on, or had nothing left to do."""
-        if error is None:
-            self.fault("end reached")
-            behind = [
-                p for p, end in (process.until or {}).items() if self.promises.reached[self.life.topic_id, p] < end
-            ]
-            if behind and self.life.number == 0:
-                raise PromiseBrokenError(f"{process.name} says that the end is reached, not so in {behind}")
-        elif isinstance(error, TopicRemade):
+    def on_end_reached(self, process: Process) -> None:
+        """It says that the ends it was given are handled."""
+        self.fault("end reached")
+        behind = [p for p, end in (process.until or {}).items() if self.promises.reached[self.life.topic_id, p] < end]
+        if behind and self.life.number == 0:
+            raise PromiseBrokenError(f"{process.name} says that the end is reached, not so in {behind}")
+
+    def on_fatal(self, process: Process, error: Exception) -> None:
+        """It hears of what no retry can help."""
+        if isinstance(error, TopicRemade):
             self.fault("topic id differs")
-        elif self.life.number == 0:
-            raise PromiseBrokenError(f"{process.name} stopped itself: {error!r}")
+        elif str(error) not in FATAL and self.life.number == 0:
+            raise PromiseBrokenError(f"{process.name} cannot go on: {error!r}")
 
     # The ordinary course.
 
@@ -196,6 +215,9 @@ class World:
         process = self._any_process()
         if process is not None and not process.frozen:
             process.turn()
+            if process.core.stopping and process.job is not None and self._chance() < 0.3:
+                self.fault("no answer while it stops")
+                self.now_s += 6
 
     def _advance(self) -> None:
         busy = [process for process in self.processes if process.job is not None and not process.frozen]
@@ -251,6 +273,7 @@ class World:
     def _restore(self) -> None:
         """One of the things that went wrong is over."""
         choice = self._chance()
+        self.revoked = False
         if choice < 0.3:
             self.store.down = False
         elif choice < 0.5:
@@ -335,7 +358,7 @@ class World:
     def _stall(self) -> None:
         """No answer for long, of whatever is under way."""
         self.fault("stall")
-        self.now_s += 3
+        self.now_s += 3 + 4 * self._chance()
 
     def _freeze(self) -> None:
         """SIGSTOP, so long that the group goes on without it."""
@@ -383,9 +406,9 @@ class World:
 
     def _tell_to_stop(self) -> None:
         process = self._any_process()
-        if process is not None and process.told_at_s is None:
+        if process is not None and not process.told_to_stop.is_set():
             self.fault("told to stop in a batch" if process.job is not None else "told to stop", process.name)
-            process.told_at_s = self.now_s
+            process.told_to_stop.set()
 
     def _rebalance(self) -> None:
         self.fault("rebalance")
@@ -404,7 +427,7 @@ class World:
         if not self._rewind_wanted:
             self._rewind_wanted = True
             for process in self.group.members:
-                process.told_at_s = self.now_s
+                process.told_to_stop.set()
             return
         if self.group.members:
             return
@@ -419,6 +442,21 @@ class World:
         self._rewind_wanted = False
         self._start()
 
+    def _break(self) -> None:
+        """Something happens that no retry can help."""
+        kind = self._below(3)
+        process = self._any_process()
+        if kind == 0:
+            self.fault("right revoked")
+            self.revoked = True
+        elif kind == 1:
+            self.fault("not authorized by Kafka")
+            self.refusing = True
+        elif process is not None and process.job is not None and not process.frozen:
+            self.fault("mistake in the program", process.name)
+            self._abandon(process)
+            process.finish(MistakeError(MISTAKE))
+
     def _redrive(self) -> None:
         if len(self.redrives) < 2 and self.store.rejects:
             self.fault("two redrives at once" if self.redrives else "redrive")
@@ -430,6 +468,7 @@ class World:
         """Everything recovers; everything must then be handled, and right."""
         self.note("everything heals")
         self.healing, self.store.down, self.kafka_down, self._rewind_wanted = True, False, False, False
+        self.revoked = self.refusing = False
         self._settle_orphans()
         for _ in list(self.processes):
             self._wake()
@@ -464,7 +503,7 @@ class World:
 
     def _stop_all(self) -> None:
         for process in self.processes:
-            process.told_at_s = self.now_s
+            process.told_to_stop.set()
         for _ in range(3):
             self._round()
         if self.processes:

@@ -10,34 +10,39 @@ import pytest
 
 from orderlib.consumption import (
     BREAKER_RECORDS,
+    FETCH_BYTES,
+    FETCH_RECORDS,
     MAX_AGE_S,
+    MAX_RECORDS,
     STALL_S,
     SURVEY_FOR_ENDS_S,
     SURVEY_S,
+    TURN_BYTES,
     Action,
     Assign,
     Breaker,
     BreakerTripped,
     Consumption,
+    EndReached,
     Locate,
     Pause,
     Report,
     Resume,
     Seek,
-    Stop,
+    Server,
     Survey,
     TopicRemade,
     Write,
 )
-from orderlib.errors import BrokenSetup, Collision, FenceLost, OrderError, StoreUnreachable
-from orderlib.ingest import Arrival, Batch, Record, RecordPosition, Reject, Span
+from orderlib.errors import BrokenSetup, BrokerUnreachable, Collision, FenceLost, OrderError, StoreUnreachable
+from orderlib.ingest import Arrival, Batch, Headers, Record, RecordPosition, Reject, Span
 
 TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
 
-def record(offset: int, partition: int = 0, value: bytes = b"") -> Record:
+def record(offset: int, partition: int = 0, value: bytes = b"", headers: Headers = ()) -> Record:
     source = RecordPosition(topic_id="id", partition=partition, offset=offset)
-    return Record(source=source, time=TIME, topic="orders", key=None, value=value)
+    return Record(source=source, time=TIME, topic="orders", key=None, value=value, headers=headers)
 
 
 def refused(one: Record) -> Arrival | Reject:
@@ -51,8 +56,14 @@ class Driver:
         self.core = Consumption("orders", refused, Random(1), until)
         self.now_s = 0.0
 
+    def end(self, partition: int, next_offset: int) -> None:
+        self.core.on_fetched([EndReached(partition, next_offset)])
+        self.core.classify(self.now_s)
+
     def fetch(self, *records: Record) -> None:
-        self.core.on_records(records, self.now_s)
+        self.core.on_fetched(records)
+        while self.core.has_more:
+            self.core.classify(self.now_s)
 
     def wants_records(self) -> bool:
         return self.core.wants_records
@@ -125,6 +136,93 @@ def test_a_batch_closes_at_16_mib() -> None:
     assert len(driver.write(0).judged) == 2
 
 
+@pytest.mark.parametrize(
+    ("headers", "records_in_batch"),
+    [
+        pytest.param((("name", bytes(700 * 1024)),), 24, id="large values"),
+        pytest.param((("n" * 700 * 1024, b""),), 24, id="large names"),
+        pytest.param((("h", b""),) * 99_000, 2, id="many"),
+        pytest.param((("h", None),) * 99_000, 2, id="many without a value"),
+    ],
+)
+def test_headers_count_towards_the_size_of_a_batch(headers: Headers, records_in_batch: int) -> None:
+    driver = started(0)
+    for offset in range(100):
+        driver.fetch(record(offset, headers=headers))
+    assert len(driver.write(0).judged) == records_in_batch
+
+
+def test_one_turn_classifies_a_bounded_amount_and_the_next_continues_in_order() -> None:
+    driver = started(0, 1)
+    value = bytes(TURN_BYTES // 2)
+    driver.core.on_fetched([record(offset, value=value) for offset in range(5)])
+    driver.core.on_fetched([EndReached(0, 7), record(0, 1, bytes(8 * TURN_BYTES)), record(1, 1)])
+    assert not driver.wants_records()
+    turns = 0
+    while driver.core.has_more:
+        driver.core.classify(driver.now_s)
+        assert driver.core.assigned == {0, 1}
+        turns += 1
+    assert turns == 4
+    batch = driver.write()
+    assert [one.source.offset for one, _ in batch.judged] == [0, 1, 2, 3, 4, 0, 1]
+    assert batch.spans == {0: Span(expected_offset=0, next_offset=7), 1: Span(expected_offset=0, next_offset=2)}
+
+
+def test_what_one_turn_left_is_in_the_next_batch_if_this_one_is_full() -> None:
+    driver = started(0)
+    driver.core.on_fetched(map(record, range(MAX_RECORDS + 1)))
+    driver.core.classify(driver.now_s)
+    assert not driver.core.has_more
+    assert not driver.idle()
+    assert driver.write(0).spans == {0: Span(expected_offset=0, next_offset=2_000)}
+    driver.core.classify(driver.now_s)
+    driver.written()
+    assert driver.write().spans == {0: Span(expected_offset=2_000, next_offset=2_001)}
+
+
+def test_what_was_fetched_before_a_seek_or_a_rebalance_is_not_taken_after_it() -> None:
+    driver = started(0, 1)
+    driver.fetch(record(0, 0), record(0, 1))
+    driver.write()
+    driver.core.on_fetched([record(1, 0), record(1, 1), EndReached(0, 9), EndReached(1, 9)])
+    driver.core.on_taken([1])
+    assert driver.fail(FenceLost({0, 1}, {0: 0, 1: 0})) == [Seek(0, 0)]
+    driver.core.on_given([1])
+    driver.tick()
+    driver.core.on_located("id", {1: 0})
+    driver.core.classify(driver.now_s)
+    assert driver.tick(MAX_AGE_S * 1.01) == [Assign({1: 0})]
+    assert driver.idle()
+
+
+def test_records_that_came_with_the_revocation_of_their_partition_are_not_taken_once_it_is_back() -> None:
+    driver = started(0, 1)
+    driver.core.on_taken([0])
+    driver.core.on_fetched([record(3, 0), EndReached(0, 9), record(0, 1)])
+    driver.core.on_given([0])
+    driver.tick()
+    driver.core.on_located("id", {0: 0})
+    driver.core.take_actions()
+    driver.core.classify(driver.now_s)
+    driver.fetch(record(0, 0))
+    assert driver.write().spans == {
+        0: Span(expected_offset=0, next_offset=1),
+        1: Span(expected_offset=0, next_offset=1),
+    }
+
+
+def test_fewer_records_are_fetched_at_once_where_they_are_large() -> None:
+    driver = started(0)
+    assert driver.core.fetch_limit == 1
+    driver.fetch(*[record(offset, value=bytes(1_000)) for offset in range(9)])
+    assert driver.core.fetch_limit == FETCH_RECORDS
+    driver.fetch(record(9, value=bytes(FETCH_BYTES // 4)))
+    assert driver.core.fetch_limit == 4
+    driver.fetch(record(10, headers=(("h", b""),) * 99_000))
+    assert driver.core.fetch_limit == 1
+
+
 def test_while_one_batch_is_written_the_next_is_collected_and_follows_it() -> None:
     driver = started(0)
     driver.fetch(record(0))
@@ -138,7 +236,7 @@ def test_while_one_batch_is_written_the_next_is_collected_and_follows_it() -> No
 def test_gaps_are_part_of_a_batch_also_where_no_record_follows() -> None:
     driver = started(0, 1)
     driver.fetch(record(5))
-    driver.core.on_end(1, 3, driver.now_s)
+    driver.end(1, 3)
     batch = driver.write()
     assert batch.spans == {0: Span(expected_offset=0, next_offset=6), 1: Span(expected_offset=0, next_offset=3)}
     assert len(batch.judged) == 1
@@ -146,12 +244,12 @@ def test_gaps_are_part_of_a_batch_also_where_no_record_follows() -> None:
 
 def test_a_position_that_is_not_further_changes_nothing() -> None:
     driver = started(0)
-    driver.core.on_end(0, 5, driver.now_s)
-    driver.core.on_end(0, 4, driver.now_s)
-    driver.core.on_end(1, 9, driver.now_s)
+    driver.end(0, 5)
+    driver.end(0, 4)
+    driver.end(1, 9)
     assert driver.write().spans == {0: Span(expected_offset=0, next_offset=5)}
     driver.written()
-    driver.core.on_end(0, 5, driver.now_s)
+    driver.end(0, 5)
     assert driver.tick(MAX_AGE_S) == []
 
 
@@ -248,9 +346,9 @@ def test_a_topic_with_another_id_stops_the_consumer() -> None:
     driver.core.on_given([1])
     driver.tick()
     driver.core.on_located("another id", {1: 0})
-    [stop] = driver.core.take_actions()
-    assert isinstance(stop, Stop)
-    assert isinstance(stop.error, TopicRemade)
+    assert driver.core.take_actions() == []
+    assert driver.stopped()
+    assert isinstance(driver.core.error, TopicRemade)
 
 
 # The fence.
@@ -337,6 +435,19 @@ def test_a_store_that_does_not_answer_is_an_outage_said_once() -> None:
     assert driver.written() == [Resume(), Report({0: 1})]
 
 
+@pytest.mark.parametrize(("awaited", "kind"), [(Server.KAFKA, BrokerUnreachable), (Server.POSTGRES, StoreUnreachable)])
+def test_the_reason_of_a_pause_names_the_server_that_does_not_answer(awaited: Server, kind: type[OrderError]) -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    driver.write()
+    driver.now_s += STALL_S
+    driver.core.on_tick(driver.now_s, awaited)
+    [pause] = driver.core.take_actions()
+    assert isinstance(pause, Pause)
+    assert type(pause.reason) is kind
+    assert str(pause.reason) == f"{awaited.value} has not answered for 2 s"
+
+
 def test_each_try_has_its_own_time_to_answer() -> None:
     driver = started(0)
     driver.tick(2 * STALL_S)
@@ -364,9 +475,22 @@ def test_what_no_retry_can_mend_stops_the_consumer(error: OrderError) -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
-    assert driver.fail(error) == [Stop(error)]
+    assert driver.fail(error) == []
+    assert driver.core.error is error
     assert driver.stopped()
     assert driver.tick(60) == []
+
+
+def test_an_error_from_kafka_that_no_retry_can_help_stops_it_after_the_batch_in_hand() -> None:
+    driver = started(0)
+    driver.fetch(record(0))
+    driver.write()
+    error = BrokenSetup("not authorized")
+    driver.core.on_fatal(error)
+    assert (driver.core.stopping, driver.stopped()) == (True, False)
+    assert driver.fail(BrokenSetup("no such right")) == []
+    assert driver.stopped()
+    assert driver.core.error is error
 
 
 # The end.
@@ -400,7 +524,8 @@ def test_told_to_stop_a_set_up_that_is_broken_is_said_all_the_same() -> None:
     driver.write()
     driver.core.on_stop()
     error = BrokenSetup("no such right")
-    assert driver.fail(error) == [Stop(error)]
+    assert driver.fail(error) == []
+    assert driver.core.error is error
     assert driver.stopped()
 
 
@@ -444,7 +569,8 @@ def test_it_leaves_when_the_group_has_handled_everything_asked_for() -> None:
     assert driver.tick() == []
     assert driver.tick(SURVEY_FOR_ENDS_S) == [Survey(frozenset({0, 1}))]
     driver.core.on_surveyed("id", {0: 1, 1: 4})
-    assert driver.core.take_actions() == [Stop(None)]
+    assert driver.stopped()
+    assert driver.core.error is None
 
 
 def test_the_ends_asked_for_are_not_looked_at_while_there_is_something_to_write() -> None:
@@ -467,9 +593,9 @@ def test_with_nothing_to_do_it_looks_whether_the_topic_is_still_the_same() -> No
     assert driver.tick(SURVEY_S * 0.49) == []
     assert driver.tick(SURVEY_S * 0.52) == [Survey(frozenset())]
     driver.core.on_surveyed("another id", {})
-    [stop] = driver.core.take_actions()
-    assert isinstance(stop, Stop)
-    assert isinstance(stop.error, TopicRemade)
+    assert driver.core.take_actions() == []
+    assert driver.stopped()
+    assert isinstance(driver.core.error, TopicRemade)
 
 
 def test_without_partitions_it_asks_nobody_anything() -> None:
