@@ -94,7 +94,7 @@ class Refused(OrderError):
 
 
 class MalformedJson(Refused):
-    """The bytes are not one well-formed JSON text in UTF-8, or nest 1,000 levels or deeper."""
+    """The bytes are not one well-formed JSON text in UTF-8, or nest more than 100 levels deep."""
 
     code = "malformed_json"
 

@@ -30,10 +30,10 @@ _TOKENS = [
     b'"0001-01-01T00:00:00+14:00"',
     b"\xef\xbb\xbf",
     b"9" * 5000,
-    b"[" * 90 + b"]" * 90,
-    b"[" * 998,
-    b"]" * 998,
-    b'{"a":' * 1000,
+    b"[" * 50 + b"]" * 50,
+    b"[" * 98,
+    b"]" * 98,
+    b'{"a":' * 100,
     "é\U0001f600\u2028".encode(),
 ]
 
@@ -98,7 +98,7 @@ def _flip(data: bytes, _other: bytes, rng: Random) -> bytes:
 
 def _bury(data: bytes, _other: bytes, rng: Random) -> bytes:
     """Something far below a field that nobody asked for."""
-    levels = rng.choice([14, 15, 16, 500, 990, 997, 998])
+    levels = rng.choice([1, 50, 97, 98, 99, 100])
     at = data.find(b"{", rng.randrange(len(data) + 1)) + 1
     return data[:at] + b'"x":' + b"[" * levels + rng.choice(_TOKENS) + b"]" * levels + b"," + data[at:]
 

@@ -10,14 +10,14 @@ from typing import NoReturn
 
 from orderlib import Fault, InvalidOrder, MalformedJson, Order, order_from_plain
 
-MAX_NESTING = 1000
+MAX_NESTING = 100
 
 
 def reference_decode(data: bytes) -> Order:
     """What ``decode_order`` must give or raise; of MalformedJson only the class counts."""
     try:
         text = data.decode()
-        if _nesting(text) >= MAX_NESTING:
+        if _nesting(text) > MAX_NESTING:
             raise ValueError("too deep")
         with _room_for_recursion():
             plain = json.loads(text, parse_constant=_refuse, parse_int=_parse_int, parse_float=lambda _: 0.5)

@@ -130,7 +130,7 @@ def _bad_value(rule: Type, good: Any, kind: FaultKind, rng: Random) -> bytes | N
             return rng.choice([b"NaN", b"Infinity", b"-Infinity", b"nan", b"01", b"+1", b".5", b"0x10"])
         case FaultKind.TOO_DEEP, _:
             # Deeper by the order around it, whatever that adds.
-            return b"[" * MAX_NESTING + b"]" * MAX_NESTING
+            return b"[" * (MAX_NESTING + 1) + b"]" * (MAX_NESTING + 1)
         case (FaultKind.TOO_SHORT, StrType(min_length=int(least))) if least > 0:
             return _text(good[: least - 1])
         case FaultKind.TOO_LONG, StrType(max_length=int(most)):

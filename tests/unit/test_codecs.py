@@ -182,7 +182,7 @@ def test_unknown_fields_are_passed_over_whatever_they_hold(part: str) -> None:
         b"9" * 5000,
         rb'{"a":[{}]}',
         rb'"\\u0000"',
-        b"[" * 900 + b"]" * 900,
+        b"[" * 97 + b"]" * 97,
     ):
         for key in (rb"later", "ключ".encode(), rb"\udfff", rb"\u0000", b""):
             data = SAMPLE.replace(holder.encode(), holder.encode() + b'"%b":%b,' % (key, unknown), 1)

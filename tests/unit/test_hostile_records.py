@@ -83,12 +83,12 @@ MALFORMED = {
     "only opening braces": b'{"a":' * 100_000,
     "100,000 nested arrays in a known field": with_number(b"[" * 100_000 + b"]" * 100_000),
     "100,000 nested arrays in an unknown field": with_unknown(b"[" * 100_000 + b"]" * 100_000),
-    "1,000 levels in a known field": with_number(b"[" * 999 + b"]" * 999),
-    "1,000 levels in an unknown field": with_unknown(b'{"a":' * 999 + b"1" + b"}" * 999),
-    "999 levels, malformed at the bottom": with_unknown(b"[" * 998 + b"01" + b"]" * 998),
-    "999 levels, malformed near the top": with_unknown(b"[" * 998 + b"]" * 998 + b"]"),
-    "999 levels, wrongly closed at the bottom": with_unknown(b"[" * 998 + b"}" + b"]" * 997),
-    "999 levels never closed": with_unknown(b"[" * 998),
+    "101 levels in a known field": with_number(b"[" * 100 + b"]" * 100),
+    "101 levels in an unknown field": with_unknown(b'{"a":' * 100 + b"1" + b"}" * 100),
+    "100 levels, malformed at the bottom": with_unknown(b"[" * 99 + b"01" + b"]" * 99),
+    "100 levels, malformed near the top": with_unknown(b"[" * 99 + b"]" * 99 + b"]"),
+    "100 levels, wrongly closed at the bottom": with_unknown(b"[" * 99 + b"}" + b"]" * 98),
+    "100 levels never closed": with_unknown(b"[" * 99),
 }
 
 INVALID = {
@@ -129,20 +129,20 @@ INVALID = {
     "no items": (with_item(b"", 0), "$.items"),
     "1,001 items": (with_item(ITEM, 1001), "$.items"),
     "1,001 bad items": (with_item(b"7", 1001), "$.items"),
-    "999 levels in a known field": (with_number(b"[" * 998 + b"]" * 998), "$.sm_id"),
-    "999 levels in a known object": (with_number(b'{"a":' * 998 + b"1" + b"}" * 998), "$.sm_id"),
-    "999 levels of items": (with_item(b"[" * 997 + b"]" * 997, 1), "$.items[0]"),
+    "100 levels in a known field": (with_number(b"[" * 99 + b"]" * 99), "$.sm_id"),
+    "100 levels in a known object": (with_number(b'{"a":' * 99 + b"1" + b"}" * 99), "$.sm_id"),
+    "100 levels of items": (with_item(b"[" * 98 + b"]" * 98, 1), "$.items[0]"),
 }
 
 ACCEPTED = {
     "blanks around it": b" \t\r\n" + RECORD + b"\n\n",
-    "999 levels in an unknown field": with_unknown(b"[" * 998 + b"]" * 998),
-    "999 levels in an unknown object": with_unknown(b'{"a":' * 998 + b"1" + b"}" * 998),
+    "100 levels in an unknown field": with_unknown(b"[" * 99 + b"]" * 99),
+    "100 levels in an unknown object": with_unknown(b'{"a":' * 99 + b"1" + b"}" * 99),
     "100,000 brackets in a text": with_unknown(b'"' + b"[" * 100_000 + b'"'),
     "2,000 brackets after escaped quotes": with_unknown(rb'"\\\"' + b"[" * 2000 + rb'\\"'),
     "100,000 arrays side by side": with_unknown(b"[" + b"[]," * 100_000 + b"[]]"),
     "lone surrogates in unknown fields and keys": with_unknown(rb'{"\ud800":"\udfff\ud800\u0041"}'),
-    "a lone surrogate below 999 levels": with_unknown(b"[" * 998 + rb'"\ud800"' + b"]" * 998),
+    "a lone surrogate below 100 levels": with_unknown(b"[" * 99 + rb'"\ud800"' + b"]" * 99),
     "a NUL in an unknown field": with_unknown(rb'"\u0000"'),
     "1e400 in an unknown field": with_unknown(b"1e400"),
     "5,000 digits in an unknown field": with_unknown(b"9" * 5000),
@@ -179,7 +179,7 @@ def test_a_thousand_items_are_an_order() -> None:
     assert decode_order(with_item(ITEM, 1000)).items == SAMPLE_ORDER.items[:1] * 1000
 
 
-@pytest.mark.parametrize("levels", [100, 999])
+@pytest.mark.parametrize("levels", [50, 100])
 @pytest.mark.parametrize("with_levels", [with_unknown, with_number])
 def test_what_a_record_is_does_not_depend_on_who_asks(levels: int, with_levels: Callable[[bytes], bytes]) -> None:
     """The decoder of C goes down the caller's stack; a caller deep down must not turn good records into bad ones."""
@@ -198,13 +198,17 @@ LARGE = {
     "one long known text": with_text(b"a" * _SIZE),
     "one long known text in Cyrillic": with_text("ж".encode() * (_SIZE // 2)),
     "one long unknown text": with_unknown(b'"' + b"a" * _SIZE + b'"'),
-    "a long text below 999 levels": with_unknown(b"[" * 998 + b'"' + b"a" * _SIZE + b'"' + b"]" * 998),
-    "escapes below 999 levels": with_unknown(b"[" * 998 + b'"' + rb"\n" * (_SIZE // 2) + b'"' + b"]" * 998),
-    "a text that never ends below 1,000 levels": b"[" * 1000 + b'"' + b"a" * _SIZE,
-    "quotes below 1,000 levels": b"[" * 1000 + b'"' * _SIZE,
+    "a long text below 100 levels": with_unknown(b"[" * 99 + b'"' + b"a" * _SIZE + b'"' + b"]" * 99),
+    "escapes below 100 levels": with_unknown(b"[" * 99 + b'"' + rb"\n" * (_SIZE // 2) + b'"' + b"]" * 99),
+    "a text that never ends below 101 levels": b"[" * 101 + b'"' + b"a" * _SIZE,
+    "quotes below 101 levels": b"[" * 101 + b'"' * _SIZE,
     "escapes and many brackets": with_unknown(b'["' + rb"\n" * (_SIZE // 2) + b'"' + b",[]" * 1000 + b"]"),
     "lone surrogates": with_unknown(b'"' + rb"\ud800" * (_SIZE // 6) + b'"'),
     "other escapes behind a lone surrogate": with_unknown(b'"' + rb"\ud800" + rb"\u0041" * (_SIZE // 6) + b'"'),
+    "chains of 100 levels and a lone surrogate": with_unknown(
+        b"[" + (b"[" * 98 + b"]" * 98 + b",") * (_SIZE // 197) + rb'"\ud800"]'
+    ),
+    "texts in arrays": with_unknown(b"[" + b'["["],' * (_SIZE // 6) + b"0]"),
     "brackets": with_unknown(b"[" + b"[]," * (_SIZE // 3) + b"0]"),
     "only opening brackets": b"[" * _SIZE,
     "digits": with_number(b"9" * _SIZE),
