@@ -19,6 +19,7 @@ from orderlib.errors import OrderNotFound, StoreUnreachable
 from orderlib.models import Order
 from orderlib.postgres.connection import connection_arguments
 from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.handshake import AsyncConnection
 from orderlib.postgres.migrate import require_schema
 from orderlib.postgres.reading import Reading
 from orderlib.repository import PAGE_SIZE, Cursor, Page, Status, checked_uids
@@ -177,7 +178,7 @@ class AsyncPostgresOrderReader:
             raise
 
     async def _connected(self) -> _Session:
-        connection = await psycopg.AsyncConnection.connect(**self._arguments, autocommit=True)  # type: ignore[arg-type]
+        connection = await AsyncConnection.connect(**self._arguments, autocommit=True)  # type: ignore[arg-type]
         session = _Session(connection)
         try:
             await connection.execute(queries.SET_UP_SESSION)

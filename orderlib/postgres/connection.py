@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import select
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
@@ -11,13 +13,14 @@ from psycopg_pool import ConnectionPool
 
 from orderlib import queries
 from orderlib.errors import BrokenSetup
-from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.errors import is_lost, translated_errors
+from orderlib.postgres.handshake import SyncConnection
 from orderlib.postgres.reading import Reading
 
 Connection = psycopg.Connection[TupleRow]
 
 
-class PooledConnection(Connection):
+class PooledConnection(SyncConnection):
     """A connection that remembers which reads it has prepared."""
 
     @functools.cached_property
@@ -36,12 +39,30 @@ _DEFAULTS: dict[str, str | int] = {
 }
 
 
+_ENCODE = (
+    "in a user name or a password, write @ as %40, : as %3A, / as %2F, ? as %3F, # as %23, % as %25 and a space as %20 "
+    "(in the form key=value, put the value in single quotes)"
+)
+
+#: A URL without a special character in user name or password that would have to be encoded. Where an unencoded `@` or
+#: `/` cuts a password in two, its end would be taken for a host or a database, and shown.
+_PLAIN_URL = re.compile(r"postgres(?:ql)?://(?:[^@/?]*@)?[^@]*")
+_KEY_AND_VALUE = re.compile(r"(\w+)\s*=\s*(?:'(?:\\.|[^'\\])*'|(?:\\.|[^\s\\])*)", re.DOTALL)
+
+
 def connection_arguments(url: str, application_name: str) -> dict[str, str | int]:
     """What psycopg needs to connect. Raises BrokenSetup for a URL that is none; it quotes no password."""
     try:
         given = conninfo_to_dict(url)
-    except psycopg.ProgrammingError:
-        raise BrokenSetup("the database URL is not one that PostgreSQL's libpq takes") from None
+    except psycopg.Error:
+        raise BrokenSetup(f"the database URL is not one that PostgreSQL's libpq takes: {_ENCODE}") from None
+    if "://" in url[:16] and url.startswith("postgres"):
+        if not _PLAIN_URL.fullmatch(url):
+            raise BrokenSetup(f"the database URL can be read in two ways: {_ENCODE}")
+    else:
+        names = _KEY_AND_VALUE.findall(url)
+        if len(names) != len(set(names)):
+            raise BrokenSetup(f"the database URL gives an option twice: {_ENCODE}")
     return {
         **_DEFAULTS,
         "application_name": application_name,
@@ -64,13 +85,29 @@ def connect(url: str, *, application_name: str) -> Connection:
     """One connection. Raises StoreUnreachable or BrokenSetup."""
     arguments = connection_arguments(url, application_name)
     with translated_errors():
-        connection = psycopg.connect(**arguments)  # type: ignore[arg-type]
+        connection = SyncConnection.connect(**arguments)  # type: ignore[arg-type]
         try:
             prepare_session(connection)
         except BaseException:
             connection.close()
             raise
         return connection
+
+
+def is_alive(connection: Connection) -> bool:
+    """Return whether an idle connection is still there as far as is known here, without asking the server.
+
+    A server that ends an idle session says so; that is read here, and the caller can connect again before it loses
+    anything.
+    """
+    poll = select.poll()
+    try:
+        poll.register(connection.fileno(), select.POLLIN)
+        while poll.poll(0) and not is_lost(connection):
+            connection.pgconn.consume_input()
+    except psycopg.Error:
+        return False
+    return not is_lost(connection)
 
 
 def make_pool(url: str, *, application_name: str, max_size: int, timeout_s: float) -> ConnectionPool[PooledConnection]:

@@ -1,47 +1,136 @@
-"""psycopg's errors as ours, translated once, at the edge."""
+"""psycopg's errors as ours, translated once, at the edge.
+
+No message quotes a row, or a part of a URL that may belong to a password.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psycopg
 import psycopg_pool
+from psycopg.pq import ConnStatus
+from psycopg.pq.abc import PGconn
 
 from orderlib.errors import BrokenSetup, Collision, OrderError, RefusedByDatabase, StoreUnreachable
-from orderlib.retry import Fate, fate_of
+from orderlib.retry import Fate, fate_of, fate_of_refusal
 
-#: libpq keeps no SQLSTATE of a refused connection, so these English words must tell an outage from a broken set-up.
-#: In another language a broken set-up is taken for an outage: it is said and tried again, and nothing is lost.
-_OUTAGE_WORDS = (
-    "starting up",
+#: Why libpq itself gave up on a connection, before or without an answer of the server, where only a change of the
+#: configuration helps. libpq has its messages in English unless the whole process chose another language; then it is an
+#: outage, which is logged and tried again, and nothing is lost.
+_LIBPQ_SETUP = {
+    r"invalid (integer value|port number|\w+ value|connection option)": "the database URL has an {}",
+    r"bad value for \w+": "the database URL has a {}",
+    r"could not match \d+ (port numbers|host names|hostaddr values)": "the database URL has lists of different lengths",
+    # TLS
+    r"server does not support SSL": "sslmode requires TLS, and the server does not offer it",
+    r"certificate verify failed": "the server's TLS certificate could not be verified (sslrootcert, or it has expired)",
+    r"server certificate for .* (does|do) not match host name": "the server's TLS certificate is for another host name",
+    r"server's certificate .* host name": "the server's TLS certificate names no host",
+    r"root certificate file": "the file of sslrootcert does not exist or cannot be read",
+    r"(could not (read|load|open)|invalid) .*certificate": "a file of sslcert or sslrootcert cannot be read",
+    r"private key file": "the file of sslkey is missing, cannot be read, or may be read by other users",
+    r"alert (unknown ca|bad certificate|certificate (required|expired|unknown|revoked))": "the server refused sslcert",
+    r"alert handshake failure": "client and server have no TLS version, cipher or certificate in common",
+    r"sslmode value|weak sslmode": "sslmode does not fit the other TLS settings",
+    r"(could not get home directory|SSL support|sslmode .* compiled)": "libpq cannot use TLS as configured",
+    # Authentication
+    r"no password supplied": "the server asks for a password, and the database URL has none",
+    r"channel binding": "channel_binding cannot be satisfied by this server",
+    r"authentication method requirement": "the server's authentication method is not one of require_auth",
+    r"(SASL|SCRAM|GSSAPI|SSPI|authentication method) .*not supported": "the authentication method is not supported",
+    # PgBouncer has one code for most of its errors, and English words only.
+    r"(?<=08P01: )(no such (user|database)|((SASL|password|TLS|peer) )?auth\w* failed|unsupported startup parameter|"
+    r"bouncer config error|not allowed)": "PgBouncer: {}",
+}
+_LIBPQ_SETUP_COMPILED = [(re.compile(pattern), text) for pattern, text in _LIBPQ_SETUP.items()]
+
+#: What a server refuses for good, by SQLSTATE.
+_REFUSALS = {
+    "28P01": "password authentication failed, or there is no such role",
+    "28000": "the server does not let this role log in from here with this method (pg_hba.conf)",
+    "3D000": "the database does not exist",
+    "42501": "the role may not connect to this database",
+    "22023": "an option of the session has an invalid value (PGOPTIONS, PGDATESTYLE, PGTZ or the URL's options)",
+    "42704": "an option of the session does not exist (PGOPTIONS or the URL's options)",
+}
+
+#: The causes of a connection that failed without an SQLSTATE, as libpq and the system write them. A message shows one
+#: of these instead of libpq's whole text, which quotes the URL. A host name that cannot be resolved is an outage:
+#: Docker and Kubernetes take away the name of a service that is stopped.
+_CAUSES = (
+    *sorted({os.strerror(number) for number in errno.errorcode}, key=len, reverse=True),
+    "timeout expired",
+    "server closed the connection unexpectedly",
+    "SSL connection has been closed unexpectedly",
+    "received invalid response to SSL negotiation",
+    "expected authentication request from server",
+    "session is read-only",
+    "session is not read-only",
+    "server is in hot standby mode",
+    "server is not in hot standby mode",
+    # PgBouncer's
+    "no more connections allowed",
+    "server login has been failing",
+    "server login failed",
+    "query_wait_timeout",
+    "client_login_timeout",
+    "cannot connect to server",
+    "database is disabled",
+    "database does not allow connections",
     "shutting down",
-    "recovery",
-    "too many",
-    "remaining connection slots",
-    "not accept",
 )
 
-#: So libpq refuses a URL before it connects: a port that is no number, an unknown sslmode.
-_INVALID_URL = re.compile(r"invalid (integer value|port number|\w+ value)")
+_HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,252})|[0-9A-Fa-f:.]{2,45}|/[A-Za-z0-9_./-]{0,107}")
+_UNKNOWN_HOST = re.compile(r"""(?:could not translate host name|failed to resolve host) ['"]([^'"]*)['"]""")
+
+
+def is_lost(connection: psycopg.BaseConnection[Any], exc: BaseException | None = None) -> bool:
+    """Return whether the connection is lost, whatever error came last: closed, broken, or ended by the server."""
+    return connection.pgconn.status != ConnStatus.OK or _is_fatal(exc)
+
+
+def _is_fatal(exc: BaseException | None) -> bool:
+    """Whether the server ended the session with this error; libpq may not have noticed yet."""
+    return isinstance(exc, psycopg.Error) and exc.diag.severity_nonlocalized in {"FATAL", "PANIC"}
 
 
 @contextmanager
-def translated_errors() -> Iterator[None]:
-    """Raise our error, ``from`` psycopg's, for any that leaves the block."""
+def translated_errors(connection: psycopg.BaseConnection[Any] | None = None) -> Iterator[None]:
+    """Raise our error, ``from`` psycopg's, for any that leaves the block.
+
+    With the connection that the block uses: a lost one is an outage whatever psycopg raises. It raises errors of every
+    class then, because it reads the server's last words as the answer to something else.
+    """
     try:
         yield
-    except (psycopg.Error, UnicodeEncodeError) as exc:
-        raise translate(exc) from exc
+    except OrderError:
+        raise
+    except Exception as exc:
+        if not isinstance(exc, psycopg.Error | UnicodeEncodeError) and (connection is None or not is_lost(connection)):
+            raise
+        raise translate(exc, connection) from exc
 
 
-def translate(exc: psycopg.Error | UnicodeEncodeError) -> OrderError:
-    """Our error for one of psycopg's. Its message names kinds and codes, never data: details may quote a row."""
+def translate(exc: Exception, connection: psycopg.BaseConnection[Any] | None = None) -> OrderError:
+    """Return our error for one of psycopg's. Its message names kinds and codes, never data: details may quote a row."""
+    if connection is not None and is_lost(connection, exc):
+        return StoreUnreachable(f"PostgreSQL: the connection was lost{_reason(exc)}")
     if isinstance(exc, UnicodeEncodeError):
         return RefusedByDatabase(None)
+    if not isinstance(exc, psycopg.Error):
+        return BrokenSetup(f"PostgreSQL: {type(exc).__name__}")
+    if exc.pgconn is not None:
+        return _not_connected(exc, exc.pgconn)
     if exc.sqlstate is None:
         return _without_sqlstate(exc)
+    if _is_fatal(exc):
+        return StoreUnreachable(f"PostgreSQL: the connection was lost{_reason(exc)}")
     summary = exc.diag.message_primary if exc.sqlstate[:2] not in {"22", "23"} else type(exc).__name__
     match fate_of(exc.sqlstate):
         case Fate.SPLIT:
@@ -54,6 +143,18 @@ def translate(exc: psycopg.Error | UnicodeEncodeError) -> OrderError:
             return BrokenSetup(f"PostgreSQL: {summary} ({exc.sqlstate})")
 
 
+def _reason(exc: Exception) -> str:
+    """The server's last words, if it had any."""
+    if isinstance(exc, psycopg.Error) and exc.sqlstate and exc.sqlstate[:2] not in {"22", "23"}:
+        return f": {exc.diag.message_primary or _words(exc)} ({exc.sqlstate})"
+    return ""
+
+
+def _words(exc: psycopg.Error) -> str:
+    """The name of an error in plain words."""
+    return re.sub(r"(?<!^)(?=[A-Z])", " ", type(exc).__name__).lower()
+
+
 def _without_sqlstate(exc: psycopg.Error) -> OrderError:
     if isinstance(exc, psycopg_pool.PoolTimeout | psycopg_pool.TooManyRequests):
         return StoreUnreachable("PostgreSQL: no connection came free in time")
@@ -61,14 +162,41 @@ def _without_sqlstate(exc: psycopg.Error) -> OrderError:
         return RefusedByDatabase(None)
     if isinstance(exc, psycopg_pool.PoolClosed):
         return BrokenSetup("PostgreSQL: the repository is closed")
-    if isinstance(exc, psycopg.OperationalError):
-        text = str(exc)
-        if invalid := _INVALID_URL.search(text):
-            # What is invalid may be a part of a password with an unescaped character.
-            return BrokenSetup(f"PostgreSQL: the database URL has an {invalid[0]}")
-        if "FATAL:" in text and not any(word in text for word in _OUTAGE_WORDS):
-            return BrokenSetup(f"PostgreSQL: {text.rpartition('FATAL:')[2].strip().splitlines()[0]}")
-        return StoreUnreachable(f"PostgreSQL: {' '.join(text.split())}")
-    if isinstance(exc, psycopg.InterfaceError):
-        return StoreUnreachable(f"PostgreSQL: {exc}")
+    if isinstance(exc, psycopg.OperationalError | psycopg.InterfaceError) or str(exc).startswith("bad value for"):
+        return _without_answer(str(exc))
     return BrokenSetup(f"PostgreSQL: {type(exc).__name__}: {exc}")
+
+
+def _not_connected(exc: psycopg.Error, pgconn: PGconn) -> OrderError:
+    """Return our error for a connection that was not established.
+
+    Known configuration errors stop a program; everything else is an outage. A server that is restarted, overloaded or
+    being maintained has more ways to refuse a connection than any list.
+    """
+    address = _address(pgconn)
+    if exc.sqlstate is None or exc.sqlstate == "08P01":
+        if exc.sqlstate is None and pgconn.needs_password:
+            return BrokenSetup(f"PostgreSQL{address}: the server asks for a password, and the database URL has none")
+        return _without_answer(str(exc), address, f" ({exc.sqlstate})" if exc.sqlstate else "")
+    if exc.sqlstate == "3D000" and _HOST.fullmatch(database := pgconn.db.decode("utf-8", "replace")):
+        return BrokenSetup(f'PostgreSQL{address}: database "{database}" does not exist (3D000)')
+    text = f"PostgreSQL{address}: {_REFUSALS.get(exc.sqlstate) or _words(exc)} ({exc.sqlstate})"
+    return BrokenSetup(text) if fate_of_refusal(exc.sqlstate) is Fate.STOP else StoreUnreachable(text)
+
+
+def _address(pgconn: PGconn) -> str:
+    host, port = pgconn.host.decode("utf-8", "replace"), pgconn.port.decode("utf-8", "replace")
+    if not _HOST.fullmatch(host) or not re.fullmatch("[0-9]{1,5}", port):
+        return ""
+    return f" at [{host}]:{port}" if ":" in host else f" at {host}:{port}"
+
+
+def _without_answer(text: str, address: str = "", code: str = "") -> OrderError:
+    for pattern, setup in _LIBPQ_SETUP_COMPILED:
+        if found := pattern.search(text):
+            # Of a URL's own text nothing is shown: it may be a part of a password with an unescaped character.
+            return BrokenSetup(f"PostgreSQL{address}: {setup.format(found[0])}{code}")
+    cause = next((cause for cause in _CAUSES if cause in text), "the connection failed")
+    if (unknown := _UNKNOWN_HOST.search(text)) and _HOST.fullmatch(unknown[1]):
+        cause = f"the host name {unknown[1]} cannot be resolved"
+    return StoreUnreachable(f"PostgreSQL{address}: {cause}{code}")

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import attrs
 import msgspec
 import psycopg
+from psycopg.pq import TransactionStatus
 
 from orderlib import queries
 from orderlib.errors import BrokenSetup, Collision, FenceLost, RefusedByDatabase, StoreUnreachable
 from orderlib.ingest import Arrival, Batch, Reject
-from orderlib.postgres.connection import Connection, connect
+from orderlib.postgres.connection import Connection, connect, is_alive
 from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.migrate import WRITER_RIGHTS, check_rights, check_schema
 from orderlib.postgres.writing import store
@@ -55,7 +56,7 @@ class ConsumerLedger:
 
         Two groups would overwrite each other's orders.
         """
-        with translated_errors(), self._connected() as connection:
+        with self._connected() as connection:
             check_rights(connection, WRITER_RIGHTS)
             others = {group for (group,) in connection.execute(queries.GROUPS)} - {self._group}
             if others:
@@ -63,13 +64,13 @@ class ConsumerLedger:
 
     def next_offsets(self, topic_id: str, partitions: Iterable[int]) -> dict[int, int]:
         """Where this group stands in these partitions; without those that it never read."""
-        with translated_errors(), self._connected() as connection:
+        with self._connected() as connection:
             return _next_offsets(connection, self._position(topic_id, partitions))
 
     def begin(self, topic: str, topic_id: str, earliest: Mapping[int, int]) -> dict[int, int]:
         """Where this group goes on in these partitions; one that it never read begins at its earliest offset."""
         position = self._position(topic_id, earliest)
-        with translated_errors(), self._connected() as connection:
+        with self._connected() as connection:
             known = _next_offsets(connection, position)
             # Even to do nothing, an INSERT would wait for a row that a frozen consumer is just moving.
             new = sorted(earliest.keys() - known.keys())
@@ -93,7 +94,7 @@ class ConsumerLedger:
             seconds[step] = (now_s := self._clock()) - began_s
             began_s = now_s
 
-        with translated_errors(), self._connected() as connection:
+        with self._connected() as connection:
             try:
                 with connection.transaction():
                     self._fence(connection, batch)
@@ -131,7 +132,9 @@ class ConsumerLedger:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Connection]:
-        if self._connection is None or self._connection.closed:
+        """Use a connection, a new one if the last was lost. Translate the errors of the block."""
+        if self._connection is None or self._connection.closed or not is_alive(self._connection):
+            self.close()
             connection = connect(self._url, application_name=self.APPLICATION_NAME)
             with self._interrupting:
                 self._connection = connection
@@ -139,10 +142,12 @@ class ConsumerLedger:
         if self._interrupted:
             raise StoreUnreachable("PostgreSQL: interrupted")
         try:
-            yield self._connection
-        except psycopg.OperationalError:
-            # Whatever state it is in, the next call begins afresh.
-            self._connection.close()
+            with translated_errors(self._connection):
+                yield self._connection
+        except BaseException:
+            # Whatever state it is in, the next call starts with a new session.
+            if self._connection.pgconn.transaction_status != TransactionStatus.IDLE:
+                self._connection.close()
             raise
 
     def _position(self, topic_id: str, partitions: Iterable[int]) -> dict[str, object]:

@@ -55,7 +55,7 @@ def bootstrap(connection: Connection, passwords: Mapping[str, str]) -> None:
     ``passwords`` of the three login roles, by name, replace the ones they had. Raises BrokenSetup unless the database
     is UTF8: in any other encoding some orders could not be kept.
     """
-    with translated_errors(), connection.transaction():
+    with translated_errors(connection), connection.transaction():
         connection.execute(queries.LOCK_SCHEMA)
         encoding, database = _one_row(connection, queries.DATABASE)
         if encoding != "UTF8":
@@ -92,7 +92,7 @@ def migrate(connection: Connection, on_applied: Callable[[str], None] = lambda _
     """
     applied = 0
     for number, name in _migrations().items():
-        with translated_errors(), connection.transaction():
+        with translated_errors(connection), connection.transaction():
             connection.execute(queries.LOCK_SCHEMA)
             connection.execute(queries.BECOME_OWNER)
             encoding, _ = _one_row(connection, queries.DATABASE)
@@ -114,7 +114,7 @@ def migrate(connection: Connection, on_applied: Callable[[str], None] = lambda _
 def check_schema(connection: Connection) -> None:
     """Raise BrokenSetup, naming the command, if the schema is older than this program. A newer one is fine."""
     number = 0
-    with translated_errors(), contextlib.suppress(psycopg.errors.UndefinedTable):
+    with translated_errors(connection), contextlib.suppress(psycopg.errors.UndefinedTable):
         [number] = _one_row(connection, queries.SCHEMA_NUMBER)
     require_schema(number or 0)
 
@@ -131,7 +131,7 @@ def require_schema(number: int) -> None:
 def check_rights(connection: Connection, rights: Sequence[tuple[str, str]]) -> None:
     """Raise BrokenSetup naming the first of these (table, right) that the session's role lacks."""
     wanted = {"tables": [table for table, _ in rights], "rights": [right for _, right in rights]}
-    with translated_errors():
+    with translated_errors(connection):
         missing = connection.execute(queries.MISSING_RIGHTS, wanted).fetchone()
     if missing:
         role, table, right = missing

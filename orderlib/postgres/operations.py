@@ -30,14 +30,14 @@ class StoredOffset:
 @contextmanager
 def as_owner(connection: Connection) -> Iterator[None]:
     """One transaction in which the migrator has the owner's rights."""
-    with translated_errors(), connection.transaction():
+    with translated_errors(connection), connection.transaction():
         connection.execute(queries.BECOME_OWNER)
         yield
 
 
 def stored_offsets(connection: Connection) -> list[StoredOffset]:
     """Every stored offset. The reader's rights suffice."""
-    with translated_errors():
+    with translated_errors(connection):
         rows = connection.execute(queries.ALL_OFFSETS).fetchall()
     names = [field.name for field in attrs.fields(StoredOffset)]
     return [StoredOffset(**dict(zip(names, row, strict=True))) for row in rows]

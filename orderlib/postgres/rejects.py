@@ -53,7 +53,7 @@ class RejectSummary:
 
 def list_rejects(connection: Connection, *, code: str | None, waiting: bool, limit: int) -> list[RejectSummary]:
     """The oldest rejects; of one code, or only those that were never redriven."""
-    with translated_errors():
+    with translated_errors(connection):
         rows = connection.execute(queries.LIST_REJECTS, {"code": code, "waiting": waiting, "limit": limit}).fetchall()
     names = [field.name for field in attrs.fields(RejectSummary)]
     return [
@@ -70,7 +70,7 @@ def get_reject(connection: Connection, place: RejectPlace) -> list[dict[str, Any
 
     Raises RejectNotFound.
     """
-    with translated_errors():
+    with translated_errors(connection):
         cursor = connection.execute(queries.GET_REJECT, attrs.asdict(place))
         names = [column.name for column in cursor.description or ()]
         found = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
@@ -95,7 +95,7 @@ def redrive(
     after = ("", -1, -1)
     while True:
         try:
-            with translated_errors(), connection.transaction():
+            with translated_errors(connection), connection.transaction():
                 last, outcomes = _redrive_some(connection, judge, code, place, after)
         except Collision:
             continue

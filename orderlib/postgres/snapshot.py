@@ -77,7 +77,7 @@ class Snapshot:
 @contextmanager
 def snapshot(url: str, application_name: str) -> Iterator[Snapshot]:
     """Hold one look at the store. Raises StoreUnreachable or BrokenSetup, also from within."""
-    with translated_errors(), connect(url, application_name=application_name) as connection:
+    with connect(url, application_name=application_name) as connection, translated_errors(connection):
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True
         with connection.transaction():

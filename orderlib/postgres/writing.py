@@ -12,7 +12,7 @@ from orderlib import queries
 from orderlib.errors import Collision, OrderError, RefusedByDatabase
 from orderlib.ingest import Arrival, RecordPosition, Settlement, StoredVersion, settle
 from orderlib.postgres.connection import Connection
-from orderlib.postgres.errors import translate
+from orderlib.postgres.errors import is_lost, translate
 from orderlib.repository import Outcome
 from orderlib.rows import COPY_HEADER, COPY_TRAILER, stamps
 
@@ -41,9 +41,9 @@ def store(
     except psycopg.errors.LockNotAvailable:
         raise
     except (psycopg.Error, UnicodeEncodeError) as exc:
-        if _met_another_writer(exc):
+        if _met_another_writer(exc) and not is_lost(connection, exc):
             raise Collision("another writer stored one of these orders meanwhile") from exc
-        error = translate(exc)
+        error = translate(exc, connection)
         if not isinstance(error, RefusedByDatabase):
             raise error from exc
     if len(arrivals) == 1:
@@ -70,7 +70,7 @@ def _store_alone(
         except psycopg.errors.LockNotAvailable:
             raise
         except psycopg.Error as exc:
-            error = translate(exc)
+            error = translate(exc, connection)
             if not isinstance(error, RefusedByDatabase):
                 raise error from exc
     assert isinstance(error, RefusedByDatabase)

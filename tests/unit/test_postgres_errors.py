@@ -8,6 +8,7 @@ import psycopg
 import psycopg_pool
 import pytest
 from psycopg import errors
+from psycopg.pq import PGconn
 
 from orderlib import BrokenSetup, Collision, OrderError, RefusedByDatabase, StoreUnreachable
 from orderlib.postgres.errors import translate, translated_errors
@@ -51,10 +52,6 @@ def test_every_error_of_the_driver_itself_has_a_counterpart(kind: type[psycopg.E
         (errors.DiskFull(), StoreUnreachable),
         (psycopg_pool.PoolTimeout(), StoreUnreachable),
         (psycopg.OperationalError("consuming input failed: server closed the connection"), StoreUnreachable),
-        (psycopg.OperationalError("connection failed: FATAL:  the database system is starting up"), StoreUnreachable),
-        (psycopg.OperationalError("connection failed: FATAL:  sorry, too many clients already"), StoreUnreachable),
-        (psycopg.OperationalError('connection failed: FATAL:  database "x" does not exist'), BrokenSetup),
-        (psycopg.OperationalError("connection failed: FATAL:  password authentication failed"), BrokenSetup),
         (psycopg.OperationalError('invalid integer value "x" for connection option "port"'), BrokenSetup),
         (psycopg.OperationalError('connection is bad: invalid sslmode value: "x"'), BrokenSetup),
         (psycopg_pool.PoolClosed(), BrokenSetup),
@@ -72,6 +69,39 @@ def test_an_error_becomes_the_one_that_says_what_to_do_next(
         raise error
     assert translated.value.__cause__ is error
     assert "secret" not in str(translated.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        psycopg.InternalError("received 2 results from command 'BEGIN'"),
+        psycopg.ProgrammingError("COPY cannot be mixed with other operations"),
+        psycopg.DataError("cannot dump"),
+        psycopg.NotSupportedError(),
+        errors.UndefinedTable(),
+        errors.CheckViolation(),
+        errors.DeadlockDetected(),
+        errors.InvalidPassword(),
+        UnicodeEncodeError("utf-8", "secret\ud800", 6, 7, "surrogates not allowed"),
+        AssertionError("secret"),
+        ValueError("secret"),
+        OSError(9, "Bad file descriptor"),
+    ],
+)
+def test_on_a_lost_connection_every_error_is_an_outage(error: Exception) -> None:
+    lost = psycopg.Connection(PGconn.connect_start(b"host=/nowhere"))
+    with pytest.raises(StoreUnreachable) as translated, translated_errors(lost):
+        raise error
+    assert translated.value.__cause__ is error
+    assert "secret" not in str(translated.value)
+    lost.close()
+
+
+def test_on_a_lost_connection_our_own_errors_pass_untouched() -> None:
+    lost = psycopg.Connection(PGconn.connect_start(b"host=/nowhere"))
+    with pytest.raises(BrokenSetup), translated_errors(lost):
+        raise BrokenSetup("another group")
+    lost.close()
 
 
 def test_other_errors_pass_untouched() -> None:

@@ -1,0 +1,94 @@
+"""The start of a connection, with the SQLSTATE of a refusal.
+
+libpq keeps only the message of a refused connection, in the server's language. At its most verbose that message holds
+the SQLSTATE as well. psycopg has no call for this, so ``connect_steps`` repeats its short connect generator with one
+call of libpq more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from collections.abc import Callable
+from typing import Self
+
+import psycopg
+from psycopg import errors, pq
+from psycopg.abc import PQGenConn
+from psycopg.pq import ConnStatus, PollingStatus
+from psycopg.pq.abc import PGconn
+from psycopg.rows import TupleRow
+from psycopg.waiting import Wait
+
+_DEFAULT, _VERBOSE = 1, 2
+
+#: A severity in any language, then what libpq puts between it and the message. The last host's error comes last.
+_SQLSTATE = re.compile(r":  ([0-9A-Z]{5}): ")
+
+
+def _find_set_verbosity() -> Callable[[int | None, int], object]:
+    """Return PQsetErrorVerbosity of the libpq that psycopg uses."""
+    module = sys.modules[pq.PGconn.__module__]
+    # psycopg's C module is linked with libpq; its Python module has loaded it as `impl.pq`.
+    library = module.impl.pq if pq.__impl__ == "python" else ctypes.CDLL(module.__file__)
+    function = library.PQsetErrorVerbosity
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    function.restype = ctypes.c_int
+    return function
+
+
+_set_error_verbosity = _find_set_verbosity()
+
+
+def _set_verbosity(pgconn: PGconn, verbosity: int) -> None:
+    _set_error_verbosity(pgconn.pgconn_ptr, verbosity)  # type: ignore[attr-defined]
+
+
+def connect_steps(conninfo: str) -> PQGenConn[PGconn]:
+    """Connect to the one host in ``conninfo``, as ``psycopg.generators.connect`` does.
+
+    The error of a refused connection is psycopg's for its SQLSTATE, or OperationalError if the server gave none.
+    """
+    pgconn = pq.PGconn.connect_start(conninfo.encode())
+    _set_verbosity(pgconn, _VERBOSE)
+    while True:
+        status = PollingStatus.FAILED if pgconn.status == ConnStatus.BAD else pgconn.connect_poll()
+        if status == PollingStatus.OK:
+            break
+        if status == PollingStatus.FAILED:
+            raise _refusal(pgconn)
+        wait = Wait.R if status == PollingStatus.READING else Wait.W
+        while not (yield pgconn.socket, wait):
+            pass
+    _set_verbosity(pgconn, _DEFAULT)
+    pgconn.nonblocking = 1
+    return pgconn
+
+
+def _refusal(pgconn: PGconn) -> psycopg.Error:
+    message = pgconn.get_error_message()
+    codes = _SQLSTATE.findall(message)
+    kind: type[psycopg.Error] = psycopg.OperationalError
+    if codes:
+        try:
+            kind = errors.lookup(codes[-1])
+        except KeyError:
+            kind = type("UnknownSqlstate", (psycopg.OperationalError,), {"sqlstate": codes[-1]})
+    return kind(message, pgconn=errors.finish_pgconn(pgconn))
+
+
+class SyncConnection(psycopg.Connection[TupleRow]):
+    """A connection whose refusal has an SQLSTATE."""
+
+    @classmethod
+    def _connect_gen(cls, conninfo: str = "") -> PQGenConn[Self]:
+        return cls((yield from connect_steps(conninfo)))
+
+
+class AsyncConnection(psycopg.AsyncConnection[TupleRow]):
+    """The same for asyncio."""
+
+    @classmethod
+    def _connect_gen(cls, conninfo: str = "") -> PQGenConn[Self]:
+        return cls((yield from connect_steps(conninfo)))

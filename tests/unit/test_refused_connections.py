@@ -1,0 +1,259 @@
+"""A refused connection: known configuration errors stop a program, everything else is an outage, in any language."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import random
+import string
+import urllib.parse
+
+import psycopg
+import pytest
+from psycopg import errors
+
+from orderlib import AsyncPostgresOrderReader, BrokenSetup, OrderError, PostgresOrderRepository, StoreUnreachable
+from orderlib.postgres.connection import connect
+from tests.fake_postgres import error_response, refusing
+
+#: "FATAL" as PostgreSQL writes it in its languages, and words that say nothing.
+LANGUAGES = {
+    "German": ("SCHWERWIEGEND", "das Datenbanksystem fährt hoch"),
+    "Russian": ("ВАЖНО", "система баз данных запускается"),
+    "Japanese": ("致命的エラー", "データベースシステムは起動しています"),
+    "English": ("FATAL", "password authentication failed; starting up; too many; does not exist"),
+}
+
+SQLSTATES = sorted(
+    {
+        kind.sqlstate
+        for _, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, psycopg.Error) and isinstance(kind.sqlstate, str)
+    }
+)
+
+CONFIGURATION_ERRORS = {
+    "28P01": "password",
+    "28000": "pg_hba.conf",
+    "3D000": "does not exist",
+    "42501": "may not connect",
+    "42704": "option",
+    "22023": "option",
+    "0A000": "feature not supported",
+}
+OUTAGES = [
+    *(
+        "57P01",
+        "57P02",
+        "57P03",
+        "57P05",
+        "57014",
+        "53000",
+        "53100",
+        "53200",
+        "53300",
+        "53400",
+        "55000",
+        "55006",
+        "08000",
+    ),
+    *(
+        "08006",
+        "25006",
+        "25P03",
+        "25P04",
+        "40001",
+        "54000",
+        "58030",
+        "58P01",
+        "F0001",
+        "XX000",
+        "XX001",
+        "ZZ999",
+    ),
+]
+
+
+def refusal(port: int, host: str = "127.0.0.1") -> OrderError:
+    with pytest.raises(OrderError) as raised:
+        connect(f"postgresql://u:p@{host}:{port}/d", application_name="tests")
+    return raised.value
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("sqlstate", OUTAGES)
+def test_a_refusal_that_may_pass_is_an_outage(sqlstate: str, language: str) -> None:
+    severity, words = LANGUAGES[language]
+    with refusing(error_response(sqlstate, words, severity)) as port:
+        error = refusal(port)
+        assert isinstance(error, StoreUnreachable)
+        assert sqlstate in str(error)
+        assert f"127.0.0.1:{port}" in str(error)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize(("sqlstate", "cause"), CONFIGURATION_ERRORS.items())
+def test_a_configuration_error_is_named(sqlstate: str, cause: str, language: str) -> None:
+    severity, words = LANGUAGES[language]
+    with refusing(error_response(sqlstate, words, severity)) as port:
+        error = refusal(port)
+        assert isinstance(error, BrokenSetup)
+        assert sqlstate in str(error)
+        assert cause in str(error)
+        assert f"127.0.0.1:{port}" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("no more connections allowed (max_client_conn)", StoreUnreachable),
+        ("server login has been failing, try again later (server_login_retry)", StoreUnreachable),
+        ("server login failed: FATAL password authentication failed", StoreUnreachable),
+        ("query_wait_timeout", StoreUnreachable),
+        ("client_login_timeout (server down)", StoreUnreachable),
+        ('database "orders" is disabled', StoreUnreachable),
+        ("server conn crashed?", StoreUnreachable),
+        ("the pooler is shut down", StoreUnreachable),
+        ("no such user", BrokenSetup),
+        ("no such database: orders", BrokenSetup),
+        ("password authentication failed", BrokenSetup),
+        ("SASL authentication failed", BrokenSetup),
+        ("unsupported startup parameter: options", BrokenSetup),
+    ],
+)
+def test_the_refusals_of_pgbouncer(words: str, kind: type[OrderError]) -> None:
+    for severity in ("FATAL", "ERROR"):
+        with refusing(error_response("08P01", words, severity)) as port:
+            assert isinstance(refusal(port), kind)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (b"", StoreUnreachable),
+        (b"Ecould not fork new process for connection: No memory\n\0", StoreUnreachable),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", StoreUnreachable),
+        (b"R\0\0\0\x08\0\0\0\x03", BrokenSetup),  # a password in clear text is asked for, and answered
+        (b"R\0\0\0\x08\0\0\0\x63", BrokenSetup),
+    ],
+)
+def test_answers_without_an_sqlstate(answer: bytes, kind: type[OrderError]) -> None:
+    with refusing(answer) as port, pytest.raises(kind):
+        connect(f"postgresql://u@127.0.0.1:{port}/d", application_name="tests")
+
+
+def test_a_host_name_that_cannot_be_resolved_is_an_outage_with_its_name() -> None:
+    error = refusal(5432, host="no-such-host.invalid")
+    assert isinstance(error, StoreUnreachable)
+    assert "no-such-host.invalid" in str(error)
+
+
+@pytest.mark.parametrize("sqlstate", SQLSTATES)
+def test_every_sqlstate_gives_one_of_two_errors_with_its_code(sqlstate: str) -> None:
+    with refusing(error_response(sqlstate, "Wörter")) as port:
+        error = refusal(port)
+    assert isinstance(error, BrokenSetup if sqlstate[:2] in {"0A", "22", "28", "3D", "42"} else StoreUnreachable)
+    assert sqlstate in str(error)
+
+
+def test_the_repositories_tell_outage_and_configuration_apart() -> None:
+    async def read(url: str) -> None:
+        async with AsyncPostgresOrderReader(url) as reader:
+            await reader.get("x")
+
+    for sqlstate, kind in {"53300": StoreUnreachable, "55000": StoreUnreachable, "28P01": BrokenSetup}.items():
+        with refusing(error_response(sqlstate, "Wörter", "SCHWERWIEGEND")) as port:
+            url = f"postgresql://u:p@127.0.0.1:{port}/d"
+            with pytest.raises(kind):
+                PostgresOrderRepository.connect(url)
+            with pytest.raises(kind):
+                asyncio.run(read(url))
+
+
+SPECIAL = "@:/?#%&= []{}'\"\\,;+!$äЖ語😀"
+
+
+def passwords(rng: random.Random, number: int) -> list[str]:
+    """Return passwords with special characters between pieces that occur nowhere else."""
+    letters = string.ascii_uppercase + string.digits
+    found = []
+    for _ in range(number):
+        pieces = ["".join(rng.choices(letters, k=rng.randint(4, 8))) for _ in range(rng.randint(2, 4))]
+        joints = ["".join(rng.choices(SPECIAL, k=rng.choice([1, 1, 1, 2]))) for _ in pieces[1:]] + [""]
+        found.append("".join(piece + joint for piece, joint in zip(pieces, joints, strict=True)))
+    return [f"1234/{'Z' * 8}", f"5432?{'QX' * 4}=1", *found]
+
+
+def assert_no_piece_is_shown(password: str, shown: str) -> None:
+    for start in range(len(password) - 3):
+        piece = password[start : start + 4]
+        assert piece not in shown or not set(piece) & set(string.ascii_uppercase), (password, shown)
+
+
+def forms(password: str, address: str) -> list[str]:
+    """Return URLs with this password, encoded rightly, not at all, and in the form key=value."""
+    host, _, port = address.rpartition(":")
+    quoted = password.replace("\\", "\\\\").replace("'", "\\'")
+    return [
+        f"postgresql://user:{password}@{address}/orders",
+        f"postgres://user:{password}@{address}/orders?sslmode=prefer",
+        f"postgresql://user:{password}@/orders?host={host}&port={port}",
+        f"postgresql://{address}/orders?user=user&password={password}",
+        f"postgresql://user:{urllib.parse.quote(password, safe='')}@{address}/orders",
+        f"host={host} port={port} user=user password={password} dbname=orders",
+        f"host={host} port={port} user=user dbname=orders password={password}",
+        f"password={password} host={host} port={port} user=user dbname=orders",
+        f"host={host} port={port} user=user password='{quoted}' dbname=orders",
+    ]
+
+
+def everything_shown(error: BaseException | None) -> str:
+    """Return the error as text, as a repr, and as a log would show it."""
+    return f"{error} {error!r} {getattr(error, '__dict__', '')}"
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("sqlstate", ["28P01", "3D000", "53300", None])
+def test_no_piece_of_a_password_is_shown_whatever_the_url(
+    seed: int, sqlstate: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Misread URLs name hosts that do not exist; nobody asks a resolver for them.
+    def unresolved(host: object, *_: object, **__: object) -> None:
+        raise OSError(-2, "Name or service not known", host)
+
+    monkeypatch.setattr("socket.getaddrinfo", unresolved)
+    rng = random.Random(seed)
+    for password in passwords(rng, 12):
+        answer = error_response(sqlstate, f'"{password}" „{password}“ {password}') if sqlstate else password.encode()
+        with refusing(answer) as port:
+            for url in forms(password, f"127.0.0.1:{port}"):
+                url = (
+                    f"{url}{'&' if '?' in url else '?'}connect_timeout=2"
+                    if "://" in url
+                    else f"{url} connect_timeout=2"
+                )
+                try:
+                    connect(url, application_name="tests").close()
+                except OrderError as exc:
+                    assert_no_piece_is_shown(password, everything_shown(exc))
+                try:
+                    AsyncPostgresOrderReader(url)
+                except OrderError as exc:
+                    assert_no_piece_is_shown(password, everything_shown(exc))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:top@SECRETTAIL@127.0.0.1/orders",
+        "postgresql://u:top@SECRET/TAIL@127.0.0.1/orders",
+        "postgresql://u:1234/SECRETTAIL@127.0.0.1/orders",
+        "postgresql://u:1234?user=SECRETTAIL@127.0.0.1/orders",
+        "host=127.0.0.1 password=x host=SECRETTAIL",
+    ],
+)
+def test_a_url_that_can_be_read_in_two_ways_is_refused_with_advice(url: str) -> None:
+    with pytest.raises(BrokenSetup, match="%40") as raised:
+        connect(url, application_name="tests")
+    assert "SECRET" not in str(raised.value)
+    assert "TAIL" not in str(raised.value)
