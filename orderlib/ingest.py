@@ -38,6 +38,9 @@ class RecordPosition:
         )
 
 
+#: PostgreSQL's rows and values end at 1 GiB.
+_ROW_BYTES = 1_000_000_000
+
 #: What CPython needs for a header beside its name and value: a tuple and two objects.
 HEADER_BYTES = 150
 
@@ -65,6 +68,16 @@ class Record:
         if self.headers:
             size += sum(len(name) + len(value or b"") + HEADER_BYTES for name, value in self.headers)
         return size
+
+    @property
+    def unstorable(self) -> tuple[str, ...]:
+        """Return the parts that a reject must leave out, so that the others fit into a row."""
+        content_bytes = len(self.key or b"") + len(self.value or b"")
+        if content_bytes > _ROW_BYTES:
+            return ("value", "headers") if self.headers else ("value",)
+        # JSON may spell a byte of a name with six characters.
+        headers_bytes = 6 * (self.size_bytes - content_bytes)
+        return ("headers",) if content_bytes + headers_bytes > _ROW_BYTES else ()
 
     @property
     def headers_json(self) -> str | None:
@@ -130,6 +143,11 @@ class Reject:
     def of(cls, record: Record, refusal: Refused) -> Reject:
         """The record with the reasons of its refusal."""
         faults, total = refusal.faults, refusal.total
+        for part in record.unstorable:
+            fault = Fault(
+                path=part, expected="a record that fits into a row of PostgreSQL", found="more: it was left out"
+            )
+            faults, total = (*faults, fault), total + 1
         if record.headers is None:
             unreadable = Fault(path="headers", expected="headers in UTF-8", found="bytes that are not")
             faults, total = (*faults, unreadable), total + 1

@@ -224,13 +224,18 @@ WHERE o.consumer_group = %(group)s AND o.topic_id = %(topic_id)s AND o.partition
 RETURNING o.partition
 """
 
-#: Keep a refused record; keeping it twice is harmless.
-INSERT_REJECTS: LiteralString = """
-INSERT INTO rejects (topic_id, partition, record_offset, topic, record_time, key, value, headers, code, faults)
-SELECT * FROM unnest(
-    %(topic_ids)s::text[], %(partitions)s::int[], %(offsets)s::bigint[], %(topics)s::text[], %(times)s::timestamptz[],
-    %(keys)b::bytea[], %(values)b::bytea[], %(headers)s::json[], %(codes)s::text[], %(faults)s::jsonb[])
-ON CONFLICT DO NOTHING
+#: Rejects of these positions that are stored already. Only whoever moved the offsets may add others.
+STORED_REJECTS: LiteralString = """
+SELECT partition, record_offset
+FROM rejects JOIN unnest(%(partitions)s::int[], %(offsets)s::bigint[]) AS asked(partition, record_offset)
+    USING (partition, record_offset)
+WHERE topic_id = %(topic_id)s
+"""
+#: An INSERT would need parameters as large as all the records together.
+COPY_REJECTS: LiteralString = """
+COPY rejects (
+    topic_id, partition, record_offset, topic, record_time, key, value, headers, code, faults
+) FROM STDIN (FORMAT BINARY)
 """
 
 #: How far the schema is.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime as dt
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -158,3 +158,32 @@ class BinaryRows:
 def stamps(first_stored_at: dt.datetime, stored_at: dt.datetime) -> bytes:
     """The last two columns of ``orders``, which only the store knows."""
     return _timestamptz(first_stored_at) + _timestamptz(stored_at)
+
+
+_REJECT_HEAD = _field_count(10)
+#: What precedes the text of a jsonb.
+_JSONB_VERSION = b"\1"
+
+
+def reject_row(
+    position: tuple[str, int, int],
+    topic: str,
+    time: dt.datetime,
+    contents: tuple[bytes | None, bytes | None, bytes | None],
+    code: str,
+    faults: bytes,
+) -> Iterator[bytes]:
+    """Yield a reject's binary row in parts, so that a large record is not copied.
+
+    ``position``: topic id, partition, offset; ``contents``: key, value, headers as JSON.
+    """
+    topic_id, partition, offset = position
+    yield _REJECT_HEAD + _text(topic_id) + _integer(4, partition) + _bigint(8, offset) + _text(topic)
+    yield _timestamptz(time)
+    for content in contents:
+        if content is None:
+            yield _NULL
+        else:
+            yield _length(len(content))
+            yield content
+    yield _text(code) + _bytea(_JSONB_VERSION + faults)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import threading
 from collections import Counter
@@ -21,6 +22,7 @@ from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.migrate import WRITER_RIGHTS, check_rights, check_schema
 from orderlib.postgres.writing import store
 from orderlib.repository import Outcome
+from orderlib.rows import COPY_HEADER, COPY_TRAILER, reject_row
 
 
 @attrs.frozen(kw_only=True)
@@ -101,7 +103,7 @@ class ConsumerLedger:
                     lap("fence")
                     written = attrs.evolve(_write_orders(connection, batch), seconds=seconds)
                     lap("orders")
-                    _insert_rejects(connection, written.rejects)
+                    _copy_rejects(connection, batch, written.rejects)
                     lap("rejects")
                     before_commit(written)
                     lap("check")
@@ -202,27 +204,57 @@ def _write_orders(connection: Connection, batch: Batch) -> Written:
     return Written(outcomes=outcomes, rejects=tuple(rejects), seconds={})
 
 
-def _insert_rejects(connection: Connection, rejects: Sequence[Reject]) -> None:
+#: Parts of rows are sent together up to this size.
+_SENT_AT_ONCE_BYTES = 128 * 1024
+
+
+def _copy_rejects(connection: Connection, batch: Batch, rejects: Sequence[Reject]) -> None:
+    """Store the rejects that are not stored yet. The fence keeps others from storing them meanwhile."""
     if not rejects:
         return
     sources = [reject.record.source for reject in rejects]
-    connection.execute(
-        queries.INSERT_REJECTS,
-        {
-            "topic_ids": [source.topic_id for source in sources],
-            "partitions": [source.partition for source in sources],
-            "offsets": [source.offset for source in sources],
-            "topics": [reject.record.topic for reject in rejects],
-            "times": [reject.record.time for reject in rejects],
-            "keys": [reject.record.key for reject in rejects],
-            "values": [reject.record.value for reject in rejects],
-            "headers": [reject.record.headers_json for reject in rejects],
-            "codes": [reject.code for reject in rejects],
-            "faults": [_faults_json(reject) for reject in rejects],
-        },
-    )
+    asked = {
+        "topic_id": batch.topic_id,
+        "partitions": [source.partition for source in sources],
+        "offsets": [source.offset for source in sources],
+    }
+    stored = set(connection.execute(queries.STORED_REJECTS, asked).fetchall())
+    new = [reject for reject in rejects if (reject.record.source.partition, reject.record.source.offset) not in stored]
+    if not new:
+        return
+    with connection.cursor() as cursor, cursor.copy(queries.COPY_REJECTS) as copy:
+        for part in _joined(itertools.chain([COPY_HEADER], *map(_row, new), [COPY_TRAILER])):
+            copy.write(part)
 
 
-def _faults_json(reject: Reject) -> str:
+def _row(reject: Reject) -> Iterator[bytes]:
+    record = reject.record
+    source, unstorable = record.source, record.unstorable
+    headers = None if "headers" in unstorable else record.headers_json
+    value = None if "value" in unstorable else record.value
+    contents = record.key, value, None if headers is None else headers.encode()
+    position = source.topic_id, source.partition, source.offset
+    return reject_row(position, record.topic, record.time, contents, reject.code, _faults_json(reject))
+
+
+def _joined(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Join small parts; pass large ones on as they are."""
+    small: list[bytes] = []
+    size = 0
+    for part in parts:
+        if len(part) > _SENT_AT_ONCE_BYTES:
+            yield b"".join(small)
+            yield part
+            small, size = [], 0
+            continue
+        small.append(part)
+        size += len(part)
+        if size > _SENT_AT_ONCE_BYTES:
+            yield b"".join(small)
+            small, size = [], 0
+    yield b"".join(small)
+
+
+def _faults_json(reject: Reject) -> bytes:
     first = [attrs.asdict(fault) for fault in reject.faults]
-    return msgspec.json.encode({"total": reject.total_faults, "first": first}).decode()
+    return msgspec.json.encode({"total": reject.total_faults, "first": first})

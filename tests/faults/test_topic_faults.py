@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
+import psutil
 import psycopg
 import pytest
 from confluent_kafka import TopicPartition
@@ -320,3 +322,63 @@ def test_header_names_that_are_no_text_stop_neither_a_good_nor_a_bad_record(
         [(faults,)] = connection.execute("SELECT faults FROM rejects WHERE record_offset = 2").fetchall()
     assert faults["total"] == 2
     assert faults["first"][1]["path"] == "headers"
+
+
+@pytest.mark.parametrize(
+    ("count", "headers"),
+    [
+        pytest.param(200, [("h", bytes(700 * 1024))], id="large headers"),
+        pytest.param(30, [("h", b"v")] * 99_000, id="many headers"),
+    ],
+)
+def test_rejects_with_heavy_headers_are_kept_whole_in_little_memory(
+    count: int,
+    headers: list[tuple[str, str | bytes | None]],
+    sandbox: Sandbox,
+    environ: dict[str, str],
+    database: Database,
+    topic: str,
+) -> None:
+    sender = Sender(sandbox.kafka.bootstrap_servers, topic, compression_type="gzip")
+    for number in range(count):
+        sender.send_bad(b"%d" % number, headers=headers)
+    sender.send_orders(["behind"])
+    peak_bytes = 0
+    with consuming(environ, "--exit-at-end") as consumer:
+        this = psutil.Process(consumer.process.pid)
+
+        def has_ended() -> bool:
+            nonlocal peak_bytes
+            with suppress(psutil.Error):
+                peak_bytes = max(peak_bytes, this.memory_info().rss)
+            return consumer.process.poll() is not None
+
+        assert eventually(has_ended, 60)
+        assert consumer.process.returncode == 0
+    assert peak_bytes < 400 * 2**20
+    assert stored_orders(database).keys() == {"behind"}
+    with psycopg.connect(database.superuser_url) as connection:
+        [(kept, least)] = connection.execute(
+            "SELECT count(*), min(json_array_length(headers)) FROM rejects WHERE length(headers::text) > 900000"
+        ).fetchall()
+    assert (kept, least) == (count, len(headers))
+
+
+def test_records_that_take_long_to_decode_keep_neither_health_nor_a_signal_waiting(
+    sandbox: Sandbox, environ: dict[str, str], database: Database, topic: str
+) -> None:
+    sender = Sender(sandbox.kafka.bootstrap_servers, topic, compression_type="gzip", message_max_bytes=200_000_000)
+    chains = b"[" + (b"[" * 97 + b"]" * 97 + b",") * 42_000 + rb'"\ud800"]'
+    for number in range(12):
+        value = order(f"slow-{number}").replace(b'"order_uid"', b'"later": ' + chains + b', "order_uid"', 1)
+        assert len(value) < 8 * 2**20
+        sender.send_good(value, key=b"slow", partition=0)
+    with consuming(environ) as consumer:
+        assert eventually(lambda: bool(consumer.events("partitions_assigned")), 20)
+        assert consumer.live
+        began_s = time.monotonic()
+        assert consumer.stop() == 0
+        assert time.monotonic() - began_s < 10
+    with consuming(environ, "--exit-at-end") as consumer:
+        assert consumer.status(within_s=60) == 0
+    assert stored_orders(database).keys() == set(uids("slow", 12))

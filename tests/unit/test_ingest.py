@@ -15,6 +15,7 @@ from orderlib import Outcome, decode_order
 from orderlib.ingest import (
     Arrival,
     Batch,
+    Headers,
     Record,
     RecordPosition,
     Reject,
@@ -177,3 +178,23 @@ def test_a_batch_without_some_partitions_is_the_batch_of_the_others() -> None:
     rest = batch.without({0, 2})
     assert rest.spans == {1: batch.spans[1]}
     assert rest.judged == (batch.judged[1],)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "headers", "left_out"),
+    [
+        (b"k" * 40, b"v" * 60, (), []),
+        (b"k" * 40, b"v" * 61, (), ["value"]),
+        (b"k" * 40, b"v" * 61, (("h", b""),), ["value", "headers"]),
+        (None, None, (("h", b""),), ["headers"]),
+    ],
+)
+def test_a_reject_leaves_out_and_names_what_no_row_can_hold(
+    monkeypatch: pytest.MonkeyPatch, key: bytes | None, value: bytes | None, headers: Headers, left_out: list[str]
+) -> None:
+    monkeypatch.setattr("orderlib.ingest._ROW_BYTES", 100)
+    record = Record(source=source(7), time=TIME, topic="orders", key=key, value=value, headers=headers)
+    reject = judge(record, max_bytes=10)
+    assert isinstance(reject, Reject)
+    assert [fault.path for fault in reject.faults[1:]] == left_out == list(record.unstorable)
+    assert reject.total_faults == 1 + len(left_out)
