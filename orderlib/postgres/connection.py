@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import select
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
@@ -13,7 +12,7 @@ from psycopg_pool import ConnectionPool
 
 from orderlib import queries
 from orderlib.errors import BrokenSetup
-from orderlib.postgres.errors import is_lost, translated_errors
+from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.handshake import SyncConnection
 from orderlib.postgres.reading import Reading
 
@@ -86,28 +85,13 @@ def connect(url: str, *, application_name: str) -> Connection:
     arguments = connection_arguments(url, application_name)
     with translated_errors():
         connection = SyncConnection.connect(**arguments)  # type: ignore[arg-type]
-        try:
-            prepare_session(connection)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-
-def is_alive(connection: Connection) -> bool:
-    """Return whether an idle connection is still there as far as is known here, without asking the server.
-
-    A server that ends an idle session says so; that is read here, and the caller can connect again before it loses
-    anything.
-    """
-    poll = select.poll()
     try:
-        poll.register(connection.fileno(), select.POLLIN)
-        while poll.poll(0) and not is_lost(connection):
-            connection.pgconn.consume_input()
-    except psycopg.Error:
-        return False
-    return not is_lost(connection)
+        with translated_errors(connection):
+            prepare_session(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def make_pool(url: str, *, application_name: str, max_size: int, timeout_s: float) -> ConnectionPool[PooledConnection]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -83,6 +84,7 @@ _CAUSES = (
     "cannot connect to server",
     "database is disabled",
     "database does not allow connections",
+    "server conn crashed",
     "shutting down",
 )
 
@@ -90,9 +92,31 @@ _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,252})|[0-9A-Fa-f:.]{2,45}|/
 _UNKNOWN_HOST = re.compile(r"""(?:could not translate host name|failed to resolve host) ['"]([^'"]*)['"]""")
 
 
+_END_WITHIN_MS = 200
+_MAX_READS = 8
+
+
 def is_lost(connection: psycopg.BaseConnection[Any], exc: BaseException | None = None) -> bool:
-    """Return whether the connection is lost, whatever error came last: closed, broken, or ended by the server."""
-    return connection.pgconn.status != ConnStatus.OK or _is_fatal(exc)
+    """Return whether the connection is lost, whatever error came last: closed, broken, or ended by the server.
+
+    Read what the server has sent since, because libpq notices the end of a connection only when it reads. For an idle
+    connection that takes one system call.
+    """
+    if _is_fatal(exc):
+        return True
+    # psycopg has received an answer to something else: if that is due to a lost connection, its end is on the way.
+    wait_ms = _END_WITHIN_MS if isinstance(exc, psycopg.Error) and exc.sqlstate is None else 0
+    pgconn = connection.pgconn
+    poll = select.poll()
+    try:
+        poll.register(pgconn.socket, select.POLLIN)
+        for _ in range(_MAX_READS):
+            if pgconn.status != ConnStatus.OK or not poll.poll(wait_ms):
+                break
+            pgconn.consume_input()
+    except psycopg.Error:
+        return True
+    return pgconn.status != ConnStatus.OK
 
 
 def _is_fatal(exc: BaseException | None) -> bool:
@@ -152,7 +176,7 @@ def _reason(exc: Exception) -> str:
 
 def _words(exc: psycopg.Error) -> str:
     """The name of an error in plain words."""
-    return re.sub(r"(?<!^)(?=[A-Z])", " ", type(exc).__name__).lower()
+    return re.sub(r"(?<!^)(?=[A-Z])", " ", type(exc).__name__.rstrip("_")).lower()
 
 
 def _without_sqlstate(exc: psycopg.Error) -> OrderError:

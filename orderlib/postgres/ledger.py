@@ -17,8 +17,8 @@ from psycopg.pq import TransactionStatus
 from orderlib import queries
 from orderlib.errors import BrokenSetup, Collision, FenceLost, RefusedByDatabase, StoreUnreachable
 from orderlib.ingest import Arrival, Batch, Reject
-from orderlib.postgres.connection import Connection, connect, is_alive
-from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.connection import Connection, connect
+from orderlib.postgres.errors import is_lost, translated_errors
 from orderlib.postgres.migrate import WRITER_RIGHTS, check_rights, check_schema
 from orderlib.postgres.writing import store
 from orderlib.repository import Outcome
@@ -135,7 +135,7 @@ class ConsumerLedger:
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Connection]:
         """Use a connection, a new one if the last was lost. Translate the errors of the block."""
-        if self._connection is None or self._connection.closed or not is_alive(self._connection):
+        if self._connection is None or is_lost(self._connection):
             self.close()
             connection = connect(self._url, application_name=self.APPLICATION_NAME)
             with self._interrupting:
