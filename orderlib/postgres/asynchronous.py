@@ -33,7 +33,7 @@ ANSWER_WITHIN_S = 3.0
 STATEMENT_TIMEOUT_MS = 2500
 
 #: How a connection reports that it is no more: without a word, or with the server's last one.
-_DIED = {None, "57P01", "57P02"}
+_DIED = {None, "57P01", "57P02", "57P05"}
 
 
 class _Session:

@@ -1,0 +1,248 @@
+"""What administrators and poolers do to sessions: the consumer waits, `reconcile` works, the API answers."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from orderlib.postgres.connection import connect
+from orderlib.postgres.migrate import bootstrap, migrate
+from sandbox import Sandbox, running_sandbox
+from sandbox.server import free_port
+from tests.conftest import Database, make_database, role_passwords
+from tests.consuming import consuming
+from tests.faults.accounting import assert_all_accounted_for, wait_until_handled
+from tests.faults.sending import Sender, uids
+from tests.programs import run, succeed
+from tests.serving import eventually, serving
+
+
+def name_of(database: Database) -> str:
+    return str(conninfo_to_dict(database.superuser_url)["dbname"])
+
+
+@contextmanager
+def administrator(database: Database) -> Iterator[psycopg.Connection]:
+    """A superuser's connection that does not depend on the database."""
+    with psycopg.connect(database.superuser_url, dbname="postgres", autocommit=True) as connection:
+        yield connection
+
+
+def test_sessions_terminated_again_and_again_do_not_stop_the_consumer(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    with consuming(environ) as consumer, administrator(database) as connection:
+        deadline = time.monotonic() + 4
+        version = 0
+        while time.monotonic() < deadline:
+            version += 1
+            sender.send_orders(uids("order", 50), version)
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()",
+                [name_of(database)],
+            )
+        wait_until_handled(sender.manifest, database)
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert consumer.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("close", "reopen", "code"),
+    [
+        ("ALTER DATABASE {} ALLOW_CONNECTIONS false", "ALTER DATABASE {} ALLOW_CONNECTIONS true", "55000"),
+        pytest.param(
+            "ALTER DATABASE {} CONNECTION LIMIT 0",
+            "ALTER DATABASE {} CONNECTION LIMIT -1",
+            "53300",
+            marks=pytest.mark.faults,
+        ),
+    ],
+)
+def test_a_database_that_takes_no_connections_for_a_while_is_an_outage(
+    close: str, reopen: str, code: str, environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_orders(uids("order", 10))
+    with consuming(environ) as consumer, serving(environ) as api, administrator(database) as connection:
+        wait_until_handled(sender.manifest, database)
+        name = name_of(database)
+        connection.execute(close.format(name).encode())
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+        sender.send_orders(uids("order", 10), version=2)
+        assert eventually(lambda: any(code in str(event) for event in consumer.events("waiting")), 15)
+        answer = api.get("/orders/order-1")
+        assert answer.status == 503
+        assert b"set up" not in answer.body
+        assert api.get("/readyz").status == 503
+        connection.execute(reopen.format(name).encode())
+        wait_until_handled(sender.manifest, database)
+        assert eventually(lambda: api.get("/readyz").status == 200, 10)
+        assert consumer.stop() == 0
+    # Also if it is closed when they start.
+    with administrator(database) as connection:
+        connection.execute(close.format(name).encode())
+        with consuming(environ) as consumer, serving(environ) as api:
+            assert eventually(lambda: code in consumer.stderr.read_text(), 15)
+            assert api.get("/readyz").status == 503
+            connection.execute(reopen.format(name).encode())
+            assert eventually(lambda: consumer.ready, 30)
+            assert consumer.stop() == 0
+
+
+def test_time_limits_of_an_administrator_end_sessions_and_no_program(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    with administrator(database) as connection:
+        for setting in ("idle_session_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"):
+            connection.execute(f"ALTER DATABASE {name_of(database)} SET {setting} = '700ms'")
+    sender.send_orders(uids("order", 3000))
+    with consuming(environ) as consumer, serving(environ) as api:
+        wait_until_handled(sender.manifest, database)
+        for version in (2, 3):
+            assert eventually(lambda: not sessions(database, "orderlib-consumer"), 10)
+            assert eventually(lambda: not sessions(database, "orderlib-api"), 10)
+            assert api.get("/orders").status == 200
+            sender.send_orders(uids("order", 10), version)
+            wait_until_handled(sender.manifest, database)
+        # A lost idle session is replaced silently.
+        assert not consumer.events("waiting")
+        assert consumer.stop() == 0
+    succeed("admin reconcile", environ)
+
+
+def sessions(database: Database, application_name: str) -> int:
+    with psycopg.connect(database.superuser_url) as connection:
+        [(number,)] = connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = %s",
+            [application_name],
+        )
+        return int(number)
+
+
+def test_a_url_without_a_password_where_one_is_asked_for_is_a_configuration_error(
+    environ: dict[str, str], database: Database
+) -> None:
+    without = make_conninfo(database.writer_url, password="")
+    for program in ("consumer", "api", "admin lag"):
+        url = {"ORDERS_DATABASE_URL": without, "ORDERS_READER_URL": make_conninfo(without, user="orders_reader")}
+        done = run(program, {**environ, **url})
+        assert done.returncode == 2, done.stderr
+        assert "the server asks for a password" in done.stderr
+
+
+PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin")
+
+
+@pytest.fixture
+def own_sandbox() -> Iterator[Sandbox]:
+    with running_sandbox() as running:
+        yield running
+
+
+@contextmanager
+def pgbouncer(database: Database, **settings: str) -> Iterator[dict[str, str]]:
+    """PgBouncer in session mode before a database. Yield the URLs of the programs through it."""
+    if PGBOUNCER is None:
+        pytest.skip("pgbouncer is not installed (on Debian: apt-get install pgbouncer)")
+    server = conninfo_to_dict(database.superuser_url)
+    port = free_port()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        users = "".join(f'"{role}" "{password}"\n' for role, password in role_passwords(database).items())
+        (folder / "users").write_text(users)
+        options = {
+            "listen_addr": "127.0.0.1",
+            "listen_port": str(port),
+            "unix_socket_dir": "",
+            "auth_type": "scram-sha-256",
+            "auth_file": str(folder / "users"),
+            "pool_mode": "session",
+            "server_login_retry": "1",
+            "ignore_startup_parameters": "extra_float_digits",
+            **settings,
+        }
+        lines = "".join(f"{key} = {value}\n" for key, value in options.items())
+        (folder / "ini").write_text(
+            f"[databases]\n* = host=127.0.0.1 port={server['port']}\n[pgbouncer]\n{lines}", encoding="utf-8"
+        )
+        for path in (folder / "ini", folder / "users"):
+            path.chmod(0o644)
+        command = [PGBOUNCER, *(["-u", "nobody"] if Path("/proc/1").owner() == "root" else []), str(folder / "ini")]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            yield {
+                variable: make_conninfo(url, host="127.0.0.1", port=port)
+                for variable, url in database.environ().items()
+                if variable != "ORDERS_BOOTSTRAP_URL"
+            }
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_restarts_of_postgresql_behind_pgbouncer_are_outages(own_sandbox: Sandbox) -> None:
+    database = make_database(own_sandbox)
+    with connect(database.superuser_url, application_name="tests") as connection:
+        bootstrap(connection, role_passwords(database))
+    with connect(database.migrator_url, application_name="tests") as connection:
+        migrate(connection)
+    with pgbouncer(database) as urls:
+        environ = {
+            **database.environ(),
+            **urls,
+            "ORDERS_KAFKA_BOOTSTRAP_SERVERS": own_sandbox.kafka.bootstrap_servers,
+            "ORDERS_METRICS_BIND": "127.0.0.1:0",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        succeed("admin topics", environ)
+        sender = Sender(own_sandbox.kafka.bootstrap_servers, "orders")
+        with consuming(environ) as consumer:
+            for version in (1, 2, 3):
+                sender.send_orders(uids("order", 2000), version)
+                own_sandbox.postgres.stop("fast")
+                sender.send_orders(uids("order", 500), version)
+                own_sandbox.postgres.start()
+                wait_until_handled(sender.manifest, database, within_s=60)
+            assert_all_accounted_for(sender.manifest, database, environ)
+            assert consumer.stop() == 0
+
+
+def test_the_connection_limit_of_pgbouncer_is_an_outage(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    with pgbouncer(database, max_client_conn="1") as urls:
+        through = {**environ, **urls}
+        writer = conninfo_to_dict(urls["ORDERS_DATABASE_URL"])
+        assert eventually(lambda: is_open(int(writer["port"] or 0)), 10)
+        with (
+            psycopg.connect(urls["ORDERS_DATABASE_URL"]) as holder,
+            consuming(through) as consumer,
+            serving(through) as api,
+        ):
+            assert eventually(lambda: "no more connections allowed" in consumer.stderr.read_text(), 15)
+            answer = api.get("/readyz")
+            assert answer.status == 503
+            assert b"set up" not in answer.body
+            holder.close()
+            sender.send_orders(uids("order", 10))
+            wait_until_handled(sender.manifest, database)
+            assert consumer.stop() == 0
+
+
+def is_open(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
