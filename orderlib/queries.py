@@ -151,12 +151,13 @@ SELECT asked.code, (SELECT count(*) FROM (SELECT 1 FROM rejects r WHERE r.code =
 FROM unnest($2::text[]) AS asked (code)
 """
 
-#: What is stored of these orders already; ``now`` is the transaction's, for the rows it writes.
+#: What is stored of these orders already.
 STORED_STATES: LiteralString = """
 SELECT order_uid, content_sha256, source_topic_id, source_partition, source_offset, first_stored_at
 FROM orders WHERE order_uid = ANY(%(order_uids)s::text[])
 """
-NOW: LiteralString = "SELECT now()"
+#: Read after the stored states. The transaction's own now() may be before the first_stored_at that they show.
+CLOCK: LiteralString = "SELECT clock_timestamp()"
 
 #: Until the end of the transaction: look orders up by key. A table that grows faster than its statistics looks so small
 #: that a scan of it seems cheaper.
@@ -197,8 +198,11 @@ FROM unnest(%(order_uids)s::text[], %(topic_ids)s::text[], %(partitions)s::int[]
 WHERE o.order_uid = n.order_uid
 """
 
-#: The consumer groups that have ever stored an offset here: at most one.
-GROUPS: LiteralString = "SELECT DISTINCT consumer_group FROM consumer_offsets"
+#: The one consumer group of this database. The first group that starts claims it.
+GROUP: LiteralString = "SELECT consumer_group FROM consumer_groups"
+CLAIM_GROUP: LiteralString = "INSERT INTO consumer_groups (consumer_group) VALUES (%(group)s) ON CONFLICT DO NOTHING"
+#: Rename the group; its offsets follow (ON UPDATE CASCADE).
+RENAME_GROUP: LiteralString = "UPDATE consumer_groups SET consumer_group = %(group)s"
 
 #: Begin a partition that has no offset yet.
 BEGIN_OFFSETS: LiteralString = """
@@ -238,43 +242,185 @@ COPY rejects (
 ) FROM STDIN (FORMAT BINARY)
 """
 
-#: How far the schema is.
+#: The last migration that was applied.
 SCHEMA_NUMBER: LiteralString = "SELECT max(number) FROM schema_migrations"
+#: Whether the session finds the tables; if not, another schema that has them and whether the role may use that schema.
+SCHEMA_LOCATION: LiteralString = """
+SELECT to_regclass('schema_migrations') IS NOT NULL, current_user::text, current_setting('search_path'),
+       elsewhere.schema, elsewhere.is_usable
+FROM (VALUES (true)) AS one_row LEFT JOIN LATERAL (
+    SELECT n.nspname::text AS schema, has_schema_privilege(n.oid, 'USAGE') AS is_usable
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relname = 'schema_migrations' AND c.relkind = 'r' AND pg_get_userbyid(c.relowner) = 'orders_owner'
+    ORDER BY 1 LIMIT 1
+) elsewhere ON true
+"""
+#: The schema that has the tables, or that gets them: the first of the search_path that exists.
+TABLE_SCHEMA: LiteralString = """
+SELECT coalesce(
+    (SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE c.oid = to_regclass('schema_migrations')),
+    current_schema()::text)
+"""
+USE_SCHEMA: LiteralString = "SELECT set_config('search_path', quote_ident(%(schema)s), true)"
 
-#: One schema change at a time, whoever asks; freed by the transaction's end. The number is ours: "orders" in ASCII.
-LOCK_SCHEMA: LiteralString = "SELECT pg_advisory_xact_lock(x'6f7264657273'::bigint)"
+#: DDL must not wait long for a lock: everybody else queues behind it.
+LIMIT_DDL_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = '2s'"
+#: One schema change at a time. The mode needs more than SELECT on the table, so no program's role can hold it up.
+LOCK_SCHEMA: LiteralString = "LOCK TABLE schema_migrations IN SHARE ROW EXCLUSIVE MODE"
+#: Who may be in the way of DDL: sessions with a lock on the owner's tables, or with a change of roles not committed.
+LOCK_HOLDERS: LiteralString = """
+SELECT DISTINCT l.pid, a.usename::text, a.application_name
+FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
+WHERE l.granted AND l.pid IS DISTINCT FROM pg_backend_pid() AND l.locktype = 'relation' AND (
+    (l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND l.relation IN (
+        SELECT oid FROM pg_class WHERE pg_get_userbyid(relowner) = 'orders_owner'))
+    OR (l.relation IN ('pg_authid'::regclass, 'pg_auth_members'::regclass) AND l.mode <> 'AccessShareLock'))
+ORDER BY l.pid LIMIT 3
+"""
 DATABASE: LiteralString = (
     "SELECT pg_encoding_to_char(encoding), datname FROM pg_database WHERE datname = current_database()"
 )
 BECOME_OWNER: LiteralString = "SET LOCAL ROLE orders_owner"
-SCHEMA_MIGRATIONS: tuple[LiteralString, ...] = (
-    """
-    CREATE TABLE IF NOT EXISTS schema_migrations (
-        number integer PRIMARY KEY, name text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())
-    """,
-    "GRANT SELECT ON schema_migrations TO orders_writer, orders_reader",
-)
+SCHEMA_MIGRATIONS: LiteralString = """
+CREATE TABLE IF NOT EXISTS schema_migrations (
+    number integer PRIMARY KEY, name text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())
+"""
 IS_APPLIED: LiteralString = "SELECT 1 FROM schema_migrations WHERE number = %(number)s"
 RECORD_MIGRATION: LiteralString = "INSERT INTO schema_migrations (number, name) VALUES (%(number)s, %(name)s)"
 
-#: The roles. The owner cannot log in; the migrator becomes it, and nobody else can.
-BOOTSTRAP: tuple[LiteralString, ...] = (
-    """
-    DO $$ DECLARE role text; BEGIN
-        FOREACH role IN ARRAY ARRAY['orders_owner', 'orders_migrator', 'orders_writer', 'orders_reader'] LOOP
-            IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = role) THEN
-                EXECUTE format('CREATE ROLE %I', role);
-            END IF;
-        END LOOP;
-    END $$
-    """,
-    "ALTER ROLE orders_owner NOLOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS",
-    "ALTER ROLE orders_migrator NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS NOINHERIT",
-    "ALTER ROLE orders_writer NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS",
-    "ALTER ROLE orders_reader NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS",
-    "GRANT orders_owner TO orders_migrator",
-    "GRANT USAGE, CREATE ON SCHEMA public TO orders_owner",
+#: The rights granted on each table of the owner: to whom (null: PUBLIC), which, and whether with grant option.
+TABLE_GRANTS: LiteralString = """
+SELECT c.relname::text, CASE WHEN g.grantee <> 0 THEN pg_get_userbyid(g.grantee)::text END,
+       array_agg(concat_ws(' ', g.privilege_type, g.attname)), bool_or(g.is_grantable)
+FROM pg_class c CROSS JOIN LATERAL (
+    SELECT NULL::name AS attname, a.* FROM aclexplode(c.relacl) a
+    UNION ALL
+    SELECT t.attname, a.* FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) a WHERE t.attrelid = c.oid
+) g
+WHERE c.relnamespace = current_schema()::regnamespace AND pg_get_userbyid(c.relowner) = 'orders_owner'
+  AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S') AND g.grantee <> c.relowner
+GROUP BY 1, 2 ORDER BY 1, 2
+"""
+TABLES_OF_OWNER: LiteralString = """
+SELECT relname::text FROM pg_class
+WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'p')
+  AND pg_get_userbyid(relowner) = 'orders_owner'
+"""
+REVOKE_ALL: LiteralString = "REVOKE ALL ON {table} FROM {role} CASCADE"
+GRANT_RIGHTS: LiteralString = "GRANT {rights} ON {table} TO {role}"
+
+MISSING_ROLES: LiteralString = """
+SELECT role FROM unnest(%(roles)s::text[]) AS role WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = role)
+"""
+CREATE_ROLE: LiteralString = "CREATE ROLE {}"
+LET_LOG_IN: LiteralString = "ALTER ROLE {} LOGIN PASSWORD {}"
+#: For a bootstrap role that is no superuser: it may administer the owner, but not yet become it.
+ALLOW_BECOMING_OWNER: LiteralString = "GRANT orders_owner TO CURRENT_USER WITH INHERIT FALSE, SET TRUE"
+FORBID_BECOMING_OWNER: LiteralString = "REVOKE orders_owner FROM CURRENT_USER GRANTED BY CURRENT_USER"
+RESET_ROLE: LiteralString = "RESET ROLE"
+
+#: How roles, memberships, database and schemas differ from what they must be: whether the programs cannot work that
+#: way, the problem, and the statement that corrects it (null: an administrator must decide). An administrator with
+#: CREATEROLE keeps ADMIN on the roles that it created, without becoming them.
+ROLE_PROBLEMS: LiteralString = r"""
+WITH ours AS (
+    SELECT oid, rolname FROM pg_roles
+    WHERE rolname IN ('orders_owner', 'orders_migrator', 'orders_writer', 'orders_reader')
+),
+db AS (SELECT oid, datname, datdba, datacl FROM pg_database WHERE datname = current_database()),
+schemas AS (
+    SELECT oid, nspname, nspname = current_schema() AS is_own, coalesce(nspacl, acldefault('n', nspowner)) AS acl
+    FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'
+),
+large_objects AS (
+    SELECT string_agg(p.oid::regprocedure::text, ', ' ORDER BY p.oid) AS functions
+    FROM pg_proc p
+    WHERE p.pronamespace = 'pg_catalog'::regnamespace
+      AND (p.proname ~ '^lo_' OR p.proname IN ('loread', 'lowrite', 'pg_logical_emit_message'))
+      AND EXISTS (SELECT FROM ours WHERE has_function_privilege(ours.oid, p.oid, 'EXECUTE'))
 )
+SELECT false AS is_required, format('role %s has %s', rolname, attribute) AS problem,
+       format('ALTER ROLE %I NO%s', rolname, attribute) AS remedy
+FROM pg_roles r JOIN ours USING (oid, rolname) CROSS JOIN LATERAL (VALUES
+    ('SUPERUSER', rolsuper), ('CREATEDB', rolcreatedb), ('CREATEROLE', rolcreaterole),
+    ('REPLICATION', rolreplication), ('BYPASSRLS', rolbypassrls),
+    ('LOGIN', rolcanlogin AND rolname = 'orders_owner'), ('INHERIT', rolinherit AND rolname = 'orders_migrator')
+) AS a (attribute, has_it)
+WHERE has_it
+UNION ALL
+SELECT false, format('role %s is a member of %s', member.rolname, granted.rolname),
+       format('REVOKE %I FROM %I GRANTED BY %I CASCADE', granted.rolname, member.rolname, grantor.rolname)
+FROM pg_auth_members m
+JOIN pg_roles granted ON granted.oid = m.roleid
+JOIN pg_roles member ON member.oid = m.member
+JOIN pg_roles grantor ON grantor.oid = m.grantor
+WHERE (m.roleid IN (SELECT oid FROM ours) OR m.member IN (SELECT oid FROM ours))
+  AND NOT (granted.rolname = 'orders_owner' AND member.rolname = 'orders_migrator'
+           AND m.set_option AND NOT m.inherit_option AND NOT m.admin_option)
+  AND NOT (m.admin_option AND NOT m.set_option AND NOT m.inherit_option
+           AND member.rolcreaterole AND m.member NOT IN (SELECT oid FROM ours))
+UNION ALL
+SELECT true, 'role orders_migrator may not become orders_owner',
+       'GRANT orders_owner TO orders_migrator WITH ADMIN FALSE, INHERIT FALSE, SET TRUE'
+WHERE NOT EXISTS (
+    SELECT FROM pg_auth_members
+    WHERE roleid = 'orders_owner'::regrole AND member = 'orders_migrator'::regrole AND set_option
+)
+UNION ALL
+SELECT false, format('PUBLIC has %s on database %s', privilege_type, datname),
+       format('REVOKE %s ON DATABASE %I FROM PUBLIC', privilege_type, datname)
+FROM db CROSS JOIN aclexplode(coalesce(datacl, acldefault('d', datdba)))
+WHERE grantee = 0 AND privilege_type IN ('CREATE', 'TEMPORARY')
+UNION ALL
+SELECT false, format('role %s has %s on database %s', rolname, privilege_type, datname),
+       format('REVOKE ALL ON DATABASE %I FROM %I CASCADE', datname, rolname)
+FROM db CROSS JOIN aclexplode(datacl) JOIN ours ON ours.oid = grantee
+WHERE grantee <> datdba AND (privilege_type <> 'CONNECT' OR is_grantable OR rolname = 'orders_owner')
+UNION ALL
+SELECT NOT has_database_privilege(ours.oid, db.oid, 'CONNECT'),
+       format('role %s was not granted CONNECT on database %s', rolname, datname),
+       format('GRANT CONNECT ON DATABASE %I TO %I', datname, rolname)
+FROM db CROSS JOIN ours
+WHERE rolname <> 'orders_owner'
+  AND NOT EXISTS (SELECT FROM aclexplode(datacl) WHERE grantee = ours.oid AND privilege_type = 'CONNECT')
+UNION ALL
+SELECT false, format('PUBLIC has CREATE on schema %s', nspname),
+       format('REVOKE CREATE ON SCHEMA %I FROM PUBLIC CASCADE', nspname)
+FROM schemas CROSS JOIN aclexplode(acl) WHERE grantee = 0 AND privilege_type = 'CREATE'
+UNION ALL
+SELECT false, format('role %s has CREATE on schema %s', rolname, nspname),
+       format('REVOKE CREATE ON SCHEMA %I FROM %I CASCADE', nspname, rolname)
+FROM schemas CROSS JOIN aclexplode(acl) JOIN ours ON ours.oid = grantee
+WHERE privilege_type = 'CREATE' AND rolname <> 'orders_owner'
+UNION ALL
+SELECT NOT has_schema_privilege(ours.oid, schemas.oid, needed.privilege),
+       format('role %s was not granted %s on schema %s', rolname, needed.privilege, nspname),
+       format('GRANT %s ON SCHEMA %I TO %I', needed.privilege, nspname, rolname)
+FROM schemas
+CROSS JOIN (VALUES ('orders_owner', 'USAGE'), ('orders_owner', 'CREATE'), ('orders_writer', 'USAGE'),
+    ('orders_reader', 'USAGE')) AS needed (role, privilege)
+JOIN ours ON rolname = needed.role
+WHERE is_own AND NOT EXISTS (
+    SELECT FROM aclexplode(acl) WHERE grantee = ours.oid AND privilege_type = needed.privilege
+)
+UNION ALL
+SELECT false, 'the roles may write large objects and messages to the WAL, without limit',
+       format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC, orders_owner, orders_migrator, orders_writer, orders_reader',
+              functions)
+FROM large_objects WHERE functions IS NOT NULL
+UNION ALL
+SELECT false, format('role %s %s %s', rolname, CASE d.deptype WHEN 'o' THEN 'owns' ELSE 'has rights on' END,
+                     pg_describe_object(d.classid, d.objid, d.objsubid)), NULL
+FROM pg_shdepend d JOIN ours ON d.refclassid = 'pg_authid'::regclass AND d.refobjid = ours.oid
+WHERE (d.dbid = (SELECT oid FROM db) OR d.classid IN ('pg_tablespace'::regclass, 'pg_parameter_acl'::regclass)
+       OR (d.classid = 'pg_database'::regclass AND d.deptype = 'o'))
+  AND d.deptype IN ('o', 'a', 'r') AND rolname <> 'orders_owner'
+  AND NOT (d.classid = 'pg_namespace'::regclass AND d.objid IN (SELECT oid FROM schemas WHERE is_own))
+  AND NOT (d.classid = 'pg_class'::regclass AND d.deptype = 'a' AND d.objid IN (
+      SELECT oid FROM pg_class
+      WHERE pg_get_userbyid(relowner) = 'orders_owner' AND relnamespace IN (SELECT oid FROM schemas WHERE is_own)))
+"""
 
 #: A batch waits so long for a row or a table that another session holds, and no longer.
 LIMIT_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = '5s'"

@@ -135,7 +135,7 @@ class AsyncPostgresOrderReader:
 
     async def check(self) -> None:
         """See ``AsyncOrderReader.check``."""
-        require_schema(await self._read(Reading.schema_number))
+        require_schema(*await self._read(Reading.schema))
         with contextlib.suppress(OrderNotFound):
             # No order has this uid; but all tables are asked for it.
             await self.get(".")
@@ -183,7 +183,7 @@ class AsyncPostgresOrderReader:
         try:
             await connection.execute(queries.SET_UP_SESSION)
             await connection.execute(sql.SQL(queries.SET_STATEMENT_TIMEOUT).format(STATEMENT_TIMEOUT_MS))
-            require_schema(await session.drive(Reading.schema_number))
+            require_schema(*await session.drive(Reading.schema))
         except BaseException:
             await session.close()
             raise

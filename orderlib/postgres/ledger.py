@@ -54,15 +54,17 @@ class ConsumerLedger:
         self._interrupted = False
 
     def check(self) -> None:
-        """Raise BrokenSetup if a table or a right is missing, or if another group's offsets are stored here.
+        """Claim the database for this group, because two groups would overwrite each other's orders.
 
-        Two groups would overwrite each other's orders.
+        Raise BrokenSetup if a table or a right is missing, or if the database belongs to another group.
         """
         with self._connected() as connection:
             check_rights(connection, WRITER_RIGHTS)
-            others = {group for (group,) in connection.execute(queries.GROUPS)} - {self._group}
-            if others:
-                raise BrokenSetup(f"this database belongs to consumer group {min(others)!r}, not {self._group!r}")
+            if connection.execute(queries.GROUP).fetchone() is None:
+                with connection.transaction():
+                    connection.execute(queries.LIMIT_LOCK_WAIT)
+                    connection.execute(queries.CLAIM_GROUP, {"group": self._group})
+            self._require_own_group(connection)
 
     def next_offsets(self, topic_id: str, partitions: Iterable[int]) -> dict[int, int]:
         """Where this group stands in these partitions; without those that it never read."""
@@ -79,7 +81,11 @@ class ConsumerLedger:
             if not new:
                 return known
             begun = {**position, "topic": topic, "partitions": new, "next_offsets": [earliest[p] for p in new]}
-            connection.execute(queries.BEGIN_OFFSETS, begun)
+            try:
+                connection.execute(queries.BEGIN_OFFSETS, begun)
+            except psycopg.errors.ForeignKeyViolation:
+                self._require_own_group(connection)
+                raise
             return _next_offsets(connection, position)
 
     def write(self, batch: Batch, before_commit: Callable[[Written], None]) -> Written:
@@ -152,6 +158,15 @@ class ConsumerLedger:
                 self._connection.close()
             raise
 
+    def _require_own_group(self, connection: Connection) -> None:
+        found = connection.execute(queries.GROUP).fetchone()
+        group = found[0] if found else None
+        if group != self._group:
+            raise BrokenSetup(
+                f"this database belongs to consumer group {group!r}, not {self._group!r}: set ORDERS_CONSUMER_GROUP to "
+                "that, or rename the group with `python -m services.admin offsets set-group`"
+            )
+
     def _position(self, topic_id: str, partitions: Iterable[int]) -> dict[str, object]:
         return {"group": self._group, "topic_id": topic_id, "partitions": sorted(partitions)}
 
@@ -171,6 +186,7 @@ class ConsumerLedger:
         if lost:
             there = _next_offsets(connection, position)
             if lost - there.keys():
+                self._require_own_group(connection)
                 raise BrokenSetup(
                     f"the offsets of partitions {sorted(lost - there.keys())} are gone from consumer_offsets"
                 )

@@ -1,41 +1,84 @@
-"""The schema: roles made once by a superuser, tables made by numbered SQL files as the owner."""
+"""Roles and schema: an administrator creates the roles, the owner creates the tables by numbered SQL files."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import resources
-from typing import LiteralString
+from typing import LiteralString, TypeVar
 
+import attrs
 import psycopg
 from psycopg import sql
 from psycopg.rows import TupleRow
 
 from orderlib import queries
-from orderlib.errors import BrokenSetup
+from orderlib.errors import BrokenSetup, StoreUnreachable
 from orderlib.postgres.connection import Connection, connection_arguments
-from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.errors import translate, translated_errors
 
 OWNER = "orders_owner"
 MIGRATOR = "orders_migrator"
 WRITER = "orders_writer"
 READER = "orders_reader"
+ROLES = (OWNER, MIGRATOR, WRITER, READER)
 
-#: What each program cannot do without: (table, right).
-WRITER_RIGHTS = tuple(
-    (table, right)
-    for table, rights in {
-        "orders": ("SELECT", "INSERT", "DELETE"),
-        "delivery": ("INSERT",),
-        "payment": ("INSERT",),
-        "items": ("INSERT",),
-        "consumer_offsets": ("SELECT", "INSERT"),
-        "rejects": ("INSERT",),
-    }.items()
-    for right in rights
+#: The rights on each table, by role. Migrations grant them when they create a table; `migrate` and `bootstrap` restore
+#: them if somebody changed them. docs/run-in-production.md has the same table.
+RIGHTS: Mapping[str, Mapping[str, tuple[LiteralString, ...]]] = {
+    "orders": {
+        WRITER: (
+            "SELECT",
+            "INSERT",
+            "DELETE",
+            "UPDATE (source_topic_id, source_partition, source_offset, source_time)",
+        ),
+        READER: ("SELECT",),
+    },
+    "delivery": {WRITER: ("SELECT", "INSERT"), READER: ("SELECT",)},
+    "payment": {WRITER: ("SELECT", "INSERT"), READER: ("SELECT",)},
+    "items": {WRITER: ("SELECT", "INSERT"), READER: ("SELECT",)},
+    "consumer_groups": {WRITER: ("SELECT", "INSERT"), READER: ("SELECT",)},
+    "consumer_offsets": {WRITER: ("SELECT", "INSERT", "UPDATE (next_offset, updated_at)"), READER: ("SELECT",)},
+    "rejects": {
+        WRITER: ("SELECT", "INSERT", "UPDATE (redriven_at, redrive_outcome)"),
+        READER: (
+            "SELECT (topic_id, partition, record_offset, topic, record_time, code, rejected_at, redriven_at, "  # noqa: ISC004
+            "redrive_outcome)",
+        ),
+    },
+    "schema_migrations": {WRITER: ("SELECT",), READER: ("SELECT",)},
+}
+
+
+def _rights_on_whole_tables(role: str, tables: Collection[str]) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (table, right)
+        for table, roles in RIGHTS.items()
+        if table in tables
+        for right in roles[role]
+        if "(" not in right
+    )
+
+
+#: What a program needs at least when it starts: (table, right).
+WRITER_RIGHTS = _rights_on_whole_tables(WRITER, RIGHTS)
+READER_RIGHTS = _rights_on_whole_tables(READER, {"orders", "delivery", "payment", "items"})
+
+#: How long `migrate` and `bootstrap` try to get a lock before they give up.
+LOCK_WITHIN_S = 60.0
+#: How PostgreSQL refuses a correction.
+_NOT_ALLOWED = (
+    psycopg.errors.InsufficientPrivilege,
+    psycopg.errors.InvalidGrantor,
+    psycopg.errors.InvalidGrantOperation,
 )
-READER_RIGHTS = tuple((table, "SELECT") for table in ("orders", "delivery", "payment", "items"))
+_BETWEEN_TRIES_S = 0.5
+
+T = TypeVar("T")
 
 _FILE = re.compile(r"(\d{4})_\w+\.sql")
 
@@ -49,29 +92,162 @@ def _migrations() -> dict[int, str]:
 LATEST_MIGRATION = max(_migrations())
 
 
-def bootstrap(connection: Connection, passwords: Mapping[str, str]) -> None:
-    """Make the four roles and give them this database, as a superuser; again is harmless, at once from two places too.
+@attrs.frozen(kw_only=True)
+class Problem:
+    """A difference between what roles may do and what they must be able to do."""
 
-    ``passwords`` of the three login roles, by name, replace the ones they had. Raises BrokenSetup unless the database
-    is UTF8: in any other encoding some orders could not be kept.
+    #: Whether the programs cannot work that way.
+    is_required: bool
+    text: str
+    #: The statement that corrects it, if one does.
+    remedy: str | None
+
+    def __str__(self) -> str:
+        return f"{self.text}: {self.remedy}" if self.remedy else self.text
+
+
+@attrs.frozen(kw_only=True)
+class BootstrapResult:
+    """What `bootstrap` changed beside creating what was missing, and what only an administrator can change."""
+
+    corrected: tuple[str, ...]
+    remaining: tuple[str, ...]
+
+
+def bootstrap(
+    connection: Connection, passwords: Mapping[str, str], on_message: Callable[[str], None] = lambda _: None
+) -> BootstrapResult:
+    """Create the four roles and give them this database. Idempotent, and safe to run concurrently.
+
+    Needs a superuser, or a role with CREATEROLE that owns the database. ``passwords`` of the three login roles, by
+    name, replace the ones they had. Corrects attributes, memberships and rights that differ from what they must be,
+    and returns what this connection's role may not correct. Raises BrokenSetup, with nothing changed, if the programs
+    could not work: because the database is not UTF8, or because a right is missing.
     """
-    with translated_errors(connection), connection.transaction():
-        connection.execute(queries.LOCK_SCHEMA)
-        encoding, database = _one_row(connection, queries.DATABASE)
-        if encoding != "UTF8":
-            raise BrokenSetup(f"the database's encoding is {encoding}, orders need UTF8")
-        for statement in queries.BOOTSTRAP:
-            connection.execute(statement)
+    # Two at once meet at a role or at the database's entry: the second one starts again and finds the work done.
+    conflicts = (
+        psycopg.errors.UniqueViolation,
+        psycopg.errors.DuplicateObject,
+        psycopg.errors.InternalError_,
+    )
+    return _with_locks(connection, lambda: _bootstrap(connection, passwords), conflicts, on_message)
+
+
+def _bootstrap(connection: Connection, passwords: Mapping[str, str]) -> BootstrapResult:
+    _require_utf8(connection)
+    _, _, _, elsewhere, _ = _one_row(connection, queries.SCHEMA_LOCATION)
+    connection.execute(queries.USE_SCHEMA, {"schema": elsewhere or _table_schema(connection)})
+    try:
+        for (role,) in connection.execute(queries.MISSING_ROLES, {"roles": list(ROLES)}).fetchall():
+            connection.execute(sql.SQL(queries.CREATE_ROLE).format(sql.Identifier(role)))
         for role, password in passwords.items():
             verifier = connection.pgconn.encrypt_password(password.encode(), role.encode(), b"scram-sha-256")
-            connection.execute(
-                sql.SQL("ALTER ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(role), sql.Literal(verifier.decode()))
-            )
-        name = sql.Identifier(str(database))
-        connection.execute(sql.SQL("REVOKE TEMPORARY ON DATABASE {} FROM PUBLIC").format(name))
-        connection.execute(
-            sql.SQL("GRANT CONNECT ON DATABASE {} TO orders_migrator, orders_writer, orders_reader").format(name)
+            let_log_in = sql.SQL(queries.LET_LOG_IN)
+            connection.execute(let_log_in.format(sql.Identifier(role), sql.Literal(verifier.decode())))
+    except psycopg.errors.InsufficientPrivilege as exc:
+        me = connection.info.user
+        raise BrokenSetup(
+            f"role {me} may not create or alter the roles ({exc.diag.message_primary}): it must be a superuser, or "
+            f"have CREATEROLE; if the roles exist already, an administrator must run: GRANT {', '.join(ROLES)} "
+            f"TO {sql.Identifier(me).as_string(connection)} WITH ADMIN TRUE, INHERIT FALSE, SET FALSE"
+        ) from exc
+    corrected = _correct_roles(connection)
+    rights, unknown = _correct_rights_as_owner(connection)
+    corrected += rights + _correct_roles(connection)
+    problems = _problems(connection)
+    if required := [str(problem) for problem in problems if problem.is_required]:
+        raise BrokenSetup(
+            f"role {connection.info.user} may not set up this database: it must be a superuser or the database's "
+            f"owner; an administrator must correct: {'; '.join(required)}"
         )
+    return BootstrapResult(corrected=tuple(corrected), remaining=(*map(str, problems), *unknown))
+
+
+def _problems(connection: Connection) -> list[Problem]:
+    rows = connection.execute(queries.ROLE_PROBLEMS).fetchall()
+    return [Problem(is_required=required, text=text, remedy=remedy) for required, text, remedy in rows]
+
+
+def _correct_roles(connection: Connection) -> list[str]:
+    """Correct what this connection's role may correct. Return what was wrong and is right now, with the statements."""
+    found: dict[str, Problem] = {}
+    while todo := [problem for problem in _problems(connection) if problem.remedy and str(problem) not in found]:
+        for problem in todo:
+            found[str(problem)] = problem
+            with contextlib.suppress(*_NOT_ALLOWED), connection.transaction():
+                connection.execute((problem.remedy or "").encode())
+    remaining = set(map(str, _problems(connection)))
+    return [text for text in found if text not in remaining]
+
+
+def _correct_rights_as_owner(connection: Connection) -> tuple[list[str], list[str]]:
+    """Correct the rights on the tables, if there are any. Return what was changed, and what could not be looked at."""
+    found, *_ = _one_row(connection, queries.SCHEMA_LOCATION)
+    if not found:
+        return [], []
+    is_allowed_for_now = False
+    try:
+        with connection.transaction():
+            connection.execute(queries.BECOME_OWNER)
+    except psycopg.errors.InsufficientPrivilege:
+        try:
+            with connection.transaction():
+                connection.execute(queries.ALLOW_BECOMING_OWNER)
+                connection.execute(queries.BECOME_OWNER)
+            is_allowed_for_now = True
+        except psycopg.errors.InsufficientPrivilege:
+            return [], ["the rights on the tables could not be checked: run `python -m services.admin migrate`"]
+    corrected = _correct_rights(connection)
+    connection.execute(queries.RESET_ROLE)
+    if is_allowed_for_now:
+        connection.execute(queries.FORBID_BECOMING_OWNER)
+    return corrected, []
+
+
+def _correct_rights(connection: Connection) -> list[str]:
+    """As the owner, make the rights on its tables those in RIGHTS. Return the statements that this took.
+
+    Leaves the login roles alone if the schema is not at this program's number: another release has other rights.
+    """
+    rows = connection.execute(queries.TABLE_GRANTS).fetchall()
+    grants = {(table, role): (set(rights), is_grantable) for table, role, rights, is_grantable in rows}
+    tables = {table for (table,) in connection.execute(queries.TABLES_OF_OWNER).fetchall()}
+    [number] = _one_row(connection, queries.SCHEMA_NUMBER)
+    wanted: dict[tuple[str, str | None], tuple[LiteralString, ...]] = {}
+    if number == LATEST_MIGRATION:
+        wanted = {
+            (table, role): rights
+            for table in RIGHTS.keys() & tables
+            for role, rights in {MIGRATOR: (), **RIGHTS[table]}.items()
+        }
+    corrected: list[str] = []
+    for table, role in sorted(grants.keys() | wanted.keys(), key=str):
+        rights = wanted.get((table, role), ())
+        found, is_grantable = grants.get((table, role), (set(), False))
+        if (found == _single_rights(rights) and not is_grantable) or (role in ROLES and (table, role) not in wanted):
+            continue
+        for statement in ([queries.REVOKE_ALL] if found else []) + ([queries.GRANT_RIGHTS] if rights else []):
+            composed = _grant(statement, table, role, rights)
+            connection.execute(composed)
+            corrected.append(composed.as_string(connection))
+    return corrected
+
+
+def _grant(statement: LiteralString, table: str, role: str | None, rights: Iterable[LiteralString]) -> sql.Composed:
+    return sql.SQL(statement).format(
+        table=sql.Identifier(table),
+        role=sql.Identifier(role) if role else sql.SQL("PUBLIC"),
+        rights=sql.SQL(", ").join(map(sql.SQL, rights)),
+    )
+
+
+def _single_rights(rights: Iterable[str]) -> set[str]:
+    """``UPDATE (a, b)`` as ``UPDATE a`` and ``UPDATE b``."""
+    single = set()
+    for text in rights:
+        right, _, columns = text.rstrip(")").partition(" (")
+        single |= {f"{right} {column}".strip() for column in columns.split(", ")}
+    return single
 
 
 def role_of(variable: str, url: str) -> tuple[str, str]:
@@ -85,47 +261,176 @@ def role_of(variable: str, url: str) -> tuple[str, str]:
     return str(role), str(password)
 
 
-def migrate(connection: Connection, on_applied: Callable[[str], None] = lambda _: None) -> int:
-    """Apply the migrations that are missing, each in its own transaction as the owner; how many there were.
+def migrate(
+    connection: Connection,
+    on_applied: Callable[[str], None] = lambda _: None,
+    on_message: Callable[[str], None] = lambda _: None,
+) -> int:
+    """Apply the missing migrations, each in its own transaction as the owner. Return how many there were.
 
-    Twice, or from two machines at once, is harmless: an advisory lock lets one go first.
+    Also restores the rights on the tables. Idempotent, and safe to run concurrently. ``on_message`` receives warnings
+    of migrations, corrected rights, and who holds a lock that this waits for. Raises StoreUnreachable, naming that
+    session, if the lock is not free within a minute.
     """
-    applied = 0
-    for number, name in _migrations().items():
-        with translated_errors(connection), connection.transaction():
-            connection.execute(queries.LOCK_SCHEMA)
-            connection.execute(queries.BECOME_OWNER)
-            encoding, _ = _one_row(connection, queries.DATABASE)
-            if encoding != "UTF8":
-                raise BrokenSetup(f"the database's encoding is {encoding}, orders need UTF8")
-            for statement in queries.SCHEMA_MIGRATIONS:
-                connection.execute(statement)
-            if connection.execute(queries.IS_APPLIED, {"number": number}).fetchone():
-                continue
-            connection.execute(queries.LIFT_TIME_LIMITS)
-            script = resources.files("orderlib").joinpath("migrations", name).read_text(encoding="utf-8")
-            connection.execute(script)
-            connection.execute(queries.RECORD_MIGRATION, {"number": number, "name": name})
-        on_applied(name)
-        applied += 1
-    return applied
+
+    def on_notice(diagnostic: psycopg.errors.Diagnostic) -> None:
+        if diagnostic.severity_nonlocalized == "WARNING":
+            on_message(str(diagnostic.message_primary))
+
+    connection.add_notice_handler(on_notice)
+    try:
+        # Of two that create the same table, one fails on the catalog's unique index, and finds the table then.
+        conflicts = (psycopg.errors.UniqueViolation, psycopg.errors.DuplicateTable)
+        _with_locks(connection, lambda: _prepare(connection), conflicts, on_message)
+        applied = 0
+        for number, name in _migrations().items():
+            if _with_locks(connection, functools.partial(_apply, connection, number, name), (), on_message):
+                on_applied(name)
+                applied += 1
+        for statement in _with_locks(connection, lambda: _restore_rights(connection), (), on_message):
+            on_message(f"corrected: {statement}")
+        return applied
+    finally:
+        connection.remove_notice_handler(on_notice)
+
+
+def _prepare(connection: Connection) -> None:
+    """Create the table of migrations, if the database has none."""
+    connection.execute(queries.BECOME_OWNER)
+    _require_utf8(connection)
+    found, role, search_path, elsewhere, is_usable = _one_row(connection, queries.SCHEMA_LOCATION)
+    if found:
+        return
+    if elsewhere:
+        raise _not_found(role, search_path, elsewhere, is_usable=is_usable)
+    connection.execute(queries.USE_SCHEMA, {"schema": _table_schema(connection)})
+    connection.execute(queries.SCHEMA_MIGRATIONS)
+    for reader, rights in RIGHTS["schema_migrations"].items():
+        connection.execute(_grant(queries.GRANT_RIGHTS, "schema_migrations", reader, rights))
+
+
+def _apply(connection: Connection, number: int, name: str) -> bool:
+    """Apply a migration unless that was done. Return whether it was applied now."""
+    connection.execute(queries.BECOME_OWNER)
+    connection.execute(queries.USE_SCHEMA, {"schema": _table_schema(connection)})
+    if connection.execute(queries.IS_APPLIED, {"number": number}).fetchone():
+        return False
+    connection.execute(queries.LOCK_SCHEMA)
+    if connection.execute(queries.IS_APPLIED, {"number": number}).fetchone():
+        return False
+    connection.execute(queries.LIFT_TIME_LIMITS)
+    script = resources.files("orderlib").joinpath("migrations", name).read_text(encoding="utf-8")
+    connection.execute(script.encode())
+    connection.execute(queries.RECORD_MIGRATION, {"number": number, "name": name})
+    return True
+
+
+def _restore_rights(connection: Connection) -> list[str]:
+    connection.execute(queries.BECOME_OWNER)
+    connection.execute(queries.USE_SCHEMA, {"schema": _table_schema(connection)})
+    return _correct_rights(connection)
+
+
+def _with_locks(
+    connection: Connection,
+    work: Callable[[], T],
+    conflicts: tuple[type[psycopg.Error], ...],
+    on_message: Callable[[str], None],
+) -> T:
+    """Do the work in a transaction, again if it waits too long for a lock or conflicts with another session."""
+    deadline_s = time.monotonic() + LOCK_WITHIN_S
+    told = ""
+    while True:
+        try:
+            with translated_errors(connection), connection.transaction():
+                try:
+                    connection.execute(queries.LIMIT_DDL_LOCK_WAIT)
+                    return work()
+                except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as exc:
+                    raise _Conflict(exc) from exc
+                except conflicts as exc:
+                    raise _Conflict(exc) from exc
+        except _Conflict as conflict:
+            is_late = time.monotonic() > deadline_s
+            if isinstance(conflict.error, psycopg.errors.LockNotAvailable):
+                holders = _lock_holders(connection)
+                if is_late:
+                    raise StoreUnreachable(
+                        f"PostgreSQL: no lock within {LOCK_WITHIN_S:.0f} s, held by {holders}; nothing was changed"
+                    ) from conflict.error
+                if holders != told:
+                    on_message(f"waiting for a lock that is held by {holders}")
+                    told = holders
+            elif is_late:
+                raise translate(conflict.error) from conflict.error
+        time.sleep(_BETWEEN_TRIES_S)
+
+
+class _Conflict(Exception):
+    """Another session is in the way. The transaction was rolled back and may be tried again."""
+
+    def __init__(self, error: psycopg.Error) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _lock_holders(connection: Connection) -> str:
+    """Name the sessions that may hold the lock."""
+    with translated_errors(connection):
+        rows = connection.execute(queries.LOCK_HOLDERS).fetchall()
+    if not rows:
+        return "another session"
+    return ", ".join(
+        f"pid {pid} (role {role}, application {application or 'unknown'!r})" if pid else "a prepared transaction"
+        for pid, role, application in rows
+    )
+
+
+def _require_utf8(connection: Connection) -> None:
+    encoding, _ = _one_row(connection, queries.DATABASE)
+    if encoding != "UTF8":
+        raise BrokenSetup(f"the database's encoding is {encoding}, orders need UTF8")
+
+
+def _table_schema(connection: Connection) -> str:
+    """Return the schema of the tables. Raises BrokenSetup if the search_path names no schema that exists."""
+    [schema] = _one_row(connection, queries.TABLE_SCHEMA)
+    if schema is None:
+        raise BrokenSetup("the search_path names no schema that exists and may be used: create one, or change it")
+    return str(schema)
 
 
 def check_schema(connection: Connection) -> None:
-    """Raise BrokenSetup, naming the command, if the schema is older than this program. A newer one is fine."""
-    number = 0
-    with translated_errors(connection), contextlib.suppress(psycopg.errors.UndefinedTable):
-        [number] = _one_row(connection, queries.SCHEMA_NUMBER)
-    require_schema(number or 0)
+    """Raise BrokenSetup, naming what to do, if the schema is older than this program. A newer one is fine."""
+    with translated_errors(connection):
+        location = _one_row(connection, queries.SCHEMA_LOCATION)
+        number = _one_row(connection, queries.SCHEMA_NUMBER)[0] if location[0] else None
+    require_schema(location, number)
 
 
-def require_schema(number: int) -> None:
-    """Raise BrokenSetup, naming the command, for the number of a schema that is older than this program."""
+def require_schema(location: TupleRow, number: int | None) -> None:
+    """Raise BrokenSetup, naming what to do, for a schema that the session does not find or that is too old."""
+    found, role, search_path, elsewhere, is_usable = location
+    if not found and elsewhere:
+        raise _not_found(role, search_path, elsewhere, is_usable=is_usable)
+    number = number or 0
     if number < LATEST_MIGRATION:
         raise BrokenSetup(
             f"the database's schema is at {number}, this program needs {LATEST_MIGRATION}: "
             "run `python -m services.admin migrate`"
         )
+
+
+def _not_found(role: str, search_path: str, schema: str, *, is_usable: bool) -> BrokenSetup:
+    if not is_usable:
+        return BrokenSetup(
+            f"the tables are in schema {schema}, on which role {role} lacks USAGE: "
+            "run `python -m services.admin bootstrap`"
+        )
+    return BrokenSetup(
+        f"the tables are in schema {schema}, but the search_path of role {role} is {search_path}: "
+        f"run ALTER ROLE {role} SET search_path = {schema}, or set it in the URL's options"
+    )
 
 
 def check_rights(connection: Connection, rights: Sequence[tuple[str, str]]) -> None:

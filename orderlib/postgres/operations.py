@@ -32,6 +32,7 @@ def as_owner(connection: Connection) -> Iterator[None]:
     """One transaction in which the migrator has the owner's rights."""
     with translated_errors(connection), connection.transaction():
         connection.execute(queries.BECOME_OWNER)
+        connection.execute(queries.LIMIT_LOCK_WAIT)
         yield
 
 
@@ -56,6 +57,20 @@ def reset_offsets(connection: Connection, group: str, topic_id: str, next_offset
             )
             if moved.rowcount != 1:
                 raise BrokenSetup(f"group {group!r} has no offset for partition {partition} of topic id {topic_id}")
+
+
+def consumer_group(connection: Connection) -> str | None:
+    """Return the consumer group that this database belongs to, or None before the first consumer started."""
+    with translated_errors(connection):
+        row = connection.execute(queries.GROUP).fetchone()
+    return str(row[0]) if row else None
+
+
+def set_consumer_group(connection: Connection, group: str) -> None:
+    """Give the database and all its offsets to a group. Only with consumers stopped: the old group could not go on."""
+    with as_owner(connection):
+        if connection.execute(queries.RENAME_GROUP, {"group": group}).rowcount == 0:
+            connection.execute(queries.CLAIM_GROUP, {"group": group})
 
 
 def forget(connection: Connection, order_uid: str) -> tuple[int, int]:

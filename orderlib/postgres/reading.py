@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, LiteralString
 
-import psycopg
 from psycopg import BaseConnection
 from psycopg.abc import PQGen
 from psycopg.adapt import PyFormat, Transformer
@@ -115,13 +114,13 @@ class Reading:
             asked_at=asked_at, newest_first_stored_at=newest_at, stored_lately=lately, rejects_by_code=dict(rejects)
         )
 
-    def schema_number(self) -> PQGen[int]:
-        """How far the schema is; 0 for none."""
-        try:
-            [[(number,)]] = yield from self._look((queries.SCHEMA_NUMBER, ()))
-        except psycopg.errors.UndefinedTable:
-            number = None
-        return number or 0
+    def schema(self) -> PQGen[tuple[Row, int | None]]:
+        """Return where the schema is and the number of its last migration, for ``require_schema``."""
+        [[location]] = yield from self._look((queries.SCHEMA_LOCATION, ()))
+        if not location[0]:
+            return location, None
+        [[(number,)]] = yield from self._look((queries.SCHEMA_NUMBER, ()))
+        return location, number
 
     def _page(
         self,

@@ -95,8 +95,8 @@ def _store(connection: Connection, arrivals: Sequence[Arrival], rule: Rule) -> S
 def _stored_versions(connection: Connection, order_uids: Iterable[str]) -> tuple[dict[str, StoredVersion], dt.datetime]:
     with connection.pipeline():
         connection.execute(queries.LOOK_UP_BY_KEY)
-        now = connection.execute(queries.NOW)
         rows = connection.execute(queries.STORED_STATES, {"order_uids": _array(order_uids)}, binary=True)
+        now = connection.execute(queries.CLOCK)
     [(moment,)] = now.fetchall()
     stored = {}
     for order_uid, sha256, topic_id, partition, offset, first_stored_at in rows.fetchall():
@@ -120,7 +120,7 @@ def _copy_orders(
         version = stored.get(arrival.order_uid)
         if version is None or version.first_stored_at is None:
             return arrival.rows.order + new
-        return arrival.rows.order + stamps(version.first_stored_at, now)
+        return arrival.rows.order + stamps(version.first_stored_at, max(now, version.first_stored_at))
 
     new = stamps(now, now)
     _copy(connection, queries.COPY_ORDERS, map(order_row, writes))

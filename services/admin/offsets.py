@@ -1,4 +1,4 @@
-"""``lag`` and ``offsets show | reset``: where the consumer group stands."""
+"""``lag`` and ``offsets show | reset | set-group``: where the consumer group stands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from confluent_kafka import ConsumerGroupState
 from orderlib.config import KafkaSettings, database_url
 from orderlib.errors import BrokenSetup
 from orderlib.postgres.connection import connect
-from orderlib.postgres.operations import StoredOffset, as_owner, reset_offsets, stored_offsets
+from orderlib.postgres.operations import (
+    StoredOffset,
+    as_owner,
+    consumer_group,
+    reset_offsets,
+    set_consumer_group,
+    stored_offsets,
+)
 from orderlib.program import EXIT_DONE, EXIT_FAILED
 from services.admin.log import Log
 from services.admin.output import add_json_option, add_yes_option, agreed, show
@@ -56,6 +63,18 @@ def add_commands(commands: Commands) -> None:
     add_yes_option(resetting)
     add_json_option(resetting)
     resetting.set_defaults(command=_reset)
+    naming = actions.add_parser(
+        "set-group",
+        help="give the database and its offsets to another consumer group (ORDERS_MIGRATOR_URL)",
+        description="A database belongs to one consumer group: the first that started. This renames it and keeps every "
+        "offset, so nothing is skipped or handled twice. Use it to rename the group, or after a consumer started with "
+        "a wrong ORDERS_CONSUMER_GROUP. Needs both groups stopped. Shows the change; makes it only with --execute.",
+    )
+    naming.add_argument("group", metavar="GROUP", help="the new ORDERS_CONSUMER_GROUP")
+    naming.add_argument("--execute", action="store_true", help="do it")
+    add_yes_option(naming)
+    add_json_option(naming)
+    naming.set_defaults(command=_set_group)
 
 
 def _time(text: str) -> dt.datetime:
@@ -149,6 +168,30 @@ def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         _require_stopped(log, group)
         reset_offsets(connection, group, log.topic_id, wanted)
         print("the offsets were moved", file=sys.stderr)
+    return EXIT_DONE
+
+
+def _set_group(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    url = database_url(environ, "ORDERS_MIGRATOR_URL")
+    if not options.group.strip():
+        raise BrokenSetup("GROUP must not be empty")
+    log = Log(KafkaSettings.from_mapping(environ))
+    with connect(url, application_name=APPLICATION_NAME) as connection:
+        with as_owner(connection):
+            group = consumer_group(connection)
+        show([{"group": group, "new_group": options.group}], as_json=options.json)
+        if group == options.group:
+            print("nothing to change", file=sys.stderr)
+            return EXIT_DONE
+        if not options.execute:
+            print("nothing was changed; --execute does it", file=sys.stderr)
+            return EXIT_DONE
+        if not agreed(f"give the offsets to group {options.group!r}", yes=options.yes):
+            return EXIT_FAILED
+        for name in {group, options.group} - {None}:
+            _require_stopped(log, name)
+        set_consumer_group(connection, options.group)
+        print(f"the database belongs to consumer group {options.group!r}", file=sys.stderr)
     return EXIT_DONE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -24,17 +25,19 @@ def add_commands(commands: Commands) -> None:
     """Add these commands to the parser."""
     parser = commands.add_parser(
         "bootstrap",
-        help="make the four roles, once, as a superuser",
-        description="Make the roles orders_owner, orders_migrator, orders_writer and orders_reader, with the passwords "
-        "in ORDERS_MIGRATOR_URL, ORDERS_DATABASE_URL and ORDERS_READER_URL. The only command that connects as a "
-        "superuser (ORDERS_BOOTSTRAP_URL). Again is harmless, and changes the passwords to those in the URLs.",
+        help="create the four roles and set their rights, as an administrator",
+        description="Create the roles orders_owner, orders_migrator, orders_writer and orders_reader, with the "
+        "passwords in ORDERS_MIGRATOR_URL, ORDERS_DATABASE_URL and ORDERS_READER_URL. Connects with "
+        "ORDERS_BOOTSTRAP_URL, which no other command uses: as a superuser, or as a role with CREATEROLE that owns the "
+        "database. Idempotent: sets the passwords to those in the URLs, corrects attributes, memberships and rights "
+        "that are not as they must be, and names what only another administrator may correct.",
     )
     parser.set_defaults(command=_bootstrap)
     parser = commands.add_parser(
         "migrate",
         help="bring the schema up to date",
-        description="Apply the numbered migrations that are missing (ORDERS_MIGRATOR_URL). Twice, or from two machines "
-        "at once, is harmless.",
+        description="Apply the missing migrations and restore the rights on the tables (ORDERS_MIGRATOR_URL). "
+        "Idempotent, and safe to run concurrently. Waits up to a minute for a lock and names who holds it.",
     )
     parser.set_defaults(command=_migrate)
 
@@ -42,13 +45,21 @@ def add_commands(commands: Commands) -> None:
 def _bootstrap(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     passwords = dict(role_of(name, database_url(environ, name)) for name in _ROLE_URLS)
     with connect(database_url(environ, "ORDERS_BOOTSTRAP_URL"), application_name=APPLICATION_NAME) as connection:
-        bootstrap(connection, passwords)
+        result = bootstrap(connection, passwords, _message)
+    for text in result.corrected:
+        print(f"corrected: {text}")
+    for text in result.remaining:
+        print(f"left to an administrator: {text}")
     print(f"roles are ready: orders_owner, {', '.join(passwords)}")
     return EXIT_DONE
 
 
 def _migrate(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with connect(database_url(environ, "ORDERS_MIGRATOR_URL"), application_name=APPLICATION_NAME) as connection:
-        migrate(connection, lambda name: print(f"applied {name}"))
+        migrate(connection, lambda name: print(f"applied {name}"), _message)
     print(f"the schema is at {LATEST_MIGRATION}")
     return EXIT_DONE
+
+
+def _message(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ import pytest
 from confluent_kafka import Producer
 
 from orderlib.testing import SAMPLE
-from tests.programs import ROOT, run, succeed
+from tests.programs import ROOT, run, running, succeed, wait_for
 
 
 def rows(command: str, environ: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -201,3 +201,31 @@ def test_a_name_that_kafka_does_not_take_is_a_broken_set_up(environ: dict[str, s
     assert done.returncode == 2
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_set_group_gives_the_database_to_another_group_once_consumers_stopped(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    succeed("sender --count 20", environ)
+    renamed = {**environ, "ORDERS_CONSUMER_GROUP": "renamed"}
+    with running("consumer", environ, tmp_path / "log"):
+        wait_for(lambda: sum(row["lag"] for row in json.loads(succeed("admin lag --json", environ))) == 0)
+        done = run("admin offsets set-group renamed --execute --yes", environ)
+        assert (done.returncode, "stop them first" in done.stderr) == (2, True)
+    done = run("consumer --exit-at-end", renamed)
+    assert done.returncode == 2
+    assert "belongs to consumer group 'order-consumer', not 'renamed'" in done.stderr
+
+    def plan(options: str) -> object:
+        return json.loads(succeed(f"admin offsets set-group renamed --json {options}", environ))
+
+    assert plan("") == [{"group": "order-consumer", "new_group": "renamed"}]
+    # Kafka may take the session timeout to notice that the consumer was killed.
+    wait_for(lambda: run("admin offsets set-group renamed --execute --yes", environ).returncode == 0)
+    assert plan("") == [{"group": "renamed", "new_group": "renamed"}]
+    succeed("sender --count 20 --seed 2", environ)
+    succeed("consumer --exit-at-end", renamed)
+    rows = json.loads(succeed("admin offsets show --json", environ))
+    assert {row["group"] for row in rows} == {"renamed"}
+    assert sum(row["next_offset"] for row in rows) == 40
+    succeed("admin reconcile", renamed)

@@ -1,0 +1,203 @@
+"""`bootstrap` corrects what it may and names the rest, for a superuser and for an administrator who is none."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+
+import attrs
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from orderlib import BrokenSetup, StoreUnreachable, decode_order
+from orderlib.ingest import Arrival
+from orderlib.postgres import migrate as migrations
+from orderlib.postgres.connection import connect
+from orderlib.postgres.ledger import ConsumerLedger
+from orderlib.postgres.migrate import BootstrapResult, bootstrap, migrate
+from orderlib.postgres.repository import PostgresOrderRepository
+from orderlib.postgres.writing import store
+from orderlib.testing import SAMPLE
+from sandbox import PostgresServer
+from tests.conftest import Database, role_passwords
+
+#: Whatever differs from what it must be.
+DISORDER = """
+CREATE ROLE stranger;
+ALTER ROLE orders_reader CREATEDB REPLICATION;
+ALTER ROLE orders_owner LOGIN;
+GRANT pg_read_all_data TO orders_reader;
+GRANT orders_owner TO stranger;
+GRANT orders_owner TO orders_writer;
+GRANT TEMPORARY, CREATE ON DATABASE orders TO PUBLIC;
+GRANT TEMPORARY ON DATABASE orders TO orders_reader;
+GRANT CREATE ON SCHEMA public TO PUBLIC, orders_writer;
+GRANT SELECT ON orders TO PUBLIC;
+GRANT ALL ON items TO stranger WITH GRANT OPTION;
+GRANT UPDATE ON delivery TO orders_writer;
+GRANT SELECT (faults) ON rejects TO orders_reader;
+REVOKE INSERT ON payment FROM orders_writer;
+GRANT EXECUTE ON FUNCTION lo_creat(integer) TO PUBLIC;
+"""
+
+STATE = """
+SELECT 'role', rolname::text,
+    concat_ws(' ', rolsuper, rolcreatedb, rolcreaterole, rolreplication, rolbypassrls, rolcanlogin)
+FROM pg_roles WHERE rolname ~ '^orders'
+UNION ALL SELECT 'member', roleid::regrole::text,
+    concat_ws(' ', member::regrole, set_option, inherit_option, admin_option)
+FROM pg_auth_members WHERE roleid::regrole::text ~ '^orders' OR member::regrole::text ~ '^orders'
+UNION ALL SELECT 'database', grantee::regrole::text, privilege_type
+FROM pg_database, aclexplode(datacl) WHERE datname = current_database()
+UNION ALL SELECT 'schema', grantee::regrole::text, privilege_type
+FROM pg_namespace, aclexplode(nspacl) WHERE nspname = 'public'
+UNION ALL SELECT 'table ' || relname, grantee::regrole::text, privilege_type || is_grantable
+FROM pg_class, aclexplode(relacl) WHERE relnamespace = 'public'::regnamespace
+UNION ALL SELECT 'column ' || attrelid::regclass || '.' || attname, grantee::regrole::text, privilege_type
+FROM pg_attribute, aclexplode(attacl) WHERE attrelid::regclass::text !~ '^pg_'
+UNION ALL SELECT 'function', proname, grantee::regrole::text
+FROM pg_proc, aclexplode(coalesce(proacl, acldefault('f', proowner)))
+WHERE proname ~ '^lo_' OR proname IN ('lowrite', 'loread', 'claim_consumer_group', 'pg_logical_emit_message')
+ORDER BY 1, 2, 3
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[PostgresServer]:
+    """A PostgreSQL of the test's own: roles belong to the whole server."""
+    with PostgresServer() as running:
+        yield running
+
+
+def database_of(server: PostgresServer, bootstrap_url: str) -> Database:
+    return Database(
+        superuser_url=bootstrap_url,
+        migrator_url=server.url("orders_migrator", secrets.token_hex(8)),
+        writer_url=server.url("orders_writer", secrets.token_hex(8)),
+        reader_url=server.url("orders_reader", secrets.token_hex(8)),
+    )
+
+
+def set_up(database: Database) -> BootstrapResult:
+    with connect(database.superuser_url, application_name="tests") as administrator:
+        result = bootstrap(administrator, role_passwords(database))
+    with connect(database.migrator_url, application_name="tests") as migrator:
+        migrate(migrator)
+    return result
+
+
+def state(superuser: psycopg.Connection) -> list[tuple[object, ...]]:
+    return superuser.execute(STATE.encode()).fetchall()
+
+
+def test_a_superuser_corrects_every_difference_and_says_which(server: PostgresServer) -> None:
+    database = database_of(server, server.superuser_url)
+    assert set_up(database).remaining == ()
+    with psycopg.connect(server.superuser_url, autocommit=True) as superuser:
+        wanted = state(superuser)
+        assert not [row for row in wanted if row[0] in {"database", "schema"} and row[1:] == ("-", "CREATE")]
+        assert not [row for row in wanted if row[0] == "function" and row[2] == "-"]
+        superuser.execute(DISORDER.encode())
+        result = set_up(database)
+        assert result.remaining == ()
+        for text in ("CREATEDB", "REPLICATION", "LOGIN", "pg_read_all_data", "stranger", "TEMPORARY", "lo_creat"):
+            assert any(text in line for line in result.corrected), text
+        assert state(superuser) == wanted
+        assert set_up(database).corrected == ()
+
+
+def test_an_administrator_who_owns_the_database_needs_no_superuser(server: PostgresServer) -> None:
+    password = secrets.token_hex(8)
+    with psycopg.connect(server.superuser_url, autocommit=True) as superuser:
+        superuser.execute(f"CREATE ROLE manager LOGIN CREATEROLE PASSWORD '{password}'".encode())
+        superuser.execute("ALTER DATABASE orders OWNER TO manager")
+        database = database_of(server, server.url("manager", password))
+        [remaining] = set_up(database).remaining
+        assert "large objects" in remaining
+        assert "REVOKE EXECUTE ON FUNCTION lo_" in remaining
+        wanted = state(superuser)
+        superuser.execute("GRANT SELECT ON orders TO PUBLIC; GRANT TEMPORARY ON DATABASE orders TO PUBLIC")
+        superuser.execute("ALTER ROLE orders_reader SUPERUSER")
+        # A superuser cannot be altered by this administrator, not even its password.
+        with (
+            connect(database.superuser_url, application_name="tests") as manager,
+            pytest.raises(BrokenSetup, match="role manager may not"),
+        ):
+            bootstrap(manager, role_passwords(database))
+        superuser.execute("ALTER ROLE orders_reader NOSUPERUSER")
+        result = set_up(database)
+        assert len(result.corrected) == 2, result.corrected
+        assert state(superuser) == wanted
+    consumer = ConsumerLedger(database.writer_url, "group", lambda: 0.0)
+    consumer.check()
+    assert consumer.begin("orders", "topic", {0: 3}) == {0: 3}
+    consumer.close()
+    order = decode_order(SAMPLE)
+    with PostgresOrderRepository.connect(database.writer_url) as writer:
+        writer.save_many([order])
+    with PostgresOrderRepository.connect(database.reader_url) as reader:
+        assert reader.get(order.order_uid) == order
+
+
+def test_a_reader_with_the_former_advisory_lock_holds_nobody_up(empty_database: Database) -> None:
+    with connect(empty_database.superuser_url, application_name="tests") as administrator:
+        bootstrap(administrator, role_passwords(empty_database))
+    with psycopg.connect(empty_database.reader_url) as reader:
+        reader.execute("SELECT pg_advisory_xact_lock(x'6f7264657273'::bigint)")
+        with connect(empty_database.migrator_url, application_name="tests") as migrator:
+            assert migrate(migrator) == migrations.LATEST_MIGRATION
+        with connect(empty_database.superuser_url, application_name="tests") as administrator:
+            bootstrap(administrator, role_passwords(empty_database))
+
+
+def test_migrate_names_who_holds_its_lock_and_gives_up(
+    empty_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connect(empty_database.superuser_url, application_name="tests") as administrator:
+        bootstrap(administrator, role_passwords(empty_database))
+        with monkeypatch.context() as first_only:
+            one = dict(list(migrations._migrations().items())[:1])
+            first_only.setattr(migrations, "_migrations", lambda: one)
+            with connect(empty_database.migrator_url, application_name="tests") as migrator:
+                migrate(migrator)
+    monkeypatch.setattr(migrations, "LOCK_WITHIN_S", 3.0)
+    messages: list[str] = []
+    with psycopg.connect(make_conninfo(empty_database.superuser_url, application_name="holder")) as holder:
+        holder.execute("LOCK TABLE schema_migrations IN SHARE MODE")
+        named = rf"held by pid {holder.info.backend_pid} \(role postgres, application 'holder'\)"
+        with (
+            connect(empty_database.migrator_url, application_name="tests") as migrator,
+            pytest.raises(StoreUnreachable, match=named),
+        ):
+            migrate(migrator, on_message=messages.append)
+    [message] = messages
+    assert "application 'holder'" in message
+
+
+@pytest.mark.parametrize("may_use", [True, False])
+def test_a_schema_that_is_not_found_is_told_from_one_that_is_not_there(database: Database, *, may_use: bool) -> None:
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        superuser.execute("ALTER SCHEMA public RENAME TO shop")
+        if not may_use:
+            superuser.execute("REVOKE USAGE ON SCHEMA shop FROM PUBLIC, orders_reader")
+    expected = "search_path of role orders_reader" if may_use else "role orders_reader lacks USAGE"
+    with pytest.raises(BrokenSetup, match=f"the tables are in schema shop, .*{expected}"):
+        PostgresOrderRepository.connect(database.reader_url)
+    with (
+        connect(database.migrator_url, application_name="tests") as migrator,
+        pytest.raises(BrokenSetup, match="in schema shop"),
+    ):
+        migrate(migrator)
+
+
+def test_stored_at_is_never_before_first_stored_at(database: Database) -> None:
+    """A transaction that began earlier replaces an order that a later one stored first."""
+    order = decode_order(SAMPLE)
+    with connect(database.writer_url, application_name="tests") as early, early.transaction():
+        early.execute("SELECT now()")
+        with PostgresOrderRepository.connect(database.writer_url) as other:
+            other.save_many([order])
+        store(early, [Arrival.of(attrs.evolve(order, sm_id=order.sm_id + 1))])
+    with psycopg.connect(database.superuser_url) as superuser:
+        assert superuser.execute("SELECT stored_at >= first_stored_at FROM orders").fetchall() == [(True,)]

@@ -1,0 +1,129 @@
+"""A database belongs to one consumer group, and PostgreSQL enforces it."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+import pytest
+
+from orderlib import BrokenSetup
+from orderlib.postgres import migrate as migrations
+from orderlib.postgres.connection import connect
+from orderlib.postgres.ledger import ConsumerLedger
+from orderlib.postgres.migrate import migrate
+from orderlib.postgres.operations import set_consumer_group
+from tests.conftest import Database
+from tests.integration.test_migrations import bootstrap_it, connected
+
+#: How the release before begins partitions, without having claimed its group.
+INSERT_OF_PREVIOUS_RELEASE = """
+INSERT INTO consumer_offsets (consumer_group, topic_id, partition, topic, next_offset)
+SELECT %(group)s, 'topic', n.partition, 'orders', n.next_offset
+FROM unnest(%(partitions)s::int[], %(next_offsets)s::bigint[]) AS n (partition, next_offset)
+ON CONFLICT DO NOTHING
+"""
+
+
+def ledger(database: Database, group: str) -> ConsumerLedger:
+    return ConsumerLedger(database.writer_url, group, lambda: 0.0)
+
+
+def test_of_groups_that_start_at_once_one_gets_the_database_and_the_others_are_told_which(database: Database) -> None:
+    groups = [f"group-{number}" for number in range(6)]
+    barrier = threading.Barrier(len(groups))
+
+    def start(group: str) -> str | None:
+        barrier.wait()
+        one = ledger(database, group)
+        try:
+            one.check()
+            one.begin("orders", "topic", {0: 0})
+        except BrokenSetup as refusal:
+            return str(refusal)
+        finally:
+            one.close()
+        return None
+
+    with ThreadPoolExecutor(len(groups)) as threads:
+        refusals = dict(zip(groups, threads.map(start, groups), strict=True))
+    [accepted] = [group for group, refusal in refusals.items() if refusal is None]
+    for refused in set(groups) - {accepted}:
+        assert f"belongs to consumer group {accepted!r}, not {refused!r}" in str(refusals[refused])
+    again = ledger(database, accepted)
+    again.check()
+    again.close()
+
+
+def test_postgresql_itself_refuses_a_second_group(database: Database) -> None:
+    values = {"partitions": [0, 1], "next_offsets": [0, 0]}
+    with connected(database.writer_url) as writer:
+        writer.execute(INSERT_OF_PREVIOUS_RELEASE, {"group": "first", **values})
+        writer.execute(INSERT_OF_PREVIOUS_RELEASE, {"group": "first", **values, "partitions": [2, 3]})
+        with pytest.raises(psycopg.errors.ForeignKeyViolation):
+            writer.execute(INSERT_OF_PREVIOUS_RELEASE, {"group": "second", **values})
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            writer.execute("INSERT INTO consumer_groups (consumer_group) VALUES ('second')")
+        with pytest.raises(psycopg.errors.CheckViolation):
+            writer.execute("INSERT INTO consumer_groups VALUES (false, 'second')")
+    second = ledger(database, "second")
+    with pytest.raises(BrokenSetup, match=r"'first', not 'second'.*offsets set-group"):
+        second.check()
+    second.close()
+
+
+def test_a_database_with_offsets_of_two_groups_is_repaired_by_migrate(
+    empty_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bootstrap_it(empty_database)
+    with monkeypatch.context() as previous_release:
+        two = dict(list(migrations._migrations().items())[:2])
+        previous_release.setattr(migrations, "_migrations", lambda: two)
+        with connected(empty_database.migrator_url) as migrator:
+            migrate(migrator)
+    with connected(empty_database.superuser_url) as superuser:
+        superuser.execute(
+            """
+            INSERT INTO consumer_offsets (consumer_group, topic_id, partition, topic, next_offset, updated_at) VALUES
+                ('older', 'topic', 0, 'orders', 90, '2026-01-01Z'), ('older', 'topic', 1, 'orders', 50, '2026-01-01Z'),
+                ('third', 'topic', 1, 'orders', 40, '2026-01-01Z'), ('newer', 'topic', 0, 'orders', 70, '2026-01-02Z')
+            """
+        )
+    messages: list[str] = []
+    with connect(empty_database.migrator_url, application_name="tests") as migrator:
+        migrate(migrator, on_message=messages.append)
+    [warning] = messages
+    assert "kept 'newer', removed 'older', 'third'" in warning
+    newer, older = ledger(empty_database, "newer"), ledger(empty_database, "older")
+    newer.check()
+    # Its own offset where it has one; elsewhere the lowest of the others: no record is skipped.
+    assert newer.next_offsets("topic", [0, 1]) == {0: 70, 1: 40}
+    with pytest.raises(BrokenSetup, match="'newer', not 'older'"):
+        older.check()
+    newer.close()
+    older.close()
+
+
+def test_the_database_can_be_given_to_another_group_with_its_offsets(database: Database) -> None:
+    first, second = ledger(database, "first"), ledger(database, "second")
+    first.check()
+    first.begin("orders", "topic", {0: 5, 1: 7})
+    with connected(database.migrator_url) as migrator:
+        set_consumer_group(migrator, "second")
+    second.check()
+    assert second.next_offsets("topic", [0, 1]) == {0: 5, 1: 7}
+    with pytest.raises(BrokenSetup, match="'second', not 'first'"):
+        first.check()
+    with pytest.raises(BrokenSetup, match="'second', not 'first'"):
+        first.begin("orders", "topic", {2: 0})
+    first.close()
+    second.close()
+
+
+def test_a_database_can_be_given_to_a_group_before_any_consumer_started(database: Database) -> None:
+    with connected(database.migrator_url) as migrator:
+        set_consumer_group(migrator, "group")
+    one = ledger(database, "group")
+    one.check()
+    one.close()
