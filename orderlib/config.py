@@ -17,17 +17,33 @@ from orderlib.errors import BrokenSetup
 
 _KAFKA_PREFIX = "ORDERS_KAFKA_"
 
-#: librdkafka properties that a promise rests on: ours alone.
+#: librdkafka properties that a promise depends on, with their aliases.
 RESERVED_KAFKA_PROPERTIES = frozenset(
     {
         "acks",
+        "allow.auto.create.topics",
+        "auto.commit.enable",
         "auto.offset.reset",
+        "delivery.report.only.error",
         "enable.auto.commit",
+        "enable.auto.offset.store",
+        "enable.gapless.guarantee",
         "enable.idempotence",
+        "enable.partition.eof",
         "group.id",
+        "group.protocol",
+        "group.protocol.type",
+        "group.remote.assignor",
         "isolation.level",
+        "metadata.broker.list",
+        "offset.store.method",
+        "partition.assignment.strategy",
         "partitioner",
+        "produce.offset.report",
+        "queuing.strategy",
         "request.required.acks",
+        "topic.blacklist",
+        "transactional.id",
     }
 )
 
@@ -119,7 +135,12 @@ class KafkaSettings:
 
     def client_properties(self) -> dict[str, str]:
         """What every librdkafka client is made with."""
-        return {**self.properties, "bootstrap.servers": self.bootstrap_servers}
+        return {
+            **self.properties,
+            "bootstrap.servers": self.bootstrap_servers,
+            # A misspelt topic must be reported, not created.
+            "allow.auto.create.topics": "false",
+        }
 
 
 @attrs.frozen(kw_only=True)

@@ -419,7 +419,7 @@ class Consumption:
             self._start(Write(self._close_batch()), now_s)
         elif self.idle and self._until is not None and now_s - self._job_since_s >= SURVEY_FOR_ENDS_S:
             self._start(Survey(frozenset(self._until)), now_s)
-        elif self.idle and self._collected and now_s - self._job_since_s >= SURVEY_S:
+        elif self.idle and now_s - self._job_since_s >= SURVEY_S:
             self._start(Survey(frozenset()), now_s)
 
     def _is_another(self, topic_id: str) -> bool:

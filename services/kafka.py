@@ -1,116 +1,249 @@
-"""What every program of ours that speaks to Kafka does alike: its errors, its bounds, its silence."""
+"""What all programs that use Kafka share: one client for requests, the causes of its failures, and records."""
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import logging
 import operator
-from collections.abc import Callable, Iterable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Message, TopicCollection, TopicPartition
-from confluent_kafka.admin import AdminClient, ClusterMetadata, ListOffsetsResultInfo, OffsetSpec
+import attrs
+from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Message, TopicCollection, TopicPartition, Uuid
+from confluent_kafka.admin import AdminClient, ListOffsetsResultInfo, OffsetSpec, TopicDescription
 
+from orderlib.config import KafkaSettings
 from orderlib.errors import BrokenSetup, BrokerUnreachable, OrderError
 from orderlib.ingest import Headers, Record, RecordPosition, record_time
+from services.kafka_errors import CONNECTION, NO_TOPIC, SSL_ERROR, ErrorAction, action_of, translate, translated_errors
+from services.kafka_listener import certificate_fault, expected_protocol
 
 T = TypeVar("T")
 
-#: A question to the cluster is given up after this.
+#: A request to the cluster is given up after this.
 ANSWER_S = 10.0
 
-#: Errors that no waiting heals. librdkafka's local codes are spelled with an underscore.
-_BROKEN = frozenset(
-    {
-        KafkaError.UNKNOWN_TOPIC_OR_PART,
-        KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
-        KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
-        KafkaError._AUTHENTICATION,  # noqa: SLF001
-        KafkaError.TOPIC_AUTHORIZATION_FAILED,
-        KafkaError.GROUP_AUTHORIZATION_FAILED,
-        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-        KafkaError.SASL_AUTHENTICATION_FAILED,
-        KafkaError.UNSUPPORTED_SASL_MECHANISM,
-        KafkaError.INVALID_GROUP_ID,
-        KafkaError.TOPIC_EXCEPTION,
-        KafkaError.INVALID_REPLICATION_FACTOR,
-        KafkaError.INVALID_PARTITIONS,
-        KafkaError.INVALID_CONFIG,
-    }
-)
-_NO_TOPIC = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})  # noqa: SLF001
+#: A wrong setting is the cause if librdkafka reports it again and again for this long, several times a second.
+_BROKEN_S = 4.0
+_REPORTED_AGAIN_S = 3.0
 
-#: For a client's ``logger``: its lines tell nothing that its errors do not, and are not of our format.
+#: How often librdkafka's error reports are taken while a request waits.
+_POLL_S = 0.1
+
+#: The id that a broker without topic ids reports for every topic.
+NO_TOPIC_ID = "A" * 22
+
+#: For a client's ``logger``: its lines repeat the errors that we log ourselves, in another format.
 SILENT = logging.getLogger("librdkafka")
 SILENT.addHandler(logging.NullHandler())
 SILENT.propagate = False
 
 
-def translate(error: KafkaError) -> OrderError:
-    """Our error for one of librdkafka's: a broken set-up where waiting cannot help, else an outage."""
-    kind = BrokenSetup if error.code() in _BROKEN or error.fatal() else BrokerUnreachable
-    return kind(f"Kafka: {error.str()} ({error.name()})")
+@attrs.frozen(kw_only=True)
+class TopicInfo:
+    """A topic as Kafka describes it."""
+
+    #: Spelled as Kafka's own tools print it.
+    topic_id: str
+    partitions: frozenset[int]
 
 
-@contextlib.contextmanager
-def translated_errors() -> Iterator[None]:
-    """Raise our error, ``from`` librdkafka's. A property that librdkafka does not take is a broken set-up."""
-    try:
-        yield
-    except KafkaException as exc:
-        error = exc.args[0]
-        if error.code() == KafkaError._INVALID_ARG:  # noqa: SLF001
-            raise BrokenSetup(f"Kafka: {error.str()}") from exc
-        raise translate(error) from exc
+class Cluster:
+    """Requests to a Kafka cluster.
 
+    Every method, and every callable that one returns, may raise BrokerUnreachable with the addresses and the cause, or
+    BrokenSetup if a setting, a right or the topic is wrong.
+    """
 
-def answer(question: Future[T]) -> T:
-    """Wait for the answer to a question; at most ``ANSWER_S``. Raises BrokerUnreachable or BrokenSetup."""
-    try:
+    def __init__(self, settings: KafkaSettings) -> None:
+        self.addresses = settings.bootstrap_servers
+        self._settings = settings
+        #: The last error of a connection, and the last one that shows a wrong setting, since the last answer.
+        self._error: KafkaError | None = None
+        self._wrong: KafkaError | None = None
+        self._wrong_from_s = self._wrong_at_s = 0.0
+        #: How many threads wait for an answer now.
+        self._waiting = 0
+        properties: dict[str, Any] = {**settings.client_properties(), "error_cb": self.on_error}
         with translated_errors():
-            return question.result(ANSWER_S)
-    except TimeoutError as exc:
-        raise BrokerUnreachable(f"Kafka did not answer in {ANSWER_S:g} s") from exc
+            self.admin = AdminClient(properties, logger=SILENT)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an answer is awaited now."""
+        return self._waiting > 0
+
+    def on_error(self, error: KafkaError) -> None:
+        """Remember the error of a connection. For ``error_cb`` of every client of this cluster."""
+        if error.code() not in CONNECTION:
+            return
+        self._error = error
+        if action_of(error) is ErrorAction.SETUP:
+            self._wrong_at_s = time.monotonic()
+            if self._wrong is None:
+                self._wrong_from_s = self._wrong_at_s
+            self._wrong = error
+
+    def answer(self, question: Future[T]) -> T:
+        """Wait for the answer to a request; at most ``ANSWER_S``."""
+        began_s = time.monotonic()
+        probed = False
+        self._waiting += 1
+        try:
+            while True:
+                self.admin.poll(0)
+                try:
+                    answer = question.result(_POLL_S)
+                except TimeoutError:
+                    waited_s = time.monotonic() - began_s
+                    if self._wrong is not None and self._is_persistent():
+                        raise self._wrong_setting(self._wrong) from None
+                    if waited_s >= _BROKEN_S and not probed:
+                        probed = True
+                        self._check_protocol()
+                    if waited_s >= ANSWER_S:
+                        raise self.unreachable() from None
+                except KafkaException as exc:
+                    if exc.args[0].code() in CONNECTION:
+                        raise self.unreachable() from exc
+                    raise translate(exc.args[0]) from exc
+                else:
+                    self._error = self._wrong = None
+                    return answer
+        finally:
+            self._waiting -= 1
+
+    def unreachable(self) -> OrderError:
+        """Why there is no answer, as far as librdkafka has reported it."""
+        self.admin.poll(0)
+        if self._wrong is not None and time.monotonic() - self._wrong_at_s < _REPORTED_AGAIN_S:
+            return self._wrong_setting(self._wrong)
+        return BrokerUnreachable(f"Kafka at {self.addresses} did not answer{self.last_error or f' in {ANSWER_S:g} s'}")
+
+    @property
+    def last_error(self) -> str:
+        """The last error of a connection since the last answer, after a colon; empty if there was none."""
+        return f": {self._error.str()}" if self._error else ""
+
+    def describe(self, topic: str) -> TopicInfo:
+        """Describe a topic. Raises BrokenSetup, naming the command, if it does not exist."""
+        return self.ask_topic(topic)()
+
+    def ask_topic(self, topic: str) -> Callable[[], TopicInfo]:
+        """As ``describe``; the request is sent now, and the result waits for the answer."""
+        question = self.ask_description(topic)
+
+        def wait() -> TopicInfo:
+            try:
+                description = self.answer(question)
+            except BrokenSetup as exc:
+                cause = exc.__cause__
+                if isinstance(cause, KafkaException) and cause.args[0].code() in NO_TOPIC:
+                    raise BrokenSetup(f"Kafka has no topic {topic!r}: run `python -m services.admin topics`") from exc
+                raise
+            topic_id = _topic_id(description)
+            if topic_id == NO_TOPIC_ID:
+                raise BrokenSetup(
+                    f"Kafka at {self.addresses} has no topic ids: it is too old, or api.version.request is off. A "
+                    "recreated topic could not be told from the old one, and its records would be skipped"
+                )
+            partitions = frozenset(partition.id for partition in description.partitions)
+            return TopicInfo(topic_id=topic_id, partitions=partitions)
+
+        return wait
+
+    def ask_description(self, topic: str) -> Future[TopicDescription]:
+        """Send the request for a description. It never creates the topic."""
+        return self.admin.describe_topics(TopicCollection([topic]), request_timeout=ANSWER_S)[topic]
+
+    def earliest(self, topic: str, partitions: Iterable[int]) -> dict[int, int]:
+        """Return the earliest offset that each partition still holds."""
+        return self.offsets(topic, partitions, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+
+    def ends(self, topic: str, partitions: Iterable[int]) -> dict[int, int]:
+        """Return the log end of each partition: its last stable offset."""
+        return self.offsets(topic, partitions, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+
+    def offsets(self, topic: str, partitions: Iterable[int], spec: OffsetSpec) -> dict[int, int]:
+        """Return an offset of each partition; -1 if no record has it."""
+        questions = self._ask_offsets(topic, partitions, spec)
+        return {partition: self.answer(question).offset for partition, question in questions.items()}
+
+    def ask_ends(self, topic: str, partitions: Iterable[int]) -> Callable[[], dict[int, int] | None]:
+        """Request the log ends. The result returns those that are known, or ``None`` until all requests are over."""
+        questions = self._ask_offsets(topic, partitions, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+
+        def ends() -> dict[int, int] | None:
+            if not all(question.done() for question in questions.values()):
+                return None
+            return {p: question.result().offset for p, question in questions.items() if question.exception() is None}
+
+        return ends
+
+    def _ask_offsets(
+        self, topic: str, partitions: Iterable[int], spec: OffsetSpec
+    ) -> dict[int, Future[ListOffsetsResultInfo]]:
+        places = {TopicPartition(topic, partition): spec for partition in partitions}
+        if not places:
+            return {}
+        questions = self.admin.list_offsets(
+            places, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=ANSWER_S
+        )
+        return {place.partition: question for place, question in questions.items()}
+
+    def _is_persistent(self) -> bool:
+        now_s = time.monotonic()
+        return now_s - self._wrong_from_s >= _BROKEN_S and now_s - self._wrong_at_s < _REPORTED_AGAIN_S
+
+    def _wrong_setting(self, error: KafkaError) -> BrokenSetup:
+        ca_location = self._settings.properties.get("ssl.ca.location")
+        faults = filter(None, (certificate_fault(address, ca_location) for address in self._addresses()))
+        fault = next(faults, None) if error.code() == SSL_ERROR else None
+        cause = f"{fault}: " if fault else ""
+        return BrokenSetup(f"Kafka at {self.addresses}: {cause}{error.str()} ({error.name()})")
+
+    def _addresses(self) -> list[str]:
+        return [address.strip() for address in self.addresses.split(",")]
+
+    def _check_protocol(self) -> None:
+        """Raise BrokenSetup if a broker expects another security.protocol, which librdkafka reports as an outage."""
+        configured = self._settings.properties.get("security.protocol", "plaintext").upper()
+        for address in self._addresses():
+            expected = expected_protocol(address)
+            if expected is not None and expected != configured:
+                raise BrokenSetup(
+                    f"Kafka at {address} expects security.protocol {expected}, and not {configured}: set "
+                    "ORDERS_KAFKA_SECURITY_PROTOCOL"
+                )
 
 
-class _Client(Protocol):
-    def list_topics(self, topic: str, timeout: float) -> ClusterMetadata: ...
+def _topic_id(description: TopicDescription) -> str:
+    """Return the topic id as text, and free what the client library leaks.
+
+    confluent-kafka (2.16) keeps one reference too many to the Uuid of each description, 96 bytes a call. Comparing
+    with an object of our own tells whether the installed release does.
+    """
+    topic_id = str(description.topic_id).replace("/", "_").replace("+", "-")
+    if _references(description) > _references(_OwnUuid()):
+        _forget_reference(description.topic_id)
+    return topic_id
 
 
-def partitions_of(client: _Client, topic: str) -> frozenset[int]:
-    """The topic's partitions. Raises BrokenSetup, naming the command, if there is no such topic."""
-    with translated_errors():
-        found = client.list_topics(topic, timeout=ANSWER_S).topics[topic]
-    if found.error is None:
-        return frozenset(found.partitions)
-    if found.error.code() in _NO_TOPIC:
-        raise BrokenSetup(f"Kafka has no topic {topic!r}: run `python -m services.admin topics`")
-    raise translate(found.error)
+class _OwnUuid:
+    def __init__(self) -> None:
+        self.topic_id = Uuid(0, 1)
 
 
-def ask_topic_id(admin: AdminClient, topic: str) -> Callable[[], str]:
-    """Ask for Kafka's id of a topic; the result waits for the answer, spelled as Kafka's own tools print it."""
-    question = admin.describe_topics(TopicCollection([topic]), request_timeout=ANSWER_S)[topic]
-    return lambda: str(answer(question).topic_id).replace("/", "_").replace("+", "-")
+def _references(holder: TopicDescription | _OwnUuid) -> int:
+    return sys.getrefcount(holder.topic_id)
 
 
-def offsets_of(admin: AdminClient, topic: str, partitions: Iterable[int], spec: OffsetSpec) -> dict[int, int]:
-    """An offset of each partition: its earliest, its log end (the last stable offset), that of a time; -1 for none."""
-    questions = ask_offsets(admin, topic, partitions, spec)
-    return {partition: answer(question).offset for partition, question in questions.items()}
-
-
-def ask_offsets(
-    admin: AdminClient, topic: str, partitions: Iterable[int], spec: OffsetSpec
-) -> dict[int, Future[ListOffsetsResultInfo]]:
-    """As ``offsets_of``, without waiting for the answers."""
-    questions = admin.list_offsets(
-        {TopicPartition(topic, partition): spec for partition in partitions},
-        isolation_level=IsolationLevel.READ_COMMITTED,
-        request_timeout=ANSWER_S,
-    )
-    return {place.partition: question for place, question in questions.items()}
+_forget_reference = ctypes.pythonapi.Py_DecRef
+_forget_reference.argtypes = [ctypes.py_object]
+_forget_reference.restype = None
 
 
 #: The binding's ``headers`` returns a value although it has set an error, for a name that is not UTF-8. A specialized

@@ -5,22 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 
-from confluent_kafka import Consumer, KafkaError, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka.admin import OffsetSpec
 
 from orderlib.config import KafkaSettings
-from orderlib.errors import BrokerUnreachable
 from orderlib.ingest import Record
-from services.kafka import (
-    ANSWER_S,
-    SILENT,
-    ask_topic_id,
-    offsets_of,
-    partitions_of,
-    record_of,
-    translate,
-    translated_errors,
-)
+from services.kafka import ANSWER_S, SILENT, Cluster, record_of
+from services.kafka_errors import NO_GROUP_RIGHT, PARTITION_EOF, translate, translated_errors
 
 #: Records taken from librdkafka at once; it waits for so many until the turn is over.
 _AT_ONCE = 500
@@ -33,23 +24,23 @@ class Log:
     def __init__(self, settings: KafkaSettings) -> None:
         self.topic = settings.topic
         self._settings = settings
-        with translated_errors():
-            self.admin = AdminClient({**settings.client_properties()}, logger=SILENT)
-        self.partitions = partitions_of(self.admin, self.topic)
-        self.topic_id = ask_topic_id(self.admin, self.topic)()
+        self.cluster = Cluster(settings)
+        found = self.cluster.describe(self.topic)
+        self.partitions = found.partitions
+        self.topic_id = found.topic_id
 
     def earliest(self) -> dict[int, int]:
         """The earliest offset that each partition still holds."""
-        return offsets_of(self.admin, self.topic, self.partitions, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+        return self.cluster.earliest(self.topic, self.partitions)
 
     def ends(self) -> dict[int, int]:
         """The log end of each partition."""
-        return offsets_of(self.admin, self.topic, self.partitions, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+        return self.cluster.ends(self.topic, self.partitions)
 
     def at_time(self, timestamp_ms: int) -> dict[int, int]:
         """The first offset of each partition at this time or later; its log end where there is none."""
         ends = self.ends()
-        found = offsets_of(self.admin, self.topic, self.partitions, OffsetSpec.for_timestamp(timestamp_ms))
+        found = self.cluster.offsets(self.topic, self.partitions, OffsetSpec.for_timestamp(timestamp_ms))
         return {partition: offset if offset >= 0 else ends[partition] for partition, offset in found.items()}
 
     def records(self, first: Mapping[int, int], until: Mapping[int, int]) -> Iterator[Record]:
@@ -70,6 +61,7 @@ class Log:
                 "enable.partition.eof": True,
                 "isolation.level": "read_committed",
                 "auto.offset.reset": "error",
+                "error_cb": self.cluster.on_error,
             },
             logger=SILENT,
         )
@@ -87,11 +79,13 @@ class Log:
             if messages:
                 answered_at_s = time.monotonic()
             elif time.monotonic() - answered_at_s > ANSWER_S:
-                raise BrokerUnreachable(f"Kafka did not answer in {ANSWER_S:g} s")
+                raise self.cluster.unreachable()
             for message in messages:
                 partition, offset, error = message.partition(), message.offset(), message.error()
-                if error is not None and error.code() != KafkaError._PARTITION_EOF:  # noqa: SLF001  spelled so
-                    raise translate(error)
+                if error is not None and error.code() == NO_GROUP_RIGHT:
+                    continue  # librdkafka looks for the group's coordinator, which nothing here needs
+                if error is not None and error.code() != PARTITION_EOF:
+                    raise translate(error, message)
                 if partition not in open_until or offset is None:
                     continue
                 if error is None and offset < open_until[partition]:

@@ -24,7 +24,7 @@ from orderlib.program import EXIT_DONE, EXIT_FAILED
 from services.admin.log import Log
 from services.admin.output import add_json_option, add_yes_option, agreed, show
 from services.admin.schema import APPLICATION_NAME, Commands
-from services.kafka import ANSWER_S, answer
+from services.kafka import ANSWER_S
 
 _STOPPED = {ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD}
 
@@ -213,6 +213,7 @@ def _wanted(options: argparse.Namespace, log: Log) -> dict[int, int]:
 
 
 def _require_stopped(log: Log, group: str) -> None:
-    found = answer(log.admin.describe_consumer_groups([group], request_timeout=ANSWER_S)[group])
+    question = log.cluster.admin.describe_consumer_groups([group], request_timeout=ANSWER_S)[group]
+    found = log.cluster.answer(question)
     if found.state not in _STOPPED:
         raise BrokenSetup(f"group {group!r} has {len(found.members)} running consumers: stop them first")

@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Mapping
 
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
+from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
 
 from orderlib.config import KafkaSettings, max_record_bytes
 from orderlib.errors import BrokerUnreachable
 from orderlib.program import EXIT_DONE
 from services.admin.output import positive
 from services.admin.schema import Commands
-from services.kafka import ANSWER_S, SILENT, answer, partitions_of, translated_errors
+from services.kafka import ANSWER_S, Cluster
 
 #: Keys, headers and framing need room beside the largest value.
 _ROOM_BYTES = 1024 * 1024
@@ -42,30 +42,29 @@ def add_commands(commands: Commands) -> None:
 def _topics(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = KafkaSettings.from_mapping(environ)
     largest = max_record_bytes(environ) + _ROOM_BYTES
-    with translated_errors():
-        admin = AdminClient({**settings.client_properties()}, logger=SILENT)
+    cluster = Cluster(settings)
     topic = NewTopic(
         settings.topic,
         num_partitions=options.partitions,
         replication_factor=options.replication_factor,
         config={"max.message.bytes": str(largest)},
     )
-    made, partitions = _make(admin, topic), options.partitions
+    made, partitions = _make(cluster, topic), options.partitions
     if not made:
-        partitions = len(partitions_of(admin, settings.topic))
+        partitions = len(cluster.describe(settings.topic).partitions)
         entry = ConfigEntry("max.message.bytes", str(largest), incremental_operation=AlterConfigOpType.SET)
         resource = ConfigResource(ResourceType.TOPIC, settings.topic, incremental_configs=[entry])
-        answer(admin.incremental_alter_configs([resource], request_timeout=ANSWER_S)[resource])
+        cluster.answer(cluster.admin.incremental_alter_configs([resource], request_timeout=ANSWER_S)[resource])
     what = "made" if made else "exists"
     print(f"topic {settings.topic} {what}: {partitions} partitions, records of at most {largest:,} bytes")
     return EXIT_DONE
 
 
-def _make(admin: AdminClient, topic: NewTopic) -> bool:
+def _make(cluster: Cluster, topic: NewTopic) -> bool:
     """Whether the topic was made now; another may have been quicker."""
-    question = admin.create_topics([topic], operation_timeout=ANSWER_S, request_timeout=ANSWER_S)[topic.topic]
+    question = cluster.admin.create_topics([topic], operation_timeout=ANSWER_S, request_timeout=ANSWER_S)[topic.topic]
     try:
-        answer(question)
+        cluster.answer(question)
     except BrokerUnreachable as exc:
         cause = exc.__cause__
         if isinstance(cause, KafkaException) and cause.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:

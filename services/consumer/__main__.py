@@ -60,8 +60,8 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         event("started", metrics=str(server.address), topic=settings.kafka.topic, group=settings.group)
         topic = Topic(settings)
         try:
-            partitions = _once_it_answers(topic.partitions, "Kafka", told_to_stop, health)
-            ends = _once_it_answers(lambda: topic.ends(partitions), "Kafka", told_to_stop, health)
+            info = _once_it_answers(topic.describe, "Kafka", told_to_stop, health)
+            ends = _once_it_answers(lambda: topic.ends(info.partitions), "Kafka", told_to_stop, health)
             _once_it_answers(ledger.check, "PostgreSQL", told_to_stop, health)
         except _Told:
             return EXIT_DONE
@@ -74,7 +74,8 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         store = StoreThread(ledger, topic, Breaker(settings.breaker_fraction), metrics)
         topic.join(core)
         try:
-            return Loop(core, topic, store, health, metrics, clock, told_to_stop).run()
+            loop = Loop(core, topic, store, health, metrics, clock, told_to_stop, exit_at_end=options.exit_at_end)
+            return loop.run()
         finally:
             store.close(timeout_s=1)
             left = topic.close(STOP_CLOSE_S)

@@ -6,17 +6,18 @@ Two threads. This one listens for signals and polls Kafka, always soon; the stor
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import logging
 import queue
 import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import attrs
-from prometheus_client import Gauge
 
 from orderlib.consumption import (
     Assign,
@@ -33,12 +34,14 @@ from orderlib.consumption import (
     TopicRemade,
     Write,
 )
-from orderlib.errors import Collision, OrderError, TryAgain
-from orderlib.ingest import Batch, Reject
+from orderlib.errors import BrokenSetup, BrokerUnreachable, Collision, OrderError, TryAgain
+from orderlib.ingest import Batch, Record, Reject
 from orderlib.postgres.ledger import ConsumerLedger, Written
-from orderlib.program import EXIT_DONE, EXIT_FAILED, event
+from orderlib.program import EXIT_DONE, EXIT_FAILED, EXIT_SETUP, event
 from services.consumer.health import Health, Metrics, never_fatal
-from services.consumer.topic import Fetched, Topic
+from services.consumer.progress import Progress
+from services.consumer.topic import Fetched, FetchFailed, Topic
+from services.kafka import TopicInfo
 
 T = TypeVar("T")
 
@@ -46,8 +49,8 @@ T = TypeVar("T")
 _TURN_S = 0.02
 _TURN_PAUSED_S = 0.1
 
-#: How often the log ends are asked for.
-_LAG_S = 1.0
+#: How often the next offsets of all partitions are read.
+_STORED_OFFSETS_S = 5.0
 
 #: Once stopping, the batch in hand may take so long; then its socket is shut. Then leaving the group may.
 STOP_BATCH_S = 5.0
@@ -63,6 +66,10 @@ class KafkaClient(Protocol):
     @property
     def down(self) -> bool:
         """Whether no broker can be reached."""
+
+    @property
+    def unreachable(self) -> str:
+        """What to say when Kafka does not answer."""
 
     def fetch(self, topic_id: str | None, limit: int, timeout_s: float) -> Sequence[Fetched]:
         """Fetch records, at most so many."""
@@ -94,6 +101,10 @@ class StoreClient(Protocol):
 
     awaited: Server
 
+    @property
+    def stored_offsets(self) -> Mapping[int, int]:
+        """The next offset of each partition of the topic, as last read."""
+
     def submit(self, job: Job) -> None:
         """Carry out a job."""
 
@@ -114,6 +125,9 @@ class StoreThread:
         self._metrics = metrics
         #: The server whose answer the job under way waits for.
         self.awaited = Server.POSTGRES
+        #: The next offset of each partition of the topic, as last read. Replaced whole, for the loop to read.
+        self.stored_offsets: Mapping[int, int] = {}
+        self._read_stored_at_s = 0.0
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="store", daemon=True)
@@ -149,14 +163,15 @@ class StoreThread:
     def _carry_out(self, job: Job) -> Callable[[Consumption], None]:
         match job:
             case Locate(partitions):
-                topic_id = self._wait_for_kafka(self._topic.ask_topic_id())
+                topic_id = self._wait_for_kafka(self._topic.ask()).topic_id
                 earliest = self._wait_for_kafka(lambda: self._topic.earliest(partitions))
                 begin = self._ledger.begin(self._topic.name, topic_id, earliest)
                 return lambda core: core.on_located(topic_id, begin)
             case Survey(partitions):
-                topic_id = self._wait_for_kafka(self._topic.ask_topic_id())
-                stored = self._ledger.next_offsets(topic_id, partitions)
-                return lambda core: core.on_surveyed(topic_id, stored)
+                info = self._wait_for_kafka(self._topic.ask())
+                stored = self._read_stored_offsets(info)
+                reached = {p: stored[p] for p in partitions & stored.keys()}
+                return lambda core: core.on_surveyed(info.topic_id, reached)
             case Write(batch):
                 self._write(batch)
                 return lambda core: core.on_written()
@@ -169,14 +184,16 @@ class StoreThread:
             self.awaited = Server.POSTGRES
 
     def _write(self, batch: Batch) -> None:
-        topic_id = self._topic.ask_topic_id()
+        ask = self._topic.ask()
+        info: list[TopicInfo] = []
         remember: list[Callable[[], None]] = []
 
         def check(written: Written) -> None:
             # By identity: to hash two thousand sources would keep the database waiting.
             refused = {id(reject.record) for reject in written.rejects}
             remember.append(self._breaker.check(id(record) in refused for record, _ in batch.judged))
-            if (now := self._wait_for_kafka(topic_id)) != batch.topic_id:
+            info.append(self._wait_for_kafka(ask))
+            if (now := info[-1].topic_id) != batch.topic_id:
                 raise TopicRemade(f"topic {batch.topic} was made again: its id is {now}, it was {batch.topic_id}")
 
         written = self._ledger.write(batch, check)
@@ -186,6 +203,22 @@ class StoreThread:
             _log_reject(reject)
         with never_fatal("metrics"):
             self._count(batch, written)
+        if time.monotonic() >= self._read_stored_at_s:
+            # The batch is committed. An outage now is the next job's.
+            with contextlib.suppress(OrderError):
+                self._read_stored_offsets(info[-1])
+
+    def _read_stored_offsets(self, info: TopicInfo) -> Mapping[int, int]:
+        """Read the next offsets of all partitions, and return those that are stored.
+
+        A partition that no member ever had begins at its earliest record.
+        """
+        stored = self._ledger.next_offsets(info.topic_id, info.partitions)
+        new = info.partitions - stored.keys()
+        earliest = self._wait_for_kafka(lambda: self._topic.earliest(new)) if new else {}
+        self.stored_offsets = {**earliest, **stored}
+        self._read_stored_at_s = time.monotonic() + _STORED_OFFSETS_S
+        return stored
 
     def _count(self, batch: Batch, written: Written) -> None:
         for outcome, count in written.outcomes.items():
@@ -198,50 +231,12 @@ class StoreThread:
         self._metrics.end_to_end.observe((now - record.time).total_seconds() for record, _ in batch.judged)
 
 
-class Lag:
-    """How far the store is behind the log's end, by partition; asked now and then, never waited for."""
-
-    def __init__(self, kafka: KafkaClient, gauge: Gauge, clock: Callable[[], float]) -> None:
-        self._kafka = kafka
-        self._gauge = gauge
-        self._clock = clock
-        self._next_offsets: dict[int, int] = {}
-        self._shown: set[int] = set()
-        self._ask_at_s = clock()
-        self._answer: Callable[[], Mapping[int, int] | None] | None = None
-
-    def at(self, next_offsets: Mapping[int, int]) -> None:
-        """The store is there in these partitions."""
-        self._next_offsets.update(next_offsets)
-
-    def turn(self, assigned: frozenset[int]) -> None:
-        """Show what is known, and ask again when it is time."""
-        for partition in self._shown - assigned:
-            self._gauge.remove(str(partition))
-        self._shown &= assigned
-        answer, self._answer = self._answer, None
-        if answer is not None:
-            ends = answer()
-            if ends is None:
-                self._answer = answer
-            else:
-                self._show(ends, assigned)
-        elif assigned and self._clock() >= self._ask_at_s:
-            self._ask_at_s = self._clock() + _LAG_S
-            self._answer = self._kafka.ask_ends(assigned)
-
-    def _show(self, ends: Mapping[int, int], assigned: frozenset[int]) -> None:
-        for partition in ends.keys() & assigned:
-            self._gauge.labels(str(partition)).set(max(0, ends[partition] - self._next_offsets[partition]))
-            self._shown.add(partition)
-
-
 @attrs.define
 class Loop:
     """Runs until told to stop, until the ends asked for are reached, or until nothing can go on.
 
     The last turn logs why, and its exit status follows from the same facts: 0 if it was told to stop or is at the end,
-    else 1.
+    2 if a right is missing at the start, else 1.
     """
 
     _core: Consumption
@@ -252,13 +247,17 @@ class Loop:
     _clock: Callable[[], float]
     _told_to_stop: threading.Event
     _log: Callable[..., None] = event
+    #: Also stop for an error that keeps records from being read: the ends would never be reached.
+    _exit_at_end: bool = False
     #: Told before anything failed.
     _told: bool = attrs.field(default=False, init=False)
     _stop_by_s: float | None = attrs.field(default=None, init=False)
-    _lag: Lag = attrs.field(init=False)
+    _progress: Progress = attrs.field(init=False)
+    _fetched: bool = attrs.field(default=False, init=False)
+    _lacks_right: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._lag = Lag(self._kafka, self._metrics.lag, self._clock)
+        self._progress = Progress(self._kafka, self._metrics.lag, self._clock, self._log)
 
     def run(self) -> int:
         """Return the exit status."""
@@ -276,7 +275,8 @@ class Loop:
             self._core.on_tick(self._clock(), self._store.awaited)
             self._act()
             with never_fatal("lag"):
-                self._lag.turn(self._core.assigned)
+                interrupted = self._core.in_outage or self._kafka.down
+                self._progress.turn(self._core.assigned, self._store.stored_offsets, interrupted=interrupted)
             if not self._core.stopped:
                 self._listen()
         except OrderError as exc:
@@ -297,7 +297,9 @@ class Loop:
             self._log("stopped", logging.ERROR, reason=str(error))
         elif not self._told:
             self._log("end_reached")
-        return EXIT_DONE if self._told or error is None else EXIT_FAILED
+        if self._told or error is None:
+            return EXIT_DONE
+        return EXIT_SETUP if self._lacks_right else EXIT_FAILED
 
     def _give_up(self, exc: Exception) -> int:
         """Log where it happened. The message is left out: it may hold what a record says."""
@@ -334,24 +336,26 @@ class Loop:
                     self._store.submit(action)
                 case Assign(next_offsets):
                     self._kafka.assign(next_offsets)
-                    self._lag.at(next_offsets)
+                    self._progress.on_assigned(next_offsets)
                     self._log("partitions_assigned", next_offsets=next_offsets)
                 case Seek(partition, next_offset):
                     self._kafka.seek(partition, next_offset)
-                    self._lag.at({partition: next_offset})
+                    self._progress.at({partition: next_offset})
                     self._log("fence_lost", logging.WARNING, partition=partition, next_offset=next_offset)
                 case Report(next_offsets):
                     self._kafka.report(next_offsets)
-                    self._lag.at(next_offsets)
+                    self._progress.at(next_offsets)
                 case Pause(reason, wait_s):
                     self._kafka.pause()
-                    self._health.not_ready = str(reason)
-                    self._log("waiting", logging.WARNING, reason=str(reason), seconds=round(wait_s, 2))
+                    stalled_by_kafka = not wait_s and isinstance(reason, BrokerUnreachable)
+                    cause = self._kafka.unreachable if stalled_by_kafka else str(reason)
+                    self._health.not_ready = cause
+                    self._log("waiting", logging.WARNING, reason=cause, seconds=round(wait_s, 2))
                 case Resume():
                     self._kafka.resume()
                     self._log("resumed")
         if not self._core.stopping and not self._core.in_outage:
-            self._health.not_ready = "Kafka does not answer" if self._kafka.down else None
+            self._health.not_ready = self._kafka.unreachable if self._kafka.down else self._progress.fault()
 
     def _listen(self) -> None:
         """Wait a little for the next event."""
@@ -365,12 +369,24 @@ class Loop:
         else:
             self._take_result(_TURN_S)
             return
-        self._core.on_fetched([one for one in fetched if not isinstance(one, OrderError)])
+        self._fetched = self._fetched or any(isinstance(one, Record) for one in fetched)
+        self._core.on_fetched([one for one in fetched if not isinstance(one, FetchFailed)])
         for one in fetched:
-            if isinstance(one, TryAgain):
-                self._log("kafka_trouble", logging.WARNING, reason=str(one))
-            elif isinstance(one, OrderError):
-                self._core.on_fatal(one)
+            if isinstance(one, FetchFailed):
+                self._on_fetch_failed(one)
+
+    def _on_fetch_failed(self, failed: FetchFailed) -> None:
+        """Go on if the client may overcome the error by itself, else stop."""
+        error = failed.error
+        if not isinstance(error, TryAgain):
+            # A missing right shows with the first request that needs it.
+            self._lacks_right = isinstance(error, BrokenSetup) and not self._fetched
+            self._core.on_fatal(error)
+            return
+        self._metrics.retries.labels(type(error).__name__).inc()
+        self._progress.on_error(failed)
+        if self._exit_at_end and (repeated := self._progress.error()) is not None:
+            self._core.on_fatal(repeated)
 
 
 def _log_reject(reject: Reject) -> None:

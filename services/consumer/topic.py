@@ -7,32 +7,24 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Protocol
 
-from confluent_kafka import (
-    Consumer,
-    KafkaError,
-    KafkaException,
-    Message,
-    TopicCollection,
-    TopicPartition,
-)
-from confluent_kafka.admin import AdminClient, OffsetSpec, TopicDescription
+import attrs
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import TopicDescription
 
 from orderlib.config import ConsumerSettings
 from orderlib.consumption import EndReached
-from orderlib.errors import BrokenSetup, BrokerUnreachable, OrderError
+from orderlib.errors import BrokerUnreachable, OrderError
 from orderlib.ingest import Record
 from orderlib.program import event
-from services.kafka import (
-    ANSWER_S,
-    SILENT,
-    ask_offsets,
-    ask_topic_id,
-    known,
-    offsets_of,
-    partitions_of,
-    record_of,
+from services.kafka import SILENT, Cluster, TopicInfo, known, record_of
+from services.kafka_errors import (
+    ALL_BROKERS_DOWN,
+    OFFSET_LOST,
+    PARTITION_EOF,
+    ErrorAction,
+    action_of,
     translate,
     translated_errors,
 )
@@ -42,7 +34,16 @@ _QUEUE_KIB = 2 * 1024
 _FETCH_BYTES = 256 * 1024
 
 
-Fetched = Record | EndReached | OrderError
+@attrs.frozen
+class FetchFailed:
+    """An error that librdkafka reported while fetching or in the group. It tries again by itself, unless we stop."""
+
+    #: ``None`` if the error is not of one partition.
+    partition: int | None
+    error: OrderError
+
+
+Fetched = Record | EndReached | FetchFailed
 
 
 class Member(Protocol):
@@ -66,9 +67,10 @@ class Topic:
         self.name = settings.kafka.topic
         self._assigned: set[int] = set()
         self._down = threading.Event()
-        shared: dict[str, Any] = {**settings.kafka.client_properties(), "error_cb": self._on_error}
+        self._cluster = Cluster(settings.kafka)
+        #: Errors that librdkafka reported beside the messages, and that must stop us.
+        self._fatal: list[OrderError] = []
         with translated_errors():
-            self._admin = AdminClient(shared, logger=SILENT)
             self._consumer = Consumer(
                 {
                     "partition.assignment.strategy": "cooperative-sticky",
@@ -83,7 +85,7 @@ class Topic:
                     "fetch.queue.backoff.ms": 2,
                     # How soon a deleted topic and a new partition are noticed; by default it takes five minutes.
                     "topic.metadata.refresh.interval.ms": 10_000,
-                    **shared,
+                    **settings.kafka.client_properties(),
                     "group.id": settings.group,
                     "enable.auto.commit": False,
                     "enable.auto.offset.store": False,
@@ -92,6 +94,7 @@ class Topic:
                     # An offset that Kafka no longer holds must stop us, never skip records.
                     "auto.offset.reset": "error",
                     "on_commit": _on_reported,
+                    "error_cb": self._on_error,
                 },
                 logger=SILENT,
             )
@@ -103,32 +106,35 @@ class Topic:
 
     # Questions to the cluster. They raise BrokerUnreachable or BrokenSetup.
 
-    def partitions(self) -> frozenset[int]:
-        """The topic's partitions. Raises BrokenSetup if there is no such topic."""
-        return partitions_of(self._consumer, self.name)
+    @property
+    def waiting(self) -> bool:
+        """Whether one of these questions waits for its answer now."""
+        return self._cluster.waiting
 
-    def ask_topic_id(self) -> Callable[[], str]:
-        """Ask for the topic's id; the result waits for the answer."""
-        return ask_topic_id(self._admin, self.name)
+    @property
+    def unreachable(self) -> str:
+        """What to say when Kafka does not answer."""
+        return f"Kafka at {self._cluster.addresses} does not answer{self._cluster.last_error}"
+
+    def describe(self) -> TopicInfo:
+        """The topic's id and partitions. Raises BrokenSetup if there is no such topic."""
+        return self._cluster.describe(self.name)
+
+    def ask(self) -> Callable[[], TopicInfo]:
+        """Ask for the topic's id and partitions; the result waits for the answer."""
+        return self._cluster.ask_topic(self.name)
 
     def earliest(self, partitions: Iterable[int]) -> dict[int, int]:
         """The earliest offset that each partition still holds."""
-        return offsets_of(self._admin, self.name, partitions, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+        return self._cluster.earliest(self.name, partitions)
 
     def ends(self, partitions: Iterable[int]) -> dict[int, int]:
         """The log end of each partition: its last stable offset."""
-        return offsets_of(self._admin, self.name, partitions, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+        return self._cluster.ends(self.name, partitions)
 
     def ask_ends(self, partitions: Iterable[int]) -> Callable[[], dict[int, int] | None]:
         """Ask for log ends; the result gives what is known of them, or ``None`` until there is an answer."""
-        questions = ask_offsets(self._admin, self.name, partitions, OffsetSpec.latest())  # type: ignore[no-untyped-call]
-
-        def ends() -> dict[int, int] | None:
-            if not all(question.done() for question in questions.values()):
-                return None
-            return {p: question.result().offset for p, question in questions.items() if question.exception() is None}
-
-        return ends
+        return self._cluster.ask_ends(self.name, partitions)
 
     # The life of a member.
 
@@ -152,12 +158,12 @@ class Topic:
         """Fetch at most ``limit`` records and other events of the client."""
         with translated_errors():
             messages = self._consumer.consume(limit, timeout_s)
-        return [self._fetched(message, topic_id) for message in messages]
+        return [*self._take_fatal(), *(self._fetched(message, topic_id) for message in messages)]
 
     def poll(self, topic_id: str | None, timeout_s: float) -> list[Fetched]:
         """Stay in the group while paused."""
         message = self._consumer.poll(timeout_s)
-        return [] if message is None else [self._fetched(message, topic_id)]
+        return [*self._take_fatal(), *([] if message is None else [self._fetched(message, topic_id)])]
 
     def assign(self, next_offsets: Mapping[int, int]) -> None:
         """Fetch these partitions, which the group gave us, from these offsets on."""
@@ -200,15 +206,22 @@ class Topic:
     # Callbacks of librdkafka.
 
     def _on_error(self, error: KafkaError) -> None:
-        if error.code() == KafkaError._ALL_BROKERS_DOWN and not self._down.is_set():  # noqa: SLF001
-            self._down.set()
-            event("kafka_unreachable", logging.WARNING, reason=error.str())
-            self._ask_whether_up()
+        self._cluster.on_error(error)
+        if error.code() == ALL_BROKERS_DOWN:
+            if not self._down.is_set():
+                self._down.set()
+                event("kafka_unreachable", logging.WARNING, reason=self.unreachable)
+                self._ask_whether_up()
+        elif action_of(error) is ErrorAction.STOP:
+            self._fatal.append(translate(error))
+
+    def _take_fatal(self) -> list[Fetched]:
+        fatal, self._fatal = self._fatal, []
+        return [FetchFailed(None, error) for error in fatal]
 
     def _ask_whether_up(self) -> None:
         """Without records, or without partitions, nothing else would tell that Kafka is back."""
-        question = self._admin.describe_topics(TopicCollection([self.name]), request_timeout=ANSWER_S)[self.name]
-        question.add_done_callback(self._on_answer)
+        self._cluster.ask_description(self.name).add_done_callback(self._on_answer)
 
     def _on_answer(self, question: Future[TopicDescription]) -> None:
         error = question.exception()
@@ -223,15 +236,18 @@ class Topic:
         if error is None:
             self._up()
             return record_of(message, topic_id or "")
-        if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001
+        if error.code() == PARTITION_EOF:
             self._up()
             return EndReached(partition=known(message.partition()), next_offset=known(message.offset()))
-        if error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001
-            return BrokenSetup(
+        # An error of the whole group comes without a topic, and with partition 0.
+        partition = message.partition() if message.topic() is not None else None
+        if error.code() == OFFSET_LOST:
+            lost = OrderError(
                 f"Kafka no longer holds the next record of {self.name}[{message.partition()}] ({error.str()}): records "
                 "were lost before they were stored; see `python -m services.admin offsets`"
             )
-        return translate(error)
+            return FetchFailed(partition, lost)
+        return FetchFailed(partition, translate(error, message))
 
     def _up(self) -> None:
         if self._down.is_set():

@@ -11,10 +11,11 @@ import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from orderlib.config import KafkaSettings
-from orderlib.errors import BrokenSetup, BrokerUnreachable
+from orderlib.errors import BrokenSetup
 from orderlib.models import Order
 from orderlib.program import event
-from services.kafka import SILENT, known, partitions_of, translate, translated_errors
+from services.kafka import SILENT, Cluster, known
+from services.kafka_errors import translated_errors
 
 #: The client takes larger values than any broker is likely to: refusing is the broker's part.
 _MAX_VALUE_BYTES = 64 * 1024 * 1024
@@ -51,7 +52,7 @@ class Publisher:
         self._topic = settings.topic
         self._manifest = manifest
         self._lines: list[bytes] = []
-        self._broken: BrokenSetup | None = None
+        self._cluster = Cluster(settings)
         self.sent = 0
         self.acknowledged = 0
         self.failed = 0
@@ -70,7 +71,7 @@ class Publisher:
                     "acks": "all",
                     "enable.idempotence": True,
                     "partitioner": "murmur2_random",
-                    "error_cb": self._on_error,
+                    "error_cb": self._cluster.on_error,
                 },
                 logger=SILENT,
             )
@@ -82,14 +83,7 @@ class Publisher:
 
     def check_topic(self) -> None:
         """Return if the topic is there. Raises BrokenSetup, or BrokerUnreachable if Kafka does not answer in 10 s."""
-        try:
-            partitions_of(self._producer, self._topic)
-        except BrokerUnreachable:
-            # Of a wrong password librdkafka tells the callback alone.
-            self._producer.poll(0)
-            if self._broken is not None:
-                raise self._broken from None
-            raise
+        self._cluster.describe(self._topic)
 
     def send(self, value: bytes) -> bool:
         """Publish a value; ``False`` if there was no room for it, after waiting a little: then it was not sent."""
@@ -109,9 +103,10 @@ class Publisher:
     def wait(self, timeout_s: float) -> None:
         """Take the acknowledgements there are, waiting so long for the first.
 
-        Raises BrokenSetup if the manifest cannot be written.
+        Raises BrokenSetup if a right is missing, or if the manifest cannot be written.
         """
-        self._producer.poll(timeout_s)
+        with translated_errors():
+            self._producer.poll(timeout_s)
         if self._manifest is None or not self._lines:
             return
         unwritten = b"".join(self._lines)
@@ -126,11 +121,6 @@ class Publisher:
         """Count as failed what is still unacknowledged."""
         self._producer.purge()
         self.wait(0)
-
-    def _on_error(self, error: KafkaError) -> None:
-        translated = translate(error)
-        if isinstance(translated, BrokenSetup):
-            self._broken = translated
 
     def _on_delivery(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from random import Random
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from orderlib.consumption import Consumption, EndReached, Locate, Server, Survey, TopicRemade, Write
 from orderlib.errors import BrokenSetup, BrokerUnreachable, FenceLost, OrderError, StoreUnreachable, TryAgain
-from orderlib.program import EXIT_DONE, EXIT_FAILED
+from orderlib.program import EXIT_DONE, EXIT_FAILED, EXIT_SETUP
 from services.consumer.health import Health, Metrics
 from services.consumer.loop import Loop
-from services.consumer.topic import Fetched
+from services.consumer.topic import Fetched, FetchFailed
 from tests.simulation.kafka import TOPIC, fetched, judged, shuffled
 from tests.simulation.promises import PromiseBrokenError
 from tests.simulation.store import Bug, Job, Step, Steps, Told
@@ -44,6 +45,9 @@ class Process:
 
     down = False
     awaited = Server.POSTGRES
+    unreachable = "Kafka does not answer"
+    #: No partition starves here, so nothing is shown of the others.
+    stored_offsets: Mapping[int, int] = MappingProxyType({})
 
     def __init__(self, world: World, name: str, rng: Random, until: Mapping[int, int] | None) -> None:
         self.world = world
@@ -89,7 +93,7 @@ class Process:
         """Exit status and log must tell how it ended."""
         last = self._logged[-1] if self._logged else ("", "")
         by_itself = bool(self._fatal) and not self._told_first
-        if status != (EXIT_FAILED if by_itself else EXIT_DONE):
+        if status not in ({EXIT_FAILED, EXIT_SETUP} if by_itself else {EXIT_DONE}):
             raise PromiseBrokenError(f"{self.name} exits with {status} after {self._fatal}; its last line: {last}")
         if self._fatal:
             if last != ("stopped", self._fatal[0]):
@@ -203,7 +207,7 @@ class Process:
             self.world.refusing = False
             error = BrokenSetup("Kafka: topic authorization failed")
             self._hears_fatal(error)
-            found.append(error)
+            found.append(FetchFailed(None, error))
         return found
 
     def poll(self, _topic_id: str | None, _timeout_s: float) -> list[Fetched]:
@@ -236,9 +240,9 @@ class Process:
             position, log = positions[partition], world.life.logs[partition]
             end = len(log)
             if position > end:
-                error = BrokenSetup("Kafka does not hold this offset")
+                error = OrderError("Kafka does not hold this offset")
                 self._hears_fatal(error)
-                found.append(error)
+                found.append(FetchFailed(partition, error))
                 return found
             stop = end if world.healing else min(end, position + int(chance() * 8))
             for offset in range(position, stop):

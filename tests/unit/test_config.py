@@ -29,7 +29,10 @@ Read = Callable[[Mapping[str, str]], object]
 
 def test_the_consumer_needs_two_settings_and_has_defaults_for_the_rest() -> None:
     settings = ConsumerSettings.from_mapping(CONSUMER)
-    assert settings.kafka.client_properties() == {"bootstrap.servers": "kafka:9092"}
+    assert settings.kafka.client_properties() == {
+        "bootstrap.servers": "kafka:9092",
+        "allow.auto.create.topics": "false",
+    }
     assert (settings.kafka.topic, settings.group) == ("orders", "order-consumer")
     assert settings.max_record_bytes == 8 * 1024 * 1024
     assert str(settings.metrics_bind) == "127.0.0.1:9101"
@@ -65,6 +68,7 @@ def test_any_property_of_librdkafka_can_be_set() -> None:
         "bootstrap.servers": "kafka:9092",
         "sasl.password": SECRET,
         "security.protocol": "SASL_SSL",
+        "allow.auto.create.topics": "false",
     }
 
 

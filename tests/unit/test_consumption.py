@@ -598,8 +598,8 @@ def test_with_nothing_to_do_it_looks_whether_the_topic_is_still_the_same() -> No
     assert isinstance(driver.core.error, TopicRemade)
 
 
-def test_without_partitions_it_asks_nobody_anything() -> None:
-    assert Driver().tick(2 * SURVEY_S) == []
+def test_without_partitions_it_still_surveys_for_those_that_starve() -> None:
+    assert Driver().tick(2 * SURVEY_S) == [Survey(frozenset())]
 
 
 # The breaker.

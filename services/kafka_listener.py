@@ -1,0 +1,74 @@
+"""Which security.protocol a Kafka listener expects. librdkafka reports a wrong one as a lost connection, if at all."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import struct
+
+#: For connecting, and for each answer.
+_PROBE_S = 1.0
+
+#: The answer of a listener without SASL to a SASL handshake.
+_ILLEGAL_SASL_STATE = 34
+
+
+def expected_protocol(address: str) -> str | None:
+    """Return the security.protocol of the listener at host:port; ``None`` if it does not answer as Kafka does."""
+    for over_tls in (False, True):
+        with contextlib.suppress(OSError, struct.error):
+            needs_sasl = _needs_sasl(address, over_tls=over_tls)
+            return ("SASL_" if needs_sasl else "") + ("SSL" if over_tls else "PLAINTEXT")
+    return None
+
+
+def certificate_fault(address: str, ca_location: str | None) -> str | None:
+    """Return why the certificate does not verify, in OpenSSL's words; ``None`` if it does or cannot be read."""
+    try:
+        context = ssl.create_default_context(cafile=ca_location)
+        host = _host_and_port(address)[0]
+        with _connected(address) as connection, context.wrap_socket(connection, server_hostname=host):
+            return None
+    except ssl.SSLCertVerificationError as exc:
+        return exc.verify_message
+    except OSError:
+        return None
+
+
+def _needs_sasl(address: str, *, over_tls: bool) -> bool:
+    """Send a SASL handshake with no mechanism, which every listener answers."""
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(_connected(address))
+        if over_tls:
+            # Nothing secret is sent, and the question is only whether TLS is expected.
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+            connection = stack.enter_context(context.wrap_socket(connection))
+        sasl_handshake, version, correlation = 17, 1, 11
+        request = struct.pack(">hhihh", sasl_handshake, version, correlation, -1, 0)
+        connection.sendall(struct.pack(">i", len(request)) + request)
+        answer = b""
+        while len(answer) < 10:
+            if not (received := connection.recv(10 - len(answer))):
+                raise ConnectionResetError
+            answer += received
+        _, answered, error = struct.unpack(">iih", answer)
+        if answered != correlation:
+            raise ConnectionResetError
+        return bool(error != _ILLEGAL_SASL_STATE)
+
+
+def _connected(address: str) -> socket.socket:
+    return socket.create_connection(_host_and_port(address), timeout=_PROBE_S)
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    """Split host:port. Without a port it is Kafka's own, as librdkafka has it. Raises OSError if it is neither."""
+    host, colon, port = address.rpartition(":")
+    if not colon or port.endswith("]"):
+        return address.strip("[]"), 9092
+    if not port.isdecimal() or int(port) > 65535:
+        raise OSError(f"not an address: {address}")
+    return host.rpartition("://")[2].strip("[]"), int(port)

@@ -1,0 +1,63 @@
+"""Every error code of librdkafka has an entry in the table of actions."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from confluent_kafka import KafkaError, KafkaException
+
+from orderlib.errors import BrokenSetup, BrokerUnreachable, OrderError, TryAgain
+from services.kafka_errors import (
+    _CODES,
+    ACTIONS,
+    ErrorAction,
+    UnreadableRecord,
+    action_of,
+    translate,
+    translated_errors,
+)
+
+#: Every code that the client library knows, by name.
+CODES = {name: getattr(KafkaError, name) for name in dir(KafkaError) if re.fullmatch(r"_?[A-Z][A-Z_]*", name)}
+
+
+def test_every_code_has_exactly_one_entry() -> None:
+    assert len(CODES) > 180
+    assert {name for name, code in CODES.items() if code not in ACTIONS} == set()
+    assert sum(map(len, _CODES.values())) == len(ACTIONS)
+
+
+@pytest.mark.parametrize("name", sorted(CODES))
+def test_an_error_is_translated_as_the_table_says_and_names_its_code(name: str) -> None:
+    error = translate(KafkaError(CODES[name], "what happened"))
+    kinds = {
+        ErrorAction.SETUP: BrokenSetup,
+        ErrorAction.UNREADABLE: UnreadableRecord,
+        ErrorAction.OUTAGE: BrokerUnreachable,
+        ErrorAction.NONE: BrokerUnreachable,
+        ErrorAction.STOP: OrderError,
+    }
+    assert type(error) is kinds[ACTIONS[CODES[name]]]
+    assert "what happened" in str(error)
+    assert name in str(error)
+
+
+@pytest.mark.parametrize(("retriable", "action"), [(True, ErrorAction.OUTAGE), (False, ErrorAction.STOP)])
+def test_an_unforeseen_code_stops_unless_it_is_retriable(*, retriable: bool, action: ErrorAction) -> None:
+    error = KafkaError(999, "from the future", retriable=retriable)
+    assert action_of(error) is action
+    assert isinstance(translate(error), TryAgain) == retriable
+    assert "999" in str(translate(error))
+
+
+def test_a_fatal_error_stops_whatever_its_code() -> None:
+    error = KafkaError(CODES["_TIMED_OUT"], "the client is unusable", fatal=True)
+    assert action_of(error) is ErrorAction.STOP
+
+
+def test_the_original_error_is_the_cause() -> None:
+    original = KafkaException(KafkaError(CODES["TOPIC_AUTHORIZATION_FAILED"]))
+    with pytest.raises(BrokenSetup) as refusal, translated_errors():
+        raise original
+    assert refusal.value.__cause__ is original
