@@ -26,7 +26,13 @@ Canonical = Any
 def _struct(model: type[attrs.AttrsInstance]) -> Any:
     hints = typing.get_type_hints(model, include_extras=True)
     fields = [(field.name, _of_structs(hints[field.name])) for field in attrs.fields(model)]
-    return msgspec.defstruct(f"Canonical{model.__name__}", fields, gc=False)
+    return msgspec.defstruct(
+        f"Canonical{model.__name__}", fields, namespace={"__repr__": _repr_without_values}, gc=False
+    )
+
+
+def _repr_without_values(self: object) -> str:
+    return f"{type(self).__name__}(…)"
 
 
 def _of_structs(hint: Any) -> Any:
@@ -57,7 +63,9 @@ _fields_of_item = _fields(Item)
 
 
 def canonical_form(order: Order) -> Canonical:
-    """An order as structs."""
+    """Return an order as structs. Raises TypeError for anything but an ``Order``."""
+    if type(order) is not Order:
+        raise TypeError(f"an orderlib.Order is needed, not {type(order).__name__}")
     *head, date_created, oof_shard, delivery, payment, items = _fields_of_order(order)
     return CanonicalOrder(
         *head,

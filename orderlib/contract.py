@@ -28,13 +28,45 @@ M = TypeVar("M", bound=attrs.AttrsInstance)
 BIGINT_MAX = 2**63 - 1
 INTEGER_MAX = 2**31 - 1
 
+
+@attrs.frozen(kw_only=True)
+class TextForm:
+    """The form of a text, for each reader of the contract."""
+
+    #: For the decoder and PostgreSQL. The look-ahead at the end is for Python, whose ``$`` also matches before a last
+    #: newline.
+    pattern: str
+    #: For JSON Schema: without look-aheads, so that it compiles in RE2, too.
+    portable_pattern: str
+    #: For people: what is expected, with the lengths.
+    words: str
+
+    def json_schema(self) -> dict[str, Any]:
+        """Return the keywords of JSON Schema; they mean the same in RE2, ECMAScript and Python."""
+        return {"pattern": self.portable_pattern, "not": {"pattern": r"\n"}}
+
+
+#: Letters, digits and ``. _ : -``, but not ``.`` or ``..``, which a URL's path would swallow.
+ORDER_UID = TextForm(
+    pattern=r"^(?!\.{1,2}$)[A-Za-z0-9._:-]+$(?!\n)",
+    portable_pattern=r"^(\.{0,2}[A-Za-z0-9_:-][A-Za-z0-9._:-]*|\.{3}[A-Za-z0-9._:-]*)$",
+    words="1 to 128 of A-Z a-z 0-9 . _ : - and not . or ..",
+)
+
+#: ISO 4217 in form; orderlib does not check which codes exist.
+CURRENCY = TextForm(
+    pattern=r"^[A-Z]{3}$(?!\n)", portable_pattern=r"^[A-Z]{3}$", words="three capital letters (ISO 4217)"
+)
+
+_FORMS = {form.pattern: form for form in (ORDER_UID, CURRENCY)}
+
 #: A value that is not there at all, as opposed to null.
 NOTHING = object()
 
 
-def text(min_chars: int, max_chars: int, pattern: str | None = None) -> msgspec.Meta:
-    """A text of so many code points, matching ``pattern`` (one that Python, PostgreSQL and JSON Schema read alike)."""
-    return msgspec.Meta(min_length=min_chars, max_length=max_chars, pattern=pattern)
+def text(min_chars: int, max_chars: int, form: TextForm | None = None) -> msgspec.Meta:
+    """Return the rule of a text: its least and greatest number of code points, and its form."""
+    return msgspec.Meta(min_length=min_chars, max_length=max_chars, pattern=form.pattern if form else None)
 
 
 def integer(least: int, most: int = BIGINT_MAX) -> msgspec.Meta:
@@ -43,9 +75,11 @@ def integer(least: int, most: int = BIGINT_MAX) -> msgspec.Meta:
 
 
 def checked(cls: type[M]) -> type[M]:
-    """Class decorator above ``attrs.frozen``: calling the class, or evolving it, raises InvalidOrder for bad values.
+    """Class decorator above ``attrs.frozen(repr=False)``: make the class check its values, and make it final.
 
-    msgspec fills the fields without calling ``__init__``, having checked them in C by then; so does ``trusted``.
+    Calling the class, or evolving an instance, raises InvalidOrder for bad values. msgspec fills the fields without
+    calling ``__init__``, having checked them in C by then; so does ``trusted``. A subclass would escape the check, and
+    its fields would not be stored: subclassing raises TypeError. The repr of an instance shows no value.
     """
     assign = cls.__init__
 
@@ -56,7 +90,21 @@ def checked(cls: type[M]) -> type[M]:
 
     cls.__init__ = assign_and_check  # type: ignore[method-assign, assignment]
     cls.__trusted_init__ = assign  # type: ignore[attr-defined]
+    cls.__init_subclass__ = classmethod(_refuse_subclass)  # type: ignore[method-assign, assignment]
+    if "__repr__" not in vars(cls):
+        cls.__repr__ = _repr_without_values  # type: ignore[method-assign]
     return cls
+
+
+def _refuse_subclass(cls: type, /, **_arguments: object) -> None:
+    raise TypeError(
+        f"{cls.__name__} cannot be a subclass: an order and its parts are final, because the fields of a subclass "
+        "would be neither checked nor stored; wrap the order instead"
+    )
+
+
+def _repr_without_values(self: object) -> str:
+    return f"{type(self).__name__}(…)"
 
 
 def trusted(cls: type[M], **fields: object) -> M:
@@ -162,7 +210,7 @@ class Examination:
         return plain
 
     def _object(self, value: object, rule: DataclassType, path: str) -> object:
-        if isinstance(value, rule.cls):
+        if type(value) is rule.cls:
             return value
         if not isinstance(value, Mapping):
             return self._fault(path, rule, kind_of(value))
@@ -172,16 +220,16 @@ class Examination:
         if not isinstance(value, list | tuple):
             return self._fault(path, rule, kind_of(value))
         if len(value) > (rule.max_length or len(value)):
-            return self._fault(path, rule, f"an array of more than {rule.max_length:,}")
+            return self._fault(path, rule, f"an array of more than {rule.max_length:,} values")
         if len(value) < (rule.min_length or 0):
-            return self._fault(path, rule, f"an array of {len(value)}")
+            return self._fault(path, rule, f"an array of {_counted(len(value), 'value')}")
         return [self.examine(part, rule.item_type, f"{path}[{index}]") for index, part in enumerate(value)]
 
     def _text(self, value: object, rule: StrType, path: str) -> object:
         if type(value) is not str:
             return self._fault(path, rule, kind_of(value))
         if not (rule.min_length or 0) <= len(value) <= (rule.max_length or len(value)):
-            return self._fault(path, rule, f"a string of {len(value):,} characters")
+            return self._fault(path, rule, f"a string of {_counted(len(value), 'character')}")
         if not fits_postgres(value):
             return self._fault(path, rule, "a string with U+0000 or a lone surrogate")
         if rule.pattern is not None and re.search(rule.pattern, value) is None:
@@ -192,9 +240,9 @@ class Examination:
         if type(value) is not int:
             return self._fault(path, rule, kind_of(value))
         if rule.ge is not None and value < rule.ge:
-            return self._fault(path, rule, "an integer below that")
+            return self._fault(path, rule, "a smaller integer")
         if rule.le is not None and value > rule.le:
-            return self._fault(path, rule, "an integer above that")
+            return self._fault(path, rule, "a greater integer")
         return value
 
     def _time(self, value: object, rule: DateTimeType, path: str) -> object:
@@ -210,7 +258,7 @@ class Examination:
         if value.utcoffset() is None:
             return self._fault(path, rule, "a time without an offset")
         if not within_utc_years(value):
-            return self._fault(path, rule, "a time outside those years")
+            return self._fault(path, rule, "a time outside these years")
         return value
 
     def _fault(self, path: str, rule: Type, found: str) -> object:
@@ -224,7 +272,7 @@ class _ExaminationOfModel(Examination):
     """Of a model made in Python: its parts are models and its time is a time, not the plain data of either."""
 
     def _object(self, value: object, rule: DataclassType, path: str) -> object:
-        if isinstance(value, rule.cls):
+        if type(value) is rule.cls:
             return value
         return self._fault(path, rule, f"a Python {type(value).__name__}")
 
@@ -240,16 +288,23 @@ def describe(rule: Type) -> str:
         case DataclassType():
             return "an object"
         case VarTupleType(min_length=least, max_length=most):
-            return f"an array of {least} to {most:,}"
-        case StrType(min_length=least, max_length=most, pattern=pattern):
-            form = f" matching {pattern}" if pattern else ""
-            return f"a string of {least} to {most:,} characters{form}"
+            return f"an array of {least} to {most:,} values"
+        case StrType(pattern=str(pattern)):
+            return _FORMS[pattern].words
+        case StrType(min_length=least, max_length=most):
+            return (
+                f"a string of {least} to {most:,} characters" if least else f"a string of at most {most:,} characters"
+            )
         case IntType(ge=least, le=most):
             return f"an integer from {least} to {most}"
         case DateTimeType():
             return "an RFC 3339 time with an offset, in years 0001 to 9999 of UTC"
         case _:
             raise NotImplementedError(f"the contract has no rule of kind {rule}")
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 _KINDS = {
@@ -305,6 +360,8 @@ def json_schema(*classes: type) -> tuple[tuple[dict[str, Any], ...], dict[str, A
     for component in components.values():
         component["description"] = inspect.cleandoc(component["description"])
         for part in component.get("properties", {}).values():
-            if part.get("type") == "string" and "pattern" not in part and "format" not in part:
-                part["pattern"] = r"^[^\u0000]*$"
+            if part.get("type") != "string" or "format" in part:
+                continue
+            form = _FORMS.get(part.get("pattern"))
+            part.update(form.json_schema() if form else {"pattern": r"^[^\x00]*$"})
     return schemas, components

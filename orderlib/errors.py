@@ -23,7 +23,7 @@ No message holds a value of an order: values are personal data.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import attrs
 
@@ -46,8 +46,18 @@ class Fault:
         return f"{self.path}: expected {self.expected}, found {self.found}"
 
 
+def _restored(cls: type[OrderError], args: tuple[object, ...], attributes: Mapping[str, object]) -> OrderError:
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(attributes)
+    return error
+
+
 class OrderError(Exception):
-    """Root of every error that orderlib raises on purpose."""
+    """Root of every error that orderlib raises on purpose. Copies and pickles of an error equal it in every part."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Restore the error without ``__init__``, which takes other arguments than the message in ``args``."""
+        return _restored, (type(self), self.args, self.__dict__)
 
 
 class TryAgain(OrderError):

@@ -48,18 +48,25 @@ HEADER_BYTES = 150
 Headers = tuple[tuple[str, bytes | None], ...]
 
 
+def _size(part: bytes | Headers | None) -> str:
+    """Return what a repr shows of a part that may hold personal data."""
+    if part is None:
+        return "None"
+    return f"<{len(part):,} {'bytes' if isinstance(part, bytes) else 'headers'}>"
+
+
 @attrs.frozen(kw_only=True)
 class Record:
-    """One Kafka message, byte for byte."""
+    """One Kafka message, byte for byte. Its repr shows no content."""
 
     source: RecordPosition
     #: The record's timestamp; UTC. It orders nothing: producers may set any.
     time: dt.datetime
     topic: str
-    key: bytes | None
-    value: bytes | None
+    key: bytes | None = attrs.field(repr=_size)
+    value: bytes | None = attrs.field(repr=_size)
     #: ``None`` if they could not be read.
-    headers: Headers | None = ()
+    headers: Headers | None = attrs.field(default=(), repr=_size)
 
     @property
     def size_bytes(self) -> int:

@@ -124,7 +124,7 @@ _PAYMENT_HEAD = _field_count(1 + len(PAYMENT_COLUMNS))
 _ITEM_HEAD = _field_count(2 + len(ITEM_COLUMNS))
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class BinaryRows:
     """An order's rows for a binary COPY into each table."""
 

@@ -60,7 +60,7 @@ class BadRecord:
     """The value of a record that must be refused."""
 
     #: The value, byte for byte.
-    data: bytes
+    data: bytes = attrs.field(repr=False)
     #: JSON path of its one fault.
     path: str
     #: What ``decode_order`` raises for it.
@@ -71,7 +71,7 @@ class BadRecord:
 class _Place:
     """A value in an order's plain data, and what the contract asks for there."""
 
-    container: Any
+    container: Any = attrs.field(repr=False)
     key: str | int
     rule: Type
     path: str

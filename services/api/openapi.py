@@ -9,8 +9,8 @@ import msgspec
 from falcon.asgi import Request, Response
 
 import orderlib
-from orderlib.contract import json_schema
-from orderlib.models import ORDER_UID_PATTERN, Order
+from orderlib.contract import ORDER_UID, json_schema
+from orderlib.models import Order
 from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE
 from services.api.problems import PROBLEM_JSON
 
@@ -61,7 +61,7 @@ def document() -> dict[str, Any]:
         "name": "order_uid",
         "in": "path",
         "required": True,
-        "schema": {"type": "string", "minLength": 1, "maxLength": 128, "pattern": ORDER_UID_PATTERN},
+        "schema": {"type": "string", "minLength": 1, "maxLength": 128, **ORDER_UID.json_schema()},
     }
     if_none_match = {
         "name": "If-None-Match",

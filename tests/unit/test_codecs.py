@@ -283,7 +283,7 @@ def test_the_first_hundred_faults_are_kept_and_all_are_counted() -> None:
 def test_of_too_many_items_only_the_number_is_told(item: object) -> None:
     many = json.loads(item)["items"] if isinstance(item, bytes) else [item]
     [fault] = faults_in(sample_with(items=many * (MAX_ITEMS + 1)))
-    assert str(fault) == "$.items: expected an array of 1 to 1,000, found an array of more than 1,000"
+    assert str(fault) == "$.items: expected an array of 1 to 1,000 values, found an array of more than 1,000 values"
 
 
 @pytest.mark.parametrize(
@@ -292,15 +292,15 @@ def test_of_too_many_items_only_the_number_is_told(item: object) -> None:
         ("sm_id", "99", "expected an integer from 0 to 9223372036854775807, found a string"),
         ("sm_id", True, "expected an integer from 0 to 9223372036854775807, found a boolean"),
         ("sm_id", 1.0, "expected an integer from 0 to 9223372036854775807, found a number that is not an integer"),
-        ("sm_id", -1, "expected an integer from 0 to 9223372036854775807, found an integer below that"),
-        ("sm_id", 2**63, "expected an integer from 0 to 9223372036854775807, found an integer above that"),
+        ("sm_id", -1, "expected an integer from 0 to 9223372036854775807, found a smaller integer"),
+        ("sm_id", 2**63, "expected an integer from 0 to 9223372036854775807, found a greater integer"),
         ("entry", "x" * 256, "expected a string of 1 to 255 characters, found a string of 256 characters"),
         ("entry", "\0", "expected a string of 1 to 255 characters, found a string with U+0000 or a lone surrogate"),
         ("entry", "\ud800", "expected a string of 1 to 255 characters, found a string with U+0000 or a lone surrogate"),
         ("entry", None, "expected a string of 1 to 255 characters, found null"),
         ("delivery", [], "expected an object, found an array"),
-        ("items", {}, "expected an array of 1 to 1,000, found an object"),
-        ("items", [], "expected an array of 1 to 1,000, found an array of 0"),
+        ("items", {}, "expected an array of 1 to 1,000 values, found an object"),
+        ("items", [], "expected an array of 1 to 1,000 values, found an array of 0 values"),
     ],
 )
 def test_a_fault_says_what_was_expected_and_what_kind_of_thing_was_found(field: str, value: object, told: str) -> None:
@@ -320,8 +320,8 @@ def test_a_fault_says_what_was_expected_and_what_kind_of_thing_was_found(field: 
         ("2021-11-26T06:22:19.5\0Z", "a string with U+0000 or a lone surrogate"),
         ("0000-12-31T23:59:59Z", "a string of another form"),
         ("10000-01-01T00:00:00Z", "a string of another form"),
-        ("0001-01-01T00:00:00+00:01", "a time outside those years"),
-        ("9999-12-31T23:59:59.999999-00:01", "a time outside those years"),
+        ("0001-01-01T00:00:00+00:01", "a time outside these years"),
+        ("9999-12-31T23:59:59.999999-00:01", "a time outside these years"),
         ("9999-12-31T23:59:59.9999995Z", "a string of another form"),
         (1637907739, "an integer"),
     ],

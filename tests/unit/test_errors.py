@@ -1,0 +1,99 @@
+"""Errors leave a process as they are: copied and pickled, by process pools and queues."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import pkgutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+import orderlib
+import services
+from orderlib.errors import Fault, FenceLost, OrderError, OrderNotFound, Refused, RefusedByDatabase
+
+_FAULTS = [Fault(path=f"$.items[{n}].sale", expected="an integer from 0 to 100", found="null") for n in range(3)]
+
+
+class OfAUser(OrderNotFound):
+    """As a user of the library might write it: with parameters and attributes of its own."""
+
+    def __init__(self, shop: str, *, attempts: int) -> None:
+        super().__init__(f"{shop}-1")
+        self.shop = shop
+        self.attempts = attempts
+
+
+def _subclasses(cls: type[OrderError]) -> Iterator[type[OrderError]]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _subclasses(subclass)
+
+
+def _all_error_classes() -> list[type[OrderError]]:
+    for package in (orderlib, services):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
+    return sorted(set(_subclasses(OrderError)), key=lambda cls: cls.__name__)
+
+
+def _example(cls: type[OrderError]) -> OrderError:
+    match cls:
+        case _ if cls is OfAUser:
+            return OfAUser("shop", attempts=3)
+        case _ if issubclass(cls, RefusedByDatabase):
+            return cls("22001", "uid-1")
+        case _ if issubclass(cls, Refused) and cls is not Refused:
+            return cls(_FAULTS, 250)
+        case _ if issubclass(cls, OrderNotFound):
+            return cls("uid-1")
+        case _ if issubclass(cls, FenceLost):
+            return cls([2, 1], {1: 10, 2: 20})
+        case _:
+            return cls("some words")
+
+
+_CLASSES = [cls for cls in _all_error_classes() if cls is not Refused]
+
+_WAYS: dict[str, Callable[[OrderError], OrderError]] = {
+    "pickle": lambda error: pickle.loads(pickle.dumps(error)),  # noqa: S301  our own
+    "oldest pickle": lambda error: pickle.loads(pickle.dumps(error, 0)),  # noqa: S301  our own
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+}
+
+
+def test_errors_of_every_module_are_among_those_tested() -> None:
+    assert {"TopicRemade", "BreakerTripped", "RefusedByDatabase", "FenceLost", "OfAUser"} <= {
+        cls.__name__ for cls in _CLASSES
+    }
+
+
+@pytest.mark.parametrize("way", _WAYS)
+@pytest.mark.parametrize("cls", _CLASSES, ids=lambda cls: cls.__name__)
+def test_an_error_is_the_same_after_a_copy(cls: type[OrderError], way: str) -> None:
+    error = _example(cls)
+    error.add_note("a note")
+    copied = _WAYS[way](error)
+    assert copied is not error
+    assert type(copied) is cls
+    assert str(copied) == str(error)
+    assert repr(copied) == repr(error)
+    assert copied.args == error.args
+    assert vars(copied) == vars(error)
+
+
+def _fail() -> None:
+    raise OrderNotFound("uid-1")
+
+
+def test_an_error_crosses_a_process_pool_unchanged() -> None:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool, pytest.raises(OrderNotFound) as caught:
+        pool.submit(_fail).result(60)
+    assert str(caught.value) == "no order 'uid-1'"
+    assert caught.value.order_uid == "uid-1"
