@@ -12,7 +12,7 @@ help:
 	@echo "make test          checks and tests, on real PostgreSQL and Kafka"
 	@echo "make check         format, lint, types, architecture"
 	@echo "make coverage      which lines of the library and the programs the tests execute"
-	@echo "make bench         measurements as a table and as JSON"
+	@echo "make bench         measurements, on servers of their own, as tables"
 	@echo "make docs          docs/reference.md, from the docstrings"
 	@echo "make test-faults   the longer fault tests (some minutes)"
 	@echo "make test-page     the page in a real browser; needs chromium"
@@ -21,8 +21,12 @@ help:
 	@echo "make clean         remove what the other targets made in this folder"
 
 $(READY): requirements/dev.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "orderlib needs Python 3.11 or newer; $(PYTHON) is older (say make PYTHON=…)"; exit 2; }
+	@command -v "$(PYTHON)" >/dev/null \
+		|| { echo "orderlib needs Python 3.11 or newer; there is no $(PYTHON) here (set another with make PYTHON=…)"; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(3 if sys.version_info < (3, 11) else 0)'; status=$$?; \
+		test $$status -eq 0 && exit 0; \
+		test $$status -eq 3 && problem="is older" || problem="does not run"; \
+		echo "orderlib needs Python 3.11 or newer; $(PYTHON) $$problem (set another with make PYTHON=…)"; exit 2
 	@echo "setting up .venv, once …"
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/dev.txt
@@ -47,7 +51,7 @@ coverage: $(READY)
 	$(BIN)/coverage report
 
 bench: $(READY)
-	@$(SANDBOX) $(BIN)/python -m bench
+	@$(BIN)/python -m bench
 
 docs: $(READY)
 	@$(BIN)/python -m docs.reference

@@ -1,28 +1,37 @@
-"""``make bench``: every figure, one after the other, and the tables made from them."""
+"""``make bench``: measure every figure, one after the other, on servers that the benchmarks start themselves.
+
+Prints tables. With ``--write`` it replaces the published figures and their page in docs/bench/.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 
-from bench.report import RESULTS, Figure, plots, table
+from bench.report import RESULTS, Figure, add_write_option, plots, table
 
 TOPICS = ("decode", "ingest", "api")
 
 HEAD = """\
 # Figures
 
-Made by `make bench` from the JSON files beside this page; never edited. Each ratio is of one run, its sides measured
-in turn.
+Made by `python -m bench --write` from the JSON files beside this page; never edited. Each ratio is of one
+run, its sides measured in turn.
 """
 
 
 def main() -> int:
     """Measure everything; exit status 1 if a part failed."""
-    runs = {topic: subprocess.run([sys.executable, "-m", f"bench.{topic}"], check=False) for topic in TOPICS}
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    add_write_option(parser)
+    write = parser.parse_args().write
+    options = ["--write"] if write else []
+    runs = {topic: subprocess.run([sys.executable, "-m", f"bench.{topic}", *options], check=False) for topic in TOPICS}
     failed = [topic for topic, run in runs.items() if run.returncode]
-    render()
+    if write:
+        render()
     for topic in failed:
         print(f"bench: {topic} failed", file=sys.stderr)
     return 1 if failed else 0

@@ -1,15 +1,14 @@
-"""How fast the API answers, beside other ways of doing the same: ``python -m sandbox -- python -m bench.api``.
+"""How fast the API answers, beside other ways of doing the same: ``python -m bench.api``.
 
-Needs ``wrk`` on PATH; granian and uvloop are measured where they are installed. Each way is measured several times, in
-turns, with a new process each time; the median counts. Orders are asked for at random, so that each is read anew; all
-of them fit into PostgreSQL's memory.
+Starts the servers that it uses, and no other. Needs ``wrk`` on PATH; granian and uvloop are measured where they are
+installed. Each way is measured several times, in turns, with a new process each time; the median counts. Orders are
+asked for at random, so that each is read anew; all of them fit into PostgreSQL's memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import re
 import shutil
 import socket
@@ -26,7 +25,8 @@ import psutil
 from psycopg.conninfo import conninfo_to_dict
 
 import orderlib
-from bench.report import Figure, write
+from bench.report import Figure, add_write_option, publish
+from bench.servers import own_servers
 from orderlib.postgres.connection import connect
 from orderlib.postgres.migrate import bootstrap, migrate
 from orderlib.testing import SAMPLE
@@ -68,26 +68,34 @@ class Measured:
 
 
 def main() -> None:
-    """Measure, and write the figures down."""
+    """Measure, and print the figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.api", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--seconds", type=int, default=3, help="of each measurement (%(default)s)")
     parser.add_argument("--only", default="", help="measure only what has this in its name")
+    add_write_option(parser)
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("error: bench.api needs wrk (apt-get install wrk)")
-    prepare(os.environ)
+    with own_servers() as environ:
+        measured = measure(environ, options)
+    publish("api", list(figures(measured)), write=options.write)
+
+
+def measure(environ: Mapping[str, str], options: argparse.Namespace) -> dict[tuple[str, int], list[Measured]]:
+    """Measure every way of serving, on the servers of this environment."""
+    prepare(environ)
     measured: dict[tuple[str, int], list[Measured]] = {}
     for _ in range(options.rounds):
         for name, application, server, asked in WAYS:
             if options.only not in name or not _is_there(server):
                 continue
-            with serving(application, server) as (port, process):
+            with serving(environ, application, server) as (port, process):
                 for connections in CONNECTIONS:
                     found = ask(port, process, asked, connections, options.seconds)
                     measured.setdefault((name, connections), []).append(found)
                     print(f"{name}, {connections} connections: {found.per_s:,.0f}/s", file=sys.stderr)
-    write("api", list(figures(measured)))
+    return measured
 
 
 def figures(measured: Mapping[tuple[str, int], list[Measured]]) -> Iterator[Figure]:
@@ -129,11 +137,12 @@ def prepare(environ: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def serving(application: str, server: str) -> Iterator[tuple[int, psutil.Process]]:
+def serving(environ: Mapping[str, str], application: str, server: str) -> Iterator[tuple[int, psutil.Process]]:
     """One process of a way of serving, on a port of its own."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "-m", "bench.api_server", application, server, str(port)])
+    command = [sys.executable, "-m", "bench.api_server", application, server, str(port)]
+    process = subprocess.Popen(command, env=dict(environ))
     try:
         deadline = time.monotonic() + 20
         while True:

@@ -7,8 +7,8 @@ through our own driver. ``wsgi`` is ``ours`` as a WSGI application.
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Coroutine
@@ -167,7 +167,12 @@ def build(application: str) -> Any:
 
 def main() -> None:
     """Serve until stopped."""
-    application, server, port = sys.argv[1:]
+    parser = argparse.ArgumentParser(prog="python -m bench.api_server", description=__doc__)
+    parser.add_argument("application", choices=["ours", "four", "four-ours", "wsgi"])
+    parser.add_argument("server", choices=["asgi", "uvloop", "sync", "gthread", "granian"])
+    parser.add_argument("port", type=int)
+    options = parser.parse_args()
+    application, server, port = options.application, options.server, options.port
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp()
     if server == "granian":
         from granian import Granian  # noqa: PLC0415
@@ -178,14 +183,14 @@ def main() -> None:
         Granian(
             "bench.api_server:granian_application",
             address="127.0.0.1",
-            port=int(port),
+            port=port,
             interface=interface,
             factory=True,
             log_enabled=False,
             blocking_threads=8 if interface is Interfaces.WSGI else None,
         ).serve()
         return
-    listener = listen("PORT", Address(host="127.0.0.1", port=int(port)))
+    listener = listen("PORT", Address(host="127.0.0.1", port=port))
     made = Server([listener], load=lambda: build(application), on_exit=lambda: None)
     if server in ("sync", "gthread"):
         made.cfg.set("worker_class", server)

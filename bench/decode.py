@@ -22,7 +22,7 @@ import msgspec
 import pydantic
 from msgspec.inspect import DataclassType, DateTimeType, IntType, StrType, Type, VarTupleType
 
-from bench.report import Figure, write
+from bench.report import Figure, add_write_option, publish
 from orderlib import InvalidOrder, Order, decode_order, encode_order
 from orderlib.contract import rule_of, rules_of
 from orderlib.testing import SAMPLE
@@ -138,10 +138,12 @@ def report(data: bytes) -> int:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, and print the figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
     parser.add_argument("--rounds", type=int, default=100)
-    rounds = parser.parse_args().rounds
+    add_write_option(parser)
+    options = parser.parse_args()
+    rounds = options.rounds
     rng, now = Random(1), dt.datetime(2021, 11, 26, tzinfo=dt.UTC)
     decoders = rivals()
     figures = []
@@ -168,7 +170,7 @@ def main() -> None:
             f"a report of {report(worst)} faults in the sample", statistics.median(report_us) / 1e3, "ms", at_most=1.0
         )
     )
-    write("decode", figures)
+    publish("decode", figures, write=options.write)
 
 
 if __name__ == "__main__":

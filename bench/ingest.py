@@ -1,13 +1,12 @@
 """How fast, how late and how large the consumer is, beside raw COPY and one INSERT per row, in one run.
 
-``python -m sandbox -- python -m bench.ingest``. Needs the variables of the sandbox.
+``python -m bench.ingest`` starts the servers that it uses, and no other.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime as dt
-import os
 import re
 import signal
 import statistics
@@ -26,7 +25,8 @@ import psycopg
 from confluent_kafka import Producer
 
 import orderlib
-from bench.report import Figure, write
+from bench.report import Figure, add_write_option, publish
+from bench.servers import own_servers
 from orderlib.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS
 from sandbox.server import free_port
 from services.kafka import SILENT
@@ -380,14 +380,21 @@ def _say(what: str) -> None:
 
 
 def main() -> None:
-    """Measure, and write the figures down."""
+    """Measure, and print the figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.ingest", description=__doc__)
     parser.add_argument("--count", type=int, default=100_000, help="orders in the topic (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the throughput (%(default)s)")
     parser.add_argument("--latency-seconds", type=int, default=20, help="(%(default)s)")
     parser.add_argument("--largest-lag", type=int, default=1_000_000, help="(%(default)s)")
+    add_write_option(parser)
     options = parser.parse_args()
-    environ = {"ORDERS_TOPIC": "orders", **os.environ, "ORDERS_METRICS_BIND": "127.0.0.1:0"}
+    with own_servers() as environ:
+        figures = measure({**environ, "ORDERS_TOPIC": "orders", "ORDERS_METRICS_BIND": "127.0.0.1:0"}, options)
+    publish("ingest", figures, write=options.write)
+
+
+def measure(environ: Mapping[str, str], options: argparse.Namespace) -> list[Figure]:
+    """Measure everything on the servers of this environment. It empties their tables."""
     for command in ("bootstrap", "migrate", "topics"):
         _admin(environ, command)
     rng = Random(1)
@@ -395,16 +402,13 @@ def main() -> None:
     orders = [make_order(rng, _utc_now) for _ in range(options.count)]
     _produce(environ, ((order.order_uid, orderlib.encode_order(order)) for order in orders))
     bench = Bench(environ=environ, superuser_url=environ["ORDERS_BOOTSTRAP_URL"], orders=orders)
-    write(
-        "ingest",
-        [
-            *throughput(bench, options.rounds),
-            *batch_sizes(bench),
-            *several_consumers(bench),
-            *latency(bench, options.latency_seconds),
-            *memory(bench, (10_000, options.largest_lag)),
-        ],
-    )
+    return [
+        *throughput(bench, options.rounds),
+        *batch_sizes(bench),
+        *several_consumers(bench),
+        *latency(bench, options.latency_seconds),
+        *memory(bench, (10_000, options.largest_lag)),
+    ]
 
 
 if __name__ == "__main__":

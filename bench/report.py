@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
 import json
 import os
@@ -10,7 +11,6 @@ from itertools import groupby
 from pathlib import Path
 
 import attrs
-import pygal
 
 RESULTS = Path(__file__).parent.parent / "docs" / "bench"
 
@@ -52,17 +52,27 @@ def machine() -> dict[str, object]:
     }
 
 
-def write(topic: str, figures: list[Figure]) -> None:
-    """Print the figures as a table, and write them as JSON to ``docs/bench/TOPIC.json``."""
+def add_write_option(parser: argparse.ArgumentParser) -> None:
+    """Let the published figures be replaced, on request only."""
+    parser.add_argument("--write", action="store_true", help="replace the published figures in docs/bench/")
+
+
+def publish(topic: str, figures: list[Figure], *, write: bool) -> None:
+    """Print the figures as a table; with ``write``, also write them as JSON to ``docs/bench/TOPIC.json``."""
+    print(table(figures))
+    if not write:
+        return
     RESULTS.mkdir(parents=True, exist_ok=True)
     plain = [{**attrs.asdict(figure), "verdict": figure.verdict} for figure in figures]
     text = json.dumps({"machine": machine(), "figures": plain}, indent=2, ensure_ascii=False)
     (RESULTS / f"{topic}.json").write_text(text + "\n", encoding="utf-8")
-    print(table(figures))
 
 
 def plots(topic: str, figures: list[Figure]) -> list[Path]:
     """Draw what has the same unit side by side, to ``docs/bench/TOPIC-N.svg``; three bars at least."""
+    # Imported here: it puts a hook into the import system.
+    import pygal  # noqa: PLC0415
+
     drawn = []
     by_unit = [(unit, list(group)) for unit, group in groupby(sorted(figures, key=_unit), key=_unit)]
     for number, (unit, group) in enumerate(((unit, group) for unit, group in by_unit if len(group) > 2), 1):

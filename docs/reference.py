@@ -6,6 +6,7 @@ the contract's rule on it, which neither pdoc nor griffe knows.
 
 from __future__ import annotations
 
+import argparse
 import enum
 import importlib
 import inspect
@@ -158,4 +159,5 @@ def _code(text: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m docs.reference", description=__doc__).parse_args()
     PAGE.write_text(make_page(), encoding="utf-8")

@@ -3,6 +3,7 @@
 Runs the same commands with the same settings as anybody would; it needs the variables that `python -m sandbox` sets.
 """
 
+import argparse
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ STOP_WITHIN_S = 15.0
 
 def main() -> int:
     """Run it all. Exit status 0 after Ctrl-C, 1 if something failed."""
+    argparse.ArgumentParser(prog="python -m sandbox.demo", description=__doc__).parse_args()
     told_to_stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: told_to_stop.set())

@@ -8,6 +8,7 @@ It asks for its parent's pid four times a second because nothing else holds on e
 case: the pipe alone stays open as long as a child that the parent forked lives on.
 """
 
+import argparse
 import os
 import select
 import shutil
@@ -24,11 +25,15 @@ GRACE_S = 3.5
 
 def main() -> None:
     """Wait for the end, then end the server and remove its folder."""
-    folder, deadly_signal, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    group = _last_group_named_by(parent)
+    parser = argparse.ArgumentParser(prog="python -m sandbox.guard", description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("signal", type=int)
+    parser.add_argument("parent_pid", type=int)
+    options = parser.parse_args()
+    group = _last_group_named_by(options.parent_pid)
     if group:
-        _end(group, deadly_signal)
-    _remove(folder)
+        _end(group, options.signal)
+    _remove(options.folder)
 
 
 def _last_group_named_by(parent: int) -> int:

@@ -157,7 +157,7 @@ def disagreements(rng: Random) -> Iterator[bytes | None]:
 
 def main() -> int:
     """Fuzz for a while."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz_decoder", description=__doc__)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=time.time_ns())
     arguments = parser.parse_args()

@@ -8,6 +8,7 @@ what they cannot show.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 def main() -> int:
     """Make them all; exit status 1 if a real image is here, which they must not replace."""
+    argparse.ArgumentParser(prog="python -m tests.compose.stand_ins", description=__doc__).parse_args()
     for image in base_images():
         if is_stand_in(image) is False:
             print(f"{image} is here, and real: nothing was made", file=sys.stderr)
