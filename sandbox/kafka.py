@@ -64,6 +64,13 @@ _SILENT.addHandler(logging.NullHandler())
 _SILENT.propagate = False
 
 
+def _random_id() -> str:
+    """Return an id as Kafka makes them. None begins with a dash: a command would take it for an option."""
+    while (made := urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")).startswith("-"):
+        pass
+    return made
+
+
 class KafkaServer(Server):
     """Kafka 4 as one node, without TLS or passwords; it makes no topic that nobody asked for.
 
@@ -76,7 +83,7 @@ class KafkaServer(Server):
     def __init__(self, cache: Path | None = None) -> None:
         super().__init__()
         self._cache = user_cache() if cache is None else cache
-        self._cluster_id = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        self._cluster_id = _random_id()
         self._jars: Sequence[Path] = ()
 
     @property

@@ -1,6 +1,7 @@
 """What the servers are and what they keep, seen by clients."""
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,3 +148,10 @@ def test_what_does_not_run_says_so() -> None:
     with pytest.raises(SandboxError, match="PostgreSQL has not been started"):
         _ = postgres.log_path
     postgres.close()
+
+
+def test_no_cluster_id_begins_with_a_dash() -> None:
+    """One in 64 random ids would."""
+    ids = {KafkaServer()._cluster_id for _ in range(1000)}
+    assert len(ids) == 1000
+    assert all(re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_-]{21}", one) for one in ids)
