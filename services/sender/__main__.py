@@ -18,8 +18,9 @@ from random import Random
 from orderlib.config import KafkaSettings
 from orderlib.errors import BrokenSetup
 from orderlib.program import EXIT_DONE, EXIT_FAILED, run, set_up_logging
-from services.sender.feed import Pace, lines
+from services.sender.feed import Pace, lines, named
 from services.sender.generate import make_values
+from services.sender.manifest import Manifest
 from services.sender.publish import Publisher
 
 DESCRIPTION = """\
@@ -56,27 +57,45 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     settings = KafkaSettings.from_mapping(environ)
     with contextlib.ExitStack() as stack:
         try:
-            values: Iterable[bytes | None]
-            if options.file is None:
-                values = _made_up(options)
-            elif options.file == "-":
-                values = lines(sys.stdin.fileno(), idle_s=_TURN_S)
-            else:
-                values = lines(stack.enter_context(Path(options.file).open("rb")).fileno(), idle_s=_TURN_S)
-            manifest = stack.enter_context(Path(options.manifest).open("wb", buffering=0)) if options.manifest else None
+            source = _opened(options.file, stack)
+            manifest = Manifest(options.manifest, source) if options.manifest else None
         except OSError as exc:
             raise BrokenSetup(f"{exc.filename}: {exc.strerror}") from exc
+        if manifest is not None:
+            stack.callback(manifest.close)
+        values = _made_up(options) if source is None else _read(options, source)
         publisher = Publisher(settings, manifest)
         publisher.check_topic()
         sending = _Sending(publisher)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: sending.stop())
         sending.send(values, options.rate)
+        if manifest is not None:
+            # If nothing was sent, an older manifest must not remain.
+            manifest.begin()
         sending.settle()
         for number in (signal.SIGTERM, signal.SIGINT):
             # Nothing is left to stop; without this a signal at Python's own end would replace our exit status.
             signal.signal(number, signal.SIG_IGN)
         return sending.report()
+
+
+def _opened(path: str | None, stack: contextlib.ExitStack) -> int | None:
+    """Return the file descriptor of the input; ``None`` if orders are generated. Raises OSError."""
+    if path is None:
+        return None
+    if path != "-":
+        return stack.enter_context(Path(path).open("rb")).fileno()
+    if sys.stdin is None:
+        raise BrokenSetup("--file -: standard input is closed")
+    if sys.stdin.isatty():
+        print("reading orders from the terminal, one a line; Ctrl-D ends", file=sys.stderr)
+    return sys.stdin.fileno()
+
+
+def _read(options: argparse.Namespace, source: int) -> Iterator[bytes | None]:
+    values = lines(source, idle_s=_TURN_S)
+    return values if options.any else named(values, "stdin" if options.file == "-" else options.file)
 
 
 class _Sending:
@@ -164,17 +183,29 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--file",
         metavar="F",
-        help="send the lines of a file instead, or with - of stdin: one value a line, byte for byte, an empty line "
-        "being an empty value; only \\n ends a line, and the last may lack it",
+        help="send the lines of a file instead, or with - of stdin: one order a line, unchanged; only \\n ends a line, "
+        "and the last may lack it. Lines that are not orders are sent and named; if the first line is not an order, "
+        "nothing is sent",
     )
     parser.add_argument(
-        "--manifest", metavar="F", help="write a JSON line for each acknowledged record to this file, replacing it"
+        "--any",
+        action="store_true",
+        help="with --file: send lines that are not orders, the first included, without naming them; an empty line is "
+        "an empty value",
+    )
+    parser.add_argument(
+        "--manifest",
+        metavar="F",
+        help="write a JSON line for each acknowledged record to this file; replaces an older manifest, and no other "
+        "file",
     )
     options = parser.parse_args(arguments)
     if options.file is not None:
         for name in ("count", "seed", "bad_rate"):
             if getattr(options, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} is for made-up orders, not for --file")
+    elif options.any:
+        parser.error("--any is for --file")
     if options.manifest == "-":
         parser.error("--manifest must be a file: stdout has the summary")
     return options

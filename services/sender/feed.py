@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+
+from orderlib.codecs import decode_order
+from orderlib.errors import BrokenSetup, Refused
 
 _READ_BYTES = 1024 * 1024
+
+#: How many lines that are not orders are named; the others are counted.
+MAX_NAMED = 100
 
 #: After a stall, so much of the time lost is made up for.
 CATCH_UP_S = 1.0
@@ -50,3 +57,29 @@ class Pace:
     def take_turn(self, now_s: float) -> None:
         """The next turn is taken now."""
         self._due_s = max(self._due_s, now_s - CATCH_UP_S) + self._gap_s
+
+
+def named(values: Iterable[bytes | None], source: str) -> Iterator[bytes | None]:
+    """Yield the lines of ``source`` unchanged, and name on stderr those that are not orders, the first 100 by number.
+
+    Raises BrokenSetup if the first line is not an order: then the file does not hold one order a line.
+    """
+    number = refused = 0
+    for value in values:
+        if value is not None:
+            number += 1
+            try:
+                decode_order(value)
+            except Refused as refusal:
+                if number == 1:
+                    raise BrokenSetup(
+                        f"{source}: line 1 is not an order ({refusal}); an order must be on one line (`jq -c .` puts "
+                        "it there), and --any sends lines that are not orders"
+                    ) from refusal
+                refused += 1
+                if refused <= MAX_NAMED:
+                    print(f"warning: {source}: line {number:,} is not an order ({refusal})", file=sys.stderr)
+        yield value
+    if refused > MAX_NAMED:
+        told = f"{refused:,} lines are not orders, {MAX_NAMED} of them named above"
+        print(f"warning: {source}: {told}", file=sys.stderr)

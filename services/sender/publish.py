@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import typing
-from io import FileIO
 
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from orderlib.config import KafkaSettings
-from orderlib.errors import BrokenSetup
 from orderlib.models import Order
 from orderlib.program import event
 from services.kafka import SILENT, Cluster, known
 from services.kafka_errors import translated_errors
+from services.sender.manifest import Manifest
 
 #: The client takes larger values than any broker is likely to: refusing is the broker's part.
 _MAX_VALUE_BYTES = 64 * 1024 * 1024
@@ -48,7 +47,7 @@ class Publisher:
     line for each acknowledged record, flushed as they come.
     """
 
-    def __init__(self, settings: KafkaSettings, manifest: FileIO | None) -> None:
+    def __init__(self, settings: KafkaSettings, manifest: Manifest | None) -> None:
         self._topic = settings.topic
         self._manifest = manifest
         self._lines: list[bytes] = []
@@ -107,15 +106,10 @@ class Publisher:
         """
         with translated_errors():
             self._producer.poll(timeout_s)
-        if self._manifest is None or not self._lines:
-            return
-        unwritten = b"".join(self._lines)
-        self._lines.clear()
-        try:
-            while unwritten:
-                unwritten = unwritten[self._manifest.write(unwritten) :]
-        except OSError as exc:
-            raise BrokenSetup(f"the manifest cannot be written: {exc.strerror}") from exc
+        if self._manifest is not None and self._lines:
+            written = b"".join(self._lines)
+            self._lines.clear()
+            self._manifest.write(written)
 
     def give_up(self) -> None:
         """Count as failed what is still unacknowledged."""

@@ -136,9 +136,9 @@ def test_a_file_is_sent_line_by_line_byte_for_byte(
     file = tmp_path / "orders.jsonl"
     file.write_bytes(b"\n".join(sent))
     if through_stdin:
-        succeed("sender --file -", one_partition, stdin=file.read_bytes())
+        succeed("sender --file - --any", one_partition, stdin=file.read_bytes())
     else:
-        succeed(f"sender --file {file}", one_partition)
+        succeed(f"sender --file {file} --any", one_partition)
     found = records(one_partition)
     assert [message.value() for message in found] == sent
     assert [message.key() for message in found] == [b"b563feb7b2b84b6test", None, b"windows", None, None, None]
@@ -146,7 +146,7 @@ def test_a_file_is_sent_line_by_line_byte_for_byte(
 
 def test_an_order_is_put_where_a_java_client_would_put_it(environ: dict[str, str]) -> None:
     lines = b"".join(b'{"order_uid":"%b"}\n' % key.encode() for key in MURMUR2)
-    succeed("sender --file -", environ, stdin=lines)
+    succeed("sender --file - --any", environ, stdin=lines)
     found = {(message.key() or b"").decode(): message.partition() for message in records(environ)}
     assert found == {key: (value & 0x7FFFFFFF) % 3 for key, value in MURMUR2.items()}
 
@@ -159,7 +159,7 @@ def test_what_the_broker_refuses_is_counted_and_fails_the_sender(
     manifest = tmp_path / "manifest"
     lines = [b'{"order_uid":"%d"}' % number for number in range(200)]
     lines[50:50] = lines[150:150] = [too_large]
-    done = run(f"sender --file - --manifest {manifest}", environ, stdin=b"\n".join(lines))
+    done = run(f"sender --file - --any --manifest {manifest}", environ, stdin=b"\n".join(lines))
     assert done.returncode == 1
     assert done.stdout.endswith("acknowledged 200, failed 2\n")
     assert "error: 2 of 202 records not acknowledged" in done.stderr
@@ -236,7 +236,7 @@ def test_a_second_ctrl_c_does_not_cut_the_report_short(
 def test_lines_that_come_late_are_sent_at_once_and_are_in_the_manifest(environ: dict[str, str], tmp_path: Path) -> None:
     manifest = tmp_path / "manifest"
     process = subprocess.Popen(
-        [sys.executable, "-m", "services.sender", "--file", "-", "--manifest", str(manifest)],
+        [sys.executable, "-m", "services.sender", "--file", "-", "--any", "--manifest", str(manifest)],
         env=environ,
         cwd=ROOT,
         stdin=subprocess.PIPE,

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+import json
 import os
+import subprocess
+import sys
 import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from random import Random
+from subprocess import CompletedProcess
+from typing import IO
 
 import pytest
 
 from orderlib.codecs import decode_order, encode_order
-from orderlib.errors import Refused
+from orderlib.errors import BrokenSetup, Refused
 from orderlib.models import Delivery, Order
 from orderlib.program import run
 from orderlib.testing import SAMPLE
 from services.sender.__main__ import main
-from services.sender.feed import CATCH_UP_S, Pace, lines
+from services.sender.feed import CATCH_UP_S, MAX_NAMED, Pace, lines, named
 from services.sender.generate import make_order, make_values
 from services.sender.publish import order_uid_of
 
@@ -234,6 +240,8 @@ def test_without_a_rate_it_is_always_the_next_s_turn() -> None:
         "--file - --count 5",
         "--file - --seed 0",
         "--file - --bad-rate 0",
+        "--any",
+        "--manifest -",
         "--fast",
         "orders.json",
     ],
@@ -263,3 +271,95 @@ def test_a_broken_set_up_is_one_line_and_status_2(
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert named in captured.err
+
+
+@pytest.mark.parametrize("way", ["path", "symbolic link", "hard link", "stdin", "/dev/stdin"])
+def test_a_manifest_that_is_the_input_is_refused_and_the_input_is_kept(way: str, tmp_path: Path) -> None:
+    file, other = tmp_path / "orders.jsonl", tmp_path / "other"
+    file.write_bytes(SAMPLE)
+    if way == "symbolic link":
+        other.symlink_to(file)
+    elif way == "hard link":
+        other.hardlink_to(file)
+    source, manifest = {
+        "path": (file, file),
+        "stdin": ("-", file),
+        "/dev/stdin": ("-", "/dev/stdin"),
+    }.get(way, (file, other))
+    with file.open("rb") as stdin:
+        done = send("--file", str(source), "--manifest", str(manifest), stdin=stdin)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {manifest}: --manifest and --file are the same file\n"
+    assert file.read_bytes() == SAMPLE
+
+
+@pytest.mark.parametrize("content", [SAMPLE, b"notes\n", b"\xff", b"[" * 100_000, b'{"topic":"orders"}\n'])
+def test_a_file_that_is_not_a_manifest_is_never_replaced(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_bytes(content)
+    done = send("--count", "1", "--manifest", str(file))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {file} exists and is not a manifest")
+    assert file.read_bytes() == content
+
+
+def test_a_manifest_keeps_its_lines_until_the_first_value_is_good(tmp_path: Path) -> None:
+    line = b'{"topic":"orders","partition":0,"offset":7,"order_uid":null,"sha256":"00"}\n'
+    file, pretty = tmp_path / "manifest", tmp_path / "pretty.json"
+    file.write_bytes(line)
+    pretty.write_text(json.dumps(json.loads(SAMPLE), indent=2))
+    for source in (tmp_path, tmp_path / "missing", pretty):
+        done = send("--file", str(source), "--manifest", str(file))
+        assert done.returncode in {1, 2}
+        assert len(done.stderr.splitlines()) == 1
+        assert file.read_bytes() == line
+
+
+def test_the_manifest_may_not_be_the_output(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with out.open("wb") as stdout:
+        done = send("--count", "1", "--manifest", str(out), stdout=stdout)
+    assert done.returncode == 2
+    assert "standard input, output or error" in done.stderr
+
+
+def test_lines_that_are_not_orders_are_named_and_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    given = [SAMPLE, None, b"", b'{"order_uid":"x"}', SAMPLE]
+    assert list(named(iter(given), "file")) == given
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(" (")[0] for line in told] == [
+        "warning: file: line 2 is not an order",
+        "warning: file: line 3 is not an order",
+    ]
+    assert "$.track_number: expected a string of 1 to 255 characters, found nothing (and 12 more)" in told[1]
+
+
+def test_of_many_lines_that_are_not_orders_the_first_are_named_and_all_are_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert len(list(named([SAMPLE, *[b"{"] * 250], "file"))) == 251
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == MAX_NAMED + 1
+    assert told[-1] == f"warning: file: 250 lines are not orders, {MAX_NAMED} of them named above"
+
+
+@pytest.mark.parametrize("first", [b"", b"{", b"[]", b"null", b"\xef\xbb\xbf" + SAMPLE, b"\x1f\x8b\x08"])
+def test_a_file_whose_first_line_is_not_an_order_is_refused_before_anything_is_sent(first: bytes) -> None:
+    with pytest.raises(BrokenSetup, match=r"^file: line 1 is not an order \(.*--any"):
+        next(named([first, SAMPLE], "file"))
+
+
+def send(*arguments: str, stdin: IO[bytes] | None = None, stdout: IO[bytes] | None = None) -> CompletedProcess[str]:
+    """Run the sender where nothing answers as Kafka."""
+    environ = {**os.environ, "ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}
+    return subprocess.run(
+        [sys.executable, "-m", "services.sender", *arguments],
+        env=environ,
+        cwd=Path(__file__).parents[2],
+        stdin=stdin or subprocess.DEVNULL,
+        stdout=stdout or subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )

@@ -1,0 +1,83 @@
+"""The sender's manifest: one JSON line for each acknowledged record."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import msgspec
+
+from orderlib.errors import BrokenSetup
+
+
+class _Line(msgspec.Struct):
+    topic: str
+    partition: int
+    offset: int
+    order_uid: str | None
+    sha256: str
+
+
+class Manifest:
+    """A file for the manifest, which keeps its former content until ``begin``.
+
+    Raises OSError if the file cannot be opened, and BrokenSetup if writing to it would destroy the input (``source``,
+    a file descriptor), the output, or a file that is not a manifest.
+    """
+
+    def __init__(self, path: str, source: int | None) -> None:
+        _check(path, source)
+        # Without O_TRUNC: nothing may be lost before the first value is known to be good.
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._begun = False
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+    def begin(self) -> None:
+        """Empty the file, if this was not done yet."""
+        if not self._begun and stat.S_ISREG(os.fstat(self._file).st_mode):
+            os.ftruncate(self._file, 0)
+        self._begun = True
+
+    def write(self, lines: bytes) -> None:
+        """Append these lines. Raises BrokenSetup if they cannot be written."""
+        try:
+            self.begin()
+            while lines:
+                lines = lines[os.write(self._file, lines) :]
+        except OSError as exc:
+            raise BrokenSetup(f"the manifest cannot be written: {exc.strerror}") from exc
+
+
+def _check(path: str, source: int | None) -> None:
+    try:
+        found = os.stat(path)  # noqa: PTH116  Path refuses no less, and this names the path as it was given
+    except FileNotFoundError:
+        return
+    if source is not None and os.path.samestat(found, os.fstat(source)):
+        raise BrokenSetup(f"{path}: --manifest and --file are the same file")
+    if not stat.S_ISCHR(found.st_mode) and any(_is_open_as(found, number) for number in (0, 1, 2)):
+        raise BrokenSetup(f"{path}: --manifest is also this program's standard input, output or error")
+    if stat.S_ISREG(found.st_mode) and found.st_size and not _is_manifest(path):
+        raise BrokenSetup(f"{path} exists and is not a manifest: choose another file for --manifest, or remove it")
+
+
+def _is_open_as(found: os.stat_result, number: int) -> bool:
+    try:
+        return os.path.samestat(found, os.fstat(number))
+    except OSError:
+        return False
+
+
+def _is_manifest(path: str) -> bool:
+    """Return whether the first line of the file is one of a manifest."""
+    with Path(path).open("rb") as file:
+        line = file.readline(64 * 1024)
+    try:
+        msgspec.json.decode(line, type=_Line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
