@@ -26,6 +26,8 @@ from services.admin.output import add_json_option, add_yes_option, agreed, show
 from services.admin.schema import APPLICATION_NAME, Commands
 from services.kafka import ANSWER_S
 
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+
 _STOPPED = {ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD}
 
 
@@ -85,6 +87,15 @@ def _time(text: str) -> dt.datetime:
     if moment.tzinfo is None:
         raise argparse.ArgumentTypeError("must have an offset, such as Z")
     return moment
+
+
+def _timestamp_ms(moment: dt.datetime) -> int:
+    """Return the first millisecond of Kafka's clock at this time or later.
+
+    Times before 1970 become 0, because no record is older, and Kafka reads negative timestamps as names of offsets:
+    -1 is the log end.
+    """
+    return max(0, -((_EPOCH - moment) // dt.timedelta(milliseconds=1)))
 
 
 def _stored(environ: Mapping[str, str], url_name: str) -> list[StoredOffset]:
@@ -201,7 +212,7 @@ def _wanted(options: argparse.Namespace, log: Log) -> dict[int, int]:
     if options.to_latest:
         return log.ends()
     if options.to_time is not None:
-        return log.at_time(int(options.to_time.timestamp() * 1000))
+        return log.at_time(_timestamp_ms(options.to_time))
     earliest, ends = log.earliest(), log.ends()
     if options.partition not in ends:
         raise BrokenSetup(f"topic {log.topic!r} has no partition {options.partition}")

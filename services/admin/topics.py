@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Mapping
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
 
 from orderlib.config import KafkaSettings, max_record_bytes
-from orderlib.errors import BrokerUnreachable
+from orderlib.errors import BrokerUnreachable, OrderError
 from orderlib.program import EXIT_DONE
 from services.admin.output import positive
 from services.admin.schema import Commands
@@ -27,8 +28,8 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add_parser(
         "topics",
         help="make the topic of orders",
-        description="Make the topic ORDERS_TOPIC, and set its max.message.bytes above ORDERS_MAX_RECORD_BYTES. A topic "
-        "that exists keeps its partitions and records.",
+        description="Make the topic ORDERS_TOPIC, and raise its max.message.bytes above ORDERS_MAX_RECORD_BYTES. A "
+        "topic that exists keeps its partitions, its records, and a greater max.message.bytes.",
     )
     parser.add_argument(
         "--partitions", metavar="N", type=positive, default=_PARTITIONS, help="of a new topic (%(default)s)"
@@ -47,17 +48,36 @@ def _topics(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         settings.topic,
         num_partitions=options.partitions,
         replication_factor=options.replication_factor,
-        config={"max.message.bytes": str(largest)},
     )
     made, partitions = _make(cluster, topic), options.partitions
     if not made:
         partitions = len(cluster.describe(settings.topic).partitions)
+    before = _max_message_bytes(cluster, settings.topic, made=made)
+    if before < largest:
         entry = ConfigEntry("max.message.bytes", str(largest), incremental_operation=AlterConfigOpType.SET)
         resource = ConfigResource(ResourceType.TOPIC, settings.topic, incremental_configs=[entry])
         cluster.answer(cluster.admin.incremental_alter_configs([resource], request_timeout=ANSWER_S)[resource])
     what = "made" if made else "exists"
-    print(f"topic {settings.topic} {what}: {partitions} partitions, records of at most {largest:,} bytes")
+    counted = f"{partitions} partition{'s' * (partitions != 1)}"
+    limit = f"raised from {before:,} to {largest:,}" if before < largest else f"{before:,}, unchanged"
+    print(f"topic {settings.topic} {what}: {counted}, max.message.bytes {limit}")
     return EXIT_DONE
+
+
+def _max_message_bytes(cluster: Cluster, topic: str, *, made: bool) -> int:
+    """Return the value in effect, whether it is set on the topic or inherited from the broker."""
+    resource = ConfigResource(ResourceType.TOPIC, topic)
+    deadline_s = time.monotonic() + ANSWER_S
+    while True:
+        try:
+            found = cluster.answer(cluster.admin.describe_configs([resource], request_timeout=ANSWER_S)[resource])
+        except OrderError:
+            # The broker that was asked may not know a new topic yet.
+            if not made or time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.1)
+        else:
+            return int(found["max.message.bytes"].value)
 
 
 def _make(cluster: Cluster, topic: NewTopic) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from orderlib.testing import SAMPLE
 from tests.programs import ROOT, run, running, succeed, wait_for
@@ -229,3 +230,69 @@ def test_set_group_gives_the_database_to_another_group_once_consumers_stopped(
     assert {row["group"] for row in rows} == {"renamed"}
     assert sum(row["next_offset"] for row in rows) == 40
     succeed("admin reconcile", renamed)
+
+
+def config_of(environ: Mapping[str, str], kind: ResourceType, name: str, key: str = "max.message.bytes") -> int:
+    admin = AdminClient({"bootstrap.servers": environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"]})
+    resource = ConfigResource(kind, name)
+    return int(admin.describe_configs([resource])[resource].result(30)[key].value)
+
+
+def set_config(environ: Mapping[str, str], kind: ResourceType, name: str, key: str, value: int | None) -> None:
+    admin = AdminClient({"bootstrap.servers": environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"]})
+    operation = AlterConfigOpType.DELETE if value is None else AlterConfigOpType.SET
+    entry = ConfigEntry(key, None if value is None else str(value), incremental_operation=operation)
+    resource = ConfigResource(kind, name, incremental_configs=[entry])
+    admin.incremental_alter_configs([resource])[resource].result(30)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (1_000_000, 9_437_184, "max.message.bytes raised from 1,000,000 to 9,437,184"),
+        (9_437_183, 9_437_184, "max.message.bytes raised from 9,437,183 to 9,437,184"),
+        (9_437_184, 9_437_184, "max.message.bytes 9,437,184, unchanged"),
+        (100_000_000, 100_000_000, "max.message.bytes 100,000,000, unchanged"),
+    ],
+)
+def test_topics_only_raises_the_limit_of_a_topic(environ: dict[str, str], before: int, after: int, words: str) -> None:
+    topic = environ["ORDERS_TOPIC"]
+    set_config(environ, ResourceType.TOPIC, topic, "max.message.bytes", before)
+    assert words in succeed("admin topics", environ)
+    assert config_of(environ, ResourceType.TOPIC, topic) == after
+
+
+def test_topics_does_not_lower_a_limit_that_is_inherited_from_the_brokers(environ: dict[str, str]) -> None:
+    topic, new = environ["ORDERS_TOPIC"], environ["ORDERS_TOPIC"] + "-inheriting"
+    set_config(environ, ResourceType.TOPIC, topic, "max.message.bytes", None)
+    set_config(environ, ResourceType.BROKER, "1", "message.max.bytes", 20_000_000)
+    try:
+        wait_for(lambda: config_of(environ, ResourceType.TOPIC, topic) == 20_000_000)
+        for name, what in ((topic, "exists: 3 partitions"), (new, "made: 1 partition")):
+            told = succeed("admin topics --partitions 1", {**environ, "ORDERS_TOPIC": name})
+            assert f"{what}, max.message.bytes 20,000,000, unchanged" in told
+            assert config_of(environ, ResourceType.TOPIC, name) == 20_000_000
+    finally:
+        set_config(environ, ResourceType.BROKER, "1", "message.max.bytes", None)
+
+
+@pytest.mark.parametrize(
+    ("time", "offset"),
+    [
+        ("1969-12-31T23:59:59.999Z", 0),
+        ("1969-12-31T23:59:59.998Z", 0),
+        ("1969-12-31T23:59:59.9995Z", 0),
+        ("1970-01-01T00:00:00Z", 0),
+        ("1970-01-01T01:00:00+02:00", 0),
+        ("0001-01-01T00:00:00+14:00", 0),
+        ("2023-11-14T22:13:20Z", 1),
+        ("2023-11-14T22:13:20.0001Z", 2),
+        ("9999-12-31T23:59:59.999999-14:00", 2),
+    ],
+)
+def test_offsets_go_to_a_time_whenever_it_is(environ: dict[str, str], time: str, offset: int) -> None:
+    publish(environ, SAMPLE, timestamp_ms=1)
+    publish(environ, SAMPLE, timestamp_ms=1_700_000_000_000)
+    succeed("consumer --exit-at-end", environ)
+    [moved] = rows(f"offsets reset --to-time {time} --partition 0", environ)
+    assert moved["new_next_offset"] == offset
