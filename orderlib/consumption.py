@@ -160,8 +160,10 @@ class Breaker:
             count += flag
             if self._fraction and len(recent) == BREAKER_RECORDS and count >= self._fraction * BREAKER_RECORDS:
                 raise BreakerTripped(
-                    f"{count:,} of the last {BREAKER_RECORDS:,} records were refused: is this the right topic? "
-                    "Nothing of this batch was kept (ORDERS_BREAKER_FRACTION)"
+                    f"{count:,} of the last {BREAKER_RECORDS:,} records were refused, and nothing of this batch was "
+                    "stored: is this the right topic, and does this version know its orders? If so, store these "
+                    "records as rejects, and what follows them, with "
+                    "`ORDERS_BREAKER_FRACTION=0 python -m services.consumer --exit-at-end`; then start as usual"
                 )
 
         def remember() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -18,7 +22,7 @@ from tests.conftest import Database
 from tests.consuming import consuming
 from tests.faults.accounting import assert_all_accounted_for, next_offsets, stored_rejects, wait_until_handled
 from tests.faults.sending import Sender, order, uids
-from tests.programs import run
+from tests.programs import ROOT, run, succeed
 from tests.serving import eventually
 
 
@@ -230,3 +234,17 @@ def test_too_many_rejects_in_a_row_stop_it_with_the_batch_rolled_back(
     with consuming({**environ, "ORDERS_BREAKER_FRACTION": "0"}, "--exit-at-end") as stubborn:
         assert stubborn.status(within_s=20) == 0
     assert len(stored_rejects(database)) == 1200
+
+
+def test_the_command_that_the_breaker_names_is_enough(environ: dict[str, str], database: Database) -> None:
+    lines = b"\n".join([b"{}"] * 2_500 + [SAMPLE])
+    succeed("sender --file - --any", environ, stdin=lines)
+    ended = [run("consumer --exit-at-end", environ) for _ in range(2)]
+    assert [done.returncode for done in ended] == [1, 1]
+    [command] = {one for done in ended for one in re.findall("`(ORDERS_BREAKER_FRACTION[^`]*)`", done.stderr)}
+    path = f"{Path(sys.executable).parent}:{environ['PATH']}"
+    subprocess.run(["sh", "-c", command], cwd=ROOT, env={**environ, "PATH": path}, timeout=60, check=True)
+    assert json.loads(succeed("admin get b563feb7b2b84b6test", environ))["order_uid"] == "b563feb7b2b84b6test"
+    assert run("consumer --exit-at-end", environ).returncode == 0
+    with psycopg.connect(database.superuser_url) as connection:
+        assert connection.execute("SELECT count(*) FROM rejects").fetchone() == (2_500,)
