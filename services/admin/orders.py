@@ -24,7 +24,7 @@ def add_commands(commands: Commands) -> None:
         description="Print the current version of an order as canonical JSON (ORDERS_READER_URL). On a "
         "terminal, control characters are escaped.",
     )
-    parser.add_argument("order_uid", metavar="UID")
+    parser.add_argument("order_uid", metavar="UID", help="write -- before one that begins with -")
     parser.set_defaults(command=_get)
     parser = commands.add_parser(
         "forget",
@@ -33,7 +33,7 @@ def add_commands(commands: Commands) -> None:
         "(ORDERS_MIGRATOR_URL). Kafka still holds the record until its retention ends: rewinding the offsets past it "
         "brings the order back. Backups hold it, too.",
     )
-    parser.add_argument("order_uid", metavar="UID")
+    parser.add_argument("order_uid", metavar="UID", help="write -- before one that begins with -")
     add_yes_option(parser)
     add_json_option(parser)
     parser.set_defaults(command=_forget)
