@@ -70,14 +70,14 @@ BEGIN_READ: LiteralString = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 COMMIT: LiteralString = "COMMIT"
 ROLLBACK: LiteralString = "ROLLBACK"
 
-_ORDER_COLUMNS: LiteralString = """
+_CONTENT_COLUMNS: LiteralString = """
     o.order_uid, o.track_number, o.entry, o.locale, o.internal_signature, o.customer_id, o.delivery_service,
     o.shardkey, o.sm_id, o.date_created, o.oof_shard,
     d.name, d.phone, d.zip, d.city, d.address, d.region, d.email,
     p.transaction, p.request_id, p.currency, p.provider, p.amount, p.payment_dt, p.bank, p.delivery_cost,
-    p.goods_total, p.custom_fee,
-    o.first_stored_at, o.stored_at
+    p.goods_total, p.custom_fee
 """
+_ORDER_COLUMNS: LiteralString = f"{_CONTENT_COLUMNS}, o.first_stored_at, o.stored_at"
 
 _ITEM_COLUMNS: LiteralString = """
     order_uid, chrt_id, track_number, price, rid, name, sale, size, total_price, nm_id, brand, status
@@ -516,19 +516,51 @@ UPDATE consumer_offsets SET next_offset = %(next_offset)s, updated_at = clock_ti
 WHERE consumer_group = %(group)s AND topic_id = %(topic_id)s AND partition = %(partition)s
 """
 
-#: Where a group stands in one life of a topic, whole.
-GROUP_OFFSETS: LiteralString = """
-SELECT partition, next_offset FROM consumer_offsets WHERE consumer_group = %(group)s AND topic_id = %(topic_id)s
+
+def _readable(column: LiteralString) -> LiteralString:
+    """Return the SQL of a time, or of null if Python cannot represent it."""
+    return f"CASE WHEN {column} >= '0001-01-01 00:00:00+00' AND {column} < '10000-01-01 00:00:00+00' THEN {column} END"
+
+
+#: The offsets for a proof of what is stored.
+SNAPSHOT_OFFSETS: LiteralString = """
+SELECT consumer_group, topic, topic_id, partition, next_offset FROM consumer_offsets
 """
 
-#: Every reject of a topic, by its position.
-REJECT_POSITIONS: LiteralString = """
-SELECT partition, record_offset, redrive_outcome FROM rejects WHERE topic_id = %(topic_id)s
+#: Whether anything of a topic id is stored: asked for only where no offset of it is.
+SNAPSHOT_HAS_TOPIC: LiteralString = """
+SELECT EXISTS (SELECT FROM orders WHERE source_topic_id = %(topic_id)s)
+    OR EXISTS (SELECT FROM rejects WHERE topic_id = %(topic_id)s)
 """
 
-#: Every order with its digest and its source, for a proof of what is stored.
-ALL_ORDERS: LiteralString = f"""
-SELECT {_ORDER_COLUMNS}, o.content_sha256, o.source_topic_id, o.source_partition, o.source_offset,
-    o.source_time
+#: Every reject without its content.
+SNAPSHOT_REJECTS: LiteralString = f"""
+SELECT topic_id, partition, record_offset, topic, {_readable("record_time")},
+    key_sha256, value_sha256, headers_sha256, code, faults_total, fault_paths,
+    {_readable("redriven_at")}, redrive_outcome,
+    isfinite(rejected_at) AND coalesce(redriven_at >= rejected_at AND isfinite(redriven_at), true)
+FROM reject_digests
+"""
+
+#: Every order with its digest, its source and its times. Clocks may differ by a day.
+SNAPSHOT_ORDERS: LiteralString = f"""
+SELECT {_CONTENT_COLUMNS.replace("o.date_created", _readable("o.date_created"))},
+    o.content_sha256, o.source_topic_id, o.source_partition, o.source_offset, {_readable("o.source_time")},
+    {_readable("o.stored_at")},
+    isfinite(o.first_stored_at) AND o.first_stored_at <= o.stored_at AND o.stored_at < now() + interval '1 day'
 FROM orders o LEFT JOIN delivery d USING (order_uid) LEFT JOIN payment p USING (order_uid)
+"""
+
+#: The items of some of them, each with its line.
+SNAPSHOT_ITEMS: LiteralString = f"""
+SELECT {_ITEM_COLUMNS}, line FROM items WHERE order_uid = ANY($1) ORDER BY order_uid, line
+"""
+
+#: Rows of an order's parts without the order. Foreign keys forbid them.
+SNAPSHOT_ORPHANS: LiteralString = """
+SELECT 'delivery', d.order_uid FROM delivery d LEFT JOIN orders o USING (order_uid) WHERE o.order_uid IS NULL
+UNION
+SELECT 'payment', p.order_uid FROM payment p LEFT JOIN orders o USING (order_uid) WHERE o.order_uid IS NULL
+UNION
+SELECT 'items', i.order_uid FROM items i LEFT JOIN orders o USING (order_uid) WHERE o.order_uid IS NULL
 """

@@ -1,40 +1,24 @@
-"""One consistent look at everything that is stored, however long it takes."""
+"""One consistent snapshot of everything that is stored, however long it takes to read."""
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import attrs
 import psycopg
 
 from orderlib import queries
-from orderlib.ingest import RecordPosition
-from orderlib.models import Order
 from orderlib.postgres.connection import Connection, connect
 from orderlib.postgres.errors import translated_errors
-from orderlib.repository import Outcome
+from orderlib.postgres.migrate import check_schema
+from orderlib.reconcile import SnapshotOffset, SnapshotOrder, SnapshotReject
 from orderlib.rows import JOINED_WIDTH, order_from_rows
 
 _ORDERS_AT_ONCE = 500
-#: Behind the joined columns come first_stored_at and stored_at, then what the proof needs.
-_PROOF_AT = JOINED_WIDTH + 2
-#: The joined columns of delivery and payment are null where that part is missing.
-_REQUIRED = slice(0, JOINED_WIDTH)
-
-
-@attrs.frozen(kw_only=True)
-class KeptOrder:
-    """A stored order as it reads, with what is kept to prove it."""
-
-    order_uid: str
-    #: ``None`` if its delivery, its payment or all its items are missing, or its lines have a gap.
-    order: Order | None
-    content_sha256: bytes
-    #: Both ``None`` for an order saved from Python.
-    source: RecordPosition | None
-    source_time: dt.datetime | None
+#: Delivery and payment are joined: their columns are null where that part is missing.
+_CONTENT = slice(0, JOINED_WIDTH)
+_PROOF = slice(JOINED_WIDTH, None)
 
 
 class Snapshot:
@@ -43,41 +27,79 @@ class Snapshot:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def next_offsets(self, group: str, topic_id: str) -> dict[int, int]:
-        """Where the group stood in each partition that it ever read."""
-        position = {"group": group, "topic_id": topic_id}
-        return dict(self._connection.execute(queries.GROUP_OFFSETS, position).fetchall())
+    def offsets(self) -> list[SnapshotOffset]:
+        """Return the stored offsets of all topics."""
+        return [
+            SnapshotOffset(group=group, topic=topic, topic_id=topic_id, partition=partition, next_offset=next_offset)
+            for group, topic, topic_id, partition, next_offset in self._connection.execute(queries.SNAPSHOT_OFFSETS)
+        ]
 
-    def rejects(self, topic_id: str) -> dict[tuple[int, int], Outcome | None]:
-        """The (partition, offset) of every reject of the topic, with the outcome of its redrive."""
-        rows = self._connection.execute(queries.REJECT_POSITIONS, {"topic_id": topic_id})
-        return {(partition, offset): outcome and Outcome(outcome) for partition, offset, outcome in rows}
+    def has_topic(self, topic_id: str) -> bool:
+        """Return whether an order or a reject of this topic id is stored."""
+        row = self._connection.execute(queries.SNAPSHOT_HAS_TOPIC, {"topic_id": topic_id}).fetchone()
+        return row is not None and bool(row[0])
 
-    def orders(self) -> Iterator[KeptOrder]:
-        """Every order."""
+    def rejects(self) -> Iterator[SnapshotReject]:
+        """Yield the rejects of all topics."""
+        with self._connection.cursor("rejects_of_snapshot") as cursor:
+            for row in cursor.execute(queries.SNAPSHOT_REJECTS):
+                topic_id, partition, offset, topic, record_time, key, value, headers, code, total, paths = row[:11]
+                redriven_at, outcome, times_in_order = row[11:]
+                yield SnapshotReject(
+                    topic_id=topic_id,
+                    partition=partition,
+                    offset=offset,
+                    topic=topic,
+                    record_time=record_time,
+                    key_sha256=key,
+                    value_sha256=value,
+                    headers_sha256=headers,
+                    code=code,
+                    faults_total=total,
+                    fault_paths=paths,
+                    redriven_at=redriven_at,
+                    redrive_outcome=outcome,
+                    times_in_order=times_in_order,
+                )
+
+    def orders(self) -> Iterator[SnapshotOrder]:
+        """Yield every order."""
         with self._connection.cursor("orders_of_snapshot") as cursor:
-            cursor.execute(queries.ALL_ORDERS)
+            cursor.execute(queries.SNAPSHOT_ORDERS)
             while rows := cursor.fetchmany(_ORDERS_AT_ONCE):
                 items: dict[str, list[tuple[object, ...]]] = {row[0]: [] for row in rows}
                 with psycopg.RawCursor(self._connection) as asked:
-                    for row in asked.execute(queries.GET_ITEMS_OF_ORDERS, [list(items)]):
+                    for row in asked.execute(queries.SNAPSHOT_ITEMS, [list(items)]):
                         items[row[0]].append(row)
                 for row in rows:
-                    sha256, topic_id, partition, offset, time = row[_PROOF_AT:]
-                    whole = None not in row[_REQUIRED] and items[row[0]]
-                    yield KeptOrder(
-                        order_uid=row[0],
-                        order=order_from_rows(row, items[row[0]]) if whole else None,
-                        content_sha256=sha256,
-                        source=topic_id and RecordPosition(topic_id=topic_id, partition=partition, offset=offset),
-                        source_time=time,
-                    )
+                    yield _order(row, items[row[0]])
+
+    def orphans(self) -> Iterator[tuple[str, str]]:
+        """Yield the table and the order_uid of every part of an order that is not stored."""
+        yield from self._connection.execute(queries.SNAPSHOT_ORPHANS)
+
+
+def _order(row: tuple[Any, ...], items: list[tuple[object, ...]]) -> SnapshotOrder:
+    sha256, topic_id, partition, offset, source_time, stored_at, times_in_order = row[_PROOF]
+    is_whole = None not in row[_CONTENT] and items and [item[-1] for item in items] == list(range(len(items)))
+    return SnapshotOrder(
+        order_uid=row[0],
+        order=order_from_rows(row, [item[:-1] for item in items]) if is_whole else None,
+        content_sha256=sha256,
+        topic_id=topic_id,
+        partition=partition,
+        offset=offset,
+        source_time=source_time,
+        stored_at=stored_at,
+        times_in_order=times_in_order,
+    )
 
 
 @contextmanager
 def snapshot(url: str, application_name: str) -> Iterator[Snapshot]:
-    """Hold one look at the store. Raises StoreUnreachable or BrokenSetup, also from within."""
+    """Hold one snapshot of the store. Raises StoreUnreachable or BrokenSetup, also from within."""
     with connect(url, application_name=application_name) as connection, translated_errors(connection):
+        check_schema(connection)
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True
         with connection.transaction():

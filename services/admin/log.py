@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator, Mapping
 
 from confluent_kafka import Consumer, TopicPartition
-from confluent_kafka.admin import OffsetSpec
+from confluent_kafka.admin import ConfigResource, OffsetSpec, ResourceType
 
 from orderlib.config import KafkaSettings
+from orderlib.errors import BrokenSetup
 from orderlib.ingest import Record
 from services.kafka import ANSWER_S, SILENT, Cluster, record_of
 from services.kafka_errors import NO_GROUP_RIGHT, PARTITION_EOF, translate, translated_errors
@@ -36,6 +37,18 @@ class Log:
     def ends(self) -> dict[int, int]:
         """The log end of each partition."""
         return self.cluster.ends(self.topic, self.partitions)
+
+    def is_compacted(self) -> bool:
+        """Return whether Kafka compacts the topic: any record before the log end may be missing then.
+
+        Without the right to describe the topic's configuration, assume that it does not.
+        """
+        resource = ConfigResource(ResourceType.TOPIC, self.topic)
+        try:
+            found = self.cluster.answer(self.cluster.admin.describe_configs([resource], request_timeout=ANSWER_S)[resource])
+        except BrokenSetup:
+            return False
+        return "compact" in str(found["cleanup.policy"].value)
 
     def at_time(self, timestamp_ms: int) -> dict[int, int]:
         """The first offset of each partition at this time or later; its log end where there is none."""

@@ -26,9 +26,9 @@ def _escaped(char: str) -> str:
     return json.dumps(char, ensure_ascii=True)[1:-1] if char != "\x7f" else "\\u007f"
 
 
-def count_of(number: int, noun: str) -> str:
+def count_of(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number with its noun: ``1 order``, ``2 orders``."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def positive(text: str) -> int:

@@ -14,13 +14,11 @@ import attrs
 from orderlib.config import KafkaSettings, database_url, max_record_bytes
 from orderlib.errors import BrokenSetup
 from orderlib.ingest import Record, judge
-from orderlib.postgres.connection import connect
-from orderlib.postgres.operations import stored_offsets
 from orderlib.postgres.snapshot import snapshot
 from orderlib.program import EXIT_DONE, EXIT_FAILED
-from orderlib.reconcile import Finding, Reconciliation
+from orderlib.reconcile import Finding, Reconciliation, TopicState
 from services.admin.log import Log
-from services.admin.output import Progress, add_json_option
+from services.admin.output import Progress, add_json_option, count_of, printable
 from services.admin.schema import APPLICATION_NAME, Commands
 
 #: Findings printed; all are counted.
@@ -32,10 +30,11 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add_parser(
         "reconcile",
         help="prove that every record is accounted for",
-        description="Read the topic below the stored offsets, and compare it with one consistent look at the store "
-        "(ORDERS_READER_URL): every refused record is kept, every order equals the last valid record of one of its "
-        "partitions. Exits 1 and lists what does not hold. The consumer may run meanwhile. An order that was forgotten "
-        "counts as not stored while Kafka still holds it.",
+        description="Read the topic below the stored offsets, and compare it with one snapshot of the store "
+        "(ORDERS_READER_URL), in both directions: every refused record is a reject and every reject a refused record; "
+        "every order equals, field by field, the last valid record of one of its partitions. Exits 1 and lists the "
+        "discrepancies; names what cannot be proved, such as orders saved from Python. The consumer may run meanwhile. "
+        "A forgotten order and a purged reject are discrepancies while Kafka still holds their records.",
     )
     parser.add_argument(
         "--manifest",
@@ -77,30 +76,40 @@ def _read_manifest(path: Path, topic: str) -> Manifest:
 
 def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_READER_URL")
+    max_bytes = max_record_bytes(environ)
     log = Log(KafkaSettings.from_mapping(environ))
     manifest = _read_manifest(options.manifest, log.topic) if options.manifest else None
-    with connect(url, application_name=APPLICATION_NAME) as connection:
-        groups = {offset.group for offset in stored_offsets(connection) if offset.topic_id == log.topic_id}
-    if len(groups) != 1:
-        raise BrokenSetup(f"no consumer group has stored offsets of topic {log.topic!r} yet")
-    with snapshot(url, APPLICATION_NAME) as look:
-        next_offsets = look.next_offsets(groups.pop(), log.topic_id)
-        earliest = log.earliest()
-        first = _first(earliest, next_offsets, manifest)
-        proof = Reconciliation(log.topic_id, first, next_offsets, look.rejects(log.topic_id))
-        progress = Progress("records read")
+    # Asked for before the snapshot: Kafka may delete more records while the consumer handles others.
+    earliest = log.earliest()
+    progress = Progress("records read")
+    findings: list[Finding] = []
+    with snapshot(url, APPLICATION_NAME) as stored:
+        offsets = stored.offsets()
+        next_offsets = {offset.partition: offset.next_offset for offset in offsets if offset.topic_id == log.topic_id}
+        if not next_offsets and not stored.has_topic(log.topic_id):
+            raise BrokenSetup(f"no consumer group has stored offsets of topic {log.topic!r} yet")
+        topic = TopicState(
+            topic=log.topic,
+            topic_id=log.topic_id,
+            earliest=earliest,
+            ends=log.ends(),
+            is_compacted=log.is_compacted(),
+        )
+        first = _first(log.earliest(), next_offsets, manifest)
+        proof = Reconciliation(topic, first, offsets, stored.rejects())
         missing = dict(manifest or {})
-        findings: list[Finding] = []
         for record in log.records(first, next_offsets):
-            proof.on_record(record, judge(record, max_record_bytes(environ)))
+            proof.on_record(record, judge(record, max_bytes))
             findings += _compare(record, missing)
             progress.at(proof.counts["records"])
         progress.end()
         several = list(proof.several_partitions())
-        for kept in look.orders():
-            proof.on_stored(kept.order, kept.order_uid, kept.content_sha256, kept.source)
+        for order in stored.orders():
+            proof.on_order(order)
+        for table, order_uid in stored.orphans():
+            proof.on_orphan(table, order_uid)
     findings += proof.findings()
-    findings += _unaccounted(missing, earliest, next_offsets)
+    findings += _unaccounted(missing, first, next_offsets)
     _report(options, proof, findings, several)
     return EXIT_FAILED if findings else EXIT_DONE
 
@@ -144,6 +153,7 @@ def _report(
     several: list[str],
 ) -> None:
     unread = [{"partition": p, "first": first, "next": last} for p, first, last in proof.unread_ranges()]
+    not_proved = list(proof.not_proved())
     if options.json:
         result = {
             "holds": not findings,
@@ -151,17 +161,23 @@ def _report(
             "findings": [attrs.asdict(finding) for finding in findings],
             "several_partitions": several,
             "not_read": unread,
+            "not_proved": [attrs.asdict(kind) for kind in not_proved],
         }
         print(json.dumps(result, indent=2))
         return
-    print(", ".join(f"{count:,} {what}" for what, count in proof.counts.items()) or "nothing to compare")
-    why = "they come before the manifest's" if options.manifest else "Kafka holds them no more"
-    for gap in unread:
-        print(f"[{gap['partition']}] {gap['first']:,} to {gap['next'] - 1:,} not proved: {why}")
+    lines = [", ".join(f"{count:,} {what}" for what, count in proof.counts.items()) or "nothing to compare"]
+    why = "they come before the manifest's" if options.manifest else "Kafka no longer holds them"
+    lines += (f"[{gap['partition']}] {gap['first']:,} to {gap['next'] - 1:,} not proved: {why}" for gap in unread)
+    for kind in not_proved:
+        lines.append(f"not proved, {kind.count:,}: {kind.what}")
+        lines += (f"  {attrs.evolve(finding, what='not proved')}" for finding in kind.examples)
+        lines += [f"  … and {kind.count - len(kind.examples):,} more"] if kind.count > len(kind.examples) else []
     for order_uid in several[:_SHOWN]:
-        print(f"{order_uid}: seen in several partitions; its sender does not key by order_uid")
-    for finding in findings[:_SHOWN]:
-        print(finding)
+        lines.append(f"{order_uid}: seen in several partitions; its sender does not key by order_uid")
+    lines += map(str, findings[:_SHOWN])
     if len(findings) > _SHOWN:
-        print(f"… and {len(findings) - _SHOWN:,} more")
-    print(f"{len(findings):,} things do not hold" if findings else "everything is accounted for", file=sys.stderr)
+        lines.append(f"… and {len(findings) - _SHOWN:,} more")
+    # order_uids may come from a damaged database or a manifest.
+    print(printable("\n".join(line.replace("\n", "\\n") for line in lines)))
+    done = f"{count_of(len(findings), 'discrepancy', 'discrepancies')}" if findings else "everything is accounted for"
+    print(done, file=sys.stderr)
