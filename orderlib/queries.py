@@ -492,7 +492,7 @@ ORDER BY topic_id, partition, consumer_group FOR UPDATE
 
 #: What a redrive came to; the reject stays.
 RECORD_REDRIVE: LiteralString = """
-UPDATE rejects SET redriven_at = clock_timestamp(), redrive_outcome = %(outcome)s
+UPDATE rejects SET redriven_at = %(redriven_at)s, redrive_outcome = %(outcome)s
 WHERE topic_id = %(topic_id)s AND partition = %(partition)s AND record_offset = %(offset)s
 """
 
@@ -526,6 +526,8 @@ def _readable(column: LiteralString) -> LiteralString:
 SNAPSHOT_OFFSETS: LiteralString = """
 SELECT consumer_group, topic, topic_id, partition, next_offset FROM consumer_offsets
 """
+
+SNAPSHOT_GROUP: LiteralString = "SELECT consumer_group FROM consumer_groups"
 
 #: Whether anything of a topic id is stored: asked for only where no offset of it is.
 SNAPSHOT_HAS_TOPIC: LiteralString = """

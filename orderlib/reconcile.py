@@ -11,12 +11,12 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
 from orderlib.codecs import content_sha256
-from orderlib.errors import RefusedByDatabase, TooLarge
+from orderlib.errors import Fault, InvalidOrder, MalformedJson, RefusedByDatabase, TooLarge
 from orderlib.ingest import Arrival, Record, RecordPosition, Reject
 from orderlib.models import Order
 from orderlib.repository import Outcome
@@ -24,14 +24,13 @@ from orderlib.repository import Outcome
 #: Places that are named for each kind of thing that cannot be proved. All are counted.
 MAX_EXAMPLES = 100
 
+_CODES = frozenset(refusal.code for refusal in (MalformedJson, InvalidOrder, TooLarge, RefusedByDatabase))
 #: Nobody limits records to less than an order takes.
 _SMALLEST_LIMIT_BYTES = 1024
 #: PostgreSQL and librdkafka keep microseconds and milliseconds.
 _SAME_TIME = dt.timedelta(milliseconds=1)
-#: A redrive stores its order at most this long before it notes its outcome: it may wait for locks in between.
+#: Redrives of earlier releases stored their order up to about this long before ``redriven_at``.
 _REDRIVE_TAKES = dt.timedelta(seconds=10)
-#: One redriven reject and its order are written within this time, unless the redrive waits.
-_SAME_REDRIVE = dt.timedelta(seconds=1)
 
 
 @attrs.frozen(kw_only=True)
@@ -145,13 +144,15 @@ class Reconciliation:
     """Compares one topic id of a topic with one snapshot of the store.
 
     ``first`` is where reading began in each partition: at the earliest record that Kafka still holds, or later.
+    ``group`` is the consumer group that the database belongs to.
     """
 
     def __init__(
         self,
         topic: TopicState,
         first: Mapping[int, int],
-        offsets: Iterable[SnapshotOffset],
+        group: str | None,
+        offsets: Sequence[SnapshotOffset],
         rejects: Iterable[SnapshotReject],
     ) -> None:
         self._topic = topic
@@ -174,18 +175,19 @@ class Reconciliation:
         self._examples: dict[str, list[Finding]] = {}
         #: How many records, orders and so on were compared.
         self.counts: Counter[str] = Counter()
-        self._check_offsets()
+        self._check_offsets(group, offsets)
         for reject in rejects:
             self._add_reject(reject)
 
     # Offsets
 
-    def _check_offsets(self) -> None:
+    def _check_offsets(self, group: str | None, offsets: Iterable[SnapshotOffset]) -> None:
         topic = self._topic
-        groups = sorted({offset.group for offset in self._offsets.values()})
-        if len(groups) > 1:
-            self._find(f"consumer_offsets has several consumer groups: {', '.join(map(repr, groups))}")
-        for (topic_id, partition), offset in sorted(self._offsets.items()):
+        for offset in offsets:
+            topic_id, partition = offset.topic_id, offset.partition
+            if offset.group != group:
+                what = f"its stored offset is of consumer group {offset.group!r}, but the database belongs to {group!r}"
+                self._find(what, partition=partition)
             if topic_id != topic.topic_id:
                 what = "offsets of another topic, or of a topic id that Kafka no longer has under this name"
                 self._cannot_prove(what, order_uid=f"{offset.topic} ({topic_id})", partition=partition)
@@ -261,11 +263,12 @@ class Reconciliation:
 
     def _compare_verdict(self, record: Record, judged: Arrival | Reject, reject: SnapshotReject) -> None:
         outcome, position = reject.redrive_outcome, record.source
-        expected = judged if isinstance(judged, Reject) else None
-        if expected is None and reject.code == RefusedByDatabase.code:
-            expected = Reject.of(record, RefusedByDatabase(None))
+        expected = judged if isinstance(judged, Reject) else _refused_without_its_rules(record, reject.code)
         if expected is None:
-            # Rules of an earlier release, or another limit, refused it. Of its faults only the form can be told.
+            # Rules of an earlier release refused it. Only the form of its faults can be checked.
+            if reject.code not in _CODES:
+                self._find("the code of the reject is not a code", position)
+            self._cannot_prove("why rejects were refused by the rules of an earlier release", position)
             if not _is_plausible(reject):
                 self._find("the faults of the reject have an impossible form", position)
         elif reject.code == TooLarge.code != expected.code and _may_have_been_too_large(record, reject):
@@ -507,6 +510,17 @@ def _is_plausible(reject: SnapshotReject) -> bool:
     )
 
 
+def _refused_without_its_rules(record: Record, code: str) -> Reject | None:
+    """Return the reject of a valid record that PostgreSQL or an earlier limit refused; the wording is not compared."""
+    match code:
+        case RefusedByDatabase.code:
+            return Reject.of(record, RefusedByDatabase(None))
+        case TooLarge.code:
+            return Reject.of(record, TooLarge([Fault(path="$", expected="", found="")]))
+        case _:
+            return None
+
+
 def _may_have_been_too_large(record: Record, reject: SnapshotReject) -> bool:
     size_bytes = len(record.value or b"")
     return size_bytes >= _SMALLEST_LIMIT_BYTES and (reject.faults_total, reject.fault_paths) == (1, ["$"])
@@ -516,4 +530,4 @@ def _was_stored_by(stored: SnapshotOrder, reject: _Version) -> bool:
     """Return whether this version was stored by the very redrive that calls it superseded."""
     if reject.redriven != Outcome.SUPERSEDED or reject.redriven_at is None or stored.stored_at is None:
         return False
-    return reject.redriven_at - _SAME_REDRIVE <= stored.stored_at <= reject.redriven_at
+    return stored.stored_at >= reject.redriven_at

@@ -120,13 +120,17 @@ def _redrive_some(
     }
     rows = connection.execute(queries.REJECTS_TO_REDRIVE, which).fetchall()
     connection.execute(queries.HOLD_OFFSETS, {"topic_ids": sorted({row[0] for row in rows})})
+    # Later than every batch that this redrive sees, and earlier than every order that it stores: reconcile tells by it
+    # which of them stored an order.
+    [(redriven_at,)] = connection.execute(queries.CLOCK).fetchall()
     outcomes: Counter[Outcome] = Counter()
     for topic_id, partition, offset, topic, record_time, key, value in rows:
         source = RecordPosition(topic_id=topic_id, partition=partition, offset=offset)
         judged = judge(Record(source=source, time=record_time, topic=topic, key=key, value=value))
         outcome = _store_alone(connection, judged) if isinstance(judged, Arrival) else Outcome.REJECTED
         position = {"topic_id": topic_id, "partition": partition, "offset": offset}
-        connection.execute(queries.RECORD_REDRIVE, {**position, "outcome": outcome})
+        done = {**position, "outcome": outcome, "redriven_at": redriven_at}
+        connection.execute(queries.RECORD_REDRIVE, done)
         outcomes[outcome] += 1
     return (rows[-1][:3] if rows else None), outcomes
 

@@ -27,6 +27,11 @@ class Snapshot:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
+    def group(self) -> str | None:
+        """Return the consumer group that the database belongs to."""
+        row = self._connection.execute(queries.SNAPSHOT_GROUP).fetchone()
+        return None if row is None else str(row[0])
+
     def offsets(self) -> list[SnapshotOffset]:
         """Return the stored offsets of all topics."""
         return [

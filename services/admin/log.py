@@ -45,7 +45,9 @@ class Log:
         """
         resource = ConfigResource(ResourceType.TOPIC, self.topic)
         try:
-            found = self.cluster.answer(self.cluster.admin.describe_configs([resource], request_timeout=ANSWER_S)[resource])
+            found = self.cluster.answer(
+                self.cluster.admin.describe_configs([resource], request_timeout=ANSWER_S)[resource]
+            )
         except BrokenSetup:
             return False
         return "compact" in str(found["cleanup.policy"].value)

@@ -96,7 +96,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             is_compacted=log.is_compacted(),
         )
         first = _first(log.earliest(), next_offsets, manifest)
-        proof = Reconciliation(topic, first, offsets, stored.rejects())
+        proof = Reconciliation(topic, first, stored.group(), offsets, stored.rejects())
         missing = dict(manifest or {})
         for record in log.records(first, next_offsets):
             proof.on_record(record, judge(record, max_bytes))
