@@ -50,6 +50,7 @@ RIGHTS: Mapping[str, Mapping[str, tuple[LiteralString, ...]]] = {
             "redrive_outcome)",
         ),
     },
+    "reject_digests": {WRITER: (), READER: ("SELECT",)},
     "schema_migrations": {WRITER: ("SELECT",), READER: ("SELECT",)},
 }
 
@@ -280,7 +281,11 @@ def migrate(
     connection.add_notice_handler(on_notice)
     try:
         # Of two that create the same table, one fails on the catalog's unique index, and finds the table then.
-        conflicts = (psycopg.errors.UniqueViolation, psycopg.errors.DuplicateTable)
+        conflicts = (
+            psycopg.errors.UniqueViolation,
+            psycopg.errors.DuplicateTable,
+            psycopg.errors.DuplicateObject,  # the table's row type
+        )
         _with_locks(connection, lambda: _prepare(connection), conflicts, on_message)
         applied = 0
         for number, name in _migrations().items():
