@@ -29,7 +29,7 @@ _CODES = frozenset(refusal.code for refusal in (MalformedJson, InvalidOrder, Too
 _SMALLEST_LIMIT_BYTES = 1024
 #: PostgreSQL and librdkafka keep microseconds and milliseconds.
 _SAME_TIME = dt.timedelta(milliseconds=1)
-#: Redrives of earlier releases stored their order up to about this long before ``redriven_at``.
+#: A redrive notes ``redriven_at`` and then stores its orders within this time; earlier releases noted it afterwards.
 _REDRIVE_TAKES = dt.timedelta(seconds=10)
 
 
@@ -530,4 +530,4 @@ def _was_stored_by(stored: SnapshotOrder, reject: _Version) -> bool:
     """Return whether this version was stored by the very redrive that calls it superseded."""
     if reject.redriven != Outcome.SUPERSEDED or reject.redriven_at is None or stored.stored_at is None:
         return False
-    return stored.stored_at >= reject.redriven_at
+    return reject.redriven_at <= stored.stored_at <= reject.redriven_at + _REDRIVE_TAKES

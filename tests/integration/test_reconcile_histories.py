@@ -1,0 +1,168 @@
+"""Random honest histories through the real write path: ``reconcile`` finds nothing wrong with any of them."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import time
+from collections import defaultdict
+
+import attrs
+import psycopg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import orderlib
+from orderlib.ingest import Batch, Record, RecordPosition, Span, judge
+from orderlib.postgres.connection import connect
+from orderlib.postgres.ledger import ConsumerLedger
+from orderlib.postgres.operations import reset_offsets
+from orderlib.postgres.rejects import redrive
+from orderlib.postgres.snapshot import snapshot
+from orderlib.reconcile import Finding, Reconciliation, TopicState
+from orderlib.testing import SAMPLE
+from tests.conftest import Database
+
+SAMPLE_ORDER = orderlib.decode_order(SAMPLE)
+GROUP, TOPIC, TOPIC_ID = "order-consumer", "orders", "BBBBBBBBBBBBBBBBBBBBBB"
+PARTITIONS = (0, 1)
+START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+SMALL_BYTES, USUAL_BYTES = 3_000, 8 * 2**20
+
+
+@functools.cache
+def value(kind: str, uid: str, content: int) -> bytes | None:
+    signature = "x" * 4096 if kind.startswith("large") else ""
+    text = orderlib.encode_order(attrs.evolve(SAMPLE_ORDER, order_uid=uid, sm_id=content, internal_signature=signature))
+    match kind:
+        case "null":
+            return None
+        case "bad" | "large and bad":
+            return text.replace(b'"USD"', b'"usd"')
+        case _:
+            return text
+
+
+@attrs.frozen
+class History:
+    """A topic in memory, and a database that its records are written to by the consumer's own code."""
+
+    database: Database
+    records: dict[int, list[Record]] = attrs.field(factory=lambda: defaultdict(list))
+
+    def produce(self, partition: int, kind: str, uid: str, content: int, gap: int) -> None:
+        log = self.records[partition]
+        offset = (log[-1].source.offset if log else -1) + 1 + gap
+        position = RecordPosition(topic_id=TOPIC_ID, partition=partition, offset=offset)
+        record = Record(
+            source=position,
+            time=START + dt.timedelta(milliseconds=offset),
+            topic=TOPIC,
+            key=uid.encode() if content else None,
+            value=value(kind, uid, content),
+            headers=(("h", None), ("h", b"")) if content else (),
+        )
+        log.append(record)
+
+    def end(self, partition: int) -> int:
+        log = self.records[partition]
+        return log[-1].source.offset + 1 if log else 0
+
+    def handle(self, partition: int, count: int, max_bytes: int) -> None:
+        ledger = ConsumerLedger(self.database.writer_url, GROUP, time.monotonic)
+        try:
+            ledger.check()
+            expected = ledger.begin(TOPIC, TOPIC_ID, dict.fromkeys(PARTITIONS, 0))[partition]
+            taken = [record for record in self.records[partition] if record.source.offset >= expected][:count]
+            if not taken:
+                return
+            batch = Batch(
+                topic=TOPIC,
+                topic_id=TOPIC_ID,
+                spans={partition: Span(expected_offset=expected, next_offset=taken[-1].source.offset + 1)},
+                judged=tuple((record, judge(record, max_bytes)) for record in taken),
+            )
+            ledger.write(batch, lambda _: None)
+        finally:
+            ledger.close()
+
+    def redrive(self) -> None:
+        with connect(self.database.writer_url, application_name="tests") as connection:
+            for _ in redrive(connection, functools.partial(judge, max_bytes=USUAL_BYTES)):
+                pass
+
+    def rewind(self, partition: int) -> None:
+        with connect(self.database.migrator_url, application_name="tests") as connection:
+            try:
+                reset_offsets(connection, GROUP, TOPIC_ID, {partition: 0})
+            except orderlib.BrokenSetup:
+                return  # nothing was handled yet
+
+    def save(self, uid: str, content: int) -> None:
+        with orderlib.connect(self.database.writer_url, max_connections=1) as repository:
+            repository.save(attrs.evolve(SAMPLE_ORDER, order_uid=uid, sm_id=content))
+
+    def an_hour_passes(self) -> None:
+        """Operators do one thing after another. The clocks of the database are moved back instead of waiting."""
+        with psycopg.connect(self.database.superuser_url, autocommit=True) as connection:
+            connection.execute(
+                "UPDATE orders SET first_stored_at = first_stored_at - interval '1 h',"
+                " stored_at = stored_at - interval '1 h'"
+            )
+            connection.execute(
+                "UPDATE rejects SET rejected_at = rejected_at - interval '1 h',"
+                " redriven_at = redriven_at - interval '1 h'"
+            )
+
+    def findings(self) -> list[Finding]:
+        topic = TopicState(
+            topic=TOPIC,
+            topic_id=TOPIC_ID,
+            earliest=dict.fromkeys(PARTITIONS, 0),
+            ends={partition: self.end(partition) for partition in PARTITIONS},
+            is_compacted=False,
+        )
+        with snapshot(self.database.reader_url, "tests") as stored:
+            first = dict.fromkeys(PARTITIONS, 0)
+            proof = Reconciliation(topic, first, stored.group(), stored.offsets(), stored.rejects())
+            for partition, records in self.records.items():
+                for record in records:
+                    if record.source.offset < proof.next_offsets.get(partition, 0):
+                        proof.on_record(record, judge(record, USUAL_BYTES))
+            for order in stored.orders():
+                proof.on_order(order)
+            for table, order_uid in stored.orphans():
+                proof.on_orphan(table, order_uid)
+        return list(proof.findings())
+
+
+KINDS = st.sampled_from(["order", "order", "order", "large", "large", "bad", "large and bad", "null"])
+UIDS = st.sampled_from(["a", "b"])
+ACTIONS = st.one_of(
+    st.tuples(st.just("produce"), st.sampled_from(PARTITIONS), KINDS, UIDS, st.integers(0, 2), st.integers(0, 1)),
+    st.tuples(
+        st.just("handle"), st.sampled_from(PARTITIONS), st.integers(1, 4), st.sampled_from([SMALL_BYTES, USUAL_BYTES])
+    ),
+    st.tuples(st.just("redrive")),
+    st.tuples(st.just("rewind"), st.sampled_from(PARTITIONS)),
+    st.tuples(st.just("save"), UIDS, st.integers(0, 2)),
+)
+
+
+@settings(max_examples=30)
+@given(actions=st.lists(ACTIONS, min_size=5, max_size=25), max_bytes=st.sampled_from([SMALL_BYTES, USUAL_BYTES]))
+def test_no_honest_history_is_a_discrepancy(
+    module_database: Database, actions: list[tuple[object, ...]], max_bytes: int
+) -> None:
+    with psycopg.connect(module_database.superuser_url, autocommit=True) as connection:
+        connection.execute("TRUNCATE orders, rejects, consumer_offsets, consumer_groups CASCADE")
+    history = History(module_database)
+    for name, *arguments in actions:
+        getattr(history, str(name))(*arguments)
+        history.an_hour_passes()
+    # Everything is handled in the end, and what a relaxed limit allows is redriven.
+    for partition in PARTITIONS:
+        history.handle(partition, 1000, max_bytes)
+        history.an_hour_passes()
+    history.redrive()
+    assert history.findings() == []
