@@ -26,6 +26,26 @@ ORDERS_PER_S = 2
 READABLE_WITHIN_S = 60.0
 STOP_WITHIN_S = 15.0
 
+#: What a process of the operating system needs.
+_SYSTEM = {"HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ"}
+_KAFKA = {"ORDERS_KAFKA_BOOTSTRAP_SERVERS", "ORDERS_TOPIC"}
+#: The variables of each command. A program that does not need a password does not get it.
+_NEEDS: Mapping[str, set[str]] = {
+    "admin bootstrap": {"ORDERS_BOOTSTRAP_URL", "ORDERS_MIGRATOR_URL", "ORDERS_DATABASE_URL", "ORDERS_READER_URL"},
+    "admin migrate": {"ORDERS_MIGRATOR_URL"},
+    "admin topics": _KAFKA | {"ORDERS_MAX_RECORD_BYTES"},
+    "consumer": _KAFKA
+    | {
+        "ORDERS_BREAKER_FRACTION",
+        "ORDERS_CONSUMER_GROUP",
+        "ORDERS_DATABASE_URL",
+        "ORDERS_MAX_RECORD_BYTES",
+        "ORDERS_METRICS_BIND",
+    },
+    "api": {"ORDERS_API_AUTH", "ORDERS_API_BIND", "ORDERS_METRICS_BIND", "ORDERS_READER_URL"},
+    "sender": _KAFKA,
+}
+
 
 def main() -> int:
     """Run it all. Exit status 0 after Ctrl-C, 1 if something failed."""
@@ -34,11 +54,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: told_to_stop.set())
     address = f"127.0.0.1:{free_port()}"
-    environ = {
-        **os.environ,
-        "ORDERS_API_BIND": address,
-        "ORDERS_API_AUTH": "off",
-    }
+    environ = {**os.environ, "ORDERS_API_BIND": address, "ORDERS_API_AUTH": "off"}
     try:
         with ExitStack() as stack:
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orderlib-demo-")))
@@ -63,10 +79,19 @@ def main() -> int:
     return 0
 
 
+def environ_of(command: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that a command needs, and no others."""
+    needed = next(needed for name, needed in _NEEDS.items() if command == name or command.startswith(f"{name} "))
+    prefixes = ("PYTHON", "ORDERS_KAFKA_") if needed >= _KAFKA else ("PYTHON",)
+    return {name: value for name, value in environ.items() if name in needed | _SYSTEM or name.startswith(prefixes)}
+
+
 def _run(command: str, environ: Mapping[str, str]) -> None:
     """Run one of our commands to its end. Raises SandboxError if it fails."""
     _say(f"python -m services.{command}")
-    done = subprocess.run([sys.executable, "-m", *f"services.{command}".split()], env=environ, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", *f"services.{command}".split()], env=environ_of(command, environ), check=False
+    )
     if done.returncode:
         raise SandboxError(f"services.{command} failed with {done.returncode}")
 
@@ -79,7 +104,11 @@ def _running(command: str, environ: Mapping[str, str], logs: Path) -> Iterator[N
     with log_path.open("ab") as log:
         # In a group of its own: Ctrl-C is for us, who stop the sender before the consumer, and that before the servers.
         process = subprocess.Popen(
-            [sys.executable, "-m", *f"services.{command}".split()], env=environ, stderr=log, stdout=log, process_group=0
+            [sys.executable, "-m", *f"services.{command}".split()],
+            env=environ_of(command, environ),
+            stderr=log,
+            stdout=log,
+            process_group=0,
         )
     try:
         yield
