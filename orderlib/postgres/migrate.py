@@ -210,6 +210,7 @@ def _correct_rights(connection: Connection) -> list[str]:
 
     Leaves the login roles alone if the schema is not at this program's number: another release has other rights.
     """
+    connection.execute(queries.LOCK_SCHEMA)
     rows = connection.execute(queries.TABLE_GRANTS).fetchall()
     grants = {(table, role): (set(rights), is_grantable) for table, role, rights, is_grantable in rows}
     tables = {table for (table,) in connection.execute(queries.TABLES_OF_OWNER).fetchall()}
@@ -281,10 +282,12 @@ def migrate(
     connection.add_notice_handler(on_notice)
     try:
         # Of two that create the same table, one fails on the catalog's unique index, and finds the table then.
+        # Of two that grant rights on the same table, one fails with an internal error: "tuple concurrently updated".
         conflicts = (
             psycopg.errors.UniqueViolation,
             psycopg.errors.DuplicateTable,
             psycopg.errors.DuplicateObject,  # the table's row type
+            psycopg.errors.InternalError_,
         )
         _with_locks(connection, lambda: _prepare(connection), conflicts, on_message)
         applied = 0
@@ -292,7 +295,7 @@ def migrate(
             if _with_locks(connection, functools.partial(_apply, connection, number, name), (), on_message):
                 on_applied(name)
                 applied += 1
-        for statement in _with_locks(connection, lambda: _restore_rights(connection), (), on_message):
+        for statement in _with_locks(connection, lambda: _restore_rights(connection), conflicts, on_message):
             on_message(f"corrected: {statement}")
         return applied
     finally:
@@ -310,6 +313,7 @@ def _prepare(connection: Connection) -> None:
         raise _not_found(role, search_path, elsewhere, is_usable=is_usable)
     connection.execute(queries.USE_SCHEMA, {"schema": _table_schema(connection)})
     connection.execute(queries.SCHEMA_MIGRATIONS)
+    connection.execute(queries.LOCK_SCHEMA)
     for reader, rights in RIGHTS["schema_migrations"].items():
         connection.execute(_grant(queries.GRANT_RIGHTS, "schema_migrations", reader, rights))
 
