@@ -331,7 +331,8 @@ WITH ours AS (
 db AS (SELECT oid, datname, datdba, datacl FROM pg_database WHERE datname = current_database()),
 schemas AS (
     -- current_schema() is null without USAGE on it.
-    SELECT oid, nspname, quote_ident(nspname) = current_setting('search_path') AS is_own, coalesce(nspacl, acldefault('n', nspowner)) AS acl
+    SELECT oid, nspname, quote_ident(nspname) = current_setting('search_path') AS is_own,
+           coalesce(nspacl, acldefault('n', nspowner)) AS acl
     FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'
 ),
 large_objects AS (
