@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -29,6 +28,10 @@ from orderlib.postgres.reading import Reading
 from orderlib.postgres.repository import PostgresOrderRepository
 from orderlib.program import set_up_logging
 from orderlib.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS, Row, order_from_rows
+from services.api.access import Access
+from services.api.app import ROUTES, create_app
+from services.api.metrics import Metrics
+from services.api.observation import Observation
 from services.api.server import Server, listen
 
 ORDERS = f"SELECT {', '.join(ORDER_COLUMNS)} FROM orders WHERE order_uid = $1"
@@ -142,16 +145,9 @@ class _SyncHello:
 
 def build(application: str) -> Any:
     """One of the applications, from the settings in the environment."""
-    # Imported here: prometheus_client looks at PROMETHEUS_MULTIPROC_DIR when it is imported.
-    from prometheus_client import CollectorRegistry  # noqa: PLC0415
-
-    from services.api.access import Access  # noqa: PLC0415
-    from services.api.app import create_app  # noqa: PLC0415
-    from services.api.observation import Metrics, Observation  # noqa: PLC0415
-
     set_up_logging(open(os.devnull, "w"))  # noqa: PTH123, SIM115 - for as long as the process lives
     settings = ApiSettings.from_mapping({**os.environ, "ORDERS_API_AUTH": "off"})
-    metrics = Metrics(CollectorRegistry())
+    metrics = Metrics(ROUTES)
     make_id: Callable[[], str] = lambda: uuid.uuid4().hex  # noqa: E731
     url = settings.reader_url
     if application.startswith("wsgi"):
@@ -173,7 +169,6 @@ def main() -> None:
     parser.add_argument("port", type=int)
     options = parser.parse_args()
     application, server, port = options.application, options.server, options.port
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp()
     if server == "granian":
         from granian import Granian  # noqa: PLC0415
         from granian.constants import Interfaces  # noqa: PLC0415
@@ -191,7 +186,8 @@ def main() -> None:
         ).serve()
         return
     listener = listen("PORT", Address(host="127.0.0.1", port=port))
-    made = Server([listener], load=lambda: build(application), on_exit=lambda: None)
+    beside = listen("PORT", Address(host="127.0.0.1", port=0))
+    made = Server(listener, beside, load=lambda: build(application), metrics=Metrics(ROUTES), keepalive_s=75)
     if server in ("sync", "gthread"):
         made.cfg.set("worker_class", server)
         made.cfg.set("threads", 8 if server == "gthread" else 1)

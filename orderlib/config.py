@@ -57,13 +57,15 @@ def _required(environ: Mapping[str, str], name: str) -> str:
     return value
 
 
-def _integer(environ: Mapping[str, str], name: str, default: int, least: int) -> int:
+def _integer(environ: Mapping[str, str], name: str, default: int, least: int, most: int | None = None) -> int:
     text = environ.get(name, "")
     if not text:
         return default
-    if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) < least:
-        raise BrokenSetup(f"{name} must be an integer of at least {least}")
-    return int(text)
+    number = int(text) if re.fullmatch(r"[0-9]{1,15}", text) else -1
+    if number < least or (most is not None and number > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise BrokenSetup(f"{name} must be an integer {limits}")
+    return number
 
 
 def _fraction(environ: Mapping[str, str], name: str, default: float) -> float:
@@ -182,6 +184,9 @@ class ApiSettings:
     bind: Address
     #: ``ORDERS_METRICS_BIND`` (``127.0.0.1:9102``): /metrics.
     metrics_bind: Address
+    #: ``ORDERS_API_KEEPALIVE_S`` (75): how long an idle connection is kept. It must be longer than the idle timeout of
+    #: a load balancer, which otherwise sends requests on connections that are being closed.
+    keepalive_s: int = 75
     #: ``ORDERS_API_TOKENS``: name:token, several with commas; a name is for the logs, so that a token can be rotated.
     #: Empty only with ``ORDERS_API_AUTH=off``, which takes requests to localhost alone.
     tokens: Mapping[str, str] = attrs.field(repr=False)
@@ -196,6 +201,7 @@ class ApiSettings:
             reader_url=_required(environ, "ORDERS_READER_URL"),
             bind=bind,
             metrics_bind=Address.parse("ORDERS_METRICS_BIND", environ.get("ORDERS_METRICS_BIND") or "127.0.0.1:9102"),
+            keepalive_s=_integer(environ, "ORDERS_API_KEEPALIVE_S", 75, 1, 3600),
             tokens=_tokens(environ),
         )
 
@@ -220,10 +226,20 @@ def _tokens(environ: Mapping[str, str]) -> dict[str, str]:
     if not text:
         raise BrokenSetup("ORDERS_API_TOKENS is not set (or set ORDERS_API_AUTH=off to serve localhost without tokens)")
     tokens: dict[str, str] = {}
-    for pair in text.split(","):
-        name, _, token = pair.strip().partition(":")
-        if not name or not token or name in tokens or not token.isascii():
-            raise BrokenSetup("ORDERS_API_TOKENS must be name:token in ASCII, several with commas, each name once")
+    for number, pair in enumerate(text.split(","), 1):
+        name, colon, token = pair.strip().partition(":")
+        # Without a colon, or with an empty name, what is there may be a token: no message quotes any of it.
+        for is_wrong, reason in (
+            (not pair.strip(), "is empty"),
+            (not colon, "is not name:token"),
+            (not name, "has no name"),
+            (not token, "has no token"),
+            (re.search(r"\s", name + token), "contains white space; separate tokens with commas"),
+            (not re.fullmatch(r"[!-~]+", name + token), "must be printable ASCII"),
+            (name in tokens, "has the name of another one"),
+        ):
+            if is_wrong:
+                raise BrokenSetup(f"ORDERS_API_TOKENS: token {number} {reason}")
         tokens[name] = token
     return tokens
 

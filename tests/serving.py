@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,17 @@ class Service:
         finally:
             connection.close()
 
+    def raw(self, sent: bytes, address: str | None = None) -> Answer:
+        """The answer to these bytes, on a connection of its own."""
+        host, _, port = (address or self.address).rpartition(":")
+        begin = time.monotonic()
+        with socket.create_connection((host, int(port)), timeout=20) as client:
+            client.sendall(sent)
+            response = http.client.HTTPResponse(client, method=sent.partition(b" ")[0].decode("latin-1"))
+            response.begin()
+            body = response.read()
+            return Answer(response.status, response.headers, body, time.monotonic() - begin)
+
     def page(self, path: str) -> Answer:
         """One request as a browser makes it."""
         return self.get(path, {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"})
@@ -163,8 +175,12 @@ def settings_for(reader_url: str, **more: str) -> dict[str, str]:
 @contextmanager
 def clients(api: Service, number: int, sent: bytes) -> Iterator[list[socket.socket]]:
     """So many clients that connect, send this, and leave it at that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 2 * number:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(2 * number, hard), hard))
     with ExitStack() as stack:
         made = [stack.enter_context(socket.create_connection(("127.0.0.1", api.port))) for _ in range(number)]
         for client in made:
-            client.sendall(sent)
+            with suppress(ConnectionError):
+                client.sendall(sent)
         yield made

@@ -7,9 +7,7 @@ import functools
 import logging
 import os
 import re
-import shutil
 import sys
-import tempfile
 
 import attrs
 
@@ -18,6 +16,9 @@ from orderlib.errors import BrokenSetup, StoreUnreachable
 from orderlib.postgres.connection import connect
 from orderlib.postgres.migrate import READER_RIGHTS, check_rights, check_schema
 from orderlib.program import EXIT_DONE, event, run, set_up_logging
+from services.api.app import METRICS_ROUTE, ROUTES
+from services.api.asgi import build
+from services.api.metrics import Metrics
 
 DESCRIPTION = """\
 Gives stored orders back over HTTP: as JSON to programs, as pages to people.
@@ -26,7 +27,8 @@ ORDERS_READER_URL       PostgreSQL as the reader
 ORDERS_API_BIND         where to listen (127.0.0.1:8080); port 0 takes a free one
 ORDERS_API_TOKENS       name:token, several with commas: who may read
 ORDERS_API_AUTH=off     instead of tokens: everybody who asks localhost may read
-ORDERS_METRICS_BIND     where /metrics is (127.0.0.1:9102)
+ORDERS_API_KEEPALIVE_S  seconds to keep an idle connection (75); longer than a load balancer keeps its own
+ORDERS_METRICS_BIND     where /metrics is, and /livez and /readyz once more (127.0.0.1:9102)
 WEB_CONCURRENCY         worker processes (1)
 
 Exit status: 0 stopped, 1 failed, 2 wrong settings or set-up.
@@ -53,12 +55,14 @@ def main() -> int:
         raise BrokenSetup("ORDERS_API_BIND and ORDERS_METRICS_BIND need ports of their own")
     if not settings.tokens:
         event("no_authentication", logging.WARNING, served="localhost only")
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="orderlib-api-")
+    metrics = Metrics([*ROUTES, METRICS_ROUTE])
     event("listening", address=str(settings.bind), metrics=str(settings.metrics_bind))
     Server(
-        [listener, metrics_listener],
-        load=functools.partial(_build, settings),
-        on_exit=functools.partial(shutil.rmtree, os.environ["PROMETHEUS_MULTIPROC_DIR"]),
+        listener,
+        metrics_listener,
+        load=functools.partial(build, settings, metrics),
+        metrics=metrics,
+        keepalive_s=settings.keepalive_s,
     ).run()
     return EXIT_DONE
 
@@ -71,13 +75,6 @@ def _look_at_database(url: str) -> None:
             check_rights(connection, READER_RIGHTS)
     except StoreUnreachable as exc:
         event("waiting_for_server", logging.WARNING, server="PostgreSQL", reason=str(exc))
-
-
-def _build(settings: ApiSettings) -> object:
-    # Imported in the worker: prometheus_client looks at PROMETHEUS_MULTIPROC_DIR when it is imported.
-    from services.api.asgi import build  # noqa: PLC0415
-
-    return build(settings)
 
 
 if __name__ == "__main__":

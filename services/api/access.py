@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 
 import falcon
@@ -55,7 +54,7 @@ def _token_in(authorization: str) -> str | None:
         case "basic":
             try:
                 return base64.b64decode(credentials.strip(), validate=True).decode().partition(":")[2]
-            except (binascii.Error, UnicodeDecodeError):
+            except ValueError:
                 return None
         case _:
             return None

@@ -3,50 +3,56 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from prometheus_client import CollectorRegistry
-from prometheus_client.multiprocess import MultiProcessCollector
 
 from orderlib.config import ApiSettings
 from orderlib.postgres.asynchronous import AsyncPostgresOrderReader
-from services.api.app import create_app
-from services.api.observation import Metrics, metrics_app
+from services.api.app import Api, Receive, Scope, Send, create_app, create_metrics_app
+from services.api.metrics import Metrics
 
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+#: Connections of a worker to PostgreSQL that serve health alone.
+HEALTH_CONNECTIONS = 2
+
+
+class Front:
+    """The API and the metrics, each on its own address; a request's tells which one it is for."""
+
+    def __init__(self, api: Api, metrics: Api, metrics_port: int) -> None:
+        self._api = api
+        self._metrics = metrics
+        self._metrics_port = metrics_port
+        self.refuse = api.refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        is_for_metrics = scope["type"] == "http" and scope["server"][1] == self._metrics_port
+        await (self._metrics if is_for_metrics else self._api)(scope, receive, send)
 
 
 class _Ending:
     """Middleware that only waits for the end."""
 
-    def __init__(self, reader: AsyncPostgresOrderReader) -> None:
-        self._reader = reader
+    def __init__(self, *readers: AsyncPostgresOrderReader) -> None:
+        self._readers = readers
 
     async def process_shutdown(self, scope: Mapping[str, Any], event: Mapping[str, Any]) -> None:  # noqa: ARG002
-        """Take leave of PostgreSQL."""
-        await self._reader.close()
+        """Close the connections to PostgreSQL."""
+        for reader in self._readers:
+            await reader.close()
 
 
-def build(settings: ApiSettings) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
-    """The API and the metrics, each on its own address; a request's tells which one it is for.
-
-    ``PROMETHEUS_MULTIPROC_DIR`` must be set: there the workers add up.
-    """
+def build(settings: ApiSettings, counts: Metrics) -> Front:
+    """Return the application of one worker process; all of them share ``counts``."""
     reader = AsyncPostgresOrderReader(settings.reader_url, application_name="orderlib-api")
-    api = create_app(reader, settings, Metrics(CollectorRegistry()), make_id=lambda: uuid.uuid4().hex)
-    api.add_middleware(_Ending(reader))
-    of_all_workers = CollectorRegistry()
-    MultiProcessCollector(of_all_workers)  # type: ignore[no-untyped-call]
-    metrics = metrics_app(of_all_workers)
+    # Requests that wait for a connection must not make the service look unready.
+    health_reader = AsyncPostgresOrderReader(
+        settings.reader_url, application_name="orderlib-api", max_connections=HEALTH_CONNECTIONS
+    )
+    api = create_app(reader, settings, counts, _new_id, health_reader)
+    api.add_middleware(_Ending(reader, health_reader))
+    return Front(api, create_metrics_app(health_reader, counts, _new_id), settings.metrics_bind.port)
 
-    async def front(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close"})
-            return
-        is_for_metrics = scope["type"] == "http" and scope["server"][1] == settings.metrics_bind.port
-        await (metrics if is_for_metrics else api)(scope, receive, send)
 
-    return front
+def _new_id() -> str:
+    return uuid.uuid4().hex

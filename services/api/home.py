@@ -16,6 +16,8 @@ from services.api.pages import Pages
 class HomeResource:
     """``/``."""
 
+    PARAMETERS = frozenset({"q"})
+
     def __init__(self, reader: AsyncOrderReader, pages: Pages) -> None:
         self._reader = reader
         self._pages = pages

@@ -6,14 +6,13 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from http import HTTPMethod
+from http import HTTPMethod, HTTPStatus
 
-import falcon
 from falcon.asgi import Request, Response
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from orderlib.program import event
+from services.api.metrics import OTHER_METHOD, UNMATCHED, Metrics
+from services.api.problems import PROBLEM_JSON, problem
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _METHODS = frozenset(HTTPMethod)
@@ -29,27 +28,6 @@ SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-
-
-class Metrics:
-    """The counts and times of requests."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._requests = Counter(
-            "orders_http_requests", "Requests answered.", ["route", "method", "status"], registry=registry
-        )
-        self._seconds = Histogram(
-            "orders_http_request_seconds",
-            "Time to answer a request.",
-            ["route"],
-            registry=registry,
-            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5),
-        )
-
-    def count(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count a request that was answered."""
-        self._requests.labels(route, method, str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
 
 
 class Observation:
@@ -73,8 +51,8 @@ class Observation:
         """Log and count."""
         resp.set_headers(SECURITY_HEADERS)
         seconds = time.perf_counter() - req.context.started
-        route = req.uri_template or "unmatched"
-        method = req.method if req.method in _METHODS else "other"
+        route = req.uri_template or UNMATCHED
+        method = req.method if req.method in _METHODS else OTHER_METHOD
         self._metrics.count(route, method, resp.status_code, seconds)
         known = {
             name: value
@@ -92,21 +70,16 @@ class Observation:
             **known,
         )
 
-
-class MetricsResource:
-    """``/metrics``, on an address of its own."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-
-    async def on_get(self, _req: Request, resp: Response) -> None:
-        """Everything counted, in Prometheus' text format."""
-        resp.content_type = CONTENT_TYPE_LATEST
-        resp.data = generate_latest(self._registry)
-
-
-def metrics_app(registry: CollectorRegistry) -> falcon.asgi.App[Request, Response]:
-    """The application behind ``ORDERS_METRICS_BIND``."""
-    app = falcon.asgi.App()
-    app.add_route("/metrics", MetricsResource(registry))
-    return app
+    def refuse(self, status: HTTPStatus, route: str) -> tuple[dict[str, str], bytes]:
+        """Log and count a request that the application could not answer; return the headers and body to answer with."""
+        request_id = self._make_id()
+        self._metrics.count(route, OTHER_METHOD, status, 0.0)
+        event("request", logging.WARNING, route=route, method=OTHER_METHOD, status=status, request_id=request_id)
+        body = problem(status, status.description or status.phrase, request_id)
+        return {
+            **SECURITY_HEADERS,
+            "Cache-Control": "no-store",
+            "Content-Type": PROBLEM_JSON,
+            "Content-Length": str(len(body)),
+            "X-Request-Id": request_id,
+        }, body

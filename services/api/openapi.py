@@ -76,6 +76,7 @@ def document() -> dict[str, Any]:
             "content": {_JSON: {"schema": order}, "text/html": {"schema": {"type": "string"}}},
         },
         "304": {"description": "The client has the current version.", "headers": headers},
+        "400": _BAD_REQUEST,
         "404": _NOT_FOUND,
         **_PROBLEMS,
     }
@@ -94,8 +95,8 @@ def document() -> dict[str, Any]:
     as_json = {
         "name": "format",
         "in": "query",
-        "description": "`json` gives JSON to a browser too; anything else changes nothing.",
-        "schema": {"type": "string"},
+        "description": "`json` gives JSON to a browser too.",
+        "schema": {"type": "string", "enum": ["json"]},
     }
     query = [
         {
@@ -111,7 +112,10 @@ def document() -> dict[str, Any]:
         {"name": "customer_id", **_text("Only orders of exactly this customer.", most=255)},
         {"name": "track_number", **_text("Only orders with exactly this track number.", most=255)},
     ]
-    health = {"200": {"description": "Yes.", "content": {_JSON: {"schema": {"type": "object"}}}}}
+    health = {
+        "200": {"description": "Yes.", "content": {_JSON: {"schema": {"type": "object"}}}},
+        "400": _BAD_REQUEST,
+    }
     return {
         "openapi": "3.1.0",
         "info": {

@@ -10,20 +10,20 @@ from falcon.asgi import Request, Response
 
 from orderlib.codecs import encode_order
 from orderlib.contract import fits_postgres
-from orderlib.errors import Fault, InvalidOrder
+from orderlib.errors import InvalidOrder
 from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, AsyncOrderReader, Cursor, Page
 from services.api.deadline import in_time
-from services.api.negotiation import has_fresh_copy, prefers_page, require_acceptable
+from services.api.negotiation import known_etags, prefers_page, require_acceptable
 from services.api.pages import Pages
+from services.api.parameters import bad_parameter
 
 _REVALIDATE = "private, no-cache"
-
-#: Of the list. A filter that is misspelt must not show everybody's orders.
-_PARAMETERS = {"limit", "cursor", "newer_than", "customer_id", "track_number", "format"}
 
 
 class OrderResource:
     """``/orders/{order_uid}``."""
+
+    PARAMETERS = frozenset({"format"})
 
     def __init__(self, reader: AsyncOrderReader, pages: Pages) -> None:
         self._reader = reader
@@ -39,9 +39,9 @@ class OrderResource:
             self._pages.show(resp, "order.html", order=order, query="")
             return
         resp.set_header("Cache-Control", _REVALIDATE)
-        if req.if_none_match:
+        if known := known_etags(req):
             etag = (await self._reader.content_sha256(order_uid)).hex()
-            if has_fresh_copy(req, etag):
+            if etag in known or "*" in known:
                 req.context.order_uid = order_uid
                 resp.set_header("ETag", f'"{etag}"')
                 resp.status = falcon.HTTP_NOT_MODIFIED
@@ -58,6 +58,8 @@ class OrderResource:
 class OrdersResource:
     """``/orders``: a page of the list, newest first."""
 
+    PARAMETERS = frozenset({"limit", "cursor", "newer_than", "customer_id", "track_number", "format"})
+
     def __init__(self, reader: AsyncOrderReader, pages: Pages) -> None:
         self._reader = reader
         self._pages = pages
@@ -66,13 +68,17 @@ class OrdersResource:
     async def on_get(self, req: Request, resp: Response) -> None:
         """A page of orders; two queries, however many."""
         require_acceptable(req)
-        for unknown in sorted(req.params.keys() - _PARAMETERS):
-            raise _bad(unknown, f"one of {', '.join(sorted(_PARAMETERS))}", "another parameter")
+        is_page = prefers_page(req)
+        before = _cursor(req, "newer_than")
+        if before and not is_page:
+            raise bad_parameter("newer_than", "a request for a page", "one for JSON")
         limit = _limit(req)
         after = _cursor(req, "cursor")
+        if before and after:
+            raise bad_parameter("newer_than", "no cursor beside it", "both")
         filters = {name: _filter(req, name) for name in ("customer_id", "track_number")}
-        if prefers_page(req):
-            await self._show(resp, limit, after, _cursor(req, "newer_than"), filters)
+        if is_page:
+            await self._show(resp, limit, after, before, filters)
             return
         page = await self._reader.newest(limit=limit, after=after, **filters)
         resp.set_header("Cache-Control", _REVALIDATE)
@@ -103,10 +109,9 @@ def _encoded(page: Page) -> bytes:
 
 
 def _parameter(req: Request, name: str) -> str | None:
-    """A parameter of the query."""
+    """Return a parameter of the query, which is there once at most."""
     value = req.params.get(name)
-    if isinstance(value, list):
-        raise _bad(name, "one value", "several")
+    assert not isinstance(value, list)
     return value
 
 
@@ -115,21 +120,20 @@ def _limit(req: Request) -> int:
     if text is None:
         return PAGE_SIZE
     if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= MAX_PAGE_SIZE):
-        raise _bad("limit", f"an integer from 1 to {MAX_PAGE_SIZE}", "something else")
+        raise bad_parameter("limit", f"an integer from 1 to {MAX_PAGE_SIZE}", "something else")
     return int(text)
 
 
 def _cursor(req: Request, name: str) -> Cursor | None:
     text = _parameter(req, name)
-    return None if text is None else Cursor.parse(text)
+    try:
+        return None if text is None else Cursor.parse(text)
+    except InvalidOrder as exc:
+        raise bad_parameter(name, exc.faults[0].expected, exc.faults[0].found) from exc
 
 
 def _filter(req: Request, name: str) -> str | None:
     text = _parameter(req, name)
     if text is not None and (not 1 <= len(text) <= 255 or not fits_postgres(text)):
-        raise _bad(name, "a text of 1 to 255 characters", "another")
+        raise bad_parameter(name, "a text of 1 to 255 characters", "another")
     return text
-
-
-def _bad(name: str, expected: str, found: str) -> InvalidOrder:
-    return InvalidOrder([Fault(path=name, expected=expected, found=found)])

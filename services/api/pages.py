@@ -95,6 +95,8 @@ class Pages:
 class StaticResource:
     """``/static/{name}``: what the pages are dressed in."""
 
+    PARAMETERS = frozenset({"v"})
+
     def __init__(self, pages: Pages) -> None:
         self._files = pages.static
 

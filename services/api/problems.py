@@ -22,6 +22,19 @@ RETRY_AFTER_S = 2
 PROBLEM_JSON = "application/problem+json"
 
 
+def problem(status: HTTPStatus, detail: str, request_id: str) -> bytes:
+    """Return the problem+json document of an error."""
+    return msgspec.json.encode(
+        {
+            "type": "about:blank",
+            "title": status.phrase,
+            "status": status,
+            "detail": detail,
+            "request_id": request_id,
+        }
+    )
+
+
 class Problems:
     """Turns whatever was raised into an answer."""
 
@@ -49,15 +62,7 @@ class Problems:
             )
             return
         resp.content_type = PROBLEM_JSON
-        resp.data = msgspec.json.encode(
-            {
-                "type": "about:blank",
-                "title": status.phrase,
-                "status": status,
-                "detail": detail,
-                "request_id": req.context.request_id,
-            }
-        )
+        resp.data = problem(status, detail, req.context.request_id)
 
     async def _answer_not_found(
         self, req: Request, resp: Response, _error: OrderNotFound, params: dict[str, Any]

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import mmap
 import os
+import resource
 import socket
+import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
+import gunicorn  # type: ignore[import-untyped]
 from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
 from gunicorn.asgi.protocol import ASGIProtocol  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
-from gunicorn.workers import gasgi  # type: ignore[import-untyped]
+from gunicorn.workers import base, gasgi  # type: ignore[import-untyped]
 
 from orderlib.config import Address
 from orderlib.errors import BrokenSetup
+from services.api.metrics import Metrics
 
 #: A client has so long to send its first request's head; gunicorn's own limit begins with the second.
 HEAD_WITHIN_S = 10
@@ -23,8 +29,24 @@ HEAD_WITHIN_S = 10
 TAKE_WITHIN_S = 30
 #: A request ends within 5 s, whatever the database does; so can a stop.
 STOP_WITHIN_S = 8
-#: More connections than this at once are closed at once: each is memory, and file handles end.
-MAX_CONNECTIONS = 900
+#: Connections that a worker keeps at once, fewer if it may not open so many files. The metrics have their own.
+MAX_CONNECTIONS = 4_000
+MAX_METRICS_CONNECTIONS = 100
+#: Files for everything else: PostgreSQL, listeners, and connections that asyncio accepted and we did not count yet.
+OTHER_FILES = 300
+#: Clients that may wait to be accepted.
+BACKLOG = 1024
+
+#: What this module uses of gunicorn without being promised it.
+_PRIVATE = {
+    gasgi: ("ASGIProtocol",),
+    base: ("WorkerTmp",),
+    gasgi.ASGIWorker: ("_shutdown",),
+    ASGIProtocol: (
+        *("_arm_keepalive_timer", "_cancel_keepalive_timer", "_close_transport", "_is_websocket_upgrade"),
+        *("_keepalive_timeout", "_safe_write", "_send_error_response"),
+    ),
+}
 
 
 class _Log(Logger):  # type: ignore[misc]
@@ -42,11 +64,10 @@ class _Protocol(ASGIProtocol):  # type: ignore[misc]
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.worker.protocols.add(self)
-        if self.worker.nr_conns > self.worker.worker_connections:
-            transport.abort()
         # The timer between two requests; whatever starts one cancels it.
         self._keepalive_handle = self.worker.loop.call_later(HEAD_WITHIN_S, self._keepalive_timeout)
+        self.peers: _Connections = self.worker.connections_of(transport)
+        self.peers.add(self)
 
     def pause_writing(self) -> None:
         self._expect_less()
@@ -58,13 +79,42 @@ class _Protocol(ASGIProtocol):  # type: ignore[misc]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._let_be()
-        self.worker.protocols.discard(self)
+        self.peers.discard(self)
         super().connection_lost(exc)
 
     def close_if_idle(self) -> None:
         """Close unless an answer is owed."""
         if self._current_request is None and not self._finishing_calls:
             self._keepalive_timeout()
+
+    def waiting_since(self) -> float | None:
+        """Return since when we have waited for the client, on the loop's clock; None while an answer is owed."""
+        if self._unread is not None:
+            return float(self._unread.when()) - TAKE_WITHIN_S
+        if self._keepalive_handle is None or self._current_request is not None:
+            return None
+        return float(self._keepalive_handle.when()) - (HEAD_WITHIN_S if self.req_count <= 1 else self._keepalive)
+
+    def give_up(self) -> None:
+        """Close, to make room for others."""
+        if self._unread is None:
+            self._keepalive_timeout()
+        else:
+            self.transport.abort()
+
+    def _is_websocket_upgrade(self, request: object) -> bool:  # noqa: ARG002 - gunicorn's signature
+        """There are no websockets here; a request to upgrade is answered as if it did not ask (RFC 9110, 7.8)."""
+        return False
+
+    def _send_error_response(self, status: int, message: str, extra_headers: object = ()) -> None:  # noqa: ARG002
+        """Answer a request that is not HTTP as the application answers its errors; the message may quote it."""
+        headers, body = self.app.refuse(HTTPStatus(status))
+        lines = [
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+            *(f"{name}: {value}" for name, value in headers.items()),
+            "Connection: close",
+        ]
+        self._safe_write("\r\n".join([*lines, "", ""]).encode() + body)
 
     def _expect_less(self, before: int | None = None) -> None:
         """Give up on a client that took nothing since the last look; look again at one that did."""
@@ -80,28 +130,120 @@ class _Protocol(ASGIProtocol):  # type: ignore[misc]
             self._unread = None
 
 
+class _Connections(set[_Protocol]):
+    """The connections of one address."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def add(self, protocol: _Protocol) -> None:
+        """Add a connection. At the limit, make room: close those whose client has kept us waiting longest."""
+        super().add(protocol)
+        if len(self) <= self.limit:
+            return
+        waiting = [(since, id(other), other) for other in self if (since := other.waiting_since()) is not None]
+        # Several at once: during a flood, every new connection comes here.
+        for _, _, other in sorted(waiting)[: 1 + self.limit // 50]:
+            self.discard(other)
+            other.give_up()
+
+
+class _Heartbeat:
+    """When a worker was last alive, as the master sees it; gunicorn's own needs a file that can be in the way."""
+
+    def __init__(self, cfg: object) -> None:  # noqa: ARG002 - gunicorn's signature
+        self._memory = mmap.mmap(-1, 8)
+        # gunicorn marks its file close-on-exec; it does nothing else with it.
+        self._file = os.open(os.devnull, os.O_RDONLY)
+        self._time = memoryview(self._memory).cast("d")
+        self.notify()
+
+    def notify(self) -> None:
+        """Tell that the worker is alive."""
+        self._time[0] = time.monotonic()
+
+    def last_update(self) -> float:
+        """Return when it last told."""
+        return float(self._time[0])
+
+    def fileno(self) -> int:
+        """Return the file that gunicorn expects."""
+        return self._file
+
+    def close(self) -> None:
+        """Free the memory in this process."""
+        os.close(self._file)
+        self._time.release()
+        self._memory.close()
+
+
 class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
     """gunicorn's asgi worker, speaking our protocol."""
 
     def init_process(self) -> None:
-        self.protocols: set[_Protocol] = set()
         gasgi.ASGIProtocol = _Protocol  # gunicorn has no setting for it
+        room = max(_raised_file_limit() - OTHER_FILES, MAX_METRICS_CONNECTIONS)
+        self._connections = _Connections(min(MAX_CONNECTIONS, room))
+        self._metrics_connections = _Connections(MAX_METRICS_CONNECTIONS)
         super().init_process()
+
+    def connections_of(self, transport: asyncio.Transport) -> _Connections:
+        """Return the connections of the address that this one came to."""
+        is_for_metrics = transport.get_extra_info("sockname")[1] == self.app.metrics_port
+        return self._metrics_connections if is_for_metrics else self._connections
+
+    def notify(self) -> None:
+        """Tell the master, once a second, that we are alive."""
+        super().notify()
+        for listener in self.sockets:
+            # asyncio listens with a shorter queue, in which a flood would delay others by a second.
+            listener.sock.listen(BACKLOG)
 
     async def _shutdown(self) -> None:
         """Finish what was begun; whoever has asked nothing yet is not waited for."""
-        for protocol in list(self.protocols):
+        for protocol in [*self._connections, *self._metrics_connections]:
             protocol.close_if_idle()
         await super()._shutdown()
+
+
+def _raised_file_limit() -> int:
+    """Raise the soft limit of open files to what we use, as far as the hard one allows; return it."""
+    wanted = MAX_CONNECTIONS + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted if soft == resource.RLIM_INFINITY else soft
+
+
+def _check_gunicorn() -> None:
+    """Raise BrokenSetup for a gunicorn that lacks what is used here."""
+    missing = [name for owner, names in _PRIVATE.items() for name in names if not hasattr(owner, name)]
+    if missing:
+        raise BrokenSetup(
+            f"gunicorn {gunicorn.__version__} has no {missing[0]}: install the version in requirements/services.txt"
+        )
 
 
 class Server(BaseApplication):  # type: ignore[misc]
     """Serves an ASGI application on sockets that are bound already."""
 
-    def __init__(self, listeners: list[socket.socket], load: Callable[[], Any], on_exit: Callable[[], object]) -> None:
-        self._binds = [f"fd://{listener.detach()}" for listener in listeners]
+    def __init__(
+        self,
+        listener: socket.socket,
+        metrics_listener: socket.socket,
+        load: Callable[[], Any],
+        metrics: Metrics,
+        keepalive_s: int,
+    ) -> None:
+        _check_gunicorn()
+        self.metrics_port = metrics_listener.getsockname()[1]
+        base.WorkerTmp = _Heartbeat  # gunicorn has no setting for it
+        self._binds = [f"fd://{found.detach()}" for found in (listener, metrics_listener)]
         self._load = load
-        self._on_exit = on_exit
+        self._metrics = metrics
+        self._keepalive_s = keepalive_s
         super().__init__()
 
     def load_config(self) -> None:
@@ -109,13 +251,15 @@ class Server(BaseApplication):  # type: ignore[misc]
         for name, value in {
             "bind": self._binds,
             "worker_class": _Worker,
-            "worker_connections": MAX_CONNECTIONS,
+            "keepalive": self._keepalive_s,
             "asgi_loop": "asyncio",
             "graceful_timeout": STOP_WITHIN_S,
             "logger_class": _Log,
             "control_socket_disable": True,
-            # Of the master alone; a worker, being its fork, would run its `finally` and `with` blocks as well.
-            "on_exit": lambda _arbiter: self._on_exit(),
+            # The first and the last in the master, the other in the worker.
+            "pre_fork": self._pre_fork,
+            "post_fork": self._post_fork,
+            "child_exit": self._child_exit,
         }.items():
             self.cfg.set(name, value)
 
@@ -123,13 +267,22 @@ class Server(BaseApplication):  # type: ignore[misc]
         """The application, made in each worker."""
         return self._load()
 
+    def _pre_fork(self, arbiter: object, worker: Any) -> None:  # noqa: ARG002 - gunicorn's signature
+        worker.metrics_slot = self._metrics.take_slot()
+
+    def _post_fork(self, arbiter: object, worker: Any) -> None:  # noqa: ARG002 - gunicorn's signature
+        self._metrics.use_slot(worker.metrics_slot)
+
+    def _child_exit(self, arbiter: object, worker: Any) -> None:  # noqa: ARG002 - gunicorn's signature
+        self._metrics.free_slot(worker.metrics_slot)
+
 
 def listen(variable: str, address: Address) -> socket.socket:
     """Listen on an address; port 0 takes a free one. Raises BrokenSetup naming the variable."""
     host = address.host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, address.port), family=family, backlog=1024)
+        return socket.create_server((host, address.port), family=family, backlog=BACKLOG)
     except OSError as exc:
         reason = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc.strerror
         raise BrokenSetup(f"{variable}: cannot listen on {address}: {reason}") from exc

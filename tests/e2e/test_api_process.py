@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import http.client
 import os
+import re
+import resource
 import signal
 import socket
 import subprocess
@@ -13,20 +15,25 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import attrs
+import hypothesis
 import psycopg
 import pytest
+from hypothesis import strategies as st
 from psycopg.conninfo import make_conninfo
 
 import orderlib
 from orderlib.postgres.connection import connect
 from orderlib.postgres.migrate import bootstrap
 from orderlib.testing import SAMPLE as SAMPLE_JSON
+from services.api.asgi import HEALTH_CONNECTIONS
+from services.api.observation import SECURITY_HEADERS
 from tests.cable import cable
 from tests.conftest import Database, role_passwords
-from tests.serving import HALF_A_REQUEST, ROOT, Service, clients, eventually, serving, settings_for
+from tests.serving import HALF_A_REQUEST, ROOT, Answer, Service, clients, eventually, serving, settings_for
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 PATH = f"/orders/{SAMPLE.order_uid}"
@@ -154,12 +161,211 @@ def test_clients_that_do_not_take_their_answers_delay_nobody(api: Service) -> No
         assert max(api.get(PATH).seconds for _ in range(30)) < 1
 
 
-def test_more_clients_than_it_can_bear_leave_it_working(api: Service) -> None:
-    with clients(api, 950, b""):
-        # It does not run out of file handles: some were closed at once.
-        assert eventually(lambda: api.connections() <= 900, 5)
-    assert eventually(lambda: api.connections() == 0, 5)
-    assert api.get(PATH).status == 200
+ANSWERED = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def assert_served(api: Service) -> None:
+    """A new client is served by both addresses within a second."""
+    for _ in range(5):
+        for path, address in [(PATH, None), ("/livez", None), ("/readyz", None), ("/metrics", api.metrics_address)]:
+            answer = api.get(path, address=address)
+            assert (answer.status, answer.seconds < 1) == (200, True), (path, answer.seconds)
+
+
+@pytest.mark.parametrize("sent", [b"", HALF_A_REQUEST, ANSWERED])
+def test_two_thousand_idle_connections_lock_nobody_out(api: Service, sent: bytes) -> None:
+    with clients(api, 2_000, sent):
+        assert_served(api)
+    assert eventually(lambda: api.connections() == 0, 10)
+
+
+def test_at_its_limit_it_closes_the_connections_that_were_idle_longest(mortal: Service) -> None:
+    files = 1_024
+    resource.prlimit(mortal.process.pid, resource.RLIMIT_NOFILE, (files // 2, files))
+    before = mortal.workers()
+    mortal.process.send_signal(signal.SIGHUP)
+    assert eventually(lambda: bool(mortal.workers()) and not set(mortal.workers()) & set(before), 10)
+    used = http.client.HTTPConnection(mortal.address, timeout=20)
+    for _ in range(2):
+        with clients(mortal, 600, ANSWERED):
+            # One that is used all the time is never the one that is closed.
+            used.request("GET", PATH)
+            assert used.getresponse().read() == orderlib.encode_order(SAMPLE)
+            with clients(mortal, 600, b""):
+                assert_served(mortal)
+                assert files // 2 < mortal.connections() < files
+                used.request("GET", PATH)
+                assert used.getresponse().read() == orderlib.encode_order(SAMPLE)
+    used.close()
+    assert [told for told in mortal.events() if told["level"] == "error"] == []
+
+
+def test_a_flood_of_one_address_leaves_the_other_alone(api: Service) -> None:
+    host, _, port = api.metrics_address.rpartition(":")
+    used = http.client.HTTPConnection(api.address, timeout=20)
+    used.request("GET", PATH)
+    used.getresponse().read()
+    with ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(socket.create_connection((host, int(port))))
+        assert_served(api)
+        sockname = used.sock.getsockname()
+        used.request("GET", PATH)
+        assert used.getresponse().status == 200
+        assert used.sock.getsockname() == sockname
+    used.close()
+
+
+def test_an_idle_connection_is_kept_as_long_as_its_setting_says(stored: Database) -> None:
+    def is_closed(client: socket.socket, within_s: float) -> bool:
+        client.settimeout(within_s)
+        try:
+            return client.recv(1) == b""
+        except TimeoutError:
+            return False
+
+    by_default = settings_for(stored.reader_url)
+    with (
+        serving(by_default) as long,
+        serving({**by_default, "ORDERS_API_KEEPALIVE_S": "1"}) as short,
+        clients(long, 1, ANSWERED) as [kept],
+        clients(short, 1, ANSWERED) as [closed],
+    ):
+        assert kept.recv(65536).startswith(b"HTTP/1.1 200")
+        assert closed.recv(65536).startswith(b"HTTP/1.1 200")
+        assert is_closed(closed, 10)
+        assert not is_closed(kept, 2.5)
+
+
+UNREADABLE = {
+    b"GET /" + b"a" * 9_000 + b" HTTP/1.1\r\n\r\n": 414,
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 9_000 + b"\r\n\r\n": 431,
+    b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X%d: 1\r\n" % n for n in range(200)) + b"\r\n": 431,
+    b"nonsense\r\n\r\n": 400,
+    b"G\xffT / HTTP/1.1\r\n\r\n": 400,
+    b"GET /orders?q=\xff HTTP/1.1\r\nHost: localhost\r\n\r\n": 400,
+    b"GET / HTTP/9.9\r\n\r\n": 400,
+    b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n": 400,
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nBad header: 1\r\n\r\n": 400,
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n": 400,
+    b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: unknown, chunked\r\n\r\n0\r\n\r\n": 501,
+    b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n": 400,
+}
+
+
+def assert_promised(answer: Answer) -> None:
+    given = {name.lower(): value for name, value in answer.headers.items()}
+    assert {name.lower(): value for name, value in SECURITY_HEADERS.items()}.items() <= given.items()
+    assert answer.headers["X-Request-Id"]
+    if answer.status >= 400:
+        assert answer.headers["Content-Type"].startswith(("application/problem+json", "text/html"))
+    if answer.headers["Content-Type"] == "application/problem+json":
+        assert answer.json.items() >= {"status": answer.status, "request_id": answer.headers["X-Request-Id"]}.items()
+
+
+@pytest.mark.parametrize("sent", UNREADABLE)
+def test_what_is_not_http_gets_a_problem_a_log_line_and_a_count(api: Service, sent: bytes) -> None:
+    def counted() -> float:
+        lines = api.get("/metrics", address=api.metrics_address).text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if "total{" in line and "unreadable" in line)
+
+    before = counted()
+    answer = api.raw(sent)
+    assert answer.status == UNREADABLE[sent]
+    assert_promised(answer)
+    assert answer.headers["Connection"] == "close"
+    [line] = [told for told in api.events("request") if told["request_id"] == answer.headers["X-Request-Id"]]
+    assert (line["route"], line["status"]) == ("unreadable", answer.status)
+    assert counted() == before + 1
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"POST /orders HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n",
+        b"POST /orders HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"PUT /orders HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n",
+    ],
+)
+def test_no_answer_waits_for_a_body(api: Service, sent: bytes) -> None:
+    answer = api.raw(sent)
+    assert (answer.status, answer.seconds < 5) == (405, True)
+    assert_promised(answer)
+
+
+HEADER_NAMES = (
+    *(b"Accept", b"Authorization", b"If-None-Match", b"X-Request-Id", b"Cookie", b"Range", b"Expect", b"Upgrade"),
+    *(b"Connection", b"Content-Length", b"Transfer-Encoding", b"X-Forwarded-Proto", b"X-Forwarded-For", b"Forwarded"),
+)
+HEADER_VALUES = st.binary(max_size=40).map(lambda value: value.replace(b"\n", b"")) | st.lists(
+    st.sampled_from([b"close", b"keep-alive", b"chunked", b"gzip", b"1", b",", b";", b"q=", b"/", b"*", b"\xe9", b'"']),
+    max_size=5,
+).map(b"".join)
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(
+    method=st.sampled_from([b"GET", b"HEAD", b"OPTIONS", b"WEBSOCKET", b"BREW"]),
+    path=st.sampled_from([b"/", b"/orders", b"/orders/%ff", b"/livez", b"*", b"http://x/orders", b"//", b"/%00?a=%ff"]),
+    headers=st.lists(st.tuples(st.sampled_from(HEADER_NAMES), HEADER_VALUES), max_size=3),
+)
+def test_whatever_a_client_sends_it_gets_an_answer_as_promised(
+    api: Service, method: bytes, path: bytes, headers: list[tuple[bytes, bytes]]
+) -> None:
+    lines = [method + b" " + path + b" HTTP/1.1", b"Host: localhost", *(b": ".join(header) for header in headers)]
+    answer = api.raw(b"\r\n".join([*lines, b"", b""]))
+    assert answer.status < 500 or answer.status == 501
+    if method != b"HEAD":
+        assert_promised(answer)
+
+
+def test_metrics_need_no_file(stored: Database, tmp_path: Path) -> None:
+    """A full disk cannot stop the API, and nothing remains of it after a SIGKILL."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    with serving(settings_for(stored.reader_url, TMPDIR=str(folder), WEB_CONCURRENCY="2")) as api:
+        assert eventually(lambda: len(api.workers()) == 2, 5)
+        for _ in range(10):
+            assert api.get(PATH).status == 200
+        assert list(folder.iterdir()) == []
+        folder.rmdir()
+        before = api.workers()
+        for worker in before:
+            os.kill(worker, signal.SIGKILL)
+        assert eventually(lambda: len(api.workers()) == 2 and not set(api.workers()) & set(before), 10)
+        assert eventually(lambda: _answers(api), 5)
+        text = api.get("/metrics", address=api.metrics_address).text
+        counted = re.findall(r'requests_total{method="GET",route="/orders/{order_uid}",status="200"} (\S+)', text)
+        assert [float(number) >= 11 for number in counted] == [True]
+        api.process.kill()
+        api.process.wait()
+        assert list(tmp_path.iterdir()) == []
+
+
+def _answers(api: Service) -> bool:
+    try:
+        return api.get(PATH).status == 200
+    except (ConnectionError, http.client.HTTPException):
+        return False
+
+
+def test_a_gunicorn_that_lacks_what_is_used_is_named(stored: Database) -> None:
+    without = "from gunicorn.workers import gasgi; del gasgi.ASGIWorker._shutdown"
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{without}; from orderlib.program import run; from services.api.__main__ import main; run(main)",
+        ],
+        env=settings_for(stored.reader_url),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    [line] = [line for line in ended.stderr.splitlines() if line.startswith("error")]
+    assert "has no _shutdown: install the version in requirements/services.txt" in line
 
 
 def test_early_closes_leave_nothing_behind(api: Service, stored: Database) -> None:
@@ -180,7 +386,7 @@ def test_early_closes_leave_nothing_behind(api: Service, stored: Database) -> No
             assert row is not None
             return int(row[0])
 
-        assert eventually(lambda: sessions("%") <= 8, 5)
+        assert eventually(lambda: sessions("%") <= 8 + HEALTH_CONNECTIONS, 5)
         assert sessions("%transaction%") == 0
 
 

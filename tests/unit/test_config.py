@@ -128,11 +128,33 @@ def test_a_setting_that_is_missing_is_named(
             ["9101", ":9101", "::1:9101", "host:", "host:65536", "host:-1", "a b:1", "http://host:1/"],
         ),
         (ApiSettings.from_mapping, API, "ORDERS_API_BIND must be host:port", ["8080", "host:port", SECRET]),
+        *(
+            (ApiSettings.from_mapping, API, f"ORDERS_API_TOKENS: {told}", values)
+            for told, values in [
+                (
+                    "token 1 must be printable ASCII",
+                    [f"a:{SECRET}é", f"a:{SECRET}\x1b", f"é:{SECRET}", f"a:\x7f{SECRET}"],
+                ),
+                ("token 1 is not name:token", [SECRET]),
+                ("token 1 has no name", [f":{SECRET}"]),
+                ("token 1 has no token", ["name:"]),
+                ("token 2 has the name of another one", [f"a:{SECRET},a:other"]),
+                ("token 2 is empty", [f"a:{SECRET},", f"a:{SECRET}, ,b:c", f"a:{SECRET},\n"]),
+                ("token 1 is empty", [",", " "]),
+                (
+                    "token 1 contains white space; separate tokens with commas",
+                    [
+                        *(f"a:{SECRET}\nb:{SECRET}", f"a:{SECRET}\r\nb:{SECRET}", f"a:{SECRET} b:{SECRET}"),
+                        *(f"a:\t{SECRET}", f"a b:{SECRET}", f"a:{SECRET}\u2028{SECRET}", f"a:{SECRET}\x85b:c"),
+                    ],
+                ),
+            ]
+        ),
         (
             ApiSettings.from_mapping,
             API,
-            "ORDERS_API_TOKENS must be name:token in ASCII, several with commas, each name once",
-            [f"a:{SECRET}é", SECRET, f":{SECRET}", "name:", f"a:{SECRET},a:other", f"a:{SECRET},", ","],
+            "ORDERS_API_KEEPALIVE_S must be an integer from 1 to 3600",
+            ["0", "-1", "3601", "2.5", "75s", "\N{ARABIC-INDIC DIGIT ONE}", "9" * 15],
         ),
         (ApiSettings.from_mapping, API, "ORDERS_API_AUTH must be on or off", ["OFF", "0", "no", SECRET]),
     ],
@@ -140,7 +162,7 @@ def test_a_setting_that_is_missing_is_named(
 def test_a_setting_that_is_wrong_is_named_and_not_quoted(
     read: Read, complete: Mapping[str, str], told: str, values: list[str]
 ) -> None:
-    variable = told.partition(" ")[0]
+    variable = told.partition(" ")[0].rstrip(":")
     for value in values:
         with pytest.raises(BrokenSetup) as refusal:
             read({**complete, variable: value})
@@ -165,6 +187,15 @@ def test_without_tokens_only_this_machine_may_ask(host: str, may: bool) -> None:
     else:
         with pytest.raises(BrokenSetup, match="ORDERS_API_BIND must be localhost"):
             ApiSettings.from_mapping(environ)
+
+
+def test_an_idle_connection_outlives_the_load_balancers_unless_told_otherwise() -> None:
+    assert ApiSettings.from_mapping(API).keepalive_s == 75
+    assert ApiSettings.from_mapping({**API, "ORDERS_API_KEEPALIVE_S": "5"}).keepalive_s == 5
+
+
+def test_a_file_of_tokens_may_end_with_a_line_break() -> None:
+    assert ApiSettings.from_mapping({**API, "ORDERS_API_TOKENS": f"shop:{SECRET}\n"}).name_of(SECRET) == "shop"
 
 
 def test_a_token_belongs_to_its_name() -> None:

@@ -16,15 +16,14 @@ import attrs
 import falcon.inspect
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry
 
 from orderlib.config import Address, ApiSettings
 from orderlib.errors import OrderError, Refused
 from orderlib.postgres.ledger import ConsumerLedger
 from orderlib.repository import AsyncOrderReader, Outcome
 from services.admin.__main__ import make_parser
-from services.api import observation
-from services.api.app import create_app
+from services.api import metrics
+from services.api.app import ROUTES, create_app, create_metrics_app
 from services.consumer import health
 
 C = TypeVar("C")
@@ -77,12 +76,10 @@ class Exported:
 
 def exported() -> Iterator[Exported]:
     """Every metric of the consumer and of the API, as their registries have them."""
-    of_api = CollectorRegistry()
-    observation.Metrics(of_api)
-    for registry in (health.Metrics().registry, of_api):
+    for registry in (health.Metrics().registry, metrics.Metrics(ROUTES).registry):
         for collector in registry._collector_to_names:
-            labels = frozenset(getattr(collector, "_labelnames", ()))
             for family in collector.collect():
+                labels = frozenset([*getattr(collector, "_labelnames", ()), *getattr(family, "_labelnames", ())])
                 name = f"{family.name}_total" if family.type == "counter" else family.name
                 yield Exported(name, family.type, labels)
 
@@ -106,10 +103,12 @@ def routes() -> set[str]:
         metrics_bind=Address(host="127.0.0.1", port=0),
         tokens={},
     )
-    metrics = observation.Metrics(CollectorRegistry())
-    app = create_app(cast("AsyncOrderReader", None), settings, metrics, make_id=str)
-    [without] = re.findall(r'uri_template or "(\w+)"', inspect.getsource(observation.Observation))
-    return {route.path for route in falcon.inspect.inspect_routes(app)} | {without}
+    counts, reader = metrics.Metrics(ROUTES), cast("AsyncOrderReader", None)
+    apps = create_app(reader, settings, counts, make_id=str), create_metrics_app(reader, counts, make_id=str)
+    return {route.path for app in apps for route in falcon.inspect.inspect_routes(app)} | {
+        metrics.UNMATCHED,
+        metrics.UNREADABLE,
+    }
 
 
 #: The values that a label can have, of those whose values are known.

@@ -1,0 +1,301 @@
+"""Whatever a client sends, the application answers as promised: no server error, no answer without its headers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+from collections.abc import Callable, Iterator
+from http import HTTPMethod
+from typing import Any, cast
+
+import attrs
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from prometheus_client import generate_latest
+
+import orderlib
+from orderlib.config import Address, ApiSettings
+from orderlib.repository import AsyncOrderReader
+from orderlib.testing import SAMPLE, MemoryOrderRepository
+from services.api.app import METRICS_ROUTE, ROUTES, Api, create_app
+from services.api.metrics import Metrics
+from services.api.observation import SECURITY_HEADERS
+from services.api.pages import Pages
+
+ORDER = orderlib.decode_order(SAMPLE)
+ETAG = f'"{orderlib.content_sha256(ORDER).hex()}"'
+TOKEN = "t0ken"
+OPEN = {"/livez", "/readyz", "/openapi.json"}
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@attrs.frozen
+class Reader:
+    """The repository in memory, for asyncio."""
+
+    repository: MemoryOrderRepository
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        async def read(*args: Any, **kwargs: Any) -> Any:
+            return None if name == "check" else getattr(self.repository, name)(*args, **kwargs)
+
+        return read
+
+
+class Kept(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@attrs.frozen
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+@attrs.define
+class Application:
+    """The API in this process, with what it logs."""
+
+    app: Api
+    metrics: Metrics
+    logged: list[logging.LogRecord]
+
+    def ask(self, path: str = "/", query: bytes = b"", headers: Headers | None = None, method: str = "GET") -> Answer:
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": path,
+            "raw_path": b"",
+            "query_string": query,
+            "root_path": "",
+            "headers": [(b"host", b"localhost"), *(headers or [])],
+            "server": ("127.0.0.1", 80),
+            "client": ("127.0.0.1", 1),
+        }
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.Event().wait()  # a body that never comes
+            raise AssertionError
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        asyncio.run(asyncio.wait_for(self.app(scope, receive, send), 5))
+        start, *bodies = sent
+        given = {name.decode(): value.decode() for name, value in start["headers"]}
+        return Answer(start["status"], given, b"".join(body.get("body", b"") for body in bodies))
+
+    def counted(self) -> float:
+        lines = generate_latest(self.metrics.registry).decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("orders_http_requests_total{"))
+
+
+@pytest.fixture(scope="module")
+def application() -> Iterator[Application]:
+    repository = MemoryOrderRepository()
+    repository.save_many([ORDER, attrs.evolve(ORDER, order_uid="other")])
+    address = Address(host="127.0.0.1", port=0)
+    settings = ApiSettings(reader_url="", bind=address, metrics_bind=address, tokens={"test": TOKEN})
+    metrics = Metrics([*ROUTES, METRICS_ROUTE])
+    app = create_app(cast("AsyncOrderReader", Reader(repository)), settings, metrics, make_id=lambda: "made")
+    handler = Kept()
+    log = logging.getLogger("orderlib")
+    log.addHandler(handler)
+    level = log.level
+    log.setLevel(logging.INFO)
+    yield Application(app, metrics, handler.records)
+    log.setLevel(level)
+    log.removeHandler(handler)
+
+
+def assert_promised(application: Application, **request: Any) -> Answer:
+    """Ask, and check what holds for every answer."""
+    application.logged.clear()
+    before = application.counted()
+    answer = application.ask(**request)
+    assert answer.status < 500, answer
+    assert {name.lower(): value for name, value in SECURITY_HEADERS.items()}.items() <= answer.headers.items()
+    assert answer.headers["x-request-id"]
+    [line] = application.logged
+    fields = line.fields  # type: ignore[attr-defined]
+    assert (line.getMessage(), fields["status"]) == ("request", answer.status)
+    assert fields["request_id"] == answer.headers["x-request-id"]
+    assert application.counted() == before + 1
+    if answer.status >= 400 and request.get("method") != "HEAD":
+        assert answer.headers["cache-control"] == "no-store"
+        kind = answer.headers["content-type"]
+        assert kind.startswith(("application/problem+json", "text/html"))
+        if not kind.startswith("text/html"):
+            assert (
+                json.loads(answer.body).items() >= {"status": answer.status, "request_id": fields["request_id"]}.items()
+            )
+    return answer
+
+
+PATHS = st.sampled_from(
+    ["/", "/orders", f"/orders/{ORDER.order_uid}", "/orders/nobody", "/static/style.css", "/nowhere", *sorted(OPEN)]
+)
+METHODS = st.sampled_from([*map(str, HTTPMethod), "BREW", "WEBSOCKET", "websocket", "get"])
+NAMES = st.sampled_from(
+    [
+        *(b"accept", b"authorization", b"if-none-match", b"if-match", b"x-request-id", b"cookie", b"range", b"host"),
+        *(b"if-modified-since", b"content-length", b"content-type", b"transfer-encoding", b"expect", b"forwarded"),
+        *(b"x-forwarded-for", b"x-forwarded-host", b"connection", b"upgrade", b"origin", b"te", b"accept-charset"),
+    ]
+)
+BYTES = st.binary(max_size=60).map(lambda value: value.replace(b"\r", b"").replace(b"\n", b"").replace(b"\0", b""))
+PIECES = st.sampled_from(
+    [
+        *(b"text/html", b"application/json", b"*/*", b"*", b"/", b"text/", b"foo", b"image/png", b"q", b"q=", b"q=1"),
+        *(b"q=nan", b"q=-1", b"q=1e9", b"q=\xb2", b"0.5", b";", b",", b"=", b'"', b"\\", b" ", b"\t", b"W/", b"W"),
+        *(ETAG.encode(), b'"a,b"', b"Bearer", b"Basic", TOKEN.encode(), base64.b64encode(b":" + TOKEN.encode())),
+        *(b"\xe9", b"\xff", b"bytes=0-", b"bytes=-1,x", b"localhost", b":", b"[", b"]", b"-1", b"1_0", b"a" * 3000),
+    ]
+)
+VALUES = BYTES | st.lists(PIECES, max_size=8).map(b"".join)
+HEADERS = st.lists(st.tuples(NAMES, VALUES), max_size=4)
+QUERIES = BYTES | st.lists(
+    st.sampled_from(
+        [
+            *(b"limit=", b"cursor=", b"newer_than=", b"customer_id=", b"track_number=", b"format=", b"q=", b"v=", b"x"),
+            *(b"1", b"json", b"&", b"=", b"%", b"%00", b"%ff", b"%C3%A9", b"\xe9", b"+", b"a", b";", b"%25"),
+        ]
+    ),
+    max_size=7,
+).map(b"".join)
+
+
+@given(path=PATHS, query=QUERIES, headers=HEADERS, method=METHODS)
+@example(path="/orders", query=b"", headers=[(b"accept", b"foo")], method="GET")
+@example(path="/orders", query=b"", headers=[(b"accept", b",")], method="GET")
+@example(path="/orders", query=b"customer_id=\xff", headers=[], method="GET")
+@example(path="/orders", query=b"", headers=[], method="WEBSOCKET")
+@example(path="/orders", query=b"", headers=[(b"authorization", b"Basic \xe9")], method="GET")
+def test_without_a_token_every_request_is_answered_with_401(
+    application: Application, path: str, query: bytes, headers: Headers, method: str
+) -> None:
+    if any(TOKEN.encode() in value or base64.b64encode(b":" + TOKEN.encode()) in value for _, value in headers):
+        headers = []
+    answer = assert_promised(application, path=path, query=query, headers=headers, method=method)
+    if path not in OPEN:
+        assert answer.status == 401
+
+
+@given(path=PATHS, query=QUERIES, headers=HEADERS, method=METHODS)
+@example(path="/orders", query=b"", headers=[(b"accept", b"foo")], method="GET")
+@example(path="/", query=b"q=%00", headers=[(b"accept", b"text/html")], method="GET")
+@example(path="/orders", query=b"", headers=[(b"content-length", b"x")], method="POST")
+def test_with_a_token_no_request_is_an_error_of_the_server(
+    application: Application, path: str, query: bytes, headers: Headers, method: str
+) -> None:
+    known = (b"authorization", b"Bearer " + TOKEN.encode())
+    others = [(name, value) for name, value in headers if name != b"authorization"]
+    assert_promised(application, path=path, query=query, headers=[known, *others], method=method)
+
+
+def with_token(*headers: tuple[bytes, bytes]) -> Headers:
+    return [(b"authorization", b"Bearer " + TOKEN.encode()), *headers]
+
+
+@pytest.mark.parametrize(
+    ("accept", "status", "kind"),
+    [
+        (b"foo", 406, "application/problem+json"),
+        (b",", 406, "application/problem+json"),
+        (b"text/html;q=much", 406, "application/problem+json"),
+        (b"foo, text/html", 200, "text/html; charset=utf-8"),
+        (b",application/json,", 200, "application/json"),
+        (b"", 200, "application/json"),
+        (b"a/b," * 100_000, 406, "application/problem+json"),
+    ],
+)
+def test_unreadable_media_ranges_are_disregarded(
+    application: Application, accept: bytes, status: int, kind: str
+) -> None:
+    answer = assert_promised(application, path="/orders", headers=with_token((b"accept", accept)))
+    assert (answer.status, answer.headers["content-type"]) == (status, kind)
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "named"),
+    [
+        ("/", "custmer=a", "custmer"),
+        ("/", "q=a&q=b", "q"),
+        ("/", "limit=1", "limit"),
+        (f"/orders/{ORDER.order_uid}", "limit=1", "limit"),
+        (f"/orders/{ORDER.order_uid}", "format=xml", "format"),
+        (f"/orders/{ORDER.order_uid}", "format=json&format=json", "format"),
+        ("/orders", "format=", "format"),
+        ("/orders", "newer_than=nonsense", "newer_than"),
+        ("/orders", "customer_id=%ff", "query"),
+        ("/orders", "customer_id=a&x", "x"),
+        ("/openapi.json", "x=1", "x"),
+        ("/livez", "x=1", "x"),
+        ("/readyz", "x=1", "x"),
+        ("/static/style.css", "w=1", "w"),
+    ],
+)
+@pytest.mark.parametrize("accept", [b"application/json", b"text/html"])
+def test_no_parameter_is_ignored(application: Application, path: str, query: str, named: str, accept: bytes) -> None:
+    answer = assert_promised(application, path=path, query=query.encode(), headers=with_token((b"accept", accept)))
+    assert answer.status == 400
+    assert f"{named}: expected" in answer.body.decode()
+
+
+def test_the_way_back_is_for_pages_and_excludes_the_way_on(application: Application) -> None:
+    cursor = json.loads(application.ask("/orders", b"limit=1", with_token()).body)["next_cursor"]
+    page, as_json = with_token((b"accept", b"text/html")), with_token()
+    assert (
+        assert_promised(application, path="/orders", query=f"newer_than={cursor}".encode(), headers=page).status == 200
+    )
+    for query, headers in [
+        (f"newer_than={cursor}", as_json),
+        (f"newer_than={cursor}&cursor={cursor}", page),
+        (f"newer_than={cursor}&cursor={cursor}", as_json),
+    ]:
+        answer = assert_promised(application, path="/orders", query=query.encode(), headers=headers)
+        assert answer.status == 400
+        assert "newer_than: expected" in answer.body.decode()
+
+
+def test_a_fault_of_the_application_itself_is_a_problem_too(
+    application: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Falcon does not handle an exception of an error handler."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError(ORDER.delivery.name)
+
+    monkeypatch.setattr(Pages, "show", fail)
+    application.logged.clear()
+    before = application.counted()
+    answer = application.ask("/orders/nobody", headers=with_token((b"accept", b"text/html")))
+    assert (answer.status, answer.headers["content-type"]) == (500, "application/problem+json")
+    assert {name.lower(): value for name, value in SECURITY_HEADERS.items()}.items() <= answer.headers.items()
+    assert json.loads(answer.body)["request_id"] == answer.headers["x-request-id"] == "made"
+    assert [line.getMessage() for line in application.logged][-2:] == ["request_failed", "request"]
+    assert ORDER.delivery.name not in str([line.__dict__ for line in application.logged])
+    assert application.counted() == before + 1
+
+
+def test_every_route_has_its_own_counts(application: Application) -> None:
+    for route in ROUTES:
+        application.ask(route.format(order_uid="nobody", name="style.css"), headers=with_token())
+    text = generate_latest(application.metrics.registry).decode()
+    assert [route for route in ROUTES if f'route="{route}"' not in text] == []
