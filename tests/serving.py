@@ -173,8 +173,8 @@ def settings_for(reader_url: str, **more: str) -> dict[str, str]:
 
 
 @contextmanager
-def clients(api: Service, number: int, sent: bytes) -> Iterator[list[socket.socket]]:
-    """So many clients that connect, send this, and leave it at that."""
+def clients(api: Service, number: int, sent: bytes, *, answered: bool = False) -> Iterator[list[socket.socket]]:
+    """Connect a number of clients, send this from each, and do nothing more; perhaps wait for the answers."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 2 * number:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(2 * number, hard), hard))
@@ -183,4 +183,7 @@ def clients(api: Service, number: int, sent: bytes) -> Iterator[list[socket.sock
         for client in made:
             with suppress(ConnectionError):
                 client.sendall(sent)
+        for client in made if answered else ():
+            client.settimeout(20)
+            assert client.recv(1 << 20).startswith(b"HTTP/1.1 200")
         yield made

@@ -32,16 +32,20 @@ STOP_WITHIN_S = 8
 #: Connections that a worker keeps at once, fewer if it may not open so many files. The metrics have their own.
 MAX_CONNECTIONS = 4_000
 MAX_METRICS_CONNECTIONS = 100
-#: Files for everything else: PostgreSQL, listeners, and connections that asyncio accepted and we did not count yet.
+#: Files for everything else: PostgreSQL, listeners, and connections that are accepted and not counted yet, or closing.
 OTHER_FILES = 300
-#: Clients that may wait to be accepted.
-BACKLOG = 1024
+#: Clients that may wait to be accepted; the kernel's limit (net.core.somaxconn) is usually the same.
+BACKLOG = 4096
+#: Connections accepted in one turn of the event loop. A connection is counted two turns after it is accepted, and one
+#: that is closed keeps its file for another turn. All of them must fit into OTHER_FILES: without a free file, asyncio
+#: accepts nothing for a second.
+ACCEPT_AT_ONCE = 20
 
 #: What this module uses of gunicorn without being promised it.
 _PRIVATE = {
     gasgi: ("ASGIProtocol",),
     base: ("WorkerTmp",),
-    gasgi.ASGIWorker: ("_shutdown",),
+    gasgi.ASGIWorker: ("_setup_event_loop", "_shutdown"),
     ASGIProtocol: (
         *("_arm_keepalive_timer", "_cancel_keepalive_timer", "_close_transport", "_is_websocket_upgrade"),
         *("_keepalive_timeout", "_safe_write", "_send_error_response"),
@@ -96,10 +100,9 @@ class _Protocol(ASGIProtocol):  # type: ignore[misc]
         return float(self._keepalive_handle.when()) - (HEAD_WITHIN_S if self.req_count <= 1 else self._keepalive)
 
     def give_up(self) -> None:
-        """Close, to make room for others."""
-        if self._unread is None:
-            self._keepalive_timeout()
-        else:
+        """Close at once, to make room for others; what the client did not take is lost."""
+        self._keepalive_timeout()
+        if self.transport.get_write_buffer_size():
             self.transport.abort()
 
     def _is_websocket_upgrade(self, request: object) -> bool:  # noqa: ARG002 - gunicorn's signature
@@ -142,9 +145,13 @@ class _Connections(set[_Protocol]):
         super().add(protocol)
         if len(self) <= self.limit:
             return
-        waiting = [(since, id(other), other) for other in self if (since := other.waiting_since()) is not None]
-        # Several at once: during a flood, every new connection comes here.
-        for _, _, other in sorted(waiting)[: 1 + self.limit // 50]:
+        waiting = [
+            (since, id(other), other)
+            for other in self
+            if other is not protocol and (since := other.waiting_since()) is not None
+        ]
+        # Several at once: during a flood, every new connection comes here. If all others wait for us, the new one goes.
+        for _, _, other in sorted(waiting)[: 1 + self.limit // 50] or [(0.0, 0, protocol)]:
             self.discard(other)
             other.give_up()
 
@@ -178,6 +185,14 @@ class _Heartbeat:
         self._memory.close()
 
 
+class _EventLoop(asyncio.SelectorEventLoop):
+    """asyncio's event loop, which accepts fewer connections at once."""
+
+    async def create_server(self, *args: Any, **options: Any) -> asyncio.Server:
+        """Listen; asyncio accepts as many connections in one turn as its backlog says."""
+        return await super().create_server(*args, **options, backlog=ACCEPT_AT_ONCE)
+
+
 class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
     """gunicorn's asgi worker, speaking our protocol."""
 
@@ -188,6 +203,10 @@ class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
         self._metrics_connections = _Connections(MAX_METRICS_CONNECTIONS)
         super().init_process()
 
+    def _setup_event_loop(self) -> None:
+        self.loop = _EventLoop()
+        asyncio.set_event_loop(self.loop)
+
     def connections_of(self, transport: asyncio.Transport) -> _Connections:
         """Return the connections of the address that this one came to."""
         is_for_metrics = transport.get_extra_info("sockname")[1] == self.app.metrics_port
@@ -197,7 +216,7 @@ class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
         """Tell the master, once a second, that we are alive."""
         super().notify()
         for listener in self.sockets:
-            # asyncio listens with a shorter queue, in which a flood would delay others by a second.
+            # asyncio listens with a shorter queue. A client that finds it full is delayed by a second.
             listener.sock.listen(BACKLOG)
 
     async def _shutdown(self) -> None:
@@ -252,7 +271,6 @@ class Server(BaseApplication):  # type: ignore[misc]
             "bind": self._binds,
             "worker_class": _Worker,
             "keepalive": self._keepalive_s,
-            "asgi_loop": "asyncio",
             "graceful_timeout": STOP_WITHIN_S,
             "logger_class": _Log,
             "control_socket_disable": True,

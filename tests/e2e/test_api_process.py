@@ -174,7 +174,7 @@ def assert_served(api: Service) -> None:
 
 @pytest.mark.parametrize("sent", [b"", HALF_A_REQUEST, ANSWERED])
 def test_two_thousand_idle_connections_lock_nobody_out(api: Service, sent: bytes) -> None:
-    with clients(api, 2_000, sent):
+    with clients(api, 2_000, sent, answered=sent is ANSWERED):
         assert_served(api)
     assert eventually(lambda: api.connections() == 0, 10)
 
@@ -187,8 +187,8 @@ def test_at_its_limit_it_closes_the_connections_that_were_idle_longest(mortal: S
     assert eventually(lambda: bool(mortal.workers()) and not set(mortal.workers()) & set(before), 10)
     used = http.client.HTTPConnection(mortal.address, timeout=20)
     for _ in range(2):
-        with clients(mortal, 600, ANSWERED):
-            # One that is used all the time is never the one that is closed.
+        with clients(mortal, 600, ANSWERED, answered=True):
+            # 600 others have been idle for longer than this one.
             used.request("GET", PATH)
             assert used.getresponse().read() == orderlib.encode_order(SAMPLE)
             with clients(mortal, 600, b""):
@@ -196,6 +196,7 @@ def test_at_its_limit_it_closes_the_connections_that_were_idle_longest(mortal: S
                 assert files // 2 < mortal.connections() < files
                 used.request("GET", PATH)
                 assert used.getresponse().read() == orderlib.encode_order(SAMPLE)
+        assert eventually(lambda: mortal.connections() == 1, 10)
     used.close()
     assert [told for told in mortal.events() if told["level"] == "error"] == []
 
