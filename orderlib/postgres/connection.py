@@ -53,7 +53,7 @@ def connection_arguments(url: str, application_name: str) -> dict[str, str | int
     """What psycopg needs to connect. Raises BrokenSetup for a URL that is none; it quotes no password."""
     try:
         given = conninfo_to_dict(url)
-    except psycopg.Error:
+    except (psycopg.Error, UnicodeEncodeError):
         raise BrokenSetup(f"the database URL is not one that PostgreSQL's libpq takes: {_ENCODE}") from None
     if "://" in url[:16] and url.startswith("postgres"):
         if not _PLAIN_URL.fullmatch(url):

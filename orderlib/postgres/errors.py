@@ -28,6 +28,9 @@ _LIBPQ_SETUP = {
     r"invalid (integer value|port number|\w+ value|connection option)": "the database URL has an {}",
     r"bad value for \w+": "the database URL has a {}",
     r"could not match \d+ (port numbers|host names|hostaddr values)": "the database URL has lists of different lengths",
+    r"(definition of service|service file) .* not found|syntax error in service file|nested service specifications": (
+        "the service (PGSERVICE, or service= in the database URL) is not defined, or its file cannot be read"
+    ),
     # TLS
     r"server does not support SSL": "sslmode requires TLS, and the server does not offer it",
     r"certificate verify failed": "the server's TLS certificate could not be verified (sslrootcert, or it has expired)",

@@ -200,6 +200,9 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
         "file",
     )
     options = parser.parse_args(arguments)
+    for name in ("file", "manifest"):
+        if getattr(options, name) == "":
+            parser.error(f"--{name} is empty")
     if options.file is not None:
         for name in ("count", "seed", "bad_rate"):
             if getattr(options, name) is not None:

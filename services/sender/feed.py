@@ -12,6 +12,9 @@ from orderlib.errors import BrokenSetup, Refused
 
 _READ_BYTES = 1024 * 1024
 
+#: The largest ``message.max.bytes`` that librdkafka takes.
+MAX_LINE_BYTES = 1_000_000_000
+
 #: How many lines that are not orders are named; the others are counted.
 MAX_NAMED = 100
 
@@ -22,9 +25,11 @@ CATCH_UP_S = 1.0
 def lines(file: int, idle_s: float) -> Iterator[bytes | None]:
     r"""The lines of an open file as they are, without their ``\n``; ``None`` whenever nothing came for ``idle_s``.
 
-    The last line may lack its ``\n``. Nothing else ends a line, and an empty line is a line.
+    The last line may lack its ``\n``. Nothing else ends a line, and an empty line is a line. ``None`` comes also with
+    each part of a long line, so that the caller can stop. Raises BrokenSetup for a line that no record can hold.
     """
-    rest = b""
+    parts: list[bytes] = []
+    length = 0
     while True:
         if not select.select([file], [], [], idle_s)[0]:
             yield None
@@ -32,10 +37,20 @@ def lines(file: int, idle_s: float) -> Iterator[bytes | None]:
         read = os.read(file, _READ_BYTES)
         if not read:
             break
-        *whole, rest = (rest + read).split(b"\n")
-        yield from whole
-    if rest:
-        yield rest
+        first, *others = read.split(b"\n")
+        parts.append(first)
+        length += len(first)
+        if length > MAX_LINE_BYTES:
+            raise BrokenSetup(f"a line of the input is longer than {MAX_LINE_BYTES:,} bytes, the most of any record")
+        if others:
+            yield b"".join(parts)
+            *whole, rest = others
+            yield from whole
+            parts, length = [rest], len(rest)
+        else:
+            yield None
+    if length:
+        yield b"".join(parts)
 
 
 class Pace:

@@ -7,6 +7,7 @@ import inspect
 import random
 import string
 import urllib.parse
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -257,3 +258,22 @@ def test_a_url_that_can_be_read_in_two_ways_is_refused_with_advice(url: str) -> 
         connect(url, application_name="tests")
     assert "SECRET" not in str(raised.value)
     assert "TAIL" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [None, "[other]\nhost=127.0.0.1\n", "[orders]\nnonsense\n"])
+def test_a_service_that_is_not_defined_is_a_configuration_error(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "pg_service.conf"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setenv("PGSERVICEFILE", str(file))
+    with pytest.raises(BrokenSetup, match="PGSERVICE"):
+        connect("service=orders", application_name="tests")
+
+
+def test_a_password_that_is_not_utf_8_is_a_configuration_error_without_the_password() -> None:
+    with pytest.raises(BrokenSetup, match="the database URL") as caught:
+        connect("postgresql://orders:s3cret\udcff@127.0.0.1:1/orders", application_name="tests")
+    assert "s3cret" not in str(caught.value)
+    assert caught.value.__suppress_context__

@@ -181,7 +181,7 @@ def lines_of() -> Iterator[Callable[[bytes], list[bytes | None]]]:
 def test_lines_end_with_a_newline_and_nothing_else(
     lines_of: Callable[[bytes], list[bytes | None]], content: bytes, expected: list[bytes]
 ) -> None:
-    assert lines_of(content) == expected
+    assert [line for line in lines_of(content) if line is not None] == expected
 
 
 def test_waiting_for_a_line_gives_control_back() -> None:
@@ -195,6 +195,17 @@ def test_waiting_for_a_line_gives_control_back() -> None:
     os.close(writing)
     assert list(found) == [b"rest"]
     os.close(reading)
+
+
+def test_a_line_that_does_not_end_gives_control_back_and_is_refused_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.sender.feed.MAX_LINE_BYTES", 3_000_000)
+    with Path("/dev/zero").open("rb") as file:
+        found = lines(file.fileno(), idle_s=1)
+        assert next(found) is None
+        with pytest.raises(BrokenSetup, match="longer than 3,000,000 bytes"):
+            list(found)
 
 
 def turns(pace: Pace, now_s: float, until_s: float, step_s: float) -> list[float]:
@@ -242,6 +253,8 @@ def test_without_a_rate_it_is_always_the_next_s_turn() -> None:
         "--file - --bad-rate 0",
         "--any",
         "--manifest -",
+        "--manifest=",
+        "--file=",
         "--fast",
         "orders.json",
     ],
