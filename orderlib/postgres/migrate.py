@@ -438,8 +438,12 @@ def _not_found(role: str, search_path: str, schema: str, *, is_usable: bool) -> 
         )
     return BrokenSetup(
         f"the tables are in schema {schema}, but the search_path of role {role} is {search_path}: "
-        f"run ALTER ROLE {role} SET search_path = {schema}, or set it in the URL's options"
+        f"run ALTER ROLE {_quoted(role)} SET search_path = {_quoted(schema)}, or set it in the URL's options"
     )
+
+
+def _quoted(name: str) -> str:
+    return sql.Identifier(name).as_string()
 
 
 def check_rights(connection: Connection, rights: Sequence[tuple[str, str]]) -> None:

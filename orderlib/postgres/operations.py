@@ -12,6 +12,7 @@ from orderlib import queries
 from orderlib.errors import BrokenSetup
 from orderlib.postgres.connection import Connection
 from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.migrate import check_schema
 
 
 @attrs.frozen(kw_only=True)
@@ -29,10 +30,11 @@ class StoredOffset:
 
 @contextmanager
 def as_owner(connection: Connection) -> Iterator[None]:
-    """One transaction in which the migrator has the owner's rights."""
+    """Run one transaction in which the migrator has the owner's rights. Raises BrokenSetup without a usable schema."""
     with translated_errors(connection), connection.transaction():
         connection.execute(queries.BECOME_OWNER)
         connection.execute(queries.LIMIT_LOCK_WAIT)
+        check_schema(connection)
         yield
 
 

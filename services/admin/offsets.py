@@ -23,7 +23,7 @@ from orderlib.postgres.operations import (
 from orderlib.program import EXIT_DONE, EXIT_FAILED
 from services.admin.log import Log
 from services.admin.output import add_json_option, add_yes_option, agreed, show
-from services.admin.schema import APPLICATION_NAME, Commands
+from services.admin.schema import APPLICATION_NAME, Commands, connected
 from services.kafka import ANSWER_S
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
@@ -99,7 +99,7 @@ def _timestamp_ms(moment: dt.datetime) -> int:
 
 
 def _stored(environ: Mapping[str, str], url_name: str) -> list[StoredOffset]:
-    with connect(database_url(environ, url_name), application_name=APPLICATION_NAME) as connection:
+    with connected(environ, url_name) as connection:
         return stored_offsets(connection)
 
 

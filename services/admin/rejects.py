@@ -30,7 +30,7 @@ from services.admin.output import (
     show,
     tell,
 )
-from services.admin.schema import APPLICATION_NAME, Commands
+from services.admin.schema import APPLICATION_NAME, Commands, connected
 
 CODES = [refusal.code for refusal in (MalformedJson, InvalidOrder, TooLarge, RefusedByDatabase)]
 
@@ -102,7 +102,7 @@ def _age(text: str) -> dt.timedelta:
 
 
 def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    with connect(database_url(environ, "ORDERS_DATABASE_URL"), application_name=APPLICATION_NAME) as connection:
+    with connected(environ, "ORDERS_DATABASE_URL") as connection:
         found = list_rejects(connection, code=options.code, waiting=options.waiting, limit=options.limit)
     rows = [
         {
@@ -122,7 +122,7 @@ def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _show(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    with connect(database_url(environ, "ORDERS_DATABASE_URL"), application_name=APPLICATION_NAME) as connection:
+    with connected(environ, "ORDERS_DATABASE_URL") as connection:
         for reject in get_reject(connection, options.place):
             plain = {**reject, "key": _bytes(reject["key"]), "value": _bytes(reject["value"])}
             print(printable(json.dumps(plain, indent=2, ensure_ascii=False, default=lambda value: value.isoformat())))
@@ -142,7 +142,7 @@ def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     rule = functools.partial(judge, max_bytes=max_record_bytes(environ))
     outcomes: Counter[Outcome] = Counter()
     progress = Progress("rejects redriven")
-    with connect(database_url(environ, "ORDERS_DATABASE_URL"), application_name=APPLICATION_NAME) as connection:
+    with connected(environ, "ORDERS_DATABASE_URL") as connection:
         if options.place is not None:
             get_reject(connection, options.place)
         for some in redrive(connection, rule, code=options.code, place=options.place):

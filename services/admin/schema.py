@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeAlias
 
 from orderlib.config import database_url
-from orderlib.postgres.connection import connect
-from orderlib.postgres.migrate import LATEST_MIGRATION, bootstrap, migrate, role_of
+from orderlib.postgres.connection import Connection, connect
+from orderlib.postgres.migrate import LATEST_MIGRATION, bootstrap, check_schema, migrate, role_of
 from orderlib.program import EXIT_DONE
 
 APPLICATION_NAME = "orderlib-admin"
@@ -40,6 +41,14 @@ def add_commands(commands: Commands) -> None:
         "Idempotent, and safe to run concurrently. Waits up to a minute for a lock and names who holds it.",
     )
     parser.set_defaults(command=_migrate)
+
+
+@contextmanager
+def connected(environ: Mapping[str, str], url_name: str) -> Iterator[Connection]:
+    """Connect to a database whose schema suits this program. Raises BrokenSetup for any other."""
+    with connect(database_url(environ, url_name), application_name=APPLICATION_NAME) as connection:
+        check_schema(connection)
+        yield connection
 
 
 def _bootstrap(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
