@@ -245,8 +245,10 @@ COPY rejects (
 #: The last migration that was applied.
 SCHEMA_NUMBER: LiteralString = "SELECT max(number) FROM schema_migrations"
 #: Whether the session finds the tables; if not, another schema that has them and whether the role may use that schema.
+#: The role is the one to correct: SET ROLE changes rights, but the search_path stays that of the login role.
 SCHEMA_LOCATION: LiteralString = """
-SELECT to_regclass('schema_migrations') IS NOT NULL, current_user::text, current_setting('search_path'),
+SELECT to_regclass('schema_migrations') IS NOT NULL,
+       (CASE WHEN elsewhere.is_usable THEN session_user ELSE current_user END)::text, current_setting('search_path'),
        elsewhere.schema, elsewhere.is_usable
 FROM (VALUES (true)) AS one_row LEFT JOIN LATERAL (
     SELECT n.nspname::text AS schema, has_schema_privilege(n.oid, 'USAGE') AS is_usable
@@ -304,7 +306,7 @@ GROUP BY 1, 2 ORDER BY 1, 2
 """
 TABLES_OF_OWNER: LiteralString = """
 SELECT relname::text FROM pg_class
-WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'p')
+WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'p', 'v')
   AND pg_get_userbyid(relowner) = 'orders_owner'
 """
 REVOKE_ALL: LiteralString = "REVOKE ALL ON {table} FROM {role} CASCADE"

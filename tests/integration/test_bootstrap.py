@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import attrs
 import psycopg
 import pytest
+from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from orderlib import BrokenSetup, StoreUnreachable, decode_order
+from orderlib import BrokenSetup, StoreUnreachable, decode_order, queries
 from orderlib.ingest import Arrival
 from orderlib.postgres import migrate as migrations
 from orderlib.postgres.connection import connect
@@ -173,6 +178,85 @@ def test_migrate_names_who_holds_its_lock_and_gives_up(
             migrate(migrator, on_message=messages.append)
     [message] = messages
     assert "application 'holder'" in message
+
+
+def test_a_reader_with_every_lock_that_it_may_take_does_not_delay_migrate(
+    empty_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connect(empty_database.superuser_url, application_name="tests") as administrator:
+        bootstrap(administrator, role_passwords(empty_database))
+    every = migrations._migrations()
+    with (
+        monkeypatch.context() as first_only,
+        connect(empty_database.migrator_url, application_name="tests") as migrator,
+    ):
+        first_only.setattr(migrations, "_migrations", lambda: dict(list(every.items())[:2]))
+        migrate(migrator)
+    monkeypatch.setattr(migrations, "LOCK_WITHIN_S", 3.0)
+    with psycopg.connect(make_conninfo(empty_database.reader_url, application_name="report")) as reader:
+        for mode in lock_modes_of_the_reader(reader):
+            reader.execute(f"LOCK TABLE schema_migrations, orders, delivery, payment, items IN {mode} MODE".encode())
+        reader.execute("SELECT * FROM consumer_offsets, orders, items, schema_migrations")
+        reader.execute("SELECT pg_advisory_xact_lock(key) FROM generate_series(-100, 100) AS key")
+        reader.execute("SELECT pg_advisory_xact_lock(oid::bigint) FROM pg_class WHERE oid >= 16384")
+        messages: list[str] = []
+        with connect(empty_database.migrator_url, application_name="tests") as migrator:
+            assert migrate(migrator, on_message=messages.append) == len(every) - 2
+        with connect(empty_database.superuser_url, application_name="tests") as administrator:
+            bootstrap(administrator, role_passwords(empty_database))
+        assert messages == []
+
+        # A later migration may change a table that is being read. It gives up and names the reader.
+        change = "LOCK TABLE orders IN ACCESS EXCLUSIVE MODE"
+        monkeypatch.setattr(queries, "LOCK_SCHEMA", change)
+        named = rf"held by pid {reader.info.backend_pid} \(role orders_reader, application 'report'\); nothing was"
+        began_s = time.monotonic()
+        with (
+            connect(empty_database.migrator_url, application_name="tests") as migrator,
+            pytest.raises(StoreUnreachable, match=named),
+        ):
+            migrate(migrator)
+        # PostgreSQL ends each wait, so this is bounded.
+        assert time.monotonic() - began_s < 30
+
+
+def lock_modes_of_the_reader(reader: psycopg.Connection) -> list[str]:
+    """Return the modes of LOCK TABLE that the reader's rights allow."""
+    allowed = []
+    for mode in ("ACCESS SHARE", "ROW SHARE", "ROW EXCLUSIVE", "SHARE", "SHARE ROW EXCLUSIVE", "ACCESS EXCLUSIVE"):
+        with contextlib.suppress(psycopg.errors.InsufficientPrivilege), reader.transaction(force_rollback=True):
+            reader.execute(f"LOCK TABLE schema_migrations IN {mode} MODE".encode())
+            allowed.append(mode)
+    assert allowed == ["ACCESS SHARE"]
+    return allowed
+
+
+def test_databases_of_one_server_can_be_set_up_at_once(server: PostgresServer) -> None:
+    """Roles belong to the server. A database's name may need quotes."""
+    names = ["orders", "Orders 2", 'with "quotes"', "per%cent"]
+    with psycopg.connect(server.superuser_url, autocommit=True) as superuser:
+        for name in names[1:]:
+            superuser.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    one = database_of(server, server.superuser_url)
+    databases = [
+        Database(**{field: make_conninfo(url, dbname=name) for field, url in attrs.asdict(one).items()})
+        for name in names
+    ]
+    barrier = threading.Barrier(len(databases))
+
+    def start(database: Database) -> BootstrapResult:
+        barrier.wait()
+        return set_up(database)
+
+    with ThreadPoolExecutor(len(databases)) as threads:
+        assert [result.remaining for result in threads.map(start, databases)] == [()] * len(databases)
+    order = decode_order(SAMPLE)
+    for database in databases:
+        assert set_up(database).corrected == ()
+        with PostgresOrderRepository.connect(database.writer_url) as writer:
+            writer.save_many([order])
+        with PostgresOrderRepository.connect(database.reader_url) as reader:
+            assert reader.get(order.order_uid) == order
 
 
 @pytest.mark.parametrize("may_use", [True, False])

@@ -10,7 +10,7 @@ import pytest
 from psycopg import sql
 
 from orderlib.postgres.connection import connect
-from orderlib.postgres.migrate import bootstrap, migrate
+from orderlib.postgres.migrate import OWNER, RIGHTS, bootstrap, migrate
 from tests.conftest import ROOT, Database, role_passwords
 
 DOCUMENT = (ROOT / "docs" / "run-in-production.md").read_text(encoding="utf-8")
@@ -73,6 +73,27 @@ def granted_matrix(connection: psycopg.Connection) -> Matrix:
 def test_the_whole_matrix_of_roles_tables_and_rights_is_the_written_one(database: Database) -> None:
     with psycopg.connect(database.superuser_url) as connection:
         assert granted_matrix(connection) == written_matrix()
+
+
+def test_the_rights_that_migrate_restores_are_the_written_ones() -> None:
+    restored = {
+        (table, role): set().union(*(rights(text) for text in texts))
+        for table, roles in RIGHTS.items()
+        for role, texts in roles.items()
+    }
+    for (table, role), written in written_matrix().items():
+        assert restored.get((table, role), {"owns"} if role == OWNER else set()) == written, (table, role)
+    assert {table for table, _ in restored} == {table for table, _ in written_matrix()}
+
+
+def test_migrate_restores_every_right_that_was_revoked_or_added(database: Database) -> None:
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        for table in RIGHTS:
+            superuser.execute(f"REVOKE ALL ON {table} FROM orders_writer".encode())
+            superuser.execute(f"GRANT ALL ON {table} TO orders_reader, orders_migrator, PUBLIC".encode())
+        with connect(database.migrator_url, application_name="tests") as migrator:
+            migrate(migrator)
+        assert granted_matrix(superuser) == written_matrix()
 
 
 def test_the_written_table_has_every_role_and_grants_something_on_every_table() -> None:
