@@ -42,7 +42,13 @@ _NEEDS: Mapping[str, set[str]] = {
         "ORDERS_MAX_RECORD_BYTES",
         "ORDERS_METRICS_BIND",
     },
-    "api": {"ORDERS_API_AUTH", "ORDERS_API_BIND", "ORDERS_METRICS_BIND", "ORDERS_READER_URL"},
+    "api": {
+        "ORDERS_API_AUTH",
+        "ORDERS_API_BIND",
+        "ORDERS_API_KEEPALIVE_S",
+        "ORDERS_METRICS_BIND",
+        "ORDERS_READER_URL",
+    },
     "sender": _KAFKA,
 }
 
