@@ -7,6 +7,7 @@ stopped itself, 2 usage, configuration or set-up.
 from __future__ import annotations
 
 import datetime as dt
+import io
 import logging
 import os
 import sys
@@ -54,6 +55,7 @@ class _Lines(logging.Formatter):
 
 def set_up_logging(stream: TextIO | None = None, level: int = logging.INFO) -> None:
     """Send our events, and warnings of the libraries, to a stream (stderr)."""
+    _set_up_streams()
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Lines(for_person=stream.isatty()))
@@ -61,6 +63,16 @@ def set_up_logging(stream: TextIO | None = None, level: int = logging.INFO) -> N
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     log.setLevel(level)
+
+
+def _set_up_streams() -> None:
+    """Write UTF-8 in every locale, and to nowhere where the caller closed stdout or stderr (Python has None there)."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115  a device; never closed
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def run(main: Callable[[], int]) -> int:

@@ -6,6 +6,7 @@ import datetime as dt
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -179,3 +180,36 @@ def test_a_reader_that_has_had_enough_is_no_traceback() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(10) == 1
+
+
+@pytest.mark.parametrize("closed", ["", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_failure(closed: str) -> None:
+    code = (
+        "import sys; from orderlib.program import *; set_up_logging(); "
+        "sys.exit(run(lambda: print('out') or event('told') or 7))"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == 7
+    assert "Traceback" not in done.stderr
+
+
+def test_output_is_utf_8_in_every_locale() -> None:
+    code = (
+        "from orderlib.program import *; set_up_logging(); "
+        "run(lambda: print('\\u0437\\xe7', '\\ud800') or event('told', topic='\\u0437') or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
+        check=False,
+    )
+    assert done.stdout.decode() == "\u0437\xe7 \\ud800\n"
+    assert '"topic":"\u0437"' in done.stderr.decode()
