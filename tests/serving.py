@@ -185,5 +185,6 @@ def clients(api: Service, number: int, sent: bytes, *, answered: bool = False) -
                 client.sendall(sent)
         for client in made if answered else ():
             client.settimeout(20)
-            assert client.recv(1 << 20).startswith(b"HTTP/1.1 200")
+            answer = client.recv(1 << 20)
+            assert answer.startswith(b"HTTP/1.1 200"), answer
         yield made
