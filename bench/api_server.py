@@ -52,11 +52,11 @@ class FourQueries(AsyncPostgresOrderReader):
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self._url = url
-        self._pool: AsyncConnectionPool[psycopg.AsyncConnection[Row]] | None = None
+        self._driver_pool: AsyncConnectionPool[psycopg.AsyncConnection[Row]] | None = None
 
     async def get(self, order_uid: str) -> Order:  # noqa: D102
-        if self._pool is None:
-            self._pool = AsyncConnectionPool(
+        if self._driver_pool is None:
+            self._driver_pool = AsyncConnectionPool(
                 self._url,
                 min_size=8,
                 max_size=8,
@@ -64,8 +64,8 @@ class FourQueries(AsyncPostgresOrderReader):
                 kwargs={"autocommit": True},
                 connection_class=psycopg.AsyncConnection[Row],
             )
-            await self._pool.open(wait=True)
-        async with self._pool.connection() as connection:
+            await self._driver_pool.open(wait=True)
+        async with self._driver_pool.connection() as connection:
             answers = []
             for statement in FOUR:
                 cursor = psycopg.AsyncRawCursor(connection)

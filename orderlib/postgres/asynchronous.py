@@ -4,87 +4,85 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self, TypeVar
 
-import psycopg
-from psycopg import sql, waiting
+from psycopg import waiting
 from psycopg.abc import PQGen
-from psycopg.pq import TransactionStatus
-from psycopg.rows import TupleRow
 
-from orderlib import queries
-from orderlib.errors import OrderNotFound, StoreUnreachable
+from orderlib.errors import OrderNotFound
 from orderlib.models import Order
-from orderlib.postgres.connection import connection_arguments
-from orderlib.postgres.errors import translated_errors
-from orderlib.postgres.handshake import AsyncConnection
 from orderlib.postgres.migrate import require_schema
+from orderlib.postgres.pool import READ_ERRORS, Call, Pool, Session, bounded
 from orderlib.postgres.reading import Reading
 from orderlib.repository import PAGE_SIZE, Cursor, Page, Status, checked_uids
 
 T = TypeVar("T")
 
-#: An order is read in a millisecond. Whoever has no connection by then, or no answer, is better told so.
-CONNECTION_WITHIN_S = 1.5
-ANSWER_WITHIN_S = 3.0
-#: PostgreSQL gives up first, so that no query outlives the one who asked: behind a lock they would fill the server.
-STATEMENT_TIMEOUT_MS = 2500
 
-#: How a connection reports that it is no more: without a word, or with the server's last one.
-_DIED = {None, "57P01", "57P02", "57P05"}
+class _TaskWaiter:
+    """A task that waits for a session."""
 
+    def __init__(self) -> None:
+        self.session: Session | None = None
+        self.failure: Exception | None = None
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._woken = self._loop.create_future()
 
-class _Session:
-    """A connection and the reads over it."""
+    def wake(self) -> None:
+        """See ``Waiter.wake``."""
+        if threading.get_ident() == self._thread:
+            self._resolve()
+        else:
+            self._loop.call_soon_threadsafe(self._resolve)
 
-    def __init__(self, connection: psycopg.AsyncConnection[TupleRow]) -> None:
-        self._pgconn = connection.pgconn
-        self._connection = connection
-        self._reading = Reading(connection)
-        #: Whether it was in use before. It may have died since, which says nothing about the server now.
-        self.has_rested = False
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether the next read may begin."""
-        return self._pgconn.transaction_status == TransactionStatus.IDLE
-
-    async def drive(self, read: Callable[[Reading], PQGen[T]]) -> T:
-        """What the read gives, or StoreUnreachable; then the connection is closed."""
+    async def wait(self, timeout_s: float) -> None:
+        """Return when woken, or after this long."""
+        timer = self._loop.call_later(timeout_s, self._resolve)
         try:
-            async with asyncio.timeout(ANSWER_WITHIN_S):
-                return await waiting.wait_async(read(self._reading), self._pgconn.socket, ANSWER_WITHIN_S)
-        except TimeoutError as exc:
-            raise StoreUnreachable(f"PostgreSQL: no answer within {ANSWER_WITHIN_S} s") from exc
+            await self._woken
+        finally:
+            timer.cancel()
 
-    async def close(self) -> None:
-        await self._connection.close()
+    def _resolve(self) -> None:
+        if not self._woken.done():
+            self._woken.set_result(None)
 
 
 class AsyncPostgresOrderReader:
-    """Keeps the promises of ``AsyncOrderReader`` on PostgreSQL, for one event loop.
+    """Keeps the promises of ``AsyncOrderReader`` on PostgreSQL.
 
     ``url`` is one that libpq takes; the reader's suffices. It connects when it must and no earlier, at most
-    ``max_connections`` times at once, so it can be made while PostgreSQL is away; each new connection looks at the
-    schema, and raises BrokenSetup if that is behind. A read raises StoreUnreachable after 1.5 s without a connection,
-    and after another 3 s without an answer; then the connection is given up, not waited for. Close it, or use it in
-    ``async with``.
-
-    Not psycopg_pool: that says it waited in vain, not why, and comes back from an outage in waits that grow to minutes.
+    ``max_connections`` times at once, so it can be made while PostgreSQL is away; each new connection checks the
+    schema, and raises BrokenSetup if that is behind. A read raises StoreUnreachable after ``connection_timeout_s``
+    without a connection, and ``timeout_s`` after its begin without an answer; then the connection is closed. Close the
+    reader, or use it in ``async with``. After that, and in a forked process, reads raise BrokenSetup.
     """
 
-    def __init__(self, url: str, *, application_name: str = "orderlib", max_connections: int = 8) -> None:
-        self._arguments = connection_arguments(url, application_name)
-        #: The most recently used last, so that the others may rest.
-        self._idle: list[_Session] = []
-        self._free = asyncio.Semaphore(max_connections)
+    def __init__(
+        self,
+        url: str,
+        *,
+        application_name: str = "orderlib",
+        max_connections: int = 8,
+        timeout_s: float = 5.0,
+        connection_timeout_s: float = 1.5,
+    ) -> None:
+        self._pool = Pool(
+            url,
+            application_name=application_name,
+            max_connections=max_connections,
+            timeout_s=timeout_s,
+            connection_timeout_s=connection_timeout_s,
+        )
 
     async def close(self) -> None:
-        """Close every connection that is not in use."""
-        while self._idle:
-            await self._idle.pop().close()
+        """Close every connection: idle ones at once, one in use at the end of its read."""
+        self._pool.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -141,50 +139,28 @@ class AsyncPostgresOrderReader:
             await self.get(".")
 
     async def _read(self, read: Callable[[Reading], PQGen[T]]) -> T:
-        with translated_errors():
-            while True:
-                async with self._session() as session:
-                    has_rested, session.has_rested = session.has_rested, True
-                    try:
-                        return await session.drive(read)
-                    except psycopg.OperationalError as exc:
-                        if not has_rested or exc.sqlstate not in _DIED:
-                            raise
-                # It died while it rested, as the others did then: ask again over a new one.
-                await self.close()
+        call = Call(self._pool)
+        while True:
+            session = await self._session(call)
+            try:
+                steps = bounded(read(session.reading), call.deadline)
+                remaining_s = max(0.0, call.deadline - time.monotonic())
+                return await waiting.wait_async(steps, session.pgconn.socket, remaining_s)
+            except READ_ERRORS as exc:
+                if not call.may_repeat_read(session, exc):
+                    raise call.read_error(session, exc) from exc
+            finally:
+                self._pool.give_back(session)
 
-    @contextlib.asynccontextmanager
-    async def _session(self) -> AsyncIterator[_Session]:
+    async def _session(self, call: Call) -> Session:
+        """Take a session for a call, or raise why there is none."""
+        if (session := self._pool.take()) is not None:
+            return session
+        waiter = _TaskWaiter()
         try:
-            async with asyncio.timeout(CONNECTION_WITHIN_S):
-                session = await self._taken()
-        except TimeoutError as exc:
-            raise StoreUnreachable(f"PostgreSQL: no connection within {CONNECTION_WITHIN_S} s") from exc
-        try:
-            yield session
-        finally:
-            if session.is_idle:
-                self._idle.append(session)
-            else:
-                await session.close()
-            self._free.release()
-
-    async def _taken(self) -> _Session:
-        await self._free.acquire()
-        try:
-            return self._idle.pop() if self._idle else await self._connected()
+            self._pool.enqueue(waiter)
+            await waiter.wait(call.connection_wait_s)
         except BaseException:
-            self._free.release()
+            self._pool.leave(waiter)
             raise
-
-    async def _connected(self) -> _Session:
-        connection = await AsyncConnection.connect(**self._arguments, autocommit=True)  # type: ignore[arg-type]
-        session = _Session(connection)
-        try:
-            await connection.execute(queries.SET_UP_SESSION)
-            await connection.execute(sql.SQL(queries.SET_STATEMENT_TIMEOUT).format(STATEMENT_TIMEOUT_MS))
-            require_schema(*await session.drive(Reading.schema))
-        except BaseException:
-            await session.close()
-            raise
-        return session
+        return self._pool.taken(waiter)

@@ -1,31 +1,19 @@
-"""Connections and pools, all set up alike."""
+"""Connections, all set up in the same way."""
 
 from __future__ import annotations
 
-import functools
 import re
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import TupleRow
-from psycopg_pool import ConnectionPool
 
 from orderlib import queries
 from orderlib.errors import BrokenSetup
 from orderlib.postgres.errors import translated_errors
-from orderlib.postgres.handshake import SyncConnection
-from orderlib.postgres.reading import Reading
+from orderlib.postgres.hosts import connect_to_any
 
 Connection = psycopg.Connection[TupleRow]
-
-
-class PooledConnection(SyncConnection):
-    """A connection that remembers which reads it has prepared."""
-
-    @functools.cached_property
-    def reading(self) -> Reading:
-        """The reads over this connection."""
-        return Reading(self)
 
 
 #: Unless the URL says otherwise: give up connecting after 5 s, notice a peer that is gone within about 15 s.
@@ -84,7 +72,7 @@ def connect(url: str, *, application_name: str) -> Connection:
     """One connection. Raises StoreUnreachable or BrokenSetup."""
     arguments = connection_arguments(url, application_name)
     with translated_errors():
-        connection = SyncConnection.connect(**arguments)  # type: ignore[arg-type]
+        connection = psycopg.Connection(connect_to_any(arguments))
     try:
         with translated_errors(connection):
             prepare_session(connection)
@@ -92,17 +80,3 @@ def connect(url: str, *, application_name: str) -> Connection:
         connection.close()
         raise
     return connection
-
-
-def make_pool(url: str, *, application_name: str, max_size: int, timeout_s: float) -> ConnectionPool[PooledConnection]:
-    """A pool, not yet open, that waits at most so long for a free connection."""
-    return ConnectionPool(
-        kwargs=connection_arguments(url, application_name),
-        connection_class=PooledConnection,
-        configure=prepare_session,
-        min_size=1,
-        max_size=max_size,
-        timeout=timeout_s,
-        open=False,
-        name=application_name,
-    )

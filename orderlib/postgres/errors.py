@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import psycopg
-import psycopg_pool
 from psycopg.pq import ConnStatus
 from psycopg.pq.abc import PGconn
 
@@ -183,12 +182,8 @@ def _words(exc: psycopg.Error) -> str:
 
 
 def _without_sqlstate(exc: psycopg.Error) -> OrderError:
-    if isinstance(exc, psycopg_pool.PoolTimeout | psycopg_pool.TooManyRequests):
-        return StoreUnreachable("PostgreSQL: no connection came free in time")
     if isinstance(exc, psycopg.DataError):
         return RefusedByDatabase(None)
-    if isinstance(exc, psycopg_pool.PoolClosed):
-        return BrokenSetup("PostgreSQL: the repository is closed")
     if isinstance(exc, psycopg.OperationalError | psycopg.InterfaceError) or str(exc).startswith("bad value for"):
         return _without_answer(str(exc))
     return BrokenSetup(f"PostgreSQL: {type(exc).__name__}: {exc}")

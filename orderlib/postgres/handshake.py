@@ -11,14 +11,12 @@ import ctypes
 import re
 import sys
 from collections.abc import Callable
-from typing import Self
 
 import psycopg
 from psycopg import errors, pq
 from psycopg.abc import PQGenConn
 from psycopg.pq import ConnStatus, PollingStatus
 from psycopg.pq.abc import PGconn
-from psycopg.rows import TupleRow
 from psycopg.waiting import Wait
 
 _DEFAULT, _VERBOSE = 1, 2
@@ -76,19 +74,3 @@ def _refusal(pgconn: PGconn) -> psycopg.Error:
         except KeyError:
             kind = type("UnknownSqlstate", (psycopg.OperationalError,), {"sqlstate": codes[-1]})
     return kind(message, pgconn=errors.finish_pgconn(pgconn))
-
-
-class SyncConnection(psycopg.Connection[TupleRow]):
-    """A connection whose refusal has an SQLSTATE."""
-
-    @classmethod
-    def _connect_gen(cls, conninfo: str = "") -> PQGenConn[Self]:
-        return cls((yield from connect_steps(conninfo)))
-
-
-class AsyncConnection(psycopg.AsyncConnection[TupleRow]):
-    """The same for asyncio."""
-
-    @classmethod
-    def _connect_gen(cls, conninfo: str = "") -> PQGenConn[Self]:
-        return cls((yield from connect_steps(conninfo)))

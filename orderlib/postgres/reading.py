@@ -7,14 +7,13 @@ libpq, because psycopg's own pipeline costs three times the client's CPU: 0.35 m
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, LiteralString
+from typing import LiteralString
 
-from psycopg import BaseConnection
 from psycopg.abc import PQGen
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus, Format
-from psycopg.pq.abc import PGresult
+from psycopg.pq.abc import PGconn, PGresult
 from psycopg.waiting import Ready, Wait
 
 from orderlib import queries
@@ -44,14 +43,15 @@ _CODES = [refusal.code for refusal in (MalformedJson, InvalidOrder, TooLarge, Re
 class Reading:
     """The reads over one connection, one at a time.
 
-    Each method gives a generator for psycopg's ``wait`` functions, and raises psycopg's errors for their caller to
-    translate. A read that does not come to its end, however that happens, leaves the connection closed: nobody could
-    tell which answers are still under way on it.
+    Each method returns a generator for psycopg's ``wait`` functions. It raises psycopg's errors; the caller translates
+    them. A read that stops before its end leaves the connection in pipeline mode or with a query in progress. The
+    caller must not use that connection again: ``Session.is_usable`` says so.
     """
 
-    def __init__(self, connection: BaseConnection[Any]) -> None:
-        self._pgconn = connection.pgconn
-        self._rows = Transformer(connection)
+    def __init__(self, pgconn: PGconn) -> None:
+        self._pgconn = pgconn
+        # Without the connection: in binary, no value depends on its settings.
+        self._rows = Transformer()
         self._prepared: dict[LiteralString, bytes] = {}
 
     def get(self, order_uid: str) -> PQGen[Order]:
@@ -150,11 +150,7 @@ class Reading:
 
     def _look(self, *questions: Question) -> PQGen[list[list[Row]]]:
         """The rows of each statement, in one round trip."""
-        try:
-            results = yield from self._results(questions)
-        except BaseException:
-            self._pgconn.finish()
-            raise
+        results = yield from self._results(questions)
         return [self._rows_of(result) for result in results]
 
     def _results(self, questions: Iterable[Question]) -> PQGen[list[PGresult]]:

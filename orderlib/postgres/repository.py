@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from random import Random
 from types import TracebackType
 from typing import Self, TypeVar
 
+import psycopg
 from psycopg.abc import PQGen
-from psycopg_pool import ConnectionPool
 
-from orderlib.errors import Collision, RefusedByDatabase
+from orderlib.errors import Collision, OrderError, RefusedByDatabase
 from orderlib.ingest import Arrival
 from orderlib.models import Order
-from orderlib.postgres.connection import PooledConnection, connect, make_pool
-from orderlib.postgres.errors import translated_errors
-from orderlib.postgres.migrate import check_schema
+from orderlib.postgres.pool import READ_ERRORS, Call, Pool, Session, ThreadWaiter
 from orderlib.postgres.reading import Reading
 from orderlib.postgres.writing import store
 from orderlib.repository import PAGE_SIZE, Cursor, Outcome, Page, Status
@@ -37,7 +34,7 @@ class PostgresOrderRepository:
     may share it; a process that was forked must connect anew. Made by ``connect``; close it, or use it in ``with``.
     """
 
-    def __init__(self, pool: ConnectionPool[PooledConnection]) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._rng = Random()  # noqa: S311 - spreads tries, keeps no secret
 
@@ -48,20 +45,24 @@ class PostgresOrderRepository:
         """Connect to a database that ``admin migrate`` has prepared.
 
         ``url`` is one that libpq takes; the reader's suffices for reads. ``application_name`` is what PostgreSQL shows
-        in pg_stat_activity. A call that finds all ``max_connections`` in use waits ``timeout_s`` seconds for one, then
-        raises StoreUnreachable.
+        in pg_stat_activity. Every call ends within ``timeout_s`` seconds, with StoreUnreachable if it must: this one,
+        reads, and writes. That includes the wait for a connection while all ``max_connections`` are in use. Saving many
+        thousands of orders in one call may need more.
         Raises StoreUnreachable, or BrokenSetup for a wrong URL, password, database or schema.
         """
-        pool = make_pool(url, application_name=application_name, max_size=max_connections, timeout_s=timeout_s)
-        repository = cls(pool)
-        # A connection of its own first: a pool would only say that it waited in vain, not why.
-        with connect(url, application_name=application_name) as connection:
-            check_schema(connection)
-        pool.open()
+        repository = cls(
+            Pool(url, application_name=application_name, max_connections=max_connections, timeout_s=timeout_s)
+        )
+        try:
+            call = Call(repository._pool)
+            repository._pool.give_back(repository._session(call))
+        except BaseException:
+            repository.close()
+            raise
         return repository
 
     def close(self) -> None:
-        """Close every connection."""
+        """Close every connection: idle ones at once, one in use at the end of its call. Later calls raise."""
         self._pool.close()
 
     def __enter__(self) -> Self:
@@ -118,26 +119,69 @@ class PostgresOrderRepository:
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
         """See ``OrderRepository.save_many``."""
         arrivals = [Arrival.of(order) for order in orders]
+        call = Call(self._pool)
         backoff = Backoff(self._rng, first_s=0.01, most_s=0.5)
-        for last_try in [False] * _COLLISIONS + [True]:
+        collisions = 0
+        while True:
             try:
-                with self._connection() as connection, connection.transaction():
-                    outcomes = store(connection, arrivals) if arrivals else []
-                    return Counter(_accepted(outcome) for outcome in outcomes)
+                return self._store(call, arrivals)
             except Collision:
-                if last_try:
+                collisions += 1
+                wait_s = backoff.next_wait_s()
+                if collisions > _COLLISIONS or time.monotonic() + wait_s >= call.deadline:
                     raise
-                time.sleep(backoff.next_wait_s())
-        raise AssertionError("the last try returns or raises")
+                time.sleep(wait_s)
 
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[PooledConnection]:
-        with translated_errors(), self._pool.connection() as connection:
-            yield connection
+    def _store(self, call: Call, arrivals: list[Arrival]) -> Counter[Outcome]:
+        """Store the orders in one transaction, again if the connection was lost while idle."""
+        while True:
+            session = self._session(call)
+            committing = False
+            try:
+                with session.transaction():
+                    outcomes = store(session, arrivals) if arrivals else []
+                    counted = Counter(_accepted(outcome) for outcome in outcomes)
+                    committing = True
+            except (psycopg.Error, OrderError) as exc:
+                # After COMMIT was sent, another writer may have replaced what it stored.
+                if not call.may_repeat(session, exc) or committing:
+                    error = call.write_error(session, exc, committing=committing)
+                    raise error from (exc.__cause__ if error is exc else exc)
+            except BaseException:
+                # What psycopg knows about the transaction may be wrong after an interrupt.
+                session.abort()
+                raise
+            else:
+                return counted
+            finally:
+                self._pool.give_back(session)
 
     def _read(self, read: Callable[[Reading], PQGen[T]]) -> T:
-        with self._connection() as connection:
-            return connection.wait(read(connection.reading))
+        call = Call(self._pool)
+        while True:
+            session = self._session(call)
+            try:
+                return session.wait(read(session.reading))
+            except READ_ERRORS as exc:
+                if not call.may_repeat_read(session, exc):
+                    raise call.read_error(session, exc) from exc
+            finally:
+                self._pool.give_back(session)
+
+    def _session(self, call: Call) -> Session:
+        """Take a session for a call, or raise why there is none."""
+        session = self._pool.take()
+        if session is None:
+            waiter = ThreadWaiter()
+            try:
+                self._pool.enqueue(waiter)
+                waiter.wait(call.connection_wait_s)
+            except BaseException:
+                self._pool.leave(waiter)
+                raise
+            session = self._pool.taken(waiter)
+        session.deadline = call.deadline
+        return session
 
 
 def _accepted(outcome: Outcome | RefusedByDatabase) -> Outcome:

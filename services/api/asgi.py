@@ -44,10 +44,10 @@ class _Ending:
 
 def build(settings: ApiSettings, counts: Metrics) -> Front:
     """Return the application of one worker process; all of them share ``counts``."""
-    reader = AsyncPostgresOrderReader(settings.reader_url, application_name="orderlib-api")
+    reader = AsyncPostgresOrderReader(settings.reader_url, application_name="orderlib-api", timeout_s=4.0)
     # Requests that wait for a connection must not make the service look unready.
     health_reader = AsyncPostgresOrderReader(
-        settings.reader_url, application_name="orderlib-api", max_connections=HEALTH_CONNECTIONS
+        settings.reader_url, application_name="orderlib-api", max_connections=HEALTH_CONNECTIONS, timeout_s=4.0
     )
     api = create_app(reader, settings, counts, _new_id, health_reader)
     api.add_middleware(_Ending(reader, health_reader))

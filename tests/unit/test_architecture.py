@@ -58,7 +58,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 #: Foreign libraries, and the only places that may import them.
 ROOMS = {
     "psycopg": ("orderlib/postgres/", "sandbox/postgres.py"),
-    "psycopg_pool": ("orderlib/postgres/",),
     "confluent_kafka": ("services/", "sandbox/kafka.py"),
     "falcon": ("services/api/",),
     "gunicorn": ("services/api/",),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 
 import psycopg
-import psycopg_pool
 import pytest
 from psycopg import errors
 from psycopg.pq import PGconn
@@ -20,8 +19,7 @@ WITH_SQLSTATE = [
 ]
 WITHOUT_SQLSTATE = [
     kind
-    for module in (errors, psycopg_pool)
-    for _, kind in inspect.getmembers(module, inspect.isclass)
+    for _, kind in inspect.getmembers(errors, inspect.isclass)
     if issubclass(kind, psycopg.Error) and kind.sqlstate is None
 ]
 
@@ -50,11 +48,9 @@ def test_every_error_of_the_driver_itself_has_a_counterpart(kind: type[psycopg.E
         (errors.AdminShutdown(), StoreUnreachable),
         (errors.LockNotAvailable(), StoreUnreachable),
         (errors.DiskFull(), StoreUnreachable),
-        (psycopg_pool.PoolTimeout(), StoreUnreachable),
         (psycopg.OperationalError("consuming input failed: server closed the connection"), StoreUnreachable),
         (psycopg.OperationalError('invalid integer value "x" for connection option "port"'), BrokenSetup),
         (psycopg.OperationalError('connection is bad: invalid sslmode value: "x"'), BrokenSetup),
-        (psycopg_pool.PoolClosed(), BrokenSetup),
         (psycopg.InterfaceError("the connection is closed"), StoreUnreachable),
         (errors.UndefinedTable(), BrokenSetup),
         (errors.InsufficientPrivilege(), BrokenSetup),

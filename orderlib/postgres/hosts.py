@@ -1,0 +1,106 @@
+"""Connect to the first host of a URL that accepts a connection, in about the same time whether or not others answer."""
+
+from __future__ import annotations
+
+import math
+import select
+import time
+from collections.abc import Mapping
+from typing import cast
+
+import psycopg
+from psycopg.abc import ConnDict
+from psycopg.conninfo import conninfo_attempts, make_conninfo, timeout_from_conninfo
+from psycopg.pq.abc import PGconn
+from psycopg.waiting import Ready, Wait
+
+from orderlib.postgres.handshake import connect_steps
+
+#: Wait this long for a host before the next one is tried as well.
+_NEXT_HOST_AFTER_S = 0.3
+#: Try each host again this often while another one, or an earlier attempt, is silent. A host that starts to accept
+#: connections is then found within a second, although an attempt made before that may never be answered.
+_SAME_HOST_AFTER_S = 0.7
+
+_EVENTS = {Wait.R: select.POLLIN, Wait.W: select.POLLOUT, Wait.RW: select.POLLIN | select.POLLOUT}
+
+
+def connect_to_any(arguments: Mapping[str, str | int]) -> PGconn:
+    """Return a connection to the first host that accepts one, in the order of the URL.
+
+    ``target_session_attrs`` and ``load_balance_hosts`` mean what they mean to libpq. ``connect_timeout`` bounds the
+    whole call. Raise psycopg's OperationalError when every host has refused, or none has accepted in time.
+    """
+    parameters = cast("ConnDict", dict(arguments))
+    timeout_s = timeout_from_conninfo(parameters)
+    hosts = conninfo_attempts(parameters)
+    limit = time.monotonic() + timeout_s + _NEXT_HOST_AFTER_S * (len(hosts) - 1)
+    pending: list[_Attempt] = []
+    failures: dict[int, psycopg.Error] = {}
+    started = 0
+    next_start = -math.inf
+    while (now := time.monotonic()) < limit:
+        if now >= next_start:
+            host = started % len(hosts)
+            started += 1
+            next_start = now + (_NEXT_HOST_AFTER_S if started < len(hosts) else _SAME_HOST_AFTER_S / len(hosts))
+            pending.append(_Attempt(host, hosts[host]))
+        for attempt in _ready(pending, min(next_start, limit) - now):
+            try:
+                if attempt.advance():
+                    return attempt.connection
+            except psycopg.Error as exc:
+                failures[attempt.host] = exc
+                pending.remove(attempt)
+                if started < len(hosts):
+                    next_start = -math.inf
+        if not pending and started >= len(hosts):
+            break
+    for attempt in pending:
+        failures.setdefault(attempt.host, psycopg.errors.ConnectionTimeout("connection timeout expired"))
+    raise _summary(failures)
+
+
+class _Attempt:
+    """A connection to one host in progress."""
+
+    connection: PGconn
+
+    def __init__(self, host: int, parameters: ConnDict) -> None:
+        self.host = host
+        self._steps = connect_steps(make_conninfo("", **parameters))
+        self._started = False
+        self.file = -1
+        self.events = 0
+
+    def advance(self) -> bool:
+        """Do what can be done without waiting. Return whether the connection is established, or raise why not."""
+        try:
+            self.file, wait = self._steps.send(Ready.RW) if self._started else next(self._steps)
+        except StopIteration as done:
+            self.connection = done.value
+            return True
+        self._started = True
+        self.events = _EVENTS[wait]
+        return False
+
+
+def _ready(attempts: list[_Attempt], timeout_s: float) -> list[_Attempt]:
+    """Return the attempts that can go on, after waiting for one at most this long."""
+    if new := [attempt for attempt in attempts if attempt.file < 0]:
+        return new
+    # Made for each wait, because libpq replaces sockets and numbers of closed ones are reused.
+    poll = select.poll()
+    for attempt in attempts:
+        poll.register(attempt.file, attempt.events)
+    found = {file for file, _ in poll.poll(max(0, math.ceil(timeout_s * 1000)))}
+    return [attempt for attempt in attempts if attempt.file in found]
+
+
+def _summary(failures: Mapping[int, psycopg.Error]) -> psycopg.Error:
+    """Return one error for all hosts, in psycopg's own words for several."""
+    last = failures[max(failures)]
+    if len(failures) == 1:
+        return last.with_traceback(None)
+    lines = [str(last), "Multiple connection attempts failed. All failures were:", *map(str, failures.values())]
+    return type(last)("\n- ".join(lines), pgconn=last.pgconn)

@@ -1,0 +1,638 @@
+"""Connections of a repository: deadlines, outages, several hosts, close, fork, interrupts and cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import attrs
+import psycopg
+import pytest
+from psycopg import waiting
+from psycopg.abc import PQGen
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq.abc import PGconn
+
+import orderlib
+from orderlib import AsyncPostgresOrderReader, BrokenSetup, Outcome, PostgresOrderRepository, StoreUnreachable
+from orderlib.postgres import hosts, pool
+from orderlib.testing import SAMPLE as SAMPLE_JSON
+from tests.cable import cable
+from tests.conftest import ROOT, Database
+from tests.faults.proxy import Moment, proxy
+from tests.serving import eventually
+
+SAMPLE = orderlib.decode_order(SAMPLE_JSON)
+UID = SAMPLE.order_uid
+
+#: The contract's bound on recovery, and time for a busy machine.
+RECOVERY_S = 1.0
+MACHINE_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def stored(module_database: Database) -> Database:
+    with orderlib.connect(module_database.writer_url) as repository:
+        repository.save(SAMPLE)
+    return module_database
+
+
+def backends(database: Database, name: str) -> list[int]:
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        found = superuser.execute(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = %s", [name]
+        )
+        return [pid for (pid,) in found]
+
+
+@contextmanager
+def stopped(database: Database, name: str) -> Iterator[None]:
+    """Stop the backends of an application as a hung machine would."""
+    pids = backends(database, name)
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def silent_host() -> Iterator[int]:
+    """The port of a host that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        yield listener.getsockname()[1]
+
+
+def with_hosts(url: str, *ports: object, **more: str) -> str:
+    hosts = ",".join(["127.0.0.1"] * len(ports))
+    return make_conninfo(url, host=hosts, port=",".join(map(str, ports)), **more)
+
+
+def port_of(url: str) -> object:
+    return conninfo_to_dict(url)["port"]
+
+
+def seconds(call: Callable[[], object]) -> float:
+    begin = time.monotonic()
+    call()
+    return time.monotonic() - begin
+
+
+# Several hosts
+
+
+@pytest.mark.parametrize("mode", ["any", "read-write", "prefer-standby", "primary"])
+def test_a_silent_first_host_does_not_keep_readers_from_the_second(stored: Database, mode: str) -> None:
+    async def ask(url: str) -> orderlib.Order:
+        async with AsyncPostgresOrderReader(url) as reader:
+            return await reader.get(UID)
+
+    with silent_host() as silent:
+        url = with_hosts(stored.reader_url, silent, port_of(stored.reader_url), target_session_attrs=mode)
+        assert asyncio.run(ask(url)) == SAMPLE
+        with orderlib.connect(url, timeout_s=1.5) as repository:
+            assert repository.get(UID) == SAMPLE
+
+
+def test_a_server_that_refuses_the_wanted_kind_of_session_is_passed_over(stored: Database) -> None:
+    url = with_hosts(stored.reader_url, port_of(stored.reader_url), target_session_attrs="standby")
+    with pytest.raises(StoreUnreachable):
+        orderlib.connect(url)
+
+
+def test_a_host_that_comes_back_behind_a_silent_one_is_found_at_once(stored: Database) -> None:
+    with silent_host() as silent, cable(stored.reader_url) as wire:
+        url = with_hosts(wire.url, silent, port_of(wire.url))
+        with orderlib.connect(url, timeout_s=1) as repository:
+            wire.cut()
+            for _ in range(3):
+                with pytest.raises(StoreUnreachable):
+                    repository.get(UID)
+            wire.mend()
+            assert seconds(lambda: until_answered(repository)) < RECOVERY_S + MACHINE_S
+
+
+def test_a_connection_that_takes_longer_than_a_call_serves_a_later_one(
+    stored: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connected = hosts.connect_to_any
+    may_connect = threading.Event()
+
+    def slowly(arguments: Mapping[str, str | int]) -> PGconn:
+        may_connect.wait(10)
+        return connected(arguments)
+
+    async def ask() -> None:
+        async with AsyncPostgresOrderReader(stored.reader_url, connection_timeout_s=0.2) as reader:
+            with pytest.raises(StoreUnreachable, match=r"no connection within 0\.2 s"):
+                await reader.get(UID)
+            may_connect.set()
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                with contextlib.suppress(StoreUnreachable):
+                    assert await reader.get(UID) == SAMPLE
+                    return
+            pytest.fail("it was never connected")
+
+    monkeypatch.setattr(pool, "connect_to_any", slowly)
+    asyncio.run(ask())
+
+
+# Outages
+
+
+def until_answered(repository: PostgresOrderRepository) -> orderlib.Order:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return repository.get(UID)
+        except StoreUnreachable:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_repository_recovers_within_a_second_however_long_the_outage_was(stored: Database) -> None:
+    with cable(stored.writer_url) as wire, orderlib.connect(wire.url) as repository:
+        wire.cut()
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            begin = time.monotonic()
+            with pytest.raises(StoreUnreachable):
+                repository.get(UID)
+            assert time.monotonic() - begin < MACHINE_S
+            time.sleep(0.05)
+        wire.mend()
+        assert seconds(lambda: until_answered(repository)) < RECOVERY_S + MACHINE_S
+        assert repository.save(SAMPLE) is Outcome.DUPLICATE
+
+
+@pytest.mark.parametrize("call", ["get", "save"])
+def test_a_connection_lost_while_idle_fails_no_call(stored: Database, call: str) -> None:
+    with cable(stored.writer_url) as wire, orderlib.connect(wire.url, max_connections=3) as repository:
+        with ThreadPoolExecutor(3) as threads:
+            list(threads.map(lambda _: repository.get(UID), range(30)))
+        wire.cut()
+        wire.mend()
+        if call == "get":
+            assert repository.get(UID) == SAMPLE
+        else:
+            assert repository.save(SAMPLE) is Outcome.DUPLICATE
+
+
+@pytest.mark.parametrize("setting", ["idle_session_timeout = '200ms'", "idle_in_transaction_session_timeout = '200ms'"])
+def test_a_connection_that_postgresql_ended_while_idle_fails_no_call(stored: Database, setting: str) -> None:
+    name = "idle-limit"
+    url = make_conninfo(stored.writer_url, options=f"-c {setting.replace(' = ', '=')}".replace("'", ""))
+    with orderlib.connect(url, application_name=name) as repository:
+        assert repository.get(UID) == SAMPLE
+        if setting.startswith("idle_session"):
+            assert eventually(lambda: not backends(stored, name), 10)
+        assert repository.save(SAMPLE) is Outcome.DUPLICATE
+
+
+def test_a_commit_whose_answer_is_lost_is_reported_as_unknown_and_may_be_repeated(database: Database) -> None:
+    with proxy(database.writer_url) as carrier, orderlib.connect(carrier.url) as repository:
+        repository.save(SAMPLE)
+        carrier.set_trap(Moment.COMMITTED)
+        with ThreadPoolExecutor(1) as thread:
+            saving = thread.submit(repository.save, attrs.evolve(SAMPLE, entry="changed"))
+            assert carrier.trapped.wait(10)
+            carrier.drop()
+            with pytest.raises(StoreUnreachable, match=r"unknown.*safe"):
+                saving.result(10)
+        assert repository.save(attrs.evolve(SAMPLE, entry="changed")) is Outcome.DUPLICATE
+
+
+# Deadlines
+
+
+CALLS: dict[str, Callable[[PostgresOrderRepository], object]] = {
+    "get": lambda repository: repository.get(UID),
+    "get_many": lambda repository: repository.get_many([UID]),
+    "content_sha256": lambda repository: repository.content_sha256(UID),
+    "newest": lambda repository: repository.newest(),
+    "status": lambda repository: repository.status(),
+    "save": lambda repository: repository.save(SAMPLE),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_stopped_backend_delays_a_call_no_longer_than_its_limit(
+    stored: Database, call: Callable[[PostgresOrderRepository], object]
+) -> None:
+    with orderlib.connect(stored.writer_url, application_name="bounded", timeout_s=0.5) as repository:
+        repository.get(UID)
+        with stopped(stored, "bounded"):
+            begin = time.monotonic()
+            with pytest.raises(StoreUnreachable, match=r"no answer within 0\.5 s"):
+                call(repository)
+            assert time.monotonic() - begin < 0.5 + MACHINE_S
+            # The silent connection was given up.
+            assert repository.get(UID) == SAMPLE
+
+
+def test_a_silent_server_is_reported_within_the_limit(stored: Database) -> None:
+    with silent_host() as silent:
+        url = with_hosts(stored.reader_url, silent)
+        begin = time.monotonic()
+        with pytest.raises(StoreUnreachable, match=r"no connection within 0\.5 s"):
+            orderlib.connect(url, timeout_s=0.5)
+        assert time.monotonic() - begin < 0.5 + MACHINE_S
+
+
+def test_a_commit_without_an_answer_in_time_is_unknown_and_a_copy_stored_nothing(database: Database) -> None:
+    with proxy(database.writer_url) as carrier:
+        for moment, told in [(Moment.COPY, "nothing was stored"), (Moment.COMMITTED, "unknown")]:
+            with orderlib.connect(carrier.url, timeout_s=1) as repository:
+                carrier.set_trap(moment)
+                with pytest.raises(StoreUnreachable, match=told):
+                    repository.save(attrs.evolve(SAMPLE, entry=told[:3]))
+                carrier.drop()
+    with orderlib.connect(database.writer_url) as repository:
+        assert repository.get(UID).entry == "unk"
+
+
+def test_postgresql_ends_a_statement_before_its_caller_gives_up(stored: Database) -> None:
+    with (
+        psycopg.connect(stored.superuser_url) as locker,
+        orderlib.connect(stored.writer_url, application_name="locked", timeout_s=1) as repository,
+    ):
+        before = backends(stored, "locked")
+        locker.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(StoreUnreachable):
+            repository.save(attrs.evolve(SAMPLE, entry="locked"))
+        assert backends(stored, "locked") == before
+
+
+def test_a_call_that_gets_no_connection_says_so_in_time(stored: Database) -> None:
+    with orderlib.connect(stored.writer_url, application_name="full", timeout_s=0.5, max_connections=1) as repository:
+        with stopped(stored, "full"), ThreadPoolExecutor(2) as threads:
+            begin = time.monotonic()
+            errors = [threads.submit(repository.get, UID).exception(10) for _ in range(2)]
+            assert time.monotonic() - begin < 1 + MACHINE_S
+        assert isinstance(errors[0], StoreUnreachable)
+        assert repository.get(UID) == SAMPLE
+
+
+@pytest.mark.parametrize("limits", [{"timeout_s": 0}, {"timeout_s": float("nan")}, {"max_connections": 0}])
+def test_limits_that_allow_no_call_are_refused(stored: Database, limits: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        orderlib.connect(stored.reader_url, **limits)  # type: ignore[arg-type]
+
+
+# Close
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_closed_repository_raises_one_error(
+    stored: Database, call: Callable[[PostgresOrderRepository], object]
+) -> None:
+    repository = orderlib.connect(stored.writer_url)
+    repository.close()
+    repository.close()
+    with pytest.raises(BrokenSetup, match="the repository is closed"):
+        call(repository)
+
+
+def test_a_closed_reader_raises_the_same_error_and_does_not_reconnect(stored: Database) -> None:
+    async def ask() -> None:
+        reader = AsyncPostgresOrderReader(stored.reader_url, application_name="closed")
+        await reader.get(UID)
+        await reader.close()
+        for call in (reader.get(UID), reader.newest(), reader.check()):
+            with pytest.raises(BrokenSetup, match="the repository is closed"):
+                await call
+
+    asyncio.run(ask())
+    assert eventually(lambda: not backends(stored, "closed"), 10)
+
+
+def test_close_ends_the_wait_for_a_connection(stored: Database) -> None:
+    with psycopg.connect(stored.superuser_url) as locker, ThreadPoolExecutor(3) as threads:
+        locker.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
+        repository = orderlib.connect(stored.writer_url, application_name="closing", max_connections=1)
+        reading = [threads.submit(repository.get, UID) for _ in range(3)]
+        assert eventually(lambda: len(repository._pool._waiters) == 2, 10)
+        repository.close()
+        # One is in its read; it may end that.
+        assert eventually(lambda: sum(future.done() for future in reading) == 2, 2)
+        for future in reading:
+            if future.done():
+                with pytest.raises(BrokenSetup, match="closed"):
+                    future.result()
+        locker.rollback()
+        assert SAMPLE in [future.result(10) for future in reading if future.exception(10) is None]
+    assert eventually(lambda: not backends(stored, "closing"), 10)
+
+
+def test_close_ends_the_wait_of_a_task(stored: Database) -> None:
+    async def ask() -> None:
+        with psycopg.connect(stored.superuser_url) as locker:
+            locker.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
+            reader = AsyncPostgresOrderReader(stored.reader_url, max_connections=1, connection_timeout_s=5)
+            reading = [asyncio.create_task(reader.get(UID)) for _ in range(3)]
+            while len(reader._pool._waiters) != 2:
+                await asyncio.sleep(0.01)
+            await reader.close()
+            done, [last] = await asyncio.wait(reading, timeout=2)
+            assert [str(task.exception()) for task in done] == ["the repository is closed"] * 2
+            locker.rollback()
+        assert await last == SAMPLE
+
+    asyncio.run(ask())
+
+
+# Fork
+
+
+FORK = """
+    import os, signal, sys, warnings
+    import orderlib
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+    repository = orderlib.connect(sys.argv[1], application_name="forked", max_connections=2)
+    for _ in range(10):
+        repository.get(sys.argv[2])
+
+    def in_child():
+        signal.alarm(20)
+        for call in (lambda: repository.get(sys.argv[2]), lambda: repository.save(order), repository.newest):
+            try:
+                call()
+            except orderlib.BrokenSetup as exc:
+                assert "fork" in str(exc), exc
+            else:
+                raise AssertionError("no error")
+
+    order = repository.get(sys.argv[2])
+    for ending in sys.argv[3:]:
+        child = os.fork()
+        if child == 0:
+            in_child()
+            if ending == "close":
+                repository.close()
+            elif ending == "with":
+                with repository:
+                    pass
+            elif ending == "collect":
+                import gc
+                repository = None
+                gc.collect()
+            elif ending == "anew":
+                with orderlib.connect(sys.argv[1]) as another:
+                    assert another.get(sys.argv[2]) == order
+            sys.exit(0)
+        assert os.waitpid(child, 0)[1] == 0, ending
+        for _ in range(10):
+            assert repository.get(sys.argv[2]) == order
+    assert repository.save(order) == "duplicate"
+    with __import__("psycopg").connect(sys.argv[1]) as other:
+        [(alive,)] = other.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'forked'")
+    # The first connection was never replaced.
+    assert alive == 1, alive
+    print("done")
+"""
+
+
+def test_a_forked_child_gets_one_error_and_the_parent_goes_on(stored: Database) -> None:
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(FORK),
+            stored.writer_url,
+            UID,
+            "exit",
+            "close",
+            "with",
+            "collect",
+            "anew",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert told.stdout == "done\n", told.stderr
+    assert told.stderr == ""
+
+
+def test_a_fork_while_other_threads_read_neither_hangs_nor_harms_them(stored: Database) -> None:
+    script = """
+        import os, sys, threading, warnings, signal
+        import orderlib
+        warnings.simplefilter("ignore", DeprecationWarning)
+        repository = orderlib.connect(sys.argv[1], max_connections=2)
+        enough = threading.Event()
+        failures = []
+        def read():
+            while not enough.is_set():
+                try:
+                    repository.get(sys.argv[2])
+                except Exception as exc:
+                    failures.append(exc)
+                    return
+        threads = [threading.Thread(target=read) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)
+                try:
+                    repository.get(sys.argv[2])
+                except orderlib.BrokenSetup:
+                    repository.close()
+                    os._exit(0)
+                os._exit(1)
+            assert os.waitpid(child, 0)[1] == 0
+        enough.set()
+        for thread in threads:
+            thread.join()
+        assert not failures, failures
+        print("done")
+    """
+    told = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), stored.reader_url, UID],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert told.stdout == "done\n", told.stderr
+
+
+# Threads and interrupts
+
+
+def test_many_threads_share_a_few_connections(stored: Database) -> None:
+    with orderlib.connect(stored.writer_url, application_name="shared", max_connections=3, timeout_s=30) as repository:
+        with ThreadPoolExecutor(40) as threads:
+            found = list(threads.map(lambda _: repository.get(UID), range(400)))
+        assert Counter(order.order_uid for order in found) == {UID: 400}
+        assert len(backends(stored, "shared")) <= 3
+
+
+class Interrupted(BaseException):
+    """Stands for KeyboardInterrupt, which pytest would take for its own."""
+
+
+@pytest.mark.parametrize("call", ["get", "save"])
+def test_interrupts_lose_no_connection(stored: Database, call: str) -> None:
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    interrupts = 0
+    with orderlib.connect(stored.writer_url, max_connections=1, timeout_s=20) as repository:
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            for step in range(400):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 20e-6 * (1 + step % 100))
+                    try:
+                        for _ in range(3):
+                            repository.get(UID) if call == "get" else repository.save(SAMPLE)
+                    finally:
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+                except Interrupted:
+                    interrupts += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert interrupts > 100
+        begin = time.monotonic()
+        assert repository.get(UID) == SAMPLE
+        assert repository.save(SAMPLE) is Outcome.DUPLICATE
+        assert time.monotonic() - begin < 10
+
+
+# Reads that another session can repeat
+
+
+def conflict(code: str) -> psycopg.Error:
+    return psycopg.errors.lookup(code)("canceling statement due to conflict with recovery")
+
+
+@pytest.mark.parametrize("code", ["40001", "40P01", "57014", "26000", "0A000"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_conflict_with_recovery_is_hidden_once(
+    stored: Database, monkeypatch: pytest.MonkeyPatch, code: str, times: int
+) -> None:
+    left = 0
+
+    def conflicting(steps: PQGen[object], deadline: float) -> PQGen[object]:
+        nonlocal left
+        if left and getattr(steps, "__name__", "") == "get":
+            left -= 1
+            raise conflict(code)
+        return (yield from bounded(steps, deadline))
+
+    bounded = pool.bounded
+    monkeypatch.setattr(pool, "bounded", conflicting)
+    monkeypatch.setattr("orderlib.postgres.asynchronous.bounded", conflicting)
+
+    async def ask() -> orderlib.Order:
+        async with AsyncPostgresOrderReader(stored.reader_url) as reader:
+            return await reader.get(UID)
+
+    with orderlib.connect(stored.reader_url) as repository:
+        reads: list[Callable[[], orderlib.Order]] = [lambda: repository.get(UID), lambda: asyncio.run(ask())]
+        for read in reads:
+            left = times
+            if times == 1:
+                assert read() == SAMPLE
+            else:
+                with pytest.raises(orderlib.OrderError, match=code):
+                    read()
+            left = 0
+
+
+def test_a_read_after_deallocate_all_succeeds(stored: Database) -> None:
+    """Some poolers reset sessions that are in use."""
+    with orderlib.connect(stored.reader_url) as repository:
+        repository.get(UID)
+        [session] = repository._pool._idle
+        session.deadline = time.monotonic() + 10
+        session.execute("DEALLOCATE ALL")
+        assert repository.get(UID) == SAMPLE
+
+
+# Cancellation
+
+
+def test_a_read_cancelled_at_any_step_loses_no_connection(stored: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the loop run n rounds, then cancel: before, while and after it waits for a connection and for an answer."""
+    # Each wait takes the loop's way, so that there are many steps.
+    monkeypatch.setattr(waiting, "MAX_BUSY_TIME", 0.0, raising=False)
+
+    async def cancelled_after(rounds: int, reader: AsyncPostgresOrderReader) -> bool:
+        async def cancel(read: Awaitable[object]) -> bool:
+            task = asyncio.ensure_future(read)
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+                if task.done():
+                    break
+            task.cancel()
+            try:
+                await task
+            except asyncio.CancelledError:
+                return True
+            return False
+
+        results = await asyncio.gather(*(cancel(reader.get(UID)) for _ in range(3)))
+        return any(results)
+
+    async def ask() -> None:
+        async with AsyncPostgresOrderReader(
+            stored.reader_url, max_connections=1, application_name="cancelled", connection_timeout_s=5
+        ) as reader:
+            rounds = cancels = 0
+            while await cancelled_after(rounds, reader) and rounds < 300:
+                cancels += 1
+                rounds += 1
+                assert await asyncio.wait_for(reader.get(UID), 10) == SAMPLE
+                assert len(reader._pool._sessions) == 1
+            assert cancels > 3
+
+    asyncio.run(ask())
+    assert eventually(lambda: not backends(stored, "cancelled"), 10)
+
+
+def test_tasks_that_are_cancelled_while_they_wait_leave_the_connection_to_others(stored: Database) -> None:
+    async def ask() -> None:
+        async with AsyncPostgresOrderReader(stored.reader_url, max_connections=2, connection_timeout_s=10) as reader:
+            for step in range(60):
+                tasks = [asyncio.create_task(reader.get(UID)) for _ in range(8)]
+                await asyncio.sleep(0.0001 * step)
+                for task in tasks[:: 1 + step % 3]:
+                    task.cancel()
+                found = await asyncio.gather(*tasks, return_exceptions=True)
+                assert {type(item) for item in found} <= {orderlib.Order, asyncio.CancelledError}
+                assert len(reader._pool._sessions) <= 2
+            assert await reader.get(UID) == SAMPLE
+
+    asyncio.run(ask())
+
+
+def test_one_reader_serves_several_event_loops(stored: Database) -> None:
+    reader = AsyncPostgresOrderReader(stored.reader_url, max_connections=1)
+    for _ in range(3):
+        assert asyncio.run(reader.get(UID)) == SAMPLE
+    asyncio.run(reader.close())
