@@ -143,8 +143,13 @@ def translated_errors(connection: psycopg.BaseConnection[Any] | None = None) -> 
         raise translate(exc, connection) from exc
 
 
-def translate(exc: Exception, connection: psycopg.BaseConnection[Any] | None = None) -> OrderError:
-    """Return our error for one of psycopg's. Its message names kinds and codes, never data: details may quote a row."""
+def translate(
+    exc: Exception, connection: psycopg.BaseConnection[Any] | None = None, *, writing: bool = True
+) -> OrderError:
+    """Return our error for one of psycopg's. Its message names kinds and codes, never data: details may quote a row.
+
+    Only a write can have a row that PostgreSQL refuses. A read that fails in the same way means broken data or set-up.
+    """
     if connection is not None and is_lost(connection, exc):
         return StoreUnreachable(f"PostgreSQL: the connection was lost{_reason(exc)}")
     if isinstance(exc, UnicodeEncodeError):
@@ -159,13 +164,13 @@ def translate(exc: Exception, connection: psycopg.BaseConnection[Any] | None = N
         return StoreUnreachable(f"PostgreSQL: the connection was lost{_reason(exc)}")
     summary = exc.diag.message_primary if exc.sqlstate[:2] not in {"22", "23"} else type(exc).__name__
     match fate_of(exc.sqlstate):
-        case Fate.SPLIT:
+        case Fate.SPLIT if writing:
             return RefusedByDatabase(exc.sqlstate)
         case Fate.AGAIN:
             return Collision(f"PostgreSQL: {summary} ({exc.sqlstate})")
         case Fate.OUTAGE:
             return StoreUnreachable(f"PostgreSQL: {summary} ({exc.sqlstate})")
-        case Fate.STOP:
+        case Fate.STOP | Fate.SPLIT:
             return BrokenSetup(f"PostgreSQL: {summary} ({exc.sqlstate})")
 
 

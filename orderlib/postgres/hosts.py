@@ -14,6 +14,8 @@ from psycopg.conninfo import conninfo_attempts, make_conninfo, timeout_from_conn
 from psycopg.pq.abc import PGconn
 from psycopg.waiting import Ready, Wait
 
+from orderlib.errors import StoreUnreachable
+from orderlib.postgres.errors import translate
 from orderlib.postgres.handshake import connect_steps
 
 #: Wait this long for a host before the next one is tried as well.
@@ -98,9 +100,6 @@ def _ready(attempts: list[_Attempt], timeout_s: float) -> list[_Attempt]:
 
 
 def _summary(failures: Mapping[int, psycopg.Error]) -> psycopg.Error:
-    """Return one error for all hosts, in psycopg's own words for several."""
-    last = failures[max(failures)]
-    if len(failures) == 1:
-        return last.with_traceback(None)
-    lines = [str(last), "Multiple connection attempts failed. All failures were:", *map(str, failures.values())]
-    return type(last)("\n- ".join(lines), pgconn=last.pgconn)
+    """Return the error that decides: an outage of any host, because that one may come back, else the last host's."""
+    outages = (failures[host] for host in sorted(failures) if isinstance(translate(failures[host]), StoreUnreachable))
+    return next(outages, failures[max(failures)]).with_traceback(None)

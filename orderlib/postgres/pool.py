@@ -7,13 +7,14 @@ waits longer than its limit, and a connection that takes longer serves a later c
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import copy
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
@@ -135,15 +136,17 @@ class ThreadWaiter:
     def __init__(self) -> None:
         self.session: Session | None = None
         self.failure: Exception | None = None
-        self._event = threading.Event()
+        # Not an Event: an interrupt inside its wait can raise RuntimeError instead.
+        self._woken = threading.Lock()
+        self._woken.acquire()
 
     def wake(self) -> None:
         """See ``Waiter.wake``."""
-        self._event.set()
+        self._woken.release()
 
     def wait(self, timeout_s: float) -> None:
         """Return when woken, or after this long."""
-        self._event.wait(timeout_s)
+        self._woken.acquire(timeout=timeout_s)
 
 
 class Pool:
@@ -178,7 +181,8 @@ class Pool:
         self._waiters: deque[Waiter] = deque()
         #: Idle or in use. Weak references, so that a session that an interrupt lost does not count.
         self._sessions: WeakSet[Session] = WeakSet()
-        self._openers: set[threading.Thread] = set()
+        #: One key for each thread that connects.
+        self._openers: set[object] = set()
 
     def take(self) -> Session | None:
         """Return an idle session, or ``None`` if the call must wait for one. Raise BrokenSetup if closed."""
@@ -262,46 +266,60 @@ class Pool:
             except RuntimeError:
                 self._idle.append(waiter.session)
 
-    def _fail_waiters(self, failure: Exception) -> None:
-        """Let every call that waits raise this; with the lock held."""
-        while self._waiters:
-            waiter = self._waiters.popleft()
+    def _fail_waiters(self, failure: Exception, waiters: Container[Waiter] | None = None) -> None:
+        """Let these calls raise this if they still wait, or all that wait; with the lock held."""
+        for waiter in [waiter for waiter in self._waiters if waiters is None or waiter in waiters]:
+            self._waiters.remove(waiter)
             waiter.failure = failure
             with contextlib.suppress(RuntimeError):
                 waiter.wake()
 
     def _connect_more(self) -> None:
         """Start a thread that connects, if calls wait and there may be more connections; with the lock held."""
-        self._openers = {opener for opener in self._openers if opener.is_alive()}
         if (
             len(self._openers) < min(_MAX_OPENERS, len(self._waiters))
             and len(self._sessions) + len(self._openers) < self._max_connections
         ):
-            opener = threading.Thread(target=self._open, name="orderlib-connect", daemon=True)
-            self._openers.add(opener)
-            opener.start()
+            opener = object()
+            try:
+                self._openers.add(opener)
+                # Not Thread.start: it waits for the thread, and an interrupt there can raise RuntimeError instead.
+                _thread.start_new_thread(self._open, (opener,))
+            except BaseException:
+                self._openers.discard(opener)
+                raise
 
-    def _open(self) -> None:
+    def _open(self, opener: object) -> None:
         """Connect while calls wait and there may be more connections."""
-        while True:
-            session, failure = self._connected()
-            with self._lock:
-                if session is not None and not self._closed:
-                    self._sessions.add(session)
-                    self._idle.append(session)
-                    self._serve()
-                elif failure is not None and not self._sessions:
-                    # Otherwise a session in use may still be given back.
-                    self._fail_waiters(failure)
-                if (
-                    failure is not None
-                    or not self._waiters
-                    or len(self._sessions) + len(self._openers) > self._max_connections
-                ):
-                    self._openers.discard(threading.current_thread())
-                    break
-        if session is not None and self._closed:
+        try:
+            while self._open_one(opener):
+                pass
+        finally:
+            self._openers.discard(opener)
+
+    def _open_one(self, opener: object) -> bool:
+        """Connect once. Return whether to connect again; if not, the opener is no longer counted."""
+        with self._lock:
+            waiting_before = set(self._waiters)
+        session, failure = self._connected()
+        with self._lock:
+            is_wanted = not self._closed and len(self._sessions) < self._max_connections
+            if session is not None and is_wanted:
+                self._sessions.add(session)
+                self._idle.append(session)
+                self._serve()
+            elif failure is not None and not self._sessions:
+                # Otherwise a session in use may still be given back. A call that began to wait during this attempt
+                # needs one of its own: the server may have come back after this attempt began.
+                self._fail_waiters(failure, waiting_before)
+            again = len(self._sessions) + len(self._openers) <= self._max_connections and (
+                bool(self._waiters) if failure is None else not waiting_before.issuperset(self._waiters)
+            )
+            if not again:
+                self._openers.discard(opener)
+        if session is not None and not is_wanted:
             session.close()
+        return again
 
     def _connected(self) -> tuple[Session | None, Exception | None]:
         """Return a new session, or why there is none."""
@@ -357,7 +375,7 @@ class Call:
         """Return our error for a failed read."""
         if isinstance(error, DeadlineExceeded):
             return StoreUnreachable(f"PostgreSQL: no answer within {self._pool.timeout_s:g} s")
-        return translate(error, session)
+        return translate(error, session, writing=False)
 
     def write_error(self, session: Session, error: psycopg.Error | OrderError, *, committing: bool) -> OrderError:
         """Return our error for a failed write. After a lost answer it says what is known about the outcome."""

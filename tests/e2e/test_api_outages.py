@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 import attrs
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import orderlib
 from orderlib.testing import SAMPLE as SAMPLE_JSON
@@ -82,6 +84,16 @@ def test_a_refusing_database_is_said_within_two_seconds(api: Service, wire: Cabl
         wire.mend()
     assert api.get(PATH).status == 200
     assert api.get("/readyz").status == 200
+
+
+def test_a_silent_first_host_fails_no_request(stored: Database) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        port = conninfo_to_dict(stored.reader_url)["port"]
+        ports = f"{silent.getsockname()[1]},{port}"
+        url = make_conninfo(stored.reader_url, host="127.0.0.1,127.0.0.1", port=ports)
+        with serving(settings_for(url)) as service:
+            assert {answer.status for answer in ask_at_once(service, 16)} == {200}
+            assert service.get("/readyz").status == 200
 
 
 def test_connections_that_died_while_idle_fail_no_request(api: Service, wire: Cable) -> None:

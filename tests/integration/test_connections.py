@@ -115,6 +115,17 @@ def test_a_server_that_refuses_the_wanted_kind_of_session_is_passed_over(stored:
         orderlib.connect(url)
 
 
+def test_an_outage_of_one_host_is_an_outage_whatever_the_others_say(stored: Database) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        refusing = listener.getsockname()[1]
+    answering = port_of(stored.reader_url)
+    for ports in ([refusing, answering], [answering, refusing], [answering, refusing, answering]):
+        with pytest.raises(StoreUnreachable):
+            orderlib.connect(with_hosts(stored.reader_url, *ports, dbname="missing"))
+    with pytest.raises(BrokenSetup, match="3D000"):
+        orderlib.connect(with_hosts(stored.reader_url, answering, answering, dbname="missing"))
+
+
 def test_a_host_that_comes_back_behind_a_silent_one_is_found_at_once(stored: Database) -> None:
     with silent_host() as silent, cable(stored.reader_url) as wire:
         url = with_hosts(wire.url, silent, port_of(wire.url))
@@ -192,6 +203,36 @@ def test_a_connection_lost_while_idle_fails_no_call(stored: Database, call: str)
             assert repository.get(UID) == SAMPLE
         else:
             assert repository.save(SAMPLE) is Outcome.DUPLICATE
+
+
+def test_a_connection_attempt_from_before_a_call_does_not_fail_it(
+    stored: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connected = hosts.connect_to_any
+    began, may_fail = threading.Event(), threading.Event()
+
+    def fails_at_first(arguments: Mapping[str, str | int]) -> PGconn:
+        if not began.is_set():
+            began.set()
+            may_fail.wait(10)
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
+        return connected(arguments)
+
+    async def ask() -> None:
+        async with AsyncPostgresOrderReader(stored.reader_url, max_connections=1, connection_timeout_s=5) as reader:
+            before = asyncio.create_task(reader.get(UID))
+            while not began.is_set():
+                await asyncio.sleep(0.001)
+            after = asyncio.create_task(reader.get(UID))
+            while len(reader._pool._waiters) != 2:
+                await asyncio.sleep(0.001)
+            may_fail.set()
+            assert await after == SAMPLE
+            with pytest.raises(StoreUnreachable):
+                await before
+
+    monkeypatch.setattr(pool, "connect_to_any", fails_at_first)
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize("setting", ["idle_session_timeout = '200ms'", "idle_in_transaction_session_timeout = '200ms'"])
@@ -562,6 +603,21 @@ def test_a_conflict_with_recovery_is_hidden_once(
                 with pytest.raises(orderlib.OrderError, match=code):
                     read()
             left = 0
+
+
+@pytest.mark.parametrize("code", ["22012", "23514", "54000", "XX000"])
+def test_a_read_never_says_that_an_order_was_refused(
+    stored: Database, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    def failing(steps: PQGen[object], deadline: float) -> PQGen[object]:
+        if getattr(steps, "__name__", "") == "get":
+            raise conflict(code)
+        return (yield from bounded(steps, deadline))
+
+    bounded = pool.bounded
+    monkeypatch.setattr(pool, "bounded", failing)
+    with orderlib.connect(stored.reader_url) as repository, pytest.raises(BrokenSetup, match=code):
+        repository.get(UID)
 
 
 def test_a_read_after_deallocate_all_succeeds(stored: Database) -> None:
