@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -136,6 +137,7 @@ class PostgresOrderRepository:
         """Store the orders in one transaction, again if the connection was lost while idle."""
         while True:
             session = self._session(call)
+            handled = sys.exception()
             committing = False
             try:
                 with session.transaction():
@@ -143,6 +145,9 @@ class PostgresOrderRepository:
                     counted = Counter(_accepted(outcome) for outcome in outcomes)
                     committing = True
             except (psycopg.Error, OrderError) as exc:
+                if (interrupt := _hidden_interrupt(exc, handled)) is not None:
+                    session.abort()
+                    raise interrupt from None
                 # After COMMIT was sent, another writer may have replaced what it stored.
                 if not call.may_repeat(session, exc) or committing:
                     error = call.write_error(session, exc, committing=committing)
@@ -182,6 +187,19 @@ class PostgresOrderRepository:
             session = self._pool.taken(waiter)
         session.deadline = call.deadline
         return session
+
+
+def _hidden_interrupt(exc: BaseException, handled: BaseException | None) -> BaseException | None:
+    """Return the interrupt that psycopg replaced by an error, because it came between two steps of a transaction.
+
+    What the caller was handling already does not count.
+    """
+    context: BaseException | None = exc
+    while context is not None and context is not handled:
+        if not isinstance(context, Exception):
+            return context
+        context = context.__context__
+    return None
 
 
 def _accepted(outcome: Outcome | RefusedByDatabase) -> Outcome:
