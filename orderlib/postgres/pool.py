@@ -81,7 +81,8 @@ class Session(Connection):
         self.reading = Reading(pgconn)
         #: When the call that uses it must end, by the monotonic clock.
         self.deadline = 0.0
-        #: Whether an earlier call used it. It may have been lost since then, which says nothing about the server now.
+        #: Whether it was connected before the call that uses it. It may have been lost since then, which says nothing
+        #: about the server now.
         self.reused = False
 
     def __del__(self, _warn: Any = None, /) -> None:
@@ -188,7 +189,12 @@ class Pool:
         """Return an idle session, or ``None`` if the call must wait for one. Raise BrokenSetup if closed."""
         self._check_open()
         with self._lock:
-            return self._idle.pop() if self._idle else None
+            if not self._idle:
+                return None
+            session = self._idle.pop()
+        # Also one that no call has used yet: it may have been lost since it was connected.
+        session.reused = True
+        return session
 
     def enqueue(self, waiter: Waiter) -> None:
         """Serve the waiter as soon as there is a session for it. Connect if there may be more connections."""
