@@ -41,6 +41,8 @@ share.coordinator.state.topic.min.isr=1
 # A broker that was killed is let in again only when its old session has run out; the default is 9 s.
 broker.session.timeout.ms=2000
 broker.heartbeat.interval.ms=300
+# Records keep the times that their senders gave them, however old: no record is deleted for its age.
+log.retention.ms=-1
 # The default of 128 MB would be a third of the heap.
 log.cleaner.dedupe.buffer.size=4194304
 """
