@@ -27,7 +27,7 @@ from psycopg.conninfo import conninfo_to_dict
 import orderlib
 from bench.report import Figure, add_write_option, publish
 from bench.servers import own_servers
-from orderlib.postgres.connection import connect
+from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import bootstrap, migrate
 from orderlib.testing import SAMPLE
 

@@ -20,19 +20,19 @@ from psycopg.abc import PQGen
 from psycopg_pool import AsyncConnectionPool
 
 from orderlib.codecs import encode_order
-from orderlib.config import Address, ApiSettings
 from orderlib.errors import OrderNotFound
 from orderlib.models import Order
-from orderlib.postgres.asynchronous import AsyncPostgresOrderReader
-from orderlib.postgres.reading import Reading
+from orderlib.postgres.async_repository import AsyncPostgresOrderReader
+from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.repository import PostgresOrderRepository
-from orderlib.program import set_up_logging
-from orderlib.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS, Row, order_from_rows
-from services.api.access import Access
+from orderlib.postgres.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS, Row, order_from_rows
 from services.api.app import ROUTES, create_app
+from services.api.auth import AuthMiddleware
 from services.api.metrics import Metrics
-from services.api.observation import Observation
+from services.api.request_metrics import RequestMetricsMiddleware
 from services.api.server import Server, listen
+from services.program import set_up_logging
+from services.settings import Address, ApiSettings
 
 ORDERS = f"SELECT {', '.join(ORDER_COLUMNS)} FROM orders WHERE order_uid = $1"
 DELIVERY = f"SELECT {', '.join(DELIVERY_COLUMNS)} FROM delivery WHERE order_uid = $1"
@@ -78,10 +78,10 @@ class FourQueriesOverOurs(AsyncPostgresOrderReader):
     """The same four, over the driver that ours uses."""
 
     async def get(self, order_uid: str) -> Order:  # noqa: D102
-        def four(reading: Reading) -> PQGen[Order]:
+        def four(reading: ReadQueries) -> PQGen[Order]:
             answers = []
             for statement in FOUR:
-                answers += yield from reading._look((statement, [order_uid]))  # noqa: SLF001
+                answers += yield from reading._pipeline((statement, [order_uid]))  # noqa: SLF001
             return _order(answers)
 
         return await self._read(four)
@@ -151,7 +151,9 @@ def build(application: str) -> Any:
     make_id: Callable[[], str] = lambda: uuid.uuid4().hex  # noqa: E731
     url = settings.reader_url
     if application.startswith("wsgi"):
-        wsgi = falcon.App(middleware=_SyncMiddleware(Observation(metrics, make_id), Access(settings)))
+        wsgi = falcon.App(
+            middleware=_SyncMiddleware(RequestMetricsMiddleware(metrics, make_id), AuthMiddleware(settings))
+        )
         wsgi.add_route("/orders/{order_uid}", _SyncOrder(url))
         wsgi.add_route("/hello", _SyncHello())
         return wsgi

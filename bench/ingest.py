@@ -27,7 +27,7 @@ from confluent_kafka import Producer
 import orderlib
 from bench.report import Figure, add_write_option, publish
 from bench.servers import own_servers
-from orderlib.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS
+from orderlib.postgres.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS
 from sandbox.server import free_port
 from services.kafka import SILENT
 from services.sender.generate import make_order

@@ -18,7 +18,7 @@ from cattrs import BaseConverter
 from msgspec.inspect import DataclassType, Type, VarTupleType
 
 from orderlib.canonical import Canonical, CanonicalOrder, canonical_form
-from orderlib.contract import Examination, M, rules_of
+from orderlib.contract import M, Validator, rules_of
 from orderlib.errors import Fault, MalformedJson
 from orderlib.models import MAX_ITEMS, Delivery, Item, Order, Payment
 
@@ -74,7 +74,7 @@ def _decoded(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     except (msgspec.DecodeError, RecursionError):
         order = None
     if order is None or (b"\\" in data and b"\\u0000" in data) or not 1 < order.date_created.year < 9999:
-        return msgspec.convert(_second_look(data), decoder.type)
+        return msgspec.convert(_full_report(data), decoder.type)
     return order  # type: ignore[no-any-return]
 
 
@@ -126,13 +126,13 @@ def digest(canonical: Canonical) -> bytes:
 
 
 def _structure(data: object, cls: type[M]) -> M:
-    examination = Examination()
-    plain = examination.examine(data, rules_of(cls), "$")
-    examination.raise_faults()
+    validator = Validator()
+    plain = validator.validate(data, rules_of(cls), "$")
+    validator.raise_faults()
     return msgspec.convert(plain, cls)
 
 
-def _second_look(data: bytes) -> object:
+def _full_report(data: bytes) -> object:
     """The order in a JSON text as plain data, or every fault."""
     try:
         return _look(data)
@@ -155,9 +155,9 @@ def _look(data: bytes) -> object:
 
 
 def _examined(data: bytes) -> object:
-    examination = Examination(peek=_peek)
-    plain = examination.examine(msgspec.json.decode(data, type=msgspec.Raw), rules_of(Order), "$")
-    examination.raise_faults()
+    validator = Validator(open_lazily=_open_lazily)
+    plain = validator.validate(msgspec.json.decode(data, type=msgspec.Raw), rules_of(Order), "$")
+    validator.raise_faults()
     return plain
 
 
@@ -189,7 +189,7 @@ _ARRAY = msgspec.json.Decoder(
 )
 
 
-def _peek(value: object, rule: Type) -> object:
+def _open_lazily(value: object, rule: Type) -> object:
     """Open a raw JSON value as far as its rule asks; of any other kind give a stand-in of that kind."""
     data = bytes(value)  # type: ignore[call-overload]
     match data[:1]:

@@ -74,12 +74,12 @@ def integer(least: int, most: int = BIGINT_MAX) -> msgspec.Meta:
     return msgspec.Meta(ge=least, le=most)
 
 
-def checked(cls: type[M]) -> type[M]:
+def validated(cls: type[M]) -> type[M]:
     """Class decorator above ``attrs.frozen(repr=False)``: make the class check its values, and make it final.
 
     Calling the class, or evolving an instance, raises InvalidOrder for bad values. msgspec fills the fields without
-    calling ``__init__``, having checked them in C by then; so does ``trusted``. A subclass would escape the check, and
-    its fields would not be stored: subclassing raises TypeError. The repr of an instance shows no value.
+    calling ``__init__``, having checked them in C by then; so does ``unchecked``. A subclass would escape the check,
+    and its fields would not be stored: subclassing raises TypeError. The repr of an instance shows no value.
     """
     assign = cls.__init__
 
@@ -89,7 +89,7 @@ def checked(cls: type[M]) -> type[M]:
         check(self)
 
     cls.__init__ = assign_and_check  # type: ignore[method-assign, assignment]
-    cls.__trusted_init__ = assign  # type: ignore[attr-defined]
+    cls.__unchecked_init__ = assign  # type: ignore[attr-defined]
     cls.__init_subclass__ = classmethod(_refuse_subclass)  # type: ignore[method-assign, assignment]
     if "__repr__" not in vars(cls):
         cls.__repr__ = _repr_without_values  # type: ignore[method-assign]
@@ -107,10 +107,10 @@ def _repr_without_values(self: object) -> str:
     return f"{type(self).__name__}(…)"
 
 
-def trusted(cls: type[M], **fields: object) -> M:
-    """An instance of a ``checked`` class from values that are known to keep the contract, such as a stored row."""
+def unchecked(cls: type[M], **fields: object) -> M:
+    """An instance of a ``validated`` class from values that are known to keep the contract, such as a stored row."""
     made = cls.__new__(cls)
-    made.__trusted_init__(**fields)  # type: ignore[attr-defined]
+    made.__unchecked_init__(**fields)  # type: ignore[attr-defined]
     return made
 
 
@@ -151,24 +151,24 @@ def within_utc_years(value: dt.datetime) -> bool:
 def check(model: attrs.AttrsInstance) -> None:
     """Raise InvalidOrder with every fault of a model made in Python; parts that are models were checked when made."""
     shallow = {field.name: getattr(model, field.name) for field in attrs.fields(type(model))}
-    examination = _ExaminationOfModel()
-    examination.examine_fields(shallow, rules_of(type(model)), "$")
-    examination.raise_faults()
+    validator = _ModelValidator()
+    validator.validate_fields(shallow, rules_of(type(model)), "$")
+    validator.raise_faults()
 
 
 def _as_is(value: object, _rule: Type) -> object:
     return value
 
 
-class Examination:
+class Validator:
     """One complete look at a value: collects every fault, and the plain value as the contract sees it.
 
-    ``peek`` opens a value one level deep before it is compared with its rule; it lets a caller examine JSON text
+    ``open_lazily`` opens a value one level deep before it is compared with its rule; it lets a caller examine JSON text
     without building what the contract does not ask for.
     """
 
-    def __init__(self, peek: Callable[[object, Type], object] = _as_is) -> None:
-        self._peek = peek
+    def __init__(self, open_lazily: Callable[[object, Type], object] = _as_is) -> None:
+        self._open_lazily = open_lazily
         self._faults: list[Fault] = []
         self._total = 0
 
@@ -177,11 +177,11 @@ class Examination:
         if self._total:
             raise InvalidOrder(self._faults, self._total)
 
-    def examine(self, value: object, rule: Type, path: str) -> object:
+    def validate(self, value: object, rule: Type, path: str) -> object:
         """Examine a value of any kind; gives it back plain, faulty or not."""
         if value is NOTHING:
             return self._fault(path, rule, "nothing")
-        value = self._peek(value, rule)
+        value = self._open_lazily(value, rule)
         match rule:
             case DataclassType():
                 return self._object(value, rule, path)
@@ -196,17 +196,17 @@ class Examination:
             case _:
                 raise NotImplementedError(f"the contract has no rule of kind {rule}")
 
-    def examine_fields(self, value: Mapping[str, object], rule: DataclassType, path: str) -> object:
+    def validate_fields(self, value: Mapping[str, object], rule: DataclassType, path: str) -> object:
         """Examine an object: its known fields in its own order, then the missing ones. Unknown ones are passed over."""
         known = {field.encode_name: field for field in rule.fields}
         plain = {
-            name: self.examine(part, rule_of(known[name]), f"{path}.{name}")
+            name: self.validate(part, rule_of(known[name]), f"{path}.{name}")
             for name, part in value.items()
             if name in known
         }
         for name, field in known.items():
             if name not in plain:
-                self.examine(NOTHING, rule_of(field), f"{path}.{name}")
+                self.validate(NOTHING, rule_of(field), f"{path}.{name}")
         return plain
 
     def _object(self, value: object, rule: DataclassType, path: str) -> object:
@@ -214,7 +214,7 @@ class Examination:
             return value
         if not isinstance(value, Mapping):
             return self._fault(path, rule, kind_of(value))
-        return self.examine_fields(value, rule, path)
+        return self.validate_fields(value, rule, path)
 
     def _array(self, value: object, rule: VarTupleType, path: str) -> object:
         if not isinstance(value, list | tuple):
@@ -223,7 +223,7 @@ class Examination:
             return self._fault(path, rule, f"an array of more than {rule.max_length:,} values")
         if len(value) < (rule.min_length or 0):
             return self._fault(path, rule, f"an array of {_counted(len(value), 'value')}")
-        return [self.examine(part, rule.item_type, f"{path}[{index}]") for index, part in enumerate(value)]
+        return [self.validate(part, rule.item_type, f"{path}[{index}]") for index, part in enumerate(value)]
 
     def _text(self, value: object, rule: StrType, path: str) -> object:
         if type(value) is not str:
@@ -268,7 +268,7 @@ class Examination:
         return None
 
 
-class _ExaminationOfModel(Examination):
+class _ModelValidator(Validator):
     """Of a model made in Python: its parts are models and its time is a time, not the plain data of either."""
 
     def _object(self, value: object, rule: DataclassType, path: str) -> object:

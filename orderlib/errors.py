@@ -2,11 +2,11 @@
 
 ::
 
-    OrderError
-    ├── TryAgain                an outage or a collision: the same call may succeed later
-    │   ├── StoreUnreachable        PostgreSQL does not answer: wait, then again
-    │   ├── BrokerUnreachable       Kafka does not answer: wait, then again
-    │   └── Collision               two transactions met (deadlock, serialization): again at once
+    OrderlibError
+    ├── TransientError                an outage or a collision: the same call may succeed later
+    │   ├── DatabaseUnavailable        PostgreSQL does not answer: wait, then again
+    │   ├── BrokerUnavailable       Kafka does not answer: wait, then again
+    │   └── TransactionConflict               two transactions met (deadlock, serialization): again at once
     ├── Refused                 bad data: no retry helps; keep it as a reject, or answer 4xx
     │   ├── MalformedJson           not one well-formed JSON text
     │   ├── InvalidOrder            JSON, but not an order: .faults, each with its path
@@ -15,7 +15,7 @@
     ├── OrderNotFound           no order has that order_uid
     ├── RejectNotFound          no reject has that position
     ├── FenceLost               these records were handled already: reread the offsets, go on from there
-    └── BrokenSetup             a missing table, right or setting: stop, loudly
+    └── ConfigurationError             a missing table, right or setting: stop, loudly
 
 No message holds a value of an order: values are personal data.
 """
@@ -46,13 +46,13 @@ class Fault:
         return f"{self.path}: expected {self.expected}, found {self.found}"
 
 
-def _restored(cls: type[OrderError], args: tuple[object, ...], attributes: Mapping[str, object]) -> OrderError:
+def _restored(cls: type[OrderlibError], args: tuple[object, ...], attributes: Mapping[str, object]) -> OrderlibError:
     error = cls.__new__(cls, *args)
     error.__dict__.update(attributes)
     return error
 
 
-class OrderError(Exception):
+class OrderlibError(Exception):
     """Root of every error that orderlib raises on purpose. Copies and pickles of an error equal it in every part."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -60,11 +60,11 @@ class OrderError(Exception):
         return _restored, (type(self), self.args, self.__dict__)
 
 
-class TryAgain(OrderError):
+class TransientError(OrderlibError):
     """An outage or a collision: nothing is known to be wrong with the data, and the call may succeed later."""
 
 
-class StoreUnreachable(TryAgain):
+class DatabaseUnavailable(TransientError):
     """PostgreSQL refused, cut or did not answer: wait, then again.
 
     Whether a COMMIT under way took effect is unknown. Every call of ours may be made again all the same: what is stored
@@ -72,18 +72,18 @@ class StoreUnreachable(TryAgain):
     """
 
 
-class BrokerUnreachable(TryAgain):
+class BrokerUnavailable(TransientError):
     """Kafka did not answer in time: wait, then again. Raised by the programs, never by a repository."""
 
 
-class Collision(TryAgain):
+class TransactionConflict(TransientError):
     """Two transactions met (deadlock, serialization) and this one was rolled back whole; at once again is right.
 
     A repository has tried again by itself, many times, before it raises this.
     """
 
 
-class Refused(OrderError):
+class RejectedError(OrderlibError):
     """The data is at fault: the same call will never succeed.
 
     The message is the first fault and the number of the others; it holds no value.
@@ -103,25 +103,25 @@ class Refused(OrderError):
         super().__init__(f"{self.code}: {self.faults[0]}{more}")
 
 
-class MalformedJson(Refused):
+class MalformedJson(RejectedError):
     """The bytes are not one well-formed JSON text in UTF-8, or nest more than 100 levels deep."""
 
     code = "malformed_json"
 
 
-class InvalidOrder(Refused):
+class InvalidOrder(RejectedError):
     """JSON or a Python value that breaks the contract of an order; ``faults`` says where."""
 
     code = "invalid_order"
 
 
-class TooLarge(Refused):
+class TooLarge(RejectedError):
     """The value is longer than ``ORDERS_MAX_RECORD_BYTES``. Raised by the programs; ``decode_order`` has no limit."""
 
     code = "too_large"
 
 
-class RefusedByDatabase(Refused):
+class RefusedByDatabase(RejectedError):
     """PostgreSQL refused a row that passed our own checks. Nothing of the call is stored."""
 
     code = "refused_by_database"
@@ -138,7 +138,7 @@ class RefusedByDatabase(Refused):
         super().__init__([Fault(path="$", expected=f"{where} that PostgreSQL takes", found=found)])
 
 
-class OrderNotFound(OrderError):
+class OrderNotFound(OrderlibError):
     """No stored order has this order_uid."""
 
     def __init__(self, order_uid: str) -> None:
@@ -147,7 +147,7 @@ class OrderNotFound(OrderError):
         super().__init__(f"no order {order_uid!r}")
 
 
-class RejectNotFound(OrderError):
+class RejectNotFound(OrderlibError):
     """No reject is stored at this position. Raised by the programs, never by a repository."""
 
     def __init__(self, place: str) -> None:
@@ -159,7 +159,7 @@ class RejectNotFound(OrderError):
         return f"no reject {self.place!r}"
 
 
-class FenceLost(OrderError):
+class FenceLost(OrderlibError):
     """The offsets were not where this batch expected them: its records were handled by someone.
 
     Perhaps by us, in a COMMIT whose answer was lost. Nothing of the batch is stored by this call. It is the consumer's,
@@ -174,5 +174,5 @@ class FenceLost(OrderError):
         super().__init__(f"records of partitions {sorted(self.partitions)} were handled already")
 
 
-class BrokenSetup(OrderError):
+class ConfigurationError(OrderlibError):
     """A missing setting, table, topic or right: no retry helps until an operator acts."""

@@ -16,7 +16,7 @@ from typing import Annotated, final
 import attrs
 import msgspec
 
-from orderlib.contract import CURRENCY, INTEGER_MAX, ORDER_UID, checked, integer, text
+from orderlib.contract import CURRENCY, INTEGER_MAX, ORDER_UID, integer, text, validated
 
 #: Unix seconds of 9999-12-31T23:59:59Z, the last that a calendar with four-digit years can show.
 LAST_UNIX_SECOND = 253402300799
@@ -25,7 +25,7 @@ MAX_ITEMS = 1000
 
 
 @final
-@checked
+@validated
 @attrs.frozen(kw_only=True, repr=False)
 class Delivery:
     """Where an order goes, and to whom. Every field is personal data."""
@@ -47,7 +47,7 @@ class Delivery:
 
 
 @final
-@checked
+@validated
 @attrs.frozen(kw_only=True, repr=False)
 class Payment:
     """How an order was paid."""
@@ -75,7 +75,7 @@ class Payment:
 
 
 @final
-@checked
+@validated
 @attrs.frozen(kw_only=True, repr=False)
 class Item:
     """One line of an order."""
@@ -116,7 +116,7 @@ def _in_order(items: Iterable[Item]) -> tuple[Item, ...]:
 
 
 @final
-@checked
+@validated
 @attrs.frozen(kw_only=True, repr=False)
 class Order:
     """An order, whole: what a shop publishes and everybody gets back exactly as sent.

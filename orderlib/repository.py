@@ -24,7 +24,7 @@ MAX_PAGE_SIZE = 100
 MAX_PAGE_ITEMS = 5_000
 
 #: ``status`` counts no further: a larger number would cost time and tell nobody more.
-COUNTED_AT_MOST = 10_000
+COUNT_LIMIT = 10_000
 
 
 class Outcome(enum.StrEnum):
@@ -99,15 +99,15 @@ class Page:
 
 
 @attrs.frozen(kw_only=True)
-class Status:
-    """How the store is doing. No count goes past ``COUNTED_AT_MOST``."""
+class Stats:
+    """How the store is doing. No count goes past ``COUNT_LIMIT``."""
 
     #: The store's own time when it was asked; UTC.
     asked_at: dt.datetime
     #: ``first_stored_at`` of the newest order; ``None`` without orders.
     newest_first_stored_at: dt.datetime | None
     #: How many orders were first stored in the last five minutes.
-    stored_lately: int
+    stored_recently: int
     #: How many rejects are kept, for every code.
     rejects_by_code: Mapping[str, int]
 
@@ -115,8 +115,8 @@ class Status:
 class OrderRepository(Protocol):
     """A store of whole orders.
 
-    Every call is one transaction, or for reads one consistent look. Any may raise StoreUnreachable (an outage: calling
-    again is safe, saving included) or BrokenSetup.
+    Every call is one transaction, or for reads one consistent look. Any may raise DatabaseUnavailable (an outage:
+    calling again is safe, saving included) or ConfigurationError.
     """
 
     def get(self, order_uid: str) -> Order:
@@ -168,7 +168,7 @@ class OrderRepository(Protocol):
         """
         ...
 
-    def status(self) -> Status:
+    def status(self) -> Stats:
         """How the store is doing."""
         ...
 
@@ -185,8 +185,8 @@ class OrderRepository(Protocol):
         Content that is stored already counts as DUPLICATE and changes no field; other content replaces the stored order
         whole. Of several with the same order_uid the last wins and the others count as SUPERSEDED or DUPLICATE.
         Raises RefusedByDatabase naming the order at fault; nothing is stored then.
-        Raises StoreUnreachable if the outcome is unknown, or Collision if other writers were in the way again and
-        again; calling again is safe.
+        Raises DatabaseUnavailable if the outcome is unknown, or TransactionConflict if other writers were in the way
+        again and again; calling again is safe.
         """
         ...
 
@@ -194,7 +194,7 @@ class OrderRepository(Protocol):
 class AsyncOrderReader(Protocol):
     """The reads of ``OrderRepository`` for asyncio: the same results, the same errors, each within a bounded time.
 
-    A store that does not answer in time raises StoreUnreachable.
+    A store that does not answer in time raises DatabaseUnavailable.
     """
 
     async def get(self, order_uid: str) -> Order:
@@ -231,12 +231,12 @@ class AsyncOrderReader(Protocol):
         """See ``OrderRepository.newer_than``."""
         ...
 
-    async def status(self) -> Status:
+    async def status(self) -> Stats:
         """See ``OrderRepository.status``."""
         ...
 
     async def check(self) -> None:
-        """Return if the store answers and is fit to be read. Raises StoreUnreachable or BrokenSetup."""
+        """Return if the store answers and is fit to be read. Raises DatabaseUnavailable or ConfigurationError."""
         ...
 
 

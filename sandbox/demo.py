@@ -56,9 +56,9 @@ _NEEDS: Mapping[str, set[str]] = {
 def main() -> int:
     """Run it all. Exit status 0 after Ctrl-C, 1 if something failed."""
     argparse.ArgumentParser(prog="python -m sandbox.demo", description=__doc__).parse_args()
-    told_to_stop = threading.Event()
+    stop_event = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: told_to_stop.set())
+        signal.signal(number, lambda *_: stop_event.set())
     address = f"127.0.0.1:{free_port()}"
     environ = {**os.environ, "ORDERS_API_BIND": address, "ORDERS_API_AUTH": "off"}
     try:
@@ -71,17 +71,17 @@ def main() -> int:
                 own = {**environ, "ORDERS_METRICS_BIND": f"127.0.0.1:{port}"}
                 stack.enter_context(_running(service, own, logs))
             _run(f"sender --count {ORDERS} --bad-rate {BAD_RATE}", environ)
-            order_uid = _first_readable_order(f"http://{address}/orders?limit=1", told_to_stop)
+            order_uid = _first_readable_order(f"http://{address}/orders?limit=1", stop_event)
             _say(f"the first order was readable {time.monotonic() - began_s:.1f} s after the services were started")
             stack.enter_context(_running(f"sender --count 1000000 --rate {ORDERS_PER_S}", environ, logs))
             _say(f"{ORDERS_PER_S} more orders a second are on their way; Ctrl-C stops everything")
             _say(f"an order:  http://{address}/orders/{order_uid}")
             _say(f"the page:  http://{address}/")
-            told_to_stop.wait()
+            stop_event.wait()
             _say("stopping")
     except SandboxError as exc:
         print(f"demo: {exc}", file=sys.stderr)
-        return 0 if told_to_stop.is_set() else 1
+        return 0 if stop_event.is_set() else 1
     return 0
 
 
@@ -129,13 +129,13 @@ def _running(command: str, environ: Mapping[str, str], logs: Path) -> Iterator[N
             print(log_path.read_text(errors="replace")[-4000:], file=sys.stderr)
 
 
-def _first_readable_order(url: str, told_to_stop: threading.Event) -> str:
+def _first_readable_order(url: str, stop_event: threading.Event) -> str:
     deadline = time.monotonic() + READABLE_WITHIN_S
-    while time.monotonic() < deadline and not told_to_stop.is_set():
+    while time.monotonic() < deadline and not stop_event.is_set():
         with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  our own address
             for found in json.load(answer)["orders"]:
                 return str(found["order_uid"])
-        told_to_stop.wait(0.05)
+        stop_event.wait(0.05)
     raise SandboxError(f"no order was readable within {READABLE_WITHIN_S:.0f} s")
 
 

@@ -15,11 +15,11 @@ import attrs
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Message, TopicCollection, TopicPartition, Uuid
 from confluent_kafka.admin import AdminClient, ListOffsetsResultInfo, OffsetSpec, TopicDescription
 
-from orderlib.config import KafkaSettings
-from orderlib.errors import BrokenSetup, BrokerUnreachable, OrderError
-from orderlib.ingest import Headers, Record, RecordPosition, record_time
+from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError
+from orderlib.ingestion.records import Headers, Record, RecordPosition, record_time
 from services.kafka_errors import CONNECTION, NO_TOPIC, SSL_ERROR, ErrorAction, action_of, translate, translated_errors
 from services.kafka_listener import certificate_fault, expected_protocol
+from services.settings import KafkaSettings
 
 T = TypeVar("T")
 
@@ -54,8 +54,8 @@ class TopicInfo:
 class Cluster:
     """Requests to a Kafka cluster.
 
-    Every method, and every callable that one returns, may raise BrokerUnreachable with the addresses and the cause, or
-    BrokenSetup if a setting, a right or the topic is wrong.
+    Every method, and every callable that one returns, may raise BrokerUnavailable with the addresses and the cause, or
+    ConfigurationError if a setting, a right or the topic is wrong.
     """
 
     def __init__(self, settings: KafkaSettings) -> None:
@@ -116,12 +116,12 @@ class Cluster:
         finally:
             self._waiting -= 1
 
-    def unreachable(self) -> OrderError:
+    def unreachable(self) -> OrderlibError:
         """Why there is no answer, as far as librdkafka has reported it."""
         self.admin.poll(0)
         if self._wrong is not None and time.monotonic() - self._wrong_at_s < _REPORTED_AGAIN_S:
             return self._wrong_setting(self._wrong)
-        return BrokerUnreachable(f"Kafka at {self.addresses} did not answer{self.last_error or f' in {ANSWER_S:g} s'}")
+        return BrokerUnavailable(f"Kafka at {self.addresses} did not answer{self.last_error or f' in {ANSWER_S:g} s'}")
 
     @property
     def last_error(self) -> str:
@@ -129,7 +129,7 @@ class Cluster:
         return f": {self._error.str()}" if self._error else ""
 
     def describe(self, topic: str) -> TopicInfo:
-        """Describe a topic. Raises BrokenSetup, naming the command, if it does not exist."""
+        """Describe a topic. Raises ConfigurationError, naming the command, if it does not exist."""
         return self.ask_topic(topic)()
 
     def ask_topic(self, topic: str) -> Callable[[], TopicInfo]:
@@ -139,14 +139,16 @@ class Cluster:
         def wait() -> TopicInfo:
             try:
                 description = self.answer(question)
-            except BrokenSetup as exc:
+            except ConfigurationError as exc:
                 cause = exc.__cause__
                 if isinstance(cause, KafkaException) and cause.args[0].code() in NO_TOPIC:
-                    raise BrokenSetup(f"Kafka has no topic {topic!r}: run `python -m services.admin topics`") from exc
+                    raise ConfigurationError(
+                        f"Kafka has no topic {topic!r}: run `python -m services.admin topics`"
+                    ) from exc
                 raise
             topic_id = _topic_id(description)
             if topic_id == NO_TOPIC_ID:
-                raise BrokenSetup(
+                raise ConfigurationError(
                     f"Kafka at {self.addresses} has no topic ids: it is too old, or api.version.request is off. A "
                     "recreated topic could not be told from the old one, and its records would be skipped"
                 )
@@ -198,23 +200,23 @@ class Cluster:
         now_s = time.monotonic()
         return now_s - self._wrong_from_s >= _BROKEN_S and now_s - self._wrong_at_s < _REPORTED_AGAIN_S
 
-    def _wrong_setting(self, error: KafkaError) -> BrokenSetup:
+    def _wrong_setting(self, error: KafkaError) -> ConfigurationError:
         ca_location = self._settings.properties.get("ssl.ca.location")
         faults = filter(None, (certificate_fault(address, ca_location) for address in self._addresses()))
         fault = next(faults, None) if error.code() == SSL_ERROR else None
         cause = f"{fault}: " if fault else ""
-        return BrokenSetup(f"Kafka at {self.addresses}: {cause}{error.str()} ({error.name()})")
+        return ConfigurationError(f"Kafka at {self.addresses}: {cause}{error.str()} ({error.name()})")
 
     def _addresses(self) -> list[str]:
         return [address.strip() for address in self.addresses.split(",")]
 
     def _check_protocol(self) -> None:
-        """Raise BrokenSetup if a broker expects another security.protocol, which librdkafka reports as an outage."""
+        """Raise ConfigurationError if a broker expects another security.protocol, which librdkafka reports as an outage."""
         configured = self._settings.properties.get("security.protocol", "plaintext").upper()
         for address in self._addresses():
             expected = expected_protocol(address)
             if expected is not None and expected != configured:
-                raise BrokenSetup(
+                raise ConfigurationError(
                     f"Kafka at {address} expects security.protocol {expected}, and not {configured}: set "
                     "ORDERS_KAFKA_SECURITY_PROTOCOL"
                 )

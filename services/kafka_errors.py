@@ -10,10 +10,10 @@ from enum import Enum
 
 from confluent_kafka import KafkaError, KafkaException, Message
 
-from orderlib.errors import BrokenSetup, BrokerUnreachable, OrderError
+from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError
 
 
-class UnreadableRecord(BrokerUnreachable):
+class UnreadableRecord(BrokerUnavailable):
     """librdkafka cannot read a record batch: its partition waits, the others go on. An operator must act."""
 
 
@@ -262,7 +262,7 @@ def action_of(error: KafkaError) -> ErrorAction:
     return ErrorAction.STOP if error.fatal() and action is not ErrorAction.SETUP else action
 
 
-def translate(error: KafkaError, message: Message | None = None) -> OrderError:
+def translate(error: KafkaError, message: Message | None = None) -> OrderlibError:
     """Return our error for one of librdkafka's, by the table. ``message`` is the one that carried it, if any did."""
     text = f"Kafka: {error.str()} ({error.name()})"
     topic = message.topic() if message else None
@@ -270,13 +270,13 @@ def translate(error: KafkaError, message: Message | None = None) -> OrderError:
         text = f"{topic}[{message.partition()}] at offset {message.offset()}: {text}"
     match action_of(error):
         case ErrorAction.SETUP:
-            return BrokenSetup(text)
+            return ConfigurationError(text)
         case ErrorAction.UNREADABLE:
             return UnreadableRecord(text)
         case ErrorAction.OUTAGE | ErrorAction.NONE:
-            return BrokerUnreachable(text)
+            return BrokerUnavailable(text)
         case ErrorAction.STOP:
-            return OrderError(text)
+            return OrderlibError(text)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,14 @@ import psycopg
 from psycopg.pq import ConnStatus
 from psycopg.pq.abc import PGconn
 
-from orderlib.errors import BrokenSetup, Collision, OrderError, RefusedByDatabase, StoreUnreachable
-from orderlib.retry import Fate, fate_of, fate_of_refusal
+from orderlib.errors import (
+    ConfigurationError,
+    DatabaseUnavailable,
+    OrderlibError,
+    RefusedByDatabase,
+    TransactionConflict,
+)
+from orderlib.ingestion.retry import ErrorAction, classify_refusal, classify_sqlstate
 
 #: Why libpq itself gave up on a connection, before or without an answer of the server, where only a change of the
 #: configuration helps. libpq has its messages in English unless the whole process chose another language; then it is an
@@ -135,7 +141,7 @@ def translated_errors(connection: psycopg.BaseConnection[Any] | None = None) -> 
     """
     try:
         yield
-    except OrderError:
+    except OrderlibError:
         raise
     except Exception as exc:
         if not isinstance(exc, psycopg.Error | UnicodeEncodeError) and (connection is None or not is_lost(connection)):
@@ -145,33 +151,33 @@ def translated_errors(connection: psycopg.BaseConnection[Any] | None = None) -> 
 
 def translate(
     exc: Exception, connection: psycopg.BaseConnection[Any] | None = None, *, writing: bool = True
-) -> OrderError:
+) -> OrderlibError:
     """Return our error for one of psycopg's. Its message names kinds and codes, never data: details may quote a row.
 
     Only a write can have a row that PostgreSQL refuses. A read that fails in the same way means broken data or set-up.
     """
     if connection is not None and is_lost(connection, exc):
-        return StoreUnreachable(f"PostgreSQL: the connection was lost{_reason(exc)}")
+        return DatabaseUnavailable(f"PostgreSQL: the connection was lost{_reason(exc)}")
     if isinstance(exc, UnicodeEncodeError):
         return RefusedByDatabase(None)
     if not isinstance(exc, psycopg.Error):
-        return BrokenSetup(f"PostgreSQL: {type(exc).__name__}")
+        return ConfigurationError(f"PostgreSQL: {type(exc).__name__}")
     if exc.pgconn is not None:
         return _not_connected(exc, exc.pgconn)
     if exc.sqlstate is None:
         return _without_sqlstate(exc)
     if _is_fatal(exc):
-        return StoreUnreachable(f"PostgreSQL: the connection was lost{_reason(exc)}")
+        return DatabaseUnavailable(f"PostgreSQL: the connection was lost{_reason(exc)}")
     summary = exc.diag.message_primary if exc.sqlstate[:2] not in {"22", "23"} else type(exc).__name__
-    match fate_of(exc.sqlstate):
-        case Fate.SPLIT if writing:
+    match classify_sqlstate(exc.sqlstate):
+        case ErrorAction.BISECT if writing:
             return RefusedByDatabase(exc.sqlstate)
-        case Fate.AGAIN:
-            return Collision(f"PostgreSQL: {summary} ({exc.sqlstate})")
-        case Fate.OUTAGE:
-            return StoreUnreachable(f"PostgreSQL: {summary} ({exc.sqlstate})")
-        case Fate.STOP | Fate.SPLIT:
-            return BrokenSetup(f"PostgreSQL: {summary} ({exc.sqlstate})")
+        case ErrorAction.RETRY:
+            return TransactionConflict(f"PostgreSQL: {summary} ({exc.sqlstate})")
+        case ErrorAction.OUTAGE:
+            return DatabaseUnavailable(f"PostgreSQL: {summary} ({exc.sqlstate})")
+        case ErrorAction.STOP | ErrorAction.BISECT:
+            return ConfigurationError(f"PostgreSQL: {summary} ({exc.sqlstate})")
 
 
 def _reason(exc: Exception) -> str:
@@ -186,15 +192,15 @@ def _words(exc: psycopg.Error) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", " ", type(exc).__name__.rstrip("_")).lower()
 
 
-def _without_sqlstate(exc: psycopg.Error) -> OrderError:
+def _without_sqlstate(exc: psycopg.Error) -> OrderlibError:
     if isinstance(exc, psycopg.DataError):
         return RefusedByDatabase(None)
     if isinstance(exc, psycopg.OperationalError | psycopg.InterfaceError) or str(exc).startswith("bad value for"):
         return _without_answer(str(exc))
-    return BrokenSetup(f"PostgreSQL: {type(exc).__name__}: {exc}")
+    return ConfigurationError(f"PostgreSQL: {type(exc).__name__}: {exc}")
 
 
-def _not_connected(exc: psycopg.Error, pgconn: PGconn) -> OrderError:
+def _not_connected(exc: psycopg.Error, pgconn: PGconn) -> OrderlibError:
     """Return our error for a connection that was not established.
 
     Known configuration errors stop a program; everything else is an outage. A server that is restarted, overloaded or
@@ -203,12 +209,14 @@ def _not_connected(exc: psycopg.Error, pgconn: PGconn) -> OrderError:
     address = _address(pgconn)
     if exc.sqlstate is None or exc.sqlstate == "08P01":
         if exc.sqlstate is None and pgconn.needs_password:
-            return BrokenSetup(f"PostgreSQL{address}: the server asks for a password, and the database URL has none")
+            return ConfigurationError(
+                f"PostgreSQL{address}: the server asks for a password, and the database URL has none"
+            )
         return _without_answer(str(exc), address, f" ({exc.sqlstate})" if exc.sqlstate else "")
     if exc.sqlstate == "3D000" and _HOST.fullmatch(database := pgconn.db.decode("utf-8", "replace")):
-        return BrokenSetup(f'PostgreSQL{address}: database "{database}" does not exist (3D000)')
+        return ConfigurationError(f'PostgreSQL{address}: database "{database}" does not exist (3D000)')
     text = f"PostgreSQL{address}: {_REFUSALS.get(exc.sqlstate) or _words(exc)} ({exc.sqlstate})"
-    return BrokenSetup(text) if fate_of_refusal(exc.sqlstate) is Fate.STOP else StoreUnreachable(text)
+    return ConfigurationError(text) if classify_refusal(exc.sqlstate) is ErrorAction.STOP else DatabaseUnavailable(text)
 
 
 def _address(pgconn: PGconn) -> str:
@@ -218,12 +226,12 @@ def _address(pgconn: PGconn) -> str:
     return f" at [{host}]:{port}" if ":" in host else f" at {host}:{port}"
 
 
-def _without_answer(text: str, address: str = "", code: str = "") -> OrderError:
+def _without_answer(text: str, address: str = "", code: str = "") -> OrderlibError:
     for pattern, setup in _LIBPQ_SETUP_COMPILED:
         if found := pattern.search(text):
             # Of a URL's own text nothing is shown: it may be a part of a password with an unescaped character.
-            return BrokenSetup(f"PostgreSQL{address}: {setup.format(found[0])}{code}")
+            return ConfigurationError(f"PostgreSQL{address}: {setup.format(found[0])}{code}")
     cause = next((cause for cause in _CAUSES if cause in text), "the connection failed")
     if (unknown := _UNKNOWN_HOST.search(text)) and _HOST.fullmatch(unknown[1]):
         cause = f"the host name {unknown[1]} cannot be resolved"
-    return StoreUnreachable(f"PostgreSQL{address}: {cause}{code}")
+    return DatabaseUnavailable(f"PostgreSQL{address}: {cause}{code}")

@@ -14,7 +14,7 @@ from psycopg.conninfo import conninfo_attempts, make_conninfo, timeout_from_conn
 from psycopg.pq.abc import PGconn
 from psycopg.waiting import Ready, Wait
 
-from orderlib.errors import StoreUnreachable
+from orderlib.errors import DatabaseUnavailable
 from orderlib.postgres.errors import translate
 from orderlib.postgres.handshake import connect_steps
 
@@ -101,5 +101,7 @@ def _ready(attempts: list[_Attempt], timeout_s: float) -> list[_Attempt]:
 
 def _summary(failures: Mapping[int, psycopg.Error]) -> psycopg.Error:
     """Return the error that decides: an outage of any host, because that one may come back, else the last host's."""
-    outages = (failures[host] for host in sorted(failures) if isinstance(translate(failures[host]), StoreUnreachable))
+    outages = (
+        failures[host] for host in sorted(failures) if isinstance(translate(failures[host]), DatabaseUnavailable)
+    )
     return next(outages, failures[max(failures)]).with_traceback(None)

@@ -15,9 +15,9 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import TupleRow
 
-from orderlib import queries
-from orderlib.errors import BrokenSetup, StoreUnreachable
-from orderlib.postgres.connection import Connection, connection_arguments
+from orderlib.errors import ConfigurationError, DatabaseUnavailable
+from orderlib.postgres import queries
+from orderlib.postgres.connections import Connection, connection_arguments
 from orderlib.postgres.errors import translate, translated_errors
 
 OWNER = "orders_owner"
@@ -86,7 +86,7 @@ _FILE = re.compile(r"(\d{4})_\w+\.sql")
 
 def _migrations() -> dict[int, str]:
     """The file names of the migrations by number, in order."""
-    files = (entry.name for entry in resources.files("orderlib").joinpath("migrations").iterdir())
+    files = (entry.name for entry in resources.files("orderlib.postgres").joinpath("migrations").iterdir())
     return dict(sorted((int(found[1]), found[0]) for found in map(_FILE.fullmatch, files) if found))
 
 
@@ -122,8 +122,8 @@ def bootstrap(
 
     Needs a superuser, or a role with CREATEROLE that owns the database. ``passwords`` of the three login roles, by
     name, replace the ones they had. Corrects attributes, memberships and rights that differ from what they must be,
-    and returns what this connection's role may not correct. Raises BrokenSetup, with nothing changed, if the programs
-    could not work: because the database is not UTF8, or because a right is missing.
+    and returns what this connection's role may not correct. Raises ConfigurationError, with nothing changed, if the
+    programs could not work: because the database is not UTF8, or because a right is missing.
     """
     # Two at once meet at a role or at the database's entry: the second one starts again and finds the work done.
     conflicts = (
@@ -147,7 +147,7 @@ def _bootstrap(connection: Connection, passwords: Mapping[str, str]) -> Bootstra
             connection.execute(let_log_in.format(sql.Identifier(role), sql.Literal(verifier.decode())))
     except psycopg.errors.InsufficientPrivilege as exc:
         me = connection.info.user
-        raise BrokenSetup(
+        raise ConfigurationError(
             f"role {me} may not create or alter the roles ({exc.diag.message_primary}): it must be a superuser, or "
             f"have CREATEROLE; if the roles exist already, an administrator must run: GRANT {', '.join(ROLES)} "
             f"TO {sql.Identifier(me).as_string(connection)} WITH ADMIN TRUE, INHERIT FALSE, SET FALSE"
@@ -157,7 +157,7 @@ def _bootstrap(connection: Connection, passwords: Mapping[str, str]) -> Bootstra
     corrected += rights + _correct_roles(connection)
     problems = _problems(connection)
     if required := [str(problem) for problem in problems if problem.is_required]:
-        raise BrokenSetup(
+        raise ConfigurationError(
             f"role {connection.info.user} may not set up this database: it must be a superuser or the database's "
             f"owner; an administrator must correct: {'; '.join(required)}"
         )
@@ -253,13 +253,13 @@ def _single_rights(rights: Iterable[str]) -> set[str]:
 
 
 def role_of(variable: str, url: str) -> tuple[str, str]:
-    """The role in a URL and its password. Raises BrokenSetup naming the variable where one is missing."""
+    """The role in a URL and its password. Raises ConfigurationError naming the variable where one is missing."""
     arguments = connection_arguments(url, application_name="")
     role, password = arguments.get("user"), arguments.get("password")
     if role not in {MIGRATOR, WRITER, READER}:
-        raise BrokenSetup(f"{variable} must log in as one of {MIGRATOR}, {WRITER}, {READER}")
+        raise ConfigurationError(f"{variable} must log in as one of {MIGRATOR}, {WRITER}, {READER}")
     if not password:
-        raise BrokenSetup(f"{variable} has no password for {role}")
+        raise ConfigurationError(f"{variable} has no password for {role}")
     return str(role), str(password)
 
 
@@ -271,7 +271,7 @@ def migrate(
     """Apply the missing migrations, each in its own transaction as the owner. Return how many there were.
 
     Also restores the rights on the tables. Idempotent, and safe to run concurrently. ``on_message`` receives warnings
-    of migrations, corrected rights, and who holds a lock that this waits for. Raises StoreUnreachable, naming that
+    of migrations, corrected rights, and who holds a lock that this waits for. Raises DatabaseUnavailable, naming that
     session, if the lock is not free within a minute.
     """
 
@@ -328,7 +328,7 @@ def _apply(connection: Connection, number: int, name: str) -> bool:
     if connection.execute(queries.IS_APPLIED, {"number": number}).fetchone():
         return False
     connection.execute(queries.LIFT_TIME_LIMITS)
-    script = resources.files("orderlib").joinpath("migrations", name).read_text(encoding="utf-8")
+    script = resources.files("orderlib.postgres").joinpath("migrations", name).read_text(encoding="utf-8")
     connection.execute(script.encode())
     connection.execute(queries.RECORD_MIGRATION, {"number": number, "name": name})
     return True
@@ -364,7 +364,7 @@ def _with_locks(
             if isinstance(conflict.error, psycopg.errors.LockNotAvailable):
                 holders = _lock_holders(connection)
                 if is_late:
-                    raise StoreUnreachable(
+                    raise DatabaseUnavailable(
                         f"PostgreSQL: no lock within {LOCK_WITHIN_S:.0f} s, held by {holders}; nothing was changed"
                     ) from conflict.error
                 if holders != told:
@@ -398,19 +398,21 @@ def _lock_holders(connection: Connection) -> str:
 def _require_utf8(connection: Connection) -> None:
     encoding, _ = _one_row(connection, queries.DATABASE)
     if encoding != "UTF8":
-        raise BrokenSetup(f"the database's encoding is {encoding}, orders need UTF8")
+        raise ConfigurationError(f"the database's encoding is {encoding}, orders need UTF8")
 
 
 def _table_schema(connection: Connection) -> str:
-    """Return the schema of the tables. Raises BrokenSetup if the search_path names no schema that exists."""
+    """Return the schema of the tables. Raises ConfigurationError if the search_path names no schema that exists."""
     [schema] = _one_row(connection, queries.TABLE_SCHEMA)
     if schema is None:
-        raise BrokenSetup("the search_path names no schema that exists and may be used: create one, or change it")
+        raise ConfigurationError(
+            "the search_path names no schema that exists and may be used: create one, or change it"
+        )
     return str(schema)
 
 
 def check_schema(connection: Connection) -> None:
-    """Raise BrokenSetup, naming what to do, if the schema is older than this program. A newer one is fine."""
+    """Raise ConfigurationError, naming what to do, if the schema is older than this program. A newer one is fine."""
     with translated_errors(connection):
         location = _one_row(connection, queries.SCHEMA_LOCATION)
         number = _one_row(connection, queries.SCHEMA_NUMBER)[0] if location[0] else None
@@ -418,25 +420,25 @@ def check_schema(connection: Connection) -> None:
 
 
 def require_schema(location: TupleRow, number: int | None) -> None:
-    """Raise BrokenSetup, naming what to do, for a schema that the session does not find or that is too old."""
+    """Raise ConfigurationError, naming what to do, for a schema that the session does not find or that is too old."""
     found, role, search_path, elsewhere, is_usable = location
     if not found and elsewhere:
         raise _not_found(role, search_path, elsewhere, is_usable=is_usable)
     number = number or 0
     if number < LATEST_MIGRATION:
-        raise BrokenSetup(
+        raise ConfigurationError(
             f"the database's schema is at {number}, this program needs {LATEST_MIGRATION}: "
             "run `python -m services.admin migrate`"
         )
 
 
-def _not_found(role: str, search_path: str, schema: str, *, is_usable: bool) -> BrokenSetup:
+def _not_found(role: str, search_path: str, schema: str, *, is_usable: bool) -> ConfigurationError:
     if not is_usable:
-        return BrokenSetup(
+        return ConfigurationError(
             f"the tables are in schema {schema}, on which role {role} lacks USAGE: "
             "run `python -m services.admin bootstrap`"
         )
-    return BrokenSetup(
+    return ConfigurationError(
         f"the tables are in schema {schema}, but the search_path of role {role} is {search_path}: "
         f"run ALTER ROLE {_quoted(role)} SET search_path = {_quoted(schema)}, or set it in the URL's options"
     )
@@ -447,13 +449,13 @@ def _quoted(name: str) -> str:
 
 
 def check_rights(connection: Connection, rights: Sequence[tuple[str, str]]) -> None:
-    """Raise BrokenSetup naming the first of these (table, right) that the session's role lacks."""
+    """Raise ConfigurationError naming the first of these (table, right) that the session's role lacks."""
     wanted = {"tables": [table for table, _ in rights], "rights": [right for _, right in rights]}
     with translated_errors(connection):
         missing = connection.execute(queries.MISSING_RIGHTS, wanted).fetchone()
     if missing:
         role, table, right = missing
-        raise BrokenSetup(f"the role {role} may not {right} on {table}: run `python -m services.admin migrate`")
+        raise ConfigurationError(f"the role {role} may not {right} on {table}: run `python -m services.admin migrate`")
 
 
 def _one_row(connection: Connection, statement: LiteralString) -> TupleRow:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import attrs
 
-from orderlib import queries
-from orderlib.errors import BrokenSetup
-from orderlib.postgres.connection import Connection
+from orderlib.errors import ConfigurationError
+from orderlib.postgres import queries
+from orderlib.postgres.connections import Connection
 from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.migrate import check_schema
 
@@ -30,7 +30,10 @@ class StoredOffset:
 
 @contextmanager
 def as_owner(connection: Connection) -> Iterator[None]:
-    """Run one transaction in which the migrator has the owner's rights. Raises BrokenSetup without a usable schema."""
+    """Run one transaction in which the migrator has the owner's rights.
+
+    Raises ConfigurationError without a usable schema.
+    """
     with translated_errors(connection), connection.transaction():
         connection.execute(queries.BECOME_OWNER)
         connection.execute(queries.LIMIT_LOCK_WAIT)
@@ -49,7 +52,7 @@ def stored_offsets(connection: Connection) -> list[StoredOffset]:
 def reset_offsets(connection: Connection, group: str, topic_id: str, next_offsets: Mapping[int, int]) -> None:
     """Move a group's offsets, all or none. Only with the group stopped: nothing but its fence would notice.
 
-    Raises BrokenSetup for a partition that the group never read.
+    Raises ConfigurationError for a partition that the group never read.
     """
     with as_owner(connection):
         for partition, next_offset in sorted(next_offsets.items()):
@@ -58,7 +61,9 @@ def reset_offsets(connection: Connection, group: str, topic_id: str, next_offset
                 {"group": group, "topic_id": topic_id, "partition": partition, "next_offset": next_offset},
             )
             if moved.rowcount != 1:
-                raise BrokenSetup(f"group {group!r} has no offset for partition {partition} of topic id {topic_id}")
+                raise ConfigurationError(
+                    f"group {group!r} has no offset for partition {partition} of topic id {topic_id}"
+                )
 
 
 def consumer_group(connection: Connection) -> str | None:

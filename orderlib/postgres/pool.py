@@ -24,13 +24,13 @@ from psycopg.abc import PQGen
 from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.pq.abc import PGconn
 
-from orderlib import queries
-from orderlib.errors import BrokenSetup, OrderError, StoreUnreachable
-from orderlib.postgres.connection import Connection, connection_arguments, prepare_session
+from orderlib.errors import ConfigurationError, DatabaseUnavailable, OrderlibError
+from orderlib.postgres import queries
+from orderlib.postgres.connections import Connection, connection_arguments, prepare_session
 from orderlib.postgres.errors import is_lost, translate, translated_errors
 from orderlib.postgres.hosts import connect_to_any
 from orderlib.postgres.migrate import check_schema
-from orderlib.postgres.reading import Reading
+from orderlib.postgres.reads import ReadQueries
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ _REPEATABLE_CLASS = "40"
 _READ_ONLY = "25006"
 
 
-class DeadlineExceeded(OrderError):
+class DeadlineExceeded(OrderlibError):
     """The deadline of a call passed while it waited for PostgreSQL. No caller of a repository sees it."""
 
 
@@ -78,7 +78,7 @@ class Session(Connection):
 
     def __init__(self, pgconn: PGconn) -> None:
         super().__init__(pgconn)
-        self.reading = Reading(pgconn)
+        self.read_queries = ReadQueries(pgconn)
         #: When the call that uses it must end, by the monotonic clock.
         self.deadline = 0.0
         #: Whether it was connected before the call that uses it. It may have been lost since then, which says nothing
@@ -186,7 +186,7 @@ class Pool:
         self._openers: set[object] = set()
 
     def take(self) -> Session | None:
-        """Return an idle session, or ``None`` if the call must wait for one. Raise BrokenSetup if closed."""
+        """Return an idle session, or ``None`` if the call must wait for one. Raise ConfigurationError if closed."""
         self._check_open()
         with self._lock:
             if not self._idle:
@@ -213,12 +213,12 @@ class Pool:
             # Its own copy: each raise adds a traceback.
             raise copy.copy(waiter.failure) from waiter.failure.__cause__
         if waiter.session is None:
-            raise StoreUnreachable(f"PostgreSQL: no connection within {self.connection_timeout_s:g} s")
+            raise DatabaseUnavailable(f"PostgreSQL: no connection within {self.connection_timeout_s:g} s")
         return waiter.session
 
     def leave(self, waiter: Waiter) -> None:
         """Forget a waiter that was interrupted, and take back the session that it was given meanwhile."""
-        with contextlib.suppress(OrderError):
+        with contextlib.suppress(OrderlibError):
             self.give_back(self.taken(waiter))
 
     def give_back(self, session: Session) -> None:
@@ -256,7 +256,7 @@ class Pool:
 
     def _check_open(self) -> None:
         if os.getpid() != self._process:
-            raise BrokenSetup("the repository belongs to another process: connect again after a fork")
+            raise ConfigurationError("the repository belongs to another process: connect again after a fork")
         if self._closed:
             raise _closed_error()
 
@@ -342,7 +342,7 @@ class Pool:
                 session.close()
                 raise
         except DeadlineExceeded as exc:
-            return None, StoreUnreachable(str(exc))
+            return None, DatabaseUnavailable(str(exc))
         except psycopg.Error as exc:
             failure = translate(exc)
             failure.__cause__ = exc
@@ -377,20 +377,22 @@ class Call:
             return session.reused and not silent
         return False
 
-    def read_error(self, session: Session, error: psycopg.Error | UnicodeEncodeError | DeadlineExceeded) -> OrderError:
+    def read_error(
+        self, session: Session, error: psycopg.Error | UnicodeEncodeError | DeadlineExceeded
+    ) -> OrderlibError:
         """Return our error for a failed read."""
         if isinstance(error, DeadlineExceeded):
-            return StoreUnreachable(f"PostgreSQL: no answer within {self._pool.timeout_s:g} s")
+            return DatabaseUnavailable(f"PostgreSQL: no answer within {self._pool.timeout_s:g} s")
         return translate(error, session, writing=False)
 
-    def write_error(self, session: Session, error: psycopg.Error | OrderError, *, committing: bool) -> OrderError:
+    def write_error(self, session: Session, error: psycopg.Error | OrderlibError, *, committing: bool) -> OrderlibError:
         """Return our error for a failed write. After a lost answer it says what is known about the outcome."""
         silent = isinstance(error, DeadlineExceeded)
         ours = translate(error, session) if isinstance(error, psycopg.Error) else error
         reason = f"PostgreSQL: no answer within {self._pool.timeout_s:g} s" if silent else str(ours)
         if committing and session.is_lost(error):
-            return StoreUnreachable(f"{reason}; whether the orders are stored is unknown; saving them again is safe")
-        return StoreUnreachable(f"{reason}; nothing was stored") if silent else ours
+            return DatabaseUnavailable(f"{reason}; whether the orders are stored is unknown; saving them again is safe")
+        return DatabaseUnavailable(f"{reason}; nothing was stored") if silent else ours
 
     def may_repeat_read(self, session: Session, error: Exception) -> bool:
         """Whether to read again, on another session, after this error."""
@@ -414,5 +416,5 @@ def _sqlstates(error: BaseException | None) -> Iterator[str]:
         error = error.__cause__
 
 
-def _closed_error() -> BrokenSetup:
-    return BrokenSetup("the repository is closed")
+def _closed_error() -> ConfigurationError:
+    return ConfigurationError("the repository is closed")

@@ -9,12 +9,12 @@ from typing import Any
 
 import attrs
 
-from orderlib import queries
-from orderlib.errors import Collision, RejectNotFound
-from orderlib.ingest import Arrival, Record, RecordPosition, Reject, settle_redriven
-from orderlib.postgres.connection import Connection
+from orderlib.errors import RejectNotFound, TransactionConflict
+from orderlib.ingestion.records import PreparedOrder, Record, RecordPosition, Reject, plan_redrive
+from orderlib.postgres import queries
+from orderlib.postgres.connections import Connection
 from orderlib.postgres.errors import translated_errors
-from orderlib.postgres.writing import store
+from orderlib.postgres.writes import store
 from orderlib.repository import Outcome
 
 #: Rejects redriven in one transaction. The consumer waits for it.
@@ -81,7 +81,7 @@ def get_reject(connection: Connection, place: RejectPlace) -> list[dict[str, Any
 
 def redrive(
     connection: Connection,
-    judge: Callable[[Record], Arrival | Reject],
+    classify_record: Callable[[Record], PreparedOrder | Reject],
     *,
     code: str | None = None,
     place: RejectPlace | None = None,
@@ -96,8 +96,8 @@ def redrive(
     while True:
         try:
             with translated_errors(connection), connection.transaction():
-                last, outcomes = _redrive_some(connection, judge, code, place, after)
-        except Collision:
+                last, outcomes = _redrive_some(connection, classify_record, code, place, after)
+        except TransactionConflict:
             continue
         if last is None:
             return
@@ -107,7 +107,7 @@ def redrive(
 
 def _redrive_some(
     connection: Connection,
-    judge: Callable[[Record], Arrival | Reject],
+    classify_record: Callable[[Record], PreparedOrder | Reject],
     code: str | None,
     place: RejectPlace | None,
     after: tuple[str, int, int],
@@ -119,15 +119,15 @@ def _redrive_some(
         "limit": _REDRIVEN_AT_ONCE,
     }
     rows = connection.execute(queries.REJECTS_TO_REDRIVE, which).fetchall()
-    connection.execute(queries.HOLD_OFFSETS, {"topic_ids": sorted({row[0] for row in rows})})
+    connection.execute(queries.LOCK_OFFSETS, {"topic_ids": sorted({row[0] for row in rows})})
     # Later than every batch that this redrive sees, and earlier than every order that it stores: reconcile tells by it
     # which of them stored an order.
     [(redriven_at,)] = connection.execute(queries.CLOCK).fetchall()
     outcomes: Counter[Outcome] = Counter()
     for topic_id, partition, offset, topic, record_time, key, value in rows:
         source = RecordPosition(topic_id=topic_id, partition=partition, offset=offset)
-        judged = judge(Record(source=source, time=record_time, topic=topic, key=key, value=value))
-        outcome = _store_alone(connection, judged) if isinstance(judged, Arrival) else Outcome.REJECTED
+        classified = classify_record(Record(source=source, time=record_time, topic=topic, key=key, value=value))
+        outcome = _store_alone(connection, classified) if isinstance(classified, PreparedOrder) else Outcome.REJECTED
         position = {"topic_id": topic_id, "partition": partition, "offset": offset}
         done = {**position, "outcome": outcome, "redriven_at": redriven_at}
         connection.execute(queries.RECORD_REDRIVE, done)
@@ -135,6 +135,6 @@ def _redrive_some(
     return (rows[-1][:3] if rows else None), outcomes
 
 
-def _store_alone(connection: Connection, arrival: Arrival) -> Outcome:
-    [result] = store(connection, [arrival], settle_redriven)
+def _store_alone(connection: Connection, prepared_order: PreparedOrder) -> Outcome:
+    [result] = store(connection, [prepared_order], plan_redrive)
     return result if isinstance(result, Outcome) else Outcome.REJECTED

@@ -13,14 +13,14 @@ from typing import Self, TypeVar
 import psycopg
 from psycopg.abc import PQGen
 
-from orderlib.errors import Collision, OrderError, RefusedByDatabase
-from orderlib.ingest import Arrival
+from orderlib.errors import OrderlibError, RefusedByDatabase, TransactionConflict
+from orderlib.ingestion.records import PreparedOrder
+from orderlib.ingestion.retry import Backoff
 from orderlib.models import Order
 from orderlib.postgres.pool import READ_ERRORS, Call, Pool, Session, ThreadWaiter
-from orderlib.postgres.reading import Reading
-from orderlib.postgres.writing import store
-from orderlib.repository import PAGE_SIZE, Cursor, Outcome, Page, Status
-from orderlib.retry import Backoff
+from orderlib.postgres.reads import ReadQueries
+from orderlib.postgres.writes import store
+from orderlib.repository import PAGE_SIZE, Cursor, Outcome, Page, Stats
 
 T = TypeVar("T")
 
@@ -46,10 +46,11 @@ class PostgresOrderRepository:
         """Connect to a database that ``admin migrate`` has prepared.
 
         ``url`` is one that libpq takes; the reader's suffices for reads. ``application_name`` is what PostgreSQL shows
-        in pg_stat_activity. Every call ends within ``timeout_s`` seconds, with StoreUnreachable if it must: this one,
+        in pg_stat_activity. Every call ends within ``timeout_s`` seconds, with DatabaseUnavailable if it must: this
+        one,
         reads, and writes. That includes the wait for a connection while all ``max_connections`` are in use. Saving many
         thousands of orders in one call may need more.
-        Raises StoreUnreachable, or BrokenSetup for a wrong URL, password, database or schema.
+        Raises DatabaseUnavailable, or ConfigurationError for a wrong URL, password, database or schema.
         """
         repository = cls(
             Pool(url, application_name=application_name, max_connections=max_connections, timeout_s=timeout_s)
@@ -76,15 +77,15 @@ class PostgresOrderRepository:
 
     def get(self, order_uid: str) -> Order:
         """See ``OrderRepository.get``."""
-        return self._read(lambda reading: reading.get(order_uid))
+        return self._read(lambda read_queries: read_queries.get(order_uid))
 
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
         """See ``OrderRepository.get_many``."""
-        return self._read(lambda reading: reading.get_many(order_uids))
+        return self._read(lambda read_queries: read_queries.get_many(order_uids))
 
     def content_sha256(self, order_uid: str) -> bytes:
         """See ``OrderRepository.content_sha256``."""
-        return self._read(lambda reading: reading.content_sha256(order_uid))
+        return self._read(lambda read_queries: read_queries.content_sha256(order_uid))
 
     def newest(
         self,
@@ -95,7 +96,7 @@ class PostgresOrderRepository:
         track_number: str | None = None,
     ) -> Page:
         """See ``OrderRepository.newest``."""
-        return self._read(lambda reading: reading.newest(limit, after, customer_id, track_number))
+        return self._read(lambda read_queries: read_queries.newest(limit, after, customer_id, track_number))
 
     def newer_than(
         self,
@@ -106,11 +107,11 @@ class PostgresOrderRepository:
         track_number: str | None = None,
     ) -> Page:
         """See ``OrderRepository.newer_than``."""
-        return self._read(lambda reading: reading.newer_than(before, limit, customer_id, track_number))
+        return self._read(lambda read_queries: read_queries.newer_than(before, limit, customer_id, track_number))
 
-    def status(self) -> Status:
+    def status(self) -> Stats:
         """See ``OrderRepository.status``."""
-        return self._read(Reading.status)
+        return self._read(ReadQueries.status)
 
     def save(self, order: Order) -> Outcome:
         """See ``OrderRepository.save``."""
@@ -119,21 +120,21 @@ class PostgresOrderRepository:
 
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
         """See ``OrderRepository.save_many``."""
-        arrivals = [Arrival.of(order) for order in orders]
+        prepared_orders = [PreparedOrder.of(order) for order in orders]
         call = Call(self._pool)
         backoff = Backoff(self._rng, first_s=0.01, most_s=0.5)
         collisions = 0
         while True:
             try:
-                return self._store(call, arrivals)
-            except Collision:
+                return self._store(call, prepared_orders)
+            except TransactionConflict:
                 collisions += 1
                 wait_s = backoff.next_wait_s()
                 if collisions > _COLLISIONS or time.monotonic() + wait_s >= call.deadline:
                     raise
                 time.sleep(wait_s)
 
-    def _store(self, call: Call, arrivals: list[Arrival]) -> Counter[Outcome]:
+    def _store(self, call: Call, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:
         """Store the orders in one transaction, again if the connection was lost while idle."""
         while True:
             session = self._session(call)
@@ -141,13 +142,13 @@ class PostgresOrderRepository:
             committing = False
             try:
                 with session.transaction():
-                    outcomes = store(session, arrivals) if arrivals else []
+                    outcomes = store(session, prepared_orders) if prepared_orders else []
                     counted = Counter(_accepted(outcome) for outcome in outcomes)
                     committing = True
-            except (psycopg.Error, OrderError) as exc:
-                if (interrupt := _hidden_interrupt(exc, handled)) is not None:
+            except (psycopg.Error, OrderlibError) as exc:
+                if (abort := _hidden_interrupt(exc, handled)) is not None:
                     session.abort()
-                    raise interrupt from None
+                    raise abort from None
                 # After COMMIT was sent, another writer may have replaced what it stored.
                 if not call.may_repeat(session, exc) or committing:
                     error = call.write_error(session, exc, committing=committing)
@@ -161,12 +162,12 @@ class PostgresOrderRepository:
             finally:
                 self._pool.give_back(session)
 
-    def _read(self, read: Callable[[Reading], PQGen[T]]) -> T:
+    def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
         call = Call(self._pool)
         while True:
             session = self._session(call)
             try:
-                return session.wait(read(session.reading))
+                return session.wait(read(session.read_queries))
             except READ_ERRORS as exc:
                 if not call.may_repeat_read(session, exc):
                     raise call.read_error(session, exc) from exc

@@ -8,12 +8,12 @@ from typing import Any
 
 import psycopg
 
-from orderlib import queries
-from orderlib.postgres.connection import Connection, connect
+from orderlib.ingestion.reconcile import SnapshotOffset, SnapshotOrder, SnapshotReject
+from orderlib.postgres import queries
+from orderlib.postgres.connections import Connection, connect
 from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.migrate import check_schema
-from orderlib.reconcile import SnapshotOffset, SnapshotOrder, SnapshotReject
-from orderlib.rows import JOINED_WIDTH, order_from_rows
+from orderlib.postgres.rows import JOINED_WIDTH, order_from_rows
 
 _ORDERS_AT_ONCE = 500
 #: Delivery and payment are joined: their columns are null where that part is missing.
@@ -102,7 +102,7 @@ def _order(row: tuple[Any, ...], items: list[tuple[object, ...]]) -> SnapshotOrd
 
 @contextmanager
 def snapshot(url: str, application_name: str) -> Iterator[Snapshot]:
-    """Hold one snapshot of the store. Raises StoreUnreachable or BrokenSetup, also from within."""
+    """Hold one snapshot of the store. Raises DatabaseUnavailable or ConfigurationError, also from within."""
     with connect(url, application_name=application_name) as connection, translated_errors(connection):
         check_schema(connection)
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ

@@ -19,7 +19,7 @@ from msgspec.inspect import DataclassType, DateTimeType, IntType, StrType, Type,
 
 from orderlib.codecs import MAX_NESTING, encode_order, order_to_plain
 from orderlib.contract import rule_of, rules_of
-from orderlib.errors import InvalidOrder, MalformedJson, Refused
+from orderlib.errors import InvalidOrder, MalformedJson, RejectedError
 from orderlib.models import Order
 
 
@@ -64,7 +64,7 @@ class BadRecord:
     #: JSON path of its one fault.
     path: str
     #: What ``decode_order`` raises for it.
-    error: type[Refused]
+    error: type[RejectedError]
 
 
 @attrs.frozen

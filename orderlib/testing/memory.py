@@ -7,23 +7,23 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from orderlib.errors import OrderNotFound, Refused
-from orderlib.ingest import Arrival, StoredVersion, settle
+from orderlib.errors import OrderNotFound, RejectedError
+from orderlib.ingestion.records import PreparedOrder, StoredVersion, plan_writes
 from orderlib.models import Order
 from orderlib.repository import (
-    COUNTED_AT_MOST,
+    COUNT_LIMIT,
     PAGE_SIZE,
     Cursor,
     Outcome,
     Page,
-    Status,
+    Stats,
     StoredOrder,
     checked_limit,
     checked_uids,
 )
 
 #: What ``status`` means by lately.
-STORED_LATELY = dt.timedelta(minutes=5)
+STORED_RECENTLY = dt.timedelta(minutes=5)
 
 
 def _utc_now() -> dt.datetime:
@@ -92,17 +92,17 @@ class MemoryOrderRepository:
         page = newer[-checked_limit(limit) :]
         return Page(orders=tuple(page), next_cursor=page[-1].cursor if page else None)
 
-    def status(self) -> Status:
+    def status(self) -> Stats:
         """See ``OrderRepository.status``."""
         now = self._clock()
         with self._lock:
             stored_at = [stored.first_stored_at for stored in self._stored.values()]
-        lately = sum(moment > now - STORED_LATELY for moment in stored_at)
-        return Status(
+        lately = sum(moment > now - STORED_RECENTLY for moment in stored_at)
+        return Stats(
             asked_at=now,
             newest_first_stored_at=max(stored_at, default=None),
-            stored_lately=min(lately, COUNTED_AT_MOST),
-            rejects_by_code={refusal.code: 0 for refusal in Refused.__subclasses__()},
+            stored_recently=min(lately, COUNT_LIMIT),
+            rejects_by_code={refusal.code: 0 for refusal in RejectedError.__subclasses__()},
         )
 
     def save(self, order: Order) -> Outcome:
@@ -113,21 +113,23 @@ class MemoryOrderRepository:
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
         """See ``OrderRepository.save_many``."""
         orders = list(orders)
-        arrivals = [Arrival.of(order) for order in orders]
-        contents = {arrival.content_sha256: order for arrival, order in zip(arrivals, orders, strict=True)}
+        prepared_orders = [PreparedOrder.of(order) for order in orders]
+        contents = {
+            prepared_order.content_sha256: order for prepared_order, order in zip(prepared_orders, orders, strict=True)
+        }
         now = self._clock()
         with self._lock:
-            settlement = settle(arrivals, self._versions)
-            for arrival in settlement.writes:
-                uid = arrival.order_uid
+            plan = plan_writes(prepared_orders, self._versions)
+            for prepared_order in plan.writes:
+                uid = prepared_order.order_uid
                 replaced = self._stored.get(uid)
                 first_stored_at = replaced.first_stored_at if replaced else now
-                order = contents[arrival.content_sha256]
+                order = contents[prepared_order.content_sha256]
                 self._stored[uid] = StoredOrder(order=order, first_stored_at=first_stored_at, stored_at=now)
                 self._versions[uid] = StoredVersion(
-                    content_sha256=arrival.content_sha256, source=None, first_stored_at=first_stored_at
+                    content_sha256=prepared_order.content_sha256, source=None, first_stored_at=first_stored_at
                 )
-        return Counter(settlement.outcomes)
+        return Counter(plan.outcomes)
 
     def _matching(self, customer_id: str | None, track_number: str | None) -> list[StoredOrder]:
         """What the filters let through, newest first."""

@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 
-from orderlib.program import run, set_up_logging
 from services.admin import offsets, orders, reconcile, rejects, schema, topics
+from services.program import run, set_up_logging
 
 Command = Callable[[argparse.Namespace, Mapping[str, str]], int]
 

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 
 from confluent_kafka import ConsumerGroupState
 
-from orderlib.config import KafkaSettings, database_url
-from orderlib.errors import BrokenSetup
-from orderlib.postgres.connection import connect
+from orderlib.errors import ConfigurationError
+from orderlib.postgres.connections import connect
 from orderlib.postgres.operations import (
     StoredOffset,
     as_owner,
@@ -20,11 +19,12 @@ from orderlib.postgres.operations import (
     set_consumer_group,
     stored_offsets,
 )
-from orderlib.program import EXIT_DONE, EXIT_FAILED
-from services.admin.log import Log
-from services.admin.output import add_json_option, add_yes_option, agreed, show
+from services.admin.output import add_json_option, add_yes_option, confirm, print_table
 from services.admin.schema import APPLICATION_NAME, Commands, connected
+from services.admin.topic_reader import TopicReader
 from services.kafka import ANSWER_S
+from services.program import EXIT_DONE, EXIT_FAILED
+from services.settings import KafkaSettings, database_url
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
@@ -105,7 +105,7 @@ def _stored(environ: Mapping[str, str], url_name: str) -> list[StoredOffset]:
 
 def _lag(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     stored = _stored(environ, "ORDERS_READER_URL")
-    log = Log(KafkaSettings.from_mapping(environ))
+    log = TopicReader(KafkaSettings.from_mapping(environ))
     next_offsets = {offset.partition: offset for offset in stored if offset.topic_id == log.topic_id}
     earliest, ends = log.earliest(), log.ends()
     rows = []
@@ -122,7 +122,7 @@ def _lag(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
                 "updated_at": known.updated_at if known else None,
             }
         )
-    show(rows, as_json=options.json)
+    print_table(rows, as_json=options.json)
     return EXIT_DONE
 
 
@@ -138,15 +138,15 @@ def _show(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         }
         for offset in _stored(environ, "ORDERS_READER_URL")
     ]
-    show(rows, as_json=options.json)
+    print_table(rows, as_json=options.json)
     return EXIT_DONE
 
 
 def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if options.to_offset is not None and options.partition is None:
-        raise BrokenSetup("--to-offset needs --partition")
+        raise ConfigurationError("--to-offset needs --partition")
     url = database_url(environ, "ORDERS_MIGRATOR_URL")
-    log = Log(KafkaSettings.from_mapping(environ))
+    log = TopicReader(KafkaSettings.from_mapping(environ))
     with connect(url, application_name=APPLICATION_NAME) as connection:
         with as_owner(connection):
             stored = stored_offsets(connection)
@@ -157,7 +157,7 @@ def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         }
         if not mine:
             which = "" if options.partition is None else f"[{options.partition}]"
-            raise BrokenSetup(f"no offsets of topic {log.topic}{which} are stored")
+            raise ConfigurationError(f"no offsets of topic {log.topic}{which} are stored")
         wanted = {partition: offset for partition, offset in _wanted(options, log).items() if partition in mine}
         rows = [
             {
@@ -169,12 +169,12 @@ def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             }
             for partition, offset in sorted(wanted.items())
         ]
-        show(rows, as_json=options.json)
+        print_table(rows, as_json=options.json)
         if not options.execute:
             print("nothing was changed; --execute does it", file=sys.stderr)
             return EXIT_DONE
         group = next(iter(mine.values())).group
-        if not agreed(f"move the offsets of group {group!r}", yes=options.yes):
+        if not confirm(f"move the offsets of group {group!r}", yes=options.yes):
             return EXIT_FAILED
         _require_stopped(log, group)
         reset_offsets(connection, group, log.topic_id, wanted)
@@ -185,19 +185,19 @@ def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 def _set_group(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_MIGRATOR_URL")
     if not options.group.strip():
-        raise BrokenSetup("GROUP must not be empty")
-    log = Log(KafkaSettings.from_mapping(environ))
+        raise ConfigurationError("GROUP must not be empty")
+    log = TopicReader(KafkaSettings.from_mapping(environ))
     with connect(url, application_name=APPLICATION_NAME) as connection:
         with as_owner(connection):
             group = consumer_group(connection)
-        show([{"group": group, "new_group": options.group}], as_json=options.json)
+        print_table([{"group": group, "new_group": options.group}], as_json=options.json)
         if group == options.group:
             print("nothing to change", file=sys.stderr)
             return EXIT_DONE
         if not options.execute:
             print("nothing was changed; --execute does it", file=sys.stderr)
             return EXIT_DONE
-        if not agreed(f"give the offsets to group {options.group!r}", yes=options.yes):
+        if not confirm(f"give the offsets to group {options.group!r}", yes=options.yes):
             return EXIT_FAILED
         for name in {group, options.group} - {None}:
             _require_stopped(log, name)
@@ -206,7 +206,7 @@ def _set_group(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return EXIT_DONE
 
 
-def _wanted(options: argparse.Namespace, log: Log) -> dict[int, int]:
+def _wanted(options: argparse.Namespace, log: TopicReader) -> dict[int, int]:
     if options.to_earliest:
         return log.earliest()
     if options.to_latest:
@@ -215,16 +215,16 @@ def _wanted(options: argparse.Namespace, log: Log) -> dict[int, int]:
         return log.at_time(_timestamp_ms(options.to_time))
     earliest, ends = log.earliest(), log.ends()
     if options.partition not in ends:
-        raise BrokenSetup(f"topic {log.topic!r} has no partition {options.partition}")
+        raise ConfigurationError(f"topic {log.topic!r} has no partition {options.partition}")
     if not earliest[options.partition] <= options.to_offset <= ends[options.partition]:
-        raise BrokenSetup(
+        raise ConfigurationError(
             f"--to-offset must be from {earliest[options.partition]} to {ends[options.partition]}, what Kafka holds"
         )
     return {options.partition: options.to_offset}
 
 
-def _require_stopped(log: Log, group: str) -> None:
+def _require_stopped(log: TopicReader, group: str) -> None:
     question = log.cluster.admin.describe_consumer_groups([group], request_timeout=ANSWER_S)[group]
     found = log.cluster.answer(question)
     if found.state not in _STOPPED:
-        raise BrokenSetup(f"group {group!r} has {len(found.members)} running consumers: stop them first")
+        raise ConfigurationError(f"group {group!r} has {len(found.members)} running consumers: stop them first")

@@ -7,13 +7,13 @@ import sys
 from collections.abc import Mapping
 
 import orderlib
-from orderlib.config import database_url
 from orderlib.errors import OrderNotFound
-from orderlib.postgres.connection import connect
+from orderlib.postgres.connections import connect
 from orderlib.postgres.operations import forget
-from orderlib.program import EXIT_DONE, EXIT_FAILED
-from services.admin.output import add_json_option, add_yes_option, agreed, count_of, printable, tell
+from services.admin.output import add_json_option, add_yes_option, confirm, count_of, print_result, printable
 from services.admin.schema import APPLICATION_NAME, Commands
+from services.program import EXIT_DONE, EXIT_FAILED
+from services.settings import database_url
 
 
 def add_commands(commands: Commands) -> None:
@@ -51,7 +51,7 @@ def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _forget(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_MIGRATOR_URL")
-    if not agreed(f"erase order {options.order_uid} for good", yes=options.yes):
+    if not confirm(f"erase order {options.order_uid} for good", yes=options.yes):
         return EXIT_FAILED
     with connect(url, application_name=APPLICATION_NAME) as connection:
         orders, rejects = forget(connection, options.order_uid)
@@ -62,5 +62,5 @@ def _forget(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         f"erased {count_of(orders, 'order')} and {count_of(rejects, 'reject')}; "
         "a rewind of the offsets would bring them back"
     )
-    tell(told, erased, as_json=options.json)
+    print_result(told, erased, as_json=options.json)
     return EXIT_DONE

@@ -43,7 +43,7 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
-def show(rows: Sequence[Row], *, as_json: bool) -> None:
+def print_table(rows: Sequence[Row], *, as_json: bool) -> None:
     """Print rows of the same names: a JSON array, or a table with its names on top."""
     if as_json:
         print(printable(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode()))
@@ -56,7 +56,7 @@ def show(rows: Sequence[Row], *, as_json: bool) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def tell(sentence: str, result: Row, *, as_json: bool) -> None:
+def print_result(sentence: str, result: Row, *, as_json: bool) -> None:
     """Print what was done: a sentence, or a JSON object."""
     print(printable(msgspec.json.encode(result).decode() if as_json else sentence))
 
@@ -78,7 +78,7 @@ def add_yes_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", action="store_true", help="do not ask")
 
 
-def agreed(question: str, *, yes: bool) -> bool:
+def confirm(question: str, *, yes: bool) -> bool:
     """Whether the operator wants it: asked on a terminal; elsewhere only ``--yes`` counts."""
     if yes:
         return True

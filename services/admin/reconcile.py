@@ -11,15 +11,15 @@ from pathlib import Path
 
 import attrs
 
-from orderlib.config import KafkaSettings, database_url, max_record_bytes
-from orderlib.errors import BrokenSetup
-from orderlib.ingest import Record, judge
+from orderlib.errors import ConfigurationError
+from orderlib.ingestion.reconcile import Finding, Reconciliation, TopicState
+from orderlib.ingestion.records import Record, classify_record
 from orderlib.postgres.snapshot import snapshot
-from orderlib.program import EXIT_DONE, EXIT_FAILED
-from orderlib.reconcile import Finding, Reconciliation, TopicState
-from services.admin.log import Log
 from services.admin.output import Progress, add_json_option, count_of, printable
 from services.admin.schema import APPLICATION_NAME, Commands
+from services.admin.topic_reader import TopicReader
+from services.program import EXIT_DONE, EXIT_FAILED
+from services.settings import KafkaSettings, database_url, max_record_bytes
 
 #: Findings printed; all are counted.
 _SHOWN = 100
@@ -68,16 +68,16 @@ def _read_manifest(path: Path, topic: str) -> Manifest:
                     place = int(line["partition"]), int(line["offset"])
                     manifest[place] = _Acknowledged(order_uid=line["order_uid"], sha256=line["sha256"])
     except OSError as exc:
-        raise BrokenSetup(f"{path}: {exc.strerror}") from exc
+        raise ConfigurationError(f"{path}: {exc.strerror}") from exc
     except (ValueError, KeyError, TypeError) as exc:
-        raise BrokenSetup(f"{path}: line {number} is not of a manifest") from exc
+        raise ConfigurationError(f"{path}: line {number} is not of a manifest") from exc
     return manifest
 
 
 def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_READER_URL")
     max_bytes = max_record_bytes(environ)
-    log = Log(KafkaSettings.from_mapping(environ))
+    log = TopicReader(KafkaSettings.from_mapping(environ))
     manifest = _read_manifest(options.manifest, log.topic) if options.manifest else None
     # Asked for before the snapshot: Kafka may delete more records while the consumer handles others.
     earliest = log.earliest()
@@ -87,7 +87,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         offsets = stored.offsets()
         next_offsets = {offset.partition: offset.next_offset for offset in offsets if offset.topic_id == log.topic_id}
         if not next_offsets and not stored.has_topic(log.topic_id):
-            raise BrokenSetup(f"no consumer group has stored offsets of topic {log.topic!r} yet")
+            raise ConfigurationError(f"no consumer group has stored offsets of topic {log.topic!r} yet")
         topic = TopicState(
             topic=log.topic,
             topic_id=log.topic_id,
@@ -99,7 +99,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         proof = Reconciliation(topic, first, stored.group(), offsets, stored.rejects())
         missing = dict(manifest or {})
         for record in log.records(first, next_offsets):
-            proof.on_record(record, judge(record, max_bytes))
+            proof.on_record(record, classify_record(record, max_bytes))
             findings += _compare(record, missing)
             progress.at(proof.counts["records"])
         progress.end()

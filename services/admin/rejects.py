@@ -11,26 +11,26 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
-from orderlib.config import database_url, max_record_bytes
 from orderlib.errors import InvalidOrder, MalformedJson, RefusedByDatabase, TooLarge
-from orderlib.ingest import judge
-from orderlib.postgres.connection import connect
+from orderlib.ingestion.records import classify_record
+from orderlib.postgres.connections import connect
 from orderlib.postgres.operations import count_old_rejects, purge_rejects
 from orderlib.postgres.rejects import RejectPlace, get_reject, list_rejects, redrive
-from orderlib.program import EXIT_DONE, EXIT_FAILED
 from orderlib.repository import Outcome
 from services.admin.output import (
     Progress,
     add_json_option,
     add_yes_option,
-    agreed,
+    confirm,
     count_of,
     positive,
+    print_result,
+    print_table,
     printable,
-    show,
-    tell,
 )
 from services.admin.schema import APPLICATION_NAME, Commands, connected
+from services.program import EXIT_DONE, EXIT_FAILED
+from services.settings import database_url, max_record_bytes
 
 CODES = [refusal.code for refusal in (MalformedJson, InvalidOrder, TooLarge, RefusedByDatabase)]
 
@@ -117,7 +117,7 @@ def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         }
         for reject in found
     ]
-    show(rows, as_json=options.json)
+    print_table(rows, as_json=options.json)
     return EXIT_DONE
 
 
@@ -139,7 +139,7 @@ def _bytes(value: bytes | None) -> dict[str, str] | None:
 
 
 def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    rule = functools.partial(judge, max_bytes=max_record_bytes(environ))
+    rule = functools.partial(classify_record, max_bytes=max_record_bytes(environ))
     outcomes: Counter[Outcome] = Counter()
     progress = Progress("rejects redriven")
     with connected(environ, "ORDERS_DATABASE_URL") as connection:
@@ -149,15 +149,15 @@ def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             outcomes += some
             progress.at(outcomes.total())
     progress.end()
-    show([{str(outcome): outcomes[outcome] for outcome in Outcome}], as_json=options.json)
+    print_table([{str(outcome): outcomes[outcome] for outcome in Outcome}], as_json=options.json)
     return EXIT_DONE
 
 
 def _purge(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with connect(database_url(environ, "ORDERS_MIGRATOR_URL"), application_name=APPLICATION_NAME) as connection:
         count = count_old_rejects(connection, options.older_than)
-        if count and not agreed(f"delete {count_of(count, 'reject')} for good", yes=options.yes):
+        if count and not confirm(f"delete {count_of(count, 'reject')} for good", yes=options.yes):
             return EXIT_FAILED
         deleted = purge_rejects(connection, options.older_than)
-    tell(f"deleted {count_of(deleted, 'reject')}", {"rejects": deleted}, as_json=options.json)
+    print_result(f"deleted {count_of(deleted, 'reject')}", {"rejects": deleted}, as_json=options.json)
     return EXIT_DONE

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeAlias
 
-from orderlib.config import database_url
-from orderlib.postgres.connection import Connection, connect
+from orderlib.postgres.connections import Connection, connect
 from orderlib.postgres.migrate import LATEST_MIGRATION, bootstrap, check_schema, migrate, role_of
-from orderlib.program import EXIT_DONE
+from services.program import EXIT_DONE
+from services.settings import database_url
 
 APPLICATION_NAME = "orderlib-admin"
 
@@ -45,7 +45,7 @@ def add_commands(commands: Commands) -> None:
 
 @contextmanager
 def connected(environ: Mapping[str, str], url_name: str) -> Iterator[Connection]:
-    """Connect to a database whose schema suits this program. Raises BrokenSetup for any other."""
+    """Connect to a database whose schema suits this program. Raises ConfigurationError for any other."""
     with connect(database_url(environ, url_name), application_name=APPLICATION_NAME) as connection:
         check_schema(connection)
         yield connection

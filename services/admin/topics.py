@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
 
-from orderlib.config import KafkaSettings, max_record_bytes
-from orderlib.errors import BrokerUnreachable, OrderError
-from orderlib.program import EXIT_DONE
+from orderlib.errors import BrokerUnavailable, OrderlibError
 from services.admin.output import positive
 from services.admin.schema import Commands
 from services.kafka import ANSWER_S, Cluster
+from services.program import EXIT_DONE
+from services.settings import KafkaSettings, max_record_bytes
 
 #: Keys, headers and framing need room beside the largest value.
 _ROOM_BYTES = 1024 * 1024
@@ -71,7 +71,7 @@ def _max_message_bytes(cluster: Cluster, topic: str, *, made: bool) -> int:
     while True:
         try:
             found = cluster.answer(cluster.admin.describe_configs([resource], request_timeout=ANSWER_S)[resource])
-        except OrderError:
+        except OrderlibError:
             # The broker that was asked may not know a new topic yet.
             if not made or time.monotonic() > deadline_s:
                 raise
@@ -85,7 +85,7 @@ def _make(cluster: Cluster, topic: NewTopic) -> bool:
     question = cluster.admin.create_topics([topic], operation_timeout=ANSWER_S, request_timeout=ANSWER_S)[topic.topic]
     try:
         cluster.answer(question)
-    except BrokerUnreachable as exc:
+    except BrokerUnavailable as exc:
         cause = exc.__cause__
         if isinstance(cause, KafkaException) and cause.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:
             return False

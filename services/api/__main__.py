@@ -11,14 +11,14 @@ import sys
 
 import attrs
 
-from orderlib.config import ApiSettings
-from orderlib.errors import BrokenSetup, StoreUnreachable
-from orderlib.postgres.connection import connect
+from orderlib.errors import ConfigurationError, DatabaseUnavailable
+from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import READER_RIGHTS, check_rights, check_schema
-from orderlib.program import EXIT_DONE, event, run, set_up_logging
 from services.api.app import METRICS_ROUTE, ROUTES
 from services.api.asgi import build
 from services.api.metrics import Metrics
+from services.program import EXIT_DONE, event, run, set_up_logging
+from services.settings import ApiSettings
 
 DESCRIPTION = """\
 Gives stored orders back over HTTP: as JSON to programs, as pages to people.
@@ -42,7 +42,7 @@ def main() -> int:
     ).parse_args()
     settings = ApiSettings.from_mapping(os.environ)
     if not re.fullmatch("[1-9][0-9]?", os.environ.get("WEB_CONCURRENCY", "1")):
-        raise BrokenSetup("WEB_CONCURRENCY must be an integer from 1 to 99")
+        raise ConfigurationError("WEB_CONCURRENCY must be an integer from 1 to 99")
     # gunicorn reads that variable when it is imported.
     from services.api.server import Server, bound_address, listen  # noqa: PLC0415
 
@@ -52,7 +52,7 @@ def main() -> int:
     metrics_listener = listen("ORDERS_METRICS_BIND", settings.metrics_bind)
     settings = attrs.evolve(settings, bind=bound_address(listener), metrics_bind=bound_address(metrics_listener))
     if settings.bind.port == settings.metrics_bind.port:
-        raise BrokenSetup("ORDERS_API_BIND and ORDERS_METRICS_BIND need ports of their own")
+        raise ConfigurationError("ORDERS_API_BIND and ORDERS_METRICS_BIND need ports of their own")
     if not settings.tokens:
         event("no_authentication", logging.WARNING, served="localhost only")
     metrics = Metrics([*ROUTES, METRICS_ROUTE])
@@ -68,12 +68,12 @@ def main() -> int:
 
 
 def _look_at_database(url: str) -> None:
-    """Raise BrokenSetup for what only an operator can mend; say so if there is nothing to look at yet."""
+    """Raise ConfigurationError for what only an operator can mend; say so if there is nothing to look at yet."""
     try:
         with connect(url, application_name="orderlib-api") as connection:
             check_schema(connection)
             check_rights(connection, READER_RIGHTS)
-    except StoreUnreachable as exc:
+    except DatabaseUnavailable as exc:
         event("waiting_for_server", logging.WARNING, server="PostgreSQL", reason=str(exc))
 
 

@@ -14,19 +14,19 @@ from falcon.asgi import Request, Response
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from orderlib.config import ApiSettings
-from orderlib.program import event
 from orderlib.repository import AsyncOrderReader
-from services.api.access import Access
+from services.api.auth import AuthMiddleware
+from services.api.error_handlers import ErrorHandlers
 from services.api.health import LiveResource, ReadyResource
 from services.api.home import HomeResource
 from services.api.metrics import UNMATCHED, UNREADABLE, Metrics
-from services.api.observation import Observation
 from services.api.openapi import OpenApiResource
 from services.api.orders import OrderResource, OrdersResource
 from services.api.pages import Pages, StaticResource
 from services.api.parameters import Parameters
-from services.api.problems import Problems
+from services.api.request_metrics import RequestMetricsMiddleware
+from services.program import event
+from services.settings import ApiSettings
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
@@ -42,10 +42,10 @@ _ASCII = bytes(range(128)).decode()
 class Api(falcon.asgi.App[Request, Response]):
     """A Falcon application that answers every request as the API promises, also where Falcon itself would not."""
 
-    def __init__(self, observation: Observation, pages: Pages, *middleware: Access) -> None:
+    def __init__(self, observation: RequestMetricsMiddleware, pages: Pages, *middleware: AuthMiddleware) -> None:
         super().__init__(middleware=[observation, *middleware, Parameters()])
         self._observation = observation
-        Problems(pages).attach(self)
+        ErrorHandlers(pages).attach(self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # type: ignore[override]
         """Serve a request. Falcon raises outside its error handlers for what is changed here and for its own faults."""
@@ -72,7 +72,7 @@ class Api(falcon.asgi.App[Request, Response]):
             await send({"type": "http.response.body", "body": body})
 
     def refuse(self, status: HTTPStatus) -> tuple[dict[str, str], bytes]:
-        """See ``Observation.refuse``: the headers and body for a request that the server cannot parse."""
+        """See ``RequestMetricsMiddleware.refuse``: the headers and body for a request that the server cannot parse."""
         return self._observation.refuse(status, UNREADABLE)
 
 
@@ -102,7 +102,7 @@ def create_app(
 ) -> Api:
     """The API over a reader, as an ASGI application; ``/readyz`` asks ``health_reader``, if there is one."""
     pages = Pages()
-    app = Api(Observation(metrics, make_id), pages, Access(settings))
+    app = Api(RequestMetricsMiddleware(metrics, make_id), pages, AuthMiddleware(settings))
     resources = (
         HomeResource(reader, pages),
         OrdersResource(reader, pages),
@@ -119,7 +119,7 @@ def create_app(
 
 def create_metrics_app(health_reader: AsyncOrderReader, metrics: Metrics, make_id: Callable[[], str]) -> Api:
     """What is served on ``ORDERS_METRICS_BIND``: metrics, and health once more, where clients cannot fill it up."""
-    app = Api(Observation(metrics, make_id), Pages())
+    app = Api(RequestMetricsMiddleware(metrics, make_id), Pages())
     app.add_route(METRICS_ROUTE, MetricsResource(metrics))
     app.add_route("/livez", LiveResource())
     app.add_route("/readyz", ReadyResource(health_reader))

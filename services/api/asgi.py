@@ -6,10 +6,10 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from orderlib.config import ApiSettings
-from orderlib.postgres.asynchronous import AsyncPostgresOrderReader
+from orderlib.postgres.async_repository import AsyncPostgresOrderReader
 from services.api.app import Api, Receive, Scope, Send, create_app, create_metrics_app
 from services.api.metrics import Metrics
+from services.settings import ApiSettings
 
 #: Connections of a worker to PostgreSQL that serve health alone.
 HEALTH_CONNECTIONS = 2

@@ -9,7 +9,7 @@ from falcon.asgi import Request, Response
 
 from orderlib.errors import OrderNotFound
 from orderlib.repository import AsyncOrderReader
-from services.api.deadline import in_time
+from services.api.deadline import with_deadline
 from services.api.pages import Pages
 
 
@@ -22,7 +22,7 @@ class HomeResource:
         self._reader = reader
         self._pages = pages
 
-    @in_time
+    @with_deadline
     async def on_get(self, req: Request, resp: Response) -> None:
         """The newest orders and the status; with ``q``, the way to what was looked for."""
         query = (req.get_param("q") or "").strip()

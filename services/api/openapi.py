@@ -12,7 +12,7 @@ import orderlib
 from orderlib.contract import ORDER_UID, json_schema
 from orderlib.models import Order
 from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE
-from services.api.problems import PROBLEM_JSON
+from services.api.error_handlers import PROBLEM_JSON
 
 _JSON = falcon.MEDIA_JSON
 

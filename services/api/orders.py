@@ -12,7 +12,7 @@ from orderlib.codecs import encode_order
 from orderlib.contract import fits_postgres
 from orderlib.errors import InvalidOrder
 from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, AsyncOrderReader, Cursor, Page
-from services.api.deadline import in_time
+from services.api.deadline import with_deadline
 from services.api.negotiation import known_etags, prefers_page, require_acceptable
 from services.api.pages import Pages
 from services.api.parameters import bad_parameter
@@ -29,7 +29,7 @@ class OrderResource:
         self._reader = reader
         self._pages = pages
 
-    @in_time
+    @with_deadline
     async def on_get(self, req: Request, resp: Response, order_uid: str) -> None:
         """The order, or 304 if the client has this version; that costs one read by primary key."""
         require_acceptable(req)
@@ -64,7 +64,7 @@ class OrdersResource:
         self._reader = reader
         self._pages = pages
 
-    @in_time
+    @with_deadline
     async def on_get(self, req: Request, resp: Response) -> None:
         """A page of orders; two queries, however many."""
         require_acceptable(req)

@@ -11,7 +11,7 @@ import falcon
 import jinja2
 from falcon.asgi import Request, Response
 
-from orderlib.repository import COUNTED_AT_MOST
+from orderlib.repository import COUNT_LIMIT
 
 _HERE = Path(__file__).parent
 
@@ -53,9 +53,9 @@ def machine_time(time: dt.datetime | int) -> str:
     return time.astimezone(dt.UTC).isoformat().replace("+00:00", "Z")
 
 
-def duration(span: dt.timedelta) -> str:
+def duration(offset_range: dt.timedelta) -> str:
     """A span in the unit that says enough: ``40 s``, ``3 min``, ``5 h``, ``12 days``."""
-    seconds = max(int(span.total_seconds()), 0)
+    seconds = max(int(offset_range.total_seconds()), 0)
     for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds // length} {unit}"
@@ -64,7 +64,7 @@ def duration(span: dt.timedelta) -> str:
 
 def counted(number: int) -> str:
     """A number that was counted so far and perhaps no further."""
-    return f"{number:,}{' or more' if number >= COUNTED_AT_MOST else ''}"
+    return f"{number:,}{' or more' if number >= COUNT_LIMIT else ''}"
 
 
 class Pages:

@@ -19,9 +19,9 @@ from gunicorn.asgi.protocol import ASGIProtocol  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 from gunicorn.workers import base, gasgi  # type: ignore[import-untyped]
 
-from orderlib.config import Address
-from orderlib.errors import BrokenSetup
+from orderlib.errors import ConfigurationError
 from services.api.metrics import Metrics
+from services.settings import Address
 
 #: A client has so long to send its first request's head; gunicorn's own limit begins with the second.
 HEAD_WITHIN_S = 10
@@ -237,10 +237,10 @@ def _raised_file_limit() -> int:
 
 
 def _check_gunicorn() -> None:
-    """Raise BrokenSetup for a gunicorn that lacks what is used here."""
+    """Raise ConfigurationError for a gunicorn that lacks what is used here."""
     missing = [name for owner, names in _PRIVATE.items() for name in names if not hasattr(owner, name)]
     if missing:
-        raise BrokenSetup(
+        raise ConfigurationError(
             f"gunicorn {gunicorn.__version__} has no {missing[0]}: install the version in requirements/services.txt"
         )
 
@@ -296,14 +296,14 @@ class Server(BaseApplication):  # type: ignore[misc]
 
 
 def listen(variable: str, address: Address) -> socket.socket:
-    """Listen on an address; port 0 takes a free one. Raises BrokenSetup naming the variable."""
+    """Listen on an address; port 0 takes a free one. Raises ConfigurationError naming the variable."""
     host = address.host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, address.port), family=family, backlog=BACKLOG)
     except OSError as exc:
         reason = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else exc.strerror
-        raise BrokenSetup(f"{variable}: cannot listen on {address}: {reason}") from exc
+        raise ConfigurationError(f"{variable}: cannot listen on {address}: {reason}") from exc
 
 
 def bound_address(listener: socket.socket) -> Address:

@@ -15,16 +15,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from orderlib.config import ConsumerSettings
-from orderlib.consumption import Breaker, Consumption
-from orderlib.errors import TryAgain
-from orderlib.ingest import judge
-from orderlib.postgres.ledger import ConsumerLedger
-from orderlib.program import EXIT_DONE, event, run, set_up_logging
-from orderlib.retry import Backoff
+from orderlib.errors import TransientError
+from orderlib.ingestion.consumer_core import Breaker, ConsumerCore
+from orderlib.ingestion.records import classify_record
+from orderlib.ingestion.retry import Backoff
+from orderlib.postgres.consumer_store import ConsumerStore
 from services.consumer.health import Health, HealthServer, Metrics
-from services.consumer.loop import STOP_CLOSE_S, Loop, StoreThread
-from services.consumer.topic import Topic
+from services.consumer.kafka_consumer import KafkaConsumer
+from services.consumer.runner import STOP_CLOSE_S, ConsumerRunner, StoreWorker
+from services.program import EXIT_DONE, event, run, set_up_logging
+from services.settings import ConsumerSettings
 
 T = TypeVar("T")
 
@@ -49,57 +49,59 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     )
     options = parser.parse_args(arguments)
     settings = ConsumerSettings.from_mapping(environ)
-    told_to_stop = threading.Event()
+    stop_event = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: told_to_stop.set())
+        signal.signal(number, lambda *_: stop_event.set())
 
     clock = time.monotonic
     health, metrics = Health(clock), Metrics()
-    ledger = ConsumerLedger(settings.database_url, settings.group, clock)
+    store = ConsumerStore(settings.database_url, settings.group, clock)
     with HealthServer(settings.metrics_bind, health, metrics) as server:
         event("started", metrics=str(server.address), topic=settings.kafka.topic, group=settings.group)
-        topic = Topic(settings)
+        topic = KafkaConsumer(settings)
         try:
-            info = _once_it_answers(topic.describe, "Kafka", told_to_stop, health)
-            ends = _once_it_answers(lambda: topic.ends(info.partitions), "Kafka", told_to_stop, health)
-            _once_it_answers(ledger.check, "PostgreSQL", told_to_stop, health)
+            info = _once_it_answers(topic.describe, "Kafka", stop_event, health)
+            ends = _once_it_answers(lambda: topic.ends(info.partitions), "Kafka", stop_event, health)
+            _once_it_answers(store.check, "PostgreSQL", stop_event, health)
         except _Told:
             return EXIT_DONE
-        core = Consumption(
+        core = ConsumerCore(
             settings.kafka.topic,
-            functools.partial(judge, max_bytes=settings.max_record_bytes),
+            functools.partial(classify_record, max_bytes=settings.max_record_bytes),
             random.Random(),  # noqa: S311  jitter, no secret
             until=ends if options.exit_at_end else None,
         )
-        store = StoreThread(ledger, topic, Breaker(settings.breaker_fraction), metrics)
+        worker = StoreWorker(store, topic, Breaker(settings.breaker_fraction), metrics)
         topic.join(core)
         try:
-            loop = Loop(core, topic, store, health, metrics, clock, told_to_stop, exit_at_end=options.exit_at_end)
+            loop = ConsumerRunner(
+                core, topic, worker, health, metrics, clock, stop_event, exit_at_end=options.exit_at_end
+            )
             return loop.run()
         finally:
-            store.close(timeout_s=1)
+            worker.close(timeout_s=1)
             left = topic.close(STOP_CLOSE_S)
             event("ended", left_group=left)
 
 
-def _once_it_answers(ask: Callable[[], T], server: str, told_to_stop: threading.Event, health: Health) -> T:
-    """Ask until there is an answer; say once that we wait. Raises BrokenSetup at once."""
+def _once_it_answers(ask: Callable[[], T], server: str, stop_event: threading.Event, health: Health) -> T:
+    """Ask until there is an answer; say once that we wait. Raises ConfigurationError at once."""
     backoff = Backoff(rng=random.Random())  # noqa: S311  jitter, no secret
     said = False
     question = _asked(ask)
-    while not told_to_stop.is_set():
+    while not stop_event.is_set():
         health.turn()
         concurrent.futures.wait([question], _TURN_S)
         if not question.done():
             continue
         try:
             return question.result()
-        except TryAgain as exc:
+        except TransientError as exc:
             health.not_ready = str(exc)
             if not said:
                 event("waiting_for_server", server=server, reason=str(exc))
                 said = True
-        told_to_stop.wait(backoff.next_wait_s())
+        stop_event.wait(backoff.next_wait_s())
         question = _asked(ask)
     raise _Told
 

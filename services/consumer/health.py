@@ -21,10 +21,10 @@ from prometheus_client import Counter as Count
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from orderlib.config import Address
-from orderlib.errors import BrokenSetup
-from orderlib.program import event
+from orderlib.errors import ConfigurationError
 from orderlib.repository import Outcome
+from services.program import event
+from services.settings import Address
 
 #: The health server serves at most so many connections at a time, each for so long.
 MAX_CONNECTIONS = 32
@@ -121,7 +121,10 @@ def never_fatal(what: str) -> Iterator[None]:
 
 
 class HealthServer:
-    """Serves ``/metrics``, ``/livez`` and ``/readyz`` while in ``with``. Raises BrokenSetup if it cannot listen."""
+    """Serves ``/metrics``, ``/livez`` and ``/readyz`` while in ``with``.
+
+    Raises ConfigurationError if it cannot listen.
+    """
 
     def __init__(self, bind: Address, health: Health, metrics: Metrics) -> None:
         self._health = health
@@ -129,7 +132,7 @@ class HealthServer:
         try:
             self._server = _Server(bind)
         except OSError as exc:
-            raise BrokenSetup(f"ORDERS_METRICS_BIND: cannot listen on {bind}: {exc.strerror}") from exc
+            raise ConfigurationError(f"ORDERS_METRICS_BIND: cannot listen on {bind}: {exc.strerror}") from exc
         self._server.set_app(self._answer)
         self.address = Address(host=bind.host, port=self._server.server_port)
 

@@ -9,10 +9,10 @@ from typing import Protocol
 import attrs
 from prometheus_client import Gauge
 
-from orderlib.errors import OrderError
-from orderlib.program import event
-from services.consumer.topic import FetchFailed
+from orderlib.errors import OrderlibError
+from services.consumer.kafka_consumer import FetchFailed
 from services.kafka_errors import UnreadableRecord
+from services.program import event
 
 #: How often the log ends are requested.
 _LAG_S = 1.0
@@ -28,7 +28,7 @@ _ERROR_LOGGED_S = 30.0
 
 
 class _LogEnds(Protocol):
-    """What this needs of Kafka; see ``Topic``."""
+    """What this needs of Kafka; see ``KafkaConsumer``."""
 
     def ask_ends(self, partitions: Iterable[int]) -> Callable[[], Mapping[int, int] | None]:
         """Request log ends."""
@@ -36,7 +36,7 @@ class _LogEnds(Protocol):
 
 @attrs.define
 class _Repeating:
-    error: OrderError
+    error: OrderlibError
     first_s: float
     last_s: float
     logged_s: float
@@ -88,10 +88,10 @@ class Progress:
             known.logged_s = now_s
             self._log("kafka_error", logging.WARNING, reason=str(failed.error))
 
-    def turn(self, assigned: frozenset[int], stored: Mapping[int, int], *, interrupted: bool) -> None:
+    def turn(self, assigned: frozenset[int], stored: Mapping[int, int], *, aborted: bool) -> None:
         """Show what is known, and ask again when it is time.
 
-        ``stored`` are the next offsets of all partitions as they were last read; ``interrupted`` in an outage, in which
+        ``stored`` are the next offsets of all partitions as they were last read; ``aborted`` in an outage, in which
         nothing can make progress.
         """
         now_s = self._clock()
@@ -99,7 +99,7 @@ class Progress:
         for partition, known in list(self._errors.items()):
             if now_s - known.last_s > _ERROR_GONE_S or (partition is not None and partition not in assigned):
                 del self._errors[partition]
-        if interrupted:
+        if aborted:
             self._moved_at_s = dict.fromkeys(self._next_offsets, now_s)
         answer, self._answer = self._answer, None
         if answer is not None:
@@ -112,7 +112,7 @@ class Progress:
             self._answer = self._kafka.ask_ends(self._next_offsets)
         self._show(assigned)
 
-    def error(self) -> OrderError | None:
+    def error(self) -> OrderlibError | None:
         """Return an error that repeats without progress, or a record that cannot be read."""
         for known in self._errors.values():
             if isinstance(known.error, UnreadableRecord) or known.last_s - known.first_s >= _ERROR_REPEATS_S:

@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from random import Random
 
-from orderlib.config import KafkaSettings
-from orderlib.errors import BrokenSetup
-from orderlib.program import EXIT_DONE, EXIT_FAILED, run, set_up_logging
-from services.sender.feed import Pace, lines, named
+from orderlib.errors import ConfigurationError
+from services.program import EXIT_DONE, EXIT_FAILED, run, set_up_logging
+from services.sender.feed import RateLimiter, lines, named
 from services.sender.generate import make_values
 from services.sender.manifest import Manifest
 from services.sender.publish import Publisher
+from services.settings import KafkaSettings
 
 DESCRIPTION = """\
 Publishes orders to Kafka: made-up ones, or the lines of a file. Each record is keyed by its order_uid if it has one.
@@ -60,7 +60,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
             source = _opened(options.file, stack)
             manifest = Manifest(options.manifest, source) if options.manifest else None
         except OSError as exc:
-            raise BrokenSetup(f"{exc.filename}: {exc.strerror}") from exc
+            raise ConfigurationError(f"{exc.filename}: {exc.strerror}") from exc
         if manifest is not None:
             stack.callback(manifest.close)
         values = _made_up(options) if source is None else _read(options, source)
@@ -87,7 +87,7 @@ def _opened(path: str | None, stack: contextlib.ExitStack) -> int | None:
     if path != "-":
         return stack.enter_context(Path(path).open("rb")).fileno()
     if sys.stdin is None:
-        raise BrokenSetup("--file -: standard input is closed")
+        raise ConfigurationError("--file -: standard input is closed")
     if sys.stdin.isatty():
         print("reading orders from the terminal, one a line; Ctrl-D ends", file=sys.stderr)
     return sys.stdin.fileno()
@@ -113,7 +113,7 @@ class _Sending:
 
     def send(self, values: Iterable[bytes | None], per_s: float | None) -> None:
         """Send the values at this pace."""
-        pace = Pace(per_s, time.monotonic())
+        pace = RateLimiter(per_s, time.monotonic())
         for value in values:
             while (early_s := pace.early_s(time.monotonic())) > 0 and not self._told_to_stop.is_set():
                 self._wait(min(max(early_s, _LEAST_PAUSE_S), _TURN_S))

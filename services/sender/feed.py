@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from orderlib.codecs import decode_order
-from orderlib.errors import BrokenSetup, Refused
+from orderlib.errors import ConfigurationError, RejectedError
 
 _READ_BYTES = 1024 * 1024
 
@@ -26,7 +26,7 @@ def lines(file: int, idle_s: float) -> Iterator[bytes | None]:
     r"""The lines of an open file as they are, without their ``\n``; ``None`` whenever nothing came for ``idle_s``.
 
     The last line may lack its ``\n``. Nothing else ends a line, and an empty line is a line. ``None`` comes also with
-    each part of a long line, so that the caller can stop. Raises BrokenSetup for a line that no record can hold.
+    each part of a long line, so that the caller can stop. Raises ConfigurationError for a line that no record can hold.
     """
     parts: list[bytes] = []
     length = 0
@@ -41,7 +41,9 @@ def lines(file: int, idle_s: float) -> Iterator[bytes | None]:
         parts.append(first)
         length += len(first)
         if length > MAX_LINE_BYTES:
-            raise BrokenSetup(f"a line of the input is longer than {MAX_LINE_BYTES:,} bytes, the most of any record")
+            raise ConfigurationError(
+                f"a line of the input is longer than {MAX_LINE_BYTES:,} bytes, the most of any record"
+            )
         if others:
             yield b"".join(parts)
             *whole, rest = others
@@ -53,7 +55,7 @@ def lines(file: int, idle_s: float) -> Iterator[bytes | None]:
         yield b"".join(parts)
 
 
-class Pace:
+class RateLimiter:
     """Spreads turns evenly over time.
 
     Lateness is made up for, so that inexact waits add up to no drift; but no more than ``CATCH_UP_S``, so that no flood
@@ -77,7 +79,7 @@ class Pace:
 def named(values: Iterable[bytes | None], source: str) -> Iterator[bytes | None]:
     """Yield the lines of ``source`` unchanged, and name on stderr those that are not orders, the first 100 by number.
 
-    Raises BrokenSetup if the first line is not an order: then the file does not hold one order a line.
+    Raises ConfigurationError if the first line is not an order: then the file does not hold one order a line.
     """
     number = refused = 0
     for value in values:
@@ -85,9 +87,9 @@ def named(values: Iterable[bytes | None], source: str) -> Iterator[bytes | None]
             number += 1
             try:
                 decode_order(value)
-            except Refused as refusal:
+            except RejectedError as refusal:
                 if number == 1:
-                    raise BrokenSetup(
+                    raise ConfigurationError(
                         f"{source}: line 1 is not an order ({refusal}); an order must be on one line (`jq -c .` puts "
                         "it there), and --any sends lines that are not orders"
                     ) from refusal

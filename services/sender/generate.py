@@ -11,10 +11,10 @@ from typing import TypeVar
 import attrs
 
 from orderlib.codecs import encode_order
-from orderlib.contract import trusted
+from orderlib.contract import unchecked
 from orderlib.models import Delivery, Item, Order, Payment
 from orderlib.testing import FaultKind, break_order
-from services.sender.catalogue import MARKETS, PHONES, PRODUCTS, ZIPS, Market
+from services.sender.fake_data import MARKETS, PHONES, PRODUCTS, ZIPS, Market
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def make_order(rng: Random, clock: Clock) -> Order:
     delivery_cost = int(_pick(rng, _DELIVERY_CENTS) * market.rate)
     custom_fee = int(_pick(rng, _CUSTOM_CENTS) * market.rate)
     provider = _pick(rng, _PROVIDERS)
-    return trusted(
+    return unchecked(
         Order,
         order_uid=order_uid,
         track_number=track_number,
@@ -88,7 +88,7 @@ def make_order(rng: Random, clock: Clock) -> Order:
         date_created=created,
         oof_shard=str(rng.randrange(1, 4)),
         delivery=customer.delivery,
-        payment=trusted(
+        payment=unchecked(
             Payment,
             transaction=order_uid if rng.random() < 0.9 else f"{provider}/{rng.getrandbits(64):016x}",
             request_id="" if rng.random() < 0.7 else f"req-{rng.getrandbits(32):08x}",
@@ -112,7 +112,7 @@ def _make_item(rng: Random, market: Market, track_number: str) -> Item:
     nm_id = 2_389_200 + 37 * number
     price = max(1, round(product.price_cents * market.rate / market.step)) * market.step - market.charm
     sale = _pick(rng, _DISCOUNTS)
-    return trusted(
+    return unchecked(
         Item,
         chrt_id=4 * nm_id + size,
         track_number=track_number,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from orderlib.errors import BrokenSetup
+from orderlib.errors import ConfigurationError
 
 
 class _Line(msgspec.Struct):
@@ -22,8 +22,8 @@ class _Line(msgspec.Struct):
 class Manifest:
     """A file for the manifest, which keeps its former content until ``begin``.
 
-    Raises OSError if the file cannot be opened, and BrokenSetup if writing to it would destroy the input (``source``,
-    a file descriptor), the output, or a file that is not a manifest.
+    Raises OSError if the file cannot be opened, and ConfigurationError if writing to it would destroy the input
+    (``source``, a file descriptor), the output, or a file that is not a manifest.
     """
 
     def __init__(self, path: str, source: int | None) -> None:
@@ -43,13 +43,13 @@ class Manifest:
         self._begun = True
 
     def write(self, lines: bytes) -> None:
-        """Append these lines. Raises BrokenSetup if they cannot be written."""
+        """Append these lines. Raises ConfigurationError if they cannot be written."""
         try:
             self.begin()
             while lines:
                 lines = lines[os.write(self._file, lines) :]
         except OSError as exc:
-            raise BrokenSetup(f"the manifest cannot be written: {exc.strerror}") from exc
+            raise ConfigurationError(f"the manifest cannot be written: {exc.strerror}") from exc
 
 
 def _check(path: str, source: int | None) -> None:
@@ -58,11 +58,13 @@ def _check(path: str, source: int | None) -> None:
     except FileNotFoundError:
         return
     if source is not None and os.path.samestat(found, os.fstat(source)):
-        raise BrokenSetup(f"{path}: --manifest and --file are the same file")
+        raise ConfigurationError(f"{path}: --manifest and --file are the same file")
     if not stat.S_ISCHR(found.st_mode) and any(_is_open_as(found, number) for number in (0, 1, 2)):
-        raise BrokenSetup(f"{path}: --manifest is also this program's standard input, output or error")
+        raise ConfigurationError(f"{path}: --manifest is also this program's standard input, output or error")
     if stat.S_ISREG(found.st_mode) and found.st_size and not _is_manifest(path):
-        raise BrokenSetup(f"{path} exists and is not a manifest: choose another file for --manifest, or remove it")
+        raise ConfigurationError(
+            f"{path} exists and is not a manifest: choose another file for --manifest, or remove it"
+        )
 
 
 def _is_open_as(found: os.stat_result, number: int) -> bool:

@@ -9,12 +9,12 @@ import typing
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from orderlib.config import KafkaSettings
 from orderlib.models import Order
-from orderlib.program import event
 from services.kafka import SILENT, Cluster, known
 from services.kafka_errors import translated_errors
+from services.program import event
 from services.sender.manifest import Manifest
+from services.settings import KafkaSettings
 
 #: The client takes larger values than any broker is likely to: refusing is the broker's part.
 _MAX_VALUE_BYTES = 64 * 1024 * 1024
@@ -81,7 +81,10 @@ class Publisher:
         return self.sent - self.acknowledged - self.failed
 
     def check_topic(self) -> None:
-        """Return if the topic is there. Raises BrokenSetup, or BrokerUnreachable if Kafka does not answer in 10 s."""
+        """Return if the topic is there.
+
+        Raises ConfigurationError, or BrokerUnavailable if Kafka does not answer in 10 s.
+        """
         self._cluster.describe(self._topic)
 
     def send(self, value: bytes) -> bool:
@@ -102,7 +105,7 @@ class Publisher:
     def wait(self, timeout_s: float) -> None:
         """Take the acknowledgements there are, waiting so long for the first.
 
-        Raises BrokenSetup if a right is missing, or if the manifest cannot be written.
+        Raises ConfigurationError if a right is missing, or if the manifest cannot be written.
         """
         with translated_errors():
             self._producer.poll(timeout_s)

@@ -10,7 +10,7 @@ import orderlib
 from orderlib.testing import SAMPLE
 from tests.compose.engine import docker
 from tests.compose.system import PROGRAMS, RECOVER_WITHIN_S, SERVICES, System
-from tests.programs import wait_for
+from tests.support.programs import wait_for
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -94,7 +94,7 @@ def test_a_container_knows_the_passwords_it_needs_and_no_other(running: System, 
 
 
 def test_the_image_holds_the_programs_and_neither_settings_nor_anything_else_of_ours(running: System) -> None:
-    assert running.state("api")["Status"] == "running"
+    assert running.state("api")["Stats"] == "running"
     assert sorted(docker("run", "--rm", "orderlib", "ls", "-A", "/opt/app").split()) == ["orderlib", "services"]
     environ = docker("run", "--rm", "orderlib", "env")
     assert "ORDERS_" not in environ

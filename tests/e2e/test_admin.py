@@ -16,7 +16,7 @@ from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from orderlib.testing import SAMPLE
-from tests.programs import ROOT, run, running, succeed, wait_for
+from tests.support.programs import ROOT, run, running, succeed, wait_for
 
 
 def rows(command: str, environ: Mapping[str, str]) -> list[dict[str, Any]]:

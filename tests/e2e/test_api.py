@@ -16,7 +16,7 @@ import orderlib
 from orderlib.models import Order
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from tests.conftest import Database
-from tests.serving import Service, eventually, serving, settings_for
+from tests.support.api_process import Service, eventually, serving, settings_for
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 SAMPLE_PATH = f"/orders/{SAMPLE.order_uid}"

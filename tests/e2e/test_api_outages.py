@@ -17,9 +17,9 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import orderlib
 from orderlib.testing import SAMPLE as SAMPLE_JSON
-from tests.cable import Cable, cable
 from tests.conftest import Database
-from tests.serving import Answer, Service, eventually, serving, settings_for
+from tests.support.api_process import Answer, Service, eventually, serving, settings_for
+from tests.support.cable import Cable, cable
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 PATH = f"/orders/{SAMPLE.order_uid}"

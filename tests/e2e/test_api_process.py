@@ -26,14 +26,14 @@ from hypothesis import strategies as st
 from psycopg.conninfo import make_conninfo
 
 import orderlib
-from orderlib.postgres.connection import connect
+from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import bootstrap
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from services.api.asgi import HEALTH_CONNECTIONS
-from services.api.observation import SECURITY_HEADERS
-from tests.cable import cable
+from services.api.request_metrics import SECURITY_HEADERS
 from tests.conftest import Database, role_passwords
-from tests.serving import HALF_A_REQUEST, ROOT, Answer, Service, clients, eventually, serving, settings_for
+from tests.support.api_process import HALF_A_REQUEST, ROOT, Answer, Service, clients, eventually, serving, settings_for
+from tests.support.cable import cable
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 PATH = f"/orders/{SAMPLE.order_uid}"
@@ -358,7 +358,7 @@ def test_a_gunicorn_that_lacks_what_is_used_is_named(stored: Database) -> None:
         [
             sys.executable,
             "-c",
-            f"{without}; from orderlib.program import run; from services.api.__main__ import main; run(main)",
+            f"{without}; from services.program import run; from services.api.__main__ import main; run(main)",
         ],
         env=settings_for(stored.reader_url),
         cwd=ROOT,

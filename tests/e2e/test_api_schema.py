@@ -12,7 +12,7 @@ import attrs
 import orderlib
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from tests.conftest import Database
-from tests.serving import serving, settings_for
+from tests.support.api_process import serving, settings_for
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 

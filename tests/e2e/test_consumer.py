@@ -19,11 +19,11 @@ import pytest
 from orderlib.testing import SAMPLE
 from sandbox import Sandbox
 from tests.conftest import Database
-from tests.consuming import consuming
-from tests.faults.accounting import assert_all_accounted_for, next_offsets, stored_rejects, wait_until_handled
-from tests.faults.sending import Sender, order, uids
-from tests.programs import ROOT, run, succeed
-from tests.serving import eventually
+from tests.support.accounting import assert_all_accounted_for, next_offsets, stored_rejects, wait_until_handled
+from tests.support.api_process import eventually
+from tests.support.consumer_process import consuming
+from tests.support.programs import ROOT, run, succeed
+from tests.support.sending import Sender, order, uids
 
 
 @pytest.fixture

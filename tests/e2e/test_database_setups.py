@@ -12,8 +12,8 @@ from psycopg.conninfo import conninfo_to_dict
 
 from sandbox import PostgresServer
 from tests.conftest import Database
-from tests.programs import run, running, succeed, wait_for
-from tests.serving import serving
+from tests.support.api_process import serving
+from tests.support.programs import run, running, succeed, wait_for
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import attrs
 import pytest
 from confluent_kafka.admin import AdminClient
 
-from orderlib import config
 from sandbox import Sandbox
 from sandbox.server import free_port
+from services import settings as config
 from services.admin.__main__ import make_parser
 from tests.conftest import Database
-from tests.programs import ROOT
+from tests.support.programs import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = ROOT / "docs"

@@ -20,10 +20,10 @@ import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 
 import orderlib
-from orderlib.errors import Refused
+from orderlib.errors import RejectedError
 from orderlib.testing import SAMPLE
 from tests.conftest import Database
-from tests.programs import ROOT, events, run, running, succeed, wait_for
+from tests.support.programs import ROOT, events, run, running, succeed, wait_for
 
 
 def acknowledged(manifest: Path) -> list[dict[str, object]]:
@@ -67,7 +67,7 @@ def assert_all_accounted_for(environ: Mapping[str, str], database: Database, man
     for place in sorted(values):
         try:
             order = orderlib.decode_order(values[place] or b"")
-        except Refused:
+        except RejectedError:
             bad[place] = values[place]
         else:
             last[order.order_uid] = order

@@ -22,8 +22,8 @@ from orderlib.testing import SAMPLE
 from sandbox import Sandbox
 from services.admin.__main__ import main
 from tests.conftest import ROOT, Database, drop_database, make_database
-from tests.programs import succeed
-from tests.serving import eventually
+from tests.support.api_process import eventually
+from tests.support.programs import succeed
 
 SAMPLE_ORDER = orderlib.decode_order(SAMPLE)
 

@@ -7,7 +7,7 @@ import secrets
 import pytest
 
 from sandbox import Sandbox
-from tests.faults.sending import Sender
+from tests.support.sending import Sender
 
 
 @pytest.fixture

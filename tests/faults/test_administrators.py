@@ -15,16 +15,16 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from orderlib.postgres.connection import connect
+from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import bootstrap, migrate
 from sandbox import Sandbox, running_sandbox
 from sandbox.server import free_port
 from tests.conftest import Database, make_database, role_passwords
-from tests.consuming import consuming
-from tests.faults.accounting import assert_all_accounted_for, wait_until_handled
-from tests.faults.sending import Sender, uids
-from tests.programs import run, succeed
-from tests.serving import eventually, serving
+from tests.support.accounting import assert_all_accounted_for, wait_until_handled
+from tests.support.api_process import eventually, serving
+from tests.support.consumer_process import consuming
+from tests.support.programs import run, succeed
+from tests.support.sending import Sender, uids
 
 
 def name_of(database: Database) -> str:

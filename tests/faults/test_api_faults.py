@@ -11,13 +11,13 @@ import psycopg
 import pytest
 
 import orderlib
-from orderlib.postgres.connection import connect
+from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import bootstrap, migrate
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from sandbox import PostgresServer
 from services.api.asgi import HEALTH_CONNECTIONS
 from tests.conftest import Database
-from tests.serving import HALF_A_REQUEST, clients, eventually, serving, settings_for
+from tests.support.api_process import HALF_A_REQUEST, clients, eventually, serving, settings_for
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 PATH = f"/orders/{SAMPLE.order_uid}"

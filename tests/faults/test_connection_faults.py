@@ -8,12 +8,12 @@ import psycopg
 import pytest
 
 from tests.conftest import Database
-from tests.consuming import consuming
-from tests.faults.accounting import assert_all_accounted_for, next_offsets, stored_orders, wait_until_handled
-from tests.faults.locking import FENCE, TABLE, locked
-from tests.faults.proxy import Moment, proxy
-from tests.faults.sending import Sender, uids
-from tests.serving import eventually
+from tests.support.accounting import assert_all_accounted_for, next_offsets, stored_orders, wait_until_handled
+from tests.support.api_process import eventually
+from tests.support.consumer_process import consuming
+from tests.support.locking import FENCE, TABLE, locked
+from tests.support.message_proxy import Moment, proxy
+from tests.support.sending import Sender, uids
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_a_connection_cut_in_a_batch_neither_loses_nor_doubles_a_record(
         sender.send_orders(uids("order", 100), version=3)
         wait_until_handled(sender.manifest, database)
         assert_all_accounted_for(sender.manifest, database, environ)
-        assert consumer.metric('orders_retries_total{cause="StoreUnreachable"}') >= 1
+        assert consumer.metric('orders_retries_total{cause="DatabaseUnavailable"}') >= 1
         assert eventually(lambda: consumer.ready, 5)
         assert consumer.stop() == 0
 
@@ -122,7 +122,7 @@ def test_a_consumer_whose_backends_are_terminated_again_and_again_goes_on(
             done.set()
             terminator.join()
         wait_until_handled(sender.manifest, database)
-        assert consumer.metric('orders_retries_total{cause="StoreUnreachable"}') >= 1
+        assert consumer.metric('orders_retries_total{cause="DatabaseUnavailable"}') >= 1
         assert_all_accounted_for(sender.manifest, database, environ)
         assert consumer.stop() == 0
 
@@ -153,7 +153,7 @@ def test_a_strangers_lock_on_the_fence_is_waited_for_and_its_holder_left_alone(
         wait_until_handled(sender.manifest, database)
         with locked(database, FENCE) as stranger:
             sender.send_orders(uids("order", 10), version=2)
-            assert eventually(lambda: consumer.metric('orders_retries_total{cause="StoreUnreachable"}') >= 1, 10)
+            assert eventually(lambda: consumer.metric('orders_retries_total{cause="DatabaseUnavailable"}') >= 1, 10)
             assert consumer.live
             assert not consumer.ready
             assert stranger.execute("SELECT 1").fetchone() == (1,)

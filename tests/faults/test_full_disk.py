@@ -11,14 +11,14 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from orderlib.postgres.connection import connect
+from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import bootstrap, migrate
 from sandbox import PostgresServer
 from tests.conftest import Database, role_passwords
-from tests.consuming import consuming
-from tests.faults.accounting import assert_all_accounted_for, wait_until_handled
-from tests.faults.sending import Sender, uids
-from tests.serving import eventually
+from tests.support.accounting import assert_all_accounted_for, wait_until_handled
+from tests.support.api_process import eventually
+from tests.support.consumer_process import consuming
+from tests.support.sending import Sender, uids
 
 pytestmark = pytest.mark.faults
 

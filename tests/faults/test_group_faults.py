@@ -7,12 +7,12 @@ from contextlib import ExitStack
 import pytest
 
 from tests.conftest import Database
-from tests.consuming import Consuming, consuming
-from tests.faults.accounting import assert_all_accounted_for, next_offsets, wait_until_handled
-from tests.faults.locking import TABLE, locked
-from tests.faults.proxy import Moment, proxy
-from tests.faults.sending import Sender, uids
-from tests.serving import eventually
+from tests.support.accounting import assert_all_accounted_for, next_offsets, wait_until_handled
+from tests.support.api_process import eventually
+from tests.support.consumer_process import Consuming, consuming
+from tests.support.locking import TABLE, locked
+from tests.support.message_proxy import Moment, proxy
+from tests.support.sending import Sender, uids
 
 
 def given(consumer: Consuming) -> set[int]:
@@ -77,7 +77,7 @@ def test_a_frozen_consumer_is_taken_over_from_and_does_no_harm_when_it_wakes(
             sender.send_orders(uids("order", 100), version=3)
             wait_until_handled(sender.manifest, database)
             assert next_offsets(database).items() != before.items()
-            assert heir.metric('orders_retries_total{cause="Collision"}') >= 1
+            assert heir.metric('orders_retries_total{cause="TransactionConflict"}') >= 1
             assert "frozen consumer" in heir.events("collision")[0]["reason"]
             frozen.thaw()
             sender.send_orders(uids("order", 50), version=4)

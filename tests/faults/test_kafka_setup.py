@@ -13,14 +13,14 @@ import pytest
 from confluent_kafka import Uuid
 from confluent_kafka.admin import AclOperation, NewTopic, ResourceType, TopicDescription
 
-from orderlib.config import KafkaSettings
-from orderlib.errors import BrokenSetup
+from orderlib.errors import ConfigurationError
 from services.kafka import Cluster
+from services.settings import KafkaSettings
 from tests.conftest import Database
-from tests.consuming import consuming
-from tests.programs import run, succeed
-from tests.secure_kafka import SecureKafka
-from tests.serving import eventually
+from tests.support.api_process import eventually
+from tests.support.consumer_process import consuming
+from tests.support.programs import run, succeed
+from tests.support.secure_kafka import SecureKafka
 
 PROGRAMS = ("consumer", "sender --count 1", "admin lag", "admin topics")
 
@@ -124,7 +124,7 @@ def test_a_broker_without_topic_ids_is_refused(
     future: Future[TopicDescription] = Future()
     future.set_result(description)
     monkeypatch.setattr(cluster, "ask_description", lambda _: future)
-    with pytest.raises(BrokenSetup, match="has no topic ids"):
+    with pytest.raises(ConfigurationError, match="has no topic ids"):
         cluster.describe(secure_topic)
 
 

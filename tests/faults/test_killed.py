@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import Database
-from tests.consuming import consuming
-from tests.faults.accounting import assert_all_accounted_for, wait_until_handled
-from tests.faults.proxy import Moment, proxy
-from tests.faults.sending import Sender, uids
+from tests.support.accounting import assert_all_accounted_for, wait_until_handled
+from tests.support.consumer_process import consuming
+from tests.support.message_proxy import Moment, proxy
+from tests.support.sending import Sender, uids
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from orderlib.postgres.connection import connect
+from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import bootstrap, migrate
 from sandbox import Sandbox, running_sandbox
 from services.kafka import SILENT
 from tests.conftest import ROOT, Database, make_database, role_passwords
-from tests.consuming import consuming
-from tests.faults.accounting import assert_all_accounted_for, wait_until_handled
-from tests.faults.sending import Sender, uids
-from tests.serving import eventually
+from tests.support.accounting import assert_all_accounted_for, wait_until_handled
+from tests.support.api_process import eventually
+from tests.support.consumer_process import consuming
+from tests.support.sending import Sender, uids
 
 
 @pytest.fixture(scope="module")

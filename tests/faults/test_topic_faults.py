@@ -14,18 +14,18 @@ from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
 from sandbox import Sandbox
 from tests.conftest import Database
-from tests.consuming import consuming
-from tests.faults.accounting import (
+from tests.support.accounting import (
     assert_all_accounted_for,
     next_offsets,
     stored_orders,
     stored_rejects,
     wait_until_handled,
 )
-from tests.faults.proxy import proxy
-from tests.faults.raw import produce
-from tests.faults.sending import Sender, order, uids
-from tests.serving import eventually
+from tests.support.api_process import eventually
+from tests.support.consumer_process import consuming
+from tests.support.message_proxy import proxy
+from tests.support.raw_produce import produce
+from tests.support.sending import Sender, order, uids
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from confluent_kafka import Consumer, Producer
 
 from sandbox import Sandbox
 from tests.conftest import Database
-from tests.consuming import Consuming, consuming
-from tests.faults.accounting import stored_orders, wait_until_handled
-from tests.faults.sending import Sender, uids
-from tests.programs import succeed
-from tests.serving import eventually
+from tests.support.accounting import stored_orders, wait_until_handled
+from tests.support.api_process import eventually
+from tests.support.consumer_process import Consuming, consuming
+from tests.support.programs import succeed
+from tests.support.sending import Sender, uids
 
 
 def send_inflating(sandbox: Sandbox, topic: str) -> None:

@@ -13,14 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from psycopg.conninfo import make_conninfo
 
 import orderlib
-from orderlib.errors import BrokenSetup, OrderNotFound, StoreUnreachable
+from orderlib.errors import ConfigurationError, DatabaseUnavailable, OrderNotFound
 from orderlib.models import Order
-from orderlib.postgres.asynchronous import AsyncPostgresOrderReader
+from orderlib.postgres.async_repository import AsyncPostgresOrderReader
 from orderlib.repository import AsyncOrderReader
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from orderlib.testing.strategies import orders
-from tests.cable import cable
 from tests.conftest import Database
+from tests.support.cable import cable
 
 T = TypeVar("T")
 
@@ -140,11 +140,11 @@ def test_an_outage_and_a_broken_set_up_are_told_apart(module_database: Database,
         async with AsyncPostgresOrderReader(url) as reader:
             await reader.get("u-1")
 
-    with pytest.raises(StoreUnreachable):
+    with pytest.raises(DatabaseUnavailable):
         asyncio.run(ask(make_conninfo(module_database.reader_url, port=1)))
-    with pytest.raises(BrokenSetup, match="password"):
+    with pytest.raises(ConfigurationError, match="password"):
         asyncio.run(ask(make_conninfo(module_database.reader_url, password="wrong")))
-    with pytest.raises(BrokenSetup, match="migrate"):
+    with pytest.raises(ConfigurationError, match="migrate"):
         asyncio.run(ask(empty_database.superuser_url))
 
 
@@ -156,7 +156,7 @@ def test_a_check_notices_a_table_that_cannot_be_read(database: Database) -> None
     asyncio.run(check())
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
         superuser.execute("REVOKE SELECT ON items FROM orders_reader")
-    with pytest.raises(BrokenSetup, match="items"):
+    with pytest.raises(ConfigurationError, match="items"):
         asyncio.run(check())
 
 
@@ -169,7 +169,7 @@ def test_the_reader_sets_utc_and_a_bound_on_statements(module_database: Database
 
     with psycopg.connect(module_database.superuser_url) as locker:
         locker.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
-        with pytest.raises(StoreUnreachable, match="57014"):
+        with pytest.raises(DatabaseUnavailable, match="57014"):
             asyncio.run(ask())
 
 

@@ -15,14 +15,15 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from orderlib import BrokenSetup, StoreUnreachable, decode_order, queries
-from orderlib.ingest import Arrival
+from orderlib import ConfigurationError, DatabaseUnavailable, decode_order
+from orderlib.ingestion.records import PreparedOrder
 from orderlib.postgres import migrate as migrations
-from orderlib.postgres.connection import connect
-from orderlib.postgres.ledger import ConsumerLedger
+from orderlib.postgres import queries
+from orderlib.postgres.connections import connect
+from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.migrate import BootstrapResult, bootstrap, migrate
 from orderlib.postgres.repository import PostgresOrderRepository
-from orderlib.postgres.writing import store
+from orderlib.postgres.writes import store
 from orderlib.testing import SAMPLE
 from sandbox import PostgresServer
 from tests.conftest import Database, role_passwords
@@ -127,16 +128,16 @@ def test_an_administrator_who_owns_the_database_needs_no_superuser(server: Postg
         # A superuser cannot be altered by this administrator, not even its password.
         with (
             connect(database.superuser_url, application_name="tests") as manager,
-            pytest.raises(BrokenSetup, match="role manager may not"),
+            pytest.raises(ConfigurationError, match="role manager may not"),
         ):
             bootstrap(manager, role_passwords(database))
         superuser.execute("ALTER ROLE orders_reader NOSUPERUSER")
         result = set_up(database)
         assert len(result.corrected) == 2, result.corrected
         assert state(superuser) == wanted
-    consumer = ConsumerLedger(database.writer_url, "group", lambda: 0.0)
+    consumer = ConsumerStore(database.writer_url, "group", lambda: 0.0)
     consumer.check()
-    assert consumer.begin("orders", "topic", {0: 3}) == {0: 3}
+    assert consumer.start_partitions("orders", "topic", {0: 3}) == {0: 3}
     consumer.close()
     order = decode_order(SAMPLE)
     with PostgresOrderRepository.connect(database.writer_url) as writer:
@@ -173,7 +174,7 @@ def test_migrate_names_who_holds_its_lock_and_gives_up(
         named = rf"held by pid {holder.info.backend_pid} \(role postgres, application 'holder'\)"
         with (
             connect(empty_database.migrator_url, application_name="tests") as migrator,
-            pytest.raises(StoreUnreachable, match=named),
+            pytest.raises(DatabaseUnavailable, match=named),
         ):
             migrate(migrator, on_message=messages.append)
     [message] = messages
@@ -213,7 +214,7 @@ def test_a_reader_with_every_lock_that_it_may_take_does_not_delay_migrate(
         began_s = time.monotonic()
         with (
             connect(empty_database.migrator_url, application_name="tests") as migrator,
-            pytest.raises(StoreUnreachable, match=named),
+            pytest.raises(DatabaseUnavailable, match=named),
         ):
             migrate(migrator)
         # PostgreSQL ends each wait, so this is bounded.
@@ -266,11 +267,11 @@ def test_a_schema_that_is_not_found_is_told_from_one_that_is_not_there(database:
         if not may_use:
             superuser.execute("REVOKE USAGE ON SCHEMA shop FROM PUBLIC, orders_reader")
     expected = "search_path of role orders_reader" if may_use else "role orders_reader lacks USAGE"
-    with pytest.raises(BrokenSetup, match=f"the tables are in schema shop, .*{expected}"):
+    with pytest.raises(ConfigurationError, match=f"the tables are in schema shop, .*{expected}"):
         PostgresOrderRepository.connect(database.reader_url)
     with (
         connect(database.migrator_url, application_name="tests") as migrator,
-        pytest.raises(BrokenSetup, match="in schema shop"),
+        pytest.raises(ConfigurationError, match="in schema shop"),
     ):
         migrate(migrator)
 
@@ -282,6 +283,6 @@ def test_stored_at_is_never_before_first_stored_at(database: Database) -> None:
         early.execute("SELECT now()")
         with PostgresOrderRepository.connect(database.writer_url) as other:
             other.save_many([order])
-        store(early, [Arrival.of(attrs.evolve(order, sm_id=order.sm_id + 1))])
+        store(early, [PreparedOrder.of(attrs.evolve(order, sm_id=order.sm_id + 1))])
     with psycopg.connect(database.superuser_url) as superuser:
         assert superuser.execute("SELECT stored_at >= first_stored_at FROM orders").fetchall() == [(True,)]

@@ -26,13 +26,13 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq.abc import PGconn
 
 import orderlib
-from orderlib import AsyncPostgresOrderReader, BrokenSetup, Outcome, PostgresOrderRepository, StoreUnreachable
+from orderlib import AsyncPostgresOrderReader, ConfigurationError, DatabaseUnavailable, Outcome, PostgresOrderRepository
 from orderlib.postgres import hosts, pool
 from orderlib.testing import SAMPLE as SAMPLE_JSON
-from tests.cable import cable
 from tests.conftest import ROOT, Database
-from tests.faults.proxy import Moment, proxy
-from tests.serving import eventually
+from tests.support.api_process import eventually
+from tests.support.cable import cable
+from tests.support.message_proxy import Moment, proxy
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 UID = SAMPLE.order_uid
@@ -111,7 +111,7 @@ def test_a_silent_first_host_does_not_keep_readers_from_the_second(stored: Datab
 
 def test_a_server_that_refuses_the_wanted_kind_of_session_is_passed_over(stored: Database) -> None:
     url = with_hosts(stored.reader_url, port_of(stored.reader_url), target_session_attrs="standby")
-    with pytest.raises(StoreUnreachable):
+    with pytest.raises(DatabaseUnavailable):
         orderlib.connect(url)
 
 
@@ -120,9 +120,9 @@ def test_an_outage_of_one_host_is_an_outage_whatever_the_others_say(stored: Data
         refusing = listener.getsockname()[1]
     answering = port_of(stored.reader_url)
     for ports in ([refusing, answering], [answering, refusing], [answering, refusing, answering]):
-        with pytest.raises(StoreUnreachable):
+        with pytest.raises(DatabaseUnavailable):
             orderlib.connect(with_hosts(stored.reader_url, *ports, dbname="missing"))
-    with pytest.raises(BrokenSetup, match="3D000"):
+    with pytest.raises(ConfigurationError, match="3D000"):
         orderlib.connect(with_hosts(stored.reader_url, answering, answering, dbname="missing"))
 
 
@@ -132,7 +132,7 @@ def test_a_host_that_comes_back_behind_a_silent_one_is_found_at_once(stored: Dat
         with orderlib.connect(url, timeout_s=1) as repository:
             wire.cut()
             for _ in range(3):
-                with pytest.raises(StoreUnreachable):
+                with pytest.raises(DatabaseUnavailable):
                     repository.get(UID)
             wire.mend()
             assert seconds(lambda: until_answered(repository)) < RECOVERY_S + MACHINE_S
@@ -150,12 +150,12 @@ def test_a_connection_that_takes_longer_than_a_call_serves_a_later_one(
 
     async def ask() -> None:
         async with AsyncPostgresOrderReader(stored.reader_url, connection_timeout_s=0.2) as reader:
-            with pytest.raises(StoreUnreachable, match=r"no connection within 0\.2 s"):
+            with pytest.raises(DatabaseUnavailable, match=r"no connection within 0\.2 s"):
                 await reader.get(UID)
             may_connect.set()
             deadline = time.monotonic() + 10
             while time.monotonic() < deadline:
-                with contextlib.suppress(StoreUnreachable):
+                with contextlib.suppress(DatabaseUnavailable):
                     assert await reader.get(UID) == SAMPLE
                     return
             pytest.fail("it was never connected")
@@ -172,7 +172,7 @@ def until_answered(repository: PostgresOrderRepository) -> orderlib.Order:
     while True:
         try:
             return repository.get(UID)
-        except StoreUnreachable:
+        except DatabaseUnavailable:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
@@ -183,7 +183,7 @@ def test_a_repository_recovers_within_a_second_however_long_the_outage_was(store
         end = time.monotonic() + 5
         while time.monotonic() < end:
             begin = time.monotonic()
-            with pytest.raises(StoreUnreachable):
+            with pytest.raises(DatabaseUnavailable):
                 repository.get(UID)
             assert time.monotonic() - begin < MACHINE_S
             time.sleep(0.05)
@@ -228,7 +228,7 @@ def test_a_connection_attempt_from_before_a_call_does_not_fail_it(
                 await asyncio.sleep(0.001)
             may_fail.set()
             assert await after == SAMPLE
-            with pytest.raises(StoreUnreachable):
+            with pytest.raises(DatabaseUnavailable):
                 await before
 
     monkeypatch.setattr(pool, "connect_to_any", fails_at_first)
@@ -254,7 +254,7 @@ def test_a_commit_whose_answer_is_lost_is_reported_as_unknown_and_may_be_repeate
             saving = thread.submit(repository.save, attrs.evolve(SAMPLE, entry="changed"))
             assert carrier.trapped.wait(10)
             carrier.drop()
-            with pytest.raises(StoreUnreachable, match=r"unknown.*safe"):
+            with pytest.raises(DatabaseUnavailable, match=r"unknown.*safe"):
                 saving.result(10)
         assert repository.save(attrs.evolve(SAMPLE, entry="changed")) is Outcome.DUPLICATE
 
@@ -280,7 +280,7 @@ def test_a_stopped_backend_delays_a_call_no_longer_than_its_limit(
         repository.get(UID)
         with stopped(stored, "bounded"):
             begin = time.monotonic()
-            with pytest.raises(StoreUnreachable, match=r"no answer within 0\.5 s"):
+            with pytest.raises(DatabaseUnavailable, match=r"no answer within 0\.5 s"):
                 call(repository)
             assert time.monotonic() - begin < 0.5 + MACHINE_S
             # The silent connection was given up.
@@ -291,7 +291,7 @@ def test_a_silent_server_is_reported_within_the_limit(stored: Database) -> None:
     with silent_host() as silent:
         url = with_hosts(stored.reader_url, silent)
         begin = time.monotonic()
-        with pytest.raises(StoreUnreachable, match=r"no connection within 0\.5 s"):
+        with pytest.raises(DatabaseUnavailable, match=r"no connection within 0\.5 s"):
             orderlib.connect(url, timeout_s=0.5)
         assert time.monotonic() - begin < 0.5 + MACHINE_S
 
@@ -301,7 +301,7 @@ def test_a_commit_without_an_answer_in_time_is_unknown_and_a_copy_stored_nothing
         for moment, told in [(Moment.COPY, "nothing was stored"), (Moment.COMMITTED, "unknown")]:
             with orderlib.connect(carrier.url, timeout_s=1) as repository:
                 carrier.set_trap(moment)
-                with pytest.raises(StoreUnreachable, match=told):
+                with pytest.raises(DatabaseUnavailable, match=told):
                     repository.save(attrs.evolve(SAMPLE, entry=told[:3]))
                 carrier.drop()
     with orderlib.connect(database.writer_url) as repository:
@@ -315,7 +315,7 @@ def test_postgresql_ends_a_statement_before_its_caller_gives_up(stored: Database
     ):
         before = backends(stored, "locked")
         locker.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
-        with pytest.raises(StoreUnreachable):
+        with pytest.raises(DatabaseUnavailable):
             repository.save(attrs.evolve(SAMPLE, entry="locked"))
         assert backends(stored, "locked") == before
 
@@ -326,7 +326,7 @@ def test_a_call_that_gets_no_connection_says_so_in_time(stored: Database) -> Non
             begin = time.monotonic()
             errors = [threads.submit(repository.get, UID).exception(10) for _ in range(2)]
             assert time.monotonic() - begin < 1 + MACHINE_S
-        assert isinstance(errors[0], StoreUnreachable)
+        assert isinstance(errors[0], DatabaseUnavailable)
         assert repository.get(UID) == SAMPLE
 
 
@@ -346,7 +346,7 @@ def test_a_closed_repository_raises_one_error(
     repository = orderlib.connect(stored.writer_url)
     repository.close()
     repository.close()
-    with pytest.raises(BrokenSetup, match="the repository is closed"):
+    with pytest.raises(ConfigurationError, match="the repository is closed"):
         call(repository)
 
 
@@ -356,7 +356,7 @@ def test_a_closed_reader_raises_the_same_error_and_does_not_reconnect(stored: Da
         await reader.get(UID)
         await reader.close()
         for call in (reader.get(UID), reader.newest(), reader.check()):
-            with pytest.raises(BrokenSetup, match="the repository is closed"):
+            with pytest.raises(ConfigurationError, match="the repository is closed"):
                 await call
 
     asyncio.run(ask())
@@ -374,7 +374,7 @@ def test_close_ends_the_wait_for_a_connection(stored: Database) -> None:
         assert eventually(lambda: sum(future.done() for future in reading) == 2, 2)
         for future in reading:
             if future.done():
-                with pytest.raises(BrokenSetup, match="closed"):
+                with pytest.raises(ConfigurationError, match="closed"):
                     future.result()
         locker.rollback()
         assert SAMPLE in [future.result(10) for future in reading if future.exception(10) is None]
@@ -415,7 +415,7 @@ FORK = """
         for call in (lambda: repository.get(sys.argv[2]), lambda: repository.save(order), repository.newest):
             try:
                 call()
-            except orderlib.BrokenSetup as exc:
+            except orderlib.ConfigurationError as exc:
                 assert "fork" in str(exc), exc
             else:
                 raise AssertionError("no error")
@@ -498,7 +498,7 @@ def test_a_fork_while_other_threads_read_neither_hangs_nor_harms_them(stored: Da
                 signal.alarm(20)
                 try:
                     repository.get(sys.argv[2])
-                except orderlib.BrokenSetup:
+                except orderlib.ConfigurationError:
                     repository.close()
                     os._exit(0)
                 os._exit(1)
@@ -539,12 +539,12 @@ class Interrupted(BaseException):
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <generator object BasePipeline")
 @pytest.mark.parametrize("call", ["get", "save"])
 def test_interrupts_lose_no_connection(stored: Database, call: str) -> None:
-    def interrupt(*_: object) -> None:
+    def abort(*_: object) -> None:
         raise Interrupted
 
     interrupts = 0
     with orderlib.connect(stored.writer_url, max_connections=1, timeout_s=20) as repository:
-        before = signal.signal(signal.SIGALRM, interrupt)
+        before = signal.signal(signal.SIGALRM, abort)
         try:
             for step in range(400):
                 try:
@@ -589,7 +589,7 @@ def test_a_conflict_with_recovery_is_hidden_once(
 
     bounded = pool.bounded
     monkeypatch.setattr(pool, "bounded", conflicting)
-    monkeypatch.setattr("orderlib.postgres.asynchronous.bounded", conflicting)
+    monkeypatch.setattr("orderlib.postgres.async_repository.bounded", conflicting)
 
     async def ask() -> orderlib.Order:
         async with AsyncPostgresOrderReader(stored.reader_url) as reader:
@@ -602,7 +602,7 @@ def test_a_conflict_with_recovery_is_hidden_once(
             if times == 1:
                 assert read() == SAMPLE
             else:
-                with pytest.raises(orderlib.OrderError, match=code):
+                with pytest.raises(orderlib.OrderlibError, match=code):
                     read()
             left = 0
 
@@ -618,7 +618,7 @@ def test_a_read_never_says_that_an_order_was_refused(
 
     bounded = pool.bounded
     monkeypatch.setattr(pool, "bounded", failing)
-    with orderlib.connect(stored.reader_url) as repository, pytest.raises(BrokenSetup, match=code):
+    with orderlib.connect(stored.reader_url) as repository, pytest.raises(ConfigurationError, match=code):
         repository.get(UID)
 
 

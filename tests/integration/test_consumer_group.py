@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 import pytest
 
-from orderlib import BrokenSetup
+from orderlib import ConfigurationError
 from orderlib.postgres import migrate as migrations
-from orderlib.postgres.connection import connect
-from orderlib.postgres.ledger import ConsumerLedger
+from orderlib.postgres.connections import connect
+from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.migrate import migrate
 from orderlib.postgres.operations import set_consumer_group
 from tests.conftest import Database
@@ -26,8 +26,8 @@ ON CONFLICT DO NOTHING
 """
 
 
-def ledger(database: Database, group: str) -> ConsumerLedger:
-    return ConsumerLedger(database.writer_url, group, lambda: 0.0)
+def ledger(database: Database, group: str) -> ConsumerStore:
+    return ConsumerStore(database.writer_url, group, lambda: 0.0)
 
 
 def test_of_groups_that_start_at_once_one_gets_the_database_and_the_others_are_told_which(database: Database) -> None:
@@ -39,8 +39,8 @@ def test_of_groups_that_start_at_once_one_gets_the_database_and_the_others_are_t
         one = ledger(database, group)
         try:
             one.check()
-            one.begin("orders", "topic", {0: 0})
-        except BrokenSetup as refusal:
+            one.start_partitions("orders", "topic", {0: 0})
+        except ConfigurationError as refusal:
             return str(refusal)
         finally:
             one.close()
@@ -68,7 +68,7 @@ def test_postgresql_itself_refuses_a_second_group(database: Database) -> None:
         with pytest.raises(psycopg.errors.CheckViolation):
             writer.execute("INSERT INTO consumer_groups VALUES (false, 'second')")
     second = ledger(database, "second")
-    with pytest.raises(BrokenSetup, match=r"'first', not 'second'.*offsets set-group"):
+    with pytest.raises(ConfigurationError, match=r"'first', not 'second'.*offsets set-group"):
         second.check()
     second.close()
 
@@ -99,7 +99,7 @@ def test_a_database_with_offsets_of_two_groups_is_repaired_by_migrate(
     newer.check()
     # Its own offset where it has one; elsewhere the lowest of the others: no record is skipped.
     assert newer.next_offsets("topic", [0, 1]) == {0: 70, 1: 40}
-    with pytest.raises(BrokenSetup, match="'newer', not 'older'"):
+    with pytest.raises(ConfigurationError, match="'newer', not 'older'"):
         older.check()
     newer.close()
     older.close()
@@ -108,15 +108,15 @@ def test_a_database_with_offsets_of_two_groups_is_repaired_by_migrate(
 def test_the_database_can_be_given_to_another_group_with_its_offsets(database: Database) -> None:
     first, second = ledger(database, "first"), ledger(database, "second")
     first.check()
-    first.begin("orders", "topic", {0: 5, 1: 7})
+    first.start_partitions("orders", "topic", {0: 5, 1: 7})
     with connected(database.migrator_url) as migrator:
         set_consumer_group(migrator, "second")
     second.check()
     assert second.next_offsets("topic", [0, 1]) == {0: 5, 1: 7}
-    with pytest.raises(BrokenSetup, match="'second', not 'first'"):
+    with pytest.raises(ConfigurationError, match="'second', not 'first'"):
         first.check()
-    with pytest.raises(BrokenSetup, match="'second', not 'first'"):
-        first.begin("orders", "topic", {2: 0})
+    with pytest.raises(ConfigurationError, match="'second', not 'first'"):
+        first.start_partitions("orders", "topic", {2: 0})
     first.close()
     second.close()
 

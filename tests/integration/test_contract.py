@@ -20,8 +20,8 @@ from psycopg import sql
 
 from orderlib import Delivery, Item, Order, Payment, PostgresOrderRepository, connect, decode_order, encode_order
 from orderlib.contract import check_clause, column_type, rule_of, rules_of
-from orderlib.ingest import Arrival
-from orderlib.rows import (
+from orderlib.ingestion.records import PreparedOrder
+from orderlib.postgres.rows import (
     DELIVERY_COLUMNS,
     ITEM_COLUMNS,
     ORDER_COLUMNS,
@@ -29,8 +29,8 @@ from orderlib.rows import (
 )
 from orderlib.testing import SAMPLE
 from orderlib.testing.strategies import orders, values
-from tests.candidates import PLACES, Place, candidates, decoder_accepts, model_accepts
 from tests.conftest import Database
+from tests.support.boundary_values import PLACES, Place, candidates, decoder_accepts, model_accepts
 
 SAMPLE_ORDER = decode_order(SAMPLE)
 
@@ -51,7 +51,7 @@ def row_of(model: object, columns: Sequence[str]) -> dict[str, object]:
 BASE_ROWS: dict[str | None, dict[str, object]] = {
     None: {
         **row_of(SAMPLE_ORDER, ORDER_COLUMNS),
-        "content_sha256": Arrival.of(SAMPLE_ORDER).content_sha256,
+        "content_sha256": PreparedOrder.of(SAMPLE_ORDER).content_sha256,
         "first_stored_at": SAMPLE_ORDER.date_created,
         "stored_at": SAMPLE_ORDER.date_created,
     },

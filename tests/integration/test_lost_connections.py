@@ -17,13 +17,13 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from orderlib.errors import FenceLost, OrderError, StoreUnreachable
-from orderlib.ingest import Batch, Record, RecordPosition, Span, judge
-from orderlib.postgres.connection import connect
-from orderlib.postgres.ledger import ConsumerLedger
+from orderlib.errors import DatabaseUnavailable, FenceLost, OrderlibError
+from orderlib.ingestion.records import Batch, OffsetRange, Record, RecordPosition, classify_record
+from orderlib.postgres.connections import connect
+from orderlib.postgres.consumer_store import ConsumerStore
 from tests.conftest import Database
-from tests.fake_postgres import error_response
-from tests.faults.sending import order
+from tests.support.fake_postgres import error_response
+from tests.support.sending import order
 
 TOPIC_ID = "topic-id"
 
@@ -153,18 +153,18 @@ class Writer:
             order(f"refused-{number}", version=666),
             b"{",
         ]
-        judged = []
+        classified = []
         for line, value in enumerate(values):
             source = RecordPosition(topic_id=TOPIC_ID, partition=0, offset=at + line)
             record = Record(source=source, time=dt.datetime.now(dt.UTC), topic="orders", key=None, value=value)
-            judged.append((record, judge(record, 8 << 20)))
-        span = Span(expected_offset=at, next_offset=at + len(values))
-        return Batch(topic="orders", topic_id=TOPIC_ID, spans={0: span}, judged=tuple(judged))
+            classified.append((record, classify_record(record, 8 << 20)))
+        offset_range = OffsetRange(expected_offset=at, next_offset=at + len(values))
+        return Batch(topic="orders", topic_id=TOPIC_ID, ranges={0: offset_range}, classified=tuple(classified))
 
-    def write(self) -> list[OrderError]:
+    def write(self) -> list[OrderlibError]:
         """Write the next batch as the consumer does; return the errors on the way."""
-        ledger = ConsumerLedger(self.url, self.group, time.monotonic)
-        errors: list[OrderError] = []
+        ledger = ConsumerStore(self.url, self.group, time.monotonic)
+        errors: list[OrderlibError] = []
         self.number += 1
         deadline = time.monotonic() + 20
         at = None
@@ -173,9 +173,9 @@ class Writer:
                 try:
                     ledger.check()
                     if at is None:
-                        at = ledger.begin("orders", TOPIC_ID, {0: 0})[0]
+                        at = ledger.start_partitions("orders", TOPIC_ID, {0: 0})[0]
                     ledger.write(self.batch(at), lambda _: None)
-                except StoreUnreachable as exc:
+                except DatabaseUnavailable as exc:
                     errors.append(exc)
                 except FenceLost as exc:
                     # The COMMIT took effect, and its answer was lost.
@@ -241,7 +241,7 @@ def test_a_cut_anywhere_in_what_the_client_sends(refusing_table: Database, numbe
 
 def test_an_idle_connection_that_was_lost_is_replaced_silently(refusing_table: Database) -> None:
     writer = Writer(refusing_table, refusing_table.writer_url)
-    ledger = ConsumerLedger(writer.url, "tests", time.monotonic)
+    ledger = ConsumerStore(writer.url, "tests", time.monotonic)
     ledger.check()
     with connect(refusing_table.superuser_url, application_name="tests") as connection:
         for _ in range(3):
@@ -250,5 +250,5 @@ def test_an_idle_connection_that_was_lost_is_replaced_silently(refusing_table: D
                 "WHERE application_name = 'orderlib-consumer' AND datname = current_database()"
             ).fetchall()
             assert ended == [(True,)]
-            ledger.begin("orders", TOPIC_ID, {0: 0})
+            ledger.start_partitions("orders", TOPIC_ID, {0: 0})
     ledger.close()

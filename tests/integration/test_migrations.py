@@ -14,8 +14,8 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import orderlib
-from orderlib import BrokenSetup, StoreUnreachable
-from orderlib.postgres.connection import Connection, connect
+from orderlib import ConfigurationError, DatabaseUnavailable
+from orderlib.postgres.connections import Connection, connect
 from orderlib.postgres.migrate import (
     LATEST_MIGRATION,
     READER_RIGHTS,
@@ -105,7 +105,7 @@ def test_a_migration_that_fails_leaves_nothing_behind(empty_database: Database) 
     with connected(empty_database.superuser_url) as superuser:
         # In the way of the first migration's last table.
         superuser.execute("CREATE TABLE items ()")
-        with pytest.raises(BrokenSetup, match="42P07"):
+        with pytest.raises(ConfigurationError, match="42P07"):
             migrate_it(empty_database)
         left = superuser.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").fetchall()
         # The table of migrations stays, empty: it is what concurrent migrations lock.
@@ -118,14 +118,14 @@ def test_a_migration_that_fails_leaves_nothing_behind(empty_database: Database) 
 def test_only_the_migrator_can_migrate(empty_database: Database) -> None:
     bootstrap_it(empty_database)
     for url in (empty_database.writer_url, empty_database.reader_url):
-        with connected(url) as connection, pytest.raises(BrokenSetup, match="42501"):
+        with connected(url) as connection, pytest.raises(ConfigurationError, match="42501"):
             migrate(connection)
 
 
 def test_a_database_without_a_schema_is_a_broken_setup_that_names_the_command(empty_database: Database) -> None:
     with (
         connected(empty_database.superuser_url) as superuser,
-        pytest.raises(BrokenSetup, match=r"schema is at 0, .*services\.admin migrate"),
+        pytest.raises(ConfigurationError, match=r"schema is at 0, .*services\.admin migrate"),
     ):
         check_schema(superuser)
 
@@ -135,7 +135,7 @@ def test_a_right_that_was_taken_away_is_named(database: Database) -> None:
         superuser.execute("REVOKE INSERT ON items FROM orders_writer")
     with (
         connected(database.writer_url) as writer,
-        pytest.raises(BrokenSetup, match=r"orders_writer .*INSERT on items.*services\.admin migrate"),
+        pytest.raises(ConfigurationError, match=r"orders_writer .*INSERT on items.*services\.admin migrate"),
     ):
         check_rights(writer, WRITER_RIGHTS)
 
@@ -160,7 +160,7 @@ def test_a_database_in_another_encoding_is_refused(foreign_database: Database) -
     with connected(foreign_database.superuser_url) as superuser:
         encoding = str(conninfo_to_dict(foreign_database.superuser_url)["dbname"]).removeprefix("test_").upper()
         for refused in (lambda: bootstrap(superuser, {}), lambda: migrate(superuser)):
-            with pytest.raises(BrokenSetup, match=f"encoding is {encoding}, orders need UTF8"):
+            with pytest.raises(ConfigurationError, match=f"encoding is {encoding}, orders need UTF8"):
                 refused()
         assert superuser.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)
 
@@ -172,7 +172,7 @@ def test_no_password_is_kept_or_told_in_clear(empty_database: Database) -> None:
         kept = dict(superuser.execute("SELECT rolname, rolpassword FROM pg_authid").fetchall())
     assert all(kept[role].startswith("SCRAM-SHA-256$") for role in passwords)
     url = make_conninfo(empty_database.migrator_url, user="nobody")
-    with pytest.raises((BrokenSetup, StoreUnreachable)) as refusal, connected(url):
+    with pytest.raises((ConfigurationError, DatabaseUnavailable)) as refusal, connected(url):
         pass
     assert not any(password in str(refusal.value) for password in passwords.values())
 

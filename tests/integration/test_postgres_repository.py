@@ -17,7 +17,8 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from orderlib import (
-    BrokenSetup,
+    ConfigurationError,
+    DatabaseUnavailable,
     Item,
     Order,
     OrderNotFound,
@@ -25,14 +26,13 @@ from orderlib import (
     Outcome,
     PostgresOrderRepository,
     RefusedByDatabase,
-    StoreUnreachable,
     connect,
-    queries,
 )
-from orderlib.contract import trusted
-from tests.cable import Cable
+from orderlib.contract import unchecked
+from orderlib.postgres import queries
 from tests.conftest import Database
-from tests.repository_contract import SAMPLE_ORDER, RepositoryContract, an_order, versions_in
+from tests.support.cable import Cable
+from tests.support.repository_contract import SAMPLE_ORDER, RepositoryContract, an_order, versions_in
 
 T = TypeVar("T")
 
@@ -68,14 +68,14 @@ def test_a_page_of_very_large_orders_ends_early_and_the_next_goes_on(postgres: P
     assert len({stored.order.order_uid for page in pages for stored in page.orders}) == 12
 
 
-def unchecked(order: Order, **fields: object) -> Order:
+def with_unchecked(order: Order, **fields: object) -> Order:
     """The order with values that nobody checked."""
-    return trusted(Order, **{field.name: getattr(order, field.name) for field in attrs.fields(Order)} | fields)
+    return unchecked(Order, **{field.name: getattr(order, field.name) for field in attrs.fields(Order)} | fields)
 
 
 def unchecked_item(**fields: object) -> Item:
     first = SAMPLE_ORDER.items[0]
-    return trusted(Item, **{field.name: getattr(first, field.name) for field in attrs.fields(Item)} | fields)
+    return unchecked(Item, **{field.name: getattr(first, field.name) for field in attrs.fields(Item)} | fields)
 
 
 # Reading while others write
@@ -130,8 +130,8 @@ def test_the_readers_url_suffices_for_reading_and_only_for_that(
         assert reader.get(SAMPLE_ORDER.order_uid) == SAMPLE_ORDER
         assert reader.newest(customer_id=SAMPLE_ORDER.customer_id).orders[0].order == SAMPLE_ORDER
         assert reader.content_sha256(SAMPLE_ORDER.order_uid) == postgres.content_sha256(SAMPLE_ORDER.order_uid)
-        assert reader.status().stored_lately == 1
-        with pytest.raises(BrokenSetup, match="42501"):
+        assert reader.status().stored_recently == 1
+        with pytest.raises(ConfigurationError, match="42501"):
             reader.save(an_order("another"))
 
 
@@ -161,11 +161,11 @@ def test_texts_are_sent_in_utf8_whatever_the_environment_prefers(
 @pytest.mark.parametrize(
     ("bad", "sqlstate"),
     [
-        (unchecked(an_order("bad"), customer_id=""), "23514"),
-        (unchecked(an_order("bad"), sm_id=-1), "23514"),
-        (unchecked(an_order("bad"), items=(unchecked_item(sale=101),)), "23514"),
-        (unchecked(an_order("bad"), items=(SAMPLE_ORDER.items[0], unchecked_item(name="secret\0"))), "22021"),
-        (unchecked(an_order("bad"), items=SAMPLE_ORDER.items * 501), "23514"),
+        (with_unchecked(an_order("bad"), customer_id=""), "23514"),
+        (with_unchecked(an_order("bad"), sm_id=-1), "23514"),
+        (with_unchecked(an_order("bad"), items=(unchecked_item(sale=101),)), "23514"),
+        (with_unchecked(an_order("bad"), items=(SAMPLE_ORDER.items[0], unchecked_item(name="secret\0"))), "22021"),
+        (with_unchecked(an_order("bad"), items=SAMPLE_ORDER.items * 501), "23514"),
     ],
     ids=["empty", "negative", "item", "nul", "items"],
 )
@@ -230,7 +230,7 @@ def test_a_server_that_is_gone_is_unreachable_and_comes_back_by_itself(emptied: 
         repository.save(an_order("a", 1))
         cable.cut()
         for call in (lambda: repository.get("a"), repository.newest, lambda: repository.save(an_order("a", 2))):
-            with pytest.raises(StoreUnreachable):
+            with pytest.raises(DatabaseUnavailable):
                 call()
         cable.mend()
         assert until_reachable(lambda: repository.save(an_order("a", 3))) is Outcome.STORED
@@ -242,7 +242,7 @@ def until_reachable(call: Callable[[], T]) -> T:
     for _ in range(30):
         try:
             return call()
-        except StoreUnreachable:
+        except DatabaseUnavailable:
             continue
     raise AssertionError("the server is back, and was not found")
 
@@ -257,7 +257,7 @@ def test_a_connection_that_the_server_ended_is_replaced(postgres: PostgresOrderR
 def test_nobody_listening_is_an_outage(emptied: Database) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with pytest.raises(StoreUnreachable) as refusal:
+    with pytest.raises(DatabaseUnavailable) as refusal:
         connect(make_conninfo(emptied.writer_url, port=port))
     assert str(conninfo_to_dict(emptied.writer_url)["password"]) not in str(refusal.value)
 
@@ -274,7 +274,7 @@ def test_nobody_listening_is_an_outage(emptied: Database) -> None:
     ],
 )
 def test_a_url_that_leads_nowhere_is_a_broken_setup(emptied: Database, change: dict[str, str], told: str) -> None:
-    with pytest.raises(BrokenSetup, match=told) as refusal:
+    with pytest.raises(ConfigurationError, match=told) as refusal:
         connect(make_conninfo(emptied.writer_url, **change))
     assert "wrong-secret" not in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -282,20 +282,20 @@ def test_a_url_that_leads_nowhere_is_a_broken_setup(emptied: Database, change: d
 
 @pytest.mark.parametrize("url", ["secret", "postgresql://user:secret@[::1/orders", "password=secret nonsense=1"])
 def test_a_url_that_is_none_is_not_quoted(url: str) -> None:
-    with pytest.raises(BrokenSetup) as refusal:
+    with pytest.raises(ConfigurationError) as refusal:
         connect(url)
     assert "secret" not in str(refusal.value)
 
 
 def test_a_database_without_our_schema_is_a_broken_setup_that_names_the_command(empty_database: Database) -> None:
-    with pytest.raises(BrokenSetup, match=r"services\.admin migrate"):
+    with pytest.raises(ConfigurationError, match=r"services\.admin migrate"):
         connect(empty_database.superuser_url)
 
 
 def test_a_schema_that_is_older_than_the_program_is_a_broken_setup(database: Database) -> None:
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
         superuser.execute("DELETE FROM schema_migrations WHERE number = (SELECT max(number) FROM schema_migrations)")
-    with pytest.raises(BrokenSetup, match=r"schema is at .*, this program needs .*services\.admin migrate"):
+    with pytest.raises(ConfigurationError, match=r"schema is at .*, this program needs .*services\.admin migrate"):
         connect(database.reader_url)
 
 
@@ -309,7 +309,7 @@ def test_a_schema_that_is_newer_than_the_program_is_fine(database: Database) -> 
 def test_a_table_that_went_missing_is_a_broken_setup(database: Database) -> None:
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
         superuser.execute("DROP TABLE items")
-    with connect(database.writer_url) as repository, pytest.raises(BrokenSetup, match="42P01"):
+    with connect(database.writer_url) as repository, pytest.raises(ConfigurationError, match="42P01"):
         repository.get("a")
 
 

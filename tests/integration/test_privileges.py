@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from orderlib.postgres.connection import connect
+from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import OWNER, RIGHTS, bootstrap, migrate
 from tests.conftest import ROOT, Database, role_passwords
 

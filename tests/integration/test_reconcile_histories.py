@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import orderlib
-from orderlib.ingest import Batch, Record, RecordPosition, Span, judge
-from orderlib.postgres.connection import connect
-from orderlib.postgres.ledger import ConsumerLedger
+from orderlib.ingestion.reconcile import Finding, Reconciliation, TopicState
+from orderlib.ingestion.records import Batch, OffsetRange, Record, RecordPosition, classify_record
+from orderlib.postgres.connections import connect
+from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.operations import reset_offsets
 from orderlib.postgres.rejects import redrive
 from orderlib.postgres.snapshot import snapshot
-from orderlib.reconcile import Finding, Reconciliation, TopicState
 from orderlib.testing import SAMPLE
 from tests.conftest import Database
 
@@ -69,18 +69,18 @@ class History:
         return log[-1].source.offset + 1 if log else 0
 
     def handle(self, partition: int, count: int, max_bytes: int) -> None:
-        ledger = ConsumerLedger(self.database.writer_url, GROUP, time.monotonic)
+        ledger = ConsumerStore(self.database.writer_url, GROUP, time.monotonic)
         try:
             ledger.check()
-            expected = ledger.begin(TOPIC, TOPIC_ID, dict.fromkeys(PARTITIONS, 0))[partition]
+            expected = ledger.start_partitions(TOPIC, TOPIC_ID, dict.fromkeys(PARTITIONS, 0))[partition]
             taken = [record for record in self.records[partition] if record.source.offset >= expected][:count]
             if not taken:
                 return
             batch = Batch(
                 topic=TOPIC,
                 topic_id=TOPIC_ID,
-                spans={partition: Span(expected_offset=expected, next_offset=taken[-1].source.offset + 1)},
-                judged=tuple((record, judge(record, max_bytes)) for record in taken),
+                ranges={partition: OffsetRange(expected_offset=expected, next_offset=taken[-1].source.offset + 1)},
+                classified=tuple((record, classify_record(record, max_bytes)) for record in taken),
             )
             ledger.write(batch, lambda _: None)
         finally:
@@ -88,14 +88,14 @@ class History:
 
     def redrive(self) -> None:
         with connect(self.database.writer_url, application_name="tests") as connection:
-            for _ in redrive(connection, functools.partial(judge, max_bytes=USUAL_BYTES)):
+            for _ in redrive(connection, functools.partial(classify_record, max_bytes=USUAL_BYTES)):
                 pass
 
     def rewind(self, partition: int) -> None:
         with connect(self.database.migrator_url, application_name="tests") as connection:
             try:
                 reset_offsets(connection, GROUP, TOPIC_ID, {partition: 0})
-            except orderlib.BrokenSetup:
+            except orderlib.ConfigurationError:
                 return  # nothing was handled yet
 
     def save(self, uid: str, content: int) -> None:
@@ -128,7 +128,7 @@ class History:
             for partition, records in self.records.items():
                 for record in records:
                     if record.source.offset < proof.next_offsets.get(partition, 0):
-                        proof.on_record(record, judge(record, USUAL_BYTES))
+                        proof.on_record(record, classify_record(record, USUAL_BYTES))
             for order in stored.orders():
                 proof.on_order(order)
             for table, order_uid in stored.orphans():

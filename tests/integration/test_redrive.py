@@ -11,11 +11,19 @@ import pytest
 
 from orderlib import Order, Outcome, decode_order, encode_order
 from orderlib.errors import Fault, MalformedJson
-from orderlib.ingest import Arrival, Batch, Record, RecordPosition, Reject, Span, judge
-from orderlib.postgres.connection import connect
-from orderlib.postgres.ledger import ConsumerLedger
+from orderlib.ingestion.records import (
+    Batch,
+    OffsetRange,
+    PreparedOrder,
+    Record,
+    RecordPosition,
+    Reject,
+    classify_record,
+)
+from orderlib.postgres.connections import connect
+from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rejects import redrive
-from orderlib.postgres.writing import store
+from orderlib.postgres.writes import store
 from orderlib.testing import SAMPLE
 from tests.conftest import Database
 
@@ -31,13 +39,13 @@ def position(offset: int) -> RecordPosition:
 def keep_reject(database: Database, order: Order, offset: int) -> None:
     """Store a record as a reject, as a consumer would that could not read it."""
     record = Record(source=position(offset), time=TIME, topic="orders", key=None, value=encode_order(order))
-    ledger = ConsumerLedger(database.writer_url, "tests", lambda: 0.0)
-    ledger.begin("orders", "topic", {0: offset})
+    ledger = ConsumerStore(database.writer_url, "tests", lambda: 0.0)
+    ledger.start_partitions("orders", "topic", {0: offset})
     batch = Batch(
         topic="orders",
         topic_id="topic",
-        spans={0: Span(expected_offset=offset, next_offset=offset + 1)},
-        judged=((record, Reject.of(record, REFUSAL)),),
+        ranges={0: OffsetRange(expected_offset=offset, next_offset=offset + 1)},
+        classified=((record, Reject.of(record, REFUSAL)),),
     )
     ledger.write(batch, lambda _: None)
     ledger.close()
@@ -58,8 +66,8 @@ def test_a_reject_replaces_only_a_version_from_a_lower_offset(
         # The time of the stored record is before that of the reject, at it, or after it: it decides nothing.
         for time in (TIME - dt.timedelta(days=1), TIME, TIME + dt.timedelta(days=1)):
             writer.execute("DELETE FROM orders")
-            store(writer, [Arrival.of(ORDER, position(stored_offset), time)])
-            found = sum(redrive(writer, functools.partial(judge, max_bytes=10_000)), Counter())
+            store(writer, [PreparedOrder.of(ORDER, position(stored_offset), time)])
+            found = sum(redrive(writer, functools.partial(classify_record, max_bytes=10_000)), Counter())
             assert found == Counter({outcome: 1})
             writer.execute("UPDATE rejects SET redriven_at = NULL, redrive_outcome = NULL")
             stored = writer.execute("SELECT sm_id, source_offset FROM orders").fetchall()

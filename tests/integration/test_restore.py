@@ -14,7 +14,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from orderlib import decode_order
-from orderlib.postgres.connection import connect
+from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import bootstrap, migrate
 from orderlib.postgres.repository import PostgresOrderRepository
 from orderlib.testing import SAMPLE

@@ -15,19 +15,19 @@ from psycopg.conninfo import conninfo_to_dict
 
 from orderlib import (
     AsyncPostgresOrderReader,
-    BrokenSetup,
+    ConfigurationError,
     Order,
     Outcome,
     PostgresOrderRepository,
     decode_order,
     encode_order,
-    queries,
 )
-from orderlib.postgres.connection import connect
+from orderlib.postgres import queries
+from orderlib.postgres.connections import connect
 from orderlib.testing import SAMPLE
 from tests.conftest import Database
-from tests.programs import run, succeed
-from tests.serving import serving
+from tests.support.api_process import serving
+from tests.support.programs import run, succeed
 
 #: An unusual value of every setting that we set and that its own session may change.
 UNUSUAL = {
@@ -260,7 +260,7 @@ def test_a_setting_that_only_a_superuser_may_change_back_is_refused_by_name(
     database: Database, environ: dict[str, str], setting: str, value: str
 ) -> None:
     set_everywhere(database, {setting: value})
-    with pytest.raises(BrokenSetup, match=setting):
+    with pytest.raises(ConfigurationError, match=setting):
         connect(database.writer_url, application_name="tests")
     done = run("consumer", environ)
     assert done.returncode == 2

@@ -13,7 +13,7 @@ from selenium.webdriver.chrome.webdriver import WebDriver
 
 import orderlib
 from tests.conftest import Database
-from tests.serving import Service, serving, settings_for
+from tests.support.api_process import Service, serving, settings_for
 
 WIDE = (1280, 900)
 PHONE = (360, 800)

@@ -18,10 +18,10 @@ from selenium.webdriver.support.wait import WebDriverWait
 import orderlib
 from orderlib.models import Order
 from orderlib.testing import SAMPLE as SAMPLE_JSON
-from tests.cable import cable
 from tests.conftest import Database
 from tests.page.conftest import PHONE, WIDE, show
-from tests.serving import Service, serving, settings_for
+from tests.support.api_process import Service, serving, settings_for
+from tests.support.cable import cable
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\"'&amp;"
@@ -135,7 +135,7 @@ def test_the_newest_orders_are_at_the_start(
 def test_the_status_strip_tells_how_the_store_is_doing(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, module_database: Database
 ) -> None:
-    with orderlib.postgres.connection.connect(module_database.superuser_url, application_name="tests") as connection:
+    with orderlib.postgres.connections.connect(module_database.superuser_url, application_name="tests") as connection:
         connection.execute(
             "INSERT INTO rejects (topic_id, partition, record_offset, topic, record_time, code, faults)"
             " SELECT 't', 0, n, 't', now(), 'invalid_order', '{}' FROM generate_series(1, 3) n"

@@ -13,7 +13,7 @@ import pytest
 
 from sandbox.jars import installed_jars, read_lock, user_cache
 from sandbox.lock import ROOTS
-from tests.sandbox.processes import eventually, listens, processes_of
+from tests.support.process_table import eventually, listens, processes_of
 
 SANDBOX = (sys.executable, "-m", "sandbox")
 CHECKOUT = Path(__file__).parents[2]

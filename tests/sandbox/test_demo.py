@@ -15,7 +15,7 @@ import psutil
 
 from sandbox import Sandbox
 from tests.conftest import Database
-from tests.sandbox.processes import eventually
+from tests.support.process_table import eventually
 
 CHECKOUT = Path(__file__).parents[2]
 READY_WITHIN_S = 120.0

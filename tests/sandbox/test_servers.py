@@ -14,7 +14,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from sandbox import KafkaServer, PostgresServer, Sandbox, SandboxError, running_sandbox
 from sandbox.postgres import INSTALLATION
-from tests.sandbox.processes import listens
+from tests.support.process_table import listens
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tests.simulation.promises import PromiseBrokenError
+from tests.simulation.invariants import InvariantViolation
 from tests.simulation.schedules import explore, table
+from tests.simulation.simulator import Simulator
 from tests.simulation.store import Bug
-from tests.simulation.world import World
 
 
 def main(arguments: list[str]) -> int:
@@ -20,10 +20,10 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.count is None:
-            World(options.seed, options.bug, print).run()
+            Simulator(options.seed, options.bug, print).run()
         else:
             print(table(explore(options.seed, options.count, options.bug), options.count))
-    except PromiseBrokenError as exc:
+    except InvariantViolation as exc:
         print(f"BROKEN: {exc}", *getattr(exc, "__notes__", ()), sep="\n")
         return 1
     print("every promise was kept")

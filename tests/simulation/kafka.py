@@ -12,7 +12,7 @@ import attrs
 
 from orderlib import decode_order
 from orderlib.errors import Fault
-from orderlib.ingest import Arrival, Record, RecordPosition, Reject
+from orderlib.ingestion.records import PreparedOrder, Record, RecordPosition, Reject
 from orderlib.testing import SAMPLE
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ GOOD, HEAVY, POISON, REFUSED, TOO_LARGE = range(5)
 CODES = {POISON: "malformed_json", REFUSED: "refused_by_database", TOO_LARGE: "too_large"}
 
 _TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-_ARRIVALS = [Arrival.of(attrs.evolve(decode_order(SAMPLE), order_uid=f"u{uid}")) for uid in range(UIDS)]
+_ARRIVALS = [PreparedOrder.of(attrs.evolve(decode_order(SAMPLE), order_uid=f"u{uid}")) for uid in range(UIDS)]
 _FAULTS = (Fault(path="$", expected="something else", found="this"),)
 #: Three of these close a batch.
 _HEAVY_VALUE = bytes(6 * 1024 * 1024)
@@ -51,9 +51,9 @@ class Fetched(Record):
     """A record that knows what it is, so that nothing has to be decoded."""
 
     entry: Entry
-    judged: Arrival | Reject
+    judged: PreparedOrder | Reject
     #: What a redrive finds in it.
-    redriven: Arrival | None
+    redriven: PreparedOrder | None
 
     def __repr__(self) -> str:
         return f"{self.source.partition}:{self.source.offset} {self.entry}"
@@ -80,7 +80,7 @@ def fetched(topic_id: str, partition: int, offset: int, entry: Entry) -> Fetched
     )
 
 
-def judged(record: Record) -> Arrival | Reject:
+def judged(record: Record) -> PreparedOrder | Reject:
     """What the core is given to judge records with."""
     assert isinstance(record, Fetched)
     return record.judged

@@ -8,25 +8,40 @@ from random import Random
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from orderlib.consumption import Consumption, EndReached, Locate, Server, Survey, TopicRemade, Write
-from orderlib.errors import BrokenSetup, BrokerUnreachable, FenceLost, OrderError, StoreUnreachable, TryAgain
-from orderlib.program import EXIT_DONE, EXIT_FAILED, EXIT_SETUP
+from orderlib.errors import (
+    BrokerUnavailable,
+    ConfigurationError,
+    DatabaseUnavailable,
+    FenceLost,
+    OrderlibError,
+    TransientError,
+)
+from orderlib.ingestion.consumer_core import (
+    CheckTopic,
+    CommitBatch,
+    ConsumerCore,
+    PartitionEof,
+    ResolveOffsets,
+    Server,
+    TopicRecreated,
+)
 from services.consumer.health import Health, Metrics
-from services.consumer.loop import Loop
-from services.consumer.topic import Fetched, FetchFailed
+from services.consumer.kafka_consumer import FetchFailed, PollResult
+from services.consumer.runner import ConsumerRunner
+from services.program import EXIT_DONE, EXIT_FAILED, EXIT_SETUP
+from tests.simulation.invariants import InvariantViolation
 from tests.simulation.kafka import TOPIC, fetched, judged, shuffled
-from tests.simulation.promises import PromiseBrokenError
 from tests.simulation.store import Bug, Job, Step, Steps, Told
 
 if TYPE_CHECKING:
-    from tests.simulation.world import World
+    from tests.simulation.simulator import Simulator
 
 
 class MistakeError(Exception):
     """A mistake in the program."""
 
 
-class SilentLoop(Loop):
+class SilentLoop(ConsumerRunner):
     """A planted mistake: it leaves without a word."""
 
     def _end(self) -> int:
@@ -49,24 +64,22 @@ class Process:
     #: No partition starves here, so nothing is shown of the others.
     stored_offsets: Mapping[int, int] = MappingProxyType({})
 
-    def __init__(self, world: World, name: str, rng: Random, until: Mapping[int, int] | None) -> None:
+    def __init__(self, world: Simulator, name: str, rng: Random, until: Mapping[int, int] | None) -> None:
         self.world = world
         self.name = name
         self._rng = rng
         self.until = until
-        self.core = Consumption(TOPIC, judged, rng, until)
-        self.told_to_stop = threading.Event()
-        loop = SilentLoop if world.bug is Bug.SILENT_STOP else Loop
-        self._loop = loop(
-            self.core, self, self, Health(self._clock), _METRICS, self._clock, self.told_to_stop, self._log
-        )
+        self.core = ConsumerCore(TOPIC, judged, rng, until)
+        self.stop_event = threading.Event()
+        loop = SilentLoop if world.bug is Bug.SILENT_STOP else ConsumerRunner
+        self._loop = loop(self.core, self, self, Health(self._clock), _METRICS, self._clock, self.stop_event, self._log)
         #: Names and reasons of what it logged.
         self._logged: list[tuple[str, str]] = []
         #: What it was told that no retry can help, in order.
         self._fatal: list[str] = []
         self._told_first = False
         self.job: Job | None = None
-        self.result: Told | OrderError | MistakeError | None = None
+        self.result: Told | OrderlibError | MistakeError | None = None
         #: What the group has to say, not heard yet.
         self.inbox: list[tuple[str, int]] = []
         #: The partitions it believes to have.
@@ -82,7 +95,7 @@ class Process:
 
     def turn(self) -> None:
         """One turn of its loop; the world hears if it was the last."""
-        if self.told_to_stop.is_set() and not self._fatal and not self.core.stopping:
+        if self.stop_event.is_set() and not self._fatal and not self.core.stopping:
             self._told_first = True
         status = self._loop.turn()
         if status is not None:
@@ -94,15 +107,15 @@ class Process:
         last = self._logged[-1] if self._logged else ("", "")
         by_itself = bool(self._fatal) and not self._told_first
         if status not in ({EXIT_FAILED, EXIT_SETUP} if by_itself else {EXIT_DONE}):
-            raise PromiseBrokenError(f"{self.name} exits with {status} after {self._fatal}; its last line: {last}")
+            raise InvariantViolation(f"{self.name} exits with {status} after {self._fatal}; its last line: {last}")
         if self._fatal:
             if last != ("stopped", self._fatal[0]):
-                raise PromiseBrokenError(f"{self.name} stopped because of {self._fatal}; its last line: {last}")
+                raise InvariantViolation(f"{self.name} stopped because of {self._fatal}; its last line: {last}")
         elif self._told_first:
             if ("stopping", "") not in self._logged:
-                raise PromiseBrokenError(f"{self.name} was told to stop, and did not log it")
+                raise InvariantViolation(f"{self.name} was told to stop, and did not log it")
         elif last != ("end_reached", ""):
-            raise PromiseBrokenError(f"{self.name} has left without a reason; its last line: {last}")
+            raise InvariantViolation(f"{self.name} has left without a reason; its last line: {last}")
         else:
             self.world.on_end_reached(self)
 
@@ -117,7 +130,7 @@ class Process:
         elif name == "fence_lost":
             self.world.fault("seek after a lost fence")
 
-    def _hears_fatal(self, error: OrderError | MistakeError) -> None:
+    def _hears_fatal(self, error: OrderlibError | MistakeError) -> None:
         """It is about to hear of this, and must stop."""
         self._fatal.append("unforeseen MistakeError" if isinstance(error, MistakeError) else str(error))
         self.world.on_fatal(self, error)
@@ -127,35 +140,35 @@ class Process:
         assert self.job is not None
         try:
             if self.world.store.down:
-                raise StoreUnreachable("down")
+                raise DatabaseUnavailable("down")
             if self.world.revoked and self.job.step is Step.WORKING:
-                raise BrokenSetup("permission denied for table items")
+                raise ConfigurationError("permission denied for table items")
             self.job.step = next(self.job.steps)
         except StopIteration as done:
             self.finish(done.value)
-        except OrderError as error:
+        except OrderlibError as error:
             self.job.steps.close()
             self.finish(error)
         else:
             return self.job.step
         return None
 
-    def finish(self, result: Told | OrderError | MistakeError) -> None:
+    def finish(self, result: Told | OrderlibError | MistakeError) -> None:
         """The job has ended so."""
         self.world.note(self.name, "hears", result)
         self.job, self.result = None, result
 
     # The store, as its loop sees it.
 
-    def submit(self, job: Write | Locate | Survey) -> None:
+    def submit(self, job: CommitBatch | ResolveOffsets | CheckTopic) -> None:
         self.world.note(self.name, job)
-        if self.told_to_stop.is_set() and self._told_first:
-            raise PromiseBrokenError(f"{self.name} was told to stop and began {job}")
+        if self.stop_event.is_set() and self._told_first:
+            raise InvariantViolation(f"{self.name} was told to stop and began {job}")
         if self.job is not None:
-            raise PromiseBrokenError(f"{self.name} has two jobs at once")
+            raise InvariantViolation(f"{self.name} has two jobs at once")
         self.job = Job(self._steps_of(job))
 
-    def take_result(self, timeout_s: float) -> Told | OrderError | MistakeError | None:
+    def take_result(self, timeout_s: float) -> Told | OrderlibError | MistakeError | None:
         if timeout_s:
             self.world.fault("waited to stop" if self.core.stopping else "batch full")
             # While it waits, its job goes on.
@@ -163,7 +176,7 @@ class Process:
                 self.advance()
         result, self.result = self.result, None
         if isinstance(result, MistakeError) or (
-            isinstance(result, OrderError) and not isinstance(result, TryAgain | FenceLost)
+            isinstance(result, OrderlibError) and not isinstance(result, TransientError | FenceLost)
         ):
             self._hears_fatal(result)
         return result
@@ -175,12 +188,12 @@ class Process:
 
     def assign(self, next_offsets: Mapping[int, int]) -> None:
         if not next_offsets.keys() <= self.mine - self.positions.keys():
-            raise PromiseBrokenError(f"{self.name} has {self.mine}, and assigns {next_offsets}")
+            raise InvariantViolation(f"{self.name} has {self.mine}, and assigns {next_offsets}")
         self.positions.update(next_offsets)
 
     def seek(self, partition: int, next_offset: int) -> None:
         if partition not in self.positions:
-            raise PromiseBrokenError(f"{self.name} does not have {partition} to seek in")
+            raise InvariantViolation(f"{self.name} does not have {partition} to seek in")
         self.positions[partition] = next_offset
         self.ends_seen.pop(partition, None)
 
@@ -196,21 +209,21 @@ class Process:
     def ask_ends(self, _partitions: Iterable[int]) -> Callable[[], Mapping[int, int] | None]:
         return self.world.life.ends
 
-    def fetch(self, topic_id: str | None, limit: int, _timeout_s: float) -> list[Fetched]:
+    def fetch(self, topic_id: str | None, limit: int, _timeout_s: float) -> list[PollResult]:
         if self.paused:
-            raise PromiseBrokenError(f"{self.name} wants records and does not fetch them")
+            raise InvariantViolation(f"{self.name} wants records and does not fetch them")
         if self.inbox and self._rng.random() < 0.5:
             self._hear()
         found = self._fetch(topic_id, limit)
         self._hear()
         if self.world.refusing:
             self.world.refusing = False
-            error = BrokenSetup("Kafka: topic authorization failed")
+            error = ConfigurationError("Kafka: topic authorization failed")
             self._hears_fatal(error)
             found.append(FetchFailed(None, error))
         return found
 
-    def poll(self, _topic_id: str | None, _timeout_s: float) -> list[Fetched]:
+    def poll(self, _topic_id: str | None, _timeout_s: float) -> list[PollResult]:
         self._hear()
         return []
 
@@ -222,17 +235,17 @@ class Process:
             what, partition = self.inbox.pop(0)
             if what == "given":
                 self.mine.add(partition)
-                self.core.on_given([partition])
+                self.core.on_partitions_assigned([partition])
             elif partition in self.mine:
                 self.mine.discard(partition)
                 self.positions.pop(partition, None)
                 self.ends_seen.pop(partition, None)
-                self.core.on_taken([partition])
+                self.core.on_partitions_revoked([partition])
                 self.world.group.released(self, partition)
 
-    def _fetch(self, topic_id: str | None, limit: int) -> list[Fetched]:
+    def _fetch(self, topic_id: str | None, limit: int) -> list[PollResult]:
         """A few records of some partitions, and the ends that were reached."""
-        found: list[Fetched] = []
+        found: list[PollResult] = []
         world, positions, chance = self.world, self.positions, self._rng.random
         if world.kafka_down or topic_id is None:
             return found
@@ -240,7 +253,7 @@ class Process:
             position, log = positions[partition], world.life.logs[partition]
             end = len(log)
             if position > end:
-                error = OrderError("Kafka does not hold this offset")
+                error = OrderlibError("Kafka does not hold this offset")
                 self._hears_fatal(error)
                 found.append(FetchFailed(partition, error))
                 return found
@@ -260,18 +273,18 @@ class Process:
                 positions[partition] = stop
             if stop == end and self.ends_seen.get(partition) != end:
                 self.ends_seen[partition] = end
-                found.append(EndReached(partition, end))
+                found.append(PartitionEof(partition, end))
         return found
 
-    # Jobs, as StoreThread carries them out.
+    # Jobs, as StoreWorker carries them out.
 
-    def _steps_of(self, job: Locate | Write | Survey) -> Steps:
+    def _steps_of(self, job: ResolveOffsets | CommitBatch | CheckTopic) -> Steps:
         match job:
-            case Locate(partitions):
+            case ResolveOffsets(partitions):
                 return self._locate(partitions)
-            case Survey(partitions):
+            case CheckTopic(partitions):
                 return self._survey(partitions)
-            case Write(batch):
+            case CommitBatch(batch):
                 return self.world.store.write(batch, self._ask_topic_id())
 
     def _ask_topic_id(self) -> Callable[[], str]:
@@ -280,24 +293,24 @@ class Process:
             return self._topic_id
         try:
             early = self._topic_id()
-        except BrokerUnreachable:
+        except BrokerUnavailable:
             return self._topic_id
         return lambda: early
 
     def _topic_id(self) -> str:
         if self.world.kafka_down:
-            raise BrokerUnreachable("down")
+            raise BrokerUnavailable("down")
         return self.world.life.topic_id
 
     def _locate(self, partitions: frozenset[int]) -> Steps:
         topic_id = self._topic_id()
         yield Step.ASKING
         earliest = {partition: self.world.life.earliest[partition] for partition in partitions}
-        next_offsets = yield from self.world.store.begin(topic_id, earliest)
+        next_offsets = yield from self.world.store.start_partitions(topic_id, earliest)
 
-        def tell(core: Consumption) -> None:
+        def tell(core: ConsumerCore) -> None:
             self._on_topic_id(topic_id)
-            core.on_located(topic_id, next_offsets)
+            core.on_offsets_resolved(topic_id, next_offsets)
 
         return tell
 
@@ -306,9 +319,9 @@ class Process:
         yield Step.ASKING
         next_offsets = self.world.store.next_offsets(topic_id, partitions)
 
-        def tell(core: Consumption) -> None:
+        def tell(core: ConsumerCore) -> None:
             self._on_topic_id(topic_id)
-            core.on_surveyed(topic_id, next_offsets)
+            core.on_topic_checked(topic_id, next_offsets)
 
         return tell
 
@@ -316,4 +329,4 @@ class Process:
         """It hears the topic's id from Kafka, and must stop if that is another."""
         known = self.core.topic_id
         if known not in {None, topic_id}:
-            self._hears_fatal(TopicRemade(f"topic {TOPIC} was made again: its id is {topic_id}, it was {known}"))
+            self._hears_fatal(TopicRecreated(f"topic {TOPIC} was made again: its id is {topic_id}, it was {known}"))

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tests.simulation.promises import PromiseBrokenError
+from tests.simulation.invariants import InvariantViolation
+from tests.simulation.simulator import Simulator
 from tests.simulation.store import Bug
-from tests.simulation.world import World
 
 
 def explore(first_seed: int, count: int, bug: Bug | None = None) -> Counter[str]:
     """Run so many schedules; in how many each fault occurred. What breaks says how to replay its schedule."""
     faults: Counter[str] = Counter()
     for seed in range(first_seed, first_seed + count):
-        world = World(seed, bug)
+        world = Simulator(seed, bug)
         try:
             world.run()
-        except (PromiseBrokenError, Exception) as exc:
+        except (InvariantViolation, Exception) as exc:
             planted = f" --bug {bug.value}" if bug is not None else ""
             exc.add_note(f"replay: python -m tests.simulation {seed}{planted}")
             raise

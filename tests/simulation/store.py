@@ -9,12 +9,20 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
-from orderlib.consumption import Consumption, TopicRemade
-from orderlib.errors import Collision, FenceLost
-from orderlib.ingest import Arrival, Batch, RecordPosition, Settlement, StoredVersion, settle, settle_redriven
+from orderlib.errors import FenceLost, TransactionConflict
+from orderlib.ingestion.consumer_core import ConsumerCore, TopicRecreated
+from orderlib.ingestion.records import (
+    Batch,
+    PreparedOrder,
+    RecordPosition,
+    StoredVersion,
+    WritePlan,
+    plan_redrive,
+    plan_writes,
+)
 from orderlib.repository import Outcome
+from tests.simulation.invariants import Invariants, Place
 from tests.simulation.kafka import CODES, REFUSED, Fetched
-from tests.simulation.promises import Place, Promises
 
 
 class Bug(enum.Enum):
@@ -43,11 +51,11 @@ class Step(enum.Enum):
     ANSWERING = "answering"
 
 
-Told = Callable[[Consumption], None]
+Told = Callable[[ConsumerCore], None]
 Steps = Generator[Step, None, Told | None]
 #: A row that can be locked: of an offset, of an order, of a reject.
 Row = tuple[str | int, ...]
-Rule = Callable[[Sequence[Arrival], Mapping[str, StoredVersion]], Settlement]
+Rule = Callable[[Sequence[PreparedOrder], Mapping[str, StoredVersion]], WritePlan]
 
 
 class Job:
@@ -61,7 +69,7 @@ class Job:
 class Store:
     """Offsets, orders and rejects; READ COMMITTED, row locks held until the end of a transaction."""
 
-    def __init__(self, promises: Promises, bug: Bug | None) -> None:
+    def __init__(self, promises: Invariants, bug: Bug | None) -> None:
         self._promises = promises
         self._bug = bug
         self.offsets: dict[tuple[str, int], int] = {}
@@ -74,8 +82,8 @@ class Store:
     def next_offsets(self, topic_id: str, partitions: Iterable[int]) -> dict[int, int]:
         return {p: self.offsets[topic_id, p] for p in partitions if (topic_id, p) in self.offsets}
 
-    def begin(self, topic_id: str, earliest: Mapping[int, int]) -> Generator[Step, None, dict[int, int]]:
-        """As ``ConsumerLedger.begin``."""
+    def start_partitions(self, topic_id: str, earliest: Mapping[int, int]) -> Generator[Step, None, dict[int, int]]:
+        """As ``ConsumerStore.begin``."""
         if any((topic_id, partition) not in self.offsets for partition in earliest):
             yield Step.COMMITTING
             for partition, offset in earliest.items():
@@ -84,25 +92,27 @@ class Store:
         return self.next_offsets(topic_id, earliest)
 
     def write(self, batch: Batch, topic_id: Callable[[], str]) -> Steps:
-        """As ``ConsumerLedger.write``, with the consumer's look at the topic's id before COMMIT."""
+        """As ``ConsumerStore.write``, with the consumer's look at the topic's id before COMMIT."""
         transaction, key = object(), batch.topic_id
         try:
-            yield from self._lock(transaction, [(key, partition) for partition in sorted(batch.spans)])
+            yield from self._lock(transaction, [(key, partition) for partition in sorted(batch.ranges)])
             self._fence(batch)
             if self._bug is Bug.COMMIT_BEFORE_WRITE:
                 self._move_offsets(batch)
             yield Step.WORKING
-            arrivals = [judged for _, judged in batch.judged if isinstance(judged, Arrival)]
+            prepared_orders = [
+                classified for _, classified in batch.classified if isinstance(classified, PreparedOrder)
+            ]
             read = self.orders.copy()
             after = read.copy()
-            outcomes = self._store(arrivals, after, self._settle)
+            outcomes = self._store(prepared_orders, after, self._settle)
             self._promises.on_settled(batch, read, after)
             changed = [uid for uid in sorted(after) if after[uid] is not read.get(uid)]
             yield Step.WORKING
             yield from self._lock(transaction, [(uid,) for uid in changed])
             changes = self._changes(changed, read, after)
             if self._bug is not Bug.NO_TOPIC_ID_CHECK and topic_id() != batch.topic_id:
-                raise TopicRemade(f"{batch.topic_id} is now another")
+                raise TopicRecreated(f"{batch.topic_id} is now another")
             yield Step.COMMITTING
             self._promises.on_batch(batch, outcomes, self.orders, changes)
             self.orders.update(changes)
@@ -111,7 +121,7 @@ class Store:
         finally:
             self._unlock(transaction)
         yield Step.ANSWERING
-        return Consumption.on_written
+        return ConsumerCore.on_batch_committed
 
     def redrive(self) -> Steps:
         """As ``rejects.redrive``, of all rejects."""
@@ -123,13 +133,17 @@ class Store:
             of_topics = {topic_id for topic_id, _, _ in places}
             yield from self._lock(transaction, [key for key in self.offsets if key[0] in of_topics])
             yield Step.WORKING
-            arrivals = {place: self.rejects[place][0].redriven for place in places}
-            uids = sorted({arrival.order_uid for arrival in arrivals.values() if arrival is not None})
+            prepared_orders = {place: self.rejects[place][0].redriven for place in places}
+            uids = sorted(
+                {prepared_order.order_uid for prepared_order in prepared_orders.values() if prepared_order is not None}
+            )
             yield from self._lock(transaction, [(uid,) for uid in uids])
             after = self.orders.copy()
             outcomes = {
-                place: Outcome.REJECTED if arrival is None else self._store([arrival], after, settle_redriven)[0]
-                for place, arrival in arrivals.items()
+                place: Outcome.REJECTED
+                if prepared_order is None
+                else self._store([prepared_order], after, plan_redrive)[0]
+                for place, prepared_order in prepared_orders.items()
             }
             yield Step.COMMITTING
             for place, outcome in outcomes.items():
@@ -159,35 +173,37 @@ class Store:
     # Offsets.
 
     def _fence(self, batch: Batch) -> None:
-        there = self.next_offsets(batch.topic_id, batch.spans)
-        lost = {p for p, span in batch.spans.items() if there[p] != span.expected_offset}
+        there = self.next_offsets(batch.topic_id, batch.ranges)
+        lost = {p for p, offset_range in batch.ranges.items() if there[p] != offset_range.expected_offset}
         if lost and self._bug is not Bug.NO_FENCE:
             raise FenceLost(lost, there)
 
     def _move_offsets(self, batch: Batch) -> None:
-        for partition, span in batch.spans.items():
-            self.offsets[batch.topic_id, partition] = span.next_offset
+        for partition, offset_range in batch.ranges.items():
+            self.offsets[batch.topic_id, partition] = offset_range.next_offset
 
     # Orders.
 
-    def _settle(self, arrivals: Sequence[Arrival], stored: Mapping[str, StoredVersion]) -> Settlement:
+    def _settle(self, prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion]) -> WritePlan:
         if self._bug is Bug.NO_SUPERSEDED_RULE:
             stored = {uid: _version(v.content_sha256, None) for uid, v in stored.items()}
-        return settle(arrivals, stored)
+        return plan_writes(prepared_orders, stored)
 
-    def _store(self, arrivals: Sequence[Arrival], stored: dict[str, StoredVersion], rule: Rule) -> list[Outcome]:
+    def _store(
+        self, prepared_orders: Sequence[PreparedOrder], stored: dict[str, StoredVersion], rule: Rule
+    ) -> list[Outcome]:
         """As ``writing.store``: what is refused is found by halving, and sinks no neighbour."""
-        if not any(arrival.content_sha256 == b"!" for arrival in arrivals):
-            settlement = rule(arrivals, stored)
-            for write in settlement.writes:
+        if not any(prepared_order.content_sha256 == b"!" for prepared_order in prepared_orders):
+            plan = rule(prepared_orders, stored)
+            for write in plan.writes:
                 stored[write.order_uid] = _version(write.content_sha256, write.source)
-            for uid, move in settlement.moves.items():
+            for uid, move in plan.moves.items():
                 stored[uid] = _version(stored[uid].content_sha256, move.source)
-            return list(settlement.outcomes)
-        if len(arrivals) == 1:
+            return list(plan.outcomes)
+        if len(prepared_orders) == 1:
             return [Outcome.REJECTED]
-        middle = len(arrivals) // 2
-        return self._store(arrivals[:middle], stored, rule) + self._store(arrivals[middle:], stored, rule)
+        middle = len(prepared_orders) // 2
+        return self._store(prepared_orders[:middle], stored, rule) + self._store(prepared_orders[middle:], stored, rule)
 
     def _changes(
         self, uids: Sequence[str], read: Mapping[str, StoredVersion], after: Mapping[str, StoredVersion]
@@ -196,7 +212,7 @@ class Store:
         changes = {}
         for uid in uids:
             if uid not in read and uid in self.orders:
-                raise Collision("somebody stored the same order meanwhile")
+                raise TransactionConflict("somebody stored the same order meanwhile")
             version = after[uid]
             if uid in read and read[uid].content_sha256 == version.content_sha256:
                 version = _version(self.orders[uid].content_sha256, version.source)
@@ -206,9 +222,9 @@ class Store:
     # Rejects.
 
     def _keep_rejects(self, batch: Batch) -> None:
-        bad = [record for record, _ in batch.judged if isinstance(record, Fetched) and record.entry.kind in CODES]
+        bad = [record for record, _ in batch.classified if isinstance(record, Fetched) and record.entry.kind in CODES]
         if self._bug is Bug.REJECT_SKIPPED:
-            bad = [record for record in bad if record.entry.kind != REFUSED or len(batch.judged) == 1]
+            bad = [record for record in bad if record.entry.kind != REFUSED or len(batch.classified) == 1]
         for record in bad:
             source = record.source
             self.rejects.setdefault((source.topic_id, source.partition, source.offset), (record, None))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import attrs
 import pytest
 
-from orderlib import StoreUnreachable
+from orderlib import DatabaseUnavailable
 from services.api import deadline
 from services.api.server import TAKE_WITHIN_S, _Protocol
 
@@ -17,11 +17,11 @@ from services.api.server import TAKE_WITHIN_S, _Protocol
 def test_an_answer_of_many_reads_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deadline, "ANSWERED_WITHIN_S", 0.01)
 
-    @deadline.in_time
+    @deadline.with_deadline
     async def respond() -> None:
         await asyncio.Event().wait()
 
-    with pytest.raises(StoreUnreachable, match="no answer within"):
+    with pytest.raises(DatabaseUnavailable, match="no answer within"):
         asyncio.run(respond())
 
 

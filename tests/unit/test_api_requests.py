@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
 import orderlib
-from orderlib.config import Address, ApiSettings
 from orderlib.repository import AsyncOrderReader
 from orderlib.testing import SAMPLE, MemoryOrderRepository
 from services.api.app import METRICS_ROUTE, ROUTES, Api, create_app
 from services.api.metrics import Metrics
-from services.api.observation import SECURITY_HEADERS
 from services.api.pages import Pages
+from services.api.request_metrics import SECURITY_HEADERS
+from services.settings import Address, ApiSettings
 
 ORDER = orderlib.decode_order(SAMPLE)
 ETAG = f'"{orderlib.content_sha256(ORDER).hex()}"'

@@ -23,7 +23,7 @@ from orderlib import (
     MalformedJson,
     Order,
     Payment,
-    Refused,
+    RejectedError,
     content_sha256,
     decode_order,
     encode_order,
@@ -36,9 +36,9 @@ from orderlib.errors import MAX_FAULTS
 from orderlib.models import MAX_ITEMS
 from orderlib.testing import SAMPLE, FaultKind, break_order
 from orderlib.testing.strategies import orders
-from tests.candidates import PLACES, Place, candidates, model_accepts
-from tests.fuzz_decoder import answer
-from tests.reference import reference_decode, verdict
+from tests.support.boundary_values import PLACES, Place, candidates, model_accepts
+from tests.support.fuzz_decoder import answer
+from tests.support.reference_decoder import reference_decode, verdict
 
 SAMPLE_ORDER = decode_order(SAMPLE)
 
@@ -238,7 +238,7 @@ def test_no_error_shows_a_value(kind: FaultKind) -> None:
     )
     for seed in range(30):
         data = break_order(order, kind, Random(seed)).data
-        with pytest.raises(Refused) as refusal:
+        with pytest.raises(RejectedError) as refusal:
             decode_order(data)
         told = "".join(traceback.format_exception(refusal.value)) + repr(refusal.value) + repr(refusal.value.faults)
         assert secret not in told

@@ -12,7 +12,6 @@ import psutil
 import pytest
 from prometheus_client import generate_latest
 
-from orderlib.config import Address
 from services.consumer.health import (
     CONNECTION_S,
     LOOP_S,
@@ -22,7 +21,8 @@ from services.consumer.health import (
     Metrics,
     never_fatal,
 )
-from tests.serving import eventually
+from services.settings import Address
+from tests.support.api_process import eventually
 
 
 @attrs.define

@@ -31,11 +31,11 @@ from orderlib import (
     encode_order,
     order_to_plain,
 )
-from orderlib.contract import describe, json_schema, rules_of, trusted
+from orderlib.contract import describe, json_schema, rules_of, unchecked
 from orderlib.models import MAX_ITEMS
 from orderlib.testing import SAMPLE, MemoryOrderRepository
 from orderlib.testing.strategies import deliveries, items, orders, payments, values
-from tests.candidates import PLACES, Place, candidates, decoder_accepts, model_accepts
+from tests.support.boundary_values import PLACES, Place, candidates, decoder_accepts, model_accepts
 
 SAMPLE_ORDER = decode_order(SAMPLE)
 
@@ -163,7 +163,7 @@ def test_orders_whose_times_are_the_same_instant_are_equal() -> None:
 
 def test_trusted_makes_what_calling_the_class_would() -> None:
     fields = {field.name: getattr(SAMPLE_ORDER.delivery, field.name) for field in attrs.fields(Delivery)}
-    assert trusted(Delivery, **fields) == SAMPLE_ORDER.delivery
+    assert unchecked(Delivery, **fields) == SAMPLE_ORDER.delivery
 
 
 @given(orders(), deliveries(), payments(), items())

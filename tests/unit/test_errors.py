@@ -14,7 +14,7 @@ import pytest
 
 import orderlib
 import services
-from orderlib.errors import Fault, FenceLost, OrderError, OrderNotFound, Refused, RefusedByDatabase
+from orderlib.errors import Fault, FenceLost, OrderlibError, OrderNotFound, RefusedByDatabase, RejectedError
 
 _FAULTS = [Fault(path=f"$.items[{n}].sale", expected="an integer from 0 to 100", found="null") for n in range(3)]
 
@@ -28,27 +28,27 @@ class OfAUser(OrderNotFound):
         self.attempts = attempts
 
 
-def _subclasses(cls: type[OrderError]) -> Iterator[type[OrderError]]:
+def _subclasses(cls: type[OrderlibError]) -> Iterator[type[OrderlibError]]:
     yield cls
     for subclass in cls.__subclasses__():
         yield from _subclasses(subclass)
 
 
-def _all_error_classes() -> list[type[OrderError]]:
+def _all_error_classes() -> list[type[OrderlibError]]:
     for package in (orderlib, services):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.endswith("__main__"):
                 importlib.import_module(module.name)
-    return sorted(set(_subclasses(OrderError)), key=lambda cls: cls.__name__)
+    return sorted(set(_subclasses(OrderlibError)), key=lambda cls: cls.__name__)
 
 
-def _example(cls: type[OrderError]) -> OrderError:
+def _example(cls: type[OrderlibError]) -> OrderlibError:
     match cls:
         case _ if cls is OfAUser:
             return OfAUser("shop", attempts=3)
         case _ if issubclass(cls, RefusedByDatabase):
             return cls("22001", "uid-1")
-        case _ if issubclass(cls, Refused) and cls is not Refused:
+        case _ if issubclass(cls, RejectedError) and cls is not RejectedError:
             return cls(_FAULTS, 250)
         case _ if issubclass(cls, OrderNotFound):
             return cls("uid-1")
@@ -58,9 +58,9 @@ def _example(cls: type[OrderError]) -> OrderError:
             return cls("some words")
 
 
-_CLASSES = [cls for cls in _all_error_classes() if cls is not Refused]
+_CLASSES = [cls for cls in _all_error_classes() if cls is not RejectedError]
 
-_WAYS: dict[str, Callable[[OrderError], OrderError]] = {
+_WAYS: dict[str, Callable[[OrderlibError], OrderlibError]] = {
     "pickle": lambda error: pickle.loads(pickle.dumps(error)),  # noqa: S301  our own
     "oldest pickle": lambda error: pickle.loads(pickle.dumps(error, 0)),  # noqa: S301  our own
     "copy": copy.copy,
@@ -69,14 +69,14 @@ _WAYS: dict[str, Callable[[OrderError], OrderError]] = {
 
 
 def test_errors_of_every_module_are_among_those_tested() -> None:
-    assert {"TopicRemade", "BreakerTripped", "RefusedByDatabase", "FenceLost", "OfAUser"} <= {
+    assert {"TopicRecreated", "BreakerTripped", "RefusedByDatabase", "FenceLost", "OfAUser"} <= {
         cls.__name__ for cls in _CLASSES
     }
 
 
 @pytest.mark.parametrize("way", _WAYS)
 @pytest.mark.parametrize("cls", _CLASSES, ids=lambda cls: cls.__name__)
-def test_an_error_is_the_same_after_a_copy(cls: type[OrderError], way: str) -> None:
+def test_an_error_is_the_same_after_a_copy(cls: type[OrderlibError], way: str) -> None:
     error = _example(cls)
     error.add_note("a note")
     copied = _WAYS[way](error)

@@ -14,10 +14,10 @@ from random import Random
 import pytest
 
 from orderlib import InvalidOrder, MalformedJson, TooLarge, decode_order
-from orderlib.ingest import Record, RecordPosition, Reject, judge, record_time
+from orderlib.ingestion.records import Record, RecordPosition, Reject, classify_record, record_time
 from orderlib.testing import SAMPLE
-from tests.fuzz_decoder import answer, consumer_agrees, disagreements
-from tests.reference import reference_decode, verdict
+from tests.support.fuzz_decoder import answer, consumer_agrees, disagreements
+from tests.support.reference_decoder import reference_decode, verdict
 
 SAMPLE_ORDER = decode_order(SAMPLE)
 RECORD = SAMPLE.strip()
@@ -240,14 +240,14 @@ def test_a_large_record_is_judged_soon_and_in_memory_of_its_own_size(name: str) 
 
 @pytest.mark.parametrize("value", [b"[" * 10_000_000, b"\xff" * 10_000_000])
 def test_a_value_above_the_limit_is_not_even_parsed(value: bytes) -> None:
-    reject = judge(record(value), max_bytes=8 * 1024 * 1024)
+    reject = classify_record(record(value), max_bytes=8 * 1024 * 1024)
     assert isinstance(reject, Reject)
     assert reject.code == TooLarge.code
     assert [str(fault) for fault in reject.faults] == ["$: expected at most 8,388,608 bytes, found 10,000,000 bytes"]
 
 
 def test_a_record_without_a_value_is_malformed() -> None:
-    reject = judge(record(None), max_bytes=100)
+    reject = classify_record(record(None), max_bytes=100)
     assert isinstance(reject, Reject)
     assert (reject.code, reject.total_faults) == ("malformed_json", 1)
 
@@ -259,6 +259,6 @@ def record(value: bytes | None) -> Record:
 
 
 def test_a_short_fuzzing_run_finds_decoder_and_reference_agreed() -> None:
-    """Ten minutes of it found what stands among the cases above: ``python -m tests.fuzz_decoder``."""
+    """Ten minutes of it found what stands among the cases above: ``python -m tests.support.fuzz_decoder``."""
     tried = list(itertools.islice(disagreements(Random(20211126)), 1500))
     assert [data for data in tried if data is not None] == []

@@ -7,7 +7,7 @@ import re
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 
-from orderlib.errors import BrokenSetup, BrokerUnreachable, OrderError, TryAgain
+from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError, TransientError
 from services.kafka_errors import (
     _CODES,
     ACTIONS,
@@ -32,11 +32,11 @@ def test_every_code_has_exactly_one_entry() -> None:
 def test_an_error_is_translated_as_the_table_says_and_names_its_code(name: str) -> None:
     error = translate(KafkaError(CODES[name], "what happened"))
     kinds = {
-        ErrorAction.SETUP: BrokenSetup,
+        ErrorAction.SETUP: ConfigurationError,
         ErrorAction.UNREADABLE: UnreadableRecord,
-        ErrorAction.OUTAGE: BrokerUnreachable,
-        ErrorAction.NONE: BrokerUnreachable,
-        ErrorAction.STOP: OrderError,
+        ErrorAction.OUTAGE: BrokerUnavailable,
+        ErrorAction.NONE: BrokerUnavailable,
+        ErrorAction.STOP: OrderlibError,
     }
     assert type(error) is kinds[ACTIONS[CODES[name]]]
     assert "what happened" in str(error)
@@ -47,7 +47,7 @@ def test_an_error_is_translated_as_the_table_says_and_names_its_code(name: str) 
 def test_an_unforeseen_code_stops_unless_it_is_retriable(*, retriable: bool, action: ErrorAction) -> None:
     error = KafkaError(999, "from the future", retriable=retriable)
     assert action_of(error) is action
-    assert isinstance(translate(error), TryAgain) == retriable
+    assert isinstance(translate(error), TransientError) == retriable
     assert "999" in str(translate(error))
 
 
@@ -58,6 +58,6 @@ def test_a_fatal_error_stops_whatever_its_code() -> None:
 
 def test_the_original_error_is_the_cause() -> None:
     original = KafkaException(KafkaError(CODES["TOPIC_AUTHORIZATION_FAILED"]))
-    with pytest.raises(BrokenSetup) as refusal, translated_errors():
+    with pytest.raises(ConfigurationError) as refusal, translated_errors():
         raise original
     assert refusal.value.__cause__ is original

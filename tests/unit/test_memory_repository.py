@@ -9,7 +9,7 @@ import pytest
 
 from orderlib import OrderRepository
 from orderlib.testing import MemoryOrderRepository
-from tests.repository_contract import RepositoryContract, an_order, stored
+from tests.support.repository_contract import RepositoryContract, an_order, stored
 
 
 def ticking() -> MemoryOrderRepository:
@@ -37,9 +37,9 @@ def test_orders_of_more_than_five_minutes_ago_are_not_of_lately() -> None:
     now = dt.datetime(2021, 11, 26, tzinfo=dt.UTC)
     repository = MemoryOrderRepository(clock=lambda: now)
     repository.save(an_order("a"))
-    assert repository.status().stored_lately == 1
+    assert repository.status().stored_recently == 1
     now += dt.timedelta(minutes=5)
-    assert repository.status().stored_lately == 0
+    assert repository.status().stored_recently == 0
 
 
 def test_without_a_clock_it_is_now_in_utc() -> None:

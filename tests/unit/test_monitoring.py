@@ -17,14 +17,14 @@ import falcon.inspect
 import pytest
 import yaml
 
-from orderlib.config import Address, ApiSettings
-from orderlib.errors import OrderError, Refused
-from orderlib.postgres.ledger import ConsumerLedger
+from orderlib.errors import OrderlibError, RejectedError
+from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.repository import AsyncOrderReader, Outcome
 from services.admin.__main__ import make_parser
 from services.api import metrics
 from services.api.app import ROUTES, create_app, create_metrics_app
 from services.consumer import health
+from services.settings import Address, ApiSettings
 
 C = TypeVar("C")
 
@@ -114,9 +114,9 @@ def routes() -> set[str]:
 #: The values that a label can have, of those whose values are known.
 VALUES: dict[str, set[str]] = {
     "outcome": set(Outcome),
-    "code": {cls.code for cls in subclasses(Refused)},
-    "step": set(re.findall(r'\blap\("(\w+)"\)', inspect.getsource(ConsumerLedger.write))),
-    "cause": {cls.__name__ for cls in subclasses(OrderError)},
+    "code": {cls.code for cls in subclasses(RejectedError)},
+    "step": set(re.findall(r'\blap\("(\w+)"\)', inspect.getsource(ConsumerStore.write))),
+    "cause": {cls.__name__ for cls in subclasses(OrderlibError)},
     "route": routes(),
     "method": {*HTTPMethod, "other"},
     "status": {str(int(status)) for status in HTTPStatus},

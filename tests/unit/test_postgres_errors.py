@@ -9,7 +9,7 @@ import pytest
 from psycopg import errors
 from psycopg.pq import PGconn
 
-from orderlib import BrokenSetup, Collision, OrderError, RefusedByDatabase, StoreUnreachable
+from orderlib import ConfigurationError, DatabaseUnavailable, OrderlibError, RefusedByDatabase, TransactionConflict
 from orderlib.postgres.errors import translate, translated_errors
 
 WITH_SQLSTATE = [
@@ -27,14 +27,14 @@ WITHOUT_SQLSTATE = [
 @pytest.mark.parametrize("kind", WITH_SQLSTATE)
 def test_every_sqlstate_has_a_counterpart(kind: type[psycopg.Error]) -> None:
     ours = translate(kind("secret"))
-    assert isinstance(ours, RefusedByDatabase | Collision | StoreUnreachable | BrokenSetup)
+    assert isinstance(ours, RefusedByDatabase | TransactionConflict | DatabaseUnavailable | ConfigurationError)
     assert "secret" not in str(ours)
     assert str(kind.sqlstate) in str(ours)
 
 
 @pytest.mark.parametrize("kind", WITHOUT_SQLSTATE)
 def test_every_error_of_the_driver_itself_has_a_counterpart(kind: type[psycopg.Error]) -> None:
-    assert isinstance(translate(kind("gone")), RefusedByDatabase | StoreUnreachable | BrokenSetup)
+    assert isinstance(translate(kind("gone")), RefusedByDatabase | DatabaseUnavailable | ConfigurationError)
 
 
 @pytest.mark.parametrize(
@@ -44,22 +44,22 @@ def test_every_error_of_the_driver_itself_has_a_counterpart(kind: type[psycopg.E
         (errors.StringDataRightTruncation(), RefusedByDatabase),
         (psycopg.DataError("cannot dump"), RefusedByDatabase),
         (UnicodeEncodeError("utf-8", "secret\ud800", 6, 7, "surrogates not allowed"), RefusedByDatabase),
-        (errors.DeadlockDetected(), Collision),
-        (errors.AdminShutdown(), StoreUnreachable),
-        (errors.LockNotAvailable(), StoreUnreachable),
-        (errors.DiskFull(), StoreUnreachable),
-        (psycopg.OperationalError("consuming input failed: server closed the connection"), StoreUnreachable),
-        (psycopg.OperationalError('invalid integer value "x" for connection option "port"'), BrokenSetup),
-        (psycopg.OperationalError('connection is bad: invalid sslmode value: "x"'), BrokenSetup),
-        (psycopg.InterfaceError("the connection is closed"), StoreUnreachable),
-        (errors.UndefinedTable(), BrokenSetup),
-        (errors.InsufficientPrivilege(), BrokenSetup),
-        (errors.RaiseException(), BrokenSetup),
-        (psycopg.ProgrammingError("a bug of ours"), BrokenSetup),
+        (errors.DeadlockDetected(), TransactionConflict),
+        (errors.AdminShutdown(), DatabaseUnavailable),
+        (errors.LockNotAvailable(), DatabaseUnavailable),
+        (errors.DiskFull(), DatabaseUnavailable),
+        (psycopg.OperationalError("consuming input failed: server closed the connection"), DatabaseUnavailable),
+        (psycopg.OperationalError('invalid integer value "x" for connection option "port"'), ConfigurationError),
+        (psycopg.OperationalError('connection is bad: invalid sslmode value: "x"'), ConfigurationError),
+        (psycopg.InterfaceError("the connection is closed"), DatabaseUnavailable),
+        (errors.UndefinedTable(), ConfigurationError),
+        (errors.InsufficientPrivilege(), ConfigurationError),
+        (errors.RaiseException(), ConfigurationError),
+        (psycopg.ProgrammingError("a bug of ours"), ConfigurationError),
     ],
 )
 def test_an_error_becomes_the_one_that_says_what_to_do_next(
-    error: psycopg.Error | UnicodeEncodeError, ours: type[OrderError]
+    error: psycopg.Error | UnicodeEncodeError, ours: type[OrderlibError]
 ) -> None:
     with pytest.raises(ours) as translated, translated_errors():
         raise error
@@ -86,7 +86,7 @@ def test_an_error_becomes_the_one_that_says_what_to_do_next(
 )
 def test_on_a_lost_connection_every_error_is_an_outage(error: Exception) -> None:
     lost = psycopg.Connection(PGconn.connect_start(b"host=/nowhere"))
-    with pytest.raises(StoreUnreachable) as translated, translated_errors(lost):
+    with pytest.raises(DatabaseUnavailable) as translated, translated_errors(lost):
         raise error
     assert translated.value.__cause__ is error
     assert "secret" not in str(translated.value)
@@ -95,8 +95,8 @@ def test_on_a_lost_connection_every_error_is_an_outage(error: Exception) -> None
 
 def test_on_a_lost_connection_our_own_errors_pass_untouched() -> None:
     lost = psycopg.Connection(PGconn.connect_start(b"host=/nowhere"))
-    with pytest.raises(BrokenSetup), translated_errors(lost):
-        raise BrokenSetup("another group")
+    with pytest.raises(ConfigurationError), translated_errors(lost):
+        raise ConfigurationError("another group")
     lost.close()
 
 

@@ -15,8 +15,8 @@ from typing import NoReturn
 
 import pytest
 
-from orderlib import BrokenSetup, OrderError, RefusedByDatabase, StoreUnreachable
-from orderlib.program import event, log, run, set_up_logging
+from orderlib import ConfigurationError, DatabaseUnavailable, OrderlibError, RefusedByDatabase
+from services.program import event, log, run, set_up_logging
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,7 +68,7 @@ def test_an_event_is_one_line_of_json_with_its_fields() -> None:
 def test_fields_of_any_type_can_be_logged() -> None:
     stream = io.StringIO()
     set_up_logging(stream)
-    event("odd", where=Path("a"), partitions={2}, error=StoreUnreachable("away"))
+    event("odd", where=Path("a"), partitions={2}, error=DatabaseUnavailable("away"))
     logged = json.loads(stream.getvalue())
     assert (logged["where"], logged["partitions"], logged["error"]) == ("a", [2], "away")
 
@@ -95,11 +95,11 @@ def test_a_traceback_stays_within_its_line() -> None:
     stream = io.StringIO()
     set_up_logging(stream)
     try:
-        raise StoreUnreachable("away")
-    except StoreUnreachable:
+        raise DatabaseUnavailable("away")
+    except DatabaseUnavailable:
         log.exception("stopped")
     [line] = stream.getvalue().splitlines()
-    assert json.loads(line)["traceback"].endswith("StoreUnreachable: away")
+    assert json.loads(line)["traceback"].endswith("DatabaseUnavailable: away")
 
 
 def test_setting_up_again_does_not_write_lines_twice() -> None:
@@ -123,14 +123,14 @@ def test_a_program_leaves_the_status_it_returns(status: int, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (BrokenSetup("ORDERS_TOPIC is not set"), 2, "error: ORDERS_TOPIC is not set\n"),
-        (StoreUnreachable("PostgreSQL: away"), 1, "error: PostgreSQL: away\n"),
+        (ConfigurationError("ORDERS_TOPIC is not set"), 2, "error: ORDERS_TOPIC is not set\n"),
+        (DatabaseUnavailable("PostgreSQL: away"), 1, "error: PostgreSQL: away\n"),
         (
             RefusedByDatabase("23514", "b563"),
             1,
             "error: refused_by_database: $: expected order b563 that PostgreSQL takes, found SQLSTATE 23514\n",
         ),
-        (OrderError("anything else of ours"), 1, "error: anything else of ours\n"),
+        (OrderlibError("anything else of ours"), 1, "error: anything else of ours\n"),
         (KeyboardInterrupt(), 1, "interrupted\n"),
     ],
 )
@@ -148,7 +148,7 @@ def test_any_other_error_is_a_bug_and_keeps_its_traceback() -> None:
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_that_cannot_be_written_is_one_line_and_a_status(unbuffered: str) -> None:
-    program = "import sys; from orderlib.program import run; sys.exit(run(lambda: print('an order') or 0))"
+    program = "import sys; from services.program import run; sys.exit(run(lambda: print('an order') or 0))"
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [sys.executable, "-c", program],
@@ -165,7 +165,7 @@ def test_output_that_cannot_be_written_is_one_line_and_a_status(unbuffered: str)
 def test_a_reader_that_has_had_enough_is_no_traceback() -> None:
     program = (
         "import sys\n"
-        "from orderlib.program import run\n"
+        "from services.program import run\n"
         "def main():\n"
         "    while True:\n"
         "        print('an order')\n"
@@ -185,7 +185,7 @@ def test_a_reader_that_has_had_enough_is_no_traceback() -> None:
 @pytest.mark.parametrize("closed", ["", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_a_closed_stream_is_no_failure(closed: str) -> None:
     code = (
-        "import sys; from orderlib.program import *; set_up_logging(); "
+        "import sys; from services.program import *; set_up_logging(); "
         "sys.exit(run(lambda: print('out') or event('told') or 7))"
     )
     done = subprocess.run(
@@ -201,7 +201,7 @@ def test_a_closed_stream_is_no_failure(closed: str) -> None:
 
 def test_output_is_utf_8_in_every_locale() -> None:
     code = (
-        "from orderlib.program import *; set_up_logging(); "
+        "from services.program import *; set_up_logging(); "
         "run(lambda: print('\\u0437\\xe7', '\\ud800') or event('told', topic='\\u0437') or 0)"
     )
     done = subprocess.run(

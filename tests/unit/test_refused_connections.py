@@ -13,9 +13,15 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from orderlib import AsyncPostgresOrderReader, BrokenSetup, OrderError, PostgresOrderRepository, StoreUnreachable
-from orderlib.postgres.connection import connect
-from tests.fake_postgres import error_response, refusing
+from orderlib import (
+    AsyncPostgresOrderReader,
+    ConfigurationError,
+    DatabaseUnavailable,
+    OrderlibError,
+    PostgresOrderRepository,
+)
+from orderlib.postgres.connections import connect
+from tests.support.fake_postgres import error_response, refusing
 
 #: "FATAL" as PostgreSQL writes it in its languages, and words that say nothing.
 LANGUAGES = {
@@ -75,8 +81,8 @@ OUTAGES = [
 ]
 
 
-def refusal(port: int, host: str = "127.0.0.1") -> OrderError:
-    with pytest.raises(OrderError) as raised:
+def refusal(port: int, host: str = "127.0.0.1") -> OrderlibError:
+    with pytest.raises(OrderlibError) as raised:
         connect(f"postgresql://u:p@{host}:{port}/d", application_name="tests")
     return raised.value
 
@@ -87,7 +93,7 @@ def test_a_refusal_that_may_pass_is_an_outage(sqlstate: str, language: str) -> N
     severity, words = LANGUAGES[language]
     with refusing(error_response(sqlstate, words, severity)) as port:
         error = refusal(port)
-        assert isinstance(error, StoreUnreachable)
+        assert isinstance(error, DatabaseUnavailable)
         assert sqlstate in str(error)
         assert f"127.0.0.1:{port}" in str(error)
 
@@ -98,7 +104,7 @@ def test_a_configuration_error_is_named(sqlstate: str, cause: str, language: str
     severity, words = LANGUAGES[language]
     with refusing(error_response(sqlstate, words, severity)) as port:
         error = refusal(port)
-        assert isinstance(error, BrokenSetup)
+        assert isinstance(error, ConfigurationError)
         assert sqlstate in str(error)
         assert cause in str(error)
         assert f"127.0.0.1:{port}" in str(error)
@@ -107,22 +113,22 @@ def test_a_configuration_error_is_named(sqlstate: str, cause: str, language: str
 @pytest.mark.parametrize(
     ("words", "kind"),
     [
-        ("no more connections allowed (max_client_conn)", StoreUnreachable),
-        ("server login has been failing, try again later (server_login_retry)", StoreUnreachable),
-        ("server login failed: FATAL password authentication failed", StoreUnreachable),
-        ("query_wait_timeout", StoreUnreachable),
-        ("client_login_timeout (server down)", StoreUnreachable),
-        ('database "orders" is disabled', StoreUnreachable),
-        ("server conn crashed?", StoreUnreachable),
-        ("the pooler is shut down", StoreUnreachable),
-        ("no such user", BrokenSetup),
-        ("no such database: orders", BrokenSetup),
-        ("password authentication failed", BrokenSetup),
-        ("SASL authentication failed", BrokenSetup),
-        ("unsupported startup parameter: options", BrokenSetup),
+        ("no more connections allowed (max_client_conn)", DatabaseUnavailable),
+        ("server login has been failing, try again later (server_login_retry)", DatabaseUnavailable),
+        ("server login failed: FATAL password authentication failed", DatabaseUnavailable),
+        ("query_wait_timeout", DatabaseUnavailable),
+        ("client_login_timeout (server down)", DatabaseUnavailable),
+        ('database "orders" is disabled', DatabaseUnavailable),
+        ("server conn crashed?", DatabaseUnavailable),
+        ("the pooler is shut down", DatabaseUnavailable),
+        ("no such user", ConfigurationError),
+        ("no such database: orders", ConfigurationError),
+        ("password authentication failed", ConfigurationError),
+        ("SASL authentication failed", ConfigurationError),
+        ("unsupported startup parameter: options", ConfigurationError),
     ],
 )
-def test_the_refusals_of_pgbouncer(words: str, kind: type[OrderError]) -> None:
+def test_the_refusals_of_pgbouncer(words: str, kind: type[OrderlibError]) -> None:
     for severity in ("FATAL", "ERROR"):
         with refusing(error_response("08P01", words, severity)) as port:
             assert isinstance(refusal(port), kind)
@@ -131,21 +137,21 @@ def test_the_refusals_of_pgbouncer(words: str, kind: type[OrderError]) -> None:
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
-        (b"", StoreUnreachable),
-        (b"Ecould not fork new process for connection: No memory\n\0", StoreUnreachable),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", StoreUnreachable),
-        (b"R\0\0\0\x08\0\0\0\x03", BrokenSetup),  # a password in clear text is asked for, and answered
-        (b"R\0\0\0\x08\0\0\0\x63", BrokenSetup),
+        (b"", DatabaseUnavailable),
+        (b"Ecould not fork new process for connection: No memory\n\0", DatabaseUnavailable),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", DatabaseUnavailable),
+        (b"R\0\0\0\x08\0\0\0\x03", ConfigurationError),  # a password in clear text is asked for, and answered
+        (b"R\0\0\0\x08\0\0\0\x63", ConfigurationError),
     ],
 )
-def test_answers_without_an_sqlstate(answer: bytes, kind: type[OrderError]) -> None:
+def test_answers_without_an_sqlstate(answer: bytes, kind: type[OrderlibError]) -> None:
     with refusing(answer) as port, pytest.raises(kind):
         connect(f"postgresql://u@127.0.0.1:{port}/d", application_name="tests")
 
 
 def test_a_host_name_that_cannot_be_resolved_is_an_outage_with_its_name() -> None:
     error = refusal(5432, host="no-such-host.invalid")
-    assert isinstance(error, StoreUnreachable)
+    assert isinstance(error, DatabaseUnavailable)
     assert "no-such-host.invalid" in str(error)
 
 
@@ -153,7 +159,9 @@ def test_a_host_name_that_cannot_be_resolved_is_an_outage_with_its_name() -> Non
 def test_every_sqlstate_gives_one_of_two_errors_with_its_code(sqlstate: str) -> None:
     with refusing(error_response(sqlstate, "Wörter")) as port:
         error = refusal(port)
-    assert isinstance(error, BrokenSetup if sqlstate[:2] in {"0A", "22", "28", "3D", "42"} else StoreUnreachable)
+    assert isinstance(
+        error, ConfigurationError if sqlstate[:2] in {"0A", "22", "28", "3D", "42"} else DatabaseUnavailable
+    )
     assert sqlstate in str(error)
 
 
@@ -162,7 +170,11 @@ def test_the_repositories_tell_outage_and_configuration_apart() -> None:
         async with AsyncPostgresOrderReader(url) as reader:
             await reader.get("x")
 
-    for sqlstate, kind in {"53300": StoreUnreachable, "55000": StoreUnreachable, "28P01": BrokenSetup}.items():
+    for sqlstate, kind in {
+        "53300": DatabaseUnavailable,
+        "55000": DatabaseUnavailable,
+        "28P01": ConfigurationError,
+    }.items():
         with refusing(error_response(sqlstate, "Wörter", "SCHWERWIEGEND")) as port:
             url = f"postgresql://u:p@127.0.0.1:{port}/d"
             with pytest.raises(kind):
@@ -235,11 +247,11 @@ def test_no_piece_of_a_password_is_shown_whatever_the_url(
                 )
                 try:
                     connect(url, application_name="tests").close()
-                except OrderError as exc:
+                except OrderlibError as exc:
                     assert_no_piece_is_shown(password, everything_shown(exc))
                 try:
                     AsyncPostgresOrderReader(url)
-                except OrderError as exc:
+                except OrderlibError as exc:
                     assert_no_piece_is_shown(password, everything_shown(exc))
 
 
@@ -254,7 +266,7 @@ def test_no_piece_of_a_password_is_shown_whatever_the_url(
     ],
 )
 def test_a_url_that_can_be_read_in_two_ways_is_refused_with_advice(url: str) -> None:
-    with pytest.raises(BrokenSetup, match="%40") as raised:
+    with pytest.raises(ConfigurationError, match="%40") as raised:
         connect(url, application_name="tests")
     assert "SECRET" not in str(raised.value)
     assert "TAIL" not in str(raised.value)
@@ -268,12 +280,12 @@ def test_a_service_that_is_not_defined_is_a_configuration_error(
     if content is not None:
         file.write_text(content)
     monkeypatch.setenv("PGSERVICEFILE", str(file))
-    with pytest.raises(BrokenSetup, match="PGSERVICE"):
+    with pytest.raises(ConfigurationError, match="PGSERVICE"):
         connect("service=orders", application_name="tests")
 
 
 def test_a_password_that_is_not_utf_8_is_a_configuration_error_without_the_password() -> None:
-    with pytest.raises(BrokenSetup, match="the database URL") as caught:
+    with pytest.raises(ConfigurationError, match="the database URL") as caught:
         connect("postgresql://orders:s3cret\udcff@127.0.0.1:1/orders", application_name="tests")
     assert "s3cret" not in str(caught.value)
     assert caught.value.__suppress_context__

@@ -23,8 +23,8 @@ import orderlib
 from orderlib import InvalidOrder, Order
 from orderlib.canonical import canonical_form
 from orderlib.contract import rule_of, rules_of
-from orderlib.errors import Refused
-from orderlib.ingest import Record, RecordPosition, judge
+from orderlib.errors import RejectedError
+from orderlib.ingestion.records import Record, RecordPosition, classify_record
 from orderlib.testing import FaultKind, break_order
 from orderlib.testing.strategies import orders
 
@@ -113,7 +113,7 @@ def test_no_repr_shows_personal_data(cls: type[attrs.AttrsInstance], order: Orde
 
 
 def test_classes_that_hold_orders_and_records_are_among_those_tested() -> None:
-    assert {"Order", "Delivery", "Payment", "Item", "Record", "Reject", "StoredOrder", "Page", "BinaryRows"} <= {
+    assert {"Order", "Delivery", "Payment", "Item", "Record", "Reject", "StoredOrder", "Page", "PackedRows"} <= {
         cls.__name__ for cls in CLASSES
     }
 
@@ -140,7 +140,7 @@ def test_what_a_record_became_shows_no_content(order: Order, junk: bytes) -> Non
             headers=((SECRET, SECRET.encode()),),
         )
         assert f"value={'None' if value is None else f'<{len(value):,} bytes>'}" in repr(record)
-        assert SECRET not in repr(record) + repr(judge(record, 8_000_000))
+        assert SECRET not in repr(record) + repr(classify_record(record, 8_000_000))
 
 
 @pytest.mark.parametrize("kind", FaultKind)
@@ -148,7 +148,7 @@ def test_what_a_record_became_shows_no_content(order: Order, junk: bytes) -> Non
 @settings(max_examples=5)
 def test_no_error_shows_personal_data(kind: FaultKind, order: Order, seed: int) -> None:
     bad = break_order(order, kind, Random(seed))
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(RejectedError) as caught:
         orderlib.decode_order(bad.data)
     assert SECRET not in repr(caught.value) + str(caught.value) + repr(caught.value.faults) + repr(bad)
 

@@ -12,53 +12,53 @@ from hypothesis import given
 from hypothesis import strategies as st
 from psycopg import errors
 
-from orderlib.retry import FATES, Backoff, Fate, fate_of
+from orderlib.ingestion.retry import SQLSTATE_ACTIONS, Backoff, ErrorAction, classify_sqlstate
 from sandbox.postgres import INSTALLATION
 
 
 @pytest.mark.parametrize(
     ("sqlstate", "fate"),
     [
-        ("08006", Fate.OUTAGE),  # connection failure
-        ("22001", Fate.SPLIT),  # string too long
-        ("22P05", Fate.SPLIT),  # untranslatable character
-        ("23505", Fate.SPLIT),  # unique violation
-        ("23514", Fate.SPLIT),  # check violation
-        ("25006", Fate.OUTAGE),  # read-only transaction
-        ("25P03", Fate.OUTAGE),  # idle_in_transaction_session_timeout
-        ("25P04", Fate.OUTAGE),  # transaction_timeout
-        ("25P02", Fate.STOP),  # in a failed transaction: a bug of ours
-        ("28P01", Fate.STOP),  # wrong password
-        ("3D000", Fate.STOP),  # no such database
-        ("40001", Fate.AGAIN),  # serialization failure
-        ("40P01", Fate.AGAIN),  # deadlock
-        ("42501", Fate.STOP),  # no such right
-        ("42P01", Fate.STOP),  # no such table
-        ("53100", Fate.OUTAGE),  # disk full
-        ("53300", Fate.OUTAGE),  # too many connections
-        ("54000", Fate.SPLIT),  # row too large for an index
-        ("54001", Fate.STOP),  # statement too complex
-        ("55P03", Fate.OUTAGE),  # lock not available
-        ("57P01", Fate.OUTAGE),  # terminated by an administrator
-        ("57014", Fate.OUTAGE),  # cancelled
-        ("57P05", Fate.OUTAGE),  # idle_session_timeout
-        ("58030", Fate.OUTAGE),  # the server's disk
-        ("XX000", Fate.SPLIT),
-        ("XX001", Fate.STOP),  # data corrupted
-        ("P0001", Fate.STOP),  # raised by somebody's trigger
-        ("ZZZZZ", Fate.STOP),
-        ("", Fate.STOP),
+        ("08006", ErrorAction.OUTAGE),  # connection failure
+        ("22001", ErrorAction.BISECT),  # string too long
+        ("22P05", ErrorAction.BISECT),  # untranslatable character
+        ("23505", ErrorAction.BISECT),  # unique violation
+        ("23514", ErrorAction.BISECT),  # check violation
+        ("25006", ErrorAction.OUTAGE),  # read-only transaction
+        ("25P03", ErrorAction.OUTAGE),  # idle_in_transaction_session_timeout
+        ("25P04", ErrorAction.OUTAGE),  # transaction_timeout
+        ("25P02", ErrorAction.STOP),  # in a failed transaction: a bug of ours
+        ("28P01", ErrorAction.STOP),  # wrong password
+        ("3D000", ErrorAction.STOP),  # no such database
+        ("40001", ErrorAction.RETRY),  # serialization failure
+        ("40P01", ErrorAction.RETRY),  # deadlock
+        ("42501", ErrorAction.STOP),  # no such right
+        ("42P01", ErrorAction.STOP),  # no such table
+        ("53100", ErrorAction.OUTAGE),  # disk full
+        ("53300", ErrorAction.OUTAGE),  # too many connections
+        ("54000", ErrorAction.BISECT),  # row too large for an index
+        ("54001", ErrorAction.STOP),  # statement too complex
+        ("55P03", ErrorAction.OUTAGE),  # lock not available
+        ("57P01", ErrorAction.OUTAGE),  # terminated by an administrator
+        ("57014", ErrorAction.OUTAGE),  # cancelled
+        ("57P05", ErrorAction.OUTAGE),  # idle_session_timeout
+        ("58030", ErrorAction.OUTAGE),  # the server's disk
+        ("XX000", ErrorAction.BISECT),
+        ("XX001", ErrorAction.STOP),  # data corrupted
+        ("P0001", ErrorAction.STOP),  # raised by somebody's trigger
+        ("ZZZZZ", ErrorAction.STOP),
+        ("", ErrorAction.STOP),
     ],
 )
-def test_the_sqlstate_alone_decides(sqlstate: str, fate: Fate) -> None:
-    assert fate_of(sqlstate) is fate
+def test_the_sqlstate_alone_decides(sqlstate: str, fate: ErrorAction) -> None:
+    assert classify_sqlstate(sqlstate) is fate
 
 
 @given(st.text("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", min_size=5, max_size=5))
 def test_nothing_is_split_or_tried_again_by_accident(sqlstate: str) -> None:
     known = ("08", "22", "23", "25006", "25P03", "25P04", "40", "53", "54000", "55", "57", "58", "72", "XX000")
     if not sqlstate.startswith(known):
-        assert fate_of(sqlstate) is Fate.STOP
+        assert classify_sqlstate(sqlstate) is ErrorAction.STOP
 
 
 def test_every_class_of_sqlstates_has_an_entry() -> None:
@@ -72,8 +72,8 @@ def test_every_class_of_sqlstates_has_an_entry() -> None:
         if found := re.match(r"([0-9A-Z]{5}) +[EWS] ", line):
             codes.add(found[1])
     assert len(codes) > 200
-    assert {code[:2] for code in codes} == {entry for entry in FATES if len(entry) == 2}
-    assert {entry for entry in FATES if len(entry) == 5} <= codes
+    assert {code[:2] for code in codes} == {entry for entry in SQLSTATE_ACTIONS if len(entry) == 2}
+    assert {entry for entry in SQLSTATE_ACTIONS if len(entry) == 5} <= codes
 
 
 @given(st.integers(0, 2**32), st.floats(0.01, 5), st.floats(5, 100))

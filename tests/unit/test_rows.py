@@ -17,23 +17,24 @@ from psycopg import adapters
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.pq import Format
 
-from orderlib import Order, decode_order, queries
+from orderlib import Order, decode_order
 from orderlib.canonical import canonical_form
 from orderlib.contract import column_type
-from orderlib.rows import (
+from orderlib.postgres import queries
+from orderlib.postgres.rows import (
     DELIVERY_COLUMNS,
     ITEM_COLUMNS,
     JOINED_WIDTH,
     ORDER_COLUMNS,
     PAYMENT_COLUMNS,
-    BinaryRows,
+    PackedRows,
     order_from_rows,
     orders_from_rows,
-    stamps,
+    pack_timestamps,
 )
 from orderlib.testing import SAMPLE
 from orderlib.testing.strategies import orders
-from tests.candidates import PLACES
+from tests.support.boundary_values import PLACES
 
 JOINED = [
     *(f"o.{name}" for name in ORDER_COLUMNS),
@@ -184,8 +185,10 @@ def test_rows_are_byte_for_byte_what_psycopg_would_copy(
     def of_part(part: object, names: tuple[str, ...]) -> dict[str, object]:
         return {"order_uid": order.order_uid, **{name: getattr(part, name) for name in names}}
 
-    rows = BinaryRows.of(canonical_form(order), sha256, source)
-    assert rows.order + stamps(first_stored_at, stored_at) == written_by_psycopg(None, queries.COPY_ORDERS, of_order)
+    rows = PackedRows.of(canonical_form(order), sha256, source)
+    assert rows.order + pack_timestamps(first_stored_at, stored_at) == written_by_psycopg(
+        None, queries.COPY_ORDERS, of_order
+    )
     for name, made, statement, names in (
         ("delivery", rows.delivery, queries.COPY_DELIVERY, DELIVERY_COLUMNS),
         ("payment", rows.payment, queries.COPY_PAYMENT, PAYMENT_COLUMNS),

@@ -20,12 +20,12 @@ from typing import IO
 import pytest
 
 from orderlib.codecs import decode_order, encode_order
-from orderlib.errors import BrokenSetup, Refused
+from orderlib.errors import ConfigurationError, RejectedError
 from orderlib.models import Delivery, Order
-from orderlib.program import run
 from orderlib.testing import SAMPLE
+from services.program import run
 from services.sender.__main__ import main
-from services.sender.feed import CATCH_UP_S, MAX_NAMED, Pace, lines, named
+from services.sender.feed import CATCH_UP_S, MAX_NAMED, RateLimiter, lines, named
 from services.sender.generate import make_order, make_values
 from services.sender.publish import order_uid_of
 
@@ -107,7 +107,7 @@ def test_an_article_costs_the_same_in_every_order_of_its_country() -> None:
 
 def test_a_bad_rate_of_one_makes_nothing_but_records_to_refuse() -> None:
     for value in values(500, 1.0):
-        with pytest.raises(Refused):
+        with pytest.raises(RejectedError):
             decode_order(value)
 
 
@@ -116,7 +116,7 @@ def test_a_bad_rate_is_about_kept() -> None:
     for value in values(2000, 0.2):
         try:
             decode_order(value)
-        except Refused:
+        except RejectedError:
             bad += 1
     assert 300 < bad < 500
 
@@ -204,11 +204,11 @@ def test_a_line_that_does_not_end_gives_control_back_and_is_refused_in_the_end(
     with Path("/dev/zero").open("rb") as file:
         found = lines(file.fileno(), idle_s=1)
         assert next(found) is None
-        with pytest.raises(BrokenSetup, match="longer than 3,000,000 bytes"):
+        with pytest.raises(ConfigurationError, match="longer than 3,000,000 bytes"):
             list(found)
 
 
-def turns(pace: Pace, now_s: float, until_s: float, step_s: float) -> list[float]:
+def turns(pace: RateLimiter, now_s: float, until_s: float, step_s: float) -> list[float]:
     """When turns are taken by one who looks every so often."""
     taken = []
     while now_s < until_s:
@@ -220,20 +220,20 @@ def turns(pace: Pace, now_s: float, until_s: float, step_s: float) -> list[float
 
 
 def test_a_pace_is_kept_exactly_however_coarse_the_waits() -> None:
-    taken = turns(Pace(300, 0.0), 0.0, 10.0, step_s=0.013)
+    taken = turns(RateLimiter(300, 0.0), 0.0, 10.0, step_s=0.013)
     assert abs(len(taken) - 3000) < 10
     assert max(Counter(taken).values()) <= 5
 
 
 def test_a_long_stall_is_followed_by_no_flood() -> None:
-    pace = Pace(100, 0.0)
+    pace = RateLimiter(100, 0.0)
     pace.take_turn(0.0)
     taken = turns(pace, 60.0, 61.0, step_s=0.01)
     assert len(taken) <= 100 * (1.0 + CATCH_UP_S) + 2
 
 
 def test_without_a_rate_it_is_always_the_next_s_turn() -> None:
-    pace = Pace(None, 5.0)
+    pace = RateLimiter(None, 5.0)
     for _ in range(1000):
         assert pace.early_s(5.0) <= 0
         pace.take_turn(5.0)
@@ -358,7 +358,7 @@ def test_of_many_lines_that_are_not_orders_the_first_are_named_and_all_are_count
 
 @pytest.mark.parametrize("first", [b"", b"{", b"[]", b"null", b"\xef\xbb\xbf" + SAMPLE, b"\x1f\x8b\x08"])
 def test_a_file_whose_first_line_is_not_an_order_is_refused_before_anything_is_sent(first: bytes) -> None:
-    with pytest.raises(BrokenSetup, match=r"^file: line 1 is not an order \(.*--any"):
+    with pytest.raises(ConfigurationError, match=r"^file: line 1 is not an order \(.*--any"):
         next(named([first, SAMPLE], "file"))
 
 

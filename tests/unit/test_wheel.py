@@ -90,7 +90,11 @@ def test_the_wheel_has_every_file_of_the_library_and_no_other(wheel: Path) -> No
         packed = {name for name in opened.namelist() if ".dist-info/" not in name}
     files = {path for path in (ROOT / "orderlib").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert packed == {path.relative_to(ROOT).as_posix() for path in files}
-    assert {"orderlib/py.typed", "orderlib/testing/sample.json", "orderlib/migrations/0001_orders.sql"} <= packed
+    assert {
+        "orderlib/py.typed",
+        "orderlib/testing/sample.json",
+        "orderlib/postgres/migrations/0001_orders.sql",
+    } <= packed
 
 
 def test_the_library_works_with_what_it_declares_to_need_alone(environment: Environment) -> None:

@@ -1,0 +1,535 @@
+"""The proof that every record is accounted for: a pure comparison of what Kafka holds with a snapshot of the store.
+
+Create a ``Reconciliation`` with the offsets and rejects of one snapshot. Feed it the records below those offsets, each
+partition in its own order, and then the orders of the same snapshot. ``findings`` then names everything that does not
+hold, and ``not_proved`` everything that cannot be proved. It remembers a position, a digest and a time of each order,
+never its content.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import attrs
+
+from orderlib.codecs import content_sha256
+from orderlib.errors import Fault, InvalidOrder, MalformedJson, RefusedByDatabase, TooLarge
+from orderlib.ingestion.records import PreparedOrder, Record, RecordPosition, Reject
+from orderlib.models import Order
+from orderlib.repository import Outcome
+
+#: Places that are named for each kind of thing that cannot be proved. All are counted.
+MAX_EXAMPLES = 100
+
+_CODES = frozenset(refusal.code for refusal in (MalformedJson, InvalidOrder, TooLarge, RefusedByDatabase))
+#: Nobody limits records to less than an order takes.
+_SMALLEST_LIMIT_BYTES = 1024
+#: PostgreSQL and librdkafka keep microseconds and milliseconds.
+_SAME_TIME = dt.timedelta(milliseconds=1)
+#: A redrive notes ``redriven_at`` and then stores its orders within this time; earlier releases noted it afterwards.
+_REDRIVE_TAKES = dt.timedelta(seconds=10)
+
+
+@attrs.frozen(kw_only=True)
+class Finding:
+    """One thing that does not hold, or that cannot be proved."""
+
+    #: What is wrong, in words.
+    what: str
+    #: Where: an order_uid, a position, or both. Never content.
+    order_uid: str | None = None
+    partition: int | None = None
+    #: ``None`` for a whole partition.
+    offset: int | None = None
+
+    def __str__(self) -> str:
+        at = ""
+        if self.partition is not None:
+            at = f" [{self.partition}]" + ("" if self.offset is None else f"@{self.offset}")
+        place = "record" if self.offset is not None else "partition" if self.partition is not None else "store"
+        return f"{self.order_uid or place}{at}: {self.what}"
+
+
+@attrs.frozen(kw_only=True)
+class NotProved:
+    """One kind of thing that cannot be proved."""
+
+    what: str
+    count: int
+    #: The first ``MAX_EXAMPLES`` of them.
+    examples: tuple[Finding, ...]
+
+
+@attrs.frozen(kw_only=True)
+class TopicState:
+    """What Kafka says about the topic."""
+
+    topic: str
+    topic_id: str
+    #: The earliest offset that each partition still holds, and its log end.
+    earliest: Mapping[int, int]
+    ends: Mapping[int, int]
+    #: Whether Kafka may remove any record before the log end.
+    is_compacted: bool
+
+
+@attrs.frozen(kw_only=True)
+class SnapshotOffset:
+    """A row of ``consumer_offsets``."""
+
+    group: str
+    topic: str
+    topic_id: str
+    partition: int
+    next_offset: int
+
+
+@attrs.frozen(kw_only=True)
+class SnapshotReject:
+    """A row of ``rejects``: digests of its content only."""
+
+    topic_id: str
+    partition: int
+    offset: int
+    topic: str
+    #: ``None`` if it is outside of what a record's time can be.
+    record_time: dt.datetime | None
+    key_sha256: bytes | None
+    value_sha256: bytes | None
+    headers_sha256: bytes | None
+    code: str
+    #: The number of faults and the paths of the first ones, as they are in the JSON.
+    faults_total: object
+    fault_paths: object
+    redriven_at: dt.datetime | None
+    redrive_outcome: str | None
+    #: Whether it was redriven after it was rejected, if at all.
+    times_in_order: bool
+
+
+@attrs.frozen(kw_only=True)
+class SnapshotOrder:
+    """A stored order."""
+
+    order_uid: str
+    #: ``None`` if a part of it is missing or unreadable, or its lines have a gap.
+    order: Order | None
+    content_sha256: bytes
+    #: All ``None`` for an order saved from Python.
+    topic_id: str | None
+    partition: int | None
+    offset: int | None
+    source_time: dt.datetime | None
+    stored_at: dt.datetime | None
+    #: Whether it was stored for the first time before this version was, and neither is in the future.
+    times_in_order: bool
+
+
+@attrs.frozen(kw_only=True)
+class _Version:
+    """A valid record of an order."""
+
+    offset: int
+    content_sha256: bytes
+    time: dt.datetime
+    #: How the reject at this position was redriven; ``None`` where there is no reject.
+    redriven: str | None = None
+    redriven_at: dt.datetime | None = None
+
+
+class Reconciliation:
+    """Compares one topic id of a topic with one snapshot of the store.
+
+    ``first`` is where reading began in each partition: at the earliest record that Kafka still holds, or later.
+    ``group`` is the consumer group that the database belongs to.
+    """
+
+    def __init__(
+        self,
+        topic: TopicState,
+        first: Mapping[int, int],
+        group: str | None,
+        offsets: Sequence[SnapshotOffset],
+        rejects: Iterable[SnapshotReject],
+    ) -> None:
+        self._topic = topic
+        self._first = first
+        self._offsets = {(offset.topic_id, offset.partition): offset for offset in offsets}
+        #: Below which offset each partition was handled.
+        self.next_offsets = {
+            partition: offset.next_offset
+            for (topic_id, partition), offset in self._offsets.items()
+            if topic_id == topic.topic_id
+        }
+        #: Rejects whose record was not read yet, by partition and offset.
+        self._rejects: dict[tuple[int, int], SnapshotReject] = {}
+        #: The last record that counts in each partition, by order_uid.
+        self._versions: dict[str, dict[int, _Version]] = {}
+        #: Valid records at the position of a reject that is not known to have become an order, by order_uid.
+        self._unsettled: dict[str, dict[tuple[int, int], _Version]] = {}
+        self._findings: list[Finding] = []
+        self._not_proved: Counter[str] = Counter()
+        self._examples: dict[str, list[Finding]] = {}
+        #: How many records, orders and so on were compared.
+        self.counts: Counter[str] = Counter()
+        self._check_offsets(group, offsets)
+        for reject in rejects:
+            self._add_reject(reject)
+
+    # Offsets
+
+    def _check_offsets(self, group: str | None, offsets: Iterable[SnapshotOffset]) -> None:
+        topic = self._topic
+        for offset in offsets:
+            topic_id, partition = offset.topic_id, offset.partition
+            if offset.group != group:
+                what = f"its stored offset is of consumer group {offset.group!r}, but the database belongs to {group!r}"
+                self._find(what, partition=partition)
+            if topic_id != topic.topic_id:
+                what = "offsets of another topic, or of a topic id that Kafka no longer has under this name"
+                self._cannot_prove(what, order_uid=f"{offset.topic} ({topic_id})", partition=partition)
+                continue
+            if offset.topic != topic.topic:
+                self._find(f"its stored offset names topic {offset.topic!r}", partition=partition)
+            if partition not in topic.ends:
+                self._find("its offset is stored, but Kafka has no such partition", partition=partition)
+            elif offset.next_offset > topic.ends[partition]:
+                what = f"next_offset {offset.next_offset:,} is beyond the log end {topic.ends[partition]:,}"
+                self._find(what, partition=partition)
+            elif offset.next_offset < topic.earliest[partition]:
+                what = f"records {offset.next_offset:,} to {topic.earliest[partition] - 1:,} were never handled, and "
+                self._find(what + "Kafka no longer holds them", partition=partition)
+        for partition, end in sorted(topic.ends.items()):
+            if partition not in self.next_offsets and topic.earliest[partition] < end:
+                self._find("it has records, but no stored offset", partition=partition)
+
+    def _problem_of_position(self, position: RecordPosition) -> str | None:
+        """Return why nothing can have been stored from this position, if so."""
+        offset = self._offsets.get((position.topic_id, position.partition))
+        if offset is None:
+            return f"stored from a partition without a stored offset (topic id {position.topic_id})"
+        if not 0 <= position.offset < offset.next_offset:
+            return "stored from beyond the stored offset: it was moved back, and not everything is handled again yet"
+        return None
+
+    def _was_read(self, position: RecordPosition) -> bool:
+        first = self._first.get(position.partition)
+        return position.topic_id == self._topic.topic_id and first is not None and first <= position.offset
+
+    # Rejects
+
+    def _add_reject(self, reject: SnapshotReject) -> None:
+        position = RecordPosition(topic_id=reject.topic_id, partition=reject.partition, offset=reject.offset)
+        if not reject.times_in_order:
+            self._find("the reject was redriven before it was rejected", position)
+        if problem := self._problem_of_position(position):
+            self._find(f"the reject was {problem}", position)
+        elif self._was_read(position):
+            self._rejects[position.partition, position.offset] = reject
+        else:
+            self.counts["rejects of records that were not read"] += 1
+            self._cannot_prove("rejects of records that were not read", position)
+
+    def on_record(self, record: Record, classified: PreparedOrder | Reject) -> None:
+        """Add a record below the group's next offset, and its classification by the rules of this release."""
+        self.counts["records"] += 1
+        position = record.source
+        reject = self._rejects.pop((position.partition, position.offset), None)
+        if reject is not None:
+            self.counts["rejects"] += 1
+            self._compare_content(record, reject)
+            self._compare_verdict(record, classified, reject)
+        elif isinstance(classified, Reject):
+            what = f"refused ({classified.code}), but not stored as a reject: it was purged, forgotten or lost"
+            self._find(what, position)
+        else:
+            self._add_version(classified, position, _version(record, classified))
+
+    def _compare_content(self, record: Record, reject: SnapshotReject) -> None:
+        unstorable = record.unstorable
+        headers = None if "headers" in unstorable else record.headers_json
+        same = {
+            "topic": reject.topic == record.topic,
+            "record_time": _is_same_time(reject.record_time, record.time),
+            "key": reject.key_sha256 == _sha256(record.key),
+            "value": reject.value_sha256 == (None if "value" in unstorable else _sha256(record.value)),
+            "headers": reject.headers_sha256 == _sha256(None if headers is None else headers.encode()),
+        }
+        if different := [name for name, is_same in same.items() if not is_same]:
+            self._find(f"the reject differs from Kafka's record in {', '.join(different)}", record.source)
+
+    def _compare_verdict(self, record: Record, classified: PreparedOrder | Reject, reject: SnapshotReject) -> None:
+        outcome, position = reject.redrive_outcome, record.source
+        expected = classified if isinstance(classified, Reject) else _refused_without_its_rules(record, reject.code)
+        if expected is None:
+            # Rules of an earlier release refused it. Only the form of its faults can be checked.
+            if reject.code not in _CODES:
+                self._find("the code of the reject is not a code", position)
+            self._cannot_prove("why rejects were refused by the rules of an earlier release", position)
+            if not _is_plausible(reject):
+                self._find("the faults of the reject have an impossible form", position)
+        elif reject.code == TooLarge.code != expected.code and _may_have_been_too_large(record, reject):
+            self._cannot_prove("rejects that were too large for an earlier limit, and are refused anyway", position)
+        elif reject.code != expected.code:
+            self._find(f"stored as {reject.code}, but {expected.code} by the rules of this release", position)
+        elif (reject.faults_total, reject.fault_paths) != (expected.total_faults, [f.path for f in expected.faults]):
+            self._find("the faults of the reject are not those that this release finds", position)
+        is_settled = outcome not in {None, Outcome.REJECTED}
+        if outcome not in {None, Outcome.STORED, Outcome.DUPLICATE, Outcome.SUPERSEDED, Outcome.REJECTED}:
+            self._find("its redrive_outcome is not an outcome of a redrive", position)
+        if isinstance(classified, Reject):
+            if is_settled:
+                self._find(
+                    f"redriven as {outcome}, but refused ({classified.code}) by the rules of this release", position
+                )
+            return
+        version = _version(record, classified, outcome, reject.redriven_at)
+        if outcome in {Outcome.STORED, Outcome.DUPLICATE}:
+            self._check_redrive(classified, position, version)
+            self._add_version(classified, position, version)
+            return
+        self._unsettled.setdefault(classified.order_uid, {})[position.partition, position.offset] = version
+        if is_settled:
+            return
+        if reject.code == RefusedByDatabase.code:
+            self._cannot_prove("rejects that PostgreSQL refused: only a redrive can try them again", position)
+        else:
+            self._find("stored as a reject, but a valid order by the rules of this release: redrive it", position)
+
+    def _check_redrive(self, classified: PreparedOrder, position: RecordPosition, version: _Version) -> None:
+        """Compare the outcome of a redrive with the record before it: only such an order can it replace."""
+        before = self._versions.get(classified.order_uid, {}).get(position.partition)
+        is_same = before is not None and before.content_sha256 == version.content_sha256
+        if version.redriven == Outcome.STORED and is_same:
+            self._find("redriven as stored, but its content was already stored", position, classified.order_uid)
+        is_complete = not self._topic.is_compacted and self._first[position.partition] == 0
+        if version.redriven == Outcome.DUPLICATE and not is_same and (before is not None or is_complete):
+            self._find("redriven as duplicate, but its content was not stored before", position, classified.order_uid)
+
+    def _add_version(self, classified: PreparedOrder, position: RecordPosition, version: _Version) -> None:
+        self._versions.setdefault(classified.order_uid, {})[position.partition] = version
+
+    # Orders
+
+    def several_partitions(self) -> Iterator[str]:
+        """Yield the orders seen in more than one partition, so not keyed by order_uid. Call it before ``on_order``."""
+        return (order_uid for order_uid, versions in self._versions.items() if len(versions) > 1)
+
+    def on_order(self, stored: SnapshotOrder) -> None:
+        """Add a stored order, after all records."""
+        self.counts["orders"] += 1
+        uid = stored.order_uid
+        versions, unsettled = self._versions.pop(uid, {}), self._unsettled.pop(uid, {})
+        source = stored.topic_id, stored.partition, stored.offset, stored.source_time
+        position = _position(stored)
+        if stored.order is None:
+            self._find("a part of it is missing or unreadable, or its lines have a gap", position, uid)
+        elif content_sha256(stored.order) != stored.content_sha256:
+            self._find("its content is not what its digest says", position, uid)
+        if not stored.times_in_order:
+            self._find("its first_stored_at and stored_at cannot both be true", position, uid)
+        if source == (None,) * 4:
+            self.counts["saved from Python"] += 1
+            self._check_saved(stored, versions)
+        elif position is None or stored.source_time is None:
+            self._find("its source is not a position and a time", position, uid)
+        elif problem := self._problem_of_position(position):
+            self._find(problem, position, uid)
+        else:
+            self._check_source(stored, position, versions, unsettled)
+        self._check_redriven_at(stored, versions)
+
+    def _check_saved(self, stored: SnapshotOrder, versions: Mapping[int, _Version]) -> None:
+        """Name an order without a source. A save from Python leaves no trace that its content can be compared with."""
+        what = "saved from Python"
+        if versions:
+            is_same = any(version.content_sha256 == stored.content_sha256 for version in versions.values())
+            what += f" after Kafka's record of it, with {'the same' if is_same else 'other'} content"
+        self._cannot_prove(what, None, stored.order_uid)
+
+    def _check_source(
+        self,
+        stored: SnapshotOrder,
+        position: RecordPosition,
+        versions: Mapping[int, _Version],
+        unsettled: Mapping[tuple[int, int], _Version],
+    ) -> None:
+        uid, partition = stored.order_uid, position.partition
+        expected = versions.get(partition)
+        # After a rewind, the record of a reject may have been stored because the rules were relaxed meanwhile.
+        reject = unsettled.get((partition, position.offset)) if position.topic_id == self._topic.topic_id else None
+        if reject is not None and (expected is None or expected.offset < reject.offset):
+            expected = reject
+            if _was_stored_by(stored, reject):
+                self._find("redriven as superseded, but that redrive stored its order", position, uid)
+        if position.topic_id != self._topic.topic_id:
+            known = self._offsets[position.topic_id, partition]
+            if known.topic == self._topic.topic and versions:
+                self._find("stored from an earlier topic id, but this one has records of it", position, uid)
+            else:
+                self._cannot_prove("stored from another topic, or from an earlier topic id", position, uid)
+        elif expected is not None and position.offset < expected.offset:
+            what = f"its record [{partition}]@{expected.offset} came later, and was not stored"
+            self._find(what, position, uid)
+        elif not self._was_read(position):
+            self.counts["from records that were not read"] += 1
+            self._cannot_prove("stored from records that were not read", position, uid)
+        elif expected is None or expected.offset != position.offset:
+            what = "Kafka has no record of it at its source"
+            if self._topic.is_compacted:
+                self._cannot_prove(f"{what}: the topic is compacted", position, uid)
+            else:
+                self._find(what, position, uid)
+        elif expected.content_sha256 != stored.content_sha256:
+            self._find("differs from the record at its source", position, uid)
+        elif not _is_same_time(stored.source_time, expected.time):
+            self._find("its source_time is not the time of its record", position, uid)
+        for (other, offset), version in unsettled.items():
+            if (
+                version.redriven == Outcome.SUPERSEDED
+                and versions.keys() <= {partition}
+                and (other, position.topic_id) == (partition, self._topic.topic_id)
+                and offset > position.offset
+            ):
+                what = "redriven as superseded, but the stored order is older"
+                self._find(what, attrs.evolve(position, offset=offset), uid)
+
+    def _check_redriven_at(self, stored: SnapshotOrder, versions: Mapping[int, _Version]) -> None:
+        for partition, version in versions.items():
+            if version.redriven != Outcome.STORED or version.redriven_at is None or stored.stored_at is None:
+                continue
+            if stored.stored_at < version.redriven_at - _REDRIVE_TAKES:
+                position = RecordPosition(topic_id=self._topic.topic_id, partition=partition, offset=version.offset)
+                self._find("redriven as stored, but its order was stored before", position, stored.order_uid)
+
+    def on_orphan(self, table: str, order_uid: str) -> None:
+        """Add a row of delivery, payment or items whose order is not stored."""
+        self._find(f"{table} has a row of it, but it is not stored", order_uid=order_uid)
+
+    # Results
+
+    def findings(self) -> Iterator[Finding]:
+        """Yield everything that does not hold, after the last event."""
+        yield from self._findings
+        what = "Kafka has no record of this reject"
+        for partition, offset in self._rejects:
+            # A compacted topic: see not_proved.
+            if not self._topic.is_compacted:
+                yield Finding(what=what, partition=partition, offset=offset)
+        for order_uid, versions in self._versions.items():
+            partition, version = max(versions.items(), key=lambda entry: entry[1].offset)
+            what = "is not stored: it was forgotten or lost"
+            yield Finding(what=what, order_uid=order_uid, partition=partition, offset=version.offset)
+        for order_uid, unsettled in self._unsettled.items():
+            for (partition, offset), version in unsettled.items():
+                if version.redriven == Outcome.SUPERSEDED and order_uid not in self._versions:
+                    what = "redriven as superseded, but not stored: it was forgotten or lost"
+                    yield Finding(what=what, order_uid=order_uid, partition=partition, offset=offset)
+
+    def not_proved(self) -> Iterator[NotProved]:
+        """Yield everything that cannot be proved, after the last event."""
+        for what, count in self._not_proved.items():
+            yield NotProved(what=what, count=count, examples=tuple(self._examples[what]))
+        if self._topic.is_compacted and self._rejects:
+            places = list(self._rejects)
+            what = "rejects whose record Kafka no longer has: the topic is compacted"
+            examples = tuple(Finding(what=what, partition=p, offset=o) for p, o in places[:MAX_EXAMPLES])
+            yield NotProved(what=what, count=len(places), examples=examples)
+
+    def unread_ranges(self) -> Iterator[tuple[int, int, int]]:
+        """Yield the (partition, from, to) that the group handled and that was not read; ``to`` is not part of it."""
+        for partition, first in sorted(self._first.items()):
+            if unread := min(first, self.next_offsets.get(partition, 0)):
+                yield partition, 0, unread
+
+    def _find(
+        self,
+        what: str,
+        position: RecordPosition | None = None,
+        order_uid: str | None = None,
+        partition: int | None = None,
+    ) -> None:
+        self._findings.append(self._finding(what, position, order_uid, partition))
+
+    def _cannot_prove(
+        self,
+        what: str,
+        position: RecordPosition | None = None,
+        order_uid: str | None = None,
+        partition: int | None = None,
+    ) -> None:
+        self._not_proved[what] += 1
+        examples = self._examples.setdefault(what, [])
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(self._finding(what, position, order_uid, partition))
+
+    def _finding(
+        self, what: str, position: RecordPosition | None, order_uid: str | None, partition: int | None
+    ) -> Finding:
+        if position is None:
+            return Finding(what=what, order_uid=order_uid, partition=partition)
+        if position.topic_id != self._topic.topic_id:
+            what = f"{what} (topic id {position.topic_id})"
+        return Finding(what=what, order_uid=order_uid, partition=position.partition, offset=position.offset)
+
+
+def _sha256(data: bytes | None) -> bytes | None:
+    return None if data is None else hashlib.sha256(data).digest()
+
+
+def _is_same_time(stored: dt.datetime | None, time: dt.datetime) -> bool:
+    return stored is not None and abs(stored - time) < _SAME_TIME
+
+
+def _version(
+    record: Record, classified: PreparedOrder, redriven: str | None = None, redriven_at: dt.datetime | None = None
+) -> _Version:
+    return _Version(
+        offset=record.source.offset,
+        content_sha256=classified.content_sha256,
+        time=record.time,
+        redriven=redriven,
+        redriven_at=redriven_at,
+    )
+
+
+def _position(stored: SnapshotOrder) -> RecordPosition | None:
+    if stored.topic_id is None or stored.partition is None or stored.offset is None:
+        return None
+    return RecordPosition(topic_id=stored.topic_id, partition=stored.partition, offset=stored.offset)
+
+
+def _is_plausible(reject: SnapshotReject) -> bool:
+    total, paths = reject.faults_total, reject.fault_paths
+    return (
+        isinstance(total, int)
+        and isinstance(paths, list)
+        and 0 < len(paths) <= total
+        and set(map(type, paths)) == {str}
+    )
+
+
+def _refused_without_its_rules(record: Record, code: str) -> Reject | None:
+    """Return the reject of a valid record that PostgreSQL or an earlier limit refused; the wording is not compared."""
+    match code:
+        case RefusedByDatabase.code:
+            return Reject.of(record, RefusedByDatabase(None))
+        case TooLarge.code:
+            return Reject.of(record, TooLarge([Fault(path="$", expected="", found="")]))
+        case _:
+            return None
+
+
+def _may_have_been_too_large(record: Record, reject: SnapshotReject) -> bool:
+    size_bytes = len(record.value or b"")
+    return size_bytes >= _SMALLEST_LIMIT_BYTES and (reject.faults_total, reject.fault_paths) == (1, ["$"])
+
+
+def _was_stored_by(stored: SnapshotOrder, reject: _Version) -> bool:
+    """Return whether this version was stored by the very redrive that calls it superseded."""
+    if reject.redriven != Outcome.SUPERSEDED or reject.redriven_at is None or stored.stored_at is None:
+        return False
+    return reject.redriven_at <= stored.stored_at <= reject.redriven_at + _REDRIVE_TAKES

@@ -1,0 +1,289 @@
+"""The pure core of ingestion: what becomes of a record. No I/O, no clock, no chance."""
+
+from __future__ import annotations
+
+import base64
+import datetime as dt
+import json
+from collections.abc import Iterable, Mapping, Sequence
+
+import attrs
+
+from orderlib.canonical import Canonical, canonical_form
+from orderlib.codecs import decode_canonical, digest
+from orderlib.errors import Fault, MalformedJson, RejectedError, TooLarge
+from orderlib.models import Order
+from orderlib.postgres.rows import PackedRows
+from orderlib.repository import Outcome
+
+_FIRST_MOMENT = dt.datetime(1, 1, 1, tzinfo=dt.UTC)
+_LAST_MOMENT = dt.datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=dt.UTC)
+
+
+@attrs.frozen(kw_only=True)
+class RecordPosition:
+    """The position of a record in Kafka. Equal positions are the same record."""
+
+    #: The topic id as Kafka's tools print it. A recreated topic has another one.
+    topic_id: str
+    partition: int
+    offset: int
+
+    def is_at_or_after(self, other: RecordPosition | None) -> bool:
+        """Return whether this is the same record as the other, or a later one of the same partition."""
+        return (
+            other is not None
+            and (self.topic_id, self.partition) == (other.topic_id, other.partition)
+            and self.offset >= other.offset
+        )
+
+
+#: PostgreSQL's rows and values end at 1 GiB.
+_ROW_BYTES = 1_000_000_000
+
+#: What CPython needs for a header beside its name and value: a tuple and two objects.
+HEADER_BYTES = 150
+
+#: Names and values in the record's order, repeats kept.
+Headers = tuple[tuple[str, bytes | None], ...]
+
+
+def _size(part: bytes | Headers | None) -> str:
+    """Return what a repr shows of a part that may hold personal data."""
+    if part is None:
+        return "None"
+    return f"<{len(part):,} {'bytes' if isinstance(part, bytes) else 'headers'}>"
+
+
+@attrs.frozen(kw_only=True)
+class Record:
+    """One Kafka message, byte for byte. Its repr shows no content."""
+
+    source: RecordPosition
+    #: The record's timestamp; UTC. It orders nothing: producers may set any.
+    time: dt.datetime
+    topic: str
+    key: bytes | None = attrs.field(repr=_size)
+    value: bytes | None = attrs.field(repr=_size)
+    #: ``None`` if they could not be read.
+    headers: Headers | None = attrs.field(default=(), repr=_size)
+
+    @property
+    def size_bytes(self) -> int:
+        """About how much memory the record takes."""
+        size = len(self.key or b"") + len(self.value or b"")
+        if self.headers:
+            size += sum(len(name) + len(value or b"") + HEADER_BYTES for name, value in self.headers)
+        return size
+
+    @property
+    def unstorable(self) -> tuple[str, ...]:
+        """Return the parts that a reject must leave out, so that the others fit into a row."""
+        content_bytes = len(self.key or b"") + len(self.value or b"")
+        if content_bytes > _ROW_BYTES:
+            return ("value", "headers") if self.headers else ("value",)
+        # JSON may spell a byte of a name with six characters.
+        headers_bytes = 6 * (self.size_bytes - content_bytes)
+        return ("headers",) if content_bytes + headers_bytes > _ROW_BYTES else ()
+
+    @property
+    def headers_json(self) -> str | None:
+        """Return the headers as ``rejects`` stores them: in the record's order, repeats kept.
+
+        ``reconcile`` compares this text with the stored one, so its spelling must never change.
+        """
+        if self.headers is None:
+            return None
+        return json.dumps(
+            [
+                {"key": key, "value": None if value is None else base64.b64encode(value).decode()}
+                for key, value in self.headers
+            ]
+        )
+
+
+def record_time(timestamp_ms: int) -> dt.datetime:
+    """A record's timestamp as a time. Producers may set any number; it is held to years 0001 to 9999."""
+    try:
+        return dt.datetime.fromtimestamp(timestamp_ms / 1000, dt.UTC)
+    except (OverflowError, OSError, ValueError):
+        return _LAST_MOMENT if timestamp_ms > 0 else _FIRST_MOMENT
+
+
+@attrs.frozen(kw_only=True)
+class PreparedOrder:
+    """An order about to be stored, with all that can be made of it before the database is asked."""
+
+    order_uid: str
+    content_sha256: bytes
+    #: Ready to be copied.
+    rows: PackedRows = attrs.field(repr=False, eq=False)
+    #: The record's position and time; both ``None`` for an order saved from Python.
+    source: RecordPosition | None = None
+    time: dt.datetime | None = None
+
+    @classmethod
+    def of(cls, order: Order, source: RecordPosition | None = None, time: dt.datetime | None = None) -> PreparedOrder:
+        """Return the arrival of an order; without a position it is saved from Python."""
+        return cls.of_canonical(canonical_form(order), source, time)
+
+    @classmethod
+    def of_canonical(cls, order: Canonical, source: RecordPosition | None, time: dt.datetime | None) -> PreparedOrder:
+        """Return the arrival of an order in canonical form."""
+        sha256 = digest(order)
+        place = (source.topic_id, source.partition, source.offset, time) if source and time else None
+        rows = PackedRows.of(order, sha256, place)
+        return cls(order_uid=order.order_uid, content_sha256=sha256, rows=rows, source=source, time=time)
+
+
+@attrs.frozen(kw_only=True)
+class Reject:
+    """A refused record, kept whole with its reasons."""
+
+    record: Record
+    code: str
+    #: The first faults, and how many there were.
+    faults: tuple[Fault, ...]
+    total_faults: int
+
+    @classmethod
+    def of(cls, record: Record, refusal: RejectedError) -> Reject:
+        """The record with the reasons of its refusal."""
+        faults, total = refusal.faults, refusal.total
+        for part in record.unstorable:
+            fault = Fault(
+                path=part, expected="a record that fits into a row of PostgreSQL", found="more: it was left out"
+            )
+            faults, total = (*faults, fault), total + 1
+        if record.headers is None:
+            unreadable = Fault(path="headers", expected="headers in UTF-8", found="bytes that are not")
+            faults, total = (*faults, unreadable), total + 1
+        return cls(record=record, code=refusal.code, faults=faults, total_faults=total)
+
+
+def classify_record(record: Record, max_bytes: int) -> PreparedOrder | Reject:
+    """What a record is: an order, or a reject with every reason."""
+    try:
+        value = record.value
+        if value is None:
+            raise MalformedJson([Fault(path="$", expected="one JSON text in UTF-8", found="a record without a value")])
+        if len(value) > max_bytes:
+            found = f"{len(value):,} bytes"
+            raise TooLarge([Fault(path="$", expected=f"at most {max_bytes:,} bytes", found=found)])
+        return PreparedOrder.of_canonical(decode_canonical(value), record.source, record.time)
+    except RejectedError as refusal:
+        return Reject.of(record, refusal)
+
+
+@attrs.frozen(kw_only=True)
+class StoredVersion:
+    """What is known of an order that is stored already."""
+
+    content_sha256: bytes
+    source: RecordPosition | None
+    first_stored_at: dt.datetime | None
+
+
+@attrs.frozen(kw_only=True)
+class WritePlan:
+    """What to do for some arrivals so that the store is as if they had been handled one by one."""
+
+    #: One for each arrival, in their order.
+    outcomes: tuple[Outcome, ...]
+    #: The orders to write whole, each once.
+    writes: tuple[PreparedOrder, ...]
+    #: Stored orders that only move their source forward, by order_uid: the arrival that confirmed each.
+    moves: Mapping[str, PreparedOrder]
+
+
+def plan_writes(prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion]) -> WritePlan:
+    """Handle arrivals one by one against what is stored, and say what remains to be done at the end.
+
+    Where batches are cut therefore never shows in the final state. The rules:
+
+    * not later than the stored record of the same partition: nothing changes
+    * equal content: a duplicate; only the source moves
+    * anything else is stored; an arrival of this batch that it replaces was superseded
+    """
+    versions: dict[str, StoredVersion | PreparedOrder] = dict(stored)
+    writes: dict[str, PreparedOrder] = {}
+    written_by: dict[str, int] = {}
+    moves: dict[str, PreparedOrder] = {}
+    outcomes: list[Outcome] = []
+    for index, prepared_order in enumerate(prepared_orders):
+        uid = prepared_order.order_uid
+        version = versions.get(uid)
+        if version is None or version.content_sha256 != prepared_order.content_sha256:
+            if (
+                version is not None
+                and version.source is not None
+                and version.source.is_at_or_after(prepared_order.source)
+            ):
+                outcomes.append(Outcome.SUPERSEDED)
+                continue
+            if uid in written_by:
+                outcomes[written_by[uid]] = Outcome.SUPERSEDED
+            outcomes.append(Outcome.STORED)
+            writes[uid], written_by[uid] = prepared_order, index
+            moves.pop(uid, None)
+        else:
+            outcomes.append(Outcome.DUPLICATE)
+            if prepared_order.source is None or (
+                version.source is not None and version.source.is_at_or_after(prepared_order.source)
+            ):
+                continue
+            if uid in writes:
+                writes[uid] = prepared_order
+            else:
+                moves[uid] = prepared_order
+        versions[uid] = prepared_order
+    return WritePlan(outcomes=tuple(outcomes), writes=tuple(writes.values()), moves=moves)
+
+
+def may_redrive(prepared_order: PreparedOrder, stored: StoredVersion | None) -> bool:
+    """Whether an order found in a reject may still be stored: there is none, or an earlier one of its own partition.
+
+    Anything else came later than the reject, or from where its age cannot be told.
+    """
+    if stored is None:
+        return True
+    source, other = prepared_order.source, stored.source
+    return source is not None and other is not None and source.is_at_or_after(other) and source != other
+
+
+def plan_redrive(prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion]) -> WritePlan:
+    """As ``plan_writes``, for orders found in rejects: each is superseded unless it is ``may_redrive``."""
+    [prepared_order] = prepared_orders
+    if may_redrive(prepared_order, stored.get(prepared_order.order_uid)):
+        return plan_writes(prepared_orders, stored)
+    return WritePlan(outcomes=(Outcome.SUPERSEDED,), writes=(), moves={})
+
+
+@attrs.frozen(kw_only=True)
+class OffsetRange:
+    """The records of one partition that a batch handles: from the offset it expects to the next one."""
+
+    expected_offset: int
+    next_offset: int
+
+
+@attrs.frozen(kw_only=True)
+class Batch:
+    """Records handled in one transaction, all of one topic."""
+
+    topic: str
+    topic_id: str
+    ranges: Mapping[int, OffsetRange]
+    #: In the order in which they were fetched.
+    classified: tuple[tuple[Record, PreparedOrder | Reject], ...]
+
+    def without(self, partitions: Iterable[int]) -> Batch:
+        """The batch of the other partitions alone."""
+        gone = frozenset(partitions)
+        return attrs.evolve(
+            self,
+            ranges={
+                partition: offset_range for partition, offset_range in self.ranges.items() if partition not in gone
+            },
+            classified=tuple(pair for pair in self.classified if pair[0].source.partition not in gone),
+        )

@@ -1,0 +1,572 @@
+"""Every SQL statement of orderlib, each with its purpose. Values go only as parameters.
+
+Written to run unchanged with the tables distributed by ``order_uid`` on Citus: every table has its own condition on
+``order_uid``, and no temporary table is joined.
+"""
+
+from typing import Literal, LiteralString
+
+#: The settings that can change what our SQL means or stores, with the values that it is written for. This is the result
+#: of a review of every setting of PostgreSQL 18 that a session may change. The others only choose plans, write logs or
+#: limit time and memory (an administrator's limit is respected), or belong to features that we do not use. The tables'
+#: place, ``search_path`` and ``default_tablespace``, is the administrator's choice.
+SESSION_SETTINGS: dict[LiteralString, LiteralString] = {
+    # How values read and write as text. Years 1 and 9999 have no local time in some zones.
+    "TimeZone": "UTC",
+    "DateStyle": "ISO, MDY",
+    "IntervalStyle": "postgres",
+    "client_encoding": "UTF8",
+    "bytea_output": "hex",
+    "extra_float_digits": "1",
+    # How the server parses statements and arrays.
+    "array_nulls": "on",
+    "standard_conforming_strings": "on",
+    "backslash_quote": "safe_encoding",
+    "transform_null_equals": "off",
+    "quote_all_identifiers": "off",
+    # What a transaction is when it does not say so itself.
+    "default_transaction_isolation": "read committed",
+    "default_transaction_read_only": "off",
+    "default_transaction_deferrable": "off",
+    # Which rows are found, which statements are allowed, and whether an error ends the session.
+    "gin_fuzzy_search_limit": "0",
+    "row_security": "on",
+    "restrict_nonsystem_relation_kind": "",
+    "exit_on_error": "off",
+    # Only a superuser may change these. `replica` would skip foreign keys, the others would read damaged pages.
+    "session_replication_role": "origin",
+    "ignore_checksum_failure": "off",
+    "zero_damaged_pages": "off",
+    # What `bootstrap` and `migrate` create.
+    "check_function_bodies": "on",
+    "createrole_self_grant": "",
+    # A flood of debugging messages would slow down each statement.
+    "client_min_messages": "notice",
+}
+
+#: Prepare a new session in one round trip. A setting is touched only if its value differs, because that may need a
+#: right, and only if the server has it. The transaction is explicit because a serializable one fails on a standby.
+#: ``synchronous_commit`` may be stronger than `on`, but not `off`: what was reported as stored must be stored.
+SET_UP_SESSION: LiteralString = f"""
+BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY;
+SELECT set_config(name, wanted, false)
+FROM (VALUES {", ".join(f"('{name}', '{value}')" for name, value in SESSION_SETTINGS.items())}) AS s (name, wanted)
+WHERE current_setting(name, true) <> wanted;
+SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off';
+COMMIT
+"""
+
+#: Let the current transaction take as long as it needs, whatever limits the role, the database or the server has.
+LIFT_TIME_LIMITS: LiteralString = """
+SELECT set_config(name, '0', true)
+FROM (VALUES ('statement_timeout'), ('transaction_timeout'), ('idle_in_transaction_session_timeout')) AS s (name)
+WHERE current_setting(name, true) <> '0'
+"""
+
+SET_STATEMENT_TIMEOUT: LiteralString = "SET statement_timeout = {}"
+
+#: One consistent look at several statements; nothing in it can write.
+BEGIN_READ: LiteralString = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+COMMIT: LiteralString = "COMMIT"
+ROLLBACK: LiteralString = "ROLLBACK"
+
+_CONTENT_COLUMNS: LiteralString = """
+    o.order_uid, o.track_number, o.entry, o.locale, o.internal_signature, o.customer_id, o.delivery_service,
+    o.shardkey, o.sm_id, o.date_created, o.oof_shard,
+    d.name, d.phone, d.zip, d.city, d.address, d.region, d.email,
+    p.transaction, p.request_id, p.currency, p.provider, p.amount, p.payment_dt, p.bank, p.delivery_cost,
+    p.goods_total, p.custom_fee
+"""
+_ORDER_COLUMNS: LiteralString = f"{_CONTENT_COLUMNS}, o.first_stored_at, o.stored_at"
+
+_ITEM_COLUMNS: LiteralString = """
+    order_uid, chrt_id, track_number, price, rid, name, sale, size, total_price, nm_id, brand, status
+"""
+
+#: One order without its items: one JOIN of three tables, on one shard. The statements of reading write their parameters
+#: as PostgreSQL does, for they go straight to libpq.
+GET_ORDER: LiteralString = f"""
+SELECT {_ORDER_COLUMNS}
+FROM orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)
+WHERE o.order_uid = $1 AND d.order_uid = $1 AND p.order_uid = $1
+"""
+
+#: The items of one order, in its own order.
+GET_ITEMS: LiteralString = f"SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid = $1 ORDER BY line"
+
+#: The same two for any number of orders.
+GET_ORDERS: LiteralString = f"""
+SELECT {_ORDER_COLUMNS}
+FROM orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)
+WHERE o.order_uid = ANY($1) AND d.order_uid = ANY($1) AND p.order_uid = ANY($1)
+"""
+GET_ITEMS_OF_ORDERS: LiteralString = f"""
+SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid = ANY($1) ORDER BY order_uid, line
+"""
+
+#: The items of a page's orders, in the page's order, up to a bound on them all.
+GET_ITEMS_OF_PAGE: LiteralString = f"""
+SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid = ANY($1) ORDER BY array_position($1, order_uid), line LIMIT $2
+"""
+
+#: Whether an order is there, and which version: one primary-key read.
+GET_CONTENT_SHA256: LiteralString = "SELECT content_sha256 FROM orders WHERE order_uid = $1"
+
+#: How a page of orders is cut: the condition and the direction for each side of a place in the list, or for its top.
+_SIDES: dict[str, tuple[LiteralString, LiteralString]] = {
+    "top": ("", "DESC"),
+    "older": (" AND (o.first_stored_at, o.order_uid) < ($2::timestamptz, $3)", "DESC"),
+    "newer": (" AND (o.first_stored_at, o.order_uid) > ($2::timestamptz, $3)", "ASC"),
+}
+
+
+def newest(side: Literal["top", "older", "newer"], *, customer: bool, track: bool) -> LiteralString:
+    """A page of orders from one side of a place: $1 is how many, $2 and $3 the place, then the filters asked for.
+
+    With just the conditions asked for, each combination has its own plan and its own index.
+    """
+    place, direction = _SIDES[side]
+    numbers = ("$2", "$3") if side == "top" else ("$4", "$5")
+    of_customer = f" AND o.customer_id = {numbers[0]}" if customer else ""
+    of_track = f" AND o.track_number = {numbers[1 if customer else 0]}" if track else ""
+    return f"""
+SELECT {_ORDER_COLUMNS}
+FROM orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)
+WHERE true{place}{of_customer}{of_track}
+ORDER BY o.first_stored_at {direction}, o.order_uid {direction} LIMIT $1
+"""
+
+
+#: The newest order, the new ones of the last five minutes, and the rejects by code; nothing is counted further than $1.
+NEWEST_ORDER_TIME: LiteralString = """
+SELECT now(), (SELECT first_stored_at FROM orders ORDER BY first_stored_at DESC, order_uid DESC LIMIT 1)
+"""
+COUNT_STORED_RECENTLY: LiteralString = """
+SELECT count(*) FROM (
+    SELECT 1 FROM orders WHERE first_stored_at > now() - interval '5 minutes' LIMIT $1
+) lately
+"""
+COUNT_REJECTS: LiteralString = """
+SELECT asked.code, (SELECT count(*) FROM (SELECT 1 FROM rejects r WHERE r.code = asked.code LIMIT $1) found)
+FROM unnest($2::text[]) AS asked (code)
+"""
+
+#: What is stored of these orders already.
+STORED_STATES: LiteralString = """
+SELECT order_uid, content_sha256, source_topic_id, source_partition, source_offset, first_stored_at
+FROM orders WHERE order_uid = ANY(%(order_uids)s::text[])
+"""
+#: Read after the stored states. The transaction's own now() may be before the first_stored_at that they show.
+CLOCK: LiteralString = "SELECT clock_timestamp()"
+
+#: Until the end of the transaction: look orders up by key. A table that grows faster than its statistics looks so small
+#: that a scan of it seems cheaper.
+DISABLE_SEQSCAN: LiteralString = "SET LOCAL enable_seqscan = off"
+
+#: Make room for the new versions of orders; delivery, payment and every item go with them.
+DELETE_ORDERS: LiteralString = "DELETE FROM orders WHERE order_uid = ANY(%(order_uids)s)"
+
+COPY_ORDERS: LiteralString = """
+COPY orders (
+    order_uid, track_number, entry, locale, internal_signature, customer_id, delivery_service, shardkey, sm_id,
+    date_created, oof_shard, content_sha256, source_topic_id, source_partition, source_offset, source_time,
+    first_stored_at, stored_at
+) FROM STDIN (FORMAT BINARY)
+"""
+COPY_DELIVERY: LiteralString = """
+COPY delivery (order_uid, name, phone, zip, city, address, region, email) FROM STDIN (FORMAT BINARY)
+"""
+COPY_PAYMENT: LiteralString = """
+COPY payment (
+    order_uid, transaction, request_id, currency, provider, amount, payment_dt, bank, delivery_cost, goods_total,
+    custom_fee
+) FROM STDIN (FORMAT BINARY)
+"""
+COPY_ITEMS: LiteralString = """
+COPY items (
+    order_uid, line, chrt_id, track_number, price, rid, name, sale, size, total_price, nm_id, brand, status
+) FROM STDIN (FORMAT BINARY)
+"""
+
+#: A duplicate moves only the position that last confirmed the content.
+MOVE_SOURCES: LiteralString = """
+UPDATE orders o
+SET source_topic_id = n.topic_id, source_partition = n.partition, source_offset = n.record_offset,
+    source_time = n.record_time
+FROM unnest(%(order_uids)s::text[], %(topic_ids)s::text[], %(partitions)s::int[], %(offsets)s::bigint[],
+            %(times)s::timestamptz[]) AS n (order_uid, topic_id, partition, record_offset, record_time)
+WHERE o.order_uid = n.order_uid
+"""
+
+#: The one consumer group of this database. The first group that starts claims it.
+GROUP: LiteralString = "SELECT consumer_group FROM consumer_groups"
+CLAIM_GROUP: LiteralString = "INSERT INTO consumer_groups (consumer_group) VALUES (%(group)s) ON CONFLICT DO NOTHING"
+#: Rename the group; its offsets follow (ON UPDATE CASCADE).
+RENAME_GROUP: LiteralString = "UPDATE consumer_groups SET consumer_group = %(group)s"
+
+#: Begin a partition that has no offset yet.
+START_PARTITIONS: LiteralString = """
+INSERT INTO consumer_offsets (consumer_group, topic_id, partition, topic, next_offset)
+SELECT %(group)s, %(topic_id)s, n.partition, %(topic)s, n.next_offset
+FROM unnest(%(partitions)s::int[], %(next_offsets)s::bigint[]) AS n (partition, next_offset)
+ON CONFLICT DO NOTHING
+"""
+
+#: Where a group stands in one life of a topic.
+NEXT_OFFSETS: LiteralString = """
+SELECT partition, next_offset FROM consumer_offsets
+WHERE consumer_group = %(group)s AND topic_id = %(topic_id)s AND partition = ANY(%(partitions)s)
+"""
+
+#: The fence: move each offset from where the batch expects it.
+MOVE_OFFSETS: LiteralString = """
+UPDATE consumer_offsets o SET next_offset = n.next_offset, updated_at = clock_timestamp()
+FROM unnest(%(partitions)s::int[], %(expected)s::bigint[], %(next_offsets)s::bigint[])
+  AS n (partition, expected, next_offset)
+WHERE o.consumer_group = %(group)s AND o.topic_id = %(topic_id)s AND o.partition = n.partition
+  AND o.next_offset = n.expected
+RETURNING o.partition
+"""
+
+#: Rejects of these positions that are stored already. Only whoever moved the offsets may add others.
+STORED_REJECTS: LiteralString = """
+SELECT partition, record_offset
+FROM rejects JOIN unnest(%(partitions)s::int[], %(offsets)s::bigint[]) AS asked(partition, record_offset)
+    USING (partition, record_offset)
+WHERE topic_id = %(topic_id)s
+"""
+#: An INSERT would need parameters as large as all the records together.
+COPY_REJECTS: LiteralString = """
+COPY rejects (
+    topic_id, partition, record_offset, topic, record_time, key, value, headers, code, faults
+) FROM STDIN (FORMAT BINARY)
+"""
+
+#: The last migration that was applied.
+SCHEMA_NUMBER: LiteralString = "SELECT max(number) FROM schema_migrations"
+#: Whether the session finds the tables; if not, another schema that has them and whether the role may use that schema.
+#: The role is the one to correct: SET ROLE changes rights, but the search_path stays that of the login role.
+SCHEMA_LOCATION: LiteralString = """
+SELECT to_regclass('schema_migrations') IS NOT NULL,
+       (CASE WHEN elsewhere.is_usable THEN session_user ELSE current_user END)::text, current_setting('search_path'),
+       elsewhere.schema, elsewhere.is_usable
+FROM (VALUES (true)) AS one_row LEFT JOIN LATERAL (
+    SELECT n.nspname::text AS schema, has_schema_privilege(n.oid, 'USAGE') AS is_usable
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relname = 'schema_migrations' AND c.relkind = 'r' AND pg_get_userbyid(c.relowner) = 'orders_owner'
+    ORDER BY 1 LIMIT 1
+) elsewhere ON true
+"""
+#: The schema that has the tables, or that gets them: the first of the search_path that exists.
+TABLE_SCHEMA: LiteralString = """
+SELECT coalesce(
+    (SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE c.oid = to_regclass('schema_migrations')),
+    current_schema()::text)
+"""
+USE_SCHEMA: LiteralString = "SELECT set_config('search_path', quote_ident(%(schema)s), true)"
+
+#: DDL must not wait long for a lock: everybody else queues behind it.
+LIMIT_DDL_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = '2s'"
+#: One schema change at a time. The mode needs more than SELECT on the table, so no program's role can hold it up.
+LOCK_SCHEMA: LiteralString = "LOCK TABLE schema_migrations IN SHARE ROW EXCLUSIVE MODE"
+#: Who may be in the way of DDL: sessions with a lock on the owner's tables, or with a change of roles not committed.
+LOCK_HOLDERS: LiteralString = """
+SELECT DISTINCT l.pid, a.usename::text, a.application_name
+FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
+WHERE l.granted AND l.pid IS DISTINCT FROM pg_backend_pid() AND l.locktype = 'relation' AND (
+    (l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND l.relation IN (
+        SELECT oid FROM pg_class WHERE pg_get_userbyid(relowner) = 'orders_owner'))
+    OR (l.relation IN ('pg_authid'::regclass, 'pg_auth_members'::regclass) AND l.mode <> 'AccessShareLock'))
+ORDER BY l.pid LIMIT 3
+"""
+DATABASE: LiteralString = (
+    "SELECT pg_encoding_to_char(encoding), datname FROM pg_database WHERE datname = current_database()"
+)
+BECOME_OWNER: LiteralString = "SET LOCAL ROLE orders_owner"
+SCHEMA_MIGRATIONS: LiteralString = """
+CREATE TABLE IF NOT EXISTS schema_migrations (
+    number integer PRIMARY KEY, name text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())
+"""
+IS_APPLIED: LiteralString = "SELECT 1 FROM schema_migrations WHERE number = %(number)s"
+RECORD_MIGRATION: LiteralString = "INSERT INTO schema_migrations (number, name) VALUES (%(number)s, %(name)s)"
+
+#: The rights granted on each table of the owner: to whom (null: PUBLIC), which, and whether with grant option.
+TABLE_GRANTS: LiteralString = """
+SELECT c.relname::text, CASE WHEN g.grantee <> 0 THEN pg_get_userbyid(g.grantee)::text END,
+       array_agg(concat_ws(' ', g.privilege_type, g.attname)), bool_or(g.is_grantable)
+FROM pg_class c CROSS JOIN LATERAL (
+    SELECT NULL::name AS attname, a.* FROM aclexplode(c.relacl) a
+    UNION ALL
+    SELECT t.attname, a.* FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) a WHERE t.attrelid = c.oid
+) g
+WHERE c.relnamespace = current_schema()::regnamespace AND pg_get_userbyid(c.relowner) = 'orders_owner'
+  AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S') AND g.grantee <> c.relowner
+GROUP BY 1, 2 ORDER BY 1, 2
+"""
+TABLES_OF_OWNER: LiteralString = """
+SELECT relname::text FROM pg_class
+WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'p', 'v')
+  AND pg_get_userbyid(relowner) = 'orders_owner'
+"""
+REVOKE_ALL: LiteralString = "REVOKE ALL ON {table} FROM {role} CASCADE"
+GRANT_RIGHTS: LiteralString = "GRANT {rights} ON {table} TO {role}"
+
+MISSING_ROLES: LiteralString = """
+SELECT role FROM unnest(%(roles)s::text[]) AS role WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = role)
+"""
+CREATE_ROLE: LiteralString = "CREATE ROLE {}"
+LET_LOG_IN: LiteralString = "ALTER ROLE {} LOGIN PASSWORD {}"
+#: For a bootstrap role that is no superuser: it may administer the owner, but not yet become it.
+ALLOW_BECOMING_OWNER: LiteralString = "GRANT orders_owner TO CURRENT_USER WITH INHERIT FALSE, SET TRUE"
+FORBID_BECOMING_OWNER: LiteralString = "REVOKE orders_owner FROM CURRENT_USER GRANTED BY CURRENT_USER"
+RESET_ROLE: LiteralString = "RESET ROLE"
+
+#: How roles, memberships, database and schemas differ from what they must be: whether the programs cannot work that
+#: way, the problem, and the statement that corrects it (null: an administrator must decide). An administrator with
+#: CREATEROLE keeps ADMIN on the roles that it created, without becoming them.
+ROLE_PROBLEMS: LiteralString = r"""
+WITH ours AS (
+    SELECT oid, rolname FROM pg_roles
+    WHERE rolname IN ('orders_owner', 'orders_migrator', 'orders_writer', 'orders_reader')
+),
+db AS (SELECT oid, datname, datdba, datacl FROM pg_database WHERE datname = current_database()),
+schemas AS (
+    -- current_schema() is null without USAGE on it.
+    SELECT oid, nspname, quote_ident(nspname) = current_setting('search_path') AS is_own,
+           coalesce(nspacl, acldefault('n', nspowner)) AS acl
+    FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'
+),
+large_objects AS (
+    SELECT string_agg(p.oid::regprocedure::text, ', ' ORDER BY p.oid) AS functions
+    FROM pg_proc p
+    WHERE p.pronamespace = 'pg_catalog'::regnamespace
+      AND (p.proname ~ '^lo_' OR p.proname IN ('loread', 'lowrite', 'pg_logical_emit_message'))
+      AND EXISTS (SELECT FROM ours WHERE has_function_privilege(ours.oid, p.oid, 'EXECUTE'))
+)
+SELECT false AS is_required, format('role %s has %s', rolname, attribute) AS problem,
+       format('ALTER ROLE %I NO%s', rolname, attribute) AS remedy
+FROM pg_roles r JOIN ours USING (oid, rolname) CROSS JOIN LATERAL (VALUES
+    ('SUPERUSER', rolsuper), ('CREATEDB', rolcreatedb), ('CREATEROLE', rolcreaterole),
+    ('REPLICATION', rolreplication), ('BYPASSRLS', rolbypassrls),
+    ('LOGIN', rolcanlogin AND rolname = 'orders_owner'), ('INHERIT', rolinherit AND rolname = 'orders_migrator')
+) AS a (attribute, has_it)
+WHERE has_it
+UNION ALL
+SELECT false, format('role %s is a member of %s', member.rolname, granted.rolname),
+       format('REVOKE %I FROM %I GRANTED BY %I CASCADE', granted.rolname, member.rolname, grantor.rolname)
+FROM pg_auth_members m
+JOIN pg_roles granted ON granted.oid = m.roleid
+JOIN pg_roles member ON member.oid = m.member
+JOIN pg_roles grantor ON grantor.oid = m.grantor
+WHERE (m.roleid IN (SELECT oid FROM ours) OR m.member IN (SELECT oid FROM ours))
+  AND NOT (granted.rolname = 'orders_owner' AND member.rolname = 'orders_migrator'
+           AND m.set_option AND NOT m.inherit_option AND NOT m.admin_option)
+  AND NOT (m.admin_option AND NOT m.set_option AND NOT m.inherit_option
+           AND member.rolcreaterole AND m.member NOT IN (SELECT oid FROM ours))
+UNION ALL
+SELECT true, 'role orders_migrator may not become orders_owner',
+       'GRANT orders_owner TO orders_migrator WITH ADMIN FALSE, INHERIT FALSE, SET TRUE'
+WHERE NOT EXISTS (
+    SELECT FROM pg_auth_members
+    WHERE roleid = 'orders_owner'::regrole AND member = 'orders_migrator'::regrole AND set_option
+)
+UNION ALL
+SELECT false, format('PUBLIC has %s on database %s', privilege_type, datname),
+       format('REVOKE %s ON DATABASE %I FROM PUBLIC', privilege_type, datname)
+FROM db CROSS JOIN aclexplode(coalesce(datacl, acldefault('d', datdba)))
+WHERE grantee = 0 AND privilege_type IN ('CREATE', 'TEMPORARY')
+UNION ALL
+SELECT false, format('role %s has %s on database %s', rolname, privilege_type, datname),
+       format('REVOKE ALL ON DATABASE %I FROM %I CASCADE', datname, rolname)
+FROM db CROSS JOIN aclexplode(datacl) JOIN ours ON ours.oid = grantee
+WHERE grantee <> datdba AND (privilege_type <> 'CONNECT' OR is_grantable OR rolname = 'orders_owner')
+UNION ALL
+SELECT NOT has_database_privilege(ours.oid, db.oid, 'CONNECT'),
+       format('role %s was not granted CONNECT on database %s', rolname, datname),
+       format('GRANT CONNECT ON DATABASE %I TO %I', datname, rolname)
+FROM db CROSS JOIN ours
+WHERE rolname <> 'orders_owner'
+  AND NOT EXISTS (SELECT FROM aclexplode(datacl) WHERE grantee = ours.oid AND privilege_type = 'CONNECT')
+UNION ALL
+SELECT false, format('PUBLIC has CREATE on schema %s', nspname),
+       format('REVOKE CREATE ON SCHEMA %I FROM PUBLIC CASCADE', nspname)
+FROM schemas CROSS JOIN aclexplode(acl) WHERE grantee = 0 AND privilege_type = 'CREATE'
+UNION ALL
+SELECT false, format('role %s has CREATE on schema %s', rolname, nspname),
+       format('REVOKE CREATE ON SCHEMA %I FROM %I CASCADE', nspname, rolname)
+FROM schemas CROSS JOIN aclexplode(acl) JOIN ours ON ours.oid = grantee
+WHERE privilege_type = 'CREATE' AND rolname <> 'orders_owner'
+UNION ALL
+SELECT NOT has_schema_privilege(ours.oid, schemas.oid, needed.privilege),
+       format('role %s was not granted %s on schema %s', rolname, needed.privilege, nspname),
+       format('GRANT %s ON SCHEMA %I TO %I', needed.privilege, nspname, rolname)
+FROM schemas
+CROSS JOIN (VALUES ('orders_owner', 'USAGE'), ('orders_owner', 'CREATE'), ('orders_writer', 'USAGE'),
+    ('orders_reader', 'USAGE')) AS needed (role, privilege)
+JOIN ours ON rolname = needed.role
+WHERE is_own AND NOT EXISTS (
+    SELECT FROM aclexplode(acl) WHERE grantee = ours.oid AND privilege_type = needed.privilege
+)
+UNION ALL
+SELECT false, 'the roles may write large objects and messages to the WAL, without limit',
+       format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC, orders_owner, orders_migrator, orders_writer, orders_reader',
+              functions)
+FROM large_objects WHERE functions IS NOT NULL
+UNION ALL
+SELECT false, format('role %s %s %s', rolname, CASE d.deptype WHEN 'o' THEN 'owns' ELSE 'has rights on' END,
+                     pg_describe_object(d.classid, d.objid, d.objsubid)), NULL
+FROM pg_shdepend d JOIN ours ON d.refclassid = 'pg_authid'::regclass AND d.refobjid = ours.oid
+WHERE (d.dbid = (SELECT oid FROM db) OR d.classid IN ('pg_tablespace'::regclass, 'pg_parameter_acl'::regclass)
+       OR (d.classid = 'pg_database'::regclass AND d.deptype = 'o'))
+  AND d.deptype IN ('o', 'a', 'r') AND rolname <> 'orders_owner'
+  AND NOT (d.classid = 'pg_namespace'::regclass AND d.objid IN (SELECT oid FROM schemas WHERE is_own))
+  AND NOT (d.classid = 'pg_class'::regclass AND d.deptype = 'a' AND d.objid IN (
+      SELECT oid FROM pg_class
+      WHERE pg_get_userbyid(relowner) = 'orders_owner' AND relnamespace IN (SELECT oid FROM schemas WHERE is_own)))
+"""
+
+#: A batch waits so long for a row or a table that another session holds, and no longer.
+LIMIT_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = '5s'"
+
+#: End the sessions of our own role and program that are in the way after such a wait: who holds these offsets (a row's
+#: xmax is who locked it), and who froze in a transaction, having sent nothing for as long as we waited; it may hold an
+#: order. They are found before any is ended: as one more condition, pg_terminate_backend would be called first, for
+#: every session.
+END_BLOCKERS: LiteralString = """
+WITH ours AS MATERIALIZED (
+    SELECT pid, backend_xid, wait_event_type = 'Client' AND state_change < now() - interval '5 s' AS is_frozen
+    FROM pg_stat_activity
+    WHERE pid <> pg_backend_pid() AND usename = current_user AND backend_xid IS NOT NULL
+      AND application_name = current_setting('application_name')
+),
+blockers AS MATERIALIZED (
+    SELECT pid FROM ours
+    WHERE is_frozen OR backend_xid IN (
+        SELECT xmax FROM consumer_offsets
+        WHERE consumer_group = %(group)s AND topic_id = %(topic_id)s AND partition = ANY(%(partitions)s)
+    )
+)
+SELECT pid FROM blockers WHERE pg_terminate_backend(pid)
+"""
+
+#: Which of these rights the session's role lacks.
+MISSING_RIGHTS: LiteralString = """
+SELECT current_user, n.table_name, n.table_right
+FROM unnest(%(tables)s::text[], %(rights)s::text[]) AS n (table_name, table_right)
+WHERE NOT has_table_privilege(n.table_name, n.table_right)
+"""
+
+#: Rejects, oldest first, without what the records say.
+LIST_REJECTS: LiteralString = """
+SELECT topic, partition, record_offset, topic_id, record_time, code, faults -> 'total',
+       faults -> 'first' -> 0 ->> 'path', rejected_at, redriven_at, redrive_outcome
+FROM rejects
+WHERE (%(code)s::text IS NULL OR code = %(code)s) AND (NOT %(waiting)s OR redrive_outcome IS NULL)
+ORDER BY rejected_at, topic_id, partition, record_offset
+LIMIT %(limit)s
+"""
+
+#: One reject, whole.
+GET_REJECT: LiteralString = """
+SELECT topic, partition, record_offset, topic_id, record_time, key, value, headers, code, faults, rejected_at,
+       redriven_at, redrive_outcome
+FROM rejects WHERE topic = %(topic)s AND partition = %(partition)s AND record_offset = %(offset)s
+ORDER BY rejected_at DESC
+"""
+
+#: Rejects that a redrive has not settled yet, a few at a time, past a place; held until the transaction ends.
+REJECTS_TO_REDRIVE: LiteralString = """
+SELECT topic_id, partition, record_offset, topic, record_time, key, value
+FROM rejects
+WHERE (redrive_outcome IS NULL OR redrive_outcome = 'rejected')
+  AND (%(code)s::text IS NULL OR code = %(code)s)
+  AND (%(topic)s::text IS NULL OR (topic = %(topic)s AND partition = %(partition)s AND record_offset = %(offset)s))
+  AND (topic_id, partition, record_offset) > (%(after_topic_id)s, %(after_partition)s, %(after_offset)s)
+ORDER BY topic_id, partition, record_offset
+LIMIT %(limit)s
+FOR UPDATE
+"""
+
+#: Keep the consumer's batches of these topics waiting: what a redrive compares with must not move meanwhile.
+LOCK_OFFSETS: LiteralString = """
+SELECT partition FROM consumer_offsets WHERE topic_id = ANY(%(topic_ids)s)
+ORDER BY topic_id, partition, consumer_group FOR UPDATE
+"""
+
+#: What a redrive came to; the reject stays.
+RECORD_REDRIVE: LiteralString = """
+UPDATE rejects SET redriven_at = %(redriven_at)s, redrive_outcome = %(outcome)s
+WHERE topic_id = %(topic_id)s AND partition = %(partition)s AND record_offset = %(offset)s
+"""
+
+#: Rejects older than an interval; how many, and away with them.
+COUNT_OLD_REJECTS: LiteralString = "SELECT count(*) FROM rejects WHERE rejected_at < now() - %(age)s::interval"
+PURGE_REJECTS: LiteralString = "DELETE FROM rejects WHERE rejected_at < now() - %(age)s::interval"
+
+#: Erase an order, and the rejects that its key names; delivery, payment and items go with the order.
+FORGET_ORDER: LiteralString = "DELETE FROM orders WHERE order_uid = %(order_uid)s"
+FORGET_REJECTS: LiteralString = "DELETE FROM rejects WHERE key = convert_to(%(order_uid)s, 'UTF8')"
+
+#: Where the group stands, in every life of every topic.
+ALL_OFFSETS: LiteralString = """
+SELECT consumer_group, topic, topic_id, partition, next_offset, updated_at
+FROM consumer_offsets ORDER BY topic, topic_id, partition
+"""
+
+#: Move a group's offsets without a fence: only with the group stopped.
+RESET_OFFSET: LiteralString = """
+UPDATE consumer_offsets SET next_offset = %(next_offset)s, updated_at = clock_timestamp()
+WHERE consumer_group = %(group)s AND topic_id = %(topic_id)s AND partition = %(partition)s
+"""
+
+
+def _readable(column: LiteralString) -> LiteralString:
+    """Return the SQL of a time, or of null if Python cannot represent it."""
+    return f"CASE WHEN {column} >= '0001-01-01 00:00:00+00' AND {column} < '10000-01-01 00:00:00+00' THEN {column} END"
+
+
+#: The offsets for a proof of what is stored.
+SNAPSHOT_OFFSETS: LiteralString = """
+SELECT consumer_group, topic, topic_id, partition, next_offset FROM consumer_offsets
+"""
+
+SNAPSHOT_GROUP: LiteralString = "SELECT consumer_group FROM consumer_groups"
+
+#: Whether anything of a topic id is stored: asked for only where no offset of it is.
+SNAPSHOT_HAS_TOPIC: LiteralString = """
+SELECT EXISTS (SELECT FROM orders WHERE source_topic_id = %(topic_id)s)
+    OR EXISTS (SELECT FROM rejects WHERE topic_id = %(topic_id)s)
+"""
+
+#: Every reject without its content.
+SNAPSHOT_REJECTS: LiteralString = f"""
+SELECT topic_id, partition, record_offset, topic, {_readable("record_time")},
+    key_sha256, value_sha256, headers_sha256, code, faults_total, fault_paths,
+    {_readable("redriven_at")}, redrive_outcome,
+    isfinite(rejected_at) AND coalesce(redriven_at >= rejected_at AND isfinite(redriven_at), true)
+FROM reject_digests
+"""
+
+#: Every order with its digest, its source and its times. Clocks may differ by a day.
+SNAPSHOT_ORDERS: LiteralString = f"""
+SELECT {_CONTENT_COLUMNS.replace("o.date_created", _readable("o.date_created"))},
+    o.content_sha256, o.source_topic_id, o.source_partition, o.source_offset, {_readable("o.source_time")},
+    {_readable("o.stored_at")},
+    isfinite(o.first_stored_at) AND o.first_stored_at <= o.stored_at AND o.stored_at < now() + interval '1 day'
+FROM orders o LEFT JOIN delivery d USING (order_uid) LEFT JOIN payment p USING (order_uid)
+"""
+
+#: The items of some of them, each with its line.
+SNAPSHOT_ITEMS: LiteralString = f"""
+SELECT {_ITEM_COLUMNS}, line FROM items WHERE order_uid = ANY($1) ORDER BY order_uid, line
+"""
+
+#: Rows of an order's parts without the order. Foreign keys forbid them.
+SNAPSHOT_ORPHANS: LiteralString = """
+SELECT 'delivery', d.order_uid FROM delivery d LEFT JOIN orders o USING (order_uid) WHERE o.order_uid IS NULL
+UNION
+SELECT 'payment', p.order_uid FROM payment p LEFT JOIN orders o USING (order_uid) WHERE o.order_uid IS NULL
+UNION
+SELECT 'items', i.order_uid FROM items i LEFT JOIN orders o USING (order_uid) WHERE o.order_uid IS NULL
+"""

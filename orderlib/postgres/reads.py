@@ -1,0 +1,191 @@
+"""Every read of orders, as steps that do not wait: whoever drives them does, on a thread or in asyncio.
+
+A read is one consistent look: BEGIN, its statements and COMMIT leave in one packet and come back in one. Straight on
+libpq, because psycopg's own pipeline costs three times the client's CPU: 0.35 ms an order where this takes 0.12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import LiteralString
+
+from psycopg.abc import PQGen
+from psycopg.adapt import PyFormat, Transformer
+from psycopg.errors import error_from_result
+from psycopg.pq import ExecStatus, Format
+from psycopg.pq.abc import PGconn, PGresult
+from psycopg.waiting import Ready, Wait
+
+from orderlib.contract import fits_postgres
+from orderlib.errors import InvalidOrder, MalformedJson, OrderNotFound, RefusedByDatabase, TooLarge
+from orderlib.models import Order
+from orderlib.postgres import queries
+from orderlib.postgres.rows import JOINED_WIDTH, Row, order_from_rows, orders_from_rows
+from orderlib.repository import (
+    COUNT_LIMIT,
+    MAX_PAGE_ITEMS,
+    Cursor,
+    Page,
+    Stats,
+    StoredOrder,
+    checked_limit,
+    checked_uids,
+)
+
+#: A statement and what goes into it.
+Statement = tuple[LiteralString, Sequence[object]]
+
+_BEGIN: Statement = (queries.BEGIN_READ, ())
+_COMMIT: Statement = (queries.COMMIT, ())
+_CODES = [refusal.code for refusal in (MalformedJson, InvalidOrder, TooLarge, RefusedByDatabase)]
+
+
+class ReadQueries:
+    """The reads over one connection, one at a time.
+
+    Each method returns a generator for psycopg's ``wait`` functions. It raises psycopg's errors; the caller translates
+    them. A read that stops before its end leaves the connection in pipeline mode or with a query in progress. The
+    caller must not use that connection again: ``Session.is_usable`` says so.
+    """
+
+    def __init__(self, pgconn: PGconn) -> None:
+        self._pgconn = pgconn
+        # Without the connection: in binary, no value depends on its settings.
+        self._rows = Transformer()
+        self._prepared: dict[LiteralString, bytes] = {}
+
+    def get(self, order_uid: str) -> PQGen[Order]:
+        """See ``OrderRepository.get``."""
+        if not fits_postgres(order_uid):
+            raise OrderNotFound(order_uid)
+        _, joined, items, _ = yield from self._pipeline(
+            _BEGIN, (queries.GET_ORDER, [order_uid]), (queries.GET_ITEMS, [order_uid]), _COMMIT
+        )
+        if not joined:
+            raise OrderNotFound(order_uid)
+        return order_from_rows(joined[0], items)
+
+    def get_many(self, order_uids: Iterable[str]) -> PQGen[dict[str, Order]]:
+        """See ``OrderRepository.get_many``."""
+        wanted = [[uid for uid in checked_uids(order_uids) if fits_postgres(uid)]]
+        _, joined, items, _ = yield from self._pipeline(
+            _BEGIN, (queries.GET_ORDERS, wanted), (queries.GET_ITEMS_OF_ORDERS, wanted), _COMMIT
+        )
+        return {order.order_uid: order for order in orders_from_rows(joined, items)}
+
+    def content_sha256(self, order_uid: str) -> PQGen[bytes]:
+        """See ``OrderRepository.content_sha256``."""
+        if not fits_postgres(order_uid):
+            raise OrderNotFound(order_uid)
+        [rows] = yield from self._pipeline((queries.GET_CONTENT_SHA256, [order_uid]))
+        if not rows:
+            raise OrderNotFound(order_uid)
+        [(sha256,)] = rows
+        assert isinstance(sha256, bytes)
+        return sha256
+
+    def newest(
+        self, limit: int, after: Cursor | None, customer_id: str | None, track_number: str | None
+    ) -> PQGen[Page]:
+        """See ``OrderRepository.newest``."""
+        statement = queries.newest(
+            "older" if after else "top", customer=customer_id is not None, track=track_number is not None
+        )
+        stored, more = yield from self._page(statement, limit, after, customer_id, track_number)
+        return Page(orders=tuple(stored), next_cursor=stored[-1].cursor if more else None)
+
+    def newer_than(self, before: Cursor, limit: int, customer_id: str | None, track_number: str | None) -> PQGen[Page]:
+        """See ``OrderRepository.newer_than``."""
+        statement = queries.newest("newer", customer=customer_id is not None, track=track_number is not None)
+        stored, _ = yield from self._page(statement, limit, before, customer_id, track_number)
+        stored.reverse()
+        return Page(orders=tuple(stored), next_cursor=stored[-1].cursor if stored else None)
+
+    def status(self) -> PQGen[Stats]:
+        """See ``OrderRepository.status``."""
+        _, [(asked_at, newest_at)], [(lately,)], rejects, _ = yield from self._pipeline(
+            _BEGIN,
+            (queries.NEWEST_ORDER_TIME, ()),
+            (queries.COUNT_STORED_RECENTLY, [COUNT_LIMIT]),
+            (queries.COUNT_REJECTS, [COUNT_LIMIT, _CODES]),
+            _COMMIT,
+        )
+        return Stats(
+            asked_at=asked_at, newest_first_stored_at=newest_at, stored_recently=lately, rejects_by_code=dict(rejects)
+        )
+
+    def schema(self) -> PQGen[tuple[Row, int | None]]:
+        """Return where the schema is and the number of its last migration, for ``require_schema``."""
+        [[location]] = yield from self._pipeline((queries.SCHEMA_LOCATION, ()))
+        if not location[0]:
+            return location, None
+        [[(number,)]] = yield from self._pipeline((queries.SCHEMA_NUMBER, ()))
+        return location, number
+
+    def _page(
+        self,
+        statement: LiteralString,
+        limit: int,
+        place: Cursor | None,
+        customer_id: str | None,
+        track_number: str | None,
+    ) -> PQGen[tuple[list[StoredOrder], bool]]:
+        """So many orders of a page query, and whether there are more behind them."""
+        filters = [text for text in (customer_id, track_number) if text is not None]
+        if not all(map(fits_postgres, filters)):
+            return [], False
+        at: list[object] = [place.first_stored_at, place.order_uid] if place else []
+        _, joined = yield from self._pipeline(_BEGIN, (statement, [checked_limit(limit) + 1, *at, *filters]))
+        shown = joined[:limit]
+        uids = [row[0] for row in shown]
+        items, _ = yield from self._pipeline((queries.GET_ITEMS_OF_PAGE, [uids, MAX_PAGE_ITEMS]), _COMMIT)
+        if len(items) == MAX_PAGE_ITEMS:
+            # The last one's items may not all be there. No order has so many, so the first is whole.
+            shown = shown[: uids.index(items[-1][0])]
+        stored = [
+            StoredOrder(order=order, first_stored_at=row[JOINED_WIDTH], stored_at=row[JOINED_WIDTH + 1])
+            for order, row in zip(orders_from_rows(shown, items), shown, strict=True)
+        ]
+        return stored, len(joined) > len(shown)
+
+    def _pipeline(self, *questions: Statement) -> PQGen[list[list[Row]]]:
+        """The rows of each statement, in one round trip."""
+        results = yield from self._results(questions)
+        return [self._rows_of(result) for result in results]
+
+    def _results(self, questions: Iterable[Statement]) -> PQGen[list[PGresult]]:
+        pgconn = self._pgconn
+        pgconn.enter_pipeline_mode()
+        answers: list[bool] = []
+        for statement, values in questions:
+            name = self._prepared.get(statement)
+            if name is None:
+                name = self._prepared[statement] = f"read_{len(self._prepared)}".encode()
+                pgconn.send_prepare(name, statement.encode())
+                answers.append(False)
+            parameters = self._rows.dump_sequence(values, [PyFormat.TEXT] * len(values)) if values else None
+            pgconn.send_query_prepared(name, parameters, result_format=Format.BINARY)
+            answers.append(True)
+        pgconn.pipeline_sync()
+        while pgconn.flush():
+            if (yield Wait.RW) & Ready.R:
+                pgconn.consume_input()
+        results: list[PGresult] = []
+        while True:
+            while pgconn.is_busy():
+                if (yield Wait.R):
+                    pgconn.consume_input()
+            result = pgconn.get_result()
+            if result is None:
+                continue
+            if result.status == ExecStatus.PIPELINE_SYNC:
+                break
+            if result.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+                raise error_from_result(result)
+            results.append(result)
+        pgconn.exit_pipeline_mode()
+        return [result for result, is_answer in zip(results, answers, strict=True) if is_answer]
+
+    def _rows_of(self, result: PGresult) -> list[Row]:
+        self._rows.set_pgresult(result)
+        return self._rows.load_rows(0, result.ntuples, tuple)

@@ -1,0 +1,190 @@
+"""Orders to rows and back, field by field; no driver, no SQL.
+
+Rows to be written are made in the binary format of PostgreSQL's COPY (its manual, "COPY", "Binary Format"), so that an
+order can be made ready on one thread while another waits for the database.
+
+The order of fields is the models', and the column lists in ``orderlib.postgres.queries`` follow it; a test compares
+them.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import attrs
+
+from orderlib.canonical import Canonical
+from orderlib.contract import M, column_type, rule_of, rules_of, unchecked
+from orderlib.models import Delivery, Item, Order, Payment
+
+Row = tuple[Any, ...]
+
+
+def _names(model: type[attrs.AttrsInstance]) -> tuple[str, ...]:
+    return tuple(field.name for field in attrs.fields(model))
+
+
+#: The scalar fields of an order, which are columns of ``orders``; its parts have tables of their own.
+ORDER_COLUMNS = tuple(name for name in _names(Order) if name not in {"delivery", "payment", "items"})
+DELIVERY_COLUMNS = _names(Delivery)
+PAYMENT_COLUMNS = _names(Payment)
+ITEM_COLUMNS = _names(Item)
+
+_DELIVERY_AT = len(ORDER_COLUMNS)
+_PAYMENT_AT = _DELIVERY_AT + len(DELIVERY_COLUMNS)
+#: Where an order's joined row ends and what the store adds begins.
+JOINED_WIDTH = _PAYMENT_AT + len(PAYMENT_COLUMNS)
+
+
+def _model(cls: type[M], names: Sequence[str], row: Sequence[Any]) -> M:
+    return unchecked(cls, **dict(zip(names, row, strict=True)))
+
+
+def order_from_rows(joined: Row, items: Iterable[Row]) -> Order:
+    """An order from its joined row (orders, delivery, payment; more columns are passed over) and its items' rows.
+
+    An item's row begins with its order_uid. Rows are trusted: the CHECK constraints hold them to the contract.
+    """
+    return unchecked(
+        Order,
+        **dict(zip(ORDER_COLUMNS, joined[:_DELIVERY_AT], strict=True)),
+        delivery=_model(Delivery, DELIVERY_COLUMNS, joined[_DELIVERY_AT:_PAYMENT_AT]),
+        payment=_model(Payment, PAYMENT_COLUMNS, joined[_PAYMENT_AT:JOINED_WIDTH]),
+        items=[_model(Item, ITEM_COLUMNS, row[1:]) for row in items],
+    )
+
+
+def orders_from_rows(joined: Iterable[Row], items: Iterable[Row]) -> list[Order]:
+    """Orders from joined rows and the rows of all their items, in the order of the joined rows."""
+    items_of: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in items:
+        items_of[row[0]].append(row)
+    return [order_from_rows(row, items_of[row[0]]) for row in joined]
+
+
+_EPOCH = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
+_MICROSECOND = dt.timedelta(microseconds=1)
+_length = struct.Struct("!i").pack
+_NULL = _length(-1)
+#: Each takes its length in bytes first.
+_bigint = struct.Struct("!iq").pack
+_integer = struct.Struct("!ii").pack
+_field_count = struct.Struct("!h").pack
+
+
+def _text(value: str) -> bytes:
+    return _bytea(value.encode())
+
+
+def _bytea(value: bytes) -> bytes:
+    return _length(len(value)) + value
+
+
+def _timestamptz(value: dt.datetime) -> bytes:
+    return _bigint(8, (value - _EPOCH) // _MICROSECOND)
+
+
+#: What begins and ends the data of a binary COPY.
+COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+COPY_TRAILER = _length(-1)[:2]
+
+
+#: How a field of each type is packed.
+_PACKING = {
+    "text": "_length(len(data := model.{name}.encode())), data",
+    "bigint": "_bigint(8, model.{name})",
+    "integer": "_integer(4, model.{name})",
+    "timestamptz": "_timestamptz(model.{name})",
+}
+
+
+def _packer(model: type[attrs.AttrsInstance], names: Sequence[str]) -> Callable[[Any], bytes]:
+    """What makes a model's columns into fields of a binary row.
+
+    Its source is written from the contract, as attrs writes its methods: a call for each field took twice the time.
+    """
+    rules = {field.name: rule_of(field) for field in rules_of(model).fields}
+    fields = ", ".join(_PACKING[column_type(rules[name])].format(name=name) for name in names)
+    pack: Callable[[Any], bytes] = eval(f"lambda model: b''.join(({fields}))", globals())  # noqa: S307
+    return pack
+
+
+_order_fields = _packer(Order, ORDER_COLUMNS)
+_delivery_fields = _packer(Delivery, DELIVERY_COLUMNS)
+_payment_fields = _packer(Payment, PAYMENT_COLUMNS)
+_item_fields = _packer(Item, ITEM_COLUMNS)
+
+#: Behind the fields of an order: its digest, its source (4), when it was stored first, and in this version.
+_ORDER_HEAD = _field_count(len(ORDER_COLUMNS) + 7)
+_DELIVERY_HEAD = _field_count(1 + len(DELIVERY_COLUMNS))
+_PAYMENT_HEAD = _field_count(1 + len(PAYMENT_COLUMNS))
+_ITEM_HEAD = _field_count(2 + len(ITEM_COLUMNS))
+
+
+@attrs.frozen(repr=False)
+class PackedRows:
+    """An order's rows for a binary COPY into each table."""
+
+    #: Lacks ``pack_timestamps`` at its end.
+    order: bytes
+    delivery: bytes
+    payment: bytes
+    items: bytes
+
+    @classmethod
+    def of(
+        cls, order: Canonical, content_sha256: bytes, source: tuple[str, int, int, dt.datetime] | None
+    ) -> PackedRows:
+        """The rows of an order in canonical form. ``source``: topic id, partition, offset and time."""
+        uid = _text(order.order_uid)
+        if source is None:
+            place = _NULL * 4
+        else:
+            topic_id, partition, offset, time = source
+            place = _text(topic_id) + _integer(4, partition) + _bigint(8, offset) + _timestamptz(time)
+        return cls(
+            order=_ORDER_HEAD + _order_fields(order) + _bytea(content_sha256) + place,
+            delivery=_DELIVERY_HEAD + uid + _delivery_fields(order.delivery),
+            payment=_PAYMENT_HEAD + uid + _payment_fields(order.payment),
+            items=b"".join(
+                [_ITEM_HEAD + uid + _integer(4, line) + _item_fields(item) for line, item in enumerate(order.items)]
+            ),
+        )
+
+
+def pack_timestamps(first_stored_at: dt.datetime, stored_at: dt.datetime) -> bytes:
+    """The last two columns of ``orders``, which only the store knows."""
+    return _timestamptz(first_stored_at) + _timestamptz(stored_at)
+
+
+_REJECT_HEAD = _field_count(10)
+#: What precedes the text of a jsonb.
+_JSONB_VERSION = b"\1"
+
+
+def reject_row(
+    position: tuple[str, int, int],
+    topic: str,
+    time: dt.datetime,
+    contents: tuple[bytes | None, bytes | None, bytes | None],
+    code: str,
+    faults: bytes,
+) -> Iterator[bytes]:
+    """Yield a reject's binary row in parts, so that a large record is not copied.
+
+    ``position``: topic id, partition, offset; ``contents``: key, value, headers as JSON.
+    """
+    topic_id, partition, offset = position
+    yield _REJECT_HEAD + _text(topic_id) + _integer(4, partition) + _bigint(8, offset) + _text(topic)
+    yield _timestamptz(time)
+    for content in contents:
+        if content is None:
+            yield _NULL
+        else:
+            yield _length(len(content))
+            yield content
+    yield _text(code) + _bytea(_JSONB_VERSION + faults)

@@ -1,0 +1,60 @@
+"""Who may ask."""
+
+from __future__ import annotations
+
+import base64
+import re
+
+import falcon
+from falcon.asgi import Request, Response
+
+from services.settings import ApiSettings
+
+#: Health and the description of the API hold no personal data.
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/openapi.json"})
+
+_LOCALHOST = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?", re.IGNORECASE)
+#: Basic first: Chromium reads one challenge of a line.
+_CHALLENGES = ['Basic realm="orders", charset="UTF-8"', 'Bearer realm="orders"']
+
+
+class AuthMiddleware:
+    """Middleware: a token for everything but the open paths; without tokens, requests to localhost alone.
+
+    A token comes as a Bearer, or as the password of Basic with any user name, so that a browser can ask for it.
+    """
+
+    def __init__(self, settings: ApiSettings) -> None:
+        self._settings = settings
+
+    async def process_request(self, req: Request, resp: Response) -> None:
+        """Raise HTTPUnauthorized or, for a Host header that is not localhost's, a 421."""
+        if req.path in OPEN_PATHS:
+            return
+        resp.set_header("Vary", "Accept, Authorization")
+        if not self._settings.tokens:
+            # A page on the web can lead its visitor's browser here by a name of its own, but not with this header.
+            if not _LOCALHOST.fullmatch(req.get_header("Host", default="")):
+                raise falcon.HTTPError(
+                    falcon.HTTP_MISDIRECTED_REQUEST, description="Without tokens, only localhost is served."
+                )
+            return
+        token = _token_in(req.auth or "")
+        name = self._settings.name_of(token) if token else None
+        if name is None:
+            raise falcon.HTTPUnauthorized(description="A token is needed.", challenges=_CHALLENGES)
+        req.context.token_name = name
+
+
+def _token_in(authorization: str) -> str | None:
+    scheme, _, credentials = authorization.partition(" ")
+    match scheme.lower():
+        case "bearer":
+            return credentials.strip()
+        case "basic":
+            try:
+                return base64.b64decode(credentials.strip(), validate=True).decode().partition(":")[2]
+            except ValueError:
+                return None
+        case _:
+            return None

@@ -1,0 +1,85 @@
+"""What is told about each request: its id, one line in the log, the metrics. Never personal data."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from http import HTTPMethod, HTTPStatus
+
+from falcon.asgi import Request, Response
+
+from services.api.error_handlers import PROBLEM_JSON, problem
+from services.api.metrics import OTHER_METHOD, UNMATCHED, Metrics
+from services.program import event
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_METHODS = frozenset(HTTPMethod)
+
+SECURITY_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+class RequestMetricsMiddleware:
+    """Middleware around all others: it sees every request, however it ends."""
+
+    def __init__(self, metrics: Metrics, make_id: Callable[[], str]) -> None:
+        self._metrics = metrics
+        self._make_id = make_id
+
+    async def process_request(self, req: Request, resp: Response) -> None:
+        """Begin to watch; take over the client's request id if it is one."""
+        req.context.started = time.perf_counter()
+        req.context.token_name = None
+        req.context.reason = None
+        req.context.order_uid = None
+        given = req.get_header("X-Request-Id", default="")
+        req.context.request_id = given if _REQUEST_ID.fullmatch(given) else self._make_id()
+        resp.set_header("X-Request-Id", req.context.request_id)
+
+    async def process_response(self, req: Request, resp: Response, _resource: object, _succeeded: bool) -> None:
+        """Log and count."""
+        resp.set_headers(SECURITY_HEADERS)
+        seconds = time.perf_counter() - req.context.started
+        route = req.uri_template or UNMATCHED
+        method = req.method if req.method in _METHODS else OTHER_METHOD
+        self._metrics.count(route, method, resp.status_code, seconds)
+        known = {
+            name: value
+            for name in ("token_name", "order_uid", "reason")
+            if (value := getattr(req.context, name)) is not None
+        }
+        event(
+            "request",
+            logging.WARNING if "reason" in known else logging.INFO,
+            route=route,
+            method=method,
+            status=resp.status_code,
+            ms=round(seconds * 1000, 2),
+            request_id=req.context.request_id,
+            **known,
+        )
+
+    def refuse(self, status: HTTPStatus, route: str) -> tuple[dict[str, str], bytes]:
+        """Log and count a request that the application could not answer; return the headers and body to answer with."""
+        request_id = self._make_id()
+        self._metrics.count(route, OTHER_METHOD, status, 0.0)
+        event("request", logging.WARNING, route=route, method=OTHER_METHOD, status=status, request_id=request_id)
+        body = problem(status, status.description or status.phrase, request_id)
+        return {
+            **SECURITY_HEADERS,
+            "Cache-Control": "no-store",
+            "Content-Type": PROBLEM_JSON,
+            "Content-Length": str(len(body)),
+            "X-Request-Id": request_id,
+        }, body

@@ -1,0 +1,256 @@
+"""Settings: frozen, made from a mapping, silent about secrets.
+
+Each program makes its own from ``os.environ`` at its start, and nothing else reads the environment. A setting that is
+missing or wrong raises ConfigurationError naming its variable, never its value: it may be a secret.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import re
+from collections.abc import Mapping
+
+import attrs
+
+from orderlib.errors import ConfigurationError
+
+_KAFKA_PREFIX = "ORDERS_KAFKA_"
+
+#: librdkafka properties that a promise depends on, with their aliases.
+RESERVED_KAFKA_PROPERTIES = frozenset(
+    {
+        "acks",
+        "allow.auto.create.topics",
+        "auto.commit.enable",
+        "auto.offset.reset",
+        "delivery.report.only.error",
+        "enable.auto.commit",
+        "enable.auto.offset.store",
+        "enable.gapless.guarantee",
+        "enable.idempotence",
+        "enable.partition.eof",
+        "group.id",
+        "group.protocol",
+        "group.protocol.type",
+        "group.remote.assignor",
+        "isolation.level",
+        "metadata.broker.list",
+        "offset.store.method",
+        "partition.assignment.strategy",
+        "partitioner",
+        "produce.offset.report",
+        "queuing.strategy",
+        "request.required.acks",
+        "topic.blacklist",
+        "transactional.id",
+    }
+)
+
+_HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):(?P<port>\d{1,5})")
+
+
+def _required(environ: Mapping[str, str], name: str) -> str:
+    value = environ.get(name, "")
+    if not value:
+        raise ConfigurationError(f"{name} is not set")
+    return value
+
+
+def _integer(environ: Mapping[str, str], name: str, default: int, least: int, most: int | None = None) -> int:
+    text = environ.get(name, "")
+    if not text:
+        return default
+    number = int(text) if re.fullmatch(r"[0-9]{1,15}", text) else -1
+    if number < least or (most is not None and number > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ConfigurationError(f"{name} must be an integer {limits}")
+    return number
+
+
+def _fraction(environ: Mapping[str, str], name: str, default: float) -> float:
+    text = environ.get(name, "")
+    if not text:
+        return default
+    if not re.fullmatch(r"(0|1|0?\.\d+|0\.\d*|1\.0*)", text):
+        raise ConfigurationError(f"{name} must be a number from 0 to 1")
+    return float(text)
+
+
+@attrs.frozen
+class Address:
+    """Where a program listens."""
+
+    #: Host name or address, an IPv6 one in brackets.
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
+
+    @classmethod
+    def parse(cls, name: str, text: str) -> Address:
+        """The address in ``host:port``. Raises ConfigurationError naming the variable."""
+        found = _HOST_AND_PORT.fullmatch(text)
+        if not found or int(found["port"]) > 65535:
+            raise ConfigurationError(f"{name} must be host:port")
+        return cls(host=found["host"], port=int(found["port"]))
+
+
+@attrs.frozen(kw_only=True)
+class KafkaSettings:
+    """How to reach Kafka, and which topic orders are in."""
+
+    #: ``ORDERS_KAFKA_BOOTSTRAP_SERVERS``: host:port, several with commas.
+    bootstrap_servers: str
+    #: ``ORDERS_TOPIC`` (``orders``).
+    topic: str
+    #: ``ORDERS_KAFKA_X_Y``: librdkafka's property x.y, for TLS, SASL and tuning. May hold secrets.
+    properties: Mapping[str, str] = attrs.field(repr=False)
+
+    @classmethod
+    def from_mapping(cls, environ: Mapping[str, str]) -> KafkaSettings:
+        """Read the settings. Raises ConfigurationError, also for a property that a promise rests on."""
+        properties = {
+            name.removeprefix(_KAFKA_PREFIX).lower().replace("_", "."): value
+            for name, value in environ.items()
+            if name.startswith(_KAFKA_PREFIX) and name != "ORDERS_KAFKA_BOOTSTRAP_SERVERS"
+        }
+        for reserved in sorted(RESERVED_KAFKA_PROPERTIES & properties.keys()):
+            name = _KAFKA_PREFIX + reserved.upper().replace(".", "_")
+            raise ConfigurationError(f"{name} cannot be set: what orderlib promises rests on its own {reserved}")
+        return cls(
+            bootstrap_servers=_required(environ, "ORDERS_KAFKA_BOOTSTRAP_SERVERS"),
+            topic=environ.get("ORDERS_TOPIC") or "orders",
+            properties=properties,
+        )
+
+    def client_properties(self) -> dict[str, str]:
+        """What every librdkafka client is made with."""
+        return {
+            **self.properties,
+            "bootstrap.servers": self.bootstrap_servers,
+            # A misspelt topic must be reported, not created.
+            "allow.auto.create.topics": "false",
+        }
+
+
+@attrs.frozen(kw_only=True)
+class ConsumerSettings:
+    """Settings of ``services.consumer``."""
+
+    kafka: KafkaSettings
+    #: ``ORDERS_DATABASE_URL``: PostgreSQL as the writer.
+    database_url: str = attrs.field(repr=False)
+    #: ``ORDERS_CONSUMER_GROUP`` (``order-consumer``); one group per database.
+    group: str
+    #: ``ORDERS_MAX_RECORD_BYTES`` (8 MiB): a longer value is rejected unparsed.
+    max_record_bytes: int
+    #: ``ORDERS_METRICS_BIND`` (``127.0.0.1:9101``): /metrics, /livez, /readyz.
+    metrics_bind: Address
+    #: ``ORDERS_BREAKER_FRACTION`` (0.95): stop when so many of the last 1,000 records were refused; 0 switches it off.
+    breaker_fraction: float
+
+    @classmethod
+    def from_mapping(cls, environ: Mapping[str, str]) -> ConsumerSettings:
+        """Read the settings. Raises ConfigurationError."""
+        return cls(
+            kafka=KafkaSettings.from_mapping(environ),
+            database_url=_required(environ, "ORDERS_DATABASE_URL"),
+            group=environ.get("ORDERS_CONSUMER_GROUP") or "order-consumer",
+            max_record_bytes=max_record_bytes(environ),
+            metrics_bind=Address.parse("ORDERS_METRICS_BIND", environ.get("ORDERS_METRICS_BIND") or "127.0.0.1:9101"),
+            breaker_fraction=_fraction(environ, "ORDERS_BREAKER_FRACTION", 0.95),
+        )
+
+
+@attrs.frozen(kw_only=True)
+class ApiSettings:
+    """Settings of ``services.api``."""
+
+    #: ``ORDERS_READER_URL``: PostgreSQL as the reader.
+    reader_url: str = attrs.field(repr=False)
+    #: ``ORDERS_API_BIND`` (``127.0.0.1:8080``).
+    bind: Address
+    #: ``ORDERS_METRICS_BIND`` (``127.0.0.1:9102``): /metrics.
+    metrics_bind: Address
+    #: ``ORDERS_API_KEEPALIVE_S`` (75): how long an idle connection is kept. It must be longer than the idle timeout of
+    #: a load balancer, which otherwise sends requests on connections that are being closed.
+    keepalive_s: int = 75
+    #: ``ORDERS_API_TOKENS``: name:token, several with commas; a name is for the logs, so that a token can be rotated.
+    #: Empty only with ``ORDERS_API_AUTH=off``, which takes requests to localhost alone.
+    tokens: Mapping[str, str] = attrs.field(repr=False)
+
+    @classmethod
+    def from_mapping(cls, environ: Mapping[str, str]) -> ApiSettings:
+        """Read the settings. Raises ConfigurationError, also where nobody said who may read."""
+        bind = Address.parse("ORDERS_API_BIND", environ.get("ORDERS_API_BIND") or "127.0.0.1:8080")
+        if environ.get("ORDERS_API_AUTH") == "off" and not bind.is_loopback:
+            raise ConfigurationError("ORDERS_API_BIND must be localhost, 127.0.0.1 or [::1] where ORDERS_API_AUTH=off")
+        return cls(
+            reader_url=_required(environ, "ORDERS_READER_URL"),
+            bind=bind,
+            metrics_bind=Address.parse("ORDERS_METRICS_BIND", environ.get("ORDERS_METRICS_BIND") or "127.0.0.1:9102"),
+            keepalive_s=_integer(environ, "ORDERS_API_KEEPALIVE_S", 75, 1, 3600),
+            tokens=_tokens(environ),
+        )
+
+    def name_of(self, token: str) -> str | None:
+        """Whose token this is, compared in constant time; ``None`` for nobody's."""
+        found = None
+        for name, known in self.tokens.items():
+            if hmac.compare_digest(known.encode(), token.encode()):
+                found = name
+        return found
+
+
+def _tokens(environ: Mapping[str, str]) -> dict[str, str]:
+    auth = environ.get("ORDERS_API_AUTH") or "on"
+    if auth not in {"on", "off"}:
+        raise ConfigurationError("ORDERS_API_AUTH must be on or off")
+    text = environ.get("ORDERS_API_TOKENS") or ""
+    if auth == "off":
+        if text:
+            raise ConfigurationError("ORDERS_API_TOKENS and ORDERS_API_AUTH=off contradict each other")
+        return {}
+    if not text:
+        raise ConfigurationError(
+            "ORDERS_API_TOKENS is not set (or set ORDERS_API_AUTH=off to serve localhost without tokens)"
+        )
+    tokens: dict[str, str] = {}
+    for number, pair in enumerate(text.split(","), 1):
+        name, colon, token = pair.strip().partition(":")
+        # Without a colon, or with an empty name, what is there may be a token: no message quotes any of it.
+        for is_wrong, reason in (
+            (not pair.strip(), "is empty"),
+            (not colon, "is not name:token"),
+            (not name, "has no name"),
+            (not token, "has no token"),
+            (re.search(r"\s", name + token), "contains white space; separate tokens with commas"),
+            (not re.fullmatch(r"[!-~]+", name + token), "must be printable ASCII"),
+            (name in tokens, "has the name of another one"),
+        ):
+            if is_wrong:
+                raise ConfigurationError(f"ORDERS_API_TOKENS: token {number} {reason}")
+        tokens[name] = token
+    return tokens
+
+
+def max_record_bytes(environ: Mapping[str, str]) -> int:
+    """``ORDERS_MAX_RECORD_BYTES`` (8 MiB)."""
+    return _integer(environ, "ORDERS_MAX_RECORD_BYTES", 8 * 1024 * 1024, 1)
+
+
+def database_url(environ: Mapping[str, str], name: str) -> str:
+    """One of the database URLs, by its variable. No URL stands in for another."""
+    return _required(environ, name)

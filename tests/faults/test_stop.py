@@ -1,0 +1,114 @@
+"""Told to stop, however often and in whatever trouble, it leaves with 0 within 10 s; its successor finishes the work.
+
+Servers that are away are in test_outages.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+
+from tests.conftest import Database
+from tests.support.accounting import assert_all_accounted_for, wait_until_handled
+from tests.support.api_process import eventually
+from tests.support.consumer_process import consuming
+from tests.support.locking import FENCE, TABLE, locked
+from tests.support.message_proxy import Moment, proxy
+from tests.support.sending import Sender, uids
+
+
+def test_a_half_open_connection_does_not_keep_the_consumer_from_leaving(
+    member: dict[str, str], database: Database, sender: Sender
+) -> None:
+    with proxy(database.writer_url) as between:
+        with consuming({**member, "ORDERS_DATABASE_URL": between.url}) as consumer:
+            between.set_trap(Moment.COMMITTED)
+            sender.send_orders(uids("order", 100))
+            assert between.trapped.wait(15)
+            assert consumer.stop() == 0
+        between.drop()
+        with consuming(member) as successor:
+            wait_until_handled(sender.manifest, database)
+            assert_all_accounted_for(sender.manifest, database, member)
+            assert successor.stop() == 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("statement", [pytest.param(TABLE, id="of-a-table"), pytest.param(FENCE, id="of-the-fence")])
+def test_a_wait_for_a_lock_does_not_keep_it(
+    statement: str, member: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_orders(uids("order", 100))
+    with consuming(member) as consumer:
+        wait_until_handled(sender.manifest, database)
+        with locked(database, statement):
+            sender.send_orders(uids("order", 100), version=2)
+            assert eventually(lambda: not consumer.ready, 10)
+            assert consumer.stop() == 0
+    with consuming(member) as successor:
+        wait_until_handled(sender.manifest, database)
+        assert_all_accounted_for(sender.manifest, database, member)
+        assert successor.stop() == 0
+
+
+@pytest.mark.faults
+def test_a_server_that_stops_answering_at_the_start_does_not_keep_it(
+    environ: dict[str, str], database: Database
+) -> None:
+    with proxy(database.writer_url) as between:
+        between.set_trap(Moment.READY)
+        with consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as consumer:
+            assert between.trapped.wait(10)
+            assert consumer.live
+            assert not consumer.ready
+            assert consumer.stop() == 0
+
+
+@contextmanager
+def frozen_backends(database: Database) -> Iterator[None]:
+    """The consumer's backends stand still; root may do that to them."""
+    with psycopg.connect(database.superuser_url) as connection:
+        rows = connection.execute("SELECT pid FROM pg_stat_activity WHERE usename = 'orders_writer'").fetchall()
+    try:
+        for (pid,) in rows:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for (pid,) in rows:
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may stop another user's process")
+def test_a_frozen_backend_does_not_keep_it(member: dict[str, str], database: Database, sender: Sender) -> None:
+    sender.send_orders(uids("order", 100))
+    with consuming(member) as consumer:
+        wait_until_handled(sender.manifest, database)
+        with frozen_backends(database):
+            sender.send_orders(uids("order", 100), version=2)
+            assert eventually(lambda: not consumer.ready, 10)
+            assert consumer.live
+            assert consumer.stop() == 0
+    with consuming(member) as successor:
+        wait_until_handled(sender.manifest, database)
+        assert_all_accounted_for(sender.manifest, database, member)
+        assert successor.stop() == 0
+
+
+@pytest.mark.faults
+def test_load_and_a_rebalance_do_not_keep_it(environ: dict[str, str], database: Database, sender: Sender) -> None:
+    for version in range(1, 6):
+        sender.send_orders(uids("order", 2000), version)
+    with consuming(environ) as first, consuming(environ) as second:
+        assert eventually(lambda: bool(first.events("partitions_assigned")), 10)
+        with consuming(environ) as third:
+            assert third.stop() == 0
+            assert first.stop() == 0
+        wait_until_handled(sender.manifest, database)
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert second.stop() == 0

@@ -1,0 +1,180 @@
+"""What the consumer promises, checked from outside: by what the log holds, not by what the store says of itself."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+from orderlib.ingestion.records import Batch, PreparedOrder, StoredVersion
+from orderlib.repository import Outcome
+from tests.simulation.kafka import CODES, KEYED_UIDS, TOO_LARGE, Fetched, Life
+
+#: The uids whose records are all in one partition.
+KEYED = {f"u{uid}" for uid in range(KEYED_UIDS)}
+
+#: Topic id, partition, offset.
+Place = tuple[str, int, int]
+
+
+class InvariantViolation(BaseException):
+    """The consumer did what it promised never to do. No ``except Exception`` of the program hides it."""
+
+
+class Invariants:
+    """Told of every commit; raises InvariantViolation."""
+
+    def __init__(self, fault: Callable[[str], None]) -> None:
+        self._fault = fault
+        self.lives: dict[str, Life] = {}
+        #: Next record to be handled, by topic id and partition; an operator's rewind sets it back.
+        self.handled: dict[tuple[str, int], int] = {}
+        #: The furthest it ever was.
+        self.reached: dict[tuple[str, int], int] = {}
+
+    def on_life(self, life: Life) -> None:
+        """The topic was made; it begins at its earliest records."""
+        self.lives[life.topic_id] = life
+        for partition, earliest in enumerate(life.earliest):
+            self.handled[life.topic_id, partition] = self.reached[life.topic_id, partition] = earliest
+
+    def on_batch(
+        self,
+        batch: Batch,
+        outcomes: Sequence[Outcome],
+        before: Mapping[str, StoredVersion],
+        changes: Mapping[str, StoredVersion],
+    ) -> None:
+        """A batch is about to take effect."""
+        life = self.lives[batch.topic_id]
+        records: dict[int, list[Fetched]] = {partition: [] for partition in batch.ranges}
+        bad = 0
+        for record, _ in batch.classified:
+            assert isinstance(record, Fetched)
+            records[record.source.partition].append(record)
+            bad += record.entry.kind in CODES
+        for partition, offset_range in batch.ranges.items():
+            key = (batch.topic_id, partition)
+            if self.handled[key] != offset_range.expected_offset:
+                raise InvariantViolation(f"{key} was handled up to {self.handled[key]}, and now {offset_range}")
+            here = records[partition]
+            log = life.logs[partition]
+            at = 0
+            for offset in range(offset_range.expected_offset, offset_range.next_offset):
+                entry = log[offset] if offset < len(log) else None
+                if entry is None:
+                    continue
+                if at == len(here) or here[at].source.offset != offset or here[at].entry != entry:
+                    raise InvariantViolation(f"{key} offset {offset} is not in its batch: {offset_range}")
+                at += 1
+            if at != len(here):
+                raise InvariantViolation(
+                    f"{key}: the batch holds records outside of {offset_range}, or of another life"
+                )
+            self.handled[key] = offset_range.next_offset
+            self.reached[key] = max(self.reached[key], offset_range.next_offset)
+        refused = sum(
+            isinstance(classified, PreparedOrder) and classified.content_sha256 == b"!"
+            for _, classified in batch.classified
+        )
+        if len(outcomes) - refused != len(batch.classified) - bad or outcomes.count(Outcome.REJECTED) != refused:
+            raise InvariantViolation(f"{len(batch.classified)} records, {bad} of them bad, came to {outcomes}")
+        if Outcome.SUPERSEDED in outcomes:
+            self._fault("superseded")
+        self.on_orders(before, changes)
+
+    def on_orders(self, before: Mapping[str, StoredVersion], changes: Mapping[str, StoredVersion]) -> None:
+        """Orders are about to change: one that is keyed never goes back."""
+        for uid, after in changes.items():
+            old = before.get(uid)
+            if old is None or uid not in KEYED or old == after:
+                continue
+            if after.source is None or (old.source is not None and old.source.topic_id != after.source.topic_id):
+                continue
+            if old.source is None or after.source.offset < old.source.offset:
+                raise InvariantViolation(f"{uid} went back from {old} to {after}")
+            if after.source.offset == old.source.offset and old.content_sha256 != after.content_sha256:
+                raise InvariantViolation(f"{uid} has another content at the same place: {old}, {after}")
+
+    def on_redriven(self, place: Place, before: Outcome | None, outcome: Outcome) -> None:
+        """A reject is about to get its outcome."""
+        if before not in {None, Outcome.REJECTED, outcome}:
+            raise InvariantViolation(f"the reject {place} was {before} when redriven, and is {outcome} now")
+        if outcome is Outcome.SUPERSEDED:
+            self._fault("redrive beside a newer version")
+
+    def on_rewind(self, topic_id: str, partition: int, next_offset: int) -> None:
+        """An operator moved an offset back: from there on everything is handled once more."""
+        self.handled[topic_id, partition] = next_offset
+
+    def all_handled(self, life: Life) -> bool:
+        """Whether nothing of the topic is left."""
+        return all(self.handled[life.topic_id, p] == len(log) for p, log in enumerate(life.logs))
+
+    def check_end(
+        self,
+        life: Life,
+        orders: Mapping[str, StoredVersion],
+        rejects: Mapping[Place, tuple[Fetched, Outcome | None]],
+        offsets: Mapping[tuple[str, int], int],
+    ) -> None:
+        """Everything is handled: is everything where it must be?"""
+        for partition, log in enumerate(life.logs):
+            if offsets.get((life.topic_id, partition), life.earliest[partition]) != len(log):
+                raise InvariantViolation(f"the store stands at {offsets}, and the log ends are {life.ends()}")
+        expected_rejects: dict[Place, str] = {}
+        #: Content and offset of the last valid record in each partition, and of the redriven ones behind it.
+        last: dict[str, dict[tuple[str, int], list[tuple[bytes, int]]]] = {}
+        #: What a rewind that the end of the topic's life cut short may have handled last.
+        cut_short: defaultdict[str, set[bytes]] = defaultdict(set)
+        for (topic_id, partition), reached in self.reached.items():
+            for offset, entry in enumerate(self.lives[topic_id].logs[partition][:reached]):
+                if entry is None:
+                    continue
+                place = (topic_id, partition, offset)
+                earlier: list[tuple[bytes, int]] = []
+                if entry.kind in CODES:
+                    expected_rejects[place] = CODES[entry.kind]
+                    redriven = rejects[place][1] if place in rejects else None
+                    if entry.kind != TOO_LARGE or redriven not in {Outcome.STORED, Outcome.DUPLICATE}:
+                        continue
+                    earlier = last.get(f"u{entry.uid}", {}).get((topic_id, partition), [])
+                uid, content = f"u{entry.uid}", b"%d" % entry.content
+                last.setdefault(uid, {})[topic_id, partition] = [*earlier, (content, offset)]
+                if self.handled[topic_id, partition] < reached:
+                    cut_short[uid].add(content)
+        kept = {place: CODES[record.entry.kind] for place, (record, _) in rejects.items()}
+        if kept != expected_rejects:
+            raise InvariantViolation(f"rejects: {kept}, expected {expected_rejects}")
+        if orders.keys() != last.keys():
+            raise InvariantViolation(f"stored are {sorted(orders)}, expected {sorted(last)}")
+        for uid, version in orders.items():
+            source = version.source
+            if source is None:
+                raise InvariantViolation(f"{uid} has no source")
+            candidates = last[uid]
+            if len(candidates) > 1:
+                # Written from two partitions at once, a duplicate may put its source beside the other's content; and
+                # what was redriven in the past is not redriven once more when offsets are rewound.
+                contents = {content for at in candidates.values() for content, _ in at} | cut_short[uid]
+                holds = version.content_sha256 in contents
+            else:
+                at = candidates.get((source.topic_id, source.partition), [(b"", -1)])
+                holds = at[-1] == (version.content_sha256, source.offset)
+            if not holds:
+                raise InvariantViolation(f"{uid} is {version}, expected one of {candidates}")
+
+    def on_settled(self, batch: Batch, before: Mapping[str, StoredVersion], after: Mapping[str, StoredVersion]) -> None:
+        """The contract once more in its plainest form, one record after the other: orders before the batch, and after.
+
+        A uid of several partitions has no such plain form.
+        """
+        expected = {uid: (version.content_sha256, version.source) for uid, version in before.items()}
+        for _, classified in batch.classified:
+            if isinstance(classified, PreparedOrder) and classified.content_sha256 != b"!":
+                uid, source = classified.order_uid, classified.source
+                at = expected[uid][1] if uid in expected else None
+                if at is None or source is None or at.topic_id != source.topic_id or at.offset < source.offset:
+                    expected[uid] = (classified.content_sha256, source)
+        for uid, version in after.items():
+            if uid in KEYED and (version.content_sha256, version.source) != expected[uid]:
+                raise InvariantViolation(f"{uid} becomes {version}, one by one it would be {expected[uid]}")

@@ -1,0 +1,510 @@
+"""A schedule: consumers, a topic, a store and whatever goes wrong between them, all decided by one seed.
+
+No threads, no time but our own. First chance rules for a while; then everything heals, is run to its end, and checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+from orderlib.errors import DatabaseUnavailable, FenceLost, OrderlibError, TransactionConflict
+from orderlib.ingestion.consumer_core import TopicRecreated
+from tests.simulation.invariants import Invariants, InvariantViolation
+from tests.simulation.kafka import (
+    GOOD,
+    HEAVY,
+    KEYED_UIDS,
+    PARTITIONS,
+    POISON,
+    REFUSED,
+    TOO_LARGE,
+    UIDS,
+    Entry,
+    Group,
+    Life,
+)
+from tests.simulation.process import MistakeError, Process
+from tests.simulation.store import Bug, Job, Step, Store
+
+#: So many consumers at most.
+PROCESSES = 3
+
+#: Steps of chance in a schedule, at least and in addition.
+STEPS, MORE_STEPS = 100, 150
+
+#: So many faults of those below are at work in one schedule.
+FAULTS_AT_ONCE = 5
+
+#: After everything has healed, so many rounds must be enough.
+ROUNDS = 200
+
+#: What no retry can help, planted by the schedule.
+RIGHT_REVOKED = "permission denied for table items"
+NOT_AUTHORIZED = "Kafka: topic authorization failed"
+MISTAKE = "a mistake in the program"
+FATAL = {RIGHT_REVOKED, NOT_AUTHORIZED, MISTAKE}
+
+#: What may happen in a schedule, and is counted.
+FAULTS = {
+    *("COMMIT took effect late", "COMMIT without an answer", "Kafka down", "PostgreSQL down", "batch full"),
+    *("blocker ended", "collision", "connection cut", "duplicate", "end reached", "fence lost", "frozen"),
+    *(
+        "frozen in its transaction",
+        "gap at the end",
+        "gap in the log",
+        "good record",
+        "heavy record",
+        "killed after COMMIT",
+    ),
+    *("killed before COMMIT", "killed between batches", "killed in COMMIT", "offsets rewound", "partitions lost"),
+    *("poison", "rebalance", "redrive", "redrive beside a newer version", "refused by PostgreSQL"),
+    *("seek after a lost fence", "stall", "superseded", "told to stop", "told to stop in a batch", "too large"),
+    *(
+        "no answer while it stops",
+        "batch abandoned",
+        "mistake in the program",
+        "not authorized by Kafka",
+        "right revoked",
+        "waited to stop",
+    ),
+    *("topic id differs", "topic made again", "two redrives at once", "version", "zombie", "zombie at the fence"),
+}
+
+_NAMES = {
+    GOOD: "good record",
+    HEAVY: "heavy record",
+    POISON: "poison",
+    REFUSED: "refused by PostgreSQL",
+    TOO_LARGE: "too large",
+}
+_KINDS = [GOOD] * 20 + [HEAVY, HEAVY, HEAVY, POISON, POISON, REFUSED, TOO_LARGE, TOO_LARGE]
+_UIDS = [uid for uid in range(UIDS) for _ in range(3 if uid < KEYED_UIDS else 1)]
+
+
+class Simulator:
+    """One schedule."""
+
+    def __init__(self, seed: int, bug: Bug | None = None, tell: Callable[[str], None] | None = None) -> None:
+        self.rng = Random(seed)
+        self._chance = self.rng.random
+        self._tell = tell
+        #: What went wrong in this schedule.
+        self.faults: set[str] = set()
+        self.now_s = 0.0
+        self.healing = False
+        self.kafka_down = False
+        #: The writer may not write; Kafka refuses whoever fetches next.
+        self.revoked = False
+        self.refusing = False
+        self.bug = bug
+        self.promises = Invariants(self.fault)
+        self.store = Store(self.promises, bug)
+        self.group = Group(self._chance)
+        self.processes: list[Process] = []
+        #: Transactions whose client is gone or has given up, and redrives.
+        self.orphans: list[Job] = []
+        self.redrives: list[Job] = []
+        self._rewind_wanted = False
+        self._started = 0
+        self.life = self._begin_life([self._below(3) for _ in range(PARTITIONS)])
+        for _ in range(6):
+            self._produce()
+
+    def run(self) -> None:
+        """The whole schedule. Raises InvariantViolation."""
+        for _ in range(1 + self._below(PROCESSES)):
+            self._start()
+        faults = [
+            self._crash,
+            self._cut,
+            self._collide,
+            self._freeze,
+            self._deafen,
+            self._lose,
+            self._stall,
+            self._postgres_outage,
+            self._kafka_outage,
+            self._tell_to_stop,
+            self._rebalance,
+            self._remake,
+            self._rewind,
+            self._redrive,
+            self._break,
+        ]
+        self.rng.shuffle(faults)
+        ordinary = [self._turn] * 20 + [self._advance] * 20 + [self._produce] * 4 + [self._restore, self._start_anew]
+        table = ordinary + faults[:FAULTS_AT_ONCE]
+        size, chance = len(table), self._chance
+        for _ in range(STEPS + self._below(MORE_STEPS)):
+            self.now_s += chance() * 0.05
+            table[int(chance() * size)]()
+        self._heal()
+
+    # What the processes call.
+
+    def note(self, *words: object) -> None:
+        """For who watches a replay."""
+        if self._tell is not None:
+            self._tell(f"{self.now_s:8.3f}  {' '.join(map(str, words))}")
+
+    def fault(self, name: str, *words: object) -> None:
+        """Something went wrong, and is counted."""
+        self.faults.add(name)
+        if self._tell is not None:
+            self.note("!", name, *words)
+
+    def leave(self, process: Process) -> None:
+        """It ends in good order; a job in hand may be left behind."""
+        self.note(process.name, "leaves")
+        self._abandon(process)
+        self._remove(process)
+
+    def on_end_reached(self, process: Process) -> None:
+        """It says that the ends it was given are handled."""
+        self.fault("end reached")
+        behind = [p for p, end in (process.until or {}).items() if self.promises.reached[self.life.topic_id, p] < end]
+        if behind and self.life.number == 0:
+            raise InvariantViolation(f"{process.name} says that the end is reached, not so in {behind}")
+
+    def on_fatal(self, process: Process, error: Exception) -> None:
+        """It hears of what no retry can help."""
+        if isinstance(error, TopicRecreated):
+            self.fault("topic id differs")
+        elif str(error) not in FATAL and self.life.number == 0:
+            raise InvariantViolation(f"{process.name} cannot go on: {error!r}")
+
+    # The ordinary course.
+
+    def _below(self, bound: int) -> int:
+        return int(self._chance() * bound)
+
+    def _any_process(self) -> Process | None:
+        return self.processes[int(self._chance() * len(self.processes))] if self.processes else None
+
+    def _begin_life(self, earliest: list[int]) -> Life:
+        number = len(self.promises.lives)
+        life = Life(number, earliest)
+        self.promises.on_life(life)
+        return life
+
+    def _produce(self) -> None:
+        """A few records, old contents among them, and gaps."""
+        chance = self._chance
+        for _ in range(1 + int(chance() * 4)):
+            uid = _UIDS[int(chance() * len(_UIDS))]
+            partition = uid % PARTITIONS if uid < KEYED_UIDS else int(chance() * PARTITIONS)
+            log = self.life.logs[partition]
+            if chance() < 0.15:
+                log.append(None)
+                self.faults.add("gap in the log")
+            kind = _KINDS[int(chance() * len(_KINDS))]
+            self.faults.add(_NAMES[kind])
+            log.append(Entry(uid, int(chance() * 3), kind, self.life.number))
+            if chance() < 0.1:
+                log.append(log[-1])
+                self.faults.add("duplicate")
+            if chance() < 0.1:
+                log.append(Entry(uid, int(chance() * 3), kind, self.life.number))
+                self.faults.add("version")
+            if chance() < 0.1:
+                log.append(None)
+                self.faults.add("gap at the end")
+
+    def _turn(self) -> None:
+        process = self._any_process()
+        if process is not None and not process.frozen:
+            process.turn()
+            if process.core.stopping and process.job is not None and self._chance() < 0.3:
+                self.fault("no answer while it stops")
+                self.now_s += 6
+
+    def _advance(self) -> None:
+        busy = [process for process in self.processes if process.job is not None and not process.frozen]
+        which = self._below(len(busy) + len(self.redrives))
+        if which < len(busy):
+            self._advance_job_of(busy[which])
+        elif self.redrives:
+            self._advance_redrive(self.redrives[which - len(busy)])
+
+    def _advance_job_of(self, process: Process) -> None:
+        step = process.advance()
+        if step is Step.WAITING and self._chance() < 0.3:
+            self._end_blockers(process)
+        elif isinstance(process.result, FenceLost):
+            self.fault("zombie at the fence" if process.deaf else "fence lost")
+
+    def _end_blockers(self, process: Process) -> None:
+        """It waited for 5 s at a lock: whoever of our kind holds one is ended, and it tries again."""
+        self.now_s += 5
+        ended = self.orphans[:]
+        self._settle_orphans()
+        for other in self.processes:
+            if other is not process and other.job is not None and other.job.step is Step.WORKING:
+                ended.append(other.job)
+                self._throw(other, DatabaseUnavailable("terminated"))
+        if ended:
+            self.fault("blocker ended")
+        self._throw(process, TransactionConflict("ended blockers") if ended else DatabaseUnavailable("a lock is held"))
+
+    def _advance_redrive(self, job: Job) -> None:
+        try:
+            if self.store.down:
+                raise DatabaseUnavailable("down")
+            job.step = next(job.steps)
+        except (StopIteration, DatabaseUnavailable):
+            job.steps.close()
+            self.redrives.remove(job)
+
+    def _start_anew(self) -> None:
+        if self._rewind_wanted:
+            self._rewind()
+        elif len(self.processes) < PROCESSES:
+            self._start()
+
+    def _start(self) -> None:
+        until = self.life.ends() if self._chance() < 0.2 and not self.healing else None
+        self._started += 1
+        process = Process(self, f"consumer-{self._started}", self.rng, until)
+        self.note(process.name, "starts", "" if until is None else f"until {until}")
+        self.processes.append(process)
+        self.group.join(process)
+
+    def _restore(self) -> None:
+        """One of the things that went wrong is over."""
+        choice = self._chance()
+        self.revoked = False
+        if choice < 0.3:
+            self.store.down = False
+        elif choice < 0.5:
+            self.kafka_down = False
+        elif choice < 0.6:
+            self._settle_orphans()
+        else:
+            self._wake()
+
+    def _wake(self) -> None:
+        for process in self.processes:
+            if process.deaf:
+                self.note(process.name, "is back")
+                process.frozen = process.deaf = False
+                process.inbox = [("taken", partition) for partition in sorted(process.mine)]
+                self.group.join(process)
+                return
+
+    # What goes wrong.
+
+    def _abandon(self, process: Process) -> None:
+        """Nobody waits for its job any more. What of it has reached PostgreSQL may still go on."""
+        job, process.job = process.job, None
+        if job is None:
+            return
+        if job.step in {Step.COMMITTING, Step.WORKING} and self._chance() < 0.7:
+            self.orphans.append(job)
+        else:
+            job.steps.close()
+
+    def _settle_orphans(self) -> None:
+        """Each is rolled back, or its COMMIT takes effect, if that was sent."""
+        orphans, self.orphans = self.orphans, []
+        for job in orphans:
+            if job.step is Step.COMMITTING and self._chance() < 0.6:
+                self.fault("COMMIT took effect late")
+                next(job.steps)
+            job.steps.close()
+
+    def _remove(self, process: Process) -> None:
+        self.processes.remove(process)
+        if not process.deaf:
+            self.group.drop(process)
+
+    def _throw(self, process: Process, error: OrderlibError) -> None:
+        """The job under way fails, now."""
+        if process.job is not None:
+            process.job.steps.close()
+            process.finish(error)
+
+    def _crash(self) -> None:
+        """SIGKILL at any step of a job, or between jobs."""
+        process = self._any_process()
+        if process is None:
+            return
+        step = process.job.step if process.job is not None else None
+        when = {
+            None: "between batches",
+            Step.COMMITTING: "in COMMIT",
+            Step.ANSWERING: "after COMMIT",
+        }.get(step, "before COMMIT")
+        self.fault(f"killed {when}", process.name)
+        self._abandon(process)
+        self._remove(process)
+
+    def _cut(self) -> None:
+        """The connection breaks."""
+        process = self._any_process()
+        if process is None or process.job is None or process.frozen:
+            return
+        after = process.job.step in {Step.COMMITTING, Step.ANSWERING}
+        self.fault("COMMIT without an answer" if after else "connection cut", process.name)
+        self._abandon(process)
+        process.finish(DatabaseUnavailable("cut"))
+
+    def _collide(self) -> None:
+        process = self._any_process()
+        if process is not None and process.job is not None and process.job.step is Step.WORKING and not process.frozen:
+            self.fault("collision", process.name)
+            self._throw(process, TransactionConflict("deadlock"))
+
+    def _stall(self) -> None:
+        """No answer for long, of whatever is under way."""
+        self.fault("stall")
+        self.now_s += 3 + 4 * self._chance()
+
+    def _freeze(self) -> None:
+        """SIGSTOP, so long that the group goes on without it."""
+        process = self._any_process()
+        if process is not None and not process.frozen:
+            in_transaction = process.job is not None and process.job.step is Step.WORKING
+            self.fault("frozen in its transaction" if in_transaction else "frozen", process.name)
+            process.frozen = True
+            self._fall_silent(process)
+
+    def _deafen(self) -> None:
+        """The group hears nothing of it and goes on; it works on all the same."""
+        process = self._any_process()
+        if process is not None and not process.deaf:
+            self.fault("zombie", process.name)
+            self._fall_silent(process)
+
+    def _fall_silent(self, process: Process) -> None:
+        if not process.deaf:
+            process.deaf = True
+            process.inbox.clear()
+            self.group.drop(process)
+
+    def _lose(self) -> None:
+        """The group took everything from it without asking; it hears of that at once."""
+        process = self._any_process()
+        if process is not None and not process.deaf:
+            self.fault("partitions lost", process.name)
+            self._fall_silent(process)
+            self._wake()
+
+    def _postgres_outage(self) -> None:
+        self.fault("PostgreSQL down")
+        self.store.down = True
+        self._settle_orphans()
+        for process in self.processes:
+            if process.job is not None:
+                self._abandon(process)
+                process.finish(DatabaseUnavailable("down"))
+        self._settle_orphans()
+
+    def _kafka_outage(self) -> None:
+        self.fault("Kafka down")
+        self.kafka_down = True
+
+    def _tell_to_stop(self) -> None:
+        process = self._any_process()
+        if process is not None and not process.stop_event.is_set():
+            self.fault("told to stop in a batch" if process.job is not None else "told to stop", process.name)
+            process.stop_event.set()
+
+    def _rebalance(self) -> None:
+        self.fault("rebalance")
+        self.group.rebalance()
+
+    def _remake(self) -> None:
+        """The topic is deleted and made again, with records already."""
+        if len(self.promises.lives) < 3:
+            self.fault("topic made again")
+            self.life = self._begin_life([0] * PARTITIONS)
+            for _ in range(self._below(8)):
+                self._produce()
+
+    def _rewind(self) -> None:
+        """An operator stops the group, and moves offsets back once nobody is in it. Zombies are not."""
+        if not self._rewind_wanted:
+            self._rewind_wanted = True
+            for process in self.group.members:
+                process.stop_event.set()
+            return
+        if self.group.members:
+            return
+        moved = [key for key in self.store.offsets if key[0] == self.life.topic_id and key not in self.store.locks]
+        for topic_id, partition in moved:
+            earliest, now = self.life.earliest[partition], self.store.offsets[topic_id, partition]
+            if now > earliest and self._chance() < 0.7:
+                to = earliest + self._below(now - earliest)
+                self.fault("offsets rewound", partition, "to", to)
+                self.store.offsets[topic_id, partition] = to
+                self.promises.on_rewind(topic_id, partition, to)
+        self._rewind_wanted = False
+        self._start()
+
+    def _break(self) -> None:
+        """Something happens that no retry can help."""
+        kind = self._below(3)
+        process = self._any_process()
+        if kind == 0:
+            self.fault("right revoked")
+            self.revoked = True
+        elif kind == 1:
+            self.fault("not authorized by Kafka")
+            self.refusing = True
+        elif process is not None and process.job is not None and not process.frozen:
+            self.fault("mistake in the program", process.name)
+            self._abandon(process)
+            process.finish(MistakeError(MISTAKE))
+
+    def _redrive(self) -> None:
+        if len(self.redrives) < 2 and self.store.rejects:
+            self.fault("two redrives at once" if self.redrives else "redrive")
+            self.redrives.append(Job(self.store.redrive()))
+
+    # The end.
+
+    def _heal(self) -> None:
+        """Everything recovers; everything must then be handled, and right."""
+        self.note("everything heals")
+        self.healing, self.store.down, self.kafka_down, self._rewind_wanted = True, False, False, False
+        self.revoked = self.refusing = False
+        self._settle_orphans()
+        for _ in list(self.processes):
+            self._wake()
+        for _ in range(ROUNDS):
+            if not self.processes:
+                self._start()
+            self._round()
+            quiet = not self.redrives and not self.orphans and all(process.core.idle for process in self.processes)
+            if quiet and self.promises.all_handled(self.life):
+                break
+        else:
+            raise InvariantViolation(f"not everything is handled: {self.promises.handled}, {self.life.ends()}")
+        for _ in range(2):
+            self.redrives.append(Job(self.store.redrive()))
+            while self.redrives:
+                self._advance_redrive(self.redrives[0])
+        if any(process.paused for process in self.processes):
+            raise InvariantViolation("the outage is over, and somebody still pauses")
+        self._stop_all()
+        self.promises.check_end(self.life, self.store.orders, self.store.rejects, self.store.offsets)
+
+    def _round(self) -> None:
+        self.now_s += 0.06
+        self._settle_orphans()
+        for process in self.processes[:]:
+            process.turn()
+            while process.job is not None and process in self.processes:
+                if process.advance() is Step.WAITING:
+                    break
+        for job in self.redrives[:]:
+            self._advance_redrive(job)
+
+    def _stop_all(self) -> None:
+        for process in self.processes:
+            process.stop_event.set()
+        for _ in range(3):
+            self._round()
+        if self.processes:
+            raise InvariantViolation(f"{[process.name for process in self.processes]} were told to stop, and go on")

@@ -1,0 +1,50 @@
+"""The consumer's core through thousands of schedules made up by chance; ``python -m tests.simulation`` replays one."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+from tests.simulation.invariants import InvariantViolation
+from tests.simulation.schedules import explore, table
+from tests.simulation.simulator import FAULTS, Simulator
+from tests.simulation.store import Bug
+
+SCHEDULES = 10_000
+
+#: A planted mistake must be found in so many schedules.
+SCHEDULES_FOR_A_BUG = 2_000
+
+
+def any_seed() -> int:
+    """Another one in each run; pytest-randomly's seed, printed at the start, decides it."""
+    return random.getrandbits(32)
+
+
+def test_every_promise_is_kept_in_every_schedule_and_every_fault_occurs(capsys: pytest.CaptureFixture[str]) -> None:
+    seed = any_seed()
+    faults = explore(seed, SCHEDULES)
+    with capsys.disabled():
+        print(f"\n{SCHEDULES:,} schedules from seed {seed} on, and in how many each fault occurred:")
+        print(table(faults, SCHEDULES))
+    assert faults.keys() == FAULTS
+    assert min(faults.values()) >= SCHEDULES / 100
+
+
+@pytest.mark.parametrize("bug", Bug, ids=lambda bug: bug.value)
+def test_a_planted_bug_is_found(bug: Bug) -> None:
+    with pytest.raises(InvariantViolation):
+        explore(any_seed(), SCHEDULES_FOR_A_BUG, bug)
+
+
+def test_what_is_found_can_be_replayed() -> None:
+    with pytest.raises(InvariantViolation) as found:
+        explore(any_seed(), SCHEDULES_FOR_A_BUG, Bug.NO_FENCE)
+    replay = re.fullmatch(r"replay: python -m tests\.simulation (\d+) --bug no-fence", found.value.__notes__[0])
+    assert replay is not None
+    told: list[str] = []
+    with pytest.raises(InvariantViolation, match=re.escape(str(found.value))):
+        Simulator(int(replay[1]), Bug.NO_FENCE, told.append).run()
+    assert told

@@ -1,0 +1,109 @@
+"""The consumer as its operators meet it: a process of its own, which logs, counts and ends."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tests.support.api_process import ROOT, eventually
+
+#: The longest that a consumer may take to leave.
+STOPS_WITHIN_S = 10.0
+
+
+@attrs.define
+class Consuming:
+    """A running ``services.consumer``."""
+
+    process: subprocess.Popen[bytes]
+    stderr: Path
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """The log so far, or the events of one name."""
+        # The last line may be half-written.
+        lines = self.stderr.read_text().rpartition("\n")[0].splitlines()
+        events = [json.loads(line) for line in lines if line.startswith("{")]
+        return [event for event in events if name in (None, event["event"])]
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body of a page of its health server."""
+        address = self.events("started")[0]["metrics"]
+        connection = http.client.HTTPConnection(address, timeout=5)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+        finally:
+            connection.close()
+
+    @property
+    def live(self) -> bool:
+        return self.get("/livez")[0] == 200
+
+    @property
+    def ready(self) -> bool:
+        return self.get("/readyz")[0] == 200
+
+    def metric(self, sample: str) -> float:
+        """A number of ``/metrics`` by its name with labels, as it is written there; 0 if it is not."""
+        found = re.search(rf"^{re.escape(sample)} (\S+)$", self.get("/metrics")[1], re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    def freeze(self) -> None:
+        """Stop it as a debugger or an overloaded machine would, without its knowing."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.kill()
+        self.process.wait()
+
+    def status(self, within_s: float) -> int:
+        """Its exit status, once it ends by itself."""
+        return self.process.wait(within_s)
+
+    def stop(self) -> int:
+        """Tell it to stop, more than once, and give its exit status. Fails if that takes longer than promised."""
+        began_s = time.monotonic()
+        while self.process.poll() is None and time.monotonic() - began_s < STOPS_WITHIN_S:
+            self.process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.5)
+        assert self.process.poll() is not None, f"still there {STOPS_WITHIN_S:g} s after SIGTERM"
+        return self.process.returncode
+
+
+@contextmanager
+def consuming(environ: Mapping[str, str], *arguments: str) -> Iterator[Consuming]:
+    """``python -m services.consumer`` with these settings, past its configuration; gone at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        stderr = Path(folder) / "stderr"
+        command = [sys.executable, "-m", "services.consumer", *arguments]
+        with stderr.open("wb") as log:
+            process = subprocess.Popen(command, env=environ, stderr=log, cwd=ROOT)
+        consumer = Consuming(process, stderr)
+        try:
+            assert eventually(lambda: process.poll() is not None or bool(consumer.events("started")), 20)
+            assert consumer.events("started"), stderr.read_text()
+            yield consumer
+        except BaseException:
+            sys.stderr.write(stderr.read_text())
+            raise
+        finally:
+            if process.poll() is None:
+                consumer.kill()

@@ -1,0 +1,338 @@
+"""What every OrderRepository promises. Subclass it and give it a ``repository`` that is empty."""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
+from typing import Any
+
+import attrs
+import pytest
+
+from orderlib import (
+    Cursor,
+    Item,
+    Order,
+    OrderNotFound,
+    OrderRepository,
+    Outcome,
+    StoredOrder,
+    content_sha256,
+    decode_order,
+)
+from orderlib.testing import SAMPLE
+
+SAMPLE_ORDER = decode_order(SAMPLE)
+
+#: What nobody can have stored, though somebody may ask for it.
+STRANGE_UIDS = ["", ".", "a\0b", "\ud800", "x" * 10_000, "'; DROP TABLE orders; --", "ключ", "b563feb7b2b84b6test "]
+
+
+def an_order(
+    order_uid: str, version: int = 0, *, customer_id: str = "c", track_number: str = "t", items: int = 2
+) -> Order:
+    """An order in all of whose tables the version can be seen."""
+    [item] = SAMPLE_ORDER.items[:1]
+    return attrs.evolve(
+        SAMPLE_ORDER,
+        order_uid=order_uid,
+        customer_id=customer_id,
+        track_number=track_number,
+        sm_id=version,
+        delivery=attrs.evolve(SAMPLE_ORDER.delivery, name=f"version {version}"),
+        payment=attrs.evolve(SAMPLE_ORDER.payment, amount=version),
+        items=[attrs.evolve(item, chrt_id=line, price=version) for line in range(items)],
+    )
+
+
+def versions_in(order: Order) -> set[int]:
+    """The versions that the parts of ``an_order`` are of; more than one is a mixture."""
+    of_items = {item.price for item in order.items}
+    return {order.sm_id, int(order.delivery.name.removeprefix("version ")), order.payment.amount, *of_items}
+
+
+def stored(repository: OrderRepository, order_uid: str) -> StoredOrder:
+    [found] = [stored for stored in repository.newest(limit=100).orders if stored.order.order_uid == order_uid]
+    return found
+
+
+def uids(page_orders: tuple[StoredOrder, ...]) -> list[str]:
+    return [stored.order.order_uid for stored in page_orders]
+
+
+class RepositoryContract:
+    """The suite."""
+
+    # One order
+
+    def test_an_order_is_read_back_as_it_was_saved(self, repository: OrderRepository) -> None:
+        assert repository.save(SAMPLE_ORDER) is Outcome.STORED
+        assert repository.get(SAMPLE_ORDER.order_uid) == SAMPLE_ORDER
+
+    def test_orders_at_the_edges_of_the_contract_are_read_back_as_they_were_saved(
+        self, repository: OrderRepository
+    ) -> None:
+        east, west = (dt.timezone(dt.timedelta(minutes=minutes)) for minutes in (1439, -1439))
+        first = dt.datetime.min.replace(tzinfo=dt.UTC)
+        last = dt.datetime.max.replace(tzinfo=dt.UTC)
+        edges = [
+            attrs.evolve(an_order(uid, items=items), date_created=time, sm_id=2**63 - 1, internal_signature=text)
+            for uid, time, items, text in (
+                ("a", first, 1, "\U0010ffff" * 4096),
+                ("b" * 128, last, 1000, ""),
+                (":", first.astimezone(east), 1, "\x01\x7f\ufeff\ufffe\\N\t\n"),
+                ("...", last.astimezone(west), 1, "\u0301é\u202e"),
+            )
+        ]
+        repository.save_many(edges)
+        assert repository.get_many(order.order_uid for order in edges) == {order.order_uid: order for order in edges}
+
+    def test_an_order_that_is_not_there_is_not_found(self, repository: OrderRepository) -> None:
+        repository.save(SAMPLE_ORDER)
+        for order_uid in STRANGE_UIDS:
+            with pytest.raises(OrderNotFound):
+                repository.get(order_uid)
+            with pytest.raises(OrderNotFound):
+                repository.content_sha256(order_uid)
+
+    def test_one_text_is_not_taken_for_several_order_uids(self, repository: OrderRepository) -> None:
+        repository.save(an_order("a"))
+        with pytest.raises(TypeError, match="several"):
+            repository.get_many("a")
+
+    def test_the_digest_of_an_order_is_that_of_its_current_content(self, repository: OrderRepository) -> None:
+        for order in (an_order("a", 1), an_order("a", 2)):
+            repository.save(order)
+            assert repository.content_sha256("a") == content_sha256(order)
+
+    def test_saving_an_equal_order_again_is_a_duplicate_and_changes_no_field(self, repository: OrderRepository) -> None:
+        repository.save(SAMPLE_ORDER)
+        before = stored(repository, SAMPLE_ORDER.order_uid)
+        elsewhere = SAMPLE_ORDER.date_created.astimezone(dt.timezone(dt.timedelta(hours=9)))
+        for equal in (SAMPLE_ORDER, attrs.evolve(SAMPLE_ORDER, date_created=elsewhere)):
+            assert repository.save(equal) is Outcome.DUPLICATE
+        assert stored(repository, SAMPLE_ORDER.order_uid) == before
+
+    def test_another_version_replaces_an_order_whole(self, repository: OrderRepository) -> None:
+        repository.save(an_order("a", 1, items=5))
+        before = stored(repository, "a")
+        assert repository.save(an_order("a", 2, items=2)) is Outcome.STORED
+        after = stored(repository, "a")
+        assert after.order == an_order("a", 2, items=2)
+        assert after.first_stored_at == before.first_stored_at == before.stored_at
+        assert after.stored_at > before.stored_at
+
+    def test_an_order_may_go_back_to_an_earlier_version(self, repository: OrderRepository) -> None:
+        for version in (1, 2, 1):
+            assert repository.save(an_order("a", version)) is Outcome.STORED
+        assert repository.get("a") == an_order("a", 1)
+
+    @pytest.mark.parametrize("field", [field.name for field in attrs.fields(Item)])
+    def test_a_change_of_any_field_of_an_item_is_another_version(self, repository: OrderRepository, field: str) -> None:
+        repository.save(SAMPLE_ORDER)
+        first, *others = SAMPLE_ORDER.items
+        fields: dict[str, Any] = attrs.asdict(first)
+        fields[field] = fields[field] - 1 if isinstance(fields[field], int) else fields[field] + "."
+        changed = Item(**fields)
+        other = attrs.evolve(SAMPLE_ORDER, items=[changed, *others])
+        assert repository.save(other) is Outcome.STORED
+        assert repository.get(SAMPLE_ORDER.order_uid) == other
+
+    def test_the_order_of_the_items_is_kept_and_counts(self, repository: OrderRepository) -> None:
+        order = an_order("a", items=12)
+        backwards = attrs.evolve(order, items=order.items[::-1])
+        assert repository.save(order) is Outcome.STORED
+        assert repository.save(backwards) is Outcome.STORED
+        assert repository.get("a").items == order.items[::-1]
+
+    # Many orders
+
+    def test_of_the_same_order_in_one_call_the_last_version_wins(self, repository: OrderRepository) -> None:
+        outcomes = repository.save_many(
+            [an_order("a", 1), an_order("b", 1), an_order("a", 2), an_order("a", 2), an_order("c", 1), an_order("c", 2)]
+        )
+        assert outcomes == Counter({Outcome.STORED: 3, Outcome.SUPERSEDED: 2, Outcome.DUPLICATE: 1})
+        assert {uid: versions_in(order) for uid, order in repository.get_many(["a", "b", "c"]).items()} == {
+            "a": {2},
+            "b": {1},
+            "c": {2},
+        }
+
+    def test_saving_nothing_does_nothing(self, repository: OrderRepository) -> None:
+        assert repository.save_many([]) == Counter()
+        assert repository.newest().orders == ()
+
+    def test_orders_are_taken_from_any_iterable(self, repository: OrderRepository) -> None:
+        outcomes = repository.save_many(an_order(uid) for uid in "abc")
+        assert outcomes == Counter({Outcome.STORED: 3})
+        assert repository.get_many(iter("abcd")).keys() == set("abc")
+
+    def test_of_many_orders_those_that_exist_are_found(self, repository: OrderRepository) -> None:
+        repository.save_many(an_order(uid, items=index + 1) for index, uid in enumerate("abc"))
+        assert repository.get_many([]) == {}
+        assert repository.get_many(STRANGE_UIDS) == {}
+        assert repository.get_many(["c", "a", "c", *STRANGE_UIDS]) == {
+            "c": an_order("c", items=3),
+            "a": an_order("a", items=1),
+        }
+
+    def test_after_any_calls_the_last_version_of_each_order_is_stored(self, repository: OrderRepository) -> None:
+        rng = Random(20211126)
+        last: dict[str, Order] = {}
+        for _ in range(25):
+            batch = [
+                an_order(rng.choice("abcdefgh"), rng.randrange(4), items=rng.randint(1, 3))
+                for _ in range(rng.choice([1, 1, 5, 20]))
+            ]
+            assert repository.save_many(batch).total() == len(batch)
+            last |= {order.order_uid: order for order in batch}
+            assert repository.get_many(list("abcdefgh")) == last
+
+    def test_threads_that_save_the_same_orders_leave_each_of_them_whole(self, repository: OrderRepository) -> None:
+        def save(version: int) -> Counter[Outcome]:
+            rng = Random(version)
+            total: Counter[Outcome] = Counter()
+            for _ in range(6):
+                chosen = rng.choices("abcdef", k=8)
+                total += repository.save_many(an_order(uid, version, items=1 + version) for uid in chosen)
+            return total
+
+        with ThreadPoolExecutor(4) as threads:
+            outcomes = sum(threads.map(save, range(4)), Counter[Outcome]())
+        assert outcomes.total() == 4 * 6 * 8
+        found = repository.get_many(list("abcdef"))
+        assert found.keys() == set("abcdef")
+        for order in found.values():
+            [version] = versions_in(order)
+            assert len(order.items) == 1 + version
+
+    # The list
+
+    def test_the_list_begins_with_the_order_that_was_stored_last(self, repository: OrderRepository) -> None:
+        for uid in "bca":
+            repository.save(an_order(uid))
+        page = repository.newest()
+        assert uids(page.orders) == ["a", "c", "b"]
+        assert page.next_cursor is None
+        assert [stored.order for stored in page.orders] == [an_order(uid) for uid in "acb"]
+        assert all(stored.first_stored_at.utcoffset() == dt.timedelta() for stored in page.orders)
+
+    def test_orders_stored_together_are_listed_by_order_uid_backwards(self, repository: OrderRepository) -> None:
+        """By its code points, whatever language the store was set up in."""
+        repository.save_many(an_order(uid) for uid in ("b", "B", "a-b", "a.c", "ab", "A", "_", "10", "9"))
+        page = repository.newest()
+        assert uids(page.orders) == sorted(("b", "B", "a-b", "a.c", "ab", "A", "_", "10", "9"), reverse=True)
+        assert len({stored.first_stored_at for stored in page.orders}) == 1
+
+    def test_an_update_does_not_move_an_order(self, repository: OrderRepository) -> None:
+        for uid in "abc":
+            repository.save(an_order(uid))
+        repository.save(an_order("a", 2))
+        assert uids(repository.newest().orders) == ["c", "b", "a"]
+
+    @pytest.mark.parametrize("limit", [1, 2, 3, 7, 100])
+    def test_following_the_cursors_shows_each_order_once(self, repository: OrderRepository, limit: int) -> None:
+        repository.save_many(an_order(uid) for uid in "abc")
+        for uid in "defg":
+            repository.save(an_order(uid))
+        seen: list[str] = []
+        after: Cursor | None = None
+        while True:
+            page = repository.newest(limit=limit, after=after)
+            assert len(page.orders) <= limit
+            seen += uids(page.orders)
+            # Meanwhile others are stored and updated.
+            repository.save(an_order(f"new-{len(seen)}"))
+            repository.save(an_order("b", len(seen)))
+            if page.next_cursor is None:
+                break
+            after = Cursor.parse(str(page.next_cursor))
+        assert seen == ["g", "f", "e", "d", "c", "b", "a"]
+
+    def test_a_last_page_that_is_full_has_no_next_one(self, repository: OrderRepository) -> None:
+        repository.save_many(an_order(uid) for uid in "abcd")
+        first = repository.newest(limit=2)
+        assert first.next_cursor is not None
+        assert repository.newest(limit=2, after=first.next_cursor).next_cursor is None
+
+    def test_pages_lead_back_as_they_led_on(self, repository: OrderRepository) -> None:
+        for uid in "abcdefg":
+            repository.save(an_order(uid))
+        listed = list(repository.newest().orders)
+        for start, limit in itertools.product(range(7), (1, 2, 7)):
+            page = repository.newer_than(listed[start].cursor, limit=limit)
+            assert page.orders == tuple(listed[max(0, start - limit) : start])
+            assert page.next_cursor == (listed[start - 1].cursor if start else None)
+            if page.next_cursor:
+                assert repository.newest(after=page.next_cursor).orders == tuple(listed[start:])
+
+    def test_filters_are_exact_and_both_hold(self, repository: OrderRepository) -> None:
+        for uid, customer_id, track_number in (
+            ("a", "one", "x"),
+            ("b", "one", "y"),
+            ("c", "two", "x"),
+            ("d", "One", "x"),
+            ("e", "one", "x"),
+            ("f", "%", "_"),
+        ):
+            repository.save(an_order(uid, customer_id=customer_id, track_number=track_number))
+        assert uids(repository.newest(customer_id="one").orders) == ["e", "b", "a"]
+        assert uids(repository.newest(track_number="x").orders) == ["e", "d", "c", "a"]
+        assert uids(repository.newest(customer_id="one", track_number="x").orders) == ["e", "a"]
+        assert uids(repository.newest(customer_id="%", track_number="_").orders) == ["f"]
+        for nobody in ("", "on", "one ", "a\0b", "\ud800", "x" * 10_000):
+            assert repository.newest(customer_id=nobody).orders == ()
+            assert repository.newest(track_number=nobody, limit=1).orders == ()
+
+    def test_filters_hold_on_every_page_both_ways(self, repository: OrderRepository) -> None:
+        for index in range(9):
+            repository.save(an_order(f"{index}", customer_id="even" if index % 2 == 0 else "odd"))
+        first = repository.newest(limit=2, customer_id="even")
+        assert uids(first.orders) == ["8", "6"]
+        rest = repository.newest(limit=9, after=first.next_cursor, customer_id="even")
+        assert uids(rest.orders) == ["4", "2", "0"]
+        back = repository.newer_than(rest.orders[0].cursor, limit=9, customer_id="even")
+        assert uids(back.orders) == ["8", "6"]
+        assert repository.newer_than(rest.orders[0].cursor, customer_id="even", track_number="other").orders == ()
+
+    def test_a_cursor_of_an_order_that_never_was_is_a_place_all_the_same(self, repository: OrderRepository) -> None:
+        for uid in "abc":
+            repository.save(an_order(uid))
+        middle = stored(repository, "b").first_stored_at
+        for strange in ("", "zzz", "\U0010ffff"):
+            between = Cursor(first_stored_at=middle + dt.timedelta.resolution, order_uid=strange)
+            assert uids(repository.newest(after=between).orders) == ["b", "a"]
+            assert uids(repository.newer_than(between).orders) == ["c"]
+        first, last = dt.datetime.min.replace(tzinfo=dt.UTC), dt.datetime.max.replace(tzinfo=dt.UTC)
+        assert repository.newest(after=Cursor(first_stored_at=first, order_uid="a")).orders == ()
+        assert len(repository.newest(after=Cursor(first_stored_at=last, order_uid="a")).orders) == 3
+
+    @pytest.mark.parametrize("limit", [0, -1, 101])
+    def test_a_page_has_from_one_to_a_hundred_orders(self, repository: OrderRepository, limit: int) -> None:
+        with pytest.raises(ValueError, match="limit must be from 1 to 100"):
+            repository.newest(limit=limit)
+        with pytest.raises(ValueError, match="limit must be from 1 to 100"):
+            repository.newer_than(Cursor(first_stored_at=dt.datetime.now(dt.UTC), order_uid="a"), limit=limit)
+
+    def test_a_limit_is_a_whole_number(self, repository: OrderRepository) -> None:
+        with pytest.raises(TypeError, match="limit must be an int, not float"):
+            repository.newest(limit=5.0)  # type: ignore[arg-type]
+
+    # Status
+
+    def test_the_status_tells_the_newest_order_and_how_many_came_lately(self, repository: OrderRepository) -> None:
+        empty = repository.status()
+        assert (empty.newest_first_stored_at, empty.stored_recently) == (None, 0)
+        repository.save_many([an_order("a"), an_order("b")])
+        repository.save(an_order("c"))
+        repository.save(an_order("a", 2))
+        status = repository.status()
+        assert status.newest_first_stored_at == stored(repository, "c").first_stored_at
+        assert status.stored_recently == 3
+        assert empty.asked_at < status.newest_first_stored_at <= status.asked_at
+        assert set(status.rejects_by_code.items()) == {
+            (code, 0) for code in ("malformed_json", "invalid_order", "too_large", "refused_by_database")
+        }

@@ -1,0 +1,202 @@
+"""What becomes of records, one by one and in batches."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from itertools import pairwise
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orderlib import Outcome, decode_order
+from orderlib.ingestion.records import (
+    Batch,
+    Headers,
+    OffsetRange,
+    PreparedOrder,
+    Record,
+    RecordPosition,
+    Reject,
+    StoredVersion,
+    classify_record,
+    may_redrive,
+    plan_redrive,
+    plan_writes,
+    record_time,
+)
+from orderlib.testing import SAMPLE
+
+SAMPLE_ORDER = decode_order(SAMPLE)
+TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+
+Stored = dict[str, StoredVersion]
+
+
+def source(offset: int, partition: int = 0, topic_id: str = "first") -> RecordPosition:
+    return RecordPosition(topic_id=topic_id, partition=partition, offset=offset)
+
+
+def prepared_order(uid: str, content: int, at: RecordPosition | None) -> PreparedOrder:
+    return PreparedOrder.of(attrs.evolve(SAMPLE_ORDER, order_uid=uid, sm_id=content), at, TIME if at else None)
+
+
+def version(of: PreparedOrder) -> StoredVersion:
+    return StoredVersion(content_sha256=of.content_sha256, source=of.source, first_stored_at=None)
+
+
+def after(prepared_orders: Sequence[PreparedOrder], stored: Stored) -> tuple[Stored, list[Outcome]]:
+    """What is stored after a batch, and what became of each arrival."""
+    plan = plan_writes(prepared_orders, stored)
+    written = {write.order_uid: version(write) for write in plan.writes}
+    moved = {uid: attrs.evolve(stored[uid], source=at.source) for uid, at in plan.moves.items()}
+    assert not written.keys() & moved.keys()
+    return {**stored, **written, **moved}, list(plan.outcomes)
+
+
+SOURCES = st.none() | st.builds(source, st.integers(0, 5), st.integers(0, 1), st.sampled_from(["first", "made again"]))
+ARRIVALS = st.lists(st.builds(prepared_order, st.sampled_from(["a", "b"]), st.integers(0, 2), SOURCES), max_size=12)
+
+
+@given(ARRIVALS, ARRIVALS, st.sets(st.integers(0, 12)))
+def test_where_batches_are_cut_never_shows(
+    before: list[PreparedOrder], prepared_orders: list[PreparedOrder], cuts: set[int]
+) -> None:
+    stored: Stored = {}
+    for one in before:
+        stored, _ = after([one], stored)
+    one_by_one = stored
+    for one in prepared_orders:
+        one_by_one, _ = after([one], one_by_one)
+    outcomes: list[Outcome] = []
+    bounds = sorted({0, len(prepared_orders), *(cut for cut in cuts if cut < len(prepared_orders))})
+    for begin, end in pairwise(bounds):
+        stored, of_batch = after(prepared_orders[begin:end], stored)
+        outcomes += of_batch
+    assert stored == one_by_one
+    assert len(outcomes) == len(prepared_orders)
+
+
+def test_the_later_record_of_an_order_wins_and_the_earlier_ones_are_superseded() -> None:
+    first, second, third = (prepared_order("a", content, source(content)) for content in (0, 1, 2))
+    stored, outcomes = after([first, second, third], {})
+    assert outcomes == [Outcome.SUPERSEDED, Outcome.SUPERSEDED, Outcome.STORED]
+    assert stored == {"a": version(third)}
+
+
+def test_a_replay_never_overwrites_what_is_newer() -> None:
+    newest = {"a": version(prepared_order("a", 2, source(2)))}
+    stored, outcomes = after([prepared_order("a", 0, source(0)), prepared_order("a", 1, source(1))], newest)
+    assert outcomes == [Outcome.SUPERSEDED, Outcome.SUPERSEDED]
+    assert stored == newest
+
+
+def test_equal_content_is_a_duplicate_that_only_moves_the_source_forward() -> None:
+    stored = {"a": version(prepared_order("a", 0, source(3)))}
+    later, earlier = prepared_order("a", 0, source(4)), prepared_order("a", 0, source(1))
+    assert after([later], stored) == ({"a": version(later)}, [Outcome.DUPLICATE])
+    assert after([earlier], stored) == (stored, [Outcome.DUPLICATE])
+    assert plan_writes([later], stored).writes == ()
+
+
+@pytest.mark.parametrize("elsewhere", [source(0, partition=1), source(0, topic_id="made again"), None])
+def test_between_partitions_the_record_handled_last_wins(elsewhere: RecordPosition | None) -> None:
+    stored = {"a": version(prepared_order("a", 0, source(9)))}
+    other = prepared_order("a", 1, elsewhere)
+    assert after([other], stored) == ({"a": version(other)}, [Outcome.STORED])
+
+
+@pytest.mark.parametrize(
+    ("stored_at", "may"),
+    [
+        (source(4), True),
+        (source(5), False),
+        (source(6), False),
+        (source(4, partition=1), False),
+        (source(4, topic_id="made again"), False),
+        (None, False),
+    ],
+)
+def test_a_redriven_reject_replaces_only_what_came_before_it_in_its_partition(
+    stored_at: RecordPosition | None, may: bool
+) -> None:
+    reject = prepared_order("a", 1, source(5))
+    stored = {"a": version(prepared_order("a", 0, stored_at))}
+    assert may_redrive(reject, stored["a"]) is may
+    plan = plan_redrive([reject], stored)
+    assert plan.outcomes == (Outcome.STORED if may else Outcome.SUPERSEDED,)
+    assert plan.writes == ((reject,) if may else ())
+    assert plan.moves == {}
+
+
+def test_a_redriven_reject_of_an_order_that_is_absent_is_stored() -> None:
+    reject = prepared_order("a", 1, source(5))
+    assert plan_redrive([reject], {}).writes == (reject,)
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        (SAMPLE, None),
+        (None, "malformed_json"),
+        (b"", "malformed_json"),
+        (b"{}", "invalid_order"),
+        (SAMPLE + b" " * 1_000, "too_large"),
+    ],
+)
+def test_a_record_is_an_order_or_a_reject_that_keeps_it_whole(value: bytes | None, code: str | None) -> None:
+    record = Record(source=source(7), time=TIME, topic="orders", key=b"k", value=value, headers=(("h", None),))
+    classified = classify_record(record, max_bytes=len(SAMPLE) + 100)
+    if code is None:
+        assert classified == PreparedOrder.of(SAMPLE_ORDER, source(7), TIME)
+    else:
+        assert isinstance(classified, Reject)
+        assert (classified.code, classified.record) == (code, record)
+        assert classified.total_faults >= 1
+
+
+@pytest.mark.parametrize(
+    "timestamp_ms", [-(2**63), -62135596800001, -1, 0, 253402300799999, 253402300800000, 2**63 - 1]
+)
+def test_any_timestamp_becomes_a_time_that_postgresql_and_python_hold(timestamp_ms: int) -> None:
+    time = record_time(timestamp_ms)
+    assert time.utcoffset() == dt.timedelta(0)
+    if -62135596800000 <= timestamp_ms <= 253402300799999:
+        assert abs(time.timestamp() - timestamp_ms / 1000) < 0.001
+
+
+def test_a_batch_without_some_partitions_is_the_batch_of_the_others() -> None:
+    records = [
+        Record(source=source(p, partition=p), time=TIME, topic="orders", key=None, value=SAMPLE) for p in range(3)
+    ]
+    batch = Batch(
+        topic="orders",
+        topic_id="first",
+        ranges={p: OffsetRange(expected_offset=p, next_offset=p + 1) for p in range(3)},
+        classified=tuple((record, classify_record(record, 10_000)) for record in records),
+    )
+    rest = batch.without({0, 2})
+    assert rest.ranges == {1: batch.ranges[1]}
+    assert rest.classified == (batch.classified[1],)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "headers", "left_out"),
+    [
+        (b"k" * 40, b"v" * 60, (), []),
+        (b"k" * 40, b"v" * 61, (), ["value"]),
+        (b"k" * 40, b"v" * 61, (("h", b""),), ["value", "headers"]),
+        (None, None, (("h", b""),), ["headers"]),
+    ],
+)
+def test_a_reject_leaves_out_and_names_what_no_row_can_hold(
+    monkeypatch: pytest.MonkeyPatch, key: bytes | None, value: bytes | None, headers: Headers, left_out: list[str]
+) -> None:
+    monkeypatch.setattr("orderlib.ingestion.records._ROW_BYTES", 100)
+    record = Record(source=source(7), time=TIME, topic="orders", key=key, value=value, headers=headers)
+    reject = classify_record(record, max_bytes=10)
+    assert isinstance(reject, Reject)
+    assert [fault.path for fault in reject.faults[1:]] == left_out == list(record.unstorable)
+    assert reject.total_faults == 1 + len(left_out)

@@ -1,0 +1,220 @@
+"""Settings: what is missing or wrong is named by its variable, and no secret is ever shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import attrs
+import pytest
+
+from orderlib import ConfigurationError
+from services.settings import (
+    RESERVED_KAFKA_PROPERTIES,
+    Address,
+    ApiSettings,
+    ConsumerSettings,
+    KafkaSettings,
+    database_url,
+    max_record_bytes,
+)
+
+SECRET = "s3cr3t-9"
+
+KAFKA = {"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "kafka:9092"}
+CONSUMER = {**KAFKA, "ORDERS_DATABASE_URL": f"postgresql://orders_writer:{SECRET}@db/orders"}
+API = {"ORDERS_READER_URL": f"postgresql://orders_reader:{SECRET}@db/orders", "ORDERS_API_TOKENS": f"shop:{SECRET}"}
+
+Read = Callable[[Mapping[str, str]], object]
+
+
+def test_the_consumer_needs_two_settings_and_has_defaults_for_the_rest() -> None:
+    settings = ConsumerSettings.from_mapping(CONSUMER)
+    assert settings.kafka.client_properties() == {
+        "bootstrap.servers": "kafka:9092",
+        "allow.auto.create.topics": "false",
+    }
+    assert (settings.kafka.topic, settings.group) == ("orders", "order-consumer")
+    assert settings.max_record_bytes == 8 * 1024 * 1024
+    assert str(settings.metrics_bind) == "127.0.0.1:9101"
+    assert settings.breaker_fraction == 0.95
+    assert settings.database_url == CONSUMER["ORDERS_DATABASE_URL"]
+
+
+def test_every_setting_of_the_consumer_is_read() -> None:
+    settings = ConsumerSettings.from_mapping(
+        {
+            **CONSUMER,
+            "ORDERS_TOPIC": "other",
+            "ORDERS_CONSUMER_GROUP": "ours",
+            "ORDERS_MAX_RECORD_BYTES": "1000",
+            "ORDERS_METRICS_BIND": "[::1]:0",
+            "ORDERS_BREAKER_FRACTION": "0",
+        }
+    )
+    assert (settings.kafka.topic, settings.group, settings.max_record_bytes) == ("other", "ours", 1000)
+    assert (settings.metrics_bind, settings.breaker_fraction) == (Address(host="[::1]", port=0), 0)
+
+
+def test_an_empty_setting_is_one_that_is_not_set() -> None:
+    settings = ConsumerSettings.from_mapping({**CONSUMER, "ORDERS_TOPIC": "", "ORDERS_MAX_RECORD_BYTES": ""})
+    assert (settings.kafka.topic, settings.max_record_bytes) == ("orders", 8 * 1024 * 1024)
+
+
+def test_any_property_of_librdkafka_can_be_set() -> None:
+    settings = KafkaSettings.from_mapping(
+        {**KAFKA, "ORDERS_KAFKA_SASL_PASSWORD": SECRET, "ORDERS_KAFKA_SECURITY_PROTOCOL": "SASL_SSL", "PATH": "/bin"}
+    )
+    assert settings.client_properties() == {
+        "bootstrap.servers": "kafka:9092",
+        "sasl.password": SECRET,
+        "security.protocol": "SASL_SSL",
+        "allow.auto.create.topics": "false",
+    }
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED_KAFKA_PROPERTIES))
+def test_a_property_that_a_promise_rests_on_cannot_be_set(name: str) -> None:
+    variable = f"ORDERS_KAFKA_{name.upper().replace('.', '_')}"
+    with pytest.raises(ConfigurationError, match=variable) as refusal:
+        KafkaSettings.from_mapping({**KAFKA, variable: SECRET})
+    assert SECRET not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["group.id", "enable.auto.commit", "isolation.level", "auto.offset.reset", "acks", "enable.idempotence"]
+)
+def test_the_promised_properties_are_among_them(name: str) -> None:
+    assert name in RESERVED_KAFKA_PROPERTIES
+
+
+@pytest.mark.parametrize(
+    ("read", "complete", "variable"),
+    [
+        (ConsumerSettings.from_mapping, CONSUMER, "ORDERS_DATABASE_URL"),
+        (ConsumerSettings.from_mapping, CONSUMER, "ORDERS_KAFKA_BOOTSTRAP_SERVERS"),
+        (ApiSettings.from_mapping, API, "ORDERS_READER_URL"),
+        (ApiSettings.from_mapping, API, "ORDERS_API_TOKENS"),
+        (lambda environ: database_url(environ, "ORDERS_MIGRATOR_URL"), CONSUMER, "ORDERS_MIGRATOR_URL"),
+    ],
+)
+@pytest.mark.parametrize("nothing", [{}, {"": ""}])
+def test_a_setting_that_is_missing_is_named(
+    read: Read, complete: Mapping[str, str], variable: str, nothing: Mapping[str, str]
+) -> None:
+    without = {name: value for name, value in complete.items() if name != variable}
+    with pytest.raises(ConfigurationError, match=f"{variable} is not set"):
+        read({**without, **({variable: ""} if nothing else {})})
+
+
+@pytest.mark.parametrize(
+    ("read", "complete", "told", "values"),
+    [
+        (
+            max_record_bytes,
+            {},
+            "ORDERS_MAX_RECORD_BYTES must be an integer of at least 1",
+            ["0", "-1", "1.5", "8 MiB", "1e6", "9" * 16, "\N{ARABIC-INDIC DIGIT ONE}"],
+        ),
+        (
+            ConsumerSettings.from_mapping,
+            CONSUMER,
+            "ORDERS_BREAKER_FRACTION must be a number from 0 to 1",
+            ["2", "-0.1", "95%", "nan", ".", "1.01"],
+        ),
+        (
+            ConsumerSettings.from_mapping,
+            CONSUMER,
+            "ORDERS_METRICS_BIND must be host:port",
+            ["9101", ":9101", "::1:9101", "host:", "host:65536", "host:-1", "a b:1", "http://host:1/"],
+        ),
+        (ApiSettings.from_mapping, API, "ORDERS_API_BIND must be host:port", ["8080", "host:port", SECRET]),
+        *(
+            (ApiSettings.from_mapping, API, f"ORDERS_API_TOKENS: {told}", values)
+            for told, values in [
+                (
+                    "token 1 must be printable ASCII",
+                    [f"a:{SECRET}é", f"a:{SECRET}\x1b", f"é:{SECRET}", f"a:\x7f{SECRET}"],
+                ),
+                ("token 1 is not name:token", [SECRET]),
+                ("token 1 has no name", [f":{SECRET}"]),
+                ("token 1 has no token", ["name:"]),
+                ("token 2 has the name of another one", [f"a:{SECRET},a:other"]),
+                ("token 2 is empty", [f"a:{SECRET},", f"a:{SECRET}, ,b:c", f"a:{SECRET},\n"]),
+                ("token 1 is empty", [",", " "]),
+                (
+                    "token 1 contains white space; separate tokens with commas",
+                    [
+                        *(f"a:{SECRET}\nb:{SECRET}", f"a:{SECRET}\r\nb:{SECRET}", f"a:{SECRET} b:{SECRET}"),
+                        *(f"a:\t{SECRET}", f"a b:{SECRET}", f"a:{SECRET}\u2028{SECRET}", f"a:{SECRET}\x85b:c"),
+                    ],
+                ),
+            ]
+        ),
+        (
+            ApiSettings.from_mapping,
+            API,
+            "ORDERS_API_KEEPALIVE_S must be an integer from 1 to 3600",
+            ["0", "-1", "3601", "2.5", "75s", "\N{ARABIC-INDIC DIGIT ONE}", "9" * 15],
+        ),
+        (ApiSettings.from_mapping, API, "ORDERS_API_AUTH must be on or off", ["OFF", "0", "no", SECRET]),
+    ],
+)
+def test_a_setting_that_is_wrong_is_named_and_not_quoted(
+    read: Read, complete: Mapping[str, str], told: str, values: list[str]
+) -> None:
+    variable = told.partition(" ")[0].rstrip(":")
+    for value in values:
+        with pytest.raises(ConfigurationError) as refusal:
+            read({**complete, variable: value})
+        assert str(refusal.value) == told, value
+
+
+def test_who_may_read_must_be_said_once() -> None:
+    nobody = {**API, "ORDERS_API_TOKENS": ""}
+    assert ApiSettings.from_mapping({**nobody, "ORDERS_API_AUTH": "off"}).tokens == {}
+    with pytest.raises(ConfigurationError, match="ORDERS_API_TOKENS and ORDERS_API_AUTH=off contradict"):
+        ApiSettings.from_mapping({**API, "ORDERS_API_AUTH": "off"})
+
+
+@pytest.mark.parametrize(
+    ("host", "may"),
+    [("localhost", True), ("127.0.0.9", True), ("[::1]", True), ("192.0.2.1", False), ("[::]", False), ("shop", False)],
+)
+def test_without_tokens_only_this_machine_may_ask(host: str, may: bool) -> None:
+    environ = {**API, "ORDERS_API_TOKENS": "", "ORDERS_API_AUTH": "off", "ORDERS_API_BIND": f"{host}:1"}
+    if may:
+        assert ApiSettings.from_mapping(environ).bind.host == host
+    else:
+        with pytest.raises(ConfigurationError, match="ORDERS_API_BIND must be localhost"):
+            ApiSettings.from_mapping(environ)
+
+
+def test_an_idle_connection_outlives_the_load_balancers_unless_told_otherwise() -> None:
+    assert ApiSettings.from_mapping(API).keepalive_s == 75
+    assert ApiSettings.from_mapping({**API, "ORDERS_API_KEEPALIVE_S": "5"}).keepalive_s == 5
+
+
+def test_a_file_of_tokens_may_end_with_a_line_break() -> None:
+    assert ApiSettings.from_mapping({**API, "ORDERS_API_TOKENS": f"shop:{SECRET}\n"}).name_of(SECRET) == "shop"
+
+
+def test_a_token_belongs_to_its_name() -> None:
+    settings = ApiSettings.from_mapping({**API, "ORDERS_API_TOKENS": f"shop:{SECRET}, old:with:colon"})
+    assert settings.name_of(SECRET) == "shop"
+    assert settings.name_of("with:colon") == "old"
+    assert settings.name_of("") is None
+    assert settings.name_of(SECRET + "\ufffd") is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ConsumerSettings.from_mapping({**CONSUMER, "ORDERS_KAFKA_SASL_PASSWORD": SECRET}),
+        ApiSettings.from_mapping(API),
+    ],
+)
+def test_settings_are_frozen_and_show_no_secret(settings: ConsumerSettings | ApiSettings) -> None:
+    assert SECRET not in repr(settings)
+    assert SECRET not in str(settings)
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        settings.metrics_bind = Address(host="elsewhere", port=1)  # type: ignore[misc]
