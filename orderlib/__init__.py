@@ -15,12 +15,14 @@ from orderlib.codecs import (
     register_order_hooks,
 )
 from orderlib.errors import (
+    BreakerTripped,
     BrokerUnavailable,
     ConfigurationError,
     DatabaseUnavailable,
     Fault,
     FenceLost,
     InvalidOrder,
+    InvalidQuery,
     MalformedJson,
     OrderlibError,
     OrderNotFound,
@@ -28,6 +30,7 @@ from orderlib.errors import (
     RejectedError,
     RejectNotFound,
     TooLarge,
+    TopicRecreated,
     TransactionConflict,
     TransientError,
 )
@@ -50,6 +53,7 @@ connect = PostgresOrderRepository.connect
 __all__ = [
     "AsyncOrderReader",
     "AsyncPostgresOrderReader",
+    "BreakerTripped",
     "BrokerUnavailable",
     "ConfigurationError",
     "Cursor",
@@ -58,6 +62,7 @@ __all__ = [
     "Fault",
     "FenceLost",
     "InvalidOrder",
+    "InvalidQuery",
     "Item",
     "MalformedJson",
     "Order",
@@ -74,6 +79,7 @@ __all__ = [
     "Stats",
     "StoredOrder",
     "TooLarge",
+    "TopicRecreated",
     "TransactionConflict",
     "TransientError",
     "connect",

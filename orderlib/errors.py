@@ -1,21 +1,24 @@
-"""What can go wrong, named by what the caller does next.
+"""Every error of the library, named by what the caller does next.
 
 ::
 
     OrderlibError
-    ├── TransientError                an outage or a collision: the same call may succeed later
-    │   ├── DatabaseUnavailable        PostgreSQL does not answer: wait, then again
-    │   ├── BrokerUnavailable       Kafka does not answer: wait, then again
-    │   └── TransactionConflict               two transactions met (deadlock, serialization): again at once
-    ├── Refused                 bad data: no retry helps; keep it as a reject, or answer 4xx
+    ├── TransientError              retry later: the same call may succeed
+    │   ├── DatabaseUnavailable     PostgreSQL refused or dropped the connection, or did not answer
+    │   ├── BrokerUnavailable       Kafka did not answer
+    │   └── TransactionConflict     deadlock or serialization failure: retry immediately
+    ├── RejectedError               bad data: retrying cannot help; store it as a reject, or answer 4xx
     │   ├── MalformedJson           not one well-formed JSON text
     │   ├── InvalidOrder            JSON, but not an order: .faults, each with its path
-    │   ├── TooLarge                longer than the limit; not even parsed
-    │   └── RefusedByDatabase       PostgreSQL would not take it although we would
-    ├── OrderNotFound           no order has that order_uid
-    ├── RejectNotFound          no reject has that position
-    ├── FenceLost               these records were handled already: reread the offsets, go on from there
-    └── ConfigurationError             a missing table, right or setting: stop, loudly
+    │   ├── TooLarge                longer than the limit; not parsed
+    │   └── RefusedByDatabase       valid here, refused by PostgreSQL
+    ├── OrderNotFound               no order has that order_uid
+    ├── RejectNotFound              no reject has that position
+    ├── InvalidQuery                a cursor or limit that is not valid: change the argument
+    ├── FenceLost                   these records were handled already: re-read the offsets, continue from there
+    ├── BreakerTripped              nearly every record was rejected: probably the wrong topic or release
+    └── ConfigurationError          a missing table, right or setting: stop
+        └── TopicRecreated          offsets of the deleted topic mean nothing: a restart begins the new topic
 
 No message holds a value of an order: values are personal data.
 """
@@ -176,3 +179,15 @@ class FenceLost(OrderlibError):
 
 class ConfigurationError(OrderlibError):
     """A missing setting, table, topic or right: no retry helps until an operator acts."""
+
+
+class TopicRecreated(ConfigurationError):
+    """The topic was deleted and created again: its offsets start anew. A restart begins the new topic."""
+
+
+class BreakerTripped(OrderlibError):
+    """Nearly all of the last records were rejected, so the set-up is probably wrong. The batch was rolled back."""
+
+
+class InvalidQuery(OrderlibError, ValueError):
+    """A cursor or a limit is invalid. The argument is wrong, not an order."""

@@ -13,7 +13,7 @@ from typing import Protocol
 import attrs
 
 from orderlib.contract import fits_postgres
-from orderlib.errors import Fault, InvalidOrder
+from orderlib.errors import InvalidQuery
 from orderlib.models import Order
 
 #: Orders on a page of ``newest`` unless told otherwise, and at most.
@@ -58,7 +58,7 @@ class Cursor:
 
     @classmethod
     def parse(cls, text: str) -> Cursor:
-        """The cursor that ``str`` gave. Raises InvalidOrder, path ``cursor``, for anything else."""
+        """The cursor that ``str`` gave. Raises InvalidQuery for any other text."""
         try:
             plain = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode()
             moment, _, order_uid = plain.partition(" ")
@@ -68,7 +68,7 @@ class Cursor:
                 return cursor
         except (ValueError, OverflowError, binascii.Error):
             pass
-        raise InvalidOrder([Fault(path="cursor", expected="a next_cursor as it was given", found="another text")])
+        raise InvalidQuery("cursor: expected a next_cursor as it was returned")
 
 
 @attrs.frozen(kw_only=True)
@@ -248,9 +248,9 @@ def checked_uids(order_uids: Iterable[str]) -> list[str]:
 
 
 def checked_limit(limit: int) -> int:
-    """The limit, or ValueError, or TypeError."""
+    """Return the limit. Raises InvalidQuery, or TypeError."""
     if type(limit) is not int:
         raise TypeError(f"limit must be an int, not {type(limit).__name__}")
     if not 1 <= limit <= MAX_PAGE_SIZE:
-        raise ValueError(f"limit must be from 1 to {MAX_PAGE_SIZE}, not {limit}")
+        raise InvalidQuery(f"limit: expected 1 to {MAX_PAGE_SIZE}, found {limit}")
     return limit

@@ -211,7 +211,7 @@ class Cluster:
         return [address.strip() for address in self.addresses.split(",")]
 
     def _check_protocol(self) -> None:
-        """Raise ConfigurationError if a broker expects another security.protocol, which librdkafka reports as an outage."""
+        """Raise ConfigurationError if a broker expects another security.protocol; librdkafka reports an outage."""
         configured = self._settings.properties.get("security.protocol", "plaintext").upper()
         for address in self._addresses():
             expected = expected_protocol(address)

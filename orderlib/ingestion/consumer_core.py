@@ -20,11 +20,12 @@ from random import Random
 import attrs
 
 from orderlib.errors import (
+    BreakerTripped,
     BrokerUnavailable,
-    ConfigurationError,
     DatabaseUnavailable,
     FenceLost,
     OrderlibError,
+    TopicRecreated,
     TransactionConflict,
     TransientError,
 )
@@ -129,14 +130,6 @@ class Server(enum.Enum):
 
     KAFKA = "Kafka"
     POSTGRES = "PostgreSQL"
-
-
-class TopicRecreated(ConfigurationError):
-    """The topic was deleted and made again: offsets of its former life mean nothing. A restart begins the new one."""
-
-
-class BreakerTripped(OrderlibError):
-    """Nearly everything is refused: rather a wrong set-up than bad records. Nothing of the batch is kept."""
 
 
 class Breaker:

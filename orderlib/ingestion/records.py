@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 
@@ -13,7 +13,6 @@ from orderlib.canonical import Canonical, canonical_form
 from orderlib.codecs import decode_canonical, digest
 from orderlib.errors import Fault, MalformedJson, RejectedError, TooLarge
 from orderlib.models import Order
-from orderlib.postgres.rows import PackedRows
 from orderlib.repository import Outcome
 
 _FIRST_MOMENT = dt.datetime(1, 1, 1, tzinfo=dt.UTC)
@@ -110,29 +109,60 @@ def record_time(timestamp_ms: int) -> dt.datetime:
         return _LAST_MOMENT if timestamp_ms > 0 else _FIRST_MOMENT
 
 
+@attrs.frozen(repr=False)
+class PackedRows:
+    """An order's rows in the binary format of PostgreSQL's COPY, one field for each table."""
+
+    #: Lacks the two timestamps at its end, which only the store knows.
+    order: bytes
+    delivery: bytes
+    payment: bytes
+    items: bytes
+
+
+#: Encodes the rows of an order in canonical form: its digest, position and time follow.
+PackRows = Callable[[Canonical, bytes, RecordPosition | None, dt.datetime | None], PackedRows]
+
+_NO_ROWS = PackedRows(b"", b"", b"", b"")
+
+
+def pack_no_rows(
+    _order: Canonical, _content_sha256: bytes, _source: RecordPosition | None, _time: dt.datetime | None
+) -> PackedRows:
+    """Return empty rows, for an order that is compared and never stored in PostgreSQL."""
+    return _NO_ROWS
+
+
 @attrs.frozen(kw_only=True)
 class PreparedOrder:
-    """An order about to be stored, with all that can be made of it before the database is asked."""
+    """An order with everything that can be computed before its transaction begins."""
 
     order_uid: str
     content_sha256: bytes
-    #: Ready to be copied.
     rows: PackedRows = attrs.field(repr=False, eq=False)
     #: The record's position and time; both ``None`` for an order saved from Python.
     source: RecordPosition | None = None
     time: dt.datetime | None = None
 
     @classmethod
-    def of(cls, order: Order, source: RecordPosition | None = None, time: dt.datetime | None = None) -> PreparedOrder:
-        """Return the arrival of an order; without a position it is saved from Python."""
-        return cls.of_canonical(canonical_form(order), source, time)
+    def of(
+        cls,
+        order: Order,
+        source: RecordPosition | None = None,
+        time: dt.datetime | None = None,
+        *,
+        pack_rows: PackRows = pack_no_rows,
+    ) -> PreparedOrder:
+        """Prepare an order; without a position it is saved from Python."""
+        return cls.of_canonical(canonical_form(order), source, time, pack_rows)
 
     @classmethod
-    def of_canonical(cls, order: Canonical, source: RecordPosition | None, time: dt.datetime | None) -> PreparedOrder:
-        """Return the arrival of an order in canonical form."""
+    def of_canonical(
+        cls, order: Canonical, source: RecordPosition | None, time: dt.datetime | None, pack_rows: PackRows
+    ) -> PreparedOrder:
+        """Prepare an order in canonical form."""
         sha256 = digest(order)
-        place = (source.topic_id, source.partition, source.offset, time) if source and time else None
-        rows = PackedRows.of(order, sha256, place)
+        rows = pack_rows(order, sha256, source, time)
         return cls(order_uid=order.order_uid, content_sha256=sha256, rows=rows, source=source, time=time)
 
 
@@ -161,8 +191,8 @@ class Reject:
         return cls(record=record, code=refusal.code, faults=faults, total_faults=total)
 
 
-def classify_record(record: Record, max_bytes: int) -> PreparedOrder | Reject:
-    """What a record is: an order, or a reject with every reason."""
+def classify_record(record: Record, max_bytes: int, pack_rows: PackRows = pack_no_rows) -> PreparedOrder | Reject:
+    """Decode and validate a record. Return the order, or a reject with every reason."""
     try:
         value = record.value
         if value is None:
@@ -170,7 +200,7 @@ def classify_record(record: Record, max_bytes: int) -> PreparedOrder | Reject:
         if len(value) > max_bytes:
             found = f"{len(value):,} bytes"
             raise TooLarge([Fault(path="$", expected=f"at most {max_bytes:,} bytes", found=found)])
-        return PreparedOrder.of_canonical(decode_canonical(value), record.source, record.time)
+        return PreparedOrder.of_canonical(decode_canonical(value), record.source, record.time, pack_rows)
     except RejectedError as refusal:
         return Reject.of(record, refusal)
 

@@ -19,6 +19,7 @@ from orderlib.ingestion.retry import Backoff
 from orderlib.models import Order
 from orderlib.postgres.pool import READ_ERRORS, Call, Pool, Session, ThreadWaiter
 from orderlib.postgres.reads import ReadQueries
+from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import store
 from orderlib.repository import PAGE_SIZE, Cursor, Outcome, Page, Stats
 
@@ -120,7 +121,7 @@ class PostgresOrderRepository:
 
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
         """See ``OrderRepository.save_many``."""
-        prepared_orders = [PreparedOrder.of(order) for order in orders]
+        prepared_orders = [PreparedOrder.of(order, pack_rows=pack_rows) for order in orders]
         call = Call(self._pool)
         backoff = Backoff(self._rng, first_s=0.01, most_s=0.5)
         collisions = 0

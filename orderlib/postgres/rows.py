@@ -19,6 +19,7 @@ import attrs
 
 from orderlib.canonical import Canonical
 from orderlib.contract import M, column_type, rule_of, rules_of, unchecked
+from orderlib.ingestion.records import PackedRows, RecordPosition
 from orderlib.models import Delivery, Item, Order, Payment
 
 Row = tuple[Any, ...]
@@ -125,35 +126,25 @@ _PAYMENT_HEAD = _field_count(1 + len(PAYMENT_COLUMNS))
 _ITEM_HEAD = _field_count(2 + len(ITEM_COLUMNS))
 
 
-@attrs.frozen(repr=False)
-class PackedRows:
-    """An order's rows for a binary COPY into each table."""
-
-    #: Lacks ``pack_timestamps`` at its end.
-    order: bytes
-    delivery: bytes
-    payment: bytes
-    items: bytes
-
-    @classmethod
-    def of(
-        cls, order: Canonical, content_sha256: bytes, source: tuple[str, int, int, dt.datetime] | None
-    ) -> PackedRows:
-        """The rows of an order in canonical form. ``source``: topic id, partition, offset and time."""
-        uid = _text(order.order_uid)
-        if source is None:
-            place = _NULL * 4
-        else:
-            topic_id, partition, offset, time = source
-            place = _text(topic_id) + _integer(4, partition) + _bigint(8, offset) + _timestamptz(time)
-        return cls(
-            order=_ORDER_HEAD + _order_fields(order) + _bytea(content_sha256) + place,
-            delivery=_DELIVERY_HEAD + uid + _delivery_fields(order.delivery),
-            payment=_PAYMENT_HEAD + uid + _payment_fields(order.payment),
-            items=b"".join(
-                [_ITEM_HEAD + uid + _integer(4, line) + _item_fields(item) for line, item in enumerate(order.items)]
-            ),
+def pack_rows(
+    order: Canonical, content_sha256: bytes, source: RecordPosition | None, time: dt.datetime | None
+) -> PackedRows:
+    """Encode an order's rows for a binary COPY into each table (``PackRows``)."""
+    uid = _text(order.order_uid)
+    if source is None or time is None:
+        position = _NULL * 4
+    else:
+        position = (
+            _text(source.topic_id) + _integer(4, source.partition) + _bigint(8, source.offset) + _timestamptz(time)
         )
+    return PackedRows(
+        order=_ORDER_HEAD + _order_fields(order) + _bytea(content_sha256) + position,
+        delivery=_DELIVERY_HEAD + uid + _delivery_fields(order.delivery),
+        payment=_PAYMENT_HEAD + uid + _payment_fields(order.payment),
+        items=b"".join(
+            [_ITEM_HEAD + uid + _integer(4, line) + _item_fields(item) for line, item in enumerate(order.items)]
+        ),
+    )
 
 
 def pack_timestamps(first_stored_at: dt.datetime, stored_at: dt.datetime) -> bytes:

@@ -16,6 +16,7 @@ from orderlib.ingestion.records import classify_record
 from orderlib.postgres.connections import connect
 from orderlib.postgres.operations import count_old_rejects, purge_rejects
 from orderlib.postgres.rejects import RejectPlace, get_reject, list_rejects, redrive
+from orderlib.postgres.rows import pack_rows
 from orderlib.repository import Outcome
 from services.admin.output import (
     Progress,
@@ -139,7 +140,7 @@ def _bytes(value: bytes | None) -> dict[str, str] | None:
 
 
 def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    rule = functools.partial(classify_record, max_bytes=max_record_bytes(environ))
+    rule = functools.partial(classify_record, max_bytes=max_record_bytes(environ), pack_rows=pack_rows)
     outcomes: Counter[Outcome] = Counter()
     progress = Progress("rejects redriven")
     with connected(environ, "ORDERS_DATABASE_URL") as connection:

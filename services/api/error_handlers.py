@@ -11,7 +11,7 @@ import falcon
 import msgspec
 from falcon.asgi import App, Request, Response
 
-from orderlib.errors import ConfigurationError, InvalidOrder, OrderNotFound, TransientError
+from orderlib.errors import ConfigurationError, InvalidQuery, OrderNotFound, TransientError
 from services.api.negotiation import prefers_page
 from services.api.pages import Pages
 from services.program import event
@@ -46,7 +46,7 @@ class ErrorHandlers:
         app.add_error_handler(Exception, self._answer_unforeseen)
         app.add_error_handler(falcon.HTTPError, self._answer)
         app.add_error_handler(OrderNotFound, self._answer_not_found)
-        app.add_error_handler(InvalidOrder, self._answer_invalid)
+        app.add_error_handler(InvalidQuery, self._answer_invalid)
         app.add_error_handler(TransientError, self._answer_unavailable)
         app.add_error_handler(ConfigurationError, self._answer_not_set_up)
 
@@ -69,8 +69,8 @@ class ErrorHandlers:
     ) -> None:
         await self._answer(req, resp, falcon.HTTPNotFound(description="No order has this order_uid."), params)
 
-    async def _answer_invalid(self, req: Request, resp: Response, error: InvalidOrder, params: dict[str, Any]) -> None:
-        await self._answer(req, resp, falcon.HTTPBadRequest(description=f"{error.faults[0]}."), params)
+    async def _answer_invalid(self, req: Request, resp: Response, error: InvalidQuery, params: dict[str, Any]) -> None:
+        await self._answer(req, resp, falcon.HTTPBadRequest(description=f"{error}."), params)
 
     async def _answer_unavailable(
         self, req: Request, resp: Response, error: TransientError, params: dict[str, Any]

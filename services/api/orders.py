@@ -10,7 +10,7 @@ from falcon.asgi import Request, Response
 
 from orderlib.codecs import encode_order
 from orderlib.contract import fits_postgres
-from orderlib.errors import InvalidOrder
+from orderlib.errors import InvalidQuery
 from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, AsyncOrderReader, Cursor, Page
 from services.api.deadline import with_deadline
 from services.api.negotiation import known_etags, prefers_page, require_acceptable
@@ -128,8 +128,8 @@ def _cursor(req: Request, name: str) -> Cursor | None:
     text = _parameter(req, name)
     try:
         return None if text is None else Cursor.parse(text)
-    except InvalidOrder as exc:
-        raise bad_parameter(name, exc.faults[0].expected, exc.faults[0].found) from exc
+    except InvalidQuery as exc:
+        raise bad_parameter(name, "a next_cursor as it was returned", "another text") from exc
 
 
 def _filter(req: Request, name: str) -> str | None:

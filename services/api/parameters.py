@@ -7,14 +7,14 @@ from urllib.parse import unquote_to_bytes
 
 from falcon.asgi import Request, Response
 
-from orderlib.errors import Fault, InvalidOrder
+from orderlib.errors import InvalidQuery
 
 
 class Parameters:
     """Middleware: accept only the parameters in the resource's ``PARAMETERS``, each once."""
 
     async def process_resource(self, req: Request, _resp: Response, resource: object, _params: dict[str, Any]) -> None:
-        """Raise InvalidOrder naming the first parameter at fault."""
+        """Raise InvalidQuery naming the first parameter at fault."""
         if req.query_string:
             _check(req, getattr(resource, "PARAMETERS", frozenset()))
 
@@ -32,6 +32,6 @@ def _check(req: Request, known: frozenset[str]) -> None:
             raise bad_parameter(name, "one value", "several")
 
 
-def bad_parameter(name: str, expected: str, found: str) -> InvalidOrder:
+def bad_parameter(name: str, expected: str, found: str) -> InvalidQuery:
     """Return the error for a parameter."""
-    return InvalidOrder([Fault(path=name, expected=expected, found=found)])
+    return InvalidQuery(f"{name}: expected {expected}, found {found}")

@@ -20,6 +20,7 @@ from orderlib.ingestion.consumer_core import Breaker, ConsumerCore
 from orderlib.ingestion.records import classify_record
 from orderlib.ingestion.retry import Backoff
 from orderlib.postgres.consumer_store import ConsumerStore
+from orderlib.postgres.rows import pack_rows
 from services.consumer.health import Health, HealthServer, Metrics
 from services.consumer.kafka_consumer import KafkaConsumer
 from services.consumer.runner import STOP_CLOSE_S, ConsumerRunner, StoreWorker
@@ -67,7 +68,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
             return EXIT_DONE
         core = ConsumerCore(
             settings.kafka.topic,
-            functools.partial(classify_record, max_bytes=settings.max_record_bytes),
+            functools.partial(classify_record, max_bytes=settings.max_record_bytes, pack_rows=pack_rows),
             random.Random(),  # noqa: S311  jitter, no secret
             until=ends if options.exit_at_end else None,
         )

@@ -57,9 +57,9 @@ class Member(Protocol):
 
 
 class KafkaConsumer:
-    """One topic, read by one member of a consumer group. Raises ConfigurationError for a property that librdkafka
-    refuses.
+    """One topic, read by one member of a consumer group.
 
+    Raises ConfigurationError for a property that librdkafka refuses.
     What the group gives and takes is told from within ``fetch`` and ``poll``. Assigning is left to ``assign``, when the
     store has said where to begin.
     """

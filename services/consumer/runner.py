@@ -19,7 +19,14 @@ from typing import Protocol, TypeVar
 
 import attrs
 
-from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError, TransactionConflict, TransientError
+from orderlib.errors import (
+    BrokerUnavailable,
+    ConfigurationError,
+    OrderlibError,
+    TopicRecreated,
+    TransactionConflict,
+    TransientError,
+)
 from orderlib.ingestion.consumer_core import (
     Assign,
     Breaker,
@@ -33,7 +40,6 @@ from orderlib.ingestion.consumer_core import (
     Seek,
     Server,
     StoreTask,
-    TopicRecreated,
 )
 from orderlib.ingestion.records import Batch, Record, Reject
 from orderlib.postgres.consumer_store import BatchResult, ConsumerStore

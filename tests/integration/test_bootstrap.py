@@ -23,6 +23,7 @@ from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.migrate import BootstrapResult, bootstrap, migrate
 from orderlib.postgres.repository import PostgresOrderRepository
+from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import store
 from orderlib.testing import SAMPLE
 from sandbox import PostgresServer
@@ -283,6 +284,6 @@ def test_stored_at_is_never_before_first_stored_at(database: Database) -> None:
         early.execute("SELECT now()")
         with PostgresOrderRepository.connect(database.writer_url) as other:
             other.save_many([order])
-        store(early, [PreparedOrder.of(attrs.evolve(order, sm_id=order.sm_id + 1))])
+        store(early, [PreparedOrder.of(attrs.evolve(order, sm_id=order.sm_id + 1), pack_rows=pack_rows)])
     with psycopg.connect(database.superuser_url) as superuser:
         assert superuser.execute("SELECT stored_at >= first_stored_at FROM orders").fetchall() == [(True,)]

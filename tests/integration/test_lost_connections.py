@@ -21,6 +21,7 @@ from orderlib.errors import DatabaseUnavailable, FenceLost, OrderlibError
 from orderlib.ingestion.records import Batch, OffsetRange, Record, RecordPosition, classify_record
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
+from orderlib.postgres.rows import pack_rows
 from tests.conftest import Database
 from tests.support.fake_postgres import error_response
 from tests.support.sending import order
@@ -157,7 +158,7 @@ class Writer:
         for line, value in enumerate(values):
             source = RecordPosition(topic_id=TOPIC_ID, partition=0, offset=at + line)
             record = Record(source=source, time=dt.datetime.now(dt.UTC), topic="orders", key=None, value=value)
-            classified.append((record, classify_record(record, 8 << 20)))
+            classified.append((record, classify_record(record, 8 << 20, pack_rows)))
         offset_range = OffsetRange(expected_offset=at, next_offset=at + len(values))
         return Batch(topic="orders", topic_id=TOPIC_ID, ranges={0: offset_range}, classified=tuple(classified))
 

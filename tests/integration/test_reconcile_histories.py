@@ -19,6 +19,7 @@ from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.operations import reset_offsets
 from orderlib.postgres.rejects import redrive
+from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.snapshot import snapshot
 from orderlib.testing import SAMPLE
 from tests.conftest import Database
@@ -80,7 +81,7 @@ class History:
                 topic=TOPIC,
                 topic_id=TOPIC_ID,
                 ranges={partition: OffsetRange(expected_offset=expected, next_offset=taken[-1].source.offset + 1)},
-                classified=tuple((record, classify_record(record, max_bytes)) for record in taken),
+                classified=tuple((record, classify_record(record, max_bytes, pack_rows)) for record in taken),
             )
             ledger.write(batch, lambda _: None)
         finally:
@@ -88,7 +89,9 @@ class History:
 
     def redrive(self) -> None:
         with connect(self.database.writer_url, application_name="tests") as connection:
-            for _ in redrive(connection, functools.partial(classify_record, max_bytes=USUAL_BYTES)):
+            for _ in redrive(
+                connection, functools.partial(classify_record, max_bytes=USUAL_BYTES, pack_rows=pack_rows)
+            ):
                 pass
 
     def rewind(self, partition: int) -> None:

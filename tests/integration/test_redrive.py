@@ -23,6 +23,7 @@ from orderlib.ingestion.records import (
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rejects import redrive
+from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import store
 from orderlib.testing import SAMPLE
 from tests.conftest import Database
@@ -66,8 +67,10 @@ def test_a_reject_replaces_only_a_version_from_a_lower_offset(
         # The time of the stored record is before that of the reject, at it, or after it: it decides nothing.
         for time in (TIME - dt.timedelta(days=1), TIME, TIME + dt.timedelta(days=1)):
             writer.execute("DELETE FROM orders")
-            store(writer, [PreparedOrder.of(ORDER, position(stored_offset), time)])
-            found = sum(redrive(writer, functools.partial(classify_record, max_bytes=10_000)), Counter())
+            store(writer, [PreparedOrder.of(ORDER, position(stored_offset), time, pack_rows=pack_rows)])
+            found = sum(
+                redrive(writer, functools.partial(classify_record, max_bytes=10_000, pack_rows=pack_rows)), Counter()
+            )
             assert found == Counter({outcome: 1})
             writer.execute("UPDATE rejects SET redriven_at = NULL, redrive_outcome = NULL")
             stored = writer.execute("SELECT sm_id, source_offset FROM orders").fetchall()

@@ -14,17 +14,10 @@ from orderlib.errors import (
     DatabaseUnavailable,
     FenceLost,
     OrderlibError,
+    TopicRecreated,
     TransientError,
 )
-from orderlib.ingestion.consumer_core import (
-    CheckTopic,
-    CommitBatch,
-    ConsumerCore,
-    PartitionEof,
-    ResolveOffsets,
-    Server,
-    TopicRecreated,
-)
+from orderlib.ingestion.consumer_core import CheckTopic, CommitBatch, ConsumerCore, PartitionEof, ResolveOffsets, Server
 from services.consumer.health import Health, Metrics
 from services.consumer.kafka_consumer import FetchFailed, PollResult
 from services.consumer.runner import ConsumerRunner

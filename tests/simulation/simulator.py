@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from orderlib.errors import DatabaseUnavailable, FenceLost, OrderlibError, TransactionConflict
-from orderlib.ingestion.consumer_core import TopicRecreated
+from orderlib.errors import DatabaseUnavailable, FenceLost, OrderlibError, TopicRecreated, TransactionConflict
 from tests.simulation.invariants import Invariants, InvariantViolation
 from tests.simulation.kafka import (
     GOOD,

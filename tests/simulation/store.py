@@ -9,8 +9,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
-from orderlib.errors import FenceLost, TransactionConflict
-from orderlib.ingestion.consumer_core import ConsumerCore, TopicRecreated
+from orderlib.errors import FenceLost, TopicRecreated, TransactionConflict
+from orderlib.ingestion.consumer_core import ConsumerCore
 from orderlib.ingestion.records import (
     Batch,
     PreparedOrder,

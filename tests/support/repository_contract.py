@@ -23,6 +23,7 @@ from orderlib import (
     content_sha256,
     decode_order,
 )
+from orderlib.errors import InvalidQuery
 from orderlib.testing import SAMPLE
 
 SAMPLE_ORDER = decode_order(SAMPLE)
@@ -312,9 +313,9 @@ class RepositoryContract:
 
     @pytest.mark.parametrize("limit", [0, -1, 101])
     def test_a_page_has_from_one_to_a_hundred_orders(self, repository: OrderRepository, limit: int) -> None:
-        with pytest.raises(ValueError, match="limit must be from 1 to 100"):
+        with pytest.raises(InvalidQuery, match="limit: expected 1 to 100"):
             repository.newest(limit=limit)
-        with pytest.raises(ValueError, match="limit must be from 1 to 100"):
+        with pytest.raises(InvalidQuery, match="limit: expected 1 to 100"):
             repository.newer_than(Cursor(first_stored_at=dt.datetime.now(dt.UTC), order_uid="a"), limit=limit)
 
     def test_a_limit_is_a_whole_number(self, repository: OrderRepository) -> None:

@@ -29,7 +29,7 @@ def test_kafka_is_of_the_version_that_the_sandbox_runs() -> None:
 
 def test_every_setting_given_to_a_program_is_one_that_it_reads() -> None:
     given = set(re.findall(r"^ +(ORDERS_\w+):", COMPOSE, re.MULTILINE))
-    known = set(re.findall(r"ORDERS_\w+", (ROOT / "orderlib" / "config.py").read_text()))
+    known = set(re.findall(r"ORDERS_\w+", (ROOT / "services" / "settings.py").read_text()))
     known |= {"ORDERS_BOOTSTRAP_URL", "ORDERS_MIGRATOR_URL"}  # named where the admin's commands ask for them
     assert given <= known
 

@@ -9,11 +9,13 @@ from random import Random
 import pytest
 
 from orderlib.errors import (
+    BreakerTripped,
     BrokerUnavailable,
     ConfigurationError,
     DatabaseUnavailable,
     FenceLost,
     OrderlibError,
+    TopicRecreated,
     TransactionConflict,
 )
 from orderlib.ingestion.consumer_core import (
@@ -28,7 +30,6 @@ from orderlib.ingestion.consumer_core import (
     TURN_BYTES,
     Assign,
     Breaker,
-    BreakerTripped,
     CheckTopic,
     Command,
     CommitBatch,
@@ -40,7 +41,6 @@ from orderlib.ingestion.consumer_core import (
     Resume,
     Seek,
     Server,
-    TopicRecreated,
 )
 from orderlib.ingestion.records import Batch, Headers, OffsetRange, PreparedOrder, Record, RecordPosition, Reject
 

@@ -20,6 +20,7 @@ from psycopg.pq import Format
 from orderlib import Order, decode_order
 from orderlib.canonical import canonical_form
 from orderlib.contract import column_type
+from orderlib.ingestion.records import RecordPosition
 from orderlib.postgres import queries
 from orderlib.postgres.rows import (
     DELIVERY_COLUMNS,
@@ -27,9 +28,9 @@ from orderlib.postgres.rows import (
     JOINED_WIDTH,
     ORDER_COLUMNS,
     PAYMENT_COLUMNS,
-    PackedRows,
     order_from_rows,
     orders_from_rows,
+    pack_rows,
     pack_timestamps,
 )
 from orderlib.testing import SAMPLE
@@ -185,7 +186,8 @@ def test_rows_are_byte_for_byte_what_psycopg_would_copy(
     def of_part(part: object, names: tuple[str, ...]) -> dict[str, object]:
         return {"order_uid": order.order_uid, **{name: getattr(part, name) for name in names}}
 
-    rows = PackedRows.of(canonical_form(order), sha256, source)
+    position = None if source is None else RecordPosition(topic_id=source[0], partition=source[1], offset=source[2])
+    rows = pack_rows(canonical_form(order), sha256, position, time)
     assert rows.order + pack_timestamps(first_stored_at, stored_at) == written_by_psycopg(
         None, queries.COPY_ORDERS, of_order
     )
