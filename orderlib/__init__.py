@@ -1,4 +1,4 @@
-"""Typed orders: from Kafka into PostgreSQL and back, exactly as sent.
+"""Typed orders: from Kafka into PostgreSQL and back, with every known field equal.
 
 >>> import orderlib
 >>> with orderlib.connect(url) as repository:  # doctest: +SKIP
