@@ -147,7 +147,8 @@ def _signature(name: str, value: Callable[..., Any] | property) -> str:
         annotation = f": {parameter.annotation}" if parameter.annotation is not parameter.empty else ""
         shown = getattr(parameter.default, "__name__", repr(parameter.default).replace("'", '"'))
         default = "" if parameter.default is parameter.empty else f" = {shown}"
-        parameters.append(f"{parameter.name}{annotation}{default}")
+        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        parameters.append(f"{stars}{parameter.name}{annotation}{default}")
     head = f"{'async ' * inspect.iscoroutinefunction(value)}def {name}("
     tail = f") -> {signature.return_annotation}: ..."
     line = f"{head}{', '.join(parameters)}{tail}"

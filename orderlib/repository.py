@@ -8,7 +8,7 @@ import datetime as dt
 import enum
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Protocol, TypedDict, Unpack
 
 import attrs
 
@@ -16,11 +16,11 @@ from orderlib.contract import fits_postgres
 from orderlib.errors import InvalidQuery
 from orderlib.models import Order
 
-#: Orders on a page of ``newest`` unless told otherwise, and at most.
+#: Orders on a page of ``list_orders``: the default and the largest limit.
 PAGE_SIZE = 20
 MAX_PAGE_SIZE = 100
 
-#: A page ends early rather than hold so many items: nobody else should have to wait for it.
+#: A page ends early, before it has this number of items: one large page must not delay other readers.
 MAX_PAGE_ITEMS = 5_000
 
 #: ``status`` counts no further: a larger number would cost time and tell nobody more.
@@ -40,11 +40,20 @@ class Outcome(enum.StrEnum):
     REJECTED = "rejected"
 
 
+class Direction(enum.StrEnum):
+    """Which way ``list_orders`` goes from its cursor."""
+
+    #: To orders that were first stored earlier.
+    OLDER = "older"
+    #: To orders that were first stored later.
+    NEWER = "newer"
+
+
 @attrs.frozen(kw_only=True)
 class Cursor:
-    """A place in the list of orders, newest first: just after this order.
+    """A position in the list of orders: that of an order, which the page after it does not repeat.
 
-    ``str`` gives it as URL-safe text for a caller to hand back; ``parse`` reads that.
+    ``str`` encodes it as URL-safe text, and ``parse`` decodes that text.
     """
 
     #: When the order was stored for the first time; UTC.
@@ -58,13 +67,13 @@ class Cursor:
 
     @classmethod
     def parse(cls, text: str) -> Cursor:
-        """The cursor that ``str`` gave. Raises InvalidQuery for any other text."""
+        """Return the cursor that ``str`` encoded. Raises InvalidQuery for any other text."""
         try:
             plain = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode()
             moment, _, order_uid = plain.partition(" ")
             cursor = cls(first_stored_at=dt.datetime.fromisoformat(moment), order_uid=order_uid)
-            is_ours = cursor.first_stored_at.tzinfo is not None and fits_postgres(order_uid)
-            if is_ours and str(cursor) == text:
+            is_valid = cursor.first_stored_at.tzinfo is not None and fits_postgres(order_uid)
+            if is_valid and str(cursor) == text:
                 return cursor
         except (ValueError, OverflowError, binascii.Error):
             pass
@@ -84,17 +93,17 @@ class StoredOrder:
 
     @property
     def cursor(self) -> Cursor:
-        """Its place in the list."""
+        """The order's position in the list."""
         return Cursor(first_stored_at=self.first_stored_at, order_uid=self.order.order_uid)
 
 
 @attrs.frozen(kw_only=True)
 class Page:
-    """Some orders, newest first."""
+    """One page of ``list_orders``."""
 
-    #: At most as many as were asked for.
+    #: Newest first in both directions; at most ``limit``.
     orders: tuple[StoredOrder, ...]
-    #: Where the next page begins; ``None`` on the last page.
+    #: Continues in the same direction; ``None`` on the last page.
     next_cursor: Cursor | None
 
 
@@ -110,6 +119,43 @@ class Stats:
     stored_recently: int
     #: How many rejects are kept, for every code.
     rejects_by_code: Mapping[str, int]
+
+
+class ListOptions(TypedDict, total=False):
+    """The arguments of ``list_orders``. Each may be left out; ``ListQuery`` has the defaults."""
+
+    #: Where to begin: a page's ``next_cursor`` or an order's ``cursor``. ``None``: at the newest order, or at the
+    #: oldest one for ``Direction.NEWER``.
+    cursor: Cursor | None
+    #: Which way to go from there: ``Direction.OLDER`` unless given.
+    direction: Direction
+    #: How many orders at most, 1 to 100: 20 unless given.
+    limit: int
+    #: Only orders with exactly this customer_id.
+    customer_id: str | None
+    #: Only orders with exactly this track_number.
+    track_number: str | None
+
+
+@attrs.frozen(kw_only=True)
+class ListQuery:
+    """The arguments of ``list_orders`` with their defaults, checked: what an implementation reads.
+
+    Raises InvalidQuery for a limit outside its bounds.
+    """
+
+    cursor: Cursor | None = None
+    direction: Direction = attrs.field(default=Direction.OLDER, converter=Direction)
+    limit: int = attrs.field(default=PAGE_SIZE)
+    customer_id: str | None = None
+    track_number: str | None = None
+
+    @limit.validator
+    def _check_limit(self, _attribute: object, limit: int) -> None:
+        if type(limit) is not int:
+            raise TypeError(f"limit must be an int, not {type(limit).__name__}")
+        if not 1 <= limit <= MAX_PAGE_SIZE:
+            raise InvalidQuery(f"limit: expected 1 to {MAX_PAGE_SIZE}, found {limit}")
 
 
 class OrderRepository(Protocol):
@@ -137,34 +183,12 @@ class OrderRepository(Protocol):
         """
         ...
 
-    def newest(
-        self,
-        *,
-        limit: int = PAGE_SIZE,
-        after: Cursor | None = None,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
-        """At most ``limit`` orders by ``first_stored_at``, newest first; the filters are exact and both hold.
+    def list_orders(self, **options: Unpack[ListOptions]) -> Page:
+        """Return a page of the orders in the sequence of their ``first_stored_at``; ``ListOptions`` has the arguments.
 
-        A page of very large orders ends early, before 5,000 items, and has a ``next_cursor`` then.
-
-        ``after`` is the ``next_cursor`` of the page before. Updates never move an order, so following it shows each
-        order once. Raises ValueError for a limit outside 1 to 100.
-        """
-        ...
-
-    def newer_than(
-        self,
-        before: Cursor,
-        *,
-        limit: int = PAGE_SIZE,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
-        """The page of ``newest`` that ends just before this place: the way back. Its ``next_cursor`` leads on again.
-
-        Raises ValueError for a limit outside 1 to 100.
+        Updates never move an order, so following ``next_cursor`` shows each order once. Filters are exact, and an order
+        must match all of them. A page of very large orders ends early, before 5,000 items, and has a ``next_cursor``.
+        Raises InvalidQuery for a limit outside 1 to 100.
         """
         ...
 
@@ -209,26 +233,8 @@ class AsyncOrderReader(Protocol):
         """See ``OrderRepository.content_sha256``."""
         ...
 
-    async def newest(
-        self,
-        *,
-        limit: int = PAGE_SIZE,
-        after: Cursor | None = None,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
-        """See ``OrderRepository.newest``."""
-        ...
-
-    async def newer_than(
-        self,
-        before: Cursor,
-        *,
-        limit: int = PAGE_SIZE,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
-        """See ``OrderRepository.newer_than``."""
+    async def list_orders(self, **options: Unpack[ListOptions]) -> Page:
+        """See ``OrderRepository.list_orders``."""
         ...
 
     async def status(self) -> Stats:
@@ -245,12 +251,3 @@ def checked_uids(order_uids: Iterable[str]) -> list[str]:
     if isinstance(order_uids, str):
         raise TypeError("get_many takes several order_uids, not one text; see get")
     return list(order_uids)
-
-
-def checked_limit(limit: int) -> int:
-    """Return the limit. Raises InvalidQuery, or TypeError."""
-    if type(limit) is not int:
-        raise TypeError(f"limit must be an int, not {type(limit).__name__}")
-    if not 1 <= limit <= MAX_PAGE_SIZE:
-        raise InvalidQuery(f"limit: expected 1 to {MAX_PAGE_SIZE}, found {limit}")
-    return limit

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypeVar, Unpack
 
 from psycopg import waiting
 from psycopg.abc import PQGen
@@ -18,7 +18,7 @@ from orderlib.models import Order
 from orderlib.postgres.migrate import require_schema
 from orderlib.postgres.pool import READ_ERRORS, Call, Pool, Session, bounded
 from orderlib.postgres.reads import ReadQueries
-from orderlib.repository import PAGE_SIZE, Cursor, Page, Stats, checked_uids
+from orderlib.repository import ListOptions, ListQuery, Page, Stats, checked_uids
 
 T = TypeVar("T")
 
@@ -106,27 +106,10 @@ class AsyncPostgresOrderReader:
         """See ``OrderRepository.content_sha256``."""
         return await self._read(lambda read_queries: read_queries.content_sha256(order_uid))
 
-    async def newest(
-        self,
-        *,
-        limit: int = PAGE_SIZE,
-        after: Cursor | None = None,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
-        """See ``OrderRepository.newest``."""
-        return await self._read(lambda read_queries: read_queries.newest(limit, after, customer_id, track_number))
-
-    async def newer_than(
-        self,
-        before: Cursor,
-        *,
-        limit: int = PAGE_SIZE,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
-        """See ``OrderRepository.newer_than``."""
-        return await self._read(lambda read_queries: read_queries.newer_than(before, limit, customer_id, track_number))
+    async def list_orders(self, **options: Unpack[ListOptions]) -> Page:
+        """See ``OrderRepository.list_orders``."""
+        query = ListQuery(**options)
+        return await self._read(lambda read_queries: read_queries.list_orders(query))
 
     async def status(self) -> Stats:
         """See ``OrderRepository.status``."""

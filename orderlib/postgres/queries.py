@@ -4,7 +4,9 @@ Written to run unchanged with the tables distributed by ``order_uid`` on Citus: 
 ``order_uid``, and no temporary table is joined.
 """
 
-from typing import Literal, LiteralString
+from typing import LiteralString
+
+from orderlib.repository import Direction
 
 #: The settings that can change what our SQL means or stores, with the values that it is written for. This is the result
 #: of a review of every setting of PostgreSQL 18 that a session may change. The others only choose plans, write logs or
@@ -112,28 +114,28 @@ SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid = ANY($1) ORDER BY array_posit
 #: Whether an order is there, and which version: one primary-key read.
 GET_CONTENT_SHA256: LiteralString = "SELECT content_sha256 FROM orders WHERE order_uid = $1"
 
-#: How a page of orders is cut: the condition and the direction for each side of a place in the list, or for its top.
-_SIDES: dict[str, tuple[LiteralString, LiteralString]] = {
-    "top": ("", "DESC"),
-    "older": (" AND (o.first_stored_at, o.order_uid) < ($2::timestamptz, $3)", "DESC"),
-    "newer": (" AND (o.first_stored_at, o.order_uid) > ($2::timestamptz, $3)", "ASC"),
+#: How a page continues from its cursor, and the sort order, for each direction.
+_DIRECTIONS: dict[Direction, tuple[LiteralString, LiteralString]] = {
+    Direction.OLDER: ("<", "DESC"),
+    Direction.NEWER: (">", "ASC"),
 }
 
 
-def newest(side: Literal["top", "older", "newer"], *, customer: bool, track: bool) -> LiteralString:
-    """A page of orders from one side of a place: $1 is how many, $2 and $3 the place, then the filters asked for.
+def list_orders(direction: Direction, *, cursor: bool, customer: bool, track: bool) -> LiteralString:
+    """Return the query for a page of orders: $1 is the limit, $2 and $3 the cursor, then the filters that are used.
 
-    With just the conditions asked for, each combination has its own plan and its own index.
+    Each combination of conditions is a statement of its own, so each has its own plan and its own index.
     """
-    place, direction = _SIDES[side]
-    numbers = ("$2", "$3") if side == "top" else ("$4", "$5")
+    comparison, sort = _DIRECTIONS[direction]
+    after = f" AND (o.first_stored_at, o.order_uid) {comparison} ($2::timestamptz, $3)" if cursor else ""
+    numbers = ("$4", "$5") if cursor else ("$2", "$3")
     of_customer = f" AND o.customer_id = {numbers[0]}" if customer else ""
     of_track = f" AND o.track_number = {numbers[1 if customer else 0]}" if track else ""
     return f"""
 SELECT {_ORDER_COLUMNS}
 FROM orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)
-WHERE true{place}{of_customer}{of_track}
-ORDER BY o.first_stored_at {direction}, o.order_uid {direction} LIMIT $1
+WHERE true{after}{of_customer}{of_track}
+ORDER BY o.first_stored_at {sort}, o.order_uid {sort} LIMIT $1
 """
 
 

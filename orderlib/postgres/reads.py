@@ -24,11 +24,11 @@ from orderlib.postgres.rows import JOINED_WIDTH, Row, order_from_rows, orders_fr
 from orderlib.repository import (
     COUNT_LIMIT,
     MAX_PAGE_ITEMS,
-    Cursor,
+    Direction,
+    ListQuery,
     Page,
     Stats,
     StoredOrder,
-    checked_limit,
     checked_uids,
 )
 
@@ -84,22 +84,36 @@ class ReadQueries:
         assert isinstance(sha256, bytes)
         return sha256
 
-    def newest(
-        self, limit: int, after: Cursor | None, customer_id: str | None, track_number: str | None
-    ) -> PQGen[Page]:
-        """See ``OrderRepository.newest``."""
-        statement = queries.newest(
-            "older" if after else "top", customer=customer_id is not None, track=track_number is not None
+    def list_orders(self, query: ListQuery) -> PQGen[Page]:
+        """See ``OrderRepository.list_orders``."""
+        filters = [text for text in (query.customer_id, query.track_number) if text is not None]
+        if not all(map(fits_postgres, filters)):
+            return Page(orders=(), next_cursor=None)
+        cursor = query.cursor
+        statement = queries.list_orders(
+            query.direction,
+            cursor=cursor is not None,
+            customer=query.customer_id is not None,
+            track=query.track_number is not None,
         )
-        stored, more = yield from self._page(statement, limit, after, customer_id, track_number)
-        return Page(orders=tuple(stored), next_cursor=stored[-1].cursor if more else None)
-
-    def newer_than(self, before: Cursor, limit: int, customer_id: str | None, track_number: str | None) -> PQGen[Page]:
-        """See ``OrderRepository.newer_than``."""
-        statement = queries.newest("newer", customer=customer_id is not None, track=track_number is not None)
-        stored, _ = yield from self._page(statement, limit, before, customer_id, track_number)
-        stored.reverse()
-        return Page(orders=tuple(stored), next_cursor=stored[-1].cursor if stored else None)
+        position: list[object] = [cursor.first_stored_at, cursor.order_uid] if cursor else []
+        # One more than the page: it tells whether there is a next page.
+        _, joined = yield from self._pipeline(_BEGIN, (statement, [query.limit + 1, *position, *filters]))
+        shown = joined[: query.limit]
+        uids = [row[0] for row in shown]
+        items, _ = yield from self._pipeline((queries.GET_ITEMS_OF_PAGE, [uids, MAX_PAGE_ITEMS]), _COMMIT)
+        if len(items) == MAX_PAGE_ITEMS:
+            # Items of the last order may be missing, so leave it out. The first order is complete: no order has so
+            # many items.
+            shown = shown[: uids.index(items[-1][0])]
+        stored = [
+            StoredOrder(order=order, first_stored_at=row[JOINED_WIDTH], stored_at=row[JOINED_WIDTH + 1])
+            for order, row in zip(orders_from_rows(shown, items), shown, strict=True)
+        ]
+        next_cursor = stored[-1].cursor if len(joined) > len(shown) else None
+        if query.direction is Direction.NEWER:
+            stored.reverse()
+        return Page(orders=tuple(stored), next_cursor=next_cursor)
 
     def status(self) -> PQGen[Stats]:
         """See ``OrderRepository.status``."""
@@ -121,32 +135,6 @@ class ReadQueries:
             return location, None
         [[(number,)]] = yield from self._pipeline((queries.SCHEMA_NUMBER, ()))
         return location, number
-
-    def _page(
-        self,
-        statement: LiteralString,
-        limit: int,
-        place: Cursor | None,
-        customer_id: str | None,
-        track_number: str | None,
-    ) -> PQGen[tuple[list[StoredOrder], bool]]:
-        """So many orders of a page query, and whether there are more behind them."""
-        filters = [text for text in (customer_id, track_number) if text is not None]
-        if not all(map(fits_postgres, filters)):
-            return [], False
-        at: list[object] = [place.first_stored_at, place.order_uid] if place else []
-        _, joined = yield from self._pipeline(_BEGIN, (statement, [checked_limit(limit) + 1, *at, *filters]))
-        shown = joined[:limit]
-        uids = [row[0] for row in shown]
-        items, _ = yield from self._pipeline((queries.GET_ITEMS_OF_PAGE, [uids, MAX_PAGE_ITEMS]), _COMMIT)
-        if len(items) == MAX_PAGE_ITEMS:
-            # The last one's items may not all be there. No order has so many, so the first is whole.
-            shown = shown[: uids.index(items[-1][0])]
-        stored = [
-            StoredOrder(order=order, first_stored_at=row[JOINED_WIDTH], stored_at=row[JOINED_WIDTH + 1])
-            for order, row in zip(orders_from_rows(shown, items), shown, strict=True)
-        ]
-        return stored, len(joined) > len(shown)
 
     def _pipeline(self, *questions: Statement) -> PQGen[list[list[Row]]]:
         """The rows of each statement, in one round trip."""

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from random import Random
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypeVar, Unpack
 
 import psycopg
 from psycopg.abc import PQGen
@@ -21,7 +21,7 @@ from orderlib.postgres.pool import READ_ERRORS, Call, Pool, Session, ThreadWaite
 from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import store
-from orderlib.repository import PAGE_SIZE, Cursor, Outcome, Page, Stats
+from orderlib.repository import ListOptions, ListQuery, Outcome, Page, Stats
 
 T = TypeVar("T")
 
@@ -88,27 +88,10 @@ class PostgresOrderRepository:
         """See ``OrderRepository.content_sha256``."""
         return self._read(lambda read_queries: read_queries.content_sha256(order_uid))
 
-    def newest(
-        self,
-        *,
-        limit: int = PAGE_SIZE,
-        after: Cursor | None = None,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
-        """See ``OrderRepository.newest``."""
-        return self._read(lambda read_queries: read_queries.newest(limit, after, customer_id, track_number))
-
-    def newer_than(
-        self,
-        before: Cursor,
-        *,
-        limit: int = PAGE_SIZE,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
-        """See ``OrderRepository.newer_than``."""
-        return self._read(lambda read_queries: read_queries.newer_than(before, limit, customer_id, track_number))
+    def list_orders(self, **options: Unpack[ListOptions]) -> Page:
+        """See ``OrderRepository.list_orders``."""
+        query = ListQuery(**options)
+        return self._read(lambda read_queries: read_queries.list_orders(query))
 
     def status(self) -> Stats:
         """See ``OrderRepository.status``."""

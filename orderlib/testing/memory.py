@@ -6,19 +6,21 @@ import datetime as dt
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Unpack
 
 from orderlib.errors import OrderNotFound, RejectedError
 from orderlib.ingestion.records import PreparedOrder, StoredVersion, plan_writes
 from orderlib.models import Order
 from orderlib.repository import (
     COUNT_LIMIT,
-    PAGE_SIZE,
     Cursor,
+    Direction,
+    ListOptions,
+    ListQuery,
     Outcome,
     Page,
     Stats,
     StoredOrder,
-    checked_limit,
     checked_uids,
 )
 
@@ -63,34 +65,16 @@ class MemoryOrderRepository:
             raise OrderNotFound(order_uid)
         return version.content_sha256
 
-    def newest(
-        self,
-        *,
-        limit: int = PAGE_SIZE,
-        after: Cursor | None = None,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
-        """See ``OrderRepository.newest``."""
-        shown = self._matching(customer_id, track_number)
-        if after is not None:
-            shown = [stored for stored in shown if _place(stored.cursor) < _place(after)]
-        page = shown[: checked_limit(limit)]
-        return Page(orders=tuple(page), next_cursor=page[-1].cursor if len(shown) > limit else None)
-
-    def newer_than(
-        self,
-        before: Cursor,
-        *,
-        limit: int = PAGE_SIZE,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
-        """See ``OrderRepository.newer_than``."""
-        matching = self._matching(customer_id, track_number)
-        newer = [stored for stored in matching if _place(stored.cursor) > _place(before)]
-        page = newer[-checked_limit(limit) :]
-        return Page(orders=tuple(page), next_cursor=page[-1].cursor if page else None)
+    def list_orders(self, **options: Unpack[ListOptions]) -> Page:
+        """See ``OrderRepository.list_orders``."""
+        query = ListQuery(**options)
+        is_older = query.direction is Direction.OLDER
+        with self._lock:
+            listed = sorted(self._stored.values(), key=lambda stored: _position(stored.cursor), reverse=is_older)
+        matching = [stored for stored in listed if _matches(stored, query)]
+        page = matching[: query.limit]
+        next_cursor = page[-1].cursor if len(matching) > query.limit else None
+        return Page(orders=tuple(page if is_older else page[::-1]), next_cursor=next_cursor)
 
     def status(self) -> Stats:
         """See ``OrderRepository.status``."""
@@ -131,16 +115,17 @@ class MemoryOrderRepository:
                 )
         return Counter(plan.outcomes)
 
-    def _matching(self, customer_id: str | None, track_number: str | None) -> list[StoredOrder]:
-        """What the filters let through, newest first."""
-        with self._lock:
-            everything = sorted(self._stored.values(), key=lambda stored: _place(stored.cursor), reverse=True)
-        return [
-            stored
-            for stored in everything
-            if customer_id in {None, stored.order.customer_id} and track_number in {None, stored.order.track_number}
-        ]
+
+def _matches(stored: StoredOrder, query: ListQuery) -> bool:
+    if query.cursor is not None:
+        position, start = _position(stored.cursor), _position(query.cursor)
+        if not (position < start if query.direction is Direction.OLDER else position > start):
+            return False
+    return query.customer_id in {None, stored.order.customer_id} and query.track_number in {
+        None,
+        stored.order.track_number,
+    }
 
 
-def _place(cursor: Cursor) -> tuple[dt.datetime, str]:
+def _position(cursor: Cursor) -> tuple[dt.datetime, str]:
     return cursor.first_stored_at, cursor.order_uid

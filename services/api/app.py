@@ -23,7 +23,7 @@ from services.api.metrics import UNMATCHED, UNREADABLE, Metrics
 from services.api.openapi import OpenApiResource
 from services.api.orders import OrderResource, OrdersResource
 from services.api.pages import Pages, StaticResource
-from services.api.parameters import Parameters
+from services.api.parameters import ParametersMiddleware
 from services.api.request_metrics import RequestMetricsMiddleware
 from services.program import event
 from services.settings import ApiSettings
@@ -43,7 +43,7 @@ class Api(falcon.asgi.App[Request, Response]):
     """A Falcon application that answers every request as the API promises, also where Falcon itself would not."""
 
     def __init__(self, observation: RequestMetricsMiddleware, pages: Pages, *middleware: AuthMiddleware) -> None:
-        super().__init__(middleware=[observation, *middleware, Parameters()])
+        super().__init__(middleware=[observation, *middleware, ParametersMiddleware()])
         self._observation = observation
         ErrorHandlers(pages).attach(self)
 

@@ -27,7 +27,7 @@ class HomeResource:
         """The newest orders and the status; with ``q``, the way to what was looked for."""
         query = (req.get_param("q") or "").strip()
         if not query:
-            page, status = await self._reader.newest(), await self._reader.status()
+            page, status = await self._reader.list_orders(), await self._reader.status()
             self._pages.show(resp, "home.html", page=page, status=status, query="")
             return
         found = await self._found(query)
@@ -49,8 +49,8 @@ class HomeResource:
             pass
         else:
             return f"/orders/{quote(query, safe=':')}"
-        if (await self._reader.newest(limit=1, track_number=query)).orders:
+        if (await self._reader.list_orders(limit=1, track_number=query)).orders:
             return f"/orders?{urlencode({'track_number': query})}"
-        if (await self._reader.newest(limit=1, customer_id=query)).orders:
+        if (await self._reader.list_orders(limit=1, customer_id=query)).orders:
             return f"/orders?{urlencode({'customer_id': query})}"
         return None

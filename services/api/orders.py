@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from urllib.parse import urlencode
 
 import falcon
 import msgspec
@@ -11,13 +12,16 @@ from falcon.asgi import Request, Response
 from orderlib.codecs import encode_order
 from orderlib.contract import fits_postgres
 from orderlib.errors import InvalidQuery
-from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, AsyncOrderReader, Cursor, Page
+from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, AsyncOrderReader, Cursor, Direction, ListOptions, Page
 from services.api.deadline import with_deadline
 from services.api.negotiation import known_etags, prefers_page, require_acceptable
 from services.api.pages import Pages
 from services.api.parameters import bad_parameter
 
 _REVALIDATE = "private, no-cache"
+
+#: In a URL, this character before a cursor means Direction.NEWER. Base64 does not use it.
+_NEWER = "~"
 
 
 class OrderResource:
@@ -58,7 +62,7 @@ class OrderResource:
 class OrdersResource:
     """``/orders``: a page of the list, newest first."""
 
-    PARAMETERS = frozenset({"limit", "cursor", "newer_than", "customer_id", "track_number", "format"})
+    PARAMETERS = frozenset({"limit", "cursor", "customer_id", "track_number", "format"})
 
     def __init__(self, reader: AsyncOrderReader, pages: Pages) -> None:
         self._reader = reader
@@ -66,50 +70,80 @@ class OrdersResource:
 
     @with_deadline
     async def on_get(self, req: Request, resp: Response) -> None:
-        """A page of orders; two queries, however many."""
+        """Return a page of orders; JSON costs two queries."""
         require_acceptable(req)
-        is_page = prefers_page(req)
-        before = _cursor(req, "newer_than")
-        if before and not is_page:
-            raise bad_parameter("newer_than", "a request for a page", "one for JSON")
         limit = _limit(req)
-        after = _cursor(req, "cursor")
-        if before and after:
-            raise bad_parameter("newer_than", "no cursor beside it", "both")
-        filters = {name: _filter(req, name) for name in ("customer_id", "track_number")}
-        if is_page:
-            await self._show(resp, limit, after, before, filters)
+        cursor, direction = _cursor(req)
+        options: ListOptions = {
+            "cursor": cursor,
+            "direction": direction,
+            "limit": limit,
+            "customer_id": _filter(req, "customer_id"),
+            "track_number": _filter(req, "track_number"),
+        }
+        page = await self._reader.list_orders(**options)
+        if not prefers_page(req):
+            resp.set_header("Cache-Control", _REVALIDATE)
+            resp.content_type = falcon.MEDIA_JSON
+            resp.data = _encoded(page, direction)
             return
-        page = await self._reader.newest(limit=limit, after=after, **filters)
-        resp.set_header("Cache-Control", _REVALIDATE)
-        resp.content_type = falcon.MEDIA_JSON
-        resp.data = _encoded(page)
+        if direction is Direction.NEWER and page.next_cursor is None and len(page.orders) < limit:
+            # Back at the top: show a full page, not only the few orders that are newer.
+            options["cursor"], options["direction"] = cursor, direction = None, Direction.OLDER
+            page = await self._reader.list_orders(**options)
+        newer, older = _neighbours(page, direction, is_top=cursor is None)
+        self._pages.show(
+            resp,
+            "orders.html",
+            orders=page.orders,
+            is_top=cursor is None,
+            newer=newer and _link(newer, options),
+            older=older and _link(older, options),
+            customer_id=options["customer_id"],
+            track_number=options["track_number"],
+            query="",
+        )
 
     on_head = on_get
 
-    async def _show(
-        self, resp: Response, limit: int, after: Cursor | None, before: Cursor | None, filters: dict[str, str | None]
-    ) -> None:
-        page = await self._reader.newer_than(before, limit=limit, **filters) if before else None
-        if page is not None and len(page.orders) == limit:
-            is_top = not (await self._reader.newer_than(page.orders[0].cursor, limit=1, **filters)).orders
-        else:
-            # Whoever comes back to the top sees a whole page there, not just the few orders that are newer.
-            page, is_top = (
-                await self._reader.newest(limit=limit, after=after, **filters),
-                after is None or before is not None,
-            )
-        self._pages.show(resp, "orders.html", page=page, is_top=is_top, limit=limit, query="", **filters)
 
-
-def _encoded(page: Page) -> bytes:
+def _encoded(page: Page, direction: Direction) -> bytes:
     orders = b",".join(encode_order(stored.order) for stored in page.orders)
-    next_cursor = str(page.next_cursor) if page.next_cursor else None
+    next_cursor = _cursor_text(page.next_cursor, direction) if page.next_cursor else None
     return b'{"orders":[%b],"next_cursor":%b}' % (orders, msgspec.json.encode(next_cursor))
 
 
+def _cursor_text(cursor: Cursor, direction: Direction) -> str:
+    return f"{_NEWER if direction is Direction.NEWER else ''}{cursor}"
+
+
+def _neighbours(page: Page, direction: Direction, *, is_top: bool) -> tuple[str | None, str | None]:
+    """Return the cursors of the newer and of the older page, or None for a page that does not exist."""
+    if not page.orders:
+        return None, None
+    newer, older = page.orders[0].cursor, page.orders[-1].cursor
+    if direction is Direction.NEWER:
+        has_newer, has_older = page.next_cursor is not None, True
+    else:
+        has_newer, has_older = not is_top, page.next_cursor is not None
+    return (
+        _cursor_text(newer, Direction.NEWER) if has_newer else None,
+        _cursor_text(older, Direction.OLDER) if has_older else None,
+    )
+
+
+def _link(cursor: str, options: ListOptions) -> str:
+    parameters = {
+        "cursor": cursor,
+        "limit": options["limit"] if options["limit"] != PAGE_SIZE else None,
+        "customer_id": options["customer_id"],
+        "track_number": options["track_number"],
+    }
+    return f"/orders?{urlencode({name: value for name, value in parameters.items() if value is not None})}"
+
+
 def _parameter(req: Request, name: str) -> str | None:
-    """Return a parameter of the query, which is there once at most."""
+    """Return a parameter of the query; ``ParametersMiddleware`` has made sure that it occurs once at most."""
     value = req.params.get(name)
     assert not isinstance(value, list)
     return value
@@ -120,20 +154,23 @@ def _limit(req: Request) -> int:
     if text is None:
         return PAGE_SIZE
     if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= MAX_PAGE_SIZE):
-        raise bad_parameter("limit", f"an integer from 1 to {MAX_PAGE_SIZE}", "something else")
+        raise bad_parameter("limit", f"an integer from 1 to {MAX_PAGE_SIZE}", "another value")
     return int(text)
 
 
-def _cursor(req: Request, name: str) -> Cursor | None:
-    text = _parameter(req, name)
+def _cursor(req: Request) -> tuple[Cursor | None, Direction]:
+    text = _parameter(req, "cursor")
+    if text is None:
+        return None, Direction.OLDER
+    direction = Direction.NEWER if text.startswith(_NEWER) else Direction.OLDER
     try:
-        return None if text is None else Cursor.parse(text)
+        return Cursor.parse(text.removeprefix(_NEWER)), direction
     except InvalidQuery as exc:
-        raise bad_parameter(name, "a next_cursor as it was returned", "another text") from exc
+        raise bad_parameter("cursor", "a next_cursor as it was returned", "another text") from exc
 
 
 def _filter(req: Request, name: str) -> str | None:
     text = _parameter(req, name)
     if text is not None and (not 1 <= len(text) <= 255 or not fits_postgres(text)):
-        raise bad_parameter(name, "a text of 1 to 255 characters", "another")
+        raise bad_parameter(name, "a text of 1 to 255 characters", "another text")
     return text

@@ -10,7 +10,7 @@ from falcon.asgi import Request, Response
 from orderlib.errors import InvalidQuery
 
 
-class Parameters:
+class ParametersMiddleware:
     """Middleware: accept only the parameters in the resource's ``PARAMETERS``, each once."""
 
     async def process_resource(self, req: Request, _resp: Response, resource: object, _params: dict[str, Any]) -> None:

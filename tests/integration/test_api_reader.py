@@ -16,7 +16,7 @@ import orderlib
 from orderlib.errors import ConfigurationError, DatabaseUnavailable, OrderNotFound
 from orderlib.models import Order
 from orderlib.postgres.async_repository import AsyncPostgresOrderReader
-from orderlib.repository import AsyncOrderReader
+from orderlib.repository import AsyncOrderReader, Direction
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from orderlib.testing.strategies import orders
 from tests.conftest import Database
@@ -61,12 +61,14 @@ def test_every_read_gives_what_the_repository_gives(
             uids = ["u-1", "nobody", "u-2", "a\0b"]
             assert await reader.get_many(uids) == store.get_many(uids)
             assert await reader.content_sha256("u-5") == store.content_sha256("u-5")
-            assert await reader.newest(limit=5) == store.newest(limit=5)
-            after = store.newest(limit=5).next_cursor
+            assert await reader.list_orders(limit=5) == store.list_orders(limit=5)
+            after = store.list_orders(limit=5).next_cursor
             assert after is not None
-            older = await reader.newest(limit=4, after=after, customer_id="c-1")
-            assert older == store.newest(limit=4, after=after, customer_id="c-1")
-            assert await reader.newer_than(after, limit=3) == store.newer_than(after, limit=3)
+            older = await reader.list_orders(limit=4, cursor=after, customer_id="c-1")
+            assert older == store.list_orders(limit=4, cursor=after, customer_id="c-1")
+            assert await reader.list_orders(cursor=after, direction=Direction.NEWER, limit=3) == store.list_orders(
+                cursor=after, direction=Direction.NEWER, limit=3
+            )
             ours, theirs = await reader.status(), store.status()
             assert attrs.evolve(ours, asked_at=theirs.asked_at) == theirs
             await reader.check()
@@ -83,28 +85,19 @@ def test_what_is_not_there_is_not_found(read: Read[object], order_uid: str) -> N
 
 
 def test_a_filter_that_no_order_can_have_finds_none(read: Read[orderlib.Page]) -> None:
-    assert read(lambda reader: reader.newest(customer_id="a\0b")).orders == ()
+    assert read(lambda reader: reader.list_orders(customer_id="a\0b")).orders == ()
 
 
 def test_a_limit_outside_its_bounds_is_a_mistake(read: Read[object]) -> None:
     with pytest.raises(ValueError, match="limit"):
-        read(lambda reader: reader.newest(limit=0))
-
-
-def test_newer_than_is_the_way_back(store: orderlib.PostgresOrderRepository) -> None:
-    first = store.newest(limit=4)
-    assert first.next_cursor is not None
-    second = store.newest(limit=4, after=first.next_cursor)
-    assert store.newer_than(second.orders[0].cursor, limit=4) == first
-    assert store.newer_than(second.orders[0].cursor, limit=2).orders == first.orders[2:]
-    assert store.newer_than(first.orders[0].cursor).orders == ()
+        read(lambda reader: reader.list_orders(limit=0))
 
 
 def test_a_mistake_leaves_the_connection_usable(module_database: Database, store: object) -> None:  # noqa: ARG001
     async def ask() -> Order:
         async with AsyncPostgresOrderReader(module_database.reader_url, max_connections=1) as reader:
             with pytest.raises(ValueError, match="limit"):
-                await reader.newest(limit=101)
+                await reader.list_orders(limit=101)
             with pytest.raises(OrderNotFound):
                 await reader.get("nobody")
             return await reader.get("u-1")

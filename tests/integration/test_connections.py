@@ -266,7 +266,7 @@ CALLS: dict[str, Callable[[PostgresOrderRepository], object]] = {
     "get": lambda repository: repository.get(UID),
     "get_many": lambda repository: repository.get_many([UID]),
     "content_sha256": lambda repository: repository.content_sha256(UID),
-    "newest": lambda repository: repository.newest(),
+    "list_orders": lambda repository: repository.list_orders(),
     "status": lambda repository: repository.status(),
     "save": lambda repository: repository.save(SAMPLE),
 }
@@ -355,7 +355,7 @@ def test_a_closed_reader_raises_the_same_error_and_does_not_reconnect(stored: Da
         reader = AsyncPostgresOrderReader(stored.reader_url, application_name="closed")
         await reader.get(UID)
         await reader.close()
-        for call in (reader.get(UID), reader.newest(), reader.check()):
+        for call in (reader.get(UID), reader.list_orders(), reader.check()):
             with pytest.raises(ConfigurationError, match="the repository is closed"):
                 await call
 

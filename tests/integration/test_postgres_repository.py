@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import attrs
 import psycopg
@@ -30,6 +30,7 @@ from orderlib import (
 )
 from orderlib.contract import unchecked
 from orderlib.postgres import queries
+from orderlib.repository import Direction
 from tests.conftest import Database
 from tests.support.cable import Cable
 from tests.support.repository_contract import SAMPLE_ORDER, RepositoryContract, an_order, versions_in
@@ -60,9 +61,9 @@ class TestPostgresOrderRepository(RepositoryContract):
 def test_a_page_of_very_large_orders_ends_early_and_the_next_goes_on(postgres: PostgresOrderRepository) -> None:
     large = attrs.evolve(SAMPLE_ORDER, items=SAMPLE_ORDER.items[:1] * 1_000)
     postgres.save_many(attrs.evolve(large, order_uid=f"large-{number}") for number in range(12))
-    pages = [postgres.newest(limit=100)]
+    pages = [postgres.list_orders(limit=100)]
     while (cursor := pages[-1].next_cursor) is not None:
-        pages.append(postgres.newest(limit=100, after=cursor))
+        pages.append(postgres.list_orders(limit=100, cursor=cursor))
     assert [len(page.orders) for page in pages] == [4, 4, 4]
     assert {len(stored.order.items) for page in pages for stored in page.orders} == {1_000}
     assert len({stored.order.order_uid for page in pages for stored in page.orders}) == 12
@@ -84,7 +85,7 @@ def unchecked_item(**fields: object) -> Item:
 READS: dict[str, Callable[[PostgresOrderRepository], list[Order]]] = {
     "get": lambda repository: [repository.get("a")],
     "get_many": lambda repository: list(repository.get_many(["a", "b"]).values()),
-    "newest": lambda repository: [stored.order for stored in repository.newest().orders],
+    "list_orders": lambda repository: [stored.order for stored in repository.list_orders().orders],
 }
 
 
@@ -128,7 +129,7 @@ def test_the_readers_url_suffices_for_reading_and_only_for_that(
     postgres.save(SAMPLE_ORDER)
     with connect(emptied.reader_url) as reader:
         assert reader.get(SAMPLE_ORDER.order_uid) == SAMPLE_ORDER
-        assert reader.newest(customer_id=SAMPLE_ORDER.customer_id).orders[0].order == SAMPLE_ORDER
+        assert reader.list_orders(customer_id=SAMPLE_ORDER.customer_id).orders[0].order == SAMPLE_ORDER
         assert reader.content_sha256(SAMPLE_ORDER.order_uid) == postgres.content_sha256(SAMPLE_ORDER.order_uid)
         assert reader.status().stored_recently == 1
         with pytest.raises(ConfigurationError, match="42501"):
@@ -177,7 +178,7 @@ def test_an_order_that_only_postgresql_refuses_is_named_and_nothing_is_stored(
     assert (refusal.value.order_uid, refusal.value.sqlstate) == ("bad", sqlstate)
     assert [fault.path for fault in refusal.value.faults] == ["$"]
     assert "secret" not in str(refusal.value)
-    assert postgres.newest().orders == ()
+    assert postgres.list_orders().orders == ()
 
 
 # Writers that meet
@@ -229,7 +230,7 @@ def test_a_server_that_is_gone_is_unreachable_and_comes_back_by_itself(emptied: 
     with cable_to(emptied.writer_url) as cable, connect(cable.url, timeout_s=1) as repository:
         repository.save(an_order("a", 1))
         cable.cut()
-        for call in (lambda: repository.get("a"), repository.newest, lambda: repository.save(an_order("a", 2))):
+        for call in (lambda: repository.get("a"), repository.list_orders, lambda: repository.save(an_order("a", 2))):
             with pytest.raises(DatabaseUnavailable):
                 call()
         cable.mend()
@@ -313,7 +314,8 @@ def test_a_table_that_went_missing_is_a_broken_setup(database: Database) -> None
         repository.get("a")
 
 
-@pytest.mark.parametrize("side", ["top", "older", "newer"])
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("cursor", [False, True])
 @pytest.mark.parametrize(
     ("customer", "track", "index"),
     [
@@ -323,13 +325,13 @@ def test_a_table_that_went_missing_is_a_broken_setup(database: Database) -> None
     ],
 )
 def test_a_page_is_read_along_its_index_and_never_sorted(
-    module_database: Database, side: Literal["top", "older", "newer"], customer: bool, track: bool, index: str
+    module_database: Database, direction: Direction, cursor: bool, customer: bool, track: bool, index: str
 ) -> None:
     """However many orders there are, a page costs a page."""
     with psycopg.connect(module_database.superuser_url, autocommit=True) as superuser:
         superuser.execute("SET enable_seqscan = off")
         superuser.execute("SET enable_sort = off")
-        statement = sql.SQL(queries.newest(side, customer=customer, track=track))
+        statement = sql.SQL(queries.list_orders(direction, cursor=cursor, customer=customer, track=track))
         plan = [line for (line,) in superuser.execute(sql.SQL("EXPLAIN (GENERIC_PLAN) ") + statement)]
     assert any(f"using {index} on orders" in line for line in plan), plan
     assert not any("Sort" in line for line in plan), plan

@@ -245,7 +245,7 @@ def test_the_library_works_whatever_the_sessions_begin_with(
         assert repository.save_many(orders) == {Outcome.STORED: 3}
         assert repository.save_many(orders) == {Outcome.DUPLICATE: 3}
         assert [repository.get(order.order_uid) for order in orders] == orders
-        assert [found.order for found in reversed(repository.newest().orders)] == orders
+        assert [found.order for found in reversed(repository.list_orders().orders)] == orders
 
     async def read() -> list[Order]:
         async with AsyncPostgresOrderReader(database.reader_url) as reader:

@@ -14,6 +14,7 @@ import pytest
 
 from orderlib import (
     Cursor,
+    Direction,
     Item,
     Order,
     OrderNotFound,
@@ -56,7 +57,7 @@ def versions_in(order: Order) -> set[int]:
 
 
 def stored(repository: OrderRepository, order_uid: str) -> StoredOrder:
-    [found] = [stored for stored in repository.newest(limit=100).orders if stored.order.order_uid == order_uid]
+    [found] = [stored for stored in repository.list_orders(limit=100).orders if stored.order.order_uid == order_uid]
     return found
 
 
@@ -164,7 +165,7 @@ class RepositoryContract:
 
     def test_saving_nothing_does_nothing(self, repository: OrderRepository) -> None:
         assert repository.save_many([]) == Counter()
-        assert repository.newest().orders == ()
+        assert repository.list_orders().orders == ()
 
     def test_orders_are_taken_from_any_iterable(self, repository: OrderRepository) -> None:
         outcomes = repository.save_many(an_order(uid) for uid in "abc")
@@ -215,7 +216,7 @@ class RepositoryContract:
     def test_the_list_begins_with_the_order_that_was_stored_last(self, repository: OrderRepository) -> None:
         for uid in "bca":
             repository.save(an_order(uid))
-        page = repository.newest()
+        page = repository.list_orders()
         assert uids(page.orders) == ["a", "c", "b"]
         assert page.next_cursor is None
         assert [stored.order for stored in page.orders] == [an_order(uid) for uid in "acb"]
@@ -224,7 +225,7 @@ class RepositoryContract:
     def test_orders_stored_together_are_listed_by_order_uid_backwards(self, repository: OrderRepository) -> None:
         """By its code points, whatever language the store was set up in."""
         repository.save_many(an_order(uid) for uid in ("b", "B", "a-b", "a.c", "ab", "A", "_", "10", "9"))
-        page = repository.newest()
+        page = repository.list_orders()
         assert uids(page.orders) == sorted(("b", "B", "a-b", "a.c", "ab", "A", "_", "10", "9"), reverse=True)
         assert len({stored.first_stored_at for stored in page.orders}) == 1
 
@@ -232,7 +233,7 @@ class RepositoryContract:
         for uid in "abc":
             repository.save(an_order(uid))
         repository.save(an_order("a", 2))
-        assert uids(repository.newest().orders) == ["c", "b", "a"]
+        assert uids(repository.list_orders().orders) == ["c", "b", "a"]
 
     @pytest.mark.parametrize("limit", [1, 2, 3, 7, 100])
     def test_following_the_cursors_shows_each_order_once(self, repository: OrderRepository, limit: int) -> None:
@@ -240,9 +241,9 @@ class RepositoryContract:
         for uid in "defg":
             repository.save(an_order(uid))
         seen: list[str] = []
-        after: Cursor | None = None
+        cursor: Cursor | None = None
         while True:
-            page = repository.newest(limit=limit, after=after)
+            page = repository.list_orders(limit=limit, cursor=cursor)
             assert len(page.orders) <= limit
             seen += uids(page.orders)
             # Meanwhile others are stored and updated.
@@ -250,25 +251,36 @@ class RepositoryContract:
             repository.save(an_order("b", len(seen)))
             if page.next_cursor is None:
                 break
-            after = Cursor.parse(str(page.next_cursor))
+            cursor = Cursor.parse(str(page.next_cursor))
         assert seen == ["g", "f", "e", "d", "c", "b", "a"]
 
     def test_a_last_page_that_is_full_has_no_next_one(self, repository: OrderRepository) -> None:
         repository.save_many(an_order(uid) for uid in "abcd")
-        first = repository.newest(limit=2)
+        first = repository.list_orders(limit=2)
         assert first.next_cursor is not None
-        assert repository.newest(limit=2, after=first.next_cursor).next_cursor is None
+        assert repository.list_orders(limit=2, cursor=first.next_cursor).next_cursor is None
 
-    def test_pages_lead_back_as_they_led_on(self, repository: OrderRepository) -> None:
+    def test_a_page_of_newer_orders_ends_just_before_its_cursor(self, repository: OrderRepository) -> None:
         for uid in "abcdefg":
             repository.save(an_order(uid))
-        listed = list(repository.newest().orders)
+        listed = repository.list_orders().orders
         for start, limit in itertools.product(range(7), (1, 2, 7)):
-            page = repository.newer_than(listed[start].cursor, limit=limit)
-            assert page.orders == tuple(listed[max(0, start - limit) : start])
-            assert page.next_cursor == (listed[start - 1].cursor if start else None)
-            if page.next_cursor:
-                assert repository.newest(after=page.next_cursor).orders == tuple(listed[start:])
+            page = repository.list_orders(cursor=listed[start].cursor, direction=Direction.NEWER, limit=limit)
+            assert page.orders == listed[max(0, start - limit) : start]
+            assert page.next_cursor == (page.orders[0].cursor if start > limit else None)
+
+    @pytest.mark.parametrize("limit", [1, 2, 3, 7, 100])
+    def test_without_a_cursor_newer_begins_at_the_oldest_order(self, repository: OrderRepository, limit: int) -> None:
+        for uid in "abcdefg":
+            repository.save(an_order(uid))
+        seen: list[str] = []
+        page = repository.list_orders(direction=Direction.NEWER, limit=limit)
+        while True:
+            seen += uids(page.orders)[::-1]
+            if page.next_cursor is None:
+                break
+            page = repository.list_orders(cursor=page.next_cursor, direction=Direction.NEWER, limit=limit)
+        assert seen == list("abcdefg")
 
     def test_filters_are_exact_and_both_hold(self, repository: OrderRepository) -> None:
         for uid, customer_id, track_number in (
@@ -280,24 +292,31 @@ class RepositoryContract:
             ("f", "%", "_"),
         ):
             repository.save(an_order(uid, customer_id=customer_id, track_number=track_number))
-        assert uids(repository.newest(customer_id="one").orders) == ["e", "b", "a"]
-        assert uids(repository.newest(track_number="x").orders) == ["e", "d", "c", "a"]
-        assert uids(repository.newest(customer_id="one", track_number="x").orders) == ["e", "a"]
-        assert uids(repository.newest(customer_id="%", track_number="_").orders) == ["f"]
-        for nobody in ("", "on", "one ", "a\0b", "\ud800", "x" * 10_000):
-            assert repository.newest(customer_id=nobody).orders == ()
-            assert repository.newest(track_number=nobody, limit=1).orders == ()
+        assert uids(repository.list_orders(customer_id="one").orders) == ["e", "b", "a"]
+        assert uids(repository.list_orders(track_number="x").orders) == ["e", "d", "c", "a"]
+        assert uids(repository.list_orders(customer_id="one", track_number="x").orders) == ["e", "a"]
+        assert uids(repository.list_orders(customer_id="%", track_number="_").orders) == ["f"]
+        for unknown in ("", "on", "one ", "a\0b", "\ud800", "x" * 10_000):
+            assert repository.list_orders(customer_id=unknown).orders == ()
+            assert repository.list_orders(track_number=unknown, limit=1).orders == ()
 
     def test_filters_hold_on_every_page_both_ways(self, repository: OrderRepository) -> None:
         for index in range(9):
             repository.save(an_order(f"{index}", customer_id="even" if index % 2 == 0 else "odd"))
-        first = repository.newest(limit=2, customer_id="even")
+        first = repository.list_orders(limit=2, customer_id="even")
         assert uids(first.orders) == ["8", "6"]
-        rest = repository.newest(limit=9, after=first.next_cursor, customer_id="even")
+        rest = repository.list_orders(limit=9, cursor=first.next_cursor, customer_id="even")
         assert uids(rest.orders) == ["4", "2", "0"]
-        back = repository.newer_than(rest.orders[0].cursor, limit=9, customer_id="even")
+        back = repository.list_orders(
+            cursor=rest.orders[0].cursor, direction=Direction.NEWER, limit=9, customer_id="even"
+        )
         assert uids(back.orders) == ["8", "6"]
-        assert repository.newer_than(rest.orders[0].cursor, customer_id="even", track_number="other").orders == ()
+        assert (
+            repository.list_orders(
+                cursor=rest.orders[0].cursor, direction=Direction.NEWER, customer_id="even", track_number="other"
+            ).orders
+            == ()
+        )
 
     def test_a_cursor_of_an_order_that_never_was_is_a_place_all_the_same(self, repository: OrderRepository) -> None:
         for uid in "abc":
@@ -305,22 +324,26 @@ class RepositoryContract:
         middle = stored(repository, "b").first_stored_at
         for strange in ("", "zzz", "\U0010ffff"):
             between = Cursor(first_stored_at=middle + dt.timedelta.resolution, order_uid=strange)
-            assert uids(repository.newest(after=between).orders) == ["b", "a"]
-            assert uids(repository.newer_than(between).orders) == ["c"]
+            assert uids(repository.list_orders(cursor=between).orders) == ["b", "a"]
+            assert uids(repository.list_orders(cursor=between, direction=Direction.NEWER).orders) == ["c"]
         first, last = dt.datetime.min.replace(tzinfo=dt.UTC), dt.datetime.max.replace(tzinfo=dt.UTC)
-        assert repository.newest(after=Cursor(first_stored_at=first, order_uid="a")).orders == ()
-        assert len(repository.newest(after=Cursor(first_stored_at=last, order_uid="a")).orders) == 3
+        assert repository.list_orders(cursor=Cursor(first_stored_at=first, order_uid="a")).orders == ()
+        assert len(repository.list_orders(cursor=Cursor(first_stored_at=last, order_uid="a")).orders) == 3
 
     @pytest.mark.parametrize("limit", [0, -1, 101])
-    def test_a_page_has_from_one_to_a_hundred_orders(self, repository: OrderRepository, limit: int) -> None:
+    def test_a_limit_outside_1_to_100_is_an_invalid_query(self, repository: OrderRepository, limit: int) -> None:
         with pytest.raises(InvalidQuery, match="limit: expected 1 to 100"):
-            repository.newest(limit=limit)
+            repository.list_orders(limit=limit)
         with pytest.raises(InvalidQuery, match="limit: expected 1 to 100"):
-            repository.newer_than(Cursor(first_stored_at=dt.datetime.now(dt.UTC), order_uid="a"), limit=limit)
+            repository.list_orders(
+                cursor=Cursor(first_stored_at=dt.datetime.now(dt.UTC), order_uid="a"),
+                direction=Direction.NEWER,
+                limit=limit,
+            )
 
-    def test_a_limit_is_a_whole_number(self, repository: OrderRepository) -> None:
+    def test_a_limit_is_an_integer(self, repository: OrderRepository) -> None:
         with pytest.raises(TypeError, match="limit must be an int, not float"):
-            repository.newest(limit=5.0)  # type: ignore[arg-type]
+            repository.list_orders(limit=5.0)  # type: ignore[arg-type]  # the wrong type is the test
 
     # Status
 

@@ -33,6 +33,7 @@ from orderlib.postgres.rows import (
     pack_rows,
     pack_timestamps,
 )
+from orderlib.repository import Direction
 from orderlib.testing import SAMPLE
 from orderlib.testing.strategies import orders
 from tests.support.boundary_values import PLACES
@@ -70,7 +71,12 @@ def item_rows(order: Order) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.parametrize(
-    "statement", [queries.GET_ORDER, queries.GET_ORDERS, queries.newest("top", customer=False, track=False)]
+    "statement",
+    [
+        queries.GET_ORDER,
+        queries.GET_ORDERS,
+        queries.list_orders(Direction.OLDER, cursor=False, customer=False, track=False),
+    ],
 )
 def test_a_joined_row_has_the_columns_of_the_models_in_their_order(statement: LiteralString) -> None:
     selected = re.search(r"SELECT(.*?)FROM orders o", statement, re.DOTALL)
