@@ -1,8 +1,8 @@
 -- Orders, each in four tables joined by order_uid.
 --
--- The CHECKs are the contract of orderlib/models.py once more, because only the database can refuse what somebody else
--- writes; tests/integration/test_contract.py proves that both say the same. order_uid stands in every key, so that
--- the tables can be distributed by it (docs: Citus).
+-- The CHECKs repeat the contract of orderlib/models.py, because only the database can refuse what other programs write;
+-- tests/integration/test_contract.py compares both. order_uid is in every key, so that Citus can distribute the tables
+-- by it.
 
 CREATE TABLE orders (
     order_uid text COLLATE "C" PRIMARY KEY
@@ -19,21 +19,21 @@ CREATE TABLE orders (
         CHECK (date_created >= '0001-01-01 00:00:00+00' AND date_created < '10000-01-01 00:00:00+00'),
     oof_shard text NOT NULL CHECK (char_length(oof_shard) <= 255),
 
-    -- SHA-256 of the canonical JSON: tells equal content, and is the ETag, at the cost of one primary-key read.
+    -- SHA-256 of the canonical JSON. It identifies equal content and is the ETag; reading it is one primary key lookup.
     content_sha256 bytea NOT NULL CHECK (octet_length(content_sha256) = 32),
     -- The Kafka record that last confirmed this content; all null for an order saved from Python.
     source_topic_id text,
     source_partition integer,
     source_offset bigint,
     source_time timestamptz,
-    -- When this order_uid was first stored (never moved), and when this version was.
+    -- When this order_uid was stored for the first time (never changed), and when this version was stored.
     first_stored_at timestamptz NOT NULL,
     stored_at timestamptz NOT NULL,
     CONSTRAINT orders_source_whole
         CHECK (num_nulls(source_topic_id, source_partition, source_offset, source_time) IN (0, 4))
 );
 
--- The list of orders, newest first; alone, of a customer, of a tracking number.
+-- The list of orders, newest first: all, of one customer, of one track number.
 CREATE INDEX orders_newest ON orders (first_stored_at DESC, order_uid DESC);
 CREATE INDEX orders_newest_of_customer ON orders (customer_id, first_stored_at DESC, order_uid DESC);
 CREATE INDEX orders_newest_of_track ON orders (track_number, first_stored_at DESC, order_uid DESC);
@@ -65,7 +65,7 @@ CREATE TABLE payment (
 
 CREATE TABLE items (
     order_uid text COLLATE "C" NOT NULL REFERENCES orders ON DELETE CASCADE,
-    -- The item's place in its order, from 0, without gaps.
+    -- The item's position in its order, from 0 without gaps.
     line integer NOT NULL CHECK (line BETWEEN 0 AND 999),
     chrt_id bigint NOT NULL CHECK (chrt_id >= 0),
     track_number text NOT NULL CHECK (char_length(track_number) <= 255),
@@ -81,7 +81,7 @@ CREATE TABLE items (
     PRIMARY KEY (order_uid, line)
 );
 
--- A replaced order is deleted and written anew, so the writer needs no UPDATE but of the source.
+-- A replaced order is deleted and inserted again, so the writer needs UPDATE on the source only.
 GRANT SELECT ON orders, delivery, payment, items TO orders_reader, orders_writer;
 GRANT INSERT ON orders, delivery, payment, items TO orders_writer;
 GRANT DELETE ON orders TO orders_writer;

@@ -36,7 +36,7 @@ END $$;
 ALTER TABLE consumer_offsets ADD CONSTRAINT consumer_offsets_one_group
     FOREIGN KEY (consumer_group) REFERENCES consumer_groups (consumer_group) ON UPDATE CASCADE;
 
--- For consumers of the release before, which do not claim their group when they start.
+-- For consumers of the previous release, which do not claim their group at their start.
 CREATE FUNCTION claim_consumer_group() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     EXECUTE format(

@@ -1,7 +1,7 @@
--- What reconcile compares with Kafka's records: digests of rejects, so that the reader proves them without reading them.
+-- Digests of rejects, which reconcile compares with Kafka's records without reading the rejects.
 --
--- A view, because its digests are those of the rows as they are now, inserts cost nothing more, and no lock is taken
--- on rejects. It has the rights of its owner on rejects; the reader has only the right to read the view.
+-- A view, because it computes the digests from the current rows, costs inserts nothing, and needs no lock on rejects. It
+-- has the rights of its owner on rejects; the reader has only the right to read the view.
 
 CREATE VIEW reject_digests AS
 SELECT
