@@ -21,11 +21,11 @@ from psycopg_pool import AsyncConnectionPool
 
 from orderlib.codecs import encode_order
 from orderlib.errors import OrderNotFound
-from orderlib.models import Order
 from orderlib.postgres.async_repository import AsyncPostgresOrderReader
 from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.repository import PostgresOrderRepository
 from orderlib.postgres.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS, Row, order_from_rows
+from orderlib.repository import StoredOrder
 from services.api.app import ROUTES, create_app
 from services.api.auth import AuthMiddleware
 from services.api.metrics import Metrics
@@ -34,16 +34,19 @@ from services.api.server import Server, listen
 from services.program import set_up_logging
 from services.settings import Address, ApiSettings
 
-ORDERS = f"SELECT {', '.join(ORDER_COLUMNS)} FROM orders WHERE order_uid = $1"
+STORE_COLUMNS = ("first_stored_at", "stored_at", "content_sha256")
+ORDERS = f"SELECT {', '.join(ORDER_COLUMNS + STORE_COLUMNS)} FROM orders WHERE order_uid = $1"
 DELIVERY = f"SELECT {', '.join(DELIVERY_COLUMNS)} FROM delivery WHERE order_uid = $1"
 PAYMENT = f"SELECT {', '.join(PAYMENT_COLUMNS)} FROM payment WHERE order_uid = $1"
 ITEMS = f"SELECT order_uid, {', '.join(ITEM_COLUMNS)} FROM items WHERE order_uid = $1 ORDER BY line"
 FOUR = (ORDERS, DELIVERY, PAYMENT, ITEMS)
 
 
-def _order(answers: list[list[Row]]) -> Order:
-    orders, delivery, payment, items = answers
-    return order_from_rows(orders[0] + delivery[0] + payment[0], items)
+def _stored_order(answers: list[list[Row]]) -> StoredOrder:
+    [order], [delivery], [payment], items = answers
+    width = len(ORDER_COLUMNS)
+    store_values = dict(zip(STORE_COLUMNS, order[width:], strict=True))
+    return StoredOrder(order=order_from_rows(order[:width] + delivery + payment, items), **store_values)
 
 
 class FourQueries(AsyncPostgresOrderReader):
@@ -54,7 +57,7 @@ class FourQueries(AsyncPostgresOrderReader):
         self._url = url
         self._driver_pool: AsyncConnectionPool[psycopg.AsyncConnection[Row]] | None = None
 
-    async def get(self, order_uid: str) -> Order:  # noqa: D102
+    async def get_stored(self, order_uid: str) -> StoredOrder:  # noqa: D102 - see the class
         if self._driver_pool is None:
             self._driver_pool = AsyncConnectionPool(
                 self._url,
@@ -71,18 +74,18 @@ class FourQueries(AsyncPostgresOrderReader):
                 cursor = psycopg.AsyncRawCursor(connection)
                 await cursor.execute(statement, [order_uid], binary=True)
                 answers.append(await cursor.fetchall())
-        return _order(answers)
+        return _stored_order(answers)
 
 
 class FourQueriesOverOurs(AsyncPostgresOrderReader):
     """The same four, over the driver that ours uses."""
 
-    async def get(self, order_uid: str) -> Order:  # noqa: D102
-        def four(reading: ReadQueries) -> PQGen[Order]:
+    async def get_stored(self, order_uid: str) -> StoredOrder:  # noqa: D102 - see the class
+        def four(reading: ReadQueries) -> PQGen[StoredOrder]:
             answers = []
             for statement in FOUR:
                 answers += yield from reading._pipeline((statement, [order_uid]))  # noqa: SLF001
-            return _order(answers)
+            return _stored_order(answers)
 
         return await self._read(four)
 

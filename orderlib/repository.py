@@ -90,6 +90,8 @@ class StoredOrder:
     first_stored_at: dt.datetime
     #: When the current version was stored; UTC.
     stored_at: dt.datetime
+    #: ``orderlib.content_sha256`` of the current version, as stored beside it: 32 bytes.
+    content_sha256: bytes
 
     @property
     def cursor(self) -> Cursor:
@@ -169,6 +171,13 @@ class OrderRepository(Protocol):
         """The current version of an order, exactly as it was saved. Raises OrderNotFound."""
         ...
 
+    def get_stored(self, order_uid: str) -> StoredOrder:
+        """Return the current version of an order with its times and its digest, all read in one transaction.
+
+        Raises OrderNotFound.
+        """
+        ...
+
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
         """The orders among these that exist, by order_uid, all as of one moment; as few queries as for one.
 
@@ -223,6 +232,10 @@ class AsyncOrderReader(Protocol):
 
     async def get(self, order_uid: str) -> Order:
         """See ``OrderRepository.get``."""
+        ...
+
+    async def get_stored(self, order_uid: str) -> StoredOrder:
+        """See ``OrderRepository.get_stored``."""
         ...
 
     async def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:

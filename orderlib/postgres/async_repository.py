@@ -18,7 +18,7 @@ from orderlib.models import Order
 from orderlib.postgres.migrate import require_schema
 from orderlib.postgres.pool import READ_ERRORS, Call, Pool, Session, bounded
 from orderlib.postgres.reads import ReadQueries
-from orderlib.repository import ListOptions, ListQuery, Page, Stats, checked_uids
+from orderlib.repository import ListOptions, ListQuery, Page, Stats, StoredOrder, checked_uids
 
 T = TypeVar("T")
 
@@ -96,6 +96,10 @@ class AsyncPostgresOrderReader:
     async def get(self, order_uid: str) -> Order:
         """See ``OrderRepository.get``."""
         return await self._read(lambda read_queries: read_queries.get(order_uid))
+
+    async def get_stored(self, order_uid: str) -> StoredOrder:
+        """See ``OrderRepository.get_stored``."""
+        return await self._read(lambda read_queries: read_queries.get_stored(order_uid))
 
     async def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
         """See ``OrderRepository.get_many``."""

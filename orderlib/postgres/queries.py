@@ -79,7 +79,7 @@ _CONTENT_COLUMNS: LiteralString = """
     p.transaction, p.request_id, p.currency, p.provider, p.amount, p.payment_dt, p.bank, p.delivery_cost,
     p.goods_total, p.custom_fee
 """
-_ORDER_COLUMNS: LiteralString = f"{_CONTENT_COLUMNS}, o.first_stored_at, o.stored_at"
+_ORDER_COLUMNS: LiteralString = f"{_CONTENT_COLUMNS}, o.first_stored_at, o.stored_at, o.content_sha256"
 
 _ITEM_COLUMNS: LiteralString = """
     order_uid, chrt_id, track_number, price, rid, name, sale, size, total_price, nm_id, brand, status

@@ -56,6 +56,11 @@ class ReadQueries:
 
     def get(self, order_uid: str) -> PQGen[Order]:
         """See ``OrderRepository.get``."""
+        stored = yield from self.get_stored(order_uid)
+        return stored.order
+
+    def get_stored(self, order_uid: str) -> PQGen[StoredOrder]:
+        """See ``OrderRepository.get_stored``."""
         if not fits_postgres(order_uid):
             raise OrderNotFound(order_uid)
         _, joined, items, _ = yield from self._pipeline(
@@ -63,7 +68,7 @@ class ReadQueries:
         )
         if not joined:
             raise OrderNotFound(order_uid)
-        return order_from_rows(joined[0], items)
+        return _stored_order(order_from_rows(joined[0], items), joined[0])
 
     def get_many(self, order_uids: Iterable[str]) -> PQGen[dict[str, Order]]:
         """See ``OrderRepository.get_many``."""
@@ -106,10 +111,7 @@ class ReadQueries:
             # Items of the last order may be missing, so leave it out. The first order is complete: no order has so
             # many items.
             shown = shown[: uids.index(items[-1][0])]
-        stored = [
-            StoredOrder(order=order, first_stored_at=row[JOINED_WIDTH], stored_at=row[JOINED_WIDTH + 1])
-            for order, row in zip(orders_from_rows(shown, items), shown, strict=True)
-        ]
+        stored = list(map(_stored_order, orders_from_rows(shown, items), shown))
         next_cursor = stored[-1].cursor if len(joined) > len(shown) else None
         if query.direction is Direction.NEWER:
             stored.reverse()
@@ -177,3 +179,8 @@ class ReadQueries:
     def _rows_of(self, result: PGresult) -> list[Row]:
         self._rows.set_pgresult(result)
         return self._rows.load_rows(0, result.ntuples, tuple)
+
+
+def _stored_order(order: Order, joined: Row) -> StoredOrder:
+    first_stored_at, stored_at, content_sha256 = joined[JOINED_WIDTH:]
+    return StoredOrder(order=order, first_stored_at=first_stored_at, stored_at=stored_at, content_sha256=content_sha256)

@@ -21,7 +21,7 @@ from orderlib.postgres.pool import READ_ERRORS, Call, Pool, Session, ThreadWaite
 from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import store
-from orderlib.repository import ListOptions, ListQuery, Outcome, Page, Stats
+from orderlib.repository import ListOptions, ListQuery, Outcome, Page, Stats, StoredOrder
 
 T = TypeVar("T")
 
@@ -79,6 +79,10 @@ class PostgresOrderRepository:
     def get(self, order_uid: str) -> Order:
         """See ``OrderRepository.get``."""
         return self._read(lambda read_queries: read_queries.get(order_uid))
+
+    def get_stored(self, order_uid: str) -> StoredOrder:
+        """See ``OrderRepository.get_stored``."""
+        return self._read(lambda read_queries: read_queries.get_stored(order_uid))
 
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
         """See ``OrderRepository.get_many``."""

@@ -46,11 +46,15 @@ class MemoryOrderRepository:
 
     def get(self, order_uid: str) -> Order:
         """See ``OrderRepository.get``."""
+        return self.get_stored(order_uid).order
+
+    def get_stored(self, order_uid: str) -> StoredOrder:
+        """See ``OrderRepository.get_stored``."""
         with self._lock:
             stored = self._stored.get(order_uid)
         if stored is None:
             raise OrderNotFound(order_uid)
-        return stored.order
+        return stored
 
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
         """See ``OrderRepository.get_many``."""
@@ -59,11 +63,7 @@ class MemoryOrderRepository:
 
     def content_sha256(self, order_uid: str) -> bytes:
         """See ``OrderRepository.content_sha256``."""
-        with self._lock:
-            version = self._versions.get(order_uid)
-        if version is None:
-            raise OrderNotFound(order_uid)
-        return version.content_sha256
+        return self.get_stored(order_uid).content_sha256
 
     def list_orders(self, **options: Unpack[ListOptions]) -> Page:
         """See ``OrderRepository.list_orders``."""
@@ -109,7 +109,12 @@ class MemoryOrderRepository:
                 replaced = self._stored.get(uid)
                 first_stored_at = replaced.first_stored_at if replaced else now
                 order = contents[prepared_order.content_sha256]
-                self._stored[uid] = StoredOrder(order=order, first_stored_at=first_stored_at, stored_at=now)
+                self._stored[uid] = StoredOrder(
+                    order=order,
+                    first_stored_at=first_stored_at,
+                    stored_at=now,
+                    content_sha256=prepared_order.content_sha256,
+                )
                 self._versions[uid] = StoredVersion(
                     content_sha256=prepared_order.content_sha256, source=None, first_stored_at=first_stored_at
                 )

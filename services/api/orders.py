@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from urllib.parse import urlencode
 
 import falcon
@@ -35,7 +34,7 @@ class OrderResource:
 
     @with_deadline
     async def on_get(self, req: Request, resp: Response, order_uid: str) -> None:
-        """The order, or 304 if the client has this version; that costs one read by primary key."""
+        """Return the order, or 304 if the client has the current version; a 304 costs one read by primary key."""
         require_acceptable(req)
         if prefers_page(req):
             order = await self._reader.get(order_uid)
@@ -50,11 +49,11 @@ class OrderResource:
                 resp.set_header("ETag", f'"{etag}"')
                 resp.status = falcon.HTTP_NOT_MODIFIED
                 return
-        body = encode_order(await self._reader.get(order_uid))
+        stored = await self._reader.get_stored(order_uid)
         req.context.order_uid = order_uid
-        resp.set_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        resp.set_header("ETag", f'"{stored.content_sha256.hex()}"')
         resp.content_type = falcon.MEDIA_JSON
-        resp.data = body
+        resp.data = encode_order(stored.order)
 
     on_head = on_get
 

@@ -58,6 +58,7 @@ def test_every_read_gives_what_the_repository_gives(
     async def compare() -> None:
         async with AsyncPostgresOrderReader(module_database.reader_url) as reader:
             assert await reader.get("u-3") == store.get("u-3")
+            assert await reader.get_stored("u-3") == store.get_stored("u-3")
             uids = ["u-1", "nobody", "u-2", "a\0b"]
             assert await reader.get_many(uids) == store.get_many(uids)
             assert await reader.content_sha256("u-5") == store.content_sha256("u-5")

@@ -412,7 +412,7 @@ FORK = """
 
     def in_child():
         signal.alarm(20)
-        for call in (lambda: repository.get(sys.argv[2]), lambda: repository.save(order), repository.newest):
+        for call in (lambda: repository.get(sys.argv[2]), lambda: repository.save(order), repository.list_orders):
             try:
                 call()
             except orderlib.ConfigurationError as exc:

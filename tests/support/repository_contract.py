@@ -98,6 +98,8 @@ class RepositoryContract:
             with pytest.raises(OrderNotFound):
                 repository.get(order_uid)
             with pytest.raises(OrderNotFound):
+                repository.get_stored(order_uid)
+            with pytest.raises(OrderNotFound):
                 repository.content_sha256(order_uid)
 
     def test_one_text_is_not_taken_for_several_order_uids(self, repository: OrderRepository) -> None:
@@ -109,6 +111,8 @@ class RepositoryContract:
         for order in (an_order("a", 1), an_order("a", 2)):
             repository.save(order)
             assert repository.content_sha256("a") == content_sha256(order)
+            assert repository.get_stored("a").content_sha256 == content_sha256(order)
+            assert stored(repository, "a") == repository.get_stored("a")
 
     def test_saving_an_equal_order_again_is_a_duplicate_and_changes_no_field(self, repository: OrderRepository) -> None:
         repository.save(SAMPLE_ORDER)

@@ -107,14 +107,19 @@ class Application:
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("orders_http_requests_total{"))
 
 
+def application_over(repository: MemoryOrderRepository, metrics: Metrics | None = None) -> Api:
+    address = Address(host="127.0.0.1", port=0)
+    settings = ApiSettings(reader_url="", bind=address, metrics_bind=address, tokens={"test": TOKEN})
+    reader = cast("AsyncOrderReader", Reader(repository))
+    return create_app(reader, settings, metrics or Metrics([*ROUTES, METRICS_ROUTE]), make_id=lambda: "made")
+
+
 @pytest.fixture(scope="module")
 def application() -> Iterator[Application]:
     repository = MemoryOrderRepository()
     repository.save_many([ORDER, attrs.evolve(ORDER, order_uid="other")])
-    address = Address(host="127.0.0.1", port=0)
-    settings = ApiSettings(reader_url="", bind=address, metrics_bind=address, tokens={"test": TOKEN})
     metrics = Metrics([*ROUTES, METRICS_ROUTE])
-    app = create_app(cast("AsyncOrderReader", Reader(repository)), settings, metrics, make_id=lambda: "made")
+    app = application_over(repository, metrics)
     handler = Kept()
     log = logging.getLogger("orderlib")
     log.addHandler(handler)
@@ -276,6 +281,19 @@ def test_a_cursor_carries_its_direction(application: Application) -> None:
         "orders": first["orders"],
         "next_cursor": None,
     }
+
+
+def test_the_etag_of_an_order_is_the_stored_digest_for_200_and_304(application: Application) -> None:
+    """Also where the stored digest differs from the content, as after a change by hand."""
+    repository = MemoryOrderRepository()
+    repository.save(ORDER)
+    stale = attrs.evolve(repository.get_stored(ORDER.order_uid), content_sha256=bytes(32))
+    repository._stored[ORDER.order_uid] = stale
+    app = application_over(repository)
+    path, etag = f"/orders/{ORDER.order_uid}", f'"{bytes(32).hex()}"'
+    for headers, status in [([], 200), ([(b"if-none-match", b"*")], 304), ([(b"if-none-match", etag.encode())], 304)]:
+        answer = attrs.evolve(application, app=app).ask(path, headers=with_token(*headers))
+        assert (answer.status, answer.headers["etag"]) == (status, etag)
 
 
 def test_a_fault_of_the_application_itself_is_a_problem_too(
