@@ -1,4 +1,4 @@
-"""`python -m services.api`: orders over HTTP, for programs and for people."""
+"""`python -m services.api`: serve orders over HTTP, to programs and to people."""
 
 from __future__ import annotations
 
@@ -21,38 +21,37 @@ from services.program import EXIT_DONE, event, run, set_up_logging
 from services.settings import ApiSettings
 
 DESCRIPTION = """\
-Gives stored orders back over HTTP: as JSON to programs, as pages to people.
+Serve stored orders over HTTP: as JSON to programs, as pages to people.
 
-ORDERS_READER_URL       PostgreSQL as the reader
-ORDERS_API_BIND         where to listen (127.0.0.1:8080); port 0 takes a free one
-ORDERS_API_TOKENS       name:token, several with commas: who may read
-ORDERS_API_AUTH=off     instead of tokens: everybody who asks localhost may read
-ORDERS_API_KEEPALIVE_S  seconds to keep an idle connection (75); longer than a load balancer keeps its own
-ORDERS_METRICS_BIND     where /metrics is, and /livez and /readyz once more (127.0.0.1:9102)
-WEB_CONCURRENCY         worker processes (1)
+ORDERS_READER_URL       URL of PostgreSQL, with the role orders_reader
+ORDERS_API_BIND         address to listen on (127.0.0.1:8080); port 0 takes a free port
+ORDERS_API_TOKENS       who may read: name:token, several separated by commas
+ORDERS_API_AUTH=off     no tokens: anyone on this machine may read, and only localhost is served
+ORDERS_API_KEEPALIVE_S  seconds until an idle connection is closed (75); must be longer than at the load balancer
+ORDERS_METRICS_BIND     address of /metrics, and of /livez and /readyz for probes (127.0.0.1:9102)
+WEB_CONCURRENCY         number of worker processes (1)
 
-Exit status: 0 stopped, 1 failed, 2 wrong settings or set-up.
+Exit status: 0 stopped by a signal, 1 failed, 2 wrong configuration or set-up.
 """
 
 
 def main() -> int:
-    """Serve until told to stop."""
+    """Serve until a signal stops the process."""
     argparse.ArgumentParser(
         prog="python -m services.api", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     settings = ApiSettings.from_mapping(os.environ)
     if not re.fullmatch("[1-9][0-9]?", os.environ.get("WEB_CONCURRENCY", "1")):
         raise ConfigurationError("WEB_CONCURRENCY must be an integer from 1 to 99")
-    # gunicorn reads that variable when it is imported.
-    from services.api.server import Server, bound_address, listen  # noqa: PLC0415
+    from services.api.server import Server, bound_address, listen  # noqa: PLC0415 - gunicorn reads the variable on import
 
     set_up_logging()
-    _look_at_database(settings.reader_url)
+    _check_database(settings.reader_url)
     listener = listen("ORDERS_API_BIND", settings.bind)
     metrics_listener = listen("ORDERS_METRICS_BIND", settings.metrics_bind)
     settings = attrs.evolve(settings, bind=bound_address(listener), metrics_bind=bound_address(metrics_listener))
     if settings.bind.port == settings.metrics_bind.port:
-        raise ConfigurationError("ORDERS_API_BIND and ORDERS_METRICS_BIND need ports of their own")
+        raise ConfigurationError("ORDERS_API_BIND and ORDERS_METRICS_BIND must have different ports")
     if not settings.tokens:
         event("no_authentication", logging.WARNING, served="localhost only")
     metrics = Metrics([*ROUTES, METRICS_ROUTE])
@@ -67,8 +66,8 @@ def main() -> int:
     return EXIT_DONE
 
 
-def _look_at_database(url: str) -> None:
-    """Raise ConfigurationError for what only an operator can mend; say so if there is nothing to look at yet."""
+def _check_database(url: str) -> None:
+    """Raise ConfigurationError for what an operator must correct. Log an outage and return: the service waits."""
     try:
         with connect(url, application_name="orderlib-api") as connection:
             check_schema(connection)

@@ -1,22 +1,21 @@
-"""The application: resources, middleware and errors put together. Whoever makes it brings the reader."""
+"""The application: resources, middleware and error handlers. The caller provides the reader."""
 
 from __future__ import annotations
 
-import logging
-import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote_from_bytes
 
 import falcon.asgi
 from falcon.asgi import Request, Response
+from falcon.asgi_spec import AsgiEvent, AsgiSendMsg
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from orderlib.repository import AsyncOrderReader
 from services.api.auth import AuthMiddleware
-from services.api.error_handlers import ErrorHandlers
+from services.api.error_handlers import add_error_handlers, log_failure
 from services.api.health import LiveResource, ReadyResource
 from services.api.home import HomeResource
 from services.api.metrics import UNMATCHED, UNREADABLE, Metrics
@@ -25,12 +24,12 @@ from services.api.orders import OrderResource, OrdersResource
 from services.api.pages import Pages, StaticResource
 from services.api.parameters import ParametersMiddleware
 from services.api.request_metrics import RequestMetricsMiddleware
-from services.program import event
 from services.settings import ApiSettings
 
+#: What an ASGI server calls an application with.
 Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[Mapping[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[AsgiEvent]]
+Send = Callable[[AsgiSendMsg], Awaitable[None]]
 
 #: The routes of the API.
 ROUTES = ("/", "/orders", "/orders/{order_uid}", "/static/{name}", "/openapi.json", "/livez", "/readyz")
@@ -40,55 +39,54 @@ _ASCII = bytes(range(128)).decode()
 
 
 class Api(falcon.asgi.App[Request, Response]):
-    """A Falcon application that answers every request as the API promises, also where Falcon itself would not."""
+    """A Falcon application that answers every request with the promised headers, also those that Falcon fails on."""
 
-    def __init__(self, observation: RequestMetricsMiddleware, pages: Pages, *middleware: AuthMiddleware) -> None:
-        super().__init__(middleware=[observation, *middleware, ParametersMiddleware()])
-        self._observation = observation
-        ErrorHandlers(pages).attach(self)
+    def __init__(self, request_metrics: RequestMetricsMiddleware, pages: Pages, *middleware: AuthMiddleware) -> None:
+        super().__init__(middleware=[request_metrics, *middleware, ParametersMiddleware()])
+        self._request_metrics = request_metrics
+        add_error_handlers(self, pages)
 
+    # The override is Falcon's: its ASGI application inherits from the WSGI one.
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # type: ignore[override]
-        """Serve a request. Falcon raises outside its error handlers for what is changed here and for its own faults."""
+        """Serve a request.
+
+        Falcon raises for some query strings and methods before its error handlers apply: change these here.
+        """
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
             return
         if not scope["query_string"].isascii():
             scope["query_string"] = quote_from_bytes(scope["query_string"], safe=_ASCII).encode()
         if scope["method"] == "WEBSOCKET":
-            # Falcon's own name for a handshake, refused before any middleware sees it.
+            # Falcon uses this method for a websocket handshake and refuses it before any middleware runs.
             scope["method"] = "websocket"
         try:
             await super().__call__(scope, _no_body, send)
-        except Exception as error:  # noqa: BLE001 - the last resort
-            event(
-                "request_failed",
-                logging.ERROR,
-                error=type(error).__name__,
-                traceback="".join(traceback.format_tb(error.__traceback__)),
-            )
-            headers, body = self._observation.refuse(HTTPStatus.INTERNAL_SERVER_ERROR, UNMATCHED)
+        except Exception as exc:  # noqa: BLE001 - an error handler failed, and the client still gets an answer
+            log_failure(exc)
+            headers, body = self._request_metrics.refuse(HTTPStatus.INTERNAL_SERVER_ERROR, UNMATCHED)
             encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
             await send({"type": "http.response.start", "status": HTTPStatus.INTERNAL_SERVER_ERROR, "headers": encoded})
             await send({"type": "http.response.body", "body": body})
 
     def refuse(self, status: HTTPStatus) -> tuple[dict[str, str], bytes]:
-        """See ``RequestMetricsMiddleware.refuse``: the headers and body for a request that the server cannot parse."""
-        return self._observation.refuse(status, UNREADABLE)
+        """Return the headers and body for a request that the server cannot parse."""
+        return self._request_metrics.refuse(status, UNREADABLE)
 
 
-async def _no_body() -> dict[str, Any]:
-    """Nothing that we serve reads a body, so none is waited for."""
+async def _no_body() -> AsgiEvent:
+    """Return an empty body at once: no resource reads the body of a request."""
     return {"type": "http.request", "body": b"", "more_body": False}
 
 
 class MetricsResource:
-    """``/metrics``, on an address of its own."""
+    """``/metrics``, served on a separate address."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._registry = metrics.registry
 
     async def on_get(self, _req: Request, resp: Response) -> None:
-        """Everything counted, in Prometheus' text format."""
+        """Return all metrics in the text format of Prometheus."""
         resp.content_type = CONTENT_TYPE_LATEST
         resp.data = generate_latest(self._registry)
 
@@ -100,7 +98,7 @@ def create_app(
     make_id: Callable[[], str],
     health_reader: AsyncOrderReader | None = None,
 ) -> Api:
-    """The API over a reader, as an ASGI application; ``/readyz`` asks ``health_reader``, if there is one."""
+    """Return the API over a reader. ``/readyz`` uses ``health_reader`` if it is given."""
     pages = Pages()
     app = Api(RequestMetricsMiddleware(metrics, make_id), pages, AuthMiddleware(settings))
     resources = (
@@ -118,7 +116,7 @@ def create_app(
 
 
 def create_metrics_app(health_reader: AsyncOrderReader, metrics: Metrics, make_id: Callable[[], str]) -> Api:
-    """What is served on ``ORDERS_METRICS_BIND``: metrics, and health once more, where clients cannot fill it up."""
+    """Return the application for ``ORDERS_METRICS_BIND``: metrics, and health for when clients overload the API."""
     app = Api(RequestMetricsMiddleware(metrics, make_id), Pages())
     app.add_route(METRICS_ROUTE, MetricsResource(metrics))
     app.add_route("/livez", LiveResource())

@@ -1,4 +1,4 @@
-"""What a worker process of the server runs."""
+"""The ASGI application that each worker process runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from services.api.app import Api, Receive, Scope, Send, create_app, create_metri
 from services.api.metrics import Metrics
 from services.settings import ApiSettings
 
-#: Connections of a worker to PostgreSQL that serve health alone.
+#: Connections to PostgreSQL, for each worker, that serve health only.
 HEALTH_CONNECTIONS = 2
 
 
-class Front:
-    """The API and the metrics, each on its own address; a request's tells which one it is for."""
+class AddressRouter:
+    """Pass each request to the API or to the metrics, by the address that it came to."""
 
     def __init__(self, api: Api, metrics: Api, metrics_port: int) -> None:
         self._api = api
@@ -30,28 +30,28 @@ class Front:
         await (self._metrics if is_for_metrics else self._api)(scope, receive, send)
 
 
-class _Ending:
-    """Middleware that only waits for the end."""
+class _CloseReaders:
+    """Middleware that closes the readers when the worker stops."""
 
     def __init__(self, *readers: AsyncPostgresOrderReader) -> None:
         self._readers = readers
 
-    async def process_shutdown(self, scope: Mapping[str, Any], event: Mapping[str, Any]) -> None:  # noqa: ARG002
+    async def process_shutdown(self, scope: Mapping[str, Any], event: Mapping[str, Any]) -> None:  # noqa: ARG002 - the parameters that Falcon passes
         """Close the connections to PostgreSQL."""
         for reader in self._readers:
             await reader.close()
 
 
-def build(settings: ApiSettings, counts: Metrics) -> Front:
-    """Return the application of one worker process; all of them share ``counts``."""
+def build(settings: ApiSettings, metrics: Metrics) -> AddressRouter:
+    """Return the application of one worker process. All workers share ``metrics``."""
     reader = AsyncPostgresOrderReader(settings.reader_url, application_name="orderlib-api", timeout_s=4.0)
-    # Requests that wait for a connection must not make the service look unready.
+    # Requests that wait for a connection must not make the service report that it is not ready.
     health_reader = AsyncPostgresOrderReader(
         settings.reader_url, application_name="orderlib-api", max_connections=HEALTH_CONNECTIONS, timeout_s=4.0
     )
-    api = create_app(reader, settings, counts, _new_id, health_reader)
-    api.add_middleware(_Ending(reader, health_reader))
-    return Front(api, create_metrics_app(health_reader, counts, _new_id), settings.metrics_bind.port)
+    api = create_app(reader, settings, metrics, _new_id, health_reader)
+    api.add_middleware(_CloseReaders(reader, health_reader))
+    return AddressRouter(api, create_metrics_app(health_reader, metrics, _new_id), settings.metrics_bind.port)
 
 
 def _new_id() -> str:

@@ -1,4 +1,4 @@
-"""Who may ask."""
+"""Who may read orders."""
 
 from __future__ import annotations
 
@@ -10,39 +10,40 @@ from falcon.asgi import Request, Response
 
 from services.settings import ApiSettings
 
-#: Health and the description of the API hold no personal data.
+#: Paths without personal data: health and the description of the API.
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/openapi.json"})
 
 _LOCALHOST = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?", re.IGNORECASE)
-#: Basic first: Chromium reads one challenge of a line.
+#: Basic comes first because Chromium reads only the first challenge of a line.
 _CHALLENGES = ['Basic realm="orders", charset="UTF-8"', 'Bearer realm="orders"']
 
 
 class AuthMiddleware:
-    """Middleware: a token for everything but the open paths; without tokens, requests to localhost alone.
+    """Middleware: require a token except on the open paths or, without tokens, serve requests to localhost only.
 
-    A token comes as a Bearer, or as the password of Basic with any user name, so that a browser can ask for it.
+    A client sends its token as Bearer, or as the password of Basic with any user name: a browser asks for that.
     """
 
     def __init__(self, settings: ApiSettings) -> None:
         self._settings = settings
 
     async def process_request(self, req: Request, resp: Response) -> None:
-        """Raise HTTPUnauthorized or, for a Host header that is not localhost's, a 421."""
+        """Raise HTTPUnauthorized or, for a Host header that does not name localhost, a 421."""
         if req.path in OPEN_PATHS:
             return
         resp.set_header("Vary", "Accept, Authorization")
         if not self._settings.tokens:
-            # A page on the web can lead its visitor's browser here by a name of its own, but not with this header.
+            # Any website can point a name of its own at 127.0.0.1 (DNS rebinding), but a browser sends that name here.
             if not _LOCALHOST.fullmatch(req.get_header("Host", default="")):
                 raise falcon.HTTPError(
-                    falcon.HTTP_MISDIRECTED_REQUEST, description="Without tokens, only localhost is served."
+                    falcon.HTTP_MISDIRECTED_REQUEST,
+                    description="Without tokens, the service answers only requests to localhost.",
                 )
             return
         token = _token_in(req.auth or "")
         name = self._settings.name_of(token) if token else None
         if name is None:
-            raise falcon.HTTPUnauthorized(description="A token is needed.", challenges=_CHALLENGES)
+            raise falcon.HTTPUnauthorized(description="A token is required.", challenges=_CHALLENGES)
         req.context.token_name = name
 
 

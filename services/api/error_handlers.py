@@ -1,4 +1,4 @@
-"""Every error as problem+json (RFC 9457), or as a page for a browser; the same status either way."""
+"""Turn every exception into problem+json (RFC 9457) or, for a browser, into a page with the same status."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from services.api.negotiation import prefers_page
 from services.api.pages import Pages
 from services.program import event
 
-#: Seconds after which a client may ask again; an outage shorter than that is hardly noticed.
+#: Seconds after which a client may repeat its request: clients then hardly notice a short outage.
 RETRY_AFTER_S = 2
 
 PROBLEM_JSON = "application/problem+json"
@@ -35,68 +35,59 @@ def problem(status: HTTPStatus, detail: str, request_id: str) -> bytes:
     )
 
 
-class ErrorHandlers:
-    """Turns whatever was raised into an answer."""
+def add_error_handlers(app: App[Request, Response], pages: Pages) -> None:
+    """Let the application answer every exception with a problem document or an error page."""
 
-    def __init__(self, pages: Pages) -> None:
-        self._pages = pages
-
-    def attach(self, app: App[Request, Response]) -> None:
-        """Answer for every error of this application."""
-        app.add_error_handler(Exception, self._answer_unforeseen)
-        app.add_error_handler(falcon.HTTPError, self._answer)
-        app.add_error_handler(OrderNotFound, self._answer_not_found)
-        app.add_error_handler(InvalidQuery, self._answer_invalid)
-        app.add_error_handler(TransientError, self._answer_unavailable)
-        app.add_error_handler(ConfigurationError, self._answer_not_set_up)
-
-    async def _answer(self, req: Request, resp: Response, error: falcon.HTTPError, _params: dict[str, Any]) -> None:
+    async def answer(req: Request, resp: Response, exc: Exception, _params: dict[str, Any]) -> None:
+        error = _http_error(req, exc)
         status = HTTPStatus(falcon.http_status_to_code(error.status))
         detail = error.description or status.description
+        request_id = req.context.request_id
         resp.status = status
         resp.set_headers(error.headers or {})
         resp.set_header("Cache-Control", "no-store")
         if prefers_page(req):
-            self._pages.show(
-                resp, "error.html", status=status, detail=detail, request_id=req.context.request_id, query=""
-            )
+            pages.show(resp, "error.html", status=status, detail=detail, request_id=request_id, query="")
             return
         resp.content_type = PROBLEM_JSON
-        resp.data = problem(status, detail, req.context.request_id)
+        resp.data = problem(status, detail, request_id)
 
-    async def _answer_not_found(
-        self, req: Request, resp: Response, _error: OrderNotFound, params: dict[str, Any]
-    ) -> None:
-        await self._answer(req, resp, falcon.HTTPNotFound(description="No order has this order_uid."), params)
+    app.add_error_handler(Exception, answer)
+    # Without this line, Falcon's own handler for HTTPError is the more specific one.
+    app.add_error_handler(falcon.HTTPError, answer)
 
-    async def _answer_invalid(self, req: Request, resp: Response, error: InvalidQuery, params: dict[str, Any]) -> None:
-        await self._answer(req, resp, falcon.HTTPBadRequest(description=f"{error}."), params)
 
-    async def _answer_unavailable(
-        self, req: Request, resp: Response, error: TransientError, params: dict[str, Any]
-    ) -> None:
-        req.context.reason = str(error)
-        unavailable = falcon.HTTPServiceUnavailable(
-            description="The database does not answer. Please try again.", retry_after=RETRY_AFTER_S
-        )
-        await self._answer(req, resp, unavailable, params)
+def _http_error(req: Request, exc: Exception) -> falcon.HTTPError:
+    """Return the HTTP error to answer with. Log the cause of an error that is not the client's."""
+    match exc:
+        case falcon.HTTPError():
+            return exc
+        case OrderNotFound():
+            return falcon.HTTPNotFound(description="No order has this order_uid.")
+        case InvalidQuery():
+            return falcon.HTTPBadRequest(description=f"{exc}.")
+        case TransientError():
+            req.context.reason = str(exc)
+            return falcon.HTTPServiceUnavailable(
+                description="The database does not answer. Please try again.", retry_after=RETRY_AFTER_S
+            )
+        case ConfigurationError():
+            req.context.reason = str(exc)
+            return falcon.HTTPServiceUnavailable(
+                description="The service is not configured correctly. Its log names the cause.",
+                retry_after=RETRY_AFTER_S,
+            )
+        case _:
+            log_failure(exc, request_id=req.context.request_id)
+            return falcon.HTTPInternalServerError()
 
-    async def _answer_not_set_up(
-        self, req: Request, resp: Response, error: ConfigurationError, params: dict[str, Any]
-    ) -> None:
-        req.context.reason = str(error)
-        unavailable = falcon.HTTPServiceUnavailable(
-            description="The service is not set up; its log says what is missing.", retry_after=RETRY_AFTER_S
-        )
-        await self._answer(req, resp, unavailable, params)
 
-    async def _answer_unforeseen(self, req: Request, resp: Response, error: Exception, params: dict[str, Any]) -> None:
-        # Where and of which kind; what it says may quote an order.
-        event(
-            "request_failed",
-            logging.ERROR,
-            error=type(error).__name__,
-            traceback="".join(traceback.format_tb(error.__traceback__)),
-            request_id=req.context.request_id,
-        )
-        await self._answer(req, resp, falcon.HTTPInternalServerError(), params)
+def log_failure(exc: Exception, **fields: str) -> None:
+    """Log the type of an exception and where it was raised. Its message may quote an order, so leave that out."""
+    event(
+        "request_failed",
+        logging.ERROR,
+        error=type(exc).__name__,
+        traceback="".join(traceback.format_tb(exc.__traceback__)),
+        **fields,
+    )

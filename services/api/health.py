@@ -1,4 +1,4 @@
-"""Whether the service lives, and whether it can do its work."""
+"""Liveness and readiness of the service."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from orderlib.repository import AsyncOrderReader
 
 
 class LiveResource:
-    """``/livez``: it answers, so it lives. Never touches the database."""
+    """``/livez``: the process answers requests. It never asks the database."""
 
     async def on_get(self, _req: Request, resp: Response) -> None:
-        """200."""
+        """Answer with 200."""
         resp.data = b'{"status":"live"}'
         resp.content_type = falcon.MEDIA_JSON
         resp.set_header("Cache-Control", "no-store")
@@ -23,17 +23,17 @@ class LiveResource:
 
 
 class ReadyResource:
-    """``/readyz``: the database answers and has the tables we read."""
+    """``/readyz``: the database answers, and the reader may read the tables."""
 
     def __init__(self, reader: AsyncOrderReader) -> None:
         self._reader = reader
-        self._asking: asyncio.Task[None] | None = None
+        self._check: asyncio.Task[None] | None = None
 
     async def on_get(self, _req: Request, resp: Response) -> None:
-        """200 or 503. Anybody may ask; those who ask at once share one look at the database."""
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._reader.check())
-        await asyncio.shield(self._asking)
+        """Answer with 200 or 503. Concurrent requests share one check of the database."""
+        if self._check is None or self._check.done():
+            self._check = asyncio.create_task(self._reader.check())
+        await asyncio.shield(self._check)
         resp.data = b'{"status":"ready"}'
         resp.content_type = falcon.MEDIA_JSON
         resp.set_header("Cache-Control", "no-store")

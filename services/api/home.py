@@ -1,4 +1,4 @@
-"""The page people start from: look an order up, see the newest, see how the store is doing."""
+"""The start page: search for an order, see the newest orders and the status of the store."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ class HomeResource:
 
     @with_deadline
     async def on_get(self, req: Request, resp: Response) -> None:
-        """The newest orders and the status; with ``q``, the way to what was looked for."""
+        """Show the newest orders and the status or, with ``q``, redirect to what the search finds."""
         query = (req.get_param("q") or "").strip()
         if not query:
-            page, status = await self._reader.list_orders(), await self._reader.status()
+            page = await self._reader.list_orders()
+            status = await self._reader.status()
             self._pages.show(resp, "home.html", page=page, status=status, query="")
             return
-        found = await self._found(query)
+        found = await self._search(query)
         if found is None:
             self._pages.show(resp, "nothing_found.html", query=query)
             resp.status = falcon.HTTP_NOT_FOUND
@@ -41,8 +42,8 @@ class HomeResource:
 
     on_head = on_get
 
-    async def _found(self, query: str) -> str | None:
-        """Where the order of this order_uid is; else those with this track number; else those of this customer."""
+    async def _search(self, query: str) -> str | None:
+        """Return the URL of the order with this order_uid, or of the list with this track number or customer."""
         try:
             await self._reader.content_sha256(query)
         except OrderNotFound:

@@ -1,4 +1,4 @@
-"""Counts and times of requests, in memory that the worker processes share and add up only for ``/metrics``."""
+"""Counts and durations of requests, in memory that all worker processes share."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-#: Label values of a request whose path has no route, and of one that is not readable as HTTP.
+#: Values of the label ``route``: for a path without a route, and for a request that is not valid HTTP.
 UNMATCHED, UNREADABLE = "unmatched", "unreadable"
-#: The label value of a method that is not registered.
+#: Value of the label ``method`` for an unregistered method.
 OTHER_METHOD = "other"
 
 _METHODS = (OTHER_METHOD, *(str(method) for method in HTTPMethod))
 _STATUSES = tuple(int(status) for status in HTTPStatus)
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5)
-#: The buckets, the one without an upper bound, and the sum in nanoseconds.
+#: The buckets, the bucket without an upper bound, and the sum in nanoseconds.
 _TIME_CELLS = len(_BUCKETS) + 2
 
-#: Workers that can run at once: 99, and as many that a reload is replacing.
+#: Workers that can run at the same time: 99, and the 99 that a reload replaces, rounded up.
 _SLOTS = 200
 
 
 class Metrics(Collector):
-    """The counts and times of requests.
+    """The counts and durations of requests, as a collector of Prometheus.
 
-    Create it before the workers are forked. All of them share one anonymous memory mapping and each counts in a slot
-    of its own: no lock, no file that a full disk could make unwritable, nothing left behind after a SIGKILL. A slot
-    keeps its counts when its worker ends, and the next worker continues in it, so counters never go backwards.
+    Create it before the fork. All workers share one anonymous memory mapping, and each counts in its own slot. This
+    needs no lock and no file, which a full disk would make unwritable, and a SIGKILL leaves nothing behind. A slot
+    keeps its counts when its worker ends, and the next worker continues in it, so counters never decrease.
     """
 
     def __init__(self, routes: Sequence[str]) -> None:
@@ -43,25 +43,25 @@ class Metrics(Collector):
         self._status_numbers = {status: number for number, status in enumerate(_STATUSES)}
         self._times_at = len(self._routes) * len(_METHODS) * len(_STATUSES)
         self._width = self._times_at + len(self._routes) * _TIME_CELLS
-        #: Cell 0 is the number of slots used so far, which only the master writes.
+        #: Cell 0 is the number of slots used so far. Only the master process writes it.
         self._cells = memoryview(mmap.mmap(-1, 8 * (1 + _SLOTS * self._width))).cast("Q")
         self._cells[0] = 1
         self._free = list(range(_SLOTS))
         self.use_slot(0)
 
     def take_slot(self) -> int:
-        """Reserve the lowest free slot; call it in the master process, before the fork."""
+        """Reserve the lowest free slot. Call it in the master process, before the fork."""
         slot = heapq.heappop(self._free) if self._free else 0
         self._cells[0] = max(self._cells[0], slot + 1)
         return slot
 
     def free_slot(self, slot: int) -> None:
-        """Let another worker continue in this slot; call it in the master process, after the worker ended."""
+        """Free a slot for another worker. Call it in the master process, after the worker ended."""
         if slot not in self._free:
             heapq.heappush(self._free, slot)
 
     def use_slot(self, slot: int) -> None:
-        """Count in this slot; call it in the worker process, after the fork."""
+        """Count in this slot from now on. Call it in the worker process, after the fork."""
         self._mine = self._slot(slot)
 
     def count(self, route: str, method: str, status: int, seconds: float) -> None:
@@ -76,23 +76,25 @@ class Metrics(Collector):
 
     @property
     def registry(self) -> CollectorRegistry:
-        """A registry of these metrics alone."""
+        """Return a registry with only these metrics."""
         registry = CollectorRegistry()
         registry.register(self)
         return registry
 
     def collect(self) -> Iterator[Metric]:
-        """Add up the slots."""
+        """Yield the sums over all slots."""
         cells = [sum(column) for column in zip(*map(self._slot, range(self._cells[0])), strict=True)]
         requests = CounterMetricFamily(
-            "orders_http_requests", "Requests answered.", labels=["route", "method", "status"]
+            "orders_http_requests", "Answered HTTP requests.", labels=["route", "method", "status"]
         )
         labels = ((route, method, str(code)) for route in self._routes for method in _METHODS for code in _STATUSES)
         for names, number in zip(labels, cells, strict=False):
             if number:
                 requests.add_metric(names, number)
         yield requests
-        times = HistogramMetricFamily("orders_http_request_seconds", "Time to answer a request.", labels=["route"])
+        times = HistogramMetricFamily(
+            "orders_http_request_seconds", "Seconds until an HTTP request was answered.", labels=["route"]
+        )
         for number, route in enumerate(self._routes):
             at = self._times_at + number * _TIME_CELLS
             *counts, nanoseconds = cells[at : at + _TIME_CELLS]

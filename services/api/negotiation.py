@@ -1,4 +1,4 @@
-"""What the client wants: JSON or a page, and which version it has already."""
+"""Content negotiation: JSON or a page, and the versions that a client has."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from falcon.asgi import Request
 
 from services.api.parameters import bad_parameter
 
-#: In the order in which we prefer them where the client does not care.
-_OFFERS = (falcon.MEDIA_JSON, falcon.MEDIA_HTML)
+#: The supported types. The first one wins if the client has no preference.
+_SUPPORTED_TYPES = (falcon.MEDIA_JSON, falcon.MEDIA_HTML)
 
-#: A longer ``Accept`` or ``If-None-Match`` is disregarded: clients send a fraction of it, and parsing takes CPU time.
+#: A longer ``Accept`` matches no type and a longer ``If-None-Match`` is ignored: real headers are shorter, and parsing
+#: takes CPU time.
 _MAX_HEADER_LENGTH = 2_000
 
 
 def prefers_page(req: Request) -> bool:
-    """Whether a page suits this client better than JSON, as it does a browser that did not ask for ``format=json``."""
+    """Tell whether to answer with a page: for a browser that did not ask for ``format=json``."""
     if req.params.get("format") == "json":
         return False
     return _preferred(req) == falcon.MEDIA_HTML
 
 
 def require_acceptable(req: Request) -> None:
-    """Raise HTTPNotAcceptable for a client that takes neither, InvalidOrder for another ``format`` than ``json``."""
+    """Raise HTTPNotAcceptable if the client accepts neither type, InvalidQuery for a ``format`` other than ``json``."""
     if req.params.get("format", "json") != "json":
         raise bad_parameter("format", "json", "another text")
     if req.params.get("format") != "json" and _preferred(req) is None:
@@ -32,19 +33,19 @@ def require_acceptable(req: Request) -> None:
 
 
 def _preferred(req: Request) -> str | None:
-    """Return the best of what we offer, or None; names of media types have no case (RFC 9110, 8.3.1)."""
+    """Return the supported type that the client prefers, or None. Types ignore case (RFC 9110, 8.3.1)."""
     accept = req.accept.lower()
     if len(accept) > _MAX_HEADER_LENGTH:
         return None
     try:
-        return falcon.mediatypes.best_match(_OFFERS, accept) or None
+        return falcon.mediatypes.best_match(_SUPPORTED_TYPES, accept) or None
     except ValueError:
         readable = ",".join(filter(_is_readable, accept.split(",")))
-        return falcon.mediatypes.best_match(_OFFERS, readable) or None if readable else None
+        return falcon.mediatypes.best_match(_SUPPORTED_TYPES, readable) or None if readable else None
 
 
 def _is_readable(media_range: str) -> bool:
-    """Tell whether a part of ``Accept`` is a media range; others are disregarded (RFC 9110, 5.6.1)."""
+    """Tell whether a part of ``Accept`` is a media range. Other parts are ignored (RFC 9110, 5.6.1)."""
     try:
         falcon.mediatypes.quality(falcon.MEDIA_JSON, media_range)
     except ValueError:
@@ -53,7 +54,7 @@ def _is_readable(media_range: str) -> bool:
 
 
 def known_etags(req: Request) -> Collection[str]:
-    """Return the versions in ``If-None-Match``; to be compared weakly (RFC 9110, 13.1.2)."""
+    """Return the versions in ``If-None-Match``. Compare them weakly (RFC 9110, 13.1.2)."""
     header = req.get_header("If-None-Match")
     if header is None or len(header) > _MAX_HEADER_LENGTH:
         return ()

@@ -1,4 +1,4 @@
-"""The description of the API, its schemas read off the one contract."""
+"""The OpenAPI document. Its schemas and limits come from the contract of an order and from the repository."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import msgspec
 from falcon.asgi import Request, Response
 
 import orderlib
-from orderlib.contract import ORDER_UID, json_schema
+from orderlib.contract import json_schema
 from orderlib.models import Order
 from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE
 from services.api.error_handlers import PROBLEM_JSON
+from services.api.parameters import FILTERS
 
 _JSON = falcon.MEDIA_JSON
 
@@ -32,28 +33,24 @@ def _problem(description: str, **headers: str) -> dict[str, Any]:
 
 
 _PROBLEMS = {
-    "401": _problem("No token, or one that is not known.", WWW_Authenticate="Bearer and Basic."),
-    "406": _problem("Neither JSON nor a page is acceptable."),
-    "421": _problem("Without tokens, a Host that is not localhost."),
-    "503": _problem("The database does not answer.", Retry_After="Seconds after which to try again."),
+    "401": _problem("The token is missing or unknown.", WWW_Authenticate="Bearer and Basic."),
+    "406": _problem("The client accepts neither application/json nor text/html."),
+    "421": _problem("The service has no tokens, and the Host header does not name localhost."),
+    "503": _problem(
+        "The database does not answer, or the service is not configured correctly.",
+        Retry_After="Seconds to wait before the next try.",
+    ),
 }
-_BAD_REQUEST = _problem("A parameter is not what it should be.")
-_NOT_FOUND = _problem("There is no such order.")
-
-
-def _text(description: str, *, most: int) -> dict[str, Any]:
-    return {
-        "description": description,
-        "required": False,
-        "schema": {"type": "string", "minLength": 1, "maxLength": most, "pattern": r"^[^\u0000]*$"},
-    }
+_BAD_REQUEST = _problem("A parameter is unknown, repeated or invalid.")
+_NOT_FOUND = _problem("No order has this order_uid.")
 
 
 def document() -> dict[str, Any]:
-    """The OpenAPI 3.1 document."""
+    """Return the OpenAPI 3.1 document."""
     (order,), schemas = json_schema(Order)
+    fields = schemas[Order.__name__]["properties"]
     headers = {
-        "ETag": {"description": "SHA-256 of the canonical JSON.", "schema": {"type": "string"}},
+        "ETag": {"description": "SHA-256 of the order's canonical JSON.", "schema": {"type": "string"}},
         "Cache-Control": {"schema": {"type": "string"}},
         "Vary": {"schema": {"type": "string"}},
     }
@@ -61,17 +58,17 @@ def document() -> dict[str, Any]:
         "name": "order_uid",
         "in": "path",
         "required": True,
-        "schema": {"type": "string", "minLength": 1, "maxLength": 128, **ORDER_UID.json_schema()},
+        "schema": fields["order_uid"],
     }
     if_none_match = {
         "name": "If-None-Match",
         "in": "header",
-        "description": "Versions that the client has; 304 if the current one is among them.",
+        "description": "ETags of the versions that the client has. The answer is 304 if one of them is current.",
         "schema": {"type": "string"},
     }
     one = {
         "200": {
-            "description": "The order, as JSON or as a page.",
+            "description": "The order, as JSON or as an HTML page.",
             "headers": headers,
             "content": {_JSON: {"schema": order}, "text/html": {"schema": {"type": "string"}}},
         },
@@ -82,7 +79,7 @@ def document() -> dict[str, Any]:
     }
     many = {
         "200": {
-            "description": "A page of orders, newest first. One of very large orders ends early.",
+            "description": "One page of the list, newest order first. It is shorter if the orders are very large.",
             "headers": {name: headers[name] for name in ("Cache-Control", "Vary")},
             "content": {
                 _JSON: {"schema": {"$ref": "#/components/schemas/OrderList"}},
@@ -95,25 +92,27 @@ def document() -> dict[str, Any]:
     as_json = {
         "name": "format",
         "in": "query",
-        "description": "`json` gives JSON to a browser too.",
+        "description": "`json` returns JSON to a browser, too.",
         "schema": {"type": "string", "enum": ["json"]},
     }
     query = [
         {
             "name": "limit",
-            "description": "How many at most.",
+            "description": "How many orders to return at most.",
             "schema": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": PAGE_SIZE},
         },
         {
             "name": "cursor",
-            "description": "`next_cursor` of the page before.",
+            "description": ("`next_cursor` of the previous page. Its text is opaque."),
             "schema": {"type": "string", "minLength": 1},
         },
-        {"name": "customer_id", **_text("Only orders of exactly this customer.", most=255)},
-        {"name": "track_number", **_text("Only orders with exactly this track number.", most=255)},
+        *(
+            {"name": name, "description": f"Return only orders with exactly this `{name}`.", "schema": fields[name]}
+            for name in FILTERS
+        ),
     ]
     health = {
-        "200": {"description": "Yes.", "content": {_JSON: {"schema": {"type": "object"}}}},
+        "200": {"description": "Healthy.", "content": {_JSON: {"schema": {"type": "object"}}}},
         "400": _BAD_REQUEST,
     }
     return {
@@ -122,32 +121,34 @@ def document() -> dict[str, Any]:
             "title": "Orders",
             "version": orderlib.__version__,
             "description": (
-                "Orders as shops published them. Money is in minor units of the payment's currency. "
-                "Integers may be as large as 2^63 - 1: JavaScript's JSON.parse rounds above 2^53."
+                "The orders that shops published. Amounts are in minor units of the payment's currency. "
+                "Integers go up to 2^63 - 1; JSON.parse of JavaScript rounds them above 2^53."
             ),
         },
         "security": [{"bearer": []}, {"basic": []}],
         "paths": {
             "/orders/{order_uid}": {
                 "parameters": [order_uid, if_none_match, as_json],
-                "get": {"operationId": "getOrder", "summary": "An order", "responses": one},
-                "head": {"operationId": "headOrder", "summary": "An order's headers", "responses": one},
+                "get": {"operationId": "getOrder", "summary": "Return an order", "responses": one},
+                "head": {"operationId": "headOrder", "summary": "Return the headers of an order", "responses": one},
             },
             "/orders": {
                 "parameters": [as_json, *({"in": "query", "required": False, **parameter} for parameter in query)],
                 "get": {
                     "operationId": "listOrders",
-                    "summary": "Orders, newest first",
-                    "description": "By the time of their first storing, which updates never move.",
+                    "summary": "List orders, newest first",
+                    "description": "Sorted by the time an order was first stored. An update never moves an order.",
                     "responses": many,
                 },
-                "head": {"operationId": "headOrders", "summary": "The list's headers", "responses": many},
+                "head": {"operationId": "headOrders", "summary": "Return the headers of the list", "responses": many},
             },
-            "/livez": {"get": {"operationId": "live", "summary": "Does it live?", "security": [], "responses": health}},
+            "/livez": {
+                "get": {"operationId": "live", "summary": "Is the process alive?", "security": [], "responses": health}
+            },
             "/readyz": {
                 "get": {
                     "operationId": "ready",
-                    "summary": "Does the database answer?",
+                    "summary": "Can the service read the database?",
                     "security": [],
                     "responses": {**health, "503": _PROBLEMS["503"]},
                 }
@@ -156,7 +157,11 @@ def document() -> dict[str, Any]:
         "components": {
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
-                "basic": {"type": "http", "scheme": "basic", "description": "The token as the password."},
+                "basic": {
+                    "type": "http",
+                    "scheme": "basic",
+                    "description": "The token is the password, with any user name.",
+                },
             },
             "schemas": {
                 **schemas,
@@ -167,13 +172,13 @@ def document() -> dict[str, Any]:
                         "orders": {"type": "array", "maxItems": MAX_PAGE_SIZE, "items": order},
                         "next_cursor": {
                             "type": ["string", "null"],
-                            "description": "Where the next page begins; null on the last.",
+                            "description": "Continues the list in the same direction; null on the last page.",
                         },
                     },
                 },
                 "Problem": {
                     "type": "object",
-                    "description": "RFC 9457.",
+                    "description": "An error as RFC 9457 defines it.",
                     "required": ["type", "title", "status", "detail", "request_id"],
                     "properties": {
                         "type": {"type": "string"},
@@ -195,7 +200,7 @@ class OpenApiResource:
         self._document = msgspec.json.encode(document())
 
     async def on_get(self, _req: Request, resp: Response) -> None:
-        """The document, the same for everybody."""
+        """Return the document."""
         resp.content_type = falcon.MEDIA_JSON
         resp.set_header("Cache-Control", "public, max-age=300")
         resp.data = self._document

@@ -9,13 +9,12 @@ import msgspec
 from falcon.asgi import Request, Response
 
 from orderlib.codecs import encode_order
-from orderlib.contract import fits_postgres
 from orderlib.errors import InvalidQuery
 from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, AsyncOrderReader, Cursor, Direction, ListOptions, Page
 from services.api.deadline import with_deadline
 from services.api.negotiation import known_etags, prefers_page, require_acceptable
 from services.api.pages import Pages
-from services.api.parameters import bad_parameter
+from services.api.parameters import FILTERS, bad_parameter, single_parameter, text_parameter
 
 _REVALIDATE = "private, no-cache"
 
@@ -61,7 +60,7 @@ class OrderResource:
 class OrdersResource:
     """``/orders``: a page of the list, newest first."""
 
-    PARAMETERS = frozenset({"limit", "cursor", "customer_id", "track_number", "format"})
+    PARAMETERS = frozenset({"limit", "cursor", *FILTERS, "format"})
 
     def __init__(self, reader: AsyncOrderReader, pages: Pages) -> None:
         self._reader = reader
@@ -77,8 +76,8 @@ class OrdersResource:
             "cursor": cursor,
             "direction": direction,
             "limit": limit,
-            "customer_id": _filter(req, "customer_id"),
-            "track_number": _filter(req, "track_number"),
+            "customer_id": text_parameter(req, "customer_id"),
+            "track_number": text_parameter(req, "track_number"),
         }
         page = await self._reader.list_orders(**options)
         if not prefers_page(req):
@@ -141,15 +140,8 @@ def _link(cursor: str, options: ListOptions) -> str:
     return f"/orders?{urlencode({name: value for name, value in parameters.items() if value is not None})}"
 
 
-def _parameter(req: Request, name: str) -> str | None:
-    """Return a parameter of the query; ``ParametersMiddleware`` has made sure that it occurs once at most."""
-    value = req.params.get(name)
-    assert not isinstance(value, list)
-    return value
-
-
 def _limit(req: Request) -> int:
-    text = _parameter(req, "limit")
+    text = single_parameter(req, "limit")
     if text is None:
         return PAGE_SIZE
     if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= MAX_PAGE_SIZE):
@@ -158,7 +150,7 @@ def _limit(req: Request) -> int:
 
 
 def _cursor(req: Request) -> tuple[Cursor | None, Direction]:
-    text = _parameter(req, "cursor")
+    text = single_parameter(req, "cursor")
     if text is None:
         return None, Direction.OLDER
     direction = Direction.NEWER if text.startswith(_NEWER) else Direction.OLDER
@@ -166,10 +158,3 @@ def _cursor(req: Request) -> tuple[Cursor | None, Direction]:
         return Cursor.parse(text.removeprefix(_NEWER)), direction
     except InvalidQuery as exc:
         raise bad_parameter("cursor", "a next_cursor as it was returned", "another text") from exc
-
-
-def _filter(req: Request, name: str) -> str | None:
-    text = _parameter(req, name)
-    if text is not None and (not 1 <= len(text) <= 255 or not fits_postgres(text)):
-        raise bad_parameter(name, "a text of 1 to 255 characters", "another text")
-    return text

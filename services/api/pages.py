@@ -1,4 +1,4 @@
-"""Pages for people: templates, and how money and moments are written for a person."""
+"""Pages for people: the templates, and the format of money, times and counts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import jinja2
 from falcon.asgi import Request, Response
 
 from orderlib.repository import COUNT_LIMIT
+from services.api.parameters import SEARCH_FIELDS, text_rule
 
 _HERE = Path(__file__).parent
 
-#: How many decimals the currencies have that do not have two (ISO 4217). An unknown code is taken to have two.
+#: The number of decimals of each currency that does not have two (ISO 4217). An unknown code has two.
 _DECIMALS = {
     code: decimals
     for decimals, codes in {
@@ -31,7 +32,7 @@ _DECIMALS = {
 
 
 def money(minor_units: int, currency: str) -> str:
-    """An amount as a person writes it: ``1,817.00 USD``."""
+    """Format an amount: ``1,817.00 USD``."""
     decimals = _DECIMALS.get(currency, 2)
     whole, rest = divmod(minor_units, 10**decimals)
     fraction = f".{rest:0{decimals}}" if decimals else ""
@@ -39,23 +40,25 @@ def money(minor_units: int, currency: str) -> str:
 
 
 def moment(time: dt.datetime | int) -> str:
-    """A time, or Unix seconds, as a person reads it, in UTC: ``26 Nov 2021, 06:22 UTC``."""
-    if isinstance(time, int):
-        time = dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(seconds=time)
-    time = time.astimezone(dt.UTC)
+    """Format a time, or Unix seconds, in UTC: ``26 Nov 2021, 06:22 UTC``."""
+    time = _utc(time)
     return f"{time.day} {time:%b} {time.year:04}, {time:%H:%M} UTC"
 
 
 def machine_time(time: dt.datetime | int) -> str:
-    """The same for ``<time datetime=…>``."""
+    """Format a time, or Unix seconds, for ``<time datetime=…>``: ``2021-11-26T06:22:19Z``."""
+    return _utc(time).isoformat().replace("+00:00", "Z")
+
+
+def _utc(time: dt.datetime | int) -> dt.datetime:
     if isinstance(time, int):
-        time = dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(seconds=time)
-    return time.astimezone(dt.UTC).isoformat().replace("+00:00", "Z")
+        return dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(seconds=time)
+    return time.astimezone(dt.UTC)
 
 
-def duration(offset_range: dt.timedelta) -> str:
-    """A span in the unit that says enough: ``40 s``, ``3 min``, ``5 h``, ``12 days``."""
-    seconds = max(int(offset_range.total_seconds()), 0)
+def duration(elapsed: dt.timedelta) -> str:
+    """Format a duration in one unit: ``40 s``, ``3 min``, ``5 h``, ``12 days``. A negative one counts as zero."""
+    seconds = max(int(elapsed.total_seconds()), 0)
     for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds // length} {unit}"
@@ -63,12 +66,12 @@ def duration(offset_range: dt.timedelta) -> str:
 
 
 def counted(number: int) -> str:
-    """A number that was counted so far and perhaps no further."""
+    """Format a count that stops at ``COUNT_LIMIT``: ``9,999``, ``10,000 or more``."""
     return f"{number:,}{' or more' if number >= COUNT_LIMIT else ''}"
 
 
 class Pages:
-    """Renders the templates beside this file; everything that is put into them is escaped."""
+    """Render the templates beside this file. Every value in them is escaped."""
 
     def __init__(self) -> None:
         self.static = {path.name: path.read_bytes() for path in sorted((_HERE / "static").iterdir())}
@@ -81,19 +84,20 @@ class Pages:
             lstrip_blocks=True,
         )
         self._templates.globals["static_version"] = version
+        self._templates.globals["search_max_chars"] = max(text_rule(name).max_length or 0 for name in SEARCH_FIELDS)
         self._templates.filters.update(
             money=money, moment=moment, machine_time=machine_time, duration=duration, counted=counted
         )
 
     def show(self, resp: Response, template: str, **shown: Any) -> None:
-        """Answer with a page. It may show personal data, so nobody keeps a copy."""
+        """Answer with a page that no cache may store: it may show personal data."""
         resp.content_type = falcon.MEDIA_HTML
         resp.set_header("Cache-Control", "no-store")
         resp.text = self._templates.get_template(template).render(shown)
 
 
 class StaticResource:
-    """``/static/{name}``: what the pages are dressed in."""
+    """``/static/{name}``: style sheet and icon."""
 
     PARAMETERS = frozenset({"v"})
 
@@ -101,7 +105,7 @@ class StaticResource:
         self._files = pages.static
 
     async def on_get(self, _req: Request, resp: Response, name: str) -> None:
-        """A file beside the templates, to be kept: its URL changes with its content."""
+        """Return a file for a browser to cache: its URL changes with its content."""
         if name not in self._files:
             raise falcon.HTTPNotFound
         resp.content_type = {"css": "text/css; charset=utf-8", "svg": "image/svg+xml"}[name.rpartition(".")[2]]

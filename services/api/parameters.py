@@ -1,4 +1,4 @@
-"""Parameters of the query: what is not known, repeated or unreadable is a 400, never ignored."""
+"""Query parameters: an unknown, repeated or unreadable one is a 400 and never ignored."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from falcon.asgi import Request, Response
+from msgspec.inspect import StrType
 
-from orderlib.errors import InvalidQuery
+from orderlib.contract import Validator, rule_of, rules_of
+from orderlib.errors import InvalidOrder, InvalidQuery
+from orderlib.models import Order
+
+#: The fields of an order that ``/orders`` filters by. The names of the parameters are the same.
+FILTERS = ("customer_id", "track_number")
+#: The fields that the start page searches.
+SEARCH_FIELDS = ("order_uid", *FILTERS)
 
 
 class ParametersMiddleware:
     """Middleware: accept only the parameters in the resource's ``PARAMETERS``, each once."""
 
     async def process_resource(self, req: Request, _resp: Response, resource: object, _params: dict[str, Any]) -> None:
-        """Raise InvalidQuery naming the first parameter at fault."""
+        """Raise InvalidQuery that names the first invalid parameter."""
         if req.query_string:
             _check(req, getattr(resource, "PARAMETERS", frozenset()))
 
@@ -33,5 +41,33 @@ def _check(req: Request, known: frozenset[str]) -> None:
 
 
 def bad_parameter(name: str, expected: str, found: str) -> InvalidQuery:
-    """Return the error for a parameter."""
+    """Return the error for an invalid parameter. ``found`` must not quote its value."""
     return InvalidQuery(f"{name}: expected {expected}, found {found}")
+
+
+def text_rule(field_name: str) -> StrType:
+    """Return the contract's rule for a text field of an order."""
+    [rule] = [rule_of(field) for field in rules_of(Order).fields if field.name == field_name]
+    assert isinstance(rule, StrType)
+    return rule
+
+
+def text_parameter(req: Request, name: str) -> str | None:
+    """Return a parameter that is named like a field of an order, or None. Raise InvalidQuery if it breaks the rule."""
+    text = single_parameter(req, name)
+    if text is None:
+        return None
+    validator = Validator()
+    validator.validate(text, text_rule(name), name)
+    try:
+        validator.raise_faults()
+    except InvalidOrder as exc:
+        raise bad_parameter(name, exc.faults[0].expected, exc.faults[0].found) from exc
+    return text
+
+
+def single_parameter(req: Request, name: str) -> str | None:
+    """Return the value of a parameter, or None. ``ParametersMiddleware`` has refused several values."""
+    value = req.params.get(name)
+    assert not isinstance(value, list)
+    return value

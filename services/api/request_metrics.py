@@ -1,4 +1,4 @@
-"""What is told about each request: its id, one line in the log, the metrics. Never personal data."""
+"""The id, the log line and the metrics of each request, without personal data."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ SECURITY_HEADERS = {
 
 
 class RequestMetricsMiddleware:
-    """Middleware around all others: it sees every request, however it ends."""
+    """The outermost middleware: log and count every request, also one that another middleware refuses."""
 
     def __init__(self, metrics: Metrics, make_id: Callable[[], str]) -> None:
         self._metrics = metrics
         self._make_id = make_id
 
     async def process_request(self, req: Request, resp: Response) -> None:
-        """Begin to watch; take over the client's request id if it is one."""
+        """Start the clock, and set the request id: the client's if it is valid, else a new one."""
         req.context.started = time.perf_counter()
         req.context.token_name = None
         req.context.reason = None
@@ -48,7 +48,7 @@ class RequestMetricsMiddleware:
         resp.set_header("X-Request-Id", req.context.request_id)
 
     async def process_response(self, req: Request, resp: Response, _resource: object, _succeeded: bool) -> None:
-        """Log and count."""
+        """Set the security headers, and log and count the request."""
         resp.set_headers(SECURITY_HEADERS)
         seconds = time.perf_counter() - req.context.started
         route = req.uri_template or UNMATCHED
@@ -71,7 +71,7 @@ class RequestMetricsMiddleware:
         )
 
     def refuse(self, status: HTTPStatus, route: str) -> tuple[dict[str, str], bytes]:
-        """Log and count a request that the application could not answer; return the headers and body to answer with."""
+        """Log and count a request that no resource answers. Return the headers and body to send."""
         request_id = self._make_id()
         self._metrics.count(route, OTHER_METHOD, status, 0.0)
         event("request", logging.WARNING, route=route, method=OTHER_METHOD, status=status, request_id=request_id)

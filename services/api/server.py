@@ -1,4 +1,7 @@
-"""gunicorn, set up for us: its asgi worker, which neither idle nor half-sent nor unread connections can occupy."""
+"""gunicorn with limits on idle connections, on incomplete requests and on responses that a client does not read.
+
+DESIGN.md lists the private parts of gunicorn that this module uses, and what would replace each.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+# gunicorn ships no types: the five imports and the classes below that inherit from it are Any to mypy.
 import gunicorn  # type: ignore[import-untyped]
 from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
 from gunicorn.asgi.protocol import ASGIProtocol  # type: ignore[import-untyped]
@@ -23,25 +27,25 @@ from orderlib.errors import ConfigurationError
 from services.api.metrics import Metrics
 from services.settings import Address
 
-#: A client has so long to send its first request's head; gunicorn's own limit begins with the second.
-HEAD_WITHIN_S = 10
-#: A client that takes nothing of its answer for so long is gone.
-TAKE_WITHIN_S = 30
-#: A request ends within 5 s, whatever the database does; so can a stop.
-STOP_WITHIN_S = 8
-#: Connections that a worker keeps at once, fewer if it may not open so many files. The metrics have their own.
+#: Time limit for the head of a connection's first request. gunicorn's own limit begins with the second request.
+REQUEST_HEAD_TIMEOUT_S = 10
+#: A connection is closed if the client reads nothing of a response for this time.
+SEND_TIMEOUT_S = 30
+#: Time limit for the last requests when the server stops. Each request ends within 5 s.
+GRACEFUL_TIMEOUT_S = 8
+#: Connections of a worker at the same time; fewer if its limit of open files is lower. Metrics have a separate limit.
 MAX_CONNECTIONS = 4_000
 MAX_METRICS_CONNECTIONS = 100
-#: Files for everything else: PostgreSQL, listeners, and connections that are accepted and not counted yet, or closing.
+#: Files for everything else: PostgreSQL, listeners, and connections that are not counted yet or are closing.
 OTHER_FILES = 300
-#: Clients that may wait to be accepted; the kernel's limit (net.core.somaxconn) is usually the same.
+#: Length of the queue of connections to accept; the kernel's limit (net.core.somaxconn) is usually the same.
 BACKLOG = 4096
-#: Connections accepted in one turn of the event loop. A connection is counted two turns after it is accepted, and one
-#: that is closed keeps its file for another turn. All of them must fit into OTHER_FILES: without a free file, asyncio
-#: accepts nothing for a second.
+#: Connections accepted in one turn of the event loop. A connection is counted two turns after it is accepted, and a
+#: closed one keeps its file for one more turn. All of them must fit into OTHER_FILES: without a free file, asyncio
+#: accepts no connection for a second.
 ACCEPT_AT_ONCE = 20
 
-#: What this module uses of gunicorn without being promised it.
+#: The private parts of gunicorn that this module uses.
 _PRIVATE = {
     gasgi: ("ASGIProtocol",),
     base: ("WorkerTmp",),
@@ -54,7 +58,7 @@ _PRIVATE = {
 
 
 class _Log(Logger):  # type: ignore[misc]
-    """gunicorn's own messages go where the program's go. It writes no access log: the application does."""
+    """Send gunicorn's messages to the program's log. The application logs the requests."""
 
     def setup(self, cfg: object) -> None:  # noqa: ARG002 - gunicorn's signature
         self.error_log.propagate = True
@@ -62,55 +66,60 @@ class _Log(Logger):  # type: ignore[misc]
 
 
 class _Protocol(ASGIProtocol):  # type: ignore[misc]
-    """gunicorn's HTTP connection with the bounds it lacks."""
+    """gunicorn's HTTP connection with the limits that it lacks."""
 
-    _unread: asyncio.TimerHandle | None = None
+    _send_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        # The timer between two requests; whatever starts one cancels it.
-        self._keepalive_handle = self.worker.loop.call_later(HEAD_WITHIN_S, self._keepalive_timeout)
+        # gunicorn's timer between two requests. The begin of a request cancels it.
+        self._keepalive_handle = self.worker.loop.call_later(REQUEST_HEAD_TIMEOUT_S, self._keepalive_timeout)
         self.peers: _Connections = self.worker.connections_of(transport)
         self.peers.add(self)
 
     def pause_writing(self) -> None:
-        self._expect_less()
+        self._check_sending()
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        self._let_be()
+        self._stop_send_timer()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._let_be()
+        self._stop_send_timer()
         self.peers.discard(self)
         super().connection_lost(exc)
 
     def close_if_idle(self) -> None:
-        """Close unless an answer is owed."""
+        """Close the connection unless a request is being answered."""
         if self._current_request is None and not self._finishing_calls:
             self._keepalive_timeout()
 
     def waiting_since(self) -> float | None:
-        """Return since when we have waited for the client, on the loop's clock; None while an answer is owed."""
-        if self._unread is not None:
-            return float(self._unread.when()) - TAKE_WITHIN_S
+        """Return since when the server has waited for the client, on the loop's clock.
+
+        Return None while a request is being answered.
+        """
+        if self._send_timer is not None:
+            return float(self._send_timer.when()) - SEND_TIMEOUT_S
         if self._keepalive_handle is None or self._current_request is not None:
             return None
-        return float(self._keepalive_handle.when()) - (HEAD_WITHIN_S if self.req_count <= 1 else self._keepalive)
+        return float(self._keepalive_handle.when()) - (
+            REQUEST_HEAD_TIMEOUT_S if self.req_count <= 1 else self._keepalive
+        )
 
     def give_up(self) -> None:
-        """Close at once, to make room for others; what the client did not take is lost."""
+        """Close at once, so that others can connect. Data that the client has not read is lost."""
         self._keepalive_timeout()
         if self.transport.get_write_buffer_size():
             self.transport.abort()
 
     def _is_websocket_upgrade(self, request: object) -> bool:  # noqa: ARG002 - gunicorn's signature
-        """There are no websockets here; a request to upgrade is answered as if it did not ask (RFC 9110, 7.8)."""
+        """Ignore the upgrade: the server has no websockets and may answer as plain HTTP (RFC 9110, 7.8)."""
         return False
 
-    def _send_error_response(self, status: int, message: str, extra_headers: object = ()) -> None:  # noqa: ARG002
-        """Answer a request that is not HTTP as the application answers its errors; the message may quote it."""
+    def _send_error_response(self, status: int, message: str, extra_headers: object = ()) -> None:  # noqa: ARG002 - gunicorn's signature
+        """Answer invalid HTTP with a problem document, without the message: it may quote the request."""
         headers, body = self.app.refuse(HTTPStatus(status))
         lines = [
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
@@ -119,29 +128,29 @@ class _Protocol(ASGIProtocol):  # type: ignore[misc]
         ]
         self._safe_write("\r\n".join([*lines, "", ""]).encode() + body)
 
-    def _expect_less(self, before: int | None = None) -> None:
-        """Give up on a client that took nothing since the last look; look again at one that did."""
-        waiting = self.transport.get_write_buffer_size()
-        if before is not None and waiting >= before:
+    def _check_sending(self, before: int | None = None) -> None:
+        """Abort if the client has read nothing since the last check; else check again later."""
+        unsent = self.transport.get_write_buffer_size()
+        if before is not None and unsent >= before:
             self.transport.abort()
         else:
-            self._unread = self.worker.loop.call_later(TAKE_WITHIN_S, self._expect_less, waiting)
+            self._send_timer = self.worker.loop.call_later(SEND_TIMEOUT_S, self._check_sending, unsent)
 
-    def _let_be(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
+    def _stop_send_timer(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
 
 
 class _Connections(set[_Protocol]):
-    """The connections of one address."""
+    """The open connections of one address."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.limit = limit
 
     def add(self, protocol: _Protocol) -> None:
-        """Add a connection. At the limit, make room: close those whose client has kept us waiting longest."""
+        """Add a connection. Above the limit, close those that have waited longest for their client."""
         super().add(protocol)
         if len(self) <= self.limit:
             return
@@ -150,28 +159,29 @@ class _Connections(set[_Protocol]):
             for other in self
             if other is not protocol and (since := other.waiting_since()) is not None
         ]
-        # Several at once: during a flood, every new connection comes here. If all others wait for us, the new one goes.
+        # Close several at once: during a flood, this runs for every new connection. If the server owes a response on
+        # each of the others, close the new one.
         for _, _, other in sorted(waiting)[: 1 + self.limit // 50] or [(0.0, 0, protocol)]:
             self.discard(other)
             other.give_up()
 
 
 class _Heartbeat:
-    """When a worker was last alive, as the master sees it; gunicorn's own needs a file that can be in the way."""
+    """When a worker last showed that it is alive, in shared memory. gunicorn's own needs a file on a disk."""
 
     def __init__(self, cfg: object) -> None:  # noqa: ARG002 - gunicorn's signature
         self._memory = mmap.mmap(-1, 8)
-        # gunicorn marks its file close-on-exec; it does nothing else with it.
+        # gunicorn sets close-on-exec on this file and does nothing else with it.
         self._file = os.open(os.devnull, os.O_RDONLY)
         self._time = memoryview(self._memory).cast("d")
         self.notify()
 
     def notify(self) -> None:
-        """Tell that the worker is alive."""
+        """Record that the worker is alive."""
         self._time[0] = time.monotonic()
 
     def last_update(self) -> float:
-        """Return when it last told."""
+        """Return the time of the last ``notify``."""
         return float(self._time[0])
 
     def fileno(self) -> int:
@@ -186,20 +196,20 @@ class _Heartbeat:
 
 
 class _EventLoop(asyncio.SelectorEventLoop):
-    """asyncio's event loop, which accepts fewer connections at once."""
+    """asyncio's event loop, accepting fewer connections in one turn."""
 
     async def create_server(self, *args: Any, **options: Any) -> asyncio.Server:
-        """Listen; asyncio accepts as many connections in one turn as its backlog says."""
+        """Listen. asyncio accepts up to ``backlog`` connections in one turn."""
         return await super().create_server(*args, **options, backlog=ACCEPT_AT_ONCE)
 
 
 class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
-    """gunicorn's asgi worker, speaking our protocol."""
+    """gunicorn's asgi worker with ``_Protocol``."""
 
     def init_process(self) -> None:
         gasgi.ASGIProtocol = _Protocol  # gunicorn has no setting for it
-        room = max(_raised_file_limit() - OTHER_FILES, MAX_METRICS_CONNECTIONS)
-        self._connections = _Connections(min(MAX_CONNECTIONS, room))
+        files = max(_raised_file_limit() - OTHER_FILES, MAX_METRICS_CONNECTIONS)
+        self._connections = _Connections(min(MAX_CONNECTIONS, files))
         self._metrics_connections = _Connections(MAX_METRICS_CONNECTIONS)
         super().init_process()
 
@@ -208,26 +218,26 @@ class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
         asyncio.set_event_loop(self.loop)
 
     def connections_of(self, transport: asyncio.Transport) -> _Connections:
-        """Return the connections of the address that this one came to."""
+        """Return the connections of the address that this connection came to."""
         is_for_metrics = transport.get_extra_info("sockname")[1] == self.app.metrics_port
         return self._metrics_connections if is_for_metrics else self._connections
 
     def notify(self) -> None:
-        """Tell the master, once a second, that we are alive."""
+        """Record once a second that the worker is alive."""
         super().notify()
         for listener in self.sockets:
-            # asyncio listens with a shorter queue. A client that finds it full is delayed by a second.
+            # asyncio has set a shorter queue. A full queue delays a client by a second.
             listener.sock.listen(BACKLOG)
 
     async def _shutdown(self) -> None:
-        """Finish what was begun; whoever has asked nothing yet is not waited for."""
+        """Close the idle connections, and let gunicorn finish the requests that have begun."""
         for protocol in [*self._connections, *self._metrics_connections]:
             protocol.close_if_idle()
         await super()._shutdown()
 
 
 def _raised_file_limit() -> int:
-    """Raise the soft limit of open files to what we use, as far as the hard one allows; return it."""
+    """Raise the soft limit of open files as far as needed and as the hard limit allows. Return the new limit."""
     wanted = MAX_CONNECTIONS + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -237,7 +247,7 @@ def _raised_file_limit() -> int:
 
 
 def _check_gunicorn() -> None:
-    """Raise ConfigurationError for a gunicorn that lacks what is used here."""
+    """Raise ConfigurationError if gunicorn lacks a part that this module uses."""
     missing = [name for owner, names in _PRIVATE.items() for name in names if not hasattr(owner, name)]
     if missing:
         raise ConfigurationError(
@@ -246,7 +256,7 @@ def _check_gunicorn() -> None:
 
 
 class Server(BaseApplication):  # type: ignore[misc]
-    """Serves an ASGI application on sockets that are bound already."""
+    """Serve an ASGI application on two sockets that are bound already."""
 
     def __init__(
         self,
@@ -266,15 +276,15 @@ class Server(BaseApplication):  # type: ignore[misc]
         super().__init__()
 
     def load_config(self) -> None:
-        """Set what differs from gunicorn's defaults. ``WEB_CONCURRENCY`` is the number of workers (1)."""
+        """Set what differs from gunicorn's defaults. gunicorn itself reads ``WEB_CONCURRENCY``."""
         for name, value in {
             "bind": self._binds,
             "worker_class": _Worker,
             "keepalive": self._keepalive_s,
-            "graceful_timeout": STOP_WITHIN_S,
+            "graceful_timeout": GRACEFUL_TIMEOUT_S,
             "logger_class": _Log,
             "control_socket_disable": True,
-            # The first and the last in the master, the other in the worker.
+            # post_fork runs in the worker, the other two in the master.
             "pre_fork": self._pre_fork,
             "post_fork": self._post_fork,
             "child_exit": self._child_exit,
@@ -282,7 +292,7 @@ class Server(BaseApplication):  # type: ignore[misc]
             self.cfg.set(name, value)
 
     def load(self) -> Any:
-        """The application, made in each worker."""
+        """Return a new application. Each worker calls this once."""
         return self._load()
 
     def _pre_fork(self, arbiter: object, worker: Any) -> None:  # noqa: ARG002 - gunicorn's signature
@@ -296,7 +306,7 @@ class Server(BaseApplication):  # type: ignore[misc]
 
 
 def listen(variable: str, address: Address) -> socket.socket:
-    """Listen on an address; port 0 takes a free one. Raises ConfigurationError naming the variable."""
+    """Listen on an address; port 0 takes a free port. Raises ConfigurationError that names the variable."""
     host = address.host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -307,6 +317,6 @@ def listen(variable: str, address: Address) -> socket.socket:
 
 
 def bound_address(listener: socket.socket) -> Address:
-    """Where a socket really listens."""
+    """Return the address that a socket listens on, with its real port."""
     host, port = listener.getsockname()[:2]
     return Address(host=f"[{host}]" if ":" in host else host, port=port)

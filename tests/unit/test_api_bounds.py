@@ -11,11 +11,11 @@ import pytest
 
 from orderlib import DatabaseUnavailable
 from services.api import deadline
-from services.api.server import TAKE_WITHIN_S, _Protocol
+from services.api.server import SEND_TIMEOUT_S, _Protocol
 
 
 def test_an_answer_of_many_reads_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deadline, "ANSWERED_WITHIN_S", 0.01)
+    monkeypatch.setattr(deadline, "ANSWER_TIMEOUT_S", 0.01)
 
     @deadline.with_deadline
     async def respond() -> None:
@@ -40,7 +40,7 @@ class Transport:
         self.aborted = True
 
     def call_later(self, seconds: float, callback: Callable[[int], None], before: int) -> None:
-        assert seconds == TAKE_WITHIN_S
+        assert seconds == SEND_TIMEOUT_S
         self.look = lambda: callback(before)
 
     def time_passes(self) -> None:
@@ -52,7 +52,7 @@ def test_a_client_that_takes_its_answer_slowly_gets_it_whole_and_one_that_takes_
     protocol = object.__new__(_Protocol)
     transport = Transport(waiting=1_000)
     protocol.transport, protocol.worker = transport, SimpleNamespace(loop=transport)
-    protocol._expect_less()
+    protocol._check_sending()
     for waiting in (900, 500, 1):
         transport.waiting = waiting
         transport.time_passes()
