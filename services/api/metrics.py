@@ -85,7 +85,7 @@ class Metrics(Collector):
         """Yield the sums over all slots."""
         cells = [sum(column) for column in zip(*map(self._slot, range(self._cells[0])), strict=True)]
         requests = CounterMetricFamily(
-            "orders_http_requests", "Answered HTTP requests.", labels=["route", "method", "status"]
+            "orders_http_requests", "Requests, including probes.", labels=["route", "method", "status"]
         )
         labels = ((route, method, str(code)) for route in self._routes for method in _METHODS for code in _STATUSES)
         for names, number in zip(labels, cells, strict=False):
@@ -93,7 +93,7 @@ class Metrics(Collector):
                 requests.add_metric(names, number)
         yield requests
         times = HistogramMetricFamily(
-            "orders_http_request_seconds", "Seconds until an HTTP request was answered.", labels=["route"]
+            "orders_http_request_seconds", "Duration of a request.", labels=["route"]
         )
         for number, route in enumerate(self._routes):
             at = self._times_at + number * _TIME_CELLS
