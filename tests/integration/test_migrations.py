@@ -28,7 +28,7 @@ from orderlib.postgres.migrate import (
 from sandbox import Sandbox
 from tests.conftest import Database, drop_database, of_database, role_passwords
 
-FILES = sorted(path.name for path in (Path(orderlib.__file__).parent / "migrations").glob("*.sql"))
+FILES = sorted(path.name for path in (Path(orderlib.__file__).parent / "postgres" / "migrations").glob("*.sql"))
 
 
 @contextmanager
@@ -179,7 +179,7 @@ def test_no_password_is_kept_or_told_in_clear(empty_database: Database) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_migration_is_one_transaction_and_says_why_each_index_is_there(name: str) -> None:
-    script = (Path(orderlib.__file__).parent / "migrations" / name).read_text(encoding="utf-8")
+    script = (Path(orderlib.__file__).parent / "postgres" / "migrations" / name).read_text(encoding="utf-8")
     assert not re.search(
         r"^\s*(BEGIN|COMMIT|ROLLBACK|VACUUM)\b[^\n]*;|CONCURRENTLY", script, re.MULTILINE | re.IGNORECASE
     )
