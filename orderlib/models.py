@@ -119,7 +119,7 @@ def _in_order(items: Iterable[Item]) -> tuple[Item, ...]:
 @validated
 @attrs.frozen(kw_only=True, repr=False)
 class Order:
-    """An order, whole: what a shop publishes and everybody gets back exactly as sent.
+    """An order, as a shop publishes it. It is read back with every known field equal.
 
     Equal orders have equal content: times compare as instants, whatever offset they were written with.
     """
