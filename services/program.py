@@ -1,20 +1,23 @@
-"""What every command of ours does alike: logs, exit statuses, one line instead of a traceback.
+"""What the programs share: logs, exit statuses, and one line instead of a traceback.
 
-Logs go to stderr, one event a line: JSON, or on a terminal a person's format. Exit statuses: 0 done, 1 failed or
+Logs go to stderr, one event a line: JSON, or a readable format on a terminal. Exit statuses: 0 done, 1 failed or
 stopped itself, 2 usage, configuration or set-up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import TextIO
 
 import msgspec
+import structlog
+from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
 from orderlib.errors import ConfigurationError, OrderlibError
 
@@ -22,51 +25,73 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_SETUP = 2
 
-#: Who wrote the line, and nothing else of logging's own bookkeeping.
-_FIELDS = "fields"
+log: FilteringBoundLogger = structlog.get_logger()
 
-log = logging.getLogger("orderlib")
+_encoder = msgspec.json.Encoder(enc_hook=str)
 
 
 def event(name: str, level: int = logging.INFO, **fields: object) -> None:
     """Log a fixed event with its fields. Fields carry positions, order_uids, counts and codes; never personal data."""
-    log.log(level, name, extra={_FIELDS: fields})
+    log.log(level, name, **fields)
 
 
-class _Lines(logging.Formatter):
-    """One line an event."""
+class _LineHandler(logging.StreamHandler[TextIO]):
+    """Write the lines of structlog and of `logging` to one stream, under one lock.
 
-    def __init__(self, *, for_person: bool) -> None:
-        super().__init__()
-        self._for_person = for_person
+    A line that cannot be written is lost, as in `logging`: a full disk must not stop a program. structlog's own loggers
+    raise instead, and do not renew their lock after a fork.
+    """
 
-    def format(self, record: logging.LogRecord) -> str:
-        moment = dt.datetime.fromtimestamp(record.created, dt.UTC)
-        fields: Mapping[str, Any] = getattr(record, _FIELDS, {})
-        message = record.getMessage()
-        if record.exc_info:
-            fields = {**fields, "traceback": self.formatException(record.exc_info)}
-        if self._for_person:
-            shown = " ".join(f"{name}={value}" for name, value in fields.items())
-            return f"{moment:%H:%M:%S} {record.levelname.lower():7} {message} {shown}".rstrip()
-        line = {"time": moment, "level": record.levelname.lower(), "event": message, **fields}
-        return msgspec.json.encode(line, enc_hook=str).decode()
+    def write_line(self, line: str) -> None:
+        self.acquire()
+        try:
+            with contextlib.suppress(OSError, ValueError):
+                self.stream.write(line + "\n")
+                self.stream.flush()
+        finally:
+            self.release()
+
+    debug = info = warning = error = critical = write_line
 
 
 def set_up_logging(stream: TextIO | None = None, level: int = logging.INFO) -> None:
-    """Send our events, and warnings of the libraries, to a stream (stderr)."""
+    """Send events, and the warnings of libraries, to a stream (stderr). Call this once, when the program starts."""
     _set_up_streams()
     stream = stream or sys.stderr
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(_Lines(for_person=stream.isatty()))
+    first: list[Processor] = [structlog.processors.format_exc_info]
+    render: Processor = _render_json
+    if stream.isatty():
+        first += [
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper("%H:%M:%S", utc=True, key="time"),
+        ]
+        render = structlog.dev.ConsoleRenderer(colors=False, pad_event_to=20, sort_keys=False, timestamp_key="time")
+    handler = _LineHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=first, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render]
+        )
+    )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    log.setLevel(level)
+    structlog.configure(
+        processors=[*first, render],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=lambda *_: handler,
+        # The API writes a line for each request.
+        cache_logger_on_first_use=True,
+    )
+
+
+def _render_json(_logger: object, method: str, fields: EventDict) -> str:
+    """Render one line. It takes half the time of structlog's TimeStamper, add_log_level and JSONRenderer together."""
+    line = {"time": dt.datetime.now(dt.UTC), "level": method, "event": fields.pop("event"), **fields}
+    return _encoder.encode(line).decode()
 
 
 def _set_up_streams() -> None:
-    """Write UTF-8 in every locale, and to nowhere where the caller closed stdout or stderr (Python has None there)."""
+    """Write UTF-8 in every locale, and discard output if the caller closed stdout or stderr (Python has None there)."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -76,7 +101,7 @@ def _set_up_streams() -> None:
 
 
 def run(main: Callable[[], int]) -> int:
-    """The exit status of a program: what it returns, or the one its error stands for, with one line on stderr."""
+    """Run a program and return its exit status. An error of orderlib becomes its status and one line on stderr."""
     try:
         status = main()
         sys.stdout.flush()
@@ -90,7 +115,7 @@ def run(main: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_FAILED
     except BrokenPipeError:
-        # Whoever read our output has enough.
+        # The reader of stdout has closed it.
         _drop_output()
         return EXIT_FAILED
     except OSError as exc:
@@ -102,6 +127,6 @@ def run(main: Callable[[], int]) -> int:
 
 
 def _drop_output() -> None:
-    """What is still to be written to stdout goes nowhere: Python would try again at its end, and complain again."""
-    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123  a device
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    """Discard what is still buffered for stdout. Python would flush it at exit, and report the failure again."""
+    with open(os.devnull, "wb") as devnull:  # noqa: PTH123  a device
+        os.dup2(devnull.fileno(), sys.stdout.fileno())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import logging
 import re
 from collections.abc import Callable, Iterator
 from http import HTTPMethod
@@ -16,6 +15,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
+from structlog.testing import capture_logs
+from structlog.typing import EventDict
 
 import orderlib
 from orderlib.repository import AsyncOrderReader
@@ -47,17 +48,6 @@ class Reader:
         return read
 
 
-class Kept(logging.Handler):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-
 @attrs.frozen
 class Answer:
     status: int
@@ -71,7 +61,7 @@ class Application:
 
     app: Api
     metrics: Metrics
-    logged: list[logging.LogRecord]
+    logged: list[EventDict]
 
     def ask(self, path: str = "/", query: bytes = b"", headers: Headers | None = None, method: str = "GET") -> Answer:
         scope = {
@@ -120,14 +110,8 @@ def application() -> Iterator[Application]:
     repository.save_many([ORDER, attrs.evolve(ORDER, order_uid="other")])
     metrics = Metrics([*ROUTES, METRICS_ROUTE])
     app = application_over(repository, metrics)
-    handler = Kept()
-    log = logging.getLogger("orderlib")
-    log.addHandler(handler)
-    level = log.level
-    log.setLevel(logging.INFO)
-    yield Application(app, metrics, handler.records)
-    log.setLevel(level)
-    log.removeHandler(handler)
+    with capture_logs() as logged:
+        yield Application(app, metrics, logged)
 
 
 def assert_promised(application: Application, **request: Any) -> Answer:
@@ -139,9 +123,8 @@ def assert_promised(application: Application, **request: Any) -> Answer:
     assert {name.lower(): value for name, value in SECURITY_HEADERS.items()}.items() <= answer.headers.items()
     assert answer.headers["x-request-id"]
     [line] = application.logged
-    fields = line.fields  # type: ignore[attr-defined]
-    assert (line.getMessage(), fields["status"]) == ("request", answer.status)
-    assert fields["request_id"] == answer.headers["x-request-id"]
+    assert (line["event"], line["status"]) == ("request", answer.status)
+    assert line["request_id"] == answer.headers["x-request-id"]
     assert application.counted() == before + 1
     if answer.status >= 400 and request.get("method") != "HEAD":
         assert answer.headers["cache-control"] == "no-store"
@@ -149,7 +132,7 @@ def assert_promised(application: Application, **request: Any) -> Answer:
         assert kind.startswith(("application/problem+json", "text/html"))
         if not kind.startswith("text/html"):
             assert (
-                json.loads(answer.body).items() >= {"status": answer.status, "request_id": fields["request_id"]}.items()
+                json.loads(answer.body).items() >= {"status": answer.status, "request_id": line["request_id"]}.items()
             )
     return answer
 
@@ -311,8 +294,8 @@ def test_a_fault_of_the_application_itself_is_a_problem_too(
     assert (answer.status, answer.headers["content-type"]) == (500, "application/problem+json")
     assert {name.lower(): value for name, value in SECURITY_HEADERS.items()}.items() <= answer.headers.items()
     assert json.loads(answer.body)["request_id"] == answer.headers["x-request-id"] == "made"
-    assert [line.getMessage() for line in application.logged][-2:] == ["request_failed", "request"]
-    assert ORDER.delivery.name not in str([line.__dict__ for line in application.logged])
+    assert [line["event"] for line in application.logged][-2:] == ["request_failed", "request"]
+    assert ORDER.delivery.name not in str(application.logged)
     assert application.counted() == before + 1
 
 

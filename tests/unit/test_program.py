@@ -1,12 +1,14 @@
-"""What a program of ours writes to stderr, and the status it leaves."""
+"""What a program writes to stderr, and its exit status."""
 
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,9 +16,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import structlog
 
 from orderlib import ConfigurationError, DatabaseUnavailable, OrderlibError, RefusedByDatabase
-from services.program import event, log, run, set_up_logging
+from services import program
+from services.program import event, run, set_up_logging
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,14 +32,23 @@ class Terminal(io.StringIO):
         return True
 
 
+class FullDisk(io.StringIO):
+    """A stream that cannot be written."""
+
+    def write(self, _text: str) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
+def _restored_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A program sets up its logs once, and structlog caches the logger then; each test here starts anew."""
     root = logging.getLogger()
-    handlers, level, our_level = root.handlers[:], root.level, log.level
+    handlers, level = root.handlers[:], root.level
+    monkeypatch.setattr(program, "log", structlog.get_logger())
     yield
+    structlog.reset_defaults()
     root.handlers[:] = handlers
     root.setLevel(level)
-    log.setLevel(our_level)
 
 
 def raising(error: BaseException) -> Callable[[], NoReturn]:
@@ -68,22 +81,22 @@ def test_an_event_is_one_line_of_json_with_its_fields() -> None:
 def test_fields_of_any_type_can_be_logged() -> None:
     stream = io.StringIO()
     set_up_logging(stream)
-    event("odd", where=Path("a"), partitions={2}, error=DatabaseUnavailable("away"))
+    event("odd", where=Path("a"), partitions={2}, error=DatabaseUnavailable("timeout"))
     logged = json.loads(stream.getvalue())
-    assert (logged["where"], logged["partitions"], logged["error"]) == ("a", [2], "away")
+    assert (logged["where"], logged["partitions"], logged["error"]) == ("a", [2], "timeout")
 
 
-def test_a_person_at_a_terminal_reads_another_format() -> None:
+def test_a_terminal_gets_a_readable_format() -> None:
     stream = Terminal()
     set_up_logging(stream)
     event("batch_stored", level=logging.WARNING, partition=3)
     event("idle")
     first, second = stream.getvalue().splitlines()
-    assert first.endswith(" warning batch_stored partition=3")
-    assert second.endswith(" info    idle")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d \[warning  \] batch_stored +partition=3", first)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d \[info     \] idle *", second)
 
 
-def test_warnings_of_libraries_are_lines_of_ours_and_their_chatter_is_not() -> None:
+def test_warnings_of_libraries_are_events_and_their_other_lines_are_not() -> None:
     stream = io.StringIO()
     set_up_logging(stream)
     logging.getLogger("psycopg.pool").info("chatter")
@@ -91,31 +104,38 @@ def test_warnings_of_libraries_are_lines_of_ours_and_their_chatter_is_not() -> N
     assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["error connecting in 'pool'"]
 
 
-def test_a_traceback_stays_within_its_line() -> None:
+@pytest.mark.parametrize("library", [False, True])
+def test_an_exception_is_a_field(*, library: bool) -> None:
     stream = io.StringIO()
     set_up_logging(stream)
+    log = logging.getLogger("library") if library else program.log
     try:
-        raise DatabaseUnavailable("away")
+        raise DatabaseUnavailable("timeout")
     except DatabaseUnavailable:
         log.exception("stopped")
     [line] = stream.getvalue().splitlines()
-    assert json.loads(line)["traceback"].endswith("DatabaseUnavailable: away")
+    assert json.loads(line)["exception"].endswith("DatabaseUnavailable: timeout")
 
 
-def test_setting_up_again_does_not_write_lines_twice() -> None:
+def test_events_below_the_level_are_not_written() -> None:
     stream = io.StringIO()
-    set_up_logging(io.StringIO())
     set_up_logging(stream, logging.WARNING)
-    event("unheard")
-    event("heard", logging.ERROR)
-    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["heard"]
+    event("hidden")
+    event("shown", logging.ERROR)
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["shown"]
+
+
+def test_a_line_that_cannot_be_written_is_lost_and_raises_nothing() -> None:
+    set_up_logging(FullDisk())
+    event("lost")
+    logging.getLogger("library").warning("lost")
 
 
 # Exit statuses
 
 
 @pytest.mark.parametrize("status", [0, 1, 2])
-def test_a_program_leaves_the_status_it_returns(status: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_status_is_the_one_that_the_program_returns(status: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(lambda: status) == status
     assert capsys.readouterr() == ("", "")
 
@@ -124,24 +144,24 @@ def test_a_program_leaves_the_status_it_returns(status: int, capsys: pytest.Capt
     ("error", "status", "line"),
     [
         (ConfigurationError("ORDERS_TOPIC is not set"), 2, "error: ORDERS_TOPIC is not set\n"),
-        (DatabaseUnavailable("PostgreSQL: away"), 1, "error: PostgreSQL: away\n"),
+        (DatabaseUnavailable("PostgreSQL: timeout"), 1, "error: PostgreSQL: timeout\n"),
         (
             RefusedByDatabase("23514", "b563"),
             1,
             "error: refused_by_database: $: expected order b563 that PostgreSQL takes, found SQLSTATE 23514\n",
         ),
-        (OrderlibError("anything else of ours"), 1, "error: anything else of ours\n"),
+        (OrderlibError("any other error"), 1, "error: any other error\n"),
         (KeyboardInterrupt(), 1, "interrupted\n"),
     ],
 )
-def test_an_error_of_ours_is_one_line_and_a_status(
+def test_an_error_of_orderlib_is_one_line_and_a_status(
     error: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(raising(error)) == status
     assert capsys.readouterr() == ("", line)
 
 
-def test_any_other_error_is_a_bug_and_keeps_its_traceback() -> None:
+def test_any_other_exception_is_a_bug_and_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run(raising(ZeroDivisionError()))
 
@@ -162,7 +182,7 @@ def test_output_that_cannot_be_written_is_one_line_and_a_status(unbuffered: str)
     assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
 
 
-def test_a_reader_that_has_had_enough_is_no_traceback() -> None:
+def test_a_closed_pipe_gives_no_traceback() -> None:
     program = (
         "import sys\n"
         "from services.program import run\n"
@@ -183,10 +203,10 @@ def test_a_reader_that_has_had_enough_is_no_traceback() -> None:
 
 
 @pytest.mark.parametrize("closed", ["", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_a_closed_stream_is_no_failure(closed: str) -> None:
+def test_closed_standard_streams_do_not_make_a_program_fail(closed: str) -> None:
     code = (
         "import sys; from services.program import *; set_up_logging(); "
-        "sys.exit(run(lambda: print('out') or event('told') or 7))"
+        "sys.exit(run(lambda: print('out') or event('started') or 7))"
     )
     done = subprocess.run(
         ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code],
@@ -202,7 +222,7 @@ def test_a_closed_stream_is_no_failure(closed: str) -> None:
 def test_output_is_utf_8_in_every_locale() -> None:
     code = (
         "from services.program import *; set_up_logging(); "
-        "run(lambda: print('\\u0437\\xe7', '\\ud800') or event('told', topic='\\u0437') or 0)"
+        "run(lambda: print('\\u0437\\xe7', '\\ud800') or event('started', topic='\\u0437') or 0)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

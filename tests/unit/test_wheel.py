@@ -21,7 +21,7 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 
 #: What programs, sandbox and tests need, and a user of the library does not.
 FOREIGN = (
-    *("confluent_kafka", "falcon", "gunicorn", "jinja2", "prometheus_client", "hypothesis", "pytest"),
+    *("confluent_kafka", "falcon", "gunicorn", "jinja2", "prometheus_client", "structlog", "hypothesis", "pytest"),
     *("services", "sandbox", "tests", "bench", "docs"),
 )
 
