@@ -163,11 +163,11 @@ class Cluster:
 
     def earliest(self, topic: str, partitions: Iterable[int]) -> dict[int, int]:
         """Return the earliest offset that each partition still holds."""
-        return self.offsets(topic, partitions, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+        return self.offsets(topic, partitions, OffsetSpec.earliest())
 
     def ends(self, topic: str, partitions: Iterable[int]) -> dict[int, int]:
         """Return the log end of each partition: its last stable offset."""
-        return self.offsets(topic, partitions, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+        return self.offsets(topic, partitions, OffsetSpec.latest())
 
     def offsets(self, topic: str, partitions: Iterable[int], spec: OffsetSpec) -> dict[int, int]:
         """Return an offset of each partition; -1 if no record has it."""
@@ -176,7 +176,7 @@ class Cluster:
 
     def ask_ends(self, topic: str, partitions: Iterable[int]) -> Callable[[], dict[int, int] | None]:
         """Request the log ends. The result returns those that are known, or ``None`` until all requests are over."""
-        questions = self._ask_offsets(topic, partitions, OffsetSpec.latest())  # type: ignore[no-untyped-call]
+        questions = self._ask_offsets(topic, partitions, OffsetSpec.latest())
 
         def ends() -> dict[int, int] | None:
             if not all(question.done() for question in questions.values()):

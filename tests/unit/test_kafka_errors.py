@@ -9,7 +9,7 @@ from confluent_kafka import KafkaError, KafkaException
 
 from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError, TransientError
 from services.kafka_errors import (
-    _CODES,
+    _NAMES,
     ACTIONS,
     ErrorAction,
     UnreadableRecord,
@@ -25,7 +25,7 @@ CODES = {name: getattr(KafkaError, name) for name in dir(KafkaError) if re.fullm
 def test_every_code_has_exactly_one_entry() -> None:
     assert len(CODES) > 180
     assert {name for name, code in CODES.items() if code not in ACTIONS} == set()
-    assert sum(map(len, _CODES.values())) == len(ACTIONS)
+    assert sum(map(len, _NAMES.values())) == len(ACTIONS)
 
 
 @pytest.mark.parametrize("name", sorted(CODES))
