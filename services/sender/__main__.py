@@ -1,4 +1,4 @@
-"""``python -m services.sender``: makes or reads orders and publishes them."""
+"""``python -m services.sender``: generate or read orders and publish them."""
 
 from __future__ import annotations
 
@@ -24,35 +24,36 @@ from services.sender.publish import Publisher
 from services.settings import KafkaSettings
 
 DESCRIPTION = """\
-Publishes orders to Kafka: made-up ones, or the lines of a file. Each record is keyed by its order_uid if it has one.
+Publishes orders to Kafka: generates reproducible orders (--seed), injects invalid ones (--bad-rate), or sends files
+unchanged (--file). The key of each record is its order_uid, if it has a valid one.
 
 Settings are environment variables: ORDERS_KAFKA_BOOTSTRAP_SERVERS, ORDERS_TOPIC, and ORDERS_KAFKA_X_Y for librdkafka's
-property x.y. What is not acknowledged for 60 s counts as failed (ORDERS_KAFKA_MESSAGE_TIMEOUT_MS).
+property x.y. A record that is not acknowledged within 60 s counts as failed (ORDERS_KAFKA_MESSAGE_TIMEOUT_MS).
 """
 EPILOG = """\
-On Ctrl-C or SIGTERM it sends nothing more, waits up to 8 s for what is on its way, and reports; to have been stopped is
-no failure.
+On Ctrl-C or SIGTERM it stops sending, waits up to 8 s for acknowledgements, and prints the result. A signal alone is
+not a failure.
 
-Exit status: 0 all that was sent is acknowledged, 1 some is not or Kafka did not answer for 10 s, 2 usage, settings or
-set-up.
+Exit status: 0 every sent record is acknowledged, 1 some are not, or Kafka did not answer for 10 s, 2 usage, settings
+or set-up.
 """
 DEFAULT_COUNT = 1000
 
-#: When told to stop, what is on its way gets so long.
+#: How long to wait for acknowledgements after a signal.
 STOP_WITHIN_S = 8.0
 
-#: How long any wait lasts at most, so that we notice soon when we are told to stop.
+#: The longest single wait, so that a signal takes effect soon.
 _TURN_S = 0.1
-#: No pause of the pace is shorter, for that would only burn the processor; a few records are then sent at once.
+#: The rate limiter pauses at least this long: shorter pauses waste CPU. It then sends a few records at once.
 _LEAST_PAUSE_S = 0.005
 _PROGRESS_EVERY_S = 0.2
 
-#: Where the time of seeded orders begins; each is made a second after the one before.
+#: The time of the first seeded order; each following one is a second later.
 _SEEDED_TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
 
 def main(arguments: list[str], environ: Mapping[str, str]) -> int:
-    """The exit status."""
+    """Run the sender and return its exit status."""
     options = _parsed(arguments)
     settings = KafkaSettings.from_mapping(environ)
     with contextlib.ExitStack() as stack:
@@ -63,7 +64,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
             raise ConfigurationError(f"{exc.filename}: {exc.strerror}") from exc
         if manifest is not None:
             stack.callback(manifest.close)
-        values = _made_up(options) if source is None else _read(options, source)
+        values = _generated(options) if source is None else _read(options, source)
         publisher = Publisher(settings, manifest)
         publisher.check_topic()
         sending = _Sending(publisher)
@@ -75,7 +76,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
             manifest.begin()
         sending.settle()
         for number in (signal.SIGTERM, signal.SIGINT):
-            # Nothing is left to stop; without this a signal at Python's own end would replace our exit status.
+            # All is sent. A signal while Python exits would replace the exit status.
             signal.signal(number, signal.SIG_IGN)
         return sending.report()
 
@@ -99,39 +100,39 @@ def _read(options: argparse.Namespace, source: int) -> Iterator[bytes | None]:
 
 
 class _Sending:
-    """One run of the sender, until its values end or it is told to stop."""
+    """One run of the sender, until its values end or a signal stops it."""
 
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
-        self._told_to_stop = threading.Event()
+        self._stop_event = threading.Event()
         self._began_s = time.monotonic()
         self._shown_s = self._began_s if sys.stderr.isatty() else float("inf")
 
     def stop(self) -> None:
-        """Send nothing more."""
-        self._told_to_stop.set()
+        """Send no more values."""
+        self._stop_event.set()
 
     def send(self, values: Iterable[bytes | None], per_s: float | None) -> None:
-        """Send the values at this pace."""
+        """Send the values at this rate."""
         pace = RateLimiter(per_s, time.monotonic())
         for value in values:
-            while (early_s := pace.early_s(time.monotonic())) > 0 and not self._told_to_stop.is_set():
+            while (early_s := pace.early_s(time.monotonic())) > 0 and not self._stop_event.is_set():
                 self._wait(min(max(early_s, _LEAST_PAUSE_S), _TURN_S))
             if value is None:
                 self._wait(0)
             else:
-                while not self._told_to_stop.is_set() and not self._publisher.send(value):
+                while not self._stop_event.is_set() and not self._publisher.send(value):
                     self._show_progress()
                 pace.take_turn(time.monotonic())
             self._show_progress()
-            if self._told_to_stop.is_set():
+            if self._stop_event.is_set():
                 return
 
     def settle(self) -> None:
-        """Wait until all that was sent is acknowledged or has failed; not for long if told to stop."""
+        """Wait until every sent record is acknowledged or failed. After a signal, give up after ``STOP_WITHIN_S``."""
         give_up_s = None
         while self._publisher.unacknowledged:
-            if give_up_s is None and self._told_to_stop.is_set():
+            if give_up_s is None and self._stop_event.is_set():
                 give_up_s = time.monotonic() + STOP_WITHIN_S
             if give_up_s is not None and time.monotonic() > give_up_s:
                 self._publisher.give_up()
@@ -139,7 +140,7 @@ class _Sending:
             self._wait(_TURN_S)
 
     def report(self) -> int:
-        """Say what became of it; the exit status."""
+        """Print the result and return the exit status."""
         if self._shown_s < float("inf"):
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         print(self._so_far())
@@ -176,28 +177,33 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--count", type=_count, metavar="N", help=f"make up so many orders ({DEFAULT_COUNT})")
-    parser.add_argument("--seed", metavar="S", help="any text; the same gives the same orders, byte for byte")
-    parser.add_argument("--bad-rate", type=_fraction, metavar="0..1", help="break so many of them, each in one way (0)")
-    parser.add_argument("--rate", type=_rate, metavar="PER_S", help="send so many a second (as many as possible)")
+    parser.add_argument("--count", type=_count, metavar="N", help=f"number of orders to generate ({DEFAULT_COUNT})")
+    parser.add_argument("--seed", metavar="S", help="generate reproducible orders: the same text gives the same bytes")
+    parser.add_argument(
+        "--bad-rate",
+        type=_fraction,
+        metavar="0..1",
+        help="fraction of generated orders to make invalid, each in one way (0)",
+    )
+    parser.add_argument("--rate", type=_rate, metavar="PER_S", help="records per second (unlimited)")
     parser.add_argument(
         "--file",
         metavar="F",
-        help="send the lines of a file instead, or with - of stdin: one order a line, unchanged; only \\n ends a line, "
-        "and the last may lack it. Lines that are not orders are sent and named; if the first line is not an order, "
-        "nothing is sent",
+        help="send the lines of a file (- is stdin) unchanged, one order a line. Only \\n ends a line; the last line "
+        "may lack it. Lines that are not orders are sent, with a warning. If the first line is not an order, nothing "
+        "is sent",
     )
     parser.add_argument(
         "--any",
         action="store_true",
-        help="with --file: send lines that are not orders, the first included, without naming them; an empty line is "
-        "an empty value",
+        help="with --file: send lines that are not orders without a warning, also the first; an empty line is an empty "
+        "value",
     )
     parser.add_argument(
         "--manifest",
         metavar="F",
-        help="write a JSON line for each acknowledged record to this file; replaces an older manifest, and no other "
-        "file",
+        help="write a JSON line for each acknowledged record to this file. It replaces an older manifest, never "
+        "another file",
     )
     options = parser.parse_args(arguments)
     for name in ("file", "manifest"):
@@ -206,7 +212,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     if options.file is not None:
         for name in ("count", "seed", "bad_rate"):
             if getattr(options, name) is not None:
-                parser.error(f"--{name.replace('_', '-')} is for made-up orders, not for --file")
+                parser.error(f"--{name.replace('_', '-')} is for generated orders, not for --file")
     elif options.any:
         parser.error("--any is for --file")
     if options.manifest == "-":
@@ -234,9 +240,9 @@ def _rate(text: str) -> float:
     raise argparse.ArgumentTypeError("must be a number above 0")
 
 
-def _made_up(options: argparse.Namespace) -> Iterator[bytes]:
+def _generated(options: argparse.Namespace) -> Iterator[bytes]:
     if options.seed is None:
-        rng, clock = Random(), lambda: dt.datetime.now(dt.UTC)  # noqa: S311  made-up orders, no secret
+        rng, clock = Random(), lambda: dt.datetime.now(dt.UTC)  # noqa: S311  generated orders, no secret
     else:
         seconds = itertools.count()
         rng, clock = Random(options.seed), lambda: _SEEDED_TIME + dt.timedelta(seconds=next(seconds))  # noqa: S311

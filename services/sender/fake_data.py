@@ -1,4 +1,4 @@
-"""Who orders what, and where: the made-up world that ``generate`` draws from.
+"""Who orders what, and where: the invented customers and products that ``generate`` draws from.
 
 Telephone numbers come from ranges kept for fiction where a country has one, and e-mail domains are reserved ones, so
 nobody real is ever in an order.

@@ -18,12 +18,12 @@ MAX_LINE_BYTES = 1_000_000_000
 #: How many lines that are not orders are named; the others are counted.
 MAX_NAMED = 100
 
-#: After a stall, so much of the time lost is made up for.
+#: After a stall, catch up on at most this much lost time.
 CATCH_UP_S = 1.0
 
 
 def lines(file: int, idle_s: float) -> Iterator[bytes | None]:
-    r"""The lines of an open file as they are, without their ``\n``; ``None`` whenever nothing came for ``idle_s``.
+    r"""Yield the lines of an open file unchanged, without their ``\n``; ``None`` if no data came for ``idle_s``.
 
     The last line may lack its ``\n``. Nothing else ends a line, and an empty line is a line. ``None`` comes also with
     each part of a long line, so that the caller can stop. Raises ConfigurationError for a line that no record can hold.
@@ -56,14 +56,14 @@ def lines(file: int, idle_s: float) -> Iterator[bytes | None]:
 
 
 class RateLimiter:
-    """Spreads turns evenly over time.
+    """Spread records evenly over time.
 
-    Lateness is made up for, so that inexact waits add up to no drift; but no more than ``CATCH_UP_S``, so that no flood
+    Late records are caught up, so that inexact waits add up to no drift; at most ``CATCH_UP_S``, so that no burst
     follows a stall.
     """
 
     def __init__(self, per_s: float | None, now_s: float) -> None:
-        """``None``: as fast as can be."""
+        """``None``: no limit."""
         self._gap_s = 1 / per_s if per_s else 0.0
         self._due_s = now_s
 

@@ -1,4 +1,4 @@
-"""Believable orders, as varied as a shop's, from a random generator and a clock alone."""
+"""Generate realistic orders from a random generator and a clock. The same input gives the same orders."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from services.sender.fake_data import MARKETS, PHONES, PRODUCTS, ZIPS, Market
 
 T = TypeVar("T")
 
-#: Tells the time; always aware.
+#: Returns the time, with a time zone.
 Clock = Callable[[], dt.datetime]
 
-#: So many people order, each again and again, always to the same address.
+#: The number of customers. Each orders often, always to the same address.
 CUSTOMERS = 10_000
 
 _NICKNAMES = ("sunny", "post", "j.doe", "cat-lover", "home", "mail", "the_one", "order", "nobody", "k")
 _PROVIDERS = ("wbpay", "stripe", "paypal", "applepay", "invoice")
 _ENTRIES = ("WBIL", "WBRU", "WEB", "APP", "MARKT")
 
-#: Drawn from as they stand, so that what comes up more often is likelier.
+#: Values to choose from. A value that is listed more often is more likely.
 _ITEM_COUNTS = (1,) * 34 + (2,) * 26 + (3,) * 17 + (4,) * 11 + (5,) * 7 + (6,) * 4 + (0,)
 _MANY_ITEMS = range(7, 41)
 _DISCOUNTS = (0,) * 10 + (5, 10, 10, 15, 20, 25, 30, 30, 50, 70)
@@ -45,7 +45,7 @@ class _Customer:
 
 
 def make_values(rng: Random, clock: Clock, bad_rate: float) -> Iterator[bytes]:
-    """Values of records without end: orders, and at this rate (0 to 1) records that must be refused."""
+    """Generate record values without end: orders, and at this rate (0 to 1) invalid ones."""
     kinds = list(FaultKind)
     while True:
         order = make_order(rng, clock)
@@ -56,11 +56,11 @@ def make_values(rng: Random, clock: Clock, bad_rate: float) -> Iterator[bytes]:
 
 
 def make_order(rng: Random, clock: Clock) -> Order:
-    """A valid order made now: the sums add up, and its parts fit together.
+    """Return a valid order with the current time. The sums add up, and its parts are consistent.
 
     Each line costs ``price * (100 - sale) // 100``, the goods are the sum of the lines, the amount that of goods, delivery
-    and customs. One order in ten was paid under a reference other than its order_uid. (Valid by the way it is made, which
-    the tests hold it to; checking each again would take three times as long as making it.)
+    and customs. One order in ten has a ``payment.transaction`` other than its order_uid. (Not validated here, which would
+    take three times as long as generating it; a test does.)
     """
     created = clock()
     customer = _customer(rng.randrange(CUSTOMERS))
@@ -130,8 +130,8 @@ def _make_item(rng: Random, market: Market, track_number: str) -> Item:
 
 @functools.cache
 def _customer(number: int) -> _Customer:
-    """The same person for the same number, whoever asks."""
-    rng = Random(number)  # noqa: S311  made-up people, no secret
+    """Return the customer with this number, always the same."""
+    rng = Random(number)  # noqa: S311  generated customers, no secret
     market = rng.choice(MARKETS)
     people = rng.choice(market.people)
     town = rng.choice(market.towns)
@@ -152,5 +152,5 @@ def _customer(number: int) -> _Customer:
 
 
 def _pick(rng: Random, choices: Sequence[T]) -> T:
-    """As ``rng.choice``, in a third of its time."""
+    """Choose like ``rng.choice``, in a third of the time."""
     return choices[int(rng.random() * len(choices))]

@@ -16,23 +16,23 @@ from services.program import event
 from services.sender.manifest import Manifest
 from services.settings import KafkaSettings
 
-#: The client takes larger values than any broker is likely to: refusing is the broker's part.
+#: Larger than the limit of nearly every broker, so that the broker refuses a value and not the client.
 _MAX_VALUE_BYTES = 64 * 1024 * 1024
 
-#: What may be unacknowledged at once, so that a slow broker costs time and not memory; room for the largest value.
+#: Limits of unacknowledged records, so that a slow broker costs time and not memory. The largest value fits.
 _MAX_QUEUED_KIB = 2 * _MAX_VALUE_BYTES // 1024
 _MAX_QUEUED_RECORDS = 20_000
 
-#: How long to wait for room.
-_ROOM_S = 0.1
+#: How long to wait if the queue is full.
+_QUEUE_FULL_S = 0.1
 
-#: Of an order's fields the one that records are keyed by, under the contract's rule.
+#: The field that is the record's key, with its rule in the contract.
 _ORDER_UID = typing.get_type_hints(Order, include_extras=True)["order_uid"]
 _keyed = msgspec.json.Decoder(msgspec.defstruct("_Keyed", [("order_uid", _ORDER_UID)]))
 
 
 def order_uid_of(value: bytes) -> str | None:
-    """The order_uid in the JSON of an order, however bad the rest is; ``None`` where there is no valid one to read."""
+    """Return the order_uid in the JSON of an order, also if the rest is invalid; ``None`` without a valid order_uid."""
     try:
         (order_uid,) = msgspec.structs.astuple(_keyed.decode(value))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -43,8 +43,8 @@ def order_uid_of(value: bytes) -> str | None:
 class Publisher:
     """Publishes values to the topic of orders, each keyed by its order_uid as Java clients would.
 
-    Every value sent is in the end acknowledged by all in-sync replicas, or counted as failed. ``manifest`` gets a JSON
-    line for each acknowledged record, flushed as they come.
+    Every sent value is either acknowledged by all in-sync replicas or counted as failed. ``manifest`` gets a JSON line
+    for each acknowledged record, immediately.
     """
 
     def __init__(self, settings: KafkaSettings, manifest: Manifest | None) -> None:
@@ -55,7 +55,7 @@ class Publisher:
         self.sent = 0
         self.acknowledged = 0
         self.failed = 0
-        #: Why the first of the failed was not acknowledged.
+        #: The error of the first record that failed.
         self.first_failure: KafkaError | None = None
         with translated_errors():
             self._producer = Producer(
@@ -64,7 +64,7 @@ class Publisher:
                     "message.timeout.ms": 60_000,
                     "queue.buffering.max.kbytes": _MAX_QUEUED_KIB,
                     "queue.buffering.max.messages": _MAX_QUEUED_RECORDS,
-                    # A broker whose machine is gone says nothing; this long we believe in it.
+                    # A broker whose machine failed does not close its connections; this timeout detects it.
                     "socket.timeout.ms": 10_000,
                     **settings.client_properties(),
                     "acks": "all",
@@ -77,24 +77,24 @@ class Publisher:
 
     @property
     def unacknowledged(self) -> int:
-        """How many of the sent are neither acknowledged nor failed yet."""
+        """The number of sent records that are neither acknowledged nor failed yet."""
         return self.sent - self.acknowledged - self.failed
 
     def check_topic(self) -> None:
-        """Return if the topic is there.
+        """Return if the topic exists.
 
         Raises ConfigurationError, or BrokerUnavailable if Kafka does not answer in 10 s.
         """
         self._cluster.describe(self._topic)
 
     def send(self, value: bytes) -> bool:
-        """Publish a value; ``False`` if there was no room for it, after waiting a little: then it was not sent."""
+        """Publish a value. Return ``False``, after a short wait, if the queue is full: the value was not sent then."""
         order_uid = order_uid_of(value)
         key = None if order_uid is None else order_uid.encode()
         try:
             self._producer.produce(self._topic, value, key, on_delivery=self._on_delivery)
         except BufferError:
-            self.wait(_ROOM_S)
+            self.wait(_QUEUE_FULL_S)
             return False
         except KafkaException as exc:
             self._fail(exc.args[0])
@@ -103,7 +103,7 @@ class Publisher:
         return True
 
     def wait(self, timeout_s: float) -> None:
-        """Take the acknowledgements there are, waiting so long for the first.
+        """Handle the acknowledgements received, and wait up to ``timeout_s`` for the first.
 
         Raises ConfigurationError if a right is missing, or if the manifest cannot be written.
         """
@@ -115,7 +115,7 @@ class Publisher:
             self._manifest.write(written)
 
     def give_up(self) -> None:
-        """Count as failed what is still unacknowledged."""
+        """Count every unacknowledged record as failed."""
         self._producer.purge()
         self.wait(0)
 
