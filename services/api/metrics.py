@@ -92,9 +92,7 @@ class Metrics(Collector):
             if number:
                 requests.add_metric(names, number)
         yield requests
-        times = HistogramMetricFamily(
-            "orders_http_request_seconds", "Duration of a request.", labels=["route"]
-        )
+        times = HistogramMetricFamily("orders_http_request_seconds", "Duration of a request.", labels=["route"])
         for number, route in enumerate(self._routes):
             at = self._times_at + number * _TIME_CELLS
             *counts, nanoseconds = cells[at : at + _TIME_CELLS]
