@@ -49,6 +49,9 @@ T = TypeVar("T")
 _TURN_S = 0.02
 _TURN_PAUSED_S = 0.1
 
+#: How long a transaction waits for Kafka, because its locks and its snapshot are held meanwhile.
+_KAFKA_IN_TRANSACTION_S = 2.0
+
 #: How often the next offsets of all partitions are read.
 _STORED_OFFSETS_S = 5.0
 
@@ -128,6 +131,8 @@ class StoreThread:
         #: The next offset of each partition of the topic, as last read. Replaced whole, for the loop to read.
         self.stored_offsets: Mapping[int, int] = {}
         self._read_stored_at_s = 0.0
+        #: Whether Kafka takes longer to answer than a transaction waits.
+        self._kafka_is_slow = False
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="store", daemon=True)
@@ -184,7 +189,7 @@ class StoreThread:
             self.awaited = Server.POSTGRES
 
     def _write(self, batch: Batch) -> None:
-        ask = self._topic.ask()
+        answer = self._ask_for_topic()
         info: list[TopicInfo] = []
         remember: list[Callable[[], None]] = []
 
@@ -192,7 +197,7 @@ class StoreThread:
             # By identity: to hash two thousand sources would keep the database waiting.
             refused = {id(reject.record) for reject in written.rejects}
             remember.append(self._breaker.check(id(record) in refused for record, _ in batch.judged))
-            info.append(self._wait_for_kafka(ask))
+            info.append(answer())
             if (now := info[-1].topic_id) != batch.topic_id:
                 raise TopicRemade(f"topic {batch.topic} was made again: its id is {now}, it was {batch.topic_id}")
 
@@ -207,6 +212,27 @@ class StoreThread:
             # The batch is committed. An outage now is the next job's.
             with contextlib.suppress(OrderError):
                 self._read_stored_offsets(info[-1])
+
+    def _ask_for_topic(self) -> Callable[[], TopicInfo]:
+        """Ask for the topic. The result waits for the answer in the batch's transaction, but never for long.
+
+        If Kafka did not answer in time before, wait here, before the transaction begins.
+        """
+        if self._kafka_is_slow:
+            began_s = time.monotonic()
+            info = self._wait_for_kafka(self._topic.ask())
+            self._kafka_is_slow = time.monotonic() - began_s >= _KAFKA_IN_TRANSACTION_S
+            return lambda: info
+        ask = self._topic.ask(_KAFKA_IN_TRANSACTION_S)
+
+        def wait() -> TopicInfo:
+            try:
+                return self._wait_for_kafka(ask)
+            except BrokerUnreachable:
+                self._kafka_is_slow = True
+                raise
+
+        return wait
 
     def _read_stored_offsets(self, info: TopicInfo) -> Mapping[int, int]:
         """Read the next offsets of all partitions, and return those that are stored.
