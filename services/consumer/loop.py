@@ -196,7 +196,8 @@ class StoreThread:
         def check(written: Written) -> None:
             # By identity: to hash two thousand sources would keep the database waiting.
             refused = {id(reject.record) for reject in written.rejects}
-            remember.append(self._breaker.check(id(record) in refused for record, _ in batch.judged))
+            flags = (id(record) in refused for record, _ in batch.judged)
+            remember.append(self._breaker.check(flags, written.rejects))
             info.append(answer())
             if (now := info[-1].topic_id) != batch.topic_id:
                 raise TopicRemade(f"topic {batch.topic} was made again: its id is {now}, it was {batch.topic_id}")
