@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import psycopg
+from psycopg.abc import ConnDict
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import TupleRow
 
@@ -38,11 +40,13 @@ _KEY_AND_VALUE = re.compile(r"(\w+)\s*=\s*(?:'(?:\\.|[^'\\])*'|(?:\\.|[^\s\\])*)
 
 
 def connection_arguments(url: str, application_name: str) -> dict[str, str | int]:
-    """What psycopg needs to connect. Raises BrokenSetup for a URL that is none; it quotes no password."""
-    try:
-        given = conninfo_to_dict(url)
-    except (psycopg.Error, UnicodeEncodeError):
-        raise BrokenSetup(f"the database URL is not one that PostgreSQL's libpq takes: {_ENCODE}") from None
+    """Return what psycopg needs to connect, or raise BrokenSetup for an invalid URL.
+
+    That error shows no password, and neither do its cause and its context: libpq's error quotes parts of the URL.
+    """
+    given = _parsed(url)
+    if given is None:
+        raise BrokenSetup(f"the database URL is not one that PostgreSQL's libpq takes: {_ENCODE}")
     if "://" in url[:16] and url.startswith("postgres"):
         if not _PLAIN_URL.fullmatch(url):
             raise BrokenSetup(f"the database URL can be read in two ways: {_ENCODE}")
@@ -50,6 +54,9 @@ def connection_arguments(url: str, application_name: str) -> dict[str, str | int
         names = _KEY_AND_VALUE.findall(url)
         if len(names) != len(set(names)):
             raise BrokenSetup(f"the database URL gives an option twice: {_ENCODE}")
+    if not re.fullmatch(r"[0-9,]*", str(given.get("port") or "")):
+        # It may be a password, of a URL without a host, and a comma in it would be followed by the name of a host.
+        raise BrokenSetup(f"the database URL has an invalid port number: {_ENCODE}")
     return {
         **_DEFAULTS,
         "application_name": application_name,
@@ -57,6 +64,17 @@ def connection_arguments(url: str, application_name: str) -> dict[str, str | int
         # Whatever PGCLIENTENCODING says: in any other, some orders could not be sent.
         "client_encoding": "utf8",
     }
+
+
+def _parsed(url: str) -> ConnDict | None:
+    if not isinstance(url, str):
+        raise TypeError(f"the database URL must be a str, not {type(url).__name__}")
+    if "\0" in url:
+        # libpq would ignore the rest.
+        return None
+    with contextlib.suppress(psycopg.Error, UnicodeError):
+        return conninfo_to_dict(url)
+    return None
 
 
 def prepare_session(connection: Connection) -> None:
@@ -70,9 +88,7 @@ def prepare_session(connection: Connection) -> None:
 
 def connect(url: str, *, application_name: str) -> Connection:
     """One connection. Raises StoreUnreachable or BrokenSetup."""
-    arguments = connection_arguments(url, application_name)
-    with translated_errors():
-        connection = psycopg.Connection(connect_to_any(arguments))
+    connection = psycopg.Connection(connect_to_any(connection_arguments(url, application_name)))
     try:
         with translated_errors(connection):
             prepare_session(connection)

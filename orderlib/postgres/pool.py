@@ -343,10 +343,6 @@ class Pool:
                 raise
         except DeadlineExceeded as exc:
             return None, StoreUnreachable(str(exc))
-        except psycopg.Error as exc:
-            failure = translate(exc)
-            failure.__cause__ = exc
-            return None, failure
         except Exception as exc:  # noqa: BLE001 - the calls that wait raise it
             return None, exc
         return session, None

@@ -215,7 +215,7 @@ def test_a_connection_attempt_from_before_a_call_does_not_fail_it(
         if not began.is_set():
             began.set()
             may_fail.wait(10)
-            raise psycopg.OperationalError("server closed the connection unexpectedly")
+            raise StoreUnreachable("server closed the connection unexpectedly")
         return connected(arguments)
 
     async def ask() -> None:
