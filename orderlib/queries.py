@@ -467,17 +467,20 @@ ORDER BY rejected_at, topic_id, partition, record_offset
 LIMIT %(limit)s
 """
 
-#: One reject, whole.
+#: One reject, with the first bytes and the size of each part that may be large.
 GET_REJECT: LiteralString = """
-SELECT topic, partition, record_offset, topic_id, record_time, key, value, headers, code, faults, rejected_at,
-       redriven_at, redrive_outcome
+SELECT topic, partition, record_offset, topic_id, record_time,
+       substring(key FROM 1 FOR %(max_bytes)s) AS key, octet_length(key) AS key_bytes,
+       substring(value FROM 1 FOR %(max_bytes)s) AS value, octet_length(value) AS value_bytes,
+       substring(convert_to(headers::text, 'UTF8') FROM 1 FOR %(max_bytes)s) AS headers,
+       octet_length(headers::text) AS headers_bytes, code, faults, rejected_at, redriven_at, redrive_outcome
 FROM rejects WHERE topic = %(topic)s AND partition = %(partition)s AND record_offset = %(offset)s
 ORDER BY rejected_at DESC
 """
 
 #: Rejects that a redrive has not settled yet, a few at a time, past a place; held until the transaction ends.
 REJECTS_TO_REDRIVE: LiteralString = """
-SELECT topic_id, partition, record_offset, topic, record_time, key, value
+SELECT topic_id, partition, record_offset, topic, record_time, coalesce(octet_length(value), 0)
 FROM rejects
 WHERE (redrive_outcome IS NULL OR redrive_outcome = 'rejected')
   AND (%(code)s::text IS NULL OR code = %(code)s)
@@ -486,6 +489,12 @@ WHERE (redrive_outcome IS NULL OR redrive_outcome = 'rejected')
 ORDER BY topic_id, partition, record_offset
 LIMIT %(limit)s
 FOR UPDATE
+"""
+
+#: The value of a reject.
+REJECT_VALUE: LiteralString = """
+SELECT value FROM rejects
+WHERE topic_id = %(topic_id)s AND partition = %(partition)s AND record_offset = %(offset)s
 """
 
 #: Keep the consumer's batches of these topics waiting: what a redrive compares with must not move meanwhile.

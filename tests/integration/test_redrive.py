@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import functools
 from collections import Counter
 
 import attrs
@@ -11,7 +10,7 @@ import pytest
 
 from orderlib import Order, Outcome, decode_order, encode_order
 from orderlib.errors import Fault, MalformedJson
-from orderlib.ingest import Arrival, Batch, Record, RecordPosition, Reject, Span, judge
+from orderlib.ingest import Arrival, Batch, Record, RecordPosition, Reject, Span
 from orderlib.postgres.connection import connect
 from orderlib.postgres.ledger import ConsumerLedger
 from orderlib.postgres.rejects import redrive
@@ -59,7 +58,7 @@ def test_a_reject_replaces_only_a_version_from_a_lower_offset(
         for time in (TIME - dt.timedelta(days=1), TIME, TIME + dt.timedelta(days=1)):
             writer.execute("DELETE FROM orders")
             store(writer, [Arrival.of(ORDER, position(stored_offset), time)])
-            found = sum(redrive(writer, functools.partial(judge, max_bytes=10_000)), Counter())
+            found = sum(redrive(writer, 10_000), Counter())
             assert found == Counter({outcome: 1})
             writer.execute("UPDATE rejects SET redriven_at = NULL, redrive_outcome = NULL")
             stored = writer.execute("SELECT sm_id, source_offset FROM orders").fetchall()
