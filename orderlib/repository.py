@@ -8,13 +8,15 @@ import datetime as dt
 import enum
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Protocol, TypedDict, TypeVar, Unpack
 
 import attrs
 
 from orderlib.contract import fits_postgres
 from orderlib.errors import Fault, InvalidOrder
 from orderlib.models import Order
+
+T = TypeVar("T")
 
 #: Orders on a page of ``newest`` unless told otherwise, and at most.
 PAGE_SIZE = 20
@@ -44,13 +46,20 @@ class Outcome(enum.StrEnum):
 class Cursor:
     """A place in the list of orders, newest first: just after this order.
 
-    ``str`` gives it as URL-safe text for a caller to hand back; ``parse`` reads that.
+    ``str`` gives it as URL-safe text for a caller to hand back; ``parse`` reads that. Raises TypeError for values of
+    other types, and ValueError for a time without an offset or a text that no order_uid can be.
     """
 
     #: When the order was stored for the first time; UTC.
     first_stored_at: dt.datetime
     #: Breaks ties.
     order_uid: str
+
+    def __attrs_post_init__(self) -> None:
+        if checked_type("first_stored_at", self.first_stored_at, dt.datetime).utcoffset() is None:
+            raise ValueError("first_stored_at must have an offset")
+        if not fits_postgres(checked_type("order_uid", self.order_uid, str)):
+            raise ValueError("order_uid must not contain NUL or lone surrogates")
 
     def __str__(self) -> str:
         plain = f"{self.first_stored_at.astimezone(dt.UTC).isoformat()} {self.order_uid}"
@@ -59,12 +68,12 @@ class Cursor:
     @classmethod
     def parse(cls, text: str) -> Cursor:
         """The cursor that ``str`` gave. Raises InvalidOrder, path ``cursor``, for anything else."""
+        checked_type("text", text, str)
         try:
             plain = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode()
             moment, _, order_uid = plain.partition(" ")
             cursor = cls(first_stored_at=dt.datetime.fromisoformat(moment), order_uid=order_uid)
-            is_ours = cursor.first_stored_at.tzinfo is not None and fits_postgres(order_uid)
-            if is_ours and str(cursor) == text:
+            if str(cursor) == text:
                 return cursor
         except (ValueError, OverflowError, binascii.Error):
             pass
@@ -116,7 +125,8 @@ class OrderRepository(Protocol):
     """A store of whole orders.
 
     Every call is one transaction, or for reads one consistent look. Any may raise StoreUnreachable (an outage: calling
-    again is safe, saving included) or BrokenSetup.
+    again is safe, saving included) or BrokenSetup. An argument of another type than the one declared raises TypeError,
+    which names the argument and never shows its value. A subclass of ``str`` is accepted, ``bool`` is not an ``int``.
     """
 
     def get(self, order_uid: str) -> Order:
@@ -191,6 +201,13 @@ class OrderRepository(Protocol):
         ...
 
 
+class Filters(TypedDict, total=False):
+    """Which orders a list shows: those with exactly these values. Without a value, or with ``None``, all match."""
+
+    customer_id: str | None
+    track_number: str | None
+
+
 class AsyncOrderReader(Protocol):
     """The reads of ``OrderRepository`` for asyncio: the same results, the same errors, each within a bounded time.
 
@@ -209,25 +226,11 @@ class AsyncOrderReader(Protocol):
         """See ``OrderRepository.content_sha256``."""
         ...
 
-    async def newest(
-        self,
-        *,
-        limit: int = PAGE_SIZE,
-        after: Cursor | None = None,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
+    async def newest(self, *, limit: int = PAGE_SIZE, after: Cursor | None = None, **filters: Unpack[Filters]) -> Page:
         """See ``OrderRepository.newest``."""
         ...
 
-    async def newer_than(
-        self,
-        before: Cursor,
-        *,
-        limit: int = PAGE_SIZE,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
+    async def newer_than(self, before: Cursor, *, limit: int = PAGE_SIZE, **filters: Unpack[Filters]) -> Page:
         """See ``OrderRepository.newer_than``."""
         ...
 
@@ -240,17 +243,32 @@ class AsyncOrderReader(Protocol):
         ...
 
 
+def checked_type(name: str, value: object, kind: type[T]) -> T:
+    """Return an argument, or raise TypeError naming it."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
 def checked_uids(order_uids: Iterable[str]) -> list[str]:
-    """The order_uids, or TypeError: a text is an iterable of texts too, and nobody means its letters."""
-    if isinstance(order_uids, str):
-        raise TypeError("get_many takes several order_uids, not one text; see get")
-    return list(order_uids)
+    """Return the order_uids, or raise TypeError. A text is an iterable of texts too, but its letters are not meant."""
+    if isinstance(order_uids, str) or not isinstance(order_uids, Iterable):
+        raise TypeError(f"get_many takes several order_uids, not one {type(order_uids).__name__}; see get")
+    return [checked_type("an order_uid", uid, str) for uid in order_uids]
 
 
 def checked_limit(limit: int) -> int:
-    """The limit, or ValueError, or TypeError."""
+    """Return the limit, or raise TypeError or ValueError."""
     if type(limit) is not int:
         raise TypeError(f"limit must be an int, not {type(limit).__name__}")
     if not 1 <= limit <= MAX_PAGE_SIZE:
         raise ValueError(f"limit must be from 1 to {MAX_PAGE_SIZE}, not {limit}")
     return limit
+
+
+def checked_filters(customer_id: str | None = None, track_number: str | None = None) -> tuple[str | None, str | None]:
+    """Return both filters, or raise TypeError naming the one that is not a text."""
+    for name, value in (("customer_id", customer_id), ("track_number", track_number)):
+        if value is not None:
+            checked_type(name, value, str)
+    return customer_id, track_number

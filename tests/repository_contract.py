@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import enum
+import functools
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any
@@ -318,8 +321,81 @@ class RepositoryContract:
             repository.newer_than(Cursor(first_stored_at=dt.datetime.now(dt.UTC), order_uid="a"), limit=limit)
 
     def test_a_limit_is_a_whole_number(self, repository: OrderRepository) -> None:
-        with pytest.raises(TypeError, match="limit must be an int, not float"):
-            repository.newest(limit=5.0)  # type: ignore[arg-type]
+        place = Cursor(first_stored_at=dt.datetime.now(dt.UTC), order_uid="a")
+        wrong: list[tuple[Any, str]] = [(5.0, "float"), (True, "bool"), ("5", "str"), (None, "NoneType")]
+        for limit, kind in wrong:
+            for call in (repository.newest, functools.partial(repository.newer_than, place)):
+                with pytest.raises(TypeError, match=f"limit must be an int, not {kind}$"):
+                    call(limit=limit)
+
+    def test_a_limit_is_checked_whatever_the_filters_match(self, repository: OrderRepository) -> None:
+        with pytest.raises(ValueError, match="limit must be from 1 to 100"):
+            repository.newest(limit=0, customer_id="a\0b")
+
+    @pytest.mark.parametrize("filters", [{"customer": "c"}, {"customer_id": "c", "order_uid": "a"}])
+    def test_an_unknown_filter_is_refused(self, repository: OrderRepository, filters: dict[str, Any]) -> None:
+        repository.save(an_order("a"))
+        place = stored(repository, "a").cursor
+        for call in (repository.newest, functools.partial(repository.newer_than, place)):
+            with pytest.raises(TypeError, match="unexpected keyword"):
+                call(**filters)
+        assert repository.get("a") == an_order("a")
+
+    # Arguments of other types
+
+    @pytest.mark.parametrize("value", [None, 5, b"SECRET", ["SECRET"], 1.5, SAMPLE_ORDER])
+    def test_an_argument_of_another_type_is_refused_without_its_value(
+        self, repository: OrderRepository, value: Any
+    ) -> None:
+        repository.save(an_order("a"))
+        place = stored(repository, "a").cursor
+        kind = type(value).__name__
+        calls: list[tuple[Callable[[], object], str]] = [
+            (lambda: repository.get(value), f"order_uid must be a str, not {kind}"),
+            (lambda: repository.content_sha256(value), f"order_uid must be a str, not {kind}"),
+            (lambda: repository.get_many([value]), f"order_uid must be a str, not {kind}"),
+            (lambda: repository.get_many(iter(["a", value])), f"order_uid must be a str, not {kind}"),
+            (lambda: repository.newer_than(value), f"before must be a Cursor, not {kind}"),
+            (lambda: repository.newest(limit=value), f"limit must be an int, not {kind}" if value != 5 else ""),
+        ]
+        if value is not None:
+            calls += [
+                (lambda: repository.newest(customer_id=value), f"customer_id must be a str, not {kind}"),
+                (lambda: repository.newest(track_number=value), f"track_number must be a str, not {kind}"),
+                (lambda: repository.newer_than(place, customer_id=value), f"customer_id must be a str, not {kind}"),
+                (lambda: repository.newer_than(place, track_number=value), f"track_number must be a str, not {kind}"),
+                (lambda: repository.newest(after=value), f"after must be a Cursor, not {kind}"),
+            ]
+        for call, told in calls:
+            if told:
+                with pytest.raises(TypeError, match=f"{told}$") as raised:
+                    call()
+                assert "SECRET" not in str(raised.value)
+        if not isinstance(value, list | bytes):
+            with pytest.raises(TypeError, match=f"several order_uids, not one {kind}"):
+                repository.get_many(value)
+        if not isinstance(value, Order):
+            with pytest.raises(TypeError, match="Order"):
+                repository.save(value)
+            with pytest.raises(TypeError, match="Order"):
+                repository.save_many([an_order("b"), value])
+        # Nothing was stored, and the next call works.
+        assert repository.get("a") == an_order("a")
+        assert repository.get_many(["b"]) == {}
+        assert uids(repository.newest().orders) == ["a"]
+
+    @pytest.mark.parametrize("value", ["", "x", 0])
+    def test_a_false_value_is_not_taken_for_the_top_of_the_list(self, repository: OrderRepository, value: Any) -> None:
+        with pytest.raises(TypeError, match="after must be a Cursor"):
+            repository.newest(after=value)
+
+    def test_a_subclass_of_str_is_a_str(self, repository: OrderRepository) -> None:
+        class Name(enum.StrEnum):
+            ONE = "a"
+
+        repository.save(an_order("a", customer_id="a"))
+        assert repository.get(Name.ONE) == repository.get_many([Name.ONE])["a"] == an_order("a", customer_id="a")
+        assert uids(repository.newest(customer_id=Name.ONE).orders) == ["a"]
 
     # Status
 

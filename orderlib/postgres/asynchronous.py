@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypeVar, Unpack
 
 from psycopg import waiting
 from psycopg.abc import PQGen
@@ -18,7 +18,7 @@ from orderlib.models import Order
 from orderlib.postgres.migrate import require_schema
 from orderlib.postgres.pool import READ_ERRORS, Call, Pool, Session, bounded
 from orderlib.postgres.reading import Reading
-from orderlib.repository import PAGE_SIZE, Cursor, Page, Status, checked_uids
+from orderlib.repository import PAGE_SIZE, Cursor, Filters, Page, Status, checked_uids
 
 T = TypeVar("T")
 
@@ -105,27 +105,13 @@ class AsyncPostgresOrderReader:
         """See ``OrderRepository.content_sha256``."""
         return await self._read(lambda reading: reading.content_sha256(order_uid))
 
-    async def newest(
-        self,
-        *,
-        limit: int = PAGE_SIZE,
-        after: Cursor | None = None,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
+    async def newest(self, *, limit: int = PAGE_SIZE, after: Cursor | None = None, **filters: Unpack[Filters]) -> Page:
         """See ``OrderRepository.newest``."""
-        return await self._read(lambda reading: reading.newest(limit, after, customer_id, track_number))
+        return await self._read(lambda reading: reading.newest(limit, after, **filters))
 
-    async def newer_than(
-        self,
-        before: Cursor,
-        *,
-        limit: int = PAGE_SIZE,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
+    async def newer_than(self, before: Cursor, *, limit: int = PAGE_SIZE, **filters: Unpack[Filters]) -> Page:
         """See ``OrderRepository.newer_than``."""
-        return await self._read(lambda reading: reading.newer_than(before, limit, customer_id, track_number))
+        return await self._read(lambda reading: reading.newer_than(before, limit, **filters))
 
     async def status(self) -> Status:
         """See ``OrderRepository.status``."""

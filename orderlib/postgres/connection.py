@@ -14,6 +14,7 @@ from orderlib import queries
 from orderlib.errors import BrokenSetup
 from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.hosts import connect_to_any
+from orderlib.repository import checked_type
 
 Connection = psycopg.Connection[TupleRow]
 
@@ -44,7 +45,9 @@ def connection_arguments(url: str, application_name: str) -> dict[str, str | int
 
     That error shows no password, and neither do its cause and its context: libpq's error quotes parts of the URL.
     """
-    given = _parsed(url)
+    given = _parsed(checked_type("the database URL", url, str))
+    if "\0" in checked_type("application_name", application_name, str):
+        raise ValueError("application_name must not contain NUL")
     if given is None:
         raise BrokenSetup(f"the database URL is not one that PostgreSQL's libpq takes: {_ENCODE}")
     if "://" in url[:16] and url.startswith("postgres"):
@@ -67,8 +70,6 @@ def connection_arguments(url: str, application_name: str) -> dict[str, str | int
 
 
 def _parsed(url: str) -> ConnDict | None:
-    if not isinstance(url, str):
-        raise TypeError(f"the database URL must be a str, not {type(url).__name__}")
     if "\0" in url:
         # libpq would ignore the rest.
         return None

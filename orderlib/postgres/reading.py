@@ -7,7 +7,7 @@ libpq, because psycopg's own pipeline costs three times the client's CPU: 0.35 m
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import LiteralString
+from typing import Literal, LiteralString, Unpack
 
 from psycopg.abc import PQGen
 from psycopg.adapt import PyFormat, Transformer
@@ -24,11 +24,13 @@ from orderlib.repository import (
     COUNTED_AT_MOST,
     MAX_PAGE_ITEMS,
     Cursor,
+    Filters,
     Page,
     Status,
     StoredOrder,
+    checked_filters,
     checked_limit,
-    checked_uids,
+    checked_type,
 )
 from orderlib.rows import JOINED_WIDTH, Row, order_from_rows, orders_from_rows
 
@@ -56,7 +58,7 @@ class Reading:
 
     def get(self, order_uid: str) -> PQGen[Order]:
         """See ``OrderRepository.get``."""
-        if not fits_postgres(order_uid):
+        if not fits_postgres(checked_type("order_uid", order_uid, str)):
             raise OrderNotFound(order_uid)
         _, joined, items, _ = yield from self._look(
             _BEGIN, (queries.GET_ORDER, [order_uid]), (queries.GET_ITEMS, [order_uid]), _COMMIT
@@ -66,8 +68,8 @@ class Reading:
         return order_from_rows(joined[0], items)
 
     def get_many(self, order_uids: Iterable[str]) -> PQGen[dict[str, Order]]:
-        """See ``OrderRepository.get_many``."""
-        wanted = [[uid for uid in checked_uids(order_uids) if fits_postgres(uid)]]
+        """See ``OrderRepository.get_many``. The caller has checked the order_uids."""
+        wanted = [[uid for uid in order_uids if fits_postgres(uid)]]
         _, joined, items, _ = yield from self._look(
             _BEGIN, (queries.GET_ORDERS, wanted), (queries.GET_ITEMS_OF_ORDERS, wanted), _COMMIT
         )
@@ -75,7 +77,7 @@ class Reading:
 
     def content_sha256(self, order_uid: str) -> PQGen[bytes]:
         """See ``OrderRepository.content_sha256``."""
-        if not fits_postgres(order_uid):
+        if not fits_postgres(checked_type("order_uid", order_uid, str)):
             raise OrderNotFound(order_uid)
         [rows] = yield from self._look((queries.GET_CONTENT_SHA256, [order_uid]))
         if not rows:
@@ -84,20 +86,15 @@ class Reading:
         assert isinstance(sha256, bytes)
         return sha256
 
-    def newest(
-        self, limit: int, after: Cursor | None, customer_id: str | None, track_number: str | None
-    ) -> PQGen[Page]:
+    def newest(self, limit: int, after: Cursor | None, **filters: Unpack[Filters]) -> PQGen[Page]:
         """See ``OrderRepository.newest``."""
-        statement = queries.newest(
-            "older" if after else "top", customer=customer_id is not None, track=track_number is not None
-        )
-        stored, more = yield from self._page(statement, limit, after, customer_id, track_number)
+        place = None if after is None else checked_type("after", after, Cursor)
+        stored, more = yield from self._page("older" if place else "top", limit, place, **filters)
         return Page(orders=tuple(stored), next_cursor=stored[-1].cursor if more else None)
 
-    def newer_than(self, before: Cursor, limit: int, customer_id: str | None, track_number: str | None) -> PQGen[Page]:
+    def newer_than(self, before: Cursor, limit: int, **filters: Unpack[Filters]) -> PQGen[Page]:
         """See ``OrderRepository.newer_than``."""
-        statement = queries.newest("newer", customer=customer_id is not None, track=track_number is not None)
-        stored, _ = yield from self._page(statement, limit, before, customer_id, track_number)
+        stored, _ = yield from self._page("newer", limit, checked_type("before", before, Cursor), **filters)
         stored.reverse()
         return Page(orders=tuple(stored), next_cursor=stored[-1].cursor if stored else None)
 
@@ -123,19 +120,17 @@ class Reading:
         return location, number
 
     def _page(
-        self,
-        statement: LiteralString,
-        limit: int,
-        place: Cursor | None,
-        customer_id: str | None,
-        track_number: str | None,
+        self, side: Literal["top", "older", "newer"], limit: int, place: Cursor | None, **filters: Unpack[Filters]
     ) -> PQGen[tuple[list[StoredOrder], bool]]:
-        """So many orders of a page query, and whether there are more behind them."""
-        filters = [text for text in (customer_id, track_number) if text is not None]
-        if not all(map(fits_postgres, filters)):
+        """Return at most this many orders on one side of a place, and whether there are more behind them."""
+        checked_limit(limit)
+        customer_id, track_number = checked_filters(**filters)
+        texts = [text for text in (customer_id, track_number) if text is not None]
+        if not all(map(fits_postgres, texts)):
             return [], False
         at: list[object] = [place.first_stored_at, place.order_uid] if place else []
-        _, joined = yield from self._look(_BEGIN, (statement, [checked_limit(limit) + 1, *at, *filters]))
+        statement = queries.newest(side, customer=customer_id is not None, track=track_number is not None)
+        _, joined = yield from self._look(_BEGIN, (statement, [limit + 1, *at, *texts]))
         shown = joined[:limit]
         uids = [row[0] for row in shown]
         items, _ = yield from self._look((queries.GET_ITEMS_OF_PAGE, [uids, MAX_PAGE_ITEMS]), _COMMIT)

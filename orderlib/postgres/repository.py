@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from random import Random
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypeVar, Unpack
 
 import psycopg
 from psycopg.abc import PQGen
@@ -19,7 +19,7 @@ from orderlib.models import Order
 from orderlib.postgres.pool import READ_ERRORS, Call, Pool, Session, ThreadWaiter
 from orderlib.postgres.reading import Reading
 from orderlib.postgres.writing import store
-from orderlib.repository import PAGE_SIZE, Cursor, Outcome, Page, Status
+from orderlib.repository import PAGE_SIZE, Cursor, Filters, Outcome, Page, Status, checked_uids
 from orderlib.retry import Backoff
 
 T = TypeVar("T")
@@ -80,33 +80,20 @@ class PostgresOrderRepository:
 
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
         """See ``OrderRepository.get_many``."""
-        return self._read(lambda reading: reading.get_many(order_uids))
+        wanted = checked_uids(order_uids)
+        return self._read(lambda reading: reading.get_many(wanted))
 
     def content_sha256(self, order_uid: str) -> bytes:
         """See ``OrderRepository.content_sha256``."""
         return self._read(lambda reading: reading.content_sha256(order_uid))
 
-    def newest(
-        self,
-        *,
-        limit: int = PAGE_SIZE,
-        after: Cursor | None = None,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
+    def newest(self, *, limit: int = PAGE_SIZE, after: Cursor | None = None, **filters: Unpack[Filters]) -> Page:
         """See ``OrderRepository.newest``."""
-        return self._read(lambda reading: reading.newest(limit, after, customer_id, track_number))
+        return self._read(lambda reading: reading.newest(limit, after, **filters))
 
-    def newer_than(
-        self,
-        before: Cursor,
-        *,
-        limit: int = PAGE_SIZE,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
+    def newer_than(self, before: Cursor, *, limit: int = PAGE_SIZE, **filters: Unpack[Filters]) -> Page:
         """See ``OrderRepository.newer_than``."""
-        return self._read(lambda reading: reading.newer_than(before, limit, customer_id, track_number))
+        return self._read(lambda reading: reading.newer_than(before, limit, **filters))
 
     def status(self) -> Status:
         """See ``OrderRepository.status``."""

@@ -6,6 +6,7 @@ import datetime as dt
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Unpack
 
 from orderlib.errors import OrderNotFound, Refused
 from orderlib.ingest import Arrival, StoredVersion, settle
@@ -14,11 +15,14 @@ from orderlib.repository import (
     COUNTED_AT_MOST,
     PAGE_SIZE,
     Cursor,
+    Filters,
     Outcome,
     Page,
     Status,
     StoredOrder,
+    checked_filters,
     checked_limit,
+    checked_type,
     checked_uids,
 )
 
@@ -45,50 +49,39 @@ class MemoryOrderRepository:
     def get(self, order_uid: str) -> Order:
         """See ``OrderRepository.get``."""
         with self._lock:
-            stored = self._stored.get(order_uid)
+            stored = self._stored.get(checked_type("order_uid", order_uid, str))
         if stored is None:
             raise OrderNotFound(order_uid)
         return stored.order
 
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
         """See ``OrderRepository.get_many``."""
+        wanted = checked_uids(order_uids)
         with self._lock:
-            return {uid: self._stored[uid].order for uid in checked_uids(order_uids) if uid in self._stored}
+            return {uid: self._stored[uid].order for uid in wanted if uid in self._stored}
 
     def content_sha256(self, order_uid: str) -> bytes:
         """See ``OrderRepository.content_sha256``."""
         with self._lock:
-            version = self._versions.get(order_uid)
+            version = self._versions.get(checked_type("order_uid", order_uid, str))
         if version is None:
             raise OrderNotFound(order_uid)
         return version.content_sha256
 
-    def newest(
-        self,
-        *,
-        limit: int = PAGE_SIZE,
-        after: Cursor | None = None,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
+    def newest(self, *, limit: int = PAGE_SIZE, after: Cursor | None = None, **filters: Unpack[Filters]) -> Page:
         """See ``OrderRepository.newest``."""
-        shown = self._matching(customer_id, track_number)
+        checked_limit(limit)
+        shown = self._matching(**filters)
         if after is not None:
-            shown = [stored for stored in shown if _place(stored.cursor) < _place(after)]
-        page = shown[: checked_limit(limit)]
+            place = _place(checked_type("after", after, Cursor))
+            shown = [stored for stored in shown if _place(stored.cursor) < place]
+        page = shown[:limit]
         return Page(orders=tuple(page), next_cursor=page[-1].cursor if len(shown) > limit else None)
 
-    def newer_than(
-        self,
-        before: Cursor,
-        *,
-        limit: int = PAGE_SIZE,
-        customer_id: str | None = None,
-        track_number: str | None = None,
-    ) -> Page:
+    def newer_than(self, before: Cursor, *, limit: int = PAGE_SIZE, **filters: Unpack[Filters]) -> Page:
         """See ``OrderRepository.newer_than``."""
-        matching = self._matching(customer_id, track_number)
-        newer = [stored for stored in matching if _place(stored.cursor) > _place(before)]
+        place = _place(checked_type("before", before, Cursor))
+        newer = [stored for stored in self._matching(**filters) if _place(stored.cursor) > place]
         page = newer[-checked_limit(limit) :]
         return Page(orders=tuple(page), next_cursor=page[-1].cursor if page else None)
 
@@ -129,8 +122,9 @@ class MemoryOrderRepository:
                 )
         return Counter(settlement.outcomes)
 
-    def _matching(self, customer_id: str | None, track_number: str | None) -> list[StoredOrder]:
-        """What the filters let through, newest first."""
+    def _matching(self, **filters: Unpack[Filters]) -> list[StoredOrder]:
+        """Return the orders that match the filters, newest first."""
+        customer_id, track_number = checked_filters(**filters)
         with self._lock:
             everything = sorted(self._stored.values(), key=lambda stored: _place(stored.cursor), reverse=True)
         return [
