@@ -149,6 +149,7 @@ def translate(
     """Return our error for one of psycopg's. Its message names kinds and codes, never data: details may quote a row.
 
     Only a write can have a row that PostgreSQL refuses. A read that fails in the same way means broken data or set-up.
+    Only a write can collide with another. A read that a standby cancels once more is an outage.
     """
     if connection is not None and is_lost(connection, exc):
         return StoreUnreachable(f"PostgreSQL: the connection was lost{_reason(exc)}")
@@ -166,9 +167,9 @@ def translate(
     match fate_of(exc.sqlstate):
         case Fate.SPLIT if writing:
             return RefusedByDatabase(exc.sqlstate)
-        case Fate.AGAIN:
+        case Fate.AGAIN if writing:
             return Collision(f"PostgreSQL: {summary} ({exc.sqlstate})")
-        case Fate.OUTAGE:
+        case Fate.OUTAGE | Fate.AGAIN:
             return StoreUnreachable(f"PostgreSQL: {summary} ({exc.sqlstate})")
         case Fate.STOP | Fate.SPLIT:
             return BrokenSetup(f"PostgreSQL: {summary} ({exc.sqlstate})")
