@@ -151,6 +151,21 @@ SELECT asked.code, (SELECT count(*) FROM (SELECT 1 FROM rejects r WHERE r.code =
 FROM unnest($2::text[]) AS asked (code)
 """
 
+#: The replication delay of this server in seconds; null on a primary. It reads no table, so with Citus it is still
+#: about the server that was asked. WAL is received before it is replayed, and the two positions are read in that order:
+#: 0 means that everything received at that moment is replayed. Without a WAL receiver (the primary is lost, or WAL
+#: comes from an archive) nobody knows what is still to come, and the age of the last replayed transaction is an upper
+#: bound. A standby that has replayed none since its start contains at least the checkpoint that it started from. A role
+#: without more rights sees in ``pg_stat_wal_receiver`` only whether there is a WAL receiver, which is enough.
+REPLICATION_DELAY: LiteralString = """
+SELECT (CASE WHEN pg_is_in_recovery() THEN
+    CASE WHEN EXISTS (SELECT FROM pg_stat_wal_receiver) AND pg_last_wal_receive_lsn() <= pg_last_wal_replay_lsn() THEN 0
+    ELSE greatest(0, extract(epoch FROM now() - coalesce(
+        pg_last_xact_replay_timestamp(), (SELECT checkpoint_time FROM pg_control_checkpoint()))))
+    END
+END)::float8
+"""
+
 #: What is stored of these orders already.
 STORED_STATES: LiteralString = """
 SELECT order_uid, content_sha256, source_topic_id, source_partition, source_offset, first_stored_at

@@ -119,6 +119,11 @@ class Status:
     stored_lately: int
     #: How many rejects are kept, for every code.
     rejects_by_code: Mapping[str, int]
+    #: How many seconds the store is behind its primary at most; ``None`` if it is a primary. 0 means that a standby has
+    #: replayed everything that it received over streaming replication. Otherwise it is the age of the last replayed
+    #: transaction: also while the standby has no connection to the primary, or gets its WAL from an archive. That age
+    #: grows while the primary writes nothing.
+    replication_delay_s: float | None
 
 
 class OrderRepository(Protocol):
@@ -238,8 +243,11 @@ class AsyncOrderReader(Protocol):
         """See ``OrderRepository.status``."""
         ...
 
-    async def check(self) -> None:
-        """Return if the store answers and is fit to be read. Raises StoreUnreachable or BrokenSetup."""
+    async def check(self) -> float | None:
+        """Return ``Status.replication_delay_s`` if the store answers and is fit to be read.
+
+        Raises StoreUnreachable or BrokenSetup.
+        """
         ...
 
 

@@ -100,24 +100,29 @@ class Reading:
 
     def status(self) -> PQGen[Status]:
         """See ``OrderRepository.status``."""
-        _, [(asked_at, newest_at)], [(lately,)], rejects, _ = yield from self._look(
+        _, [(asked_at, newest_at)], [(lately,)], rejects, [(delay_s,)], _ = yield from self._look(
             _BEGIN,
             (queries.NEWEST_STORED, ()),
             (queries.COUNT_STORED_LATELY, [COUNTED_AT_MOST]),
             (queries.COUNT_REJECTS, [COUNTED_AT_MOST, _CODES]),
+            (queries.REPLICATION_DELAY, ()),
             _COMMIT,
         )
         return Status(
-            asked_at=asked_at, newest_first_stored_at=newest_at, stored_lately=lately, rejects_by_code=dict(rejects)
+            asked_at=asked_at,
+            newest_first_stored_at=newest_at,
+            stored_lately=lately,
+            rejects_by_code=dict(rejects),
+            replication_delay_s=delay_s,
         )
 
-    def schema(self) -> PQGen[tuple[Row, int | None]]:
-        """Return where the schema is and the number of its last migration, for ``require_schema``."""
-        [[location]] = yield from self._look((queries.SCHEMA_LOCATION, ()))
+    def check(self) -> PQGen[tuple[Row, int | None, float | None]]:
+        """Return where the schema is and the number of its last migration (``require_schema``), and the delay."""
+        [location], [(delay_s,)] = yield from self._look((queries.SCHEMA_LOCATION, ()), (queries.REPLICATION_DELAY, ()))
         if not location[0]:
-            return location, None
+            return location, None, delay_s
         [[(number,)]] = yield from self._look((queries.SCHEMA_NUMBER, ()))
-        return location, number
+        return location, number, delay_s
 
     def _page(
         self, side: Literal["top", "older", "newer"], limit: int, place: Cursor | None, **filters: Unpack[Filters]

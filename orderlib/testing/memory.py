@@ -96,6 +96,7 @@ class MemoryOrderRepository:
             newest_first_stored_at=max(stored_at, default=None),
             stored_lately=min(lately, COUNTED_AT_MOST),
             rejects_by_code={refusal.code: 0 for refusal in Refused.__subclasses__()},
+            replication_delay_s=None,
         )
 
     def save(self, order: Order) -> Outcome:
