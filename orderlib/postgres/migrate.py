@@ -376,8 +376,8 @@ def _with_locks(
                 holders = _lock_holders(connection)
                 if is_late:
                     raise StoreUnreachable(
-                        f"PostgreSQL: no lock within {LOCK_WITHIN_S:.0f} s, held by {holders}; this step was rolled back, "
-                        "and steps before it stay done: run the command again"
+                        f"PostgreSQL: no lock within {LOCK_WITHIN_S:.0f} s, held by {holders}; this step was rolled "
+                        "back, and steps before it stay done: run the command again"
                     ) from conflict.error
                 if holders != told:
                     on_message(f"waiting for a lock that is held by {holders}")
