@@ -8,13 +8,15 @@ import datetime as dt
 import enum
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Protocol, TypedDict, Unpack
+from typing import Protocol, TypedDict, TypeVar, Unpack
 
 import attrs
 
 from orderlib.contract import fits_postgres
 from orderlib.errors import InvalidQuery
 from orderlib.models import Order
+
+T = TypeVar("T")
 
 #: Orders on a page of ``list_orders``: the default and the largest limit.
 PAGE_SIZE = 20
@@ -53,13 +55,20 @@ class Direction(enum.StrEnum):
 class Cursor:
     """A position in the list of orders: that of an order, which the page after it does not repeat.
 
-    ``str`` encodes it as URL-safe text, and ``parse`` decodes that text.
+    ``str`` encodes it as URL-safe text, and ``parse`` decodes that text. Raises TypeError for values of other types,
+    and ValueError for a time without an offset or a text that no order_uid can be.
     """
 
     #: When the order was stored for the first time; UTC.
     first_stored_at: dt.datetime
     #: Breaks ties.
     order_uid: str
+
+    def __attrs_post_init__(self) -> None:
+        if checked_type("first_stored_at", self.first_stored_at, dt.datetime).utcoffset() is None:
+            raise ValueError("first_stored_at must have an offset")
+        if not fits_postgres(checked_type("order_uid", self.order_uid, str)):
+            raise ValueError("order_uid must not contain NUL or lone surrogates")
 
     def __str__(self) -> str:
         plain = f"{self.first_stored_at.astimezone(dt.UTC).isoformat()} {self.order_uid}"
@@ -68,12 +77,12 @@ class Cursor:
     @classmethod
     def parse(cls, text: str) -> Cursor:
         """Return the cursor that ``str`` encoded. Raises InvalidQuery for any other text."""
+        checked_type("text", text, str)
         try:
             plain = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode()
             moment, _, order_uid = plain.partition(" ")
             cursor = cls(first_stored_at=dt.datetime.fromisoformat(moment), order_uid=order_uid)
-            is_valid = cursor.first_stored_at.tzinfo is not None and fits_postgres(order_uid)
-            if is_valid and str(cursor) == text:
+            if str(cursor) == text:
                 return cursor
         except (ValueError, OverflowError, binascii.Error):
             pass
@@ -121,6 +130,11 @@ class Stats:
     stored_recently: int
     #: How many rejects are kept, for every code.
     rejects_by_code: Mapping[str, int]
+    #: How many seconds the store is behind its primary at most; ``None`` if it is a primary. 0 means that a standby has
+    #: replayed everything that it received over streaming replication. Otherwise it is the age of the last replayed
+    #: transaction: also while the standby has no connection to the primary, or gets its WAL from an archive. That age
+    #: grows while the primary writes nothing.
+    replication_delay_s: float | None
 
 
 class ListOptions(TypedDict, total=False):
@@ -143,14 +157,25 @@ class ListOptions(TypedDict, total=False):
 class ListQuery:
     """The arguments of ``list_orders`` with their defaults, checked: what an implementation reads.
 
-    Raises InvalidQuery for a limit outside its bounds.
+    Raises InvalidQuery for a limit outside its bounds, and TypeError for an argument of another type.
     """
 
-    cursor: Cursor | None = None
+    cursor: Cursor | None = attrs.field(default=None)
     direction: Direction = attrs.field(default=Direction.OLDER, converter=Direction)
     limit: int = attrs.field(default=PAGE_SIZE)
-    customer_id: str | None = None
-    track_number: str | None = None
+    customer_id: str | None = attrs.field(default=None)
+    track_number: str | None = attrs.field(default=None)
+
+    @cursor.validator
+    def _check_cursor(self, _attribute: object, cursor: object) -> None:
+        if cursor is not None:
+            checked_type("cursor", cursor, Cursor)
+
+    @customer_id.validator
+    @track_number.validator
+    def _check_filter(self, attribute: attrs.Attribute[str | None], value: object) -> None:
+        if value is not None:
+            checked_type(attribute.name, value, str)
 
     @limit.validator
     def _check_limit(self, _attribute: object, limit: int) -> None:
@@ -164,7 +189,10 @@ class OrderRepository(Protocol):
     """A store of whole orders.
 
     Every call is one transaction, or for reads one consistent look. Any may raise DatabaseUnavailable (an outage:
-    calling again is safe, saving included) or ConfigurationError.
+    calling
+    again is safe, saving included) or ConfigurationError. An argument of another type than the one declared raises
+    TypeError,
+    which names the argument and never shows its value. A subclass of ``str`` is accepted, ``bool`` is not an ``int``.
     """
 
     def get(self, order_uid: str) -> Order:
@@ -224,6 +252,13 @@ class OrderRepository(Protocol):
         ...
 
 
+class Filters(TypedDict, total=False):
+    """Which orders a list shows: those with exactly these values. Without a value, or with ``None``, all match."""
+
+    customer_id: str | None
+    track_number: str | None
+
+
 class AsyncOrderReader(Protocol):
     """The reads of ``OrderRepository`` for asyncio: the same results, the same errors, each within a bounded time.
 
@@ -254,13 +289,23 @@ class AsyncOrderReader(Protocol):
         """See ``OrderRepository.status``."""
         ...
 
-    async def check(self) -> None:
-        """Return if the store answers and is fit to be read. Raises DatabaseUnavailable or ConfigurationError."""
+    async def check(self) -> float | None:
+        """Return ``Stats.replication_delay_s`` if the store answers and is fit to be read.
+
+        Raises DatabaseUnavailable or ConfigurationError.
+        """
         ...
 
 
+def checked_type(name: str, value: object, kind: type[T]) -> T:
+    """Return an argument, or raise TypeError naming it."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
 def checked_uids(order_uids: Iterable[str]) -> list[str]:
-    """The order_uids, or TypeError: a text is an iterable of texts too, and nobody means its letters."""
-    if isinstance(order_uids, str):
-        raise TypeError("get_many takes several order_uids, not one text; see get")
-    return list(order_uids)
+    """Return the order_uids, or raise TypeError. A text is an iterable of texts too, but its letters are not meant."""
+    if isinstance(order_uids, str) or not isinstance(order_uids, Iterable):
+        raise TypeError(f"get_many takes several order_uids, not one {type(order_uids).__name__}; see get")
+    return [checked_type("an order_uid", uid, str) for uid in order_uids]

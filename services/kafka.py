@@ -65,16 +65,9 @@ class Cluster:
         self._error: KafkaError | None = None
         self._wrong: KafkaError | None = None
         self._wrong_from_s = self._wrong_at_s = 0.0
-        #: How many threads wait for an answer now.
-        self._waiting = 0
         properties: dict[str, Any] = {**settings.client_properties(), "error_cb": self.on_error}
         with translated_errors():
             self.admin = AdminClient(properties, logger=SILENT)
-
-    @property
-    def waiting(self) -> bool:
-        """Whether an answer is awaited now."""
-        return self._waiting > 0
 
     def on_error(self, error: KafkaError) -> None:
         """Remember the error of a connection. For ``error_cb`` of every client of this cluster."""
@@ -87,41 +80,45 @@ class Cluster:
                 self._wrong_from_s = self._wrong_at_s
             self._wrong = error
 
-    def answer(self, question: Future[T]) -> T:
-        """Wait for the answer to a request; at most ``ANSWER_S``."""
+    def answer(self, question: Future[T], timeout_s: float = ANSWER_S) -> T:
+        """Wait for the answer to a request.
+
+        A wait that is too short to tell a wrong setting from an outage raises BrokerUnavailable for both, and connects
+        to no broker to find the cause.
+        """
         began_s = time.monotonic()
+        finds_cause = timeout_s >= _BROKEN_S
         probed = False
-        self._waiting += 1
-        try:
-            while True:
-                self.admin.poll(0)
-                try:
-                    answer = question.result(_POLL_S)
-                except TimeoutError:
-                    waited_s = time.monotonic() - began_s
-                    if self._wrong is not None and self._is_persistent():
-                        raise self._wrong_setting(self._wrong) from None
-                    if waited_s >= _BROKEN_S and not probed:
-                        probed = True
-                        self._check_protocol()
-                    if waited_s >= ANSWER_S:
-                        raise self.unreachable() from None
-                except KafkaException as exc:
-                    if exc.args[0].code() in CONNECTION:
-                        raise self.unreachable() from exc
-                    raise translate(exc.args[0]) from exc
-                else:
-                    self._error = self._wrong = None
-                    return answer
-        finally:
-            self._waiting -= 1
+        while True:
+            self.admin.poll(0)
+            try:
+                answer = question.result(min(_POLL_S, timeout_s))
+            except TimeoutError:
+                waited_s = time.monotonic() - began_s
+                if finds_cause and self._wrong is not None and self._is_persistent():
+                    raise self._wrong_setting(self._wrong) from None
+                if waited_s >= _BROKEN_S and not probed:
+                    probed = True
+                    self._check_protocol()
+                if waited_s >= timeout_s:
+                    raise (self.unreachable() if finds_cause else self._no_answer(timeout_s)) from None
+            except KafkaException as exc:
+                if exc.args[0].code() in CONNECTION:
+                    raise (self.unreachable() if finds_cause else self._no_answer(timeout_s)) from exc
+                raise translate(exc.args[0]) from exc
+            else:
+                self._error = self._wrong = None
+                return answer
 
     def unreachable(self) -> OrderlibError:
         """Why there is no answer, as far as librdkafka has reported it."""
         self.admin.poll(0)
         if self._wrong is not None and time.monotonic() - self._wrong_at_s < _REPORTED_AGAIN_S:
             return self._wrong_setting(self._wrong)
-        return BrokerUnavailable(f"Kafka at {self.addresses} did not answer{self.last_error or f' in {ANSWER_S:g} s'}")
+        return self._no_answer(ANSWER_S)
+
+    def _no_answer(self, waited_s: float) -> BrokerUnavailable:
+        return BrokerUnavailable(f"Kafka at {self.addresses} did not answer{self.last_error or f' in {waited_s:g} s'}")
 
     @property
     def last_error(self) -> str:
@@ -132,13 +129,13 @@ class Cluster:
         """Describe a topic. Raises ConfigurationError, naming the command, if it does not exist."""
         return self.ask_topic(topic)()
 
-    def ask_topic(self, topic: str) -> Callable[[], TopicInfo]:
+    def ask_topic(self, topic: str, timeout_s: float = ANSWER_S) -> Callable[[], TopicInfo]:
         """As ``describe``; the request is sent now, and the result waits for the answer."""
         question = self.ask_description(topic)
 
         def wait() -> TopicInfo:
             try:
-                description = self.answer(question)
+                description = self.answer(question, timeout_s)
             except ConfigurationError as exc:
                 cause = exc.__cause__
                 if isinstance(cause, KafkaException) and cause.args[0].code() in NO_TOPIC:

@@ -39,6 +39,10 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 def sandbox() -> Iterator[Sandbox]:
     """PostgreSQL and Kafka for the whole run."""
     with running_sandbox() as running:
+        # No test cuts the power: a commit survives a crash of PostgreSQL without it, too.
+        with psycopg.connect(running.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM SET fsync = off")
+            connection.execute("SELECT pg_reload_conf()")
         yield running
 
 
@@ -85,7 +89,8 @@ def make_database(sandbox: Sandbox, template: str = "template1") -> Database:
     """A new database in the sandbox."""
     name = f"test_{secrets.token_hex(6)}"
     with psycopg.connect(sandbox.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        # Without fsync, copying files is ten times as fast as logging each page.
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
     return of_database(sandbox.environ, name)
 
 

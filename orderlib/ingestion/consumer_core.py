@@ -13,8 +13,8 @@ Whatever happens to a partition, its fence decides what counted; nothing here ne
 from __future__ import annotations
 
 import enum
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 
 import attrs
@@ -139,10 +139,10 @@ class Breaker:
         self._fraction = fraction
         self._recent: deque[bool] = deque(maxlen=BREAKER_RECORDS)
 
-    def check(self, refused: Iterable[bool]) -> Callable[[], None]:
+    def check(self, refused: Iterable[bool], rejects: Sequence[Reject] = ()) -> Callable[[], None]:
         """Raise BreakerTripped if these and the ones remembered are too many; else give what remembers them.
 
-        Call that once the batch is committed.
+        Call that once the batch is committed. The error names the most frequent cause of these rejects.
         """
         recent = self._recent.copy()
         count = sum(recent)
@@ -153,9 +153,9 @@ class Breaker:
             count += flag
             if self._fraction and len(recent) == BREAKER_RECORDS and count >= self._fraction * BREAKER_RECORDS:
                 raise BreakerTripped(
-                    f"{count:,} of the last {BREAKER_RECORDS:,} records were refused, and nothing of this batch was "
-                    "stored: is this the right topic, and does this version know its orders? If so, store these "
-                    "records as rejects, and what follows them, with "
+                    f"{count:,} of the last {BREAKER_RECORDS:,} records were refused{_most_frequent_cause(rejects)}, "
+                    "and nothing of this batch was stored: is this the right topic, and does this version know its "
+                    "orders? If so, store these records as rejects, and what follows them, with "
                     "`ORDERS_BREAKER_FRACTION=0 python -m services.consumer --exit-at-end`; then start as usual"
                 )
 
@@ -163,6 +163,15 @@ class Breaker:
             self._recent = recent
 
         return remember
+
+
+def _most_frequent_cause(rejects: Sequence[Reject]) -> str:
+    """Return the code, path and kind of the most frequent first fault, never a value."""
+    causes = Counter((reject.code, reject.faults[0].path, reject.faults[0].found) for reject in rejects)
+    if not causes:
+        return ""
+    [((code, path, found), _)] = causes.most_common(1)
+    return f" (most often {code} at {path}, found {found})"
 
 
 class ConsumerCore:

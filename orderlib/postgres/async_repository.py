@@ -119,12 +119,14 @@ class AsyncPostgresOrderReader:
         """See ``OrderRepository.status``."""
         return await self._read(ReadQueries.status)
 
-    async def check(self) -> None:
+    async def check(self) -> float | None:
         """See ``AsyncOrderReader.check``."""
-        require_schema(*await self._read(ReadQueries.schema))
+        location, number, delay_s = await self._read(ReadQueries.check)
+        require_schema(location, number)
         with contextlib.suppress(OrderNotFound):
             # No order has this uid; but all tables are asked for it.
             await self.get(".")
+        return delay_s
 
     async def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
         call = Call(self._pool)

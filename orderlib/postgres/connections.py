@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import psycopg
+from psycopg.abc import ConnDict
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import TupleRow
 
@@ -12,6 +14,7 @@ from orderlib.errors import ConfigurationError
 from orderlib.postgres import queries
 from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.hosts import connect_to_any
+from orderlib.repository import checked_type
 
 Connection = psycopg.Connection[TupleRow]
 
@@ -38,11 +41,15 @@ _KEY_AND_VALUE = re.compile(r"(\w+)\s*=\s*(?:'(?:\\.|[^'\\])*'|(?:\\.|[^\s\\])*)
 
 
 def connection_arguments(url: str, application_name: str) -> dict[str, str | int]:
-    """What psycopg needs to connect. Raises ConfigurationError for a URL that is none; it quotes no password."""
-    try:
-        given = conninfo_to_dict(url)
-    except (psycopg.Error, UnicodeEncodeError):
-        raise ConfigurationError(f"the database URL is not one that PostgreSQL's libpq takes: {_ENCODE}") from None
+    """Return what psycopg needs to connect, or raise ConfigurationError for an invalid URL.
+
+    That error shows no password, and neither do its cause and its context: libpq's error quotes parts of the URL.
+    """
+    given = _parsed(checked_type("the database URL", url, str))
+    if "\0" in checked_type("application_name", application_name, str):
+        raise ValueError("application_name must not contain NUL")
+    if given is None:
+        raise ConfigurationError(f"the database URL is not one that PostgreSQL's libpq takes: {_ENCODE}")
     if "://" in url[:16] and url.startswith("postgres"):
         if not _PLAIN_URL.fullmatch(url):
             raise ConfigurationError(f"the database URL can be read in two ways: {_ENCODE}")
@@ -50,6 +57,9 @@ def connection_arguments(url: str, application_name: str) -> dict[str, str | int
         names = _KEY_AND_VALUE.findall(url)
         if len(names) != len(set(names)):
             raise ConfigurationError(f"the database URL gives an option twice: {_ENCODE}")
+    if not re.fullmatch(r"[0-9,]*", str(given.get("port") or "")):
+        # It may be a password, of a URL without a host, and a comma in it would be followed by the name of a host.
+        raise ConfigurationError(f"the database URL has an invalid port number: {_ENCODE}")
     return {
         **_DEFAULTS,
         "application_name": application_name,
@@ -57,6 +67,15 @@ def connection_arguments(url: str, application_name: str) -> dict[str, str | int
         # Whatever PGCLIENTENCODING says: in any other, some orders could not be sent.
         "client_encoding": "utf8",
     }
+
+
+def _parsed(url: str) -> ConnDict | None:
+    if "\0" in url:
+        # libpq would ignore the rest.
+        return None
+    with contextlib.suppress(psycopg.Error, UnicodeError):
+        return conninfo_to_dict(url)
+    return None
 
 
 def prepare_session(connection: Connection) -> None:
@@ -70,9 +89,7 @@ def prepare_session(connection: Connection) -> None:
 
 def connect(url: str, *, application_name: str) -> Connection:
     """One connection. Raises DatabaseUnavailable or ConfigurationError."""
-    arguments = connection_arguments(url, application_name)
-    with translated_errors():
-        connection = psycopg.Connection(connect_to_any(arguments))
+    connection = psycopg.Connection(connect_to_any(connection_arguments(url, application_name)))
     try:
         with translated_errors(connection):
             prepare_session(connection)

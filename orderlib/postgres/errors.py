@@ -155,6 +155,7 @@ def translate(
     """Return our error for one of psycopg's. Its message names kinds and codes, never data: details may quote a row.
 
     Only a write can have a row that PostgreSQL refuses. A read that fails in the same way means broken data or set-up.
+    Only a write can collide with another. A read that a standby cancels once more is an outage.
     """
     if connection is not None and is_lost(connection, exc):
         return DatabaseUnavailable(f"PostgreSQL: the connection was lost{_reason(exc)}")
@@ -172,9 +173,9 @@ def translate(
     match classify_sqlstate(exc.sqlstate):
         case ErrorAction.BISECT if writing:
             return RefusedByDatabase(exc.sqlstate)
-        case ErrorAction.RETRY:
+        case ErrorAction.RETRY if writing:
             return TransactionConflict(f"PostgreSQL: {summary} ({exc.sqlstate})")
-        case ErrorAction.OUTAGE:
+        case ErrorAction.OUTAGE | ErrorAction.RETRY:
             return DatabaseUnavailable(f"PostgreSQL: {summary} ({exc.sqlstate})")
         case ErrorAction.STOP | ErrorAction.BISECT:
             return ConfigurationError(f"PostgreSQL: {summary} ({exc.sqlstate})")

@@ -14,7 +14,7 @@ from psycopg.conninfo import conninfo_attempts, make_conninfo, timeout_from_conn
 from psycopg.pq.abc import PGconn
 from psycopg.waiting import Ready, Wait
 
-from orderlib.errors import DatabaseUnavailable
+from orderlib.errors import ConfigurationError, DatabaseUnavailable, OrderlibError
 from orderlib.postgres.errors import translate
 from orderlib.postgres.handshake import connect_steps
 
@@ -31,8 +31,20 @@ def connect_to_any(arguments: Mapping[str, str | int]) -> PGconn:
     """Return a connection to the first host that accepts one, in the order of the URL.
 
     ``target_session_attrs`` and ``load_balance_hosts`` mean what they mean to libpq. ``connect_timeout`` bounds the
-    whole call. Raise psycopg's OperationalError when every host has refused, or none has accepted in time.
+    whole call. Raise DatabaseUnavailable or ConfigurationError when every host has refused, or none has accepted in
+    time. The error has neither cause nor context: libpq's text may quote a part of a password.
     """
+    error: OrderlibError
+    try:
+        return _first_accepted(arguments)
+    except psycopg.Error as exc:
+        error = translate(exc)
+    except UnicodeError:
+        error = ConfigurationError("a setting of the database connection is not UTF-8")
+    raise error
+
+
+def _first_accepted(arguments: Mapping[str, str | int]) -> PGconn:
     parameters = cast("ConnDict", dict(arguments))
     timeout_s = timeout_from_conninfo(parameters)
     hosts = conninfo_attempts(parameters)

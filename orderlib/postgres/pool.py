@@ -166,6 +166,11 @@ class Pool:
         timeout_s: float,
         connection_timeout_s: float | None = None,
     ) -> None:
+        for name, value in (("timeout_s", timeout_s), ("connection_timeout_s", connection_timeout_s or 0.0)):
+            if type(value) not in {int, float}:
+                raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+        if type(max_connections) is not int:
+            raise TypeError(f"max_connections must be an int, not {type(max_connections).__name__}")
         if max_connections < 1:
             raise ValueError(f"max_connections must be at least 1, not {max_connections}")
         if not 0 < timeout_s <= _MAX_TIMEOUT_S:
@@ -343,10 +348,6 @@ class Pool:
                 raise
         except DeadlineExceeded as exc:
             return None, DatabaseUnavailable(str(exc))
-        except psycopg.Error as exc:
-            failure = translate(exc)
-            failure.__cause__ = exc
-            return None, failure
         except Exception as exc:  # noqa: BLE001 - the calls that wait raise it
             return None, exc
         return session, None

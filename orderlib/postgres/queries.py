@@ -153,6 +153,21 @@ SELECT asked.code, (SELECT count(*) FROM (SELECT 1 FROM rejects r WHERE r.code =
 FROM unnest($2::text[]) AS asked (code)
 """
 
+#: The replication delay of this server in seconds; null on a primary. It reads no table, so with Citus it is still
+#: about the server that was asked. WAL is received before it is replayed, and the two positions are read in that order:
+#: 0 means that everything received at that moment is replayed. Without a WAL receiver (the primary is lost, or WAL
+#: comes from an archive) nobody knows what is still to come, and the age of the last replayed transaction is an upper
+#: bound. A standby that has replayed none since its start contains at least the checkpoint that it started from. A role
+#: without more rights sees in ``pg_stat_wal_receiver`` only whether there is a WAL receiver, which is enough.
+REPLICATION_DELAY: LiteralString = """
+SELECT (CASE WHEN pg_is_in_recovery() THEN
+    CASE WHEN EXISTS (SELECT FROM pg_stat_wal_receiver) AND pg_last_wal_receive_lsn() <= pg_last_wal_replay_lsn() THEN 0
+    ELSE greatest(0, extract(epoch FROM now() - coalesce(
+        pg_last_xact_replay_timestamp(), (SELECT checkpoint_time FROM pg_control_checkpoint()))))
+    END
+END)::float8
+"""
+
 #: What is stored of these orders already.
 STORED_STATES: LiteralString = """
 SELECT order_uid, content_sha256, source_topic_id, source_partition, source_offset, first_stored_at
@@ -469,17 +484,20 @@ ORDER BY rejected_at, topic_id, partition, record_offset
 LIMIT %(limit)s
 """
 
-#: One reject, whole.
+#: One reject, with the first bytes and the size of each part that may be large.
 GET_REJECT: LiteralString = """
-SELECT topic, partition, record_offset, topic_id, record_time, key, value, headers, code, faults, rejected_at,
-       redriven_at, redrive_outcome
+SELECT topic, partition, record_offset, topic_id, record_time,
+       substring(key FROM 1 FOR %(max_bytes)s) AS key, octet_length(key) AS key_bytes,
+       substring(value FROM 1 FOR %(max_bytes)s) AS value, octet_length(value) AS value_bytes,
+       substring(convert_to(headers::text, 'UTF8') FROM 1 FOR %(max_bytes)s) AS headers,
+       octet_length(headers::text) AS headers_bytes, code, faults, rejected_at, redriven_at, redrive_outcome
 FROM rejects WHERE topic = %(topic)s AND partition = %(partition)s AND record_offset = %(offset)s
 ORDER BY rejected_at DESC
 """
 
 #: Rejects that a redrive has not settled yet, a few at a time, past a place; held until the transaction ends.
 REJECTS_TO_REDRIVE: LiteralString = """
-SELECT topic_id, partition, record_offset, topic, record_time, key, value
+SELECT topic_id, partition, record_offset, topic, record_time, coalesce(octet_length(value), 0)
 FROM rejects
 WHERE (redrive_outcome IS NULL OR redrive_outcome = 'rejected')
   AND (%(code)s::text IS NULL OR code = %(code)s)
@@ -488,6 +506,12 @@ WHERE (redrive_outcome IS NULL OR redrive_outcome = 'rejected')
 ORDER BY topic_id, partition, record_offset
 LIMIT %(limit)s
 FOR UPDATE
+"""
+
+#: The value of a reject.
+REJECT_VALUE: LiteralString = """
+SELECT value FROM rejects
+WHERE topic_id = %(topic_id)s AND partition = %(partition)s AND record_offset = %(offset)s
 """
 
 #: Keep the consumer's batches of these topics waiting: what a redrive compares with must not move meanwhile.

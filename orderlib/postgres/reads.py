@@ -29,7 +29,7 @@ from orderlib.repository import (
     Page,
     Stats,
     StoredOrder,
-    checked_uids,
+    checked_type,
 )
 
 #: A statement and what goes into it.
@@ -61,7 +61,7 @@ class ReadQueries:
 
     def get_stored(self, order_uid: str) -> PQGen[StoredOrder]:
         """See ``OrderRepository.get_stored``."""
-        if not fits_postgres(order_uid):
+        if not fits_postgres(checked_type("order_uid", order_uid, str)):
             raise OrderNotFound(order_uid)
         _, joined, items, _ = yield from self._pipeline(
             _BEGIN, (queries.GET_ORDER, [order_uid]), (queries.GET_ITEMS, [order_uid]), _COMMIT
@@ -71,8 +71,8 @@ class ReadQueries:
         return _stored_order(order_from_rows(joined[0], items), joined[0])
 
     def get_many(self, order_uids: Iterable[str]) -> PQGen[dict[str, Order]]:
-        """See ``OrderRepository.get_many``."""
-        wanted = [[uid for uid in checked_uids(order_uids) if fits_postgres(uid)]]
+        """See ``OrderRepository.get_many``. The caller has checked the order_uids."""
+        wanted = [[uid for uid in order_uids if fits_postgres(uid)]]
         _, joined, items, _ = yield from self._pipeline(
             _BEGIN, (queries.GET_ORDERS, wanted), (queries.GET_ITEMS_OF_ORDERS, wanted), _COMMIT
         )
@@ -80,7 +80,7 @@ class ReadQueries:
 
     def content_sha256(self, order_uid: str) -> PQGen[bytes]:
         """See ``OrderRepository.content_sha256``."""
-        if not fits_postgres(order_uid):
+        if not fits_postgres(checked_type("order_uid", order_uid, str)):
             raise OrderNotFound(order_uid)
         [rows] = yield from self._pipeline((queries.GET_CONTENT_SHA256, [order_uid]))
         if not rows:
@@ -119,24 +119,31 @@ class ReadQueries:
 
     def status(self) -> PQGen[Stats]:
         """See ``OrderRepository.status``."""
-        _, [(asked_at, newest_at)], [(lately,)], rejects, _ = yield from self._pipeline(
+        _, [(asked_at, newest_at)], [(lately,)], rejects, [(delay_s,)], _ = yield from self._pipeline(
             _BEGIN,
             (queries.NEWEST_ORDER_TIME, ()),
             (queries.COUNT_STORED_RECENTLY, [COUNT_LIMIT]),
             (queries.COUNT_REJECTS, [COUNT_LIMIT, _CODES]),
+            (queries.REPLICATION_DELAY, ()),
             _COMMIT,
         )
         return Stats(
-            asked_at=asked_at, newest_first_stored_at=newest_at, stored_recently=lately, rejects_by_code=dict(rejects)
+            asked_at=asked_at,
+            newest_first_stored_at=newest_at,
+            stored_recently=lately,
+            rejects_by_code=dict(rejects),
+            replication_delay_s=delay_s,
         )
 
-    def schema(self) -> PQGen[tuple[Row, int | None]]:
-        """Return where the schema is and the number of its last migration, for ``require_schema``."""
-        [[location]] = yield from self._pipeline((queries.SCHEMA_LOCATION, ()))
+    def check(self) -> PQGen[tuple[Row, int | None, float | None]]:
+        """Return where the schema is and the number of its last migration (``require_schema``), and the delay."""
+        [location], [(delay_s,)] = yield from self._pipeline(
+            (queries.SCHEMA_LOCATION, ()), (queries.REPLICATION_DELAY, ())
+        )
         if not location[0]:
-            return location, None
+            return location, None, delay_s
         [[(number,)]] = yield from self._pipeline((queries.SCHEMA_NUMBER, ()))
-        return location, number
+        return location, number, delay_s
 
     def _pipeline(self, *questions: Statement) -> PQGen[list[list[Row]]]:
         """The rows of each statement, in one round trip."""

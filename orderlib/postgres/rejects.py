@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
+from psycopg.rows import dict_row
 
 from orderlib.errors import RejectNotFound, TransactionConflict
-from orderlib.ingestion.records import PreparedOrder, Record, RecordPosition, Reject, plan_redrive
+from orderlib.ingestion.records import PreparedOrder, Record, RecordPosition, classify_record, plan_redrive
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
 from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import store
 from orderlib.repository import Outcome
 
-#: Rejects redriven in one transaction. The consumer waits for it.
+#: A transaction redrives rejects up to this number and size, and at least one. The consumer waits for it.
 _REDRIVEN_AT_ONCE = 100
+_REDRIVEN_BYTES = 8 * 1024 * 1024
 
 
 @attrs.frozen(kw_only=True)
@@ -51,6 +54,20 @@ class RejectSummary:
     redrive_outcome: str | None
 
 
+@attrs.frozen
+class Beginning:
+    """The first bytes of a part of a record. Its repr shows no content."""
+
+    content: bytes = attrs.field(repr=False)
+    #: The size of the whole part.
+    size_bytes: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left out."""
+        return len(self.content) == self.size_bytes
+
+
 def list_rejects(connection: Connection, *, code: str | None, waiting: bool, limit: int) -> list[RejectSummary]:
     """The oldest rejects; of one code, or only those that were never redriven."""
     with translated_errors(connection):
@@ -65,23 +82,28 @@ def list_rejects(connection: Connection, *, code: str | None, waiting: bool, lim
     ]
 
 
-def get_reject(connection: Connection, place: RejectPlace) -> list[dict[str, Any]]:
-    """Return everything stored of the reject at a position, one for each topic id, the newest first.
+def get_reject(connection: Connection, place: RejectPlace, max_bytes: int) -> Iterator[dict[str, Any]]:
+    """Yield everything stored of the reject at a position, one for each topic id, the newest first.
 
-    Raises RejectNotFound.
+    Key, value and headers (as JSON) are at most so long. Raises RejectNotFound.
     """
-    with translated_errors(connection):
-        cursor = connection.execute(queries.GET_REJECT, attrs.asdict(place))
-        names = [column.name for column in cursor.description or ()]
-        found = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+    found = False
+    which = {**attrs.asdict(place), "max_bytes": max_bytes}
+    with translated_errors(connection), connection.cursor(row_factory=dict_row) as cursor:
+        for row in cursor.stream(queries.GET_REJECT, which, binary=True):
+            found = True
+            for part in ("key", "value", "headers"):
+                size_bytes = row.pop(f"{part}_bytes")
+                if size_bytes is not None:
+                    row[part] = Beginning(row[part], size_bytes)
+            yield row
     if not found:
         raise RejectNotFound(str(place))
-    return found
 
 
 def redrive(
     connection: Connection,
-    classify_record: Callable[[Record], PreparedOrder | Reject],
+    max_bytes: int,
     *,
     code: str | None = None,
     place: RejectPlace | None = None,
@@ -90,13 +112,13 @@ def redrive(
 
     Each is judged in place, at its own position: stored only if there is no such order or an earlier one of its own
     partition, else superseded. Those that had one of these outcomes are left alone: again is harmless. Those still
-    refused may be tried again. The reject stays, with outcome and time.
+    refused may be tried again. The reject stays, with outcome and time. A value above ``max_bytes`` is not read.
     """
     after = ("", -1, -1)
     while True:
         try:
             with translated_errors(connection), connection.transaction():
-                last, outcomes = _redrive_some(connection, classify_record, code, place, after)
+                last, outcomes = _redrive_some(connection, max_bytes, code, place, after)
         except TransactionConflict:
             continue
         if last is None:
@@ -107,7 +129,7 @@ def redrive(
 
 def _redrive_some(
     connection: Connection,
-    classify_record: Callable[[Record], PreparedOrder | Reject],
+    max_bytes: int,
     code: str | None,
     place: RejectPlace | None,
     after: tuple[str, int, int],
@@ -118,21 +140,35 @@ def _redrive_some(
         **dict(zip(("after_topic_id", "after_partition", "after_offset"), after, strict=True)),
         "limit": _REDRIVEN_AT_ONCE,
     }
-    rows = connection.execute(queries.REJECTS_TO_REDRIVE, which).fetchall()
+    rows = _few(connection.execute(queries.REJECTS_TO_REDRIVE, which).fetchall())
     connection.execute(queries.LOCK_OFFSETS, {"topic_ids": sorted({row[0] for row in rows})})
     # Later than every batch that this redrive sees, and earlier than every order that it stores: reconcile tells by it
     # which of them stored an order.
     [(redriven_at,)] = connection.execute(queries.CLOCK).fetchall()
     outcomes: Counter[Outcome] = Counter()
-    for topic_id, partition, offset, topic, record_time, key, value in rows:
-        source = RecordPosition(topic_id=topic_id, partition=partition, offset=offset)
-        classified = classify_record(Record(source=source, time=record_time, topic=topic, key=key, value=value))
-        outcome = _store_alone(connection, classified) if isinstance(classified, PreparedOrder) else Outcome.REJECTED
+    for topic_id, partition, offset, topic, record_time, size_bytes in rows:
         position = {"topic_id": topic_id, "partition": partition, "offset": offset}
+        outcome = Outcome.REJECTED
+        if size_bytes <= max_bytes:
+            [(value,)] = connection.execute(queries.REJECT_VALUE, position, binary=True).fetchall()
+            record = Record(source=RecordPosition(**position), time=record_time, topic=topic, key=None, value=value)
+            classified = classify_record(record, max_bytes, pack_rows)
+            if isinstance(classified, PreparedOrder):
+                outcome = _store_alone(connection, classified)
         done = {**position, "outcome": outcome, "redriven_at": redriven_at}
         connection.execute(queries.RECORD_REDRIVE, done)
         outcomes[outcome] += 1
     return (rows[-1][:3] if rows else None), outcomes
+
+
+def _few(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Return the first rows, up to ``_REDRIVEN_BYTES`` of values."""
+    total_bytes = 0
+    for index, (*_, size_bytes) in enumerate(rows):
+        total_bytes += size_bytes
+        if index and total_bytes > _REDRIVEN_BYTES:
+            return rows[:index]
+    return rows
 
 
 def _store_alone(connection: Connection, prepared_order: PreparedOrder) -> Outcome:

@@ -21,7 +21,7 @@ from orderlib.postgres.pool import READ_ERRORS, Call, Pool, Session, ThreadWaite
 from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import store
-from orderlib.repository import ListOptions, ListQuery, Outcome, Page, Stats, StoredOrder
+from orderlib.repository import ListOptions, ListQuery, Outcome, Page, Stats, StoredOrder, checked_uids
 
 T = TypeVar("T")
 
@@ -86,7 +86,8 @@ class PostgresOrderRepository:
 
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
         """See ``OrderRepository.get_many``."""
-        return self._read(lambda read_queries: read_queries.get_many(order_uids))
+        wanted = checked_uids(order_uids)
+        return self._read(lambda read_queries: read_queries.get_many(wanted))
 
     def content_sha256(self, order_uid: str) -> bytes:
         """See ``OrderRepository.content_sha256``."""

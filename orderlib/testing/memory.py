@@ -21,6 +21,7 @@ from orderlib.repository import (
     Page,
     Stats,
     StoredOrder,
+    checked_type,
     checked_uids,
 )
 
@@ -51,15 +52,16 @@ class MemoryOrderRepository:
     def get_stored(self, order_uid: str) -> StoredOrder:
         """See ``OrderRepository.get_stored``."""
         with self._lock:
-            stored = self._stored.get(order_uid)
+            stored = self._stored.get(checked_type("order_uid", order_uid, str))
         if stored is None:
             raise OrderNotFound(order_uid)
         return stored
 
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
         """See ``OrderRepository.get_many``."""
+        wanted = checked_uids(order_uids)
         with self._lock:
-            return {uid: self._stored[uid].order for uid in checked_uids(order_uids) if uid in self._stored}
+            return {uid: self._stored[uid].order for uid in wanted if uid in self._stored}
 
     def content_sha256(self, order_uid: str) -> bytes:
         """See ``OrderRepository.content_sha256``."""
@@ -87,6 +89,7 @@ class MemoryOrderRepository:
             newest_first_stored_at=max(stored_at, default=None),
             stored_recently=min(lately, COUNT_LIMIT),
             rejects_by_code={refusal.code: 0 for refusal in RejectedError.__subclasses__()},
+            replication_delay_s=None,
         )
 
     def save(self, order: Order) -> Outcome:

@@ -12,6 +12,9 @@ import msgspec
 
 Row = Mapping[str, object]
 
+#: Text is escaped in pieces of this length, because every character takes an object of its own meanwhile.
+_PIECE = 4096
+
 
 def printable(text: str) -> str:
     """Escape, as JSON does, every character that a terminal may obey instead of show.
@@ -19,6 +22,11 @@ def printable(text: str) -> str:
     These are control characters (also C1), format and bidirectional controls, separators and unassigned characters.
     Inside a JSON text the result is still the same JSON. Line feeds stay.
     """
+    pieces = (text[start : start + _PIECE] for start in range(0, len(text), _PIECE))
+    return "".join(piece if piece.isprintable() else _escaped_piece(piece) for piece in pieces)
+
+
+def _escaped_piece(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else _escaped(char) for char in text)
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import base64
+import codecs
 import datetime as dt
-import functools
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping
 
 from orderlib.errors import InvalidOrder, MalformedJson, RefusedByDatabase, TooLarge
-from orderlib.ingestion.records import classify_record
 from orderlib.postgres.connections import connect
 from orderlib.postgres.operations import count_old_rejects, purge_rejects
-from orderlib.postgres.rejects import RejectPlace, get_reject, list_rejects, redrive
-from orderlib.postgres.rows import pack_rows
+from orderlib.postgres.rejects import Beginning, RejectPlace, get_reject, list_rejects, redrive
 from orderlib.repository import Outcome
 from services.admin.output import (
     Progress,
@@ -34,6 +32,9 @@ from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import database_url, max_record_bytes
 
 CODES = [refusal.code for refusal in (MalformedJson, InvalidOrder, TooLarge, RefusedByDatabase)]
+
+#: ``print_table`` prints at most so many bytes of a key, a value or the headers.
+SHOWN_BYTES = 8 * 1024 * 1024
 
 
 def add_commands(commands: Commands) -> None:
@@ -56,7 +57,7 @@ def add_commands(commands: Commands) -> None:
         "show",
         help="one reject, whole (ORDERS_DATABASE_URL)",
         description="Print all that is kept of a reject, as JSON; key and value are text if they can be, else base64; "
-        "control characters are escaped.",
+        "control characters are escaped. Of a part above 8 MiB it prints the beginning and the size.",
     )
     showing.add_argument("place", metavar="PLACE", type=_place)
     showing.set_defaults(command=_show)
@@ -124,29 +125,37 @@ def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _show(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with connected(environ, "ORDERS_DATABASE_URL") as connection:
-        for reject in get_reject(connection, options.place):
-            plain = {**reject, "key": _bytes(reject["key"]), "value": _bytes(reject["value"])}
+        for reject in get_reject(connection, options.place, SHOWN_BYTES):
+            headers = reject["headers"]
+            plain = {
+                **reject,
+                "key": _shown(reject["key"]),
+                "value": _shown(reject["value"]),
+                "headers": json.loads(headers.content) if headers and headers.is_whole else _shown(headers),
+            }
             print(printable(json.dumps(plain, indent=2, ensure_ascii=False, default=lambda value: value.isoformat())))
     return EXIT_DONE
 
 
-def _bytes(value: bytes | None) -> dict[str, str] | None:
-    if value is None:
+def _shown(part: Beginning | None) -> dict[str, object] | None:
+    if part is None:
         return None
+    size = {} if part.is_whole else {"shown_bytes": len(part.content), "size_bytes": part.size_bytes}
     try:
-        return {"text": value.decode()}
+        # The beginning may end within a character.
+        return {"text": codecs.getincrementaldecoder("utf-8")().decode(part.content, final=part.is_whole), **size}
     except UnicodeDecodeError:
-        return {"base64": base64.b64encode(value).decode()}
+        return {"base64": base64.b64encode(part.content).decode(), **size}
 
 
 def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    rule = functools.partial(classify_record, max_bytes=max_record_bytes(environ), pack_rows=pack_rows)
+    max_bytes = max_record_bytes(environ)
     outcomes: Counter[Outcome] = Counter()
     progress = Progress("rejects redriven")
     with connected(environ, "ORDERS_DATABASE_URL") as connection:
         if options.place is not None:
-            get_reject(connection, options.place)
-        for some in redrive(connection, rule, code=options.code, place=options.place):
+            list(get_reject(connection, options.place, max_bytes=0))
+        for some in redrive(connection, max_bytes, code=options.code, place=options.place):
             outcomes += some
             progress.at(outcomes.total())
     progress.end()

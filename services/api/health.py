@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import falcon
+import msgspec
 from falcon.asgi import Request, Response
 
 from orderlib.repository import AsyncOrderReader
@@ -27,14 +28,21 @@ class ReadyResource:
 
     def __init__(self, reader: AsyncOrderReader) -> None:
         self._reader = reader
-        self._check: asyncio.Task[None] | None = None
+        self._check: asyncio.Task[float | None] | None = None
 
     async def on_get(self, _req: Request, resp: Response) -> None:
-        """Answer with 200 or 503. Concurrent requests share one check of the database."""
+        """Answer with 200 or 503. Concurrent requests share one check of the database.
+
+        A standby adds its replication delay and stays ready with any delay: if all standbys became unready at once,
+        readers would have none.
+        """
         if self._check is None or self._check.done():
             self._check = asyncio.create_task(self._reader.check())
-        await asyncio.shield(self._check)
-        resp.data = b'{"status":"ready"}'
+        delay_s = await asyncio.shield(self._check)
+        answer: dict[str, object] = {"status": "ready"}
+        if delay_s is not None:
+            answer["replication_delay_s"] = round(delay_s, 3)
+        resp.data = msgspec.json.encode(answer)
         resp.content_type = falcon.MEDIA_JSON
         resp.set_header("Cache-Control", "no-store")
 

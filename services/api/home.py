@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from urllib.parse import quote, urlencode
 
 import falcon
@@ -11,6 +12,9 @@ from orderlib.errors import OrderNotFound
 from orderlib.repository import AsyncOrderReader
 from services.api.deadline import with_deadline
 from services.api.pages import Pages
+
+#: A smaller replication delay is not shown: it is normal under load, and a page is not read faster than that.
+SHOWN_DELAY_S = 5.0
 
 
 class HomeResource:
@@ -29,7 +33,9 @@ class HomeResource:
         if not query:
             page = await self._reader.list_orders()
             status = await self._reader.status()
-            self._pages.show(resp, "home.html", page=page, status=status, query="")
+            delay_s = status.replication_delay_s or 0.0
+            behind = dt.timedelta(seconds=delay_s) if delay_s > SHOWN_DELAY_S else None
+            self._pages.show(resp, "home.html", page=page, status=status, behind=behind, query="")
             return
         found = await self._search(query)
         if found is None:

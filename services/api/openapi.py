@@ -115,6 +115,30 @@ def document() -> dict[str, Any]:
         "200": {"description": "Healthy.", "content": {_JSON: {"schema": {"type": "object"}}}},
         "400": _BAD_REQUEST,
     }
+    ready = {
+        "description": "Yes. The delay of a standby does not change that.",
+        "content": {
+            _JSON: {
+                "schema": {
+                    "type": "object",
+                    "required": ["status"],
+                    "properties": {
+                        "status": {"const": "ready"},
+                        "replication_delay_s": {
+                            "type": "number",
+                            "minimum": 0,
+                            "description": (
+                                "Only if the database is a standby: how many seconds it is behind its primary at "
+                                "most. 0: it has replayed everything that it received. Otherwise the age of the last "
+                                "replayed transaction, which also grows while the primary writes nothing and the "
+                                "standby has lost it or reads an archive."
+                            ),
+                        },
+                    },
+                }
+            }
+        },
+    }
     return {
         "openapi": "3.1.0",
         "info": {
@@ -150,7 +174,7 @@ def document() -> dict[str, Any]:
                     "operationId": "ready",
                     "summary": "Can the service read the database?",
                     "security": [],
-                    "responses": {**health, "503": _PROBLEMS["503"]},
+                    "responses": {"200": ready, "400": _BAD_REQUEST, "503": _PROBLEMS["503"]},
                 }
             },
         },

@@ -16,7 +16,7 @@ from confluent_kafka.admin import TopicDescription
 from orderlib.errors import BrokerUnavailable, OrderlibError
 from orderlib.ingestion.consumer_core import PartitionEof
 from orderlib.ingestion.records import Record
-from services.kafka import SILENT, Cluster, TopicInfo, known, record_of
+from services.kafka import ANSWER_S, SILENT, Cluster, TopicInfo, known, record_of
 from services.kafka_errors import (
     ALL_BROKERS_DOWN,
     OFFSET_LOST,
@@ -108,11 +108,6 @@ class KafkaConsumer:
     # Questions to the cluster. They raise BrokerUnavailable or ConfigurationError.
 
     @property
-    def waiting(self) -> bool:
-        """Whether one of these questions waits for its answer now."""
-        return self._cluster.waiting
-
-    @property
     def unreachable(self) -> str:
         """What to say when Kafka does not answer."""
         return f"Kafka at {self._cluster.addresses} does not answer{self._cluster.last_error}"
@@ -121,9 +116,9 @@ class KafkaConsumer:
         """The topic's id and partitions. Raises ConfigurationError if there is no such topic."""
         return self._cluster.describe(self.name)
 
-    def ask(self) -> Callable[[], TopicInfo]:
+    def ask(self, timeout_s: float = ANSWER_S) -> Callable[[], TopicInfo]:
         """Ask for the topic's id and partitions; the result waits for the answer."""
-        return self._cluster.ask_topic(self.name)
+        return self._cluster.ask_topic(self.name, timeout_s)
 
     def earliest(self, partitions: Iterable[int]) -> dict[int, int]:
         """The earliest offset that each partition still holds."""

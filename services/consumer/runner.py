@@ -55,6 +55,9 @@ T = TypeVar("T")
 _TURN_S = 0.02
 _TURN_PAUSED_S = 0.1
 
+#: How long a transaction waits for Kafka, because its locks and its snapshot are held meanwhile.
+_KAFKA_IN_TRANSACTION_S = 2.0
+
 #: How often the next offsets of all partitions are read.
 _STORED_OFFSETS_S = 5.0
 
@@ -134,6 +137,8 @@ class StoreWorker:
         #: The next offset of each partition of the topic, as last read. Replaced whole, for the loop to read.
         self.stored_offsets: Mapping[int, int] = {}
         self._read_stored_at_s = 0.0
+        #: Whether Kafka takes longer to answer than a transaction waits.
+        self._kafka_is_slow = False
         self._tasks: queue.SimpleQueue[StoreTask | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="store", daemon=True)
@@ -190,15 +195,16 @@ class StoreWorker:
             self.awaited = Server.POSTGRES
 
     def _write(self, batch: Batch) -> None:
-        ask = self._topic.ask()
+        answer = self._ask_for_topic()
         info: list[TopicInfo] = []
         remember: list[Callable[[], None]] = []
 
         def check(written: BatchResult) -> None:
             # By identity: to hash two thousand sources would keep the database waiting.
             refused = {id(reject.record) for reject in written.rejects}
-            remember.append(self._breaker.check(id(record) in refused for record, _ in batch.classified))
-            info.append(self._wait_for_kafka(ask))
+            flags = (id(record) in refused for record, _ in batch.classified)
+            remember.append(self._breaker.check(flags, written.rejects))
+            info.append(answer())
             if (now := info[-1].topic_id) != batch.topic_id:
                 raise TopicRecreated(f"topic {batch.topic} was made again: its id is {now}, it was {batch.topic_id}")
 
@@ -213,6 +219,27 @@ class StoreWorker:
             # The batch is committed. An outage now is the next job's.
             with contextlib.suppress(OrderlibError):
                 self._read_stored_offsets(info[-1])
+
+    def _ask_for_topic(self) -> Callable[[], TopicInfo]:
+        """Ask for the topic. The result waits for the answer in the batch's transaction, but never for long.
+
+        If Kafka did not answer in time before, wait here, before the transaction begins.
+        """
+        if self._kafka_is_slow:
+            began_s = time.monotonic()
+            info = self._wait_for_kafka(self._topic.ask())
+            self._kafka_is_slow = time.monotonic() - began_s >= _KAFKA_IN_TRANSACTION_S
+            return lambda: info
+        ask = self._topic.ask(_KAFKA_IN_TRANSACTION_S)
+
+        def wait() -> TopicInfo:
+            try:
+                return self._wait_for_kafka(ask)
+            except BrokerUnavailable:
+                self._kafka_is_slow = True
+                raise
+
+        return wait
 
     def _read_stored_offsets(self, info: TopicInfo) -> Mapping[int, int]:
         """Read the next offsets of all partitions, and return those that are stored.

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from orderlib.testing import SAMPLE
-from tests.support.programs import ROOT, run, running, succeed, wait_for
+from services.admin.rejects import SHOWN_BYTES
+from tests.conftest import Database
+from tests.support.programs import ROOT, peak_bytes, run, running, succeed, wait_for
 
 
 def rows(command: str, environ: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -145,6 +148,47 @@ def test_rejects_are_listed_redriven_and_purged_as_asked(environ: dict[str, str]
     assert "say --yes" in asked.stderr
     assert json.loads(succeed("admin rejects purge --older-than 0m --yes --json", environ)) == {"rejects": 3}
     assert places("") == []
+
+
+def add_reject(database: Database, topic: str, offset: int, value: str, headers: str = "NULL") -> None:
+    """Store a reject; value and headers are SQL expressions."""
+    with psycopg.connect(database.superuser_url) as connection:
+        connection.execute(
+            "INSERT INTO rejects (topic_id, partition, record_offset, topic, record_time, value, headers, code, faults)"
+            f" VALUES ('id', 0, {offset}, '{topic}', now(), {value}, {headers}, 'malformed_json',"
+            """ '{"total": 1, "first": [{"path": "$", "expected": "x", "found": "y"}]}')"""
+        )
+
+
+def test_of_a_huge_reject_the_beginning_is_shown_in_little_memory(
+    environ: dict[str, str], database: Database, tmp_path: Path
+) -> None:
+    topic, whole_bytes = environ["ORDERS_TOPIC"], 50 * 2**20
+    headers = """json_build_array(json_build_object('key', repeat('k', 30000000), 'value', NULL))"""
+    add_reject(database, topic, 0, f"convert_to('x' || repeat('я', {whole_bytes // 2}), 'UTF8')", headers)
+    small = peak_bytes("admin rejects list", environ, tmp_path / "list")
+    peak = peak_bytes(f"admin rejects show {topic}/0/0", environ, tmp_path / "shown")
+    shown = json.loads((tmp_path / "shown").read_text())
+    assert shown["value"]["size_bytes"] == whole_bytes + 1
+    assert shown["value"]["shown_bytes"] == SHOWN_BYTES
+    assert set(shown["value"]["text"]) == {"x", "я"}
+    assert shown["headers"]["size_bytes"] > 30_000_000
+    assert peak - small < 150 * 2**20
+
+
+def test_many_huge_rejects_are_redriven_in_little_memory(
+    environ: dict[str, str], database: Database, tmp_path: Path
+) -> None:
+    topic = environ["ORDERS_TOPIC"]
+    for offset in range(25):
+        add_reject(database, topic, offset, "convert_to('\"' || repeat('x', 8000000), 'UTF8')")
+    add_reject(database, topic, 25, "convert_to(repeat('x', 60000000), 'UTF8')")
+    add_reject(database, topic, 26, f"convert_to('{SAMPLE.decode()}', 'UTF8')")
+    small = peak_bytes("admin rejects list", environ, tmp_path / "list")
+    peak = peak_bytes("admin rejects redrive --all --json", environ, tmp_path / "redriven")
+    [outcomes] = json.loads((tmp_path / "redriven").read_text())
+    assert (outcomes["rejected"], outcomes["stored"]) == (26, 1)
+    assert peak - small < 100 * 2**20
 
 
 def test_nothing_in_a_reject_reaches_the_terminal_as_a_control_character(environ: dict[str, str]) -> None:

@@ -236,6 +236,19 @@ def test_too_many_rejects_in_a_row_stop_it_with_the_batch_rolled_back(
     assert len(stored_rejects(database)) == 1200
 
 
+def test_a_breaker_tripped_by_the_database_names_the_sqlstate(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    with psycopg.connect(database.superuser_url) as connection:
+        connection.execute("ALTER TABLE orders ADD CONSTRAINT impossible CHECK (sm_id < 0)")
+    sender.send_orders(uids("order", 1100))
+    with consuming(environ) as consumer:
+        assert consumer.status(within_s=40) == 1
+        reason = consumer.events("stopped")[0]["reason"]
+    assert "SQLSTATE 23514" in reason
+    assert "order-" not in reason
+
+
 def test_the_command_that_the_breaker_names_is_enough(environ: dict[str, str], database: Database) -> None:
     lines = b"\n".join([b"{}"] * 2_500 + [SAMPLE])
     succeed("sender --file - --any", environ, stdin=lines)

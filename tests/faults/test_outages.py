@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import signal
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+import psycopg
 import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import bootstrap, migrate
 from sandbox import Sandbox, running_sandbox
+from sandbox.kafka import KafkaServer
 from services.kafka import SILENT
 from tests.conftest import ROOT, Database, make_database, role_passwords
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
 from tests.support.api_process import eventually
 from tests.support.consumer_process import consuming
 from tests.support.sending import Sender, uids
+
+#: The age in seconds of the consumer's oldest open transaction.
+OLDEST_TRANSACTION = """
+SELECT coalesce(max(extract(epoch FROM clock_timestamp() - xact_start)), 0) FROM pg_stat_activity
+WHERE application_name = 'orderlib-consumer' AND datname = current_database()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +111,46 @@ def test_a_crash_of_kafka_under_load_is_waited_out(
         sender.send_bad(b"{")
         wait_until_handled(sender.manifest, database)
         assert_all_accounted_for(sender.manifest, database, environ)
+        assert consumer.stop() == 0
+
+
+@contextmanager
+def frozen(server: KafkaServer) -> Iterator[None]:
+    """Stop the server's process without its knowledge; its connections stay open."""
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
+def test_a_frozen_kafka_keeps_no_transaction_open(
+    own_sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    """More records are fetched before the freeze than one batch takes, so a transaction waits for Kafka."""
+    sender.send_orders(uids("order", 8000))
+    longest_s = 0.0
+    with consuming(environ) as consumer, psycopg.connect(database.superuser_url, autocommit=True) as observer:
+
+        def count(query: str) -> float:
+            row = observer.execute(query).fetchone()
+            assert row is not None
+            return float(row[0])
+
+        def has_retried() -> bool:
+            nonlocal longest_s
+            longest_s = max(longest_s, count(OLDEST_TRANSACTION))
+            return consumer.metric('orders_retries_total{cause="BrokerUnavailable"}') >= 2
+
+        assert eventually(lambda: count("SELECT count(*) FROM orders") > 0, 20)
+        with frozen(own_sandbox.kafka):
+            assert eventually(has_retried, 40)
+            assert consumer.live
+            assert "Kafka" in consumer.get("/readyz")[1]
+        assert 1 < longest_s < 3
+        wait_until_handled(sender.manifest, database)
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert eventually(lambda: consumer.ready, 10)
         assert consumer.stop() == 0
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 import psycopg
@@ -17,6 +18,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from orderlib import (
+    AsyncPostgresOrderReader,
     ConfigurationError,
     DatabaseUnavailable,
     Item,
@@ -56,6 +58,24 @@ class TestPostgresOrderRepository(RepositoryContract):
     @pytest.fixture
     def repository(self, postgres: PostgresOrderRepository) -> OrderRepository:
         return postgres
+
+
+class TestAsyncPostgresOrderReader(RepositoryContract):
+    @pytest.fixture
+    def repository(self, postgres: PostgresOrderRepository, emptied: Database) -> Iterator[Any]:
+        """Yield a repository that saves with ``postgres`` and reads with asyncio."""
+
+        class ReadWithAsyncio:
+            save = staticmethod(postgres.save)
+            save_many = staticmethod(postgres.save_many)
+
+            def __getattr__(self, name: str) -> Callable[..., object]:
+                return lambda *args, **options: runner.run(getattr(reader, name)(*args, **options))
+
+        with asyncio.Runner() as runner:
+            reader = AsyncPostgresOrderReader(emptied.reader_url)
+            yield ReadWithAsyncio()
+            runner.run(reader.close())
 
 
 def test_a_page_of_very_large_orders_ends_early_and_the_next_goes_on(postgres: PostgresOrderRepository) -> None:

@@ -89,9 +89,7 @@ class History:
 
     def redrive(self) -> None:
         with connect(self.database.writer_url, application_name="tests") as connection:
-            for _ in redrive(
-                connection, functools.partial(classify_record, max_bytes=USUAL_BYTES, pack_rows=pack_rows)
-            ):
+            for _ in redrive(connection, USUAL_BYTES):
                 pass
 
     def rewind(self, partition: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import functools
 from collections import Counter
 
 import attrs
@@ -11,15 +10,7 @@ import pytest
 
 from orderlib import Order, Outcome, decode_order, encode_order
 from orderlib.errors import Fault, MalformedJson
-from orderlib.ingestion.records import (
-    Batch,
-    OffsetRange,
-    PreparedOrder,
-    Record,
-    RecordPosition,
-    Reject,
-    classify_record,
-)
+from orderlib.ingestion.records import Batch, OffsetRange, PreparedOrder, Record, RecordPosition, Reject
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rejects import redrive
@@ -68,9 +59,7 @@ def test_a_reject_replaces_only_a_version_from_a_lower_offset(
         for time in (TIME - dt.timedelta(days=1), TIME, TIME + dt.timedelta(days=1)):
             writer.execute("DELETE FROM orders")
             store(writer, [PreparedOrder.of(ORDER, position(stored_offset), time, pack_rows=pack_rows)])
-            found = sum(
-                redrive(writer, functools.partial(classify_record, max_bytes=10_000, pack_rows=pack_rows)), Counter()
-            )
+            found = sum(redrive(writer, 10_000), Counter())
             assert found == Counter({outcome: 1})
             writer.execute("UPDATE rejects SET redriven_at = NULL, redrive_outcome = NULL")
             stored = writer.execute("SELECT sm_id, source_offset FROM orders").fetchall()

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+
+import psutil
 
 T = TypeVar("T")
 
@@ -37,6 +39,24 @@ def succeed(program: str, environ: Mapping[str, str], *, stdin: bytes | None = N
     done = run(program, environ, stdin=stdin)
     assert done.returncode == 0, f"{program} ended with {done.returncode}:\n{done.stderr}"
     return done.stdout
+
+
+def peak_bytes(program: str, environ: Mapping[str, str], stdout: Path) -> int:
+    """Run ``services.PROGRAM`` to its end with status 0 and its output in a file. Return its peak resident size."""
+    name, *arguments = program.split()
+    with stdout.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"services.{name}", *arguments], env=dict(environ), cwd=ROOT, stdout=output
+        )
+    this, largest = psutil.Process(process.pid), 0
+    deadline_s = time.monotonic() + PROGRAM_WITHIN_S
+    while process.poll() is None:
+        assert time.monotonic() < deadline_s, f"{program} did not end within {PROGRAM_WITHIN_S:g} s"
+        with suppress(psutil.Error):
+            largest = max(largest, this.memory_info().rss)
+        time.sleep(0.005)
+    assert process.returncode == 0
+    return largest
 
 
 @contextmanager

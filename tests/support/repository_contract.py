@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import enum
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any
@@ -345,9 +347,69 @@ class RepositoryContract:
                 limit=limit,
             )
 
-    def test_a_limit_is_an_integer(self, repository: OrderRepository) -> None:
-        with pytest.raises(TypeError, match="limit must be an int, not float"):
-            repository.list_orders(limit=5.0)  # type: ignore[arg-type]  # the wrong type is the test
+    @pytest.mark.parametrize(("limit", "kind"), [(5.0, "float"), (True, "bool"), ("5", "str"), (None, "NoneType")])
+    def test_a_limit_is_an_integer(self, repository: OrderRepository, limit: Any, kind: str) -> None:
+        with pytest.raises(TypeError, match=f"limit must be an int, not {kind}$"):
+            repository.list_orders(limit=limit)
+
+    def test_a_limit_is_checked_even_if_no_order_can_match(self, repository: OrderRepository) -> None:
+        with pytest.raises(InvalidQuery, match="limit: expected 1 to 100"):
+            repository.list_orders(limit=0, customer_id="a\0b")
+
+    @pytest.mark.parametrize("filters", [{"customer": "c"}, {"customer_id": "c", "order_uid": "a"}])
+    def test_an_unknown_filter_is_refused(self, repository: OrderRepository, filters: dict[str, Any]) -> None:
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            repository.list_orders(**filters)
+
+    # Arguments of other types
+
+    @pytest.mark.parametrize("value", [None, 5, b"SECRET", ["SECRET"], 1.5, SAMPLE_ORDER])
+    def test_an_argument_of_another_type_is_refused_without_its_value(
+        self, repository: OrderRepository, value: Any
+    ) -> None:
+        repository.save(an_order("a"))
+        kind = type(value).__name__
+        calls: list[tuple[Callable[[], object], str]] = [
+            (lambda: repository.get(value), f"order_uid must be a str, not {kind}"),
+            (lambda: repository.content_sha256(value), f"order_uid must be a str, not {kind}"),
+            (lambda: repository.get_many([value]), f"order_uid must be a str, not {kind}"),
+            (lambda: repository.get_many(iter(["a", value])), f"order_uid must be a str, not {kind}"),
+        ]
+        if value is not None:
+            calls += [
+                (lambda: repository.list_orders(customer_id=value), f"customer_id must be a str, not {kind}"),
+                (lambda: repository.list_orders(track_number=value), f"track_number must be a str, not {kind}"),
+                (lambda: repository.list_orders(cursor=value), f"cursor must be a Cursor, not {kind}"),
+            ]
+        for call, reason in calls:
+            with pytest.raises(TypeError, match=f"{reason}$") as raised:
+                call()
+            assert "SECRET" not in str(raised.value)
+        if not isinstance(value, list | bytes):
+            with pytest.raises(TypeError, match=f"several order_uids, not one {kind}"):
+                repository.get_many(value)
+        if not isinstance(value, Order):
+            with pytest.raises(TypeError, match="Order"):
+                repository.save(value)
+            with pytest.raises(TypeError, match="Order"):
+                repository.save_many([an_order("b"), value])
+        # Nothing was stored, and the next call works.
+        assert repository.get("a") == an_order("a")
+        assert repository.get_many(["b"]) == {}
+        assert uids(repository.list_orders().orders) == ["a"]
+
+    @pytest.mark.parametrize("value", ["", "x", 0])
+    def test_a_false_value_is_not_a_missing_cursor(self, repository: OrderRepository, value: Any) -> None:
+        with pytest.raises(TypeError, match="cursor must be a Cursor"):
+            repository.list_orders(cursor=value)
+
+    def test_a_subclass_of_str_is_a_str(self, repository: OrderRepository) -> None:
+        class Name(enum.StrEnum):
+            ONE = "a"
+
+        repository.save(an_order("a", customer_id="a"))
+        assert repository.get(Name.ONE) == repository.get_many([Name.ONE])["a"] == an_order("a", customer_id="a")
+        assert uids(repository.list_orders(customer_id=Name.ONE).orders) == ["a"]
 
     # Status
 

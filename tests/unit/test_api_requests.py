@@ -43,7 +43,9 @@ class Reader:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         async def read(*args: Any, **kwargs: Any) -> Any:
-            return None if name == "check" else getattr(self.repository, name)(*args, **kwargs)
+            if name == "check":
+                return self.repository.status().replication_delay_s
+            return getattr(self.repository, name)(*args, **kwargs)
 
         return read
 
@@ -277,6 +279,33 @@ def test_the_etag_of_an_order_is_the_stored_digest_for_200_and_304(application: 
     for headers, status in [([], 200), ([(b"if-none-match", b"*")], 304), ([(b"if-none-match", etag.encode())], 304)]:
         answer = attrs.evolve(application, app=app).ask(path, headers=with_token(*headers))
         assert (answer.status, answer.headers["etag"]) == (status, etag)
+
+
+@pytest.mark.parametrize(
+    ("delay_s", "more", "shown"),
+    [
+        (None, {}, None),
+        (0.0, {"replication_delay_s": 0.0}, None),
+        (4.98765, {"replication_delay_s": 4.988}, None),
+        (61.0, {"replication_delay_s": 61.0}, "data is up to 61 s behind the primary"),
+        (7200.0, {"replication_delay_s": 7200.0}, "data is up to 2 h behind the primary"),
+    ],
+)
+def test_the_replication_delay_of_a_standby_is_shown(
+    application: Application,
+    monkeypatch: pytest.MonkeyPatch,
+    delay_s: float | None,
+    more: dict[str, float],
+    shown: str | None,
+) -> None:
+    status = MemoryOrderRepository().status()
+    assert status.replication_delay_s is None
+    monkeypatch.setattr(MemoryOrderRepository, "status", lambda _: attrs.evolve(status, replication_delay_s=delay_s))
+    answer = assert_promised(application, path="/readyz")
+    assert (answer.status, json.loads(answer.body)) == (200, {"status": "ready", **more})
+    page = assert_promised(application, headers=with_token((b"accept", b"text/html"))).body.decode()
+    assert (shown is None) == ("behind the primary" not in page)
+    assert shown is None or shown in page
 
 
 def test_a_fault_of_the_application_itself_is_a_problem_too(

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import random
+import re
 import string
+import time
+import traceback
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -21,6 +27,9 @@ from orderlib import (
     PostgresOrderRepository,
 )
 from orderlib.postgres.connections import connect
+from orderlib.postgres.consumer_store import ConsumerStore
+from orderlib.postgres.migrate import role_of
+from orderlib.postgres.snapshot import snapshot
 from tests.support.fake_postgres import error_response, refusing
 
 #: "FATAL" as PostgreSQL writes it in its languages, and words that say nothing.
@@ -220,9 +229,17 @@ def forms(password: str, address: str) -> list[str]:
     ]
 
 
-def everything_shown(error: BaseException | None) -> str:
-    """Return the error as text, as a repr, and as a log would show it."""
-    return f"{error} {error!r} {getattr(error, '__dict__', '')}"
+def everything_shown(error: BaseException) -> str:
+    """Return all that a log, a traceback or an error tracker can show of an error, its causes and its contexts."""
+    shown = traceback.format_exception(error)
+    errors, seen = [error], set[int]()
+    while errors:
+        error = errors.pop()
+        if id(error) not in seen:
+            seen.add(id(error))
+            shown.append(f"{error} {error!r} {error.args} {vars(error)}")
+            errors += [found for found in (error.__cause__, error.__context__) if found is not None]
+    return "\n".join(shown)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -255,6 +272,83 @@ def test_no_piece_of_a_password_is_shown_whatever_the_url(
                     assert_no_piece_is_shown(password, everything_shown(exc))
 
 
+def broken_forms(password: str) -> list[str]:
+    """Return URLs that put this password where libpq expects something else, or that libpq does not accept."""
+    plain = re.sub("[@/?&]", ";", password)
+    url = f"postgresql://user:{urllib.parse.quote(password, safe='')}@127.0.0.1:1/orders"
+    return [
+        f"postgresql://user:{plain}",
+        f"postgresql://user:{plain}/orders",
+        f"postgresql://user:secret@127.0.0.1:{plain}/orders",
+        f"postgresql://user:secret@127.0.0.1/orders?port={plain}",
+        f"{url}?connect_timeout={plain}",
+        f"{url}?sslmode={plain}",
+        f"{url}?{plain}",
+        f"{url}?{plain}=1",
+        url.replace("@", "%ff@"),
+        url.replace("@", "%00@"),
+        url.replace("@", "%zz@"),
+        url.replace("@", "\udcff@"),
+        url.replace("user:", "user:\0"),
+        f"postgres:/user:{password}@127.0.0.1:1/orders",
+        f"host=127.0.0.1 port=1 password='{plain}",
+        f"host=127.0.0.1 port={plain} password=secret",
+        f"{password} host=127.0.0.1 port=1",
+        password,
+    ]
+
+
+async def read_once(url: str) -> None:
+    async with AsyncPostgresOrderReader(url) as reader:
+        await reader.get("x")
+
+
+def take_snapshot(url: str) -> None:
+    with snapshot(url, application_name="tests"):
+        pass
+
+
+#: Every public call that takes a database URL.
+PLACES: dict[str, Callable[[str], object]] = {
+    "library": PostgresOrderRepository.connect,
+    "asyncio": lambda url: asyncio.run(read_once(url)),
+    "one connection": lambda url: connect(url, application_name="tests"),
+    "roles": lambda url: role_of("ORDERS_DATABASE_URL", url),
+    "consumer": lambda url: ConsumerStore(url, "group", time.monotonic).next_offsets("t", [0]),
+    "proof": take_snapshot,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_error_holds_a_piece_of_a_password_nor_do_its_causes_and_contexts(
+    place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unresolved(host: object, *_: object, **__: object) -> None:
+        raise OSError(-2, "Name or service not known", host)
+
+    monkeypatch.setattr("socket.getaddrinfo", unresolved)
+    rng = random.Random(place)
+    for password in passwords(rng, 25):
+        for url in (*broken_forms(password), *forms(password, "127.0.0.1:1")):
+            try:
+                PLACES[place](url)
+            except OrderlibError as exc:
+                try:
+                    raise RuntimeError("the caller's own error") from exc
+                except RuntimeError as wrapped:
+                    logging.exception("as a program would log it")
+                    assert_no_piece_is_shown(password, everything_shown(wrapped))
+    assert "the caller's own error" in caplog.text
+
+
+@pytest.mark.parametrize("url", [None, 5, b"postgresql://u:SECRET@127.0.0.1/orders"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_url_of_another_type_is_refused_without_its_value(place: str, url: Any) -> None:
+    with pytest.raises(TypeError, match="the database URL must be a str, not") as raised:
+        PLACES[place](url)
+    assert "SECRET" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -285,7 +379,7 @@ def test_a_service_that_is_not_defined_is_a_configuration_error(
 
 
 def test_a_password_that_is_not_utf_8_is_a_configuration_error_without_the_password() -> None:
+    secret = "s3cret"
     with pytest.raises(ConfigurationError, match="the database URL") as caught:
-        connect("postgresql://orders:s3cret\udcff@127.0.0.1:1/orders", application_name="tests")
-    assert "s3cret" not in str(caught.value)
-    assert caught.value.__suppress_context__
+        connect(f"postgresql://orders:{secret}\udcff@127.0.0.1:1/orders", application_name="tests")
+    assert secret not in everything_shown(caught.value)

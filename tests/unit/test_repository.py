@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import datetime as dt
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -64,6 +65,26 @@ def test_anything_else_is_refused_by_name(text: str) -> None:
     with pytest.raises(InvalidQuery) as refusal:
         Cursor.parse(text)
     assert str(refusal.value) == "cursor: expected a next_cursor as it was returned"
+
+
+def test_a_cursor_of_other_types_is_refused_without_its_value() -> None:
+    wrong: list[Any] = [None, 5, b"SECRET"]
+    for value in wrong:
+        kind = type(value).__name__
+        with pytest.raises(TypeError, match=f"first_stored_at must be a datetime, not {kind}$"):
+            Cursor(first_stored_at=value, order_uid="a")
+        with pytest.raises(TypeError, match=f"order_uid must be a str, not {kind}$"):
+            Cursor(first_stored_at=SAMPLE_ORDER.date_created, order_uid=value)
+        with pytest.raises(TypeError, match=f"text must be a str, not {kind}$"):
+            Cursor.parse(value)
+
+
+@pytest.mark.parametrize("order_uid", ["a\0b", "\ud800"])
+def test_a_cursor_is_a_place_that_every_store_can_compare(order_uid: str) -> None:
+    with pytest.raises(ValueError, match="order_uid"):
+        Cursor(first_stored_at=SAMPLE_ORDER.date_created, order_uid=order_uid)
+    with pytest.raises(ValueError, match="offset"):
+        Cursor(first_stored_at=SAMPLE_ORDER.date_created.replace(tzinfo=None), order_uid="a")
 
 
 @given(st.text())
