@@ -24,6 +24,7 @@ from orderlib.postgres.rows import JOINED_WIDTH, Row, order_from_rows, orders_fr
 from orderlib.repository import (
     COUNT_LIMIT,
     MAX_PAGE_ITEMS,
+    STORED_RECENTLY,
     Direction,
     ListQuery,
     Page,
@@ -119,15 +120,15 @@ class ReadQueries:
 
     def status(self) -> PQGen[Stats]:
         """See ``OrderRepository.status``."""
-        _, [(asked_at, newest_at)], [(lately,)], rejects, _ = yield from self._pipeline(
+        _, [(asked_at, newest_at)], [(recent,)], rejects, _ = yield from self._pipeline(
             _BEGIN,
             (queries.NEWEST_ORDER_TIME, ()),
-            (queries.COUNT_STORED_RECENTLY, [COUNT_LIMIT]),
+            (queries.COUNT_STORED_RECENTLY, [COUNT_LIMIT, STORED_RECENTLY]),
             (queries.COUNT_REJECTS, [COUNT_LIMIT, _CODES]),
             _COMMIT,
         )
         return Stats(
-            asked_at=asked_at, newest_first_stored_at=newest_at, stored_recently=lately, rejects_by_code=dict(rejects)
+            asked_at=asked_at, newest_first_stored_at=newest_at, stored_recently=recent, rejects_by_code=dict(rejects)
         )
 
     def schema(self) -> PQGen[tuple[Row, int | None]]:

@@ -8,7 +8,7 @@ import falcon
 from falcon.asgi import Request, Response
 
 from orderlib.errors import OrderNotFound
-from orderlib.repository import AsyncOrderReader
+from orderlib.repository import STORED_RECENTLY, AsyncOrderReader
 from services.api.deadline import with_deadline
 from services.api.pages import Pages
 
@@ -29,7 +29,7 @@ class HomeResource:
         if not query:
             page = await self._reader.list_orders()
             status = await self._reader.status()
-            self._pages.show(resp, "home.html", page=page, status=status, query="")
+            self._pages.show(resp, "home.html", page=page, status=status, stored_recently=STORED_RECENTLY, query="")
             return
         found = await self._search(query)
         if found is None:
