@@ -1,5 +1,5 @@
-# One image for every program of ours; which one runs is the command: python -m services.consumer, services.api, …
-# No settings and no secrets are in it, and nothing in it needs to be written while it runs, but for /tmp.
+# One image for all programs. The command selects one: python -m services.consumer, services.api, …
+# It contains no settings and no secrets. Its file system may be read-only, except for /tmp.
 
 FROM python:3.13-slim AS build
 COPY requirements/services.txt /tmp/services.txt
@@ -18,6 +18,6 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 WORKDIR /opt/app
-# A number, so that whoever starts it can tell that it is not root.
+# A number, so that Kubernetes can verify that the user is not root.
 USER 10001:10001
 CMD ["python", "-m", "services.admin", "--help"]

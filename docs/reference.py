@@ -1,7 +1,7 @@
 """``python -m docs.reference``: writes docs/reference.md, the library's reference, from its docstrings.
 
-It reads with ``inspect``, for what the page needs is little: signatures, docstrings, the ``#:`` line above a field, and
-the contract's rule on it, which neither pdoc nor griffe knows.
+It reads with ``inspect``. pdoc and Sphinx write HTML, griffe only collects, and none of them knows the contract's rule
+on each field, so with any of them most of this module would remain.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def public_names(module: ModuleType) -> list[str]:
 
 
 def make_page() -> str:
-    """The whole page. Raises LookupError for a public name, method or field that says nothing."""
+    """Return the page. Raises LookupError for a public name, method or field without a docstring."""
     parts = [INTRODUCTION]
     for module in MODULES:
         places = sorted((*_place(module, name), name) for name in public_names(module))

@@ -1,4 +1,4 @@
-"""What every store of orders promises, whatever it is made of."""
+"""The interface of every repository: Protocols, and the values that they take and return."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ MAX_PAGE_SIZE = 100
 #: A page ends early, before it has this number of items: one large page must not delay other readers.
 MAX_PAGE_ITEMS = 5_000
 
-#: ``status`` counts no further: a larger number would cost time and tell nobody more.
+#: ``status`` stops to count here: an exact larger number is not worth its time.
 COUNT_LIMIT = 10_000
+
+#: The period of ``Stats.stored_recently``.
+STORED_RECENTLY = dt.timedelta(minutes=5)
 
 
 class Outcome(enum.StrEnum):
-    """What became of an order or a record: exactly one of these."""
+    """The outcome of an order or a record: exactly one of these."""
 
     #: It became the current version.
     STORED = "stored"
@@ -38,7 +41,7 @@ class Outcome(enum.StrEnum):
     DUPLICATE = "duplicate"
     #: A later one of the same order_uid won.
     SUPERSEDED = "superseded"
-    #: It was refused, and kept as a reject.
+    #: It was refused and stored as a reject.
     REJECTED = "rejected"
 
 
@@ -91,9 +94,9 @@ class Cursor:
 
 @attrs.frozen(kw_only=True)
 class StoredOrder:
-    """An order with what the store knows about it."""
+    """An order with its times and its digest."""
 
-    #: Its current version.
+    #: The current version.
     order: Order
     #: When an order of this order_uid was stored for the first time; UTC. Updates never move it.
     first_stored_at: dt.datetime
@@ -120,15 +123,15 @@ class Page:
 
 @attrs.frozen(kw_only=True)
 class Stats:
-    """How the store is doing. No count goes past ``COUNT_LIMIT``."""
+    """Statistics of the store. No count is greater than ``COUNT_LIMIT``."""
 
-    #: The store's own time when it was asked; UTC.
+    #: The store's clock when it was asked; UTC.
     asked_at: dt.datetime
     #: ``first_stored_at`` of the newest order; ``None`` without orders.
     newest_first_stored_at: dt.datetime | None
     #: How many orders were first stored in the last five minutes.
     stored_recently: int
-    #: How many rejects are kept, for every code.
+    #: How many rejects are stored, for every code.
     rejects_by_code: Mapping[str, int]
     #: How many seconds the store is behind its primary at most; ``None`` if it is a primary. 0 means that a standby has
     #: replayed everything that it received over streaming replication. Otherwise it is the age of the last replayed
@@ -186,17 +189,16 @@ class ListQuery:
 
 
 class OrderRepository(Protocol):
-    """A store of whole orders.
+    """Stores and returns complete orders.
 
-    Every call is one transaction, or for reads one consistent look. Any may raise DatabaseUnavailable (an outage:
-    calling
-    again is safe, saving included) or ConfigurationError. An argument of another type than the one declared raises
-    TypeError,
-    which names the argument and never shows its value. A subclass of ``str`` is accepted, ``bool`` is not an ``int``.
+    Every call is one transaction; a read sees one snapshot. Every call may raise DatabaseUnavailable (an outage: it is
+    safe to repeat any call, also a write) or ConfigurationError. An argument of another type than the declared one
+    raises TypeError, which names the argument and never its value. A subclass of ``str`` is accepted; ``bool`` is not
+    an ``int``.
     """
 
     def get(self, order_uid: str) -> Order:
-        """The current version of an order, exactly as it was saved. Raises OrderNotFound."""
+        """Return the current version of an order, exactly as it was saved. Raises OrderNotFound."""
         ...
 
     def get_stored(self, order_uid: str) -> StoredOrder:
@@ -207,14 +209,14 @@ class OrderRepository(Protocol):
         ...
 
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
-        """The orders among these that exist, by order_uid, all as of one moment; as few queries as for one.
+        """Return those of these orders that exist, by order_uid, from one snapshot, with as many queries as for one.
 
-        Raises TypeError for one text instead of several.
+        Raises TypeError for a string instead of several.
         """
         ...
 
     def content_sha256(self, order_uid: str) -> bytes:
-        """The 32 bytes of ``orderlib.content_sha256`` for the current version, without reading it.
+        """Return the stored digest of the current version without reading the order (see ``StoredOrder``).
 
         Raises OrderNotFound.
         """
@@ -230,39 +232,31 @@ class OrderRepository(Protocol):
         ...
 
     def status(self) -> Stats:
-        """How the store is doing."""
+        """Return statistics of the store."""
         ...
 
     def save(self, order: Order) -> Outcome:
-        """Store an order, in one transaction: STORED or DUPLICATE; as ``save_many`` with one.
-
-        Raises what that raises.
-        """
+        """Store an order in one transaction: STORED or DUPLICATE. It raises what ``save_many`` raises."""
         ...
 
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
-        """Store the orders with their items, all or nothing, in one transaction; how many came to which outcome.
+        """Store the orders with their items, all or nothing, in one transaction. Return the count of each outcome.
 
-        Content that is stored already counts as DUPLICATE and changes no field; other content replaces the stored order
-        whole. Of several with the same order_uid the last wins and the others count as SUPERSEDED or DUPLICATE.
-        Raises RefusedByDatabase naming the order at fault; nothing is stored then.
-        Raises DatabaseUnavailable if the outcome is unknown, or TransactionConflict if other writers were in the way
-        again and again; calling again is safe.
+        Content that is stored already counts as DUPLICATE and changes no field. Other content replaces the complete
+        stored order. If several have the same order_uid, the last one wins, and the others count as SUPERSEDED or
+        DUPLICATE.
+
+        Raises RefusedByDatabase that names the order at fault; nothing is stored then.
+        Raises DatabaseUnavailable if the outcome is unknown, or TransactionConflict if the transaction conflicted with
+        other writers many times; it is safe to repeat the call.
         """
         ...
 
 
-class Filters(TypedDict, total=False):
-    """Which orders a list shows: those with exactly these values. Without a value, or with ``None``, all match."""
-
-    customer_id: str | None
-    track_number: str | None
-
-
 class AsyncOrderReader(Protocol):
-    """The reads of ``OrderRepository`` for asyncio: the same results, the same errors, each within a bounded time.
+    """The reads of ``OrderRepository`` for asyncio, with the same results and errors.
 
-    A store that does not answer in time raises DatabaseUnavailable.
+    Every read has a time limit, and raises DatabaseUnavailable if the store does not answer in time.
     """
 
     async def get(self, order_uid: str) -> Order:
@@ -290,7 +284,7 @@ class AsyncOrderReader(Protocol):
         ...
 
     async def check(self) -> float | None:
-        """Return ``Stats.replication_delay_s`` if the store answers and is fit to be read.
+        """Return ``Stats.replication_delay_s`` if the store can be read.
 
         Raises DatabaseUnavailable or ConfigurationError.
         """
@@ -305,7 +299,9 @@ def checked_type(name: str, value: object, kind: type[T]) -> T:
 
 
 def checked_uids(order_uids: Iterable[str]) -> list[str]:
-    """Return the order_uids, or raise TypeError. A text is an iterable of texts too, but its letters are not meant."""
+    """Return the order_uids as a list. Raises TypeError for a string: it is an iterable of its characters."""
     if isinstance(order_uids, str) or not isinstance(order_uids, Iterable):
-        raise TypeError(f"get_many takes several order_uids, not one {type(order_uids).__name__}; see get")
+        raise TypeError(
+            f"get_many takes several order_uids, not one {type(order_uids).__name__}; use get for one order"
+        )
     return [checked_type("an order_uid", uid, str) for uid in order_uids]

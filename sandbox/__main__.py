@@ -23,7 +23,7 @@ Without COMMAND it prints the ORDERS_... variables that lead to them as NAME=val
 are ready, and runs until Ctrl-C or SIGTERM. With COMMAND it runs that with the variables set, then takes both
 down and exits with its status (128 + n if signal n killed it).
 """
-#: How long an orderly end may take when our parent has died; after that we just go, and the servers with us.
+#: How long a clean stop may take after the parent process ended. Then this process exits, and the servers with it.
 ORPHAN_GRACE_S = 3.0
 
 
@@ -102,7 +102,7 @@ def _stop_once(number: int, _: FrameType | None) -> NoReturn:
 
 
 def _is_in_foreground() -> bool:
-    """Tell whether a Ctrl-C at the terminal reaches COMMAND without us, for it is in our process group."""
+    """Return whether a Ctrl-C at the terminal reaches COMMAND directly, because it is in this process group."""
     try:
         with Path("/dev/tty").open() as terminal:
             return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
@@ -111,7 +111,7 @@ def _is_in_foreground() -> bool:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Stop as on SIGTERM when the parent is no more; nobody would do it otherwise."""
+    """Stop as on SIGTERM when the parent process has ended."""
     while os.getppid() == parent:
         time.sleep(0.25)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,6 +1,6 @@
 """`make demo`: the whole way of an order, on the servers of the sandbox, until Ctrl-C.
 
-Runs the same commands with the same settings as anybody would; it needs the variables that `python -m sandbox` sets.
+Runs the documented commands with the usual settings. It needs the variables that `python -m sandbox` sets.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def environ_of(command: str, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _run(command: str, environ: Mapping[str, str]) -> None:
-    """Run one of our commands to its end. Raises SandboxError if it fails."""
+    """Run a program until it ends. Raises SandboxError if it fails."""
     _say(f"python -m services.{command}")
     done = subprocess.run(
         [sys.executable, "-m", *f"services.{command}".split()], env=environ_of(command, environ), check=False
@@ -104,7 +104,7 @@ def _run(command: str, environ: Mapping[str, str]) -> None:
 
 @contextmanager
 def _running(command: str, environ: Mapping[str, str], logs: Path) -> Iterator[None]:
-    """Run one of our commands meanwhile, and stop it cleanly at the end. Shows its log if that did not work."""
+    """Run a program during the block, then stop it cleanly. Print its log if that fails."""
     _say(f"python -m services.{command} &")
     log_path = logs / f"{command.partition(' ')[0]}.log"
     with log_path.open("ab") as log:
@@ -132,7 +132,7 @@ def _running(command: str, environ: Mapping[str, str], logs: Path) -> Iterator[N
 def _first_readable_order(url: str, stop_event: threading.Event) -> str:
     deadline = time.monotonic() + READABLE_WITHIN_S
     while time.monotonic() < deadline and not stop_event.is_set():
-        with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  our own address
+        with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  the address of the demo's API
             for found in json.load(answer)["orders"]:
                 return str(found["order_uid"])
         stop_event.wait(0.05)

@@ -20,7 +20,7 @@ FETCHES_AT_ONCE = 4
 
 
 def user_cache() -> Path:
-    """Return the folder that is ours to keep things in, between one run and the next."""
+    """Return the cache folder, which stays between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orderlib"
 
 

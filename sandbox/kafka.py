@@ -51,7 +51,7 @@ JVM_OPTIONS = (
     "-Xmx400m",
     "-XX:+UseSerialGC",
     "-XX:TieredStopAtLevel=1",  # starts a third sooner, on less memory
-    "-XX:-UsePerfData",  # a file outside our folder
+    "-XX:-UsePerfData",  # a file outside the sandbox's folder
     # Kafka does both, and Java 25 warns of each.
     "--enable-native-access=ALL-UNNAMED",
     "--sun-misc-unsafe-memory-access=allow",
@@ -74,7 +74,7 @@ def _random_id() -> str:
 
 
 class KafkaServer(Server):
-    """Kafka 4 as one node, without TLS or passwords; it makes no topic that nobody asked for.
+    """Kafka 4 as one node, without TLS or passwords; it never creates a topic automatically.
 
     Its jars are kept in `cache`, by default the user's own; the first start fetches them.
     """
@@ -117,7 +117,7 @@ class KafkaServer(Server):
     def _command(self, folder: Path) -> Sequence[str]:
         properties = folder / "server.properties"
         properties.write_text(self._properties(folder / "data"))
-        # What its compression libraries unpack goes to our folder, too.
+        # Its compression libraries unpack files, which belong in the sandbox's folder too.
         return [*self._java(), f"-Djava.io.tmpdir={folder}", "kafka.Kafka", str(properties)]
 
     def _answers(self) -> bool:
@@ -131,7 +131,7 @@ class KafkaServer(Server):
             cluster = client.list_topics(timeout=5)
         except KafkaException:
             return False
-        # Another one may have taken the port before ours could.
+        # Another process may have taken the port in the meantime.
         return str(cluster.cluster_id) == self._cluster_id and len(cluster.brokers) == 1
 
     def _finish_first_start(self) -> None:

@@ -1,4 +1,4 @@
-"""Both servers together, and the environment that leads our programs to them."""
+"""Both servers together, and the settings with which the programs connect to them."""
 
 import secrets
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ class Sandbox:
 
     postgres: PostgresServer
     kafka: KafkaServer
-    #: The settings of our programs. `admin bootstrap` makes the roles in its URLs, with these passwords.
+    #: The settings of the programs. `admin bootstrap` creates the roles of the URLs, with these passwords.
     environ: Mapping[str, str] = attrs.field(repr=False)
 
 

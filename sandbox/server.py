@@ -18,12 +18,12 @@ from typing import IO, ClassVar, Self
 
 START_WITHIN_S = 60.0
 STOP_WITHIN_S = 30.0
-#: How often another port is tried when somebody took the chosen one in between.
+#: How many ports are tried if another process takes the chosen one in the meantime.
 PORT_ATTEMPTS = 5
 
 GUARD = Path(__file__).with_name("guard.py")
 # The new process waits here until the guard knows its pid. If we are killed before that, it reads the
-# end of its input instead of a line, and never becomes a server that nobody would end.
+# end of its input instead of a line, and never becomes a server without a guard.
 GATE = ("/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "sh")
 
 
@@ -32,7 +32,7 @@ class SandboxError(Exception):
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody listens on just now.
+    """Return a free TCP port of 127.0.0.1.
 
     It lies below the range that systems give to outgoing connections. In that range another program's
     connection may sit on the port while a server is stopped; and a client that tries to reach a stopped
@@ -137,7 +137,7 @@ class Server(ABC):
             raise
 
     def close(self) -> None:
-        """End the server at once, and remove its folder; harmless if there is none."""
+        """Kill the server and remove its folder. Idempotent."""
         if self._process is not None:
             self._end(self._deadly_signal)
         if self._guard is not None:

@@ -1,4 +1,4 @@
-"""What all programs that use Kafka share: one client for requests, the causes of its failures, and records."""
+"""What the programs share for Kafka: a client for requests, the causes of its failures, and records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 #: A request to the cluster is given up after this.
 ANSWER_S = 10.0
 
-#: A wrong setting is the cause if librdkafka reports it again and again for this long, several times a second.
+#: A wrong setting is the cause if librdkafka repeats the error for this long (it does so several times a second).
 _BROKEN_S = 4.0
 _REPORTED_AGAIN_S = 3.0
 
@@ -111,7 +111,7 @@ class Cluster:
                 return answer
 
     def unreachable(self) -> OrderlibError:
-        """Why there is no answer, as far as librdkafka has reported it."""
+        """Return the error for a request without an answer, with the cause that librdkafka reported."""
         self.admin.poll(0)
         if self._wrong is not None and time.monotonic() - self._wrong_at_s < _REPORTED_AGAIN_S:
             return self._wrong_setting(self._wrong)
@@ -223,20 +223,20 @@ def _topic_id(description: TopicDescription) -> str:
     """Return the topic id as text, and free what the client library leaks.
 
     confluent-kafka (2.16) keeps one reference too many to the Uuid of each description, 96 bytes a call. Comparing
-    with an object of our own tells whether the installed release does.
+    with the test object below shows whether the installed release does.
     """
     topic_id = str(description.topic_id).replace("/", "_").replace("+", "-")
-    if _references(description) > _references(_OwnUuid()):
+    if _references(description) > _references(_ReferenceUuid()):
         _forget_reference(description.topic_id)
     return topic_id
 
 
-class _OwnUuid:
+class _ReferenceUuid:
     def __init__(self) -> None:
         self.topic_id = Uuid(0, 1)
 
 
-def _references(holder: TopicDescription | _OwnUuid) -> int:
+def _references(holder: TopicDescription | _ReferenceUuid) -> int:
     return sys.getrefcount(holder.topic_id)
 
 
@@ -251,7 +251,7 @@ _headers_of = operator.methodcaller("headers")
 
 
 def record_of(message: Message, topic_id: str) -> Record:
-    """A delivered message as a record."""
+    """Convert a delivered message to a record."""
     headers: Headers | None
     try:
         headers = cast("Headers", tuple(_headers_of(message) or ()))
@@ -269,6 +269,6 @@ def record_of(message: Message, topic_id: str) -> Record:
 
 
 def known(value: T | None) -> T:
-    """What librdkafka always sets on a message that it delivers."""
+    """Return a value that librdkafka sets on every delivered message."""
     assert value is not None
     return value

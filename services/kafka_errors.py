@@ -240,7 +240,7 @@ _NAMES: dict[ErrorAction, tuple[str, ...]] = {
         "UNKNOWN_SUBSCRIPTION_ID",
         "UNSUPPORTED_ENDPOINT_TYPE",
         "VOTER_NOT_FOUND",
-        # Wrong use of the client: a fault in our code.
+        # Wrong use of the client: a bug in the programs.
         "_APPLICATION",
         "_CONFLICT",
         "_EXISTING_SUBSCRIPTION",

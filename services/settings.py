@@ -100,7 +100,7 @@ class Address:
 
     @classmethod
     def parse(cls, name: str, text: str) -> Address:
-        """The address in ``host:port``. Raises ConfigurationError naming the variable."""
+        """Parse ``host:port``, or raise ConfigurationError with the variable's name."""
         found = _HOST_AND_PORT.fullmatch(text)
         if not found or int(found["port"]) > 65535:
             raise ConfigurationError(f"{name} must be host:port")
@@ -120,7 +120,7 @@ class KafkaSettings:
 
     @classmethod
     def from_mapping(cls, environ: Mapping[str, str]) -> KafkaSettings:
-        """Read the settings. Raises ConfigurationError, also for a property that a promise rests on."""
+        """Read the settings. Raises ConfigurationError, also for a property that a promise depends on."""
         properties = {
             name.removeprefix(_KAFKA_PREFIX).lower().replace("_", "."): value
             for name, value in environ.items()
@@ -128,7 +128,7 @@ class KafkaSettings:
         }
         for reserved in sorted(RESERVED_KAFKA_PROPERTIES & properties.keys()):
             name = _KAFKA_PREFIX + reserved.upper().replace(".", "_")
-            raise ConfigurationError(f"{name} cannot be set: what orderlib promises rests on its own {reserved}")
+            raise ConfigurationError(f"{name} cannot be set: orderlib depends on its own value of {reserved}")
         return cls(
             bootstrap_servers=_required(environ, "ORDERS_KAFKA_BOOTSTRAP_SERVERS"),
             topic=environ.get("ORDERS_TOPIC") or "orders",
@@ -136,7 +136,7 @@ class KafkaSettings:
         )
 
     def client_properties(self) -> dict[str, str]:
-        """What every librdkafka client is made with."""
+        """Return the properties of every librdkafka client."""
         return {
             **self.properties,
             "bootstrap.servers": self.bootstrap_servers,
@@ -158,7 +158,7 @@ class ConsumerSettings:
     max_record_bytes: int
     #: ``ORDERS_METRICS_BIND`` (``127.0.0.1:9101``): /metrics, /livez, /readyz.
     metrics_bind: Address
-    #: ``ORDERS_BREAKER_FRACTION`` (0.95): stop when so many of the last 1,000 records were refused; 0 switches it off.
+    #: ``ORDERS_BREAKER_FRACTION`` (0.95): stop if this fraction of the last 1,000 records was refused; 0 = off.
     breaker_fraction: float
 
     @classmethod
@@ -188,12 +188,12 @@ class ApiSettings:
     #: a load balancer, which otherwise sends requests on connections that are being closed.
     keepalive_s: int = 75
     #: ``ORDERS_API_TOKENS``: name:token, several with commas; a name is for the logs, so that a token can be rotated.
-    #: Empty only with ``ORDERS_API_AUTH=off``, which takes requests to localhost alone.
+    #: Empty only with ``ORDERS_API_AUTH=off``, which serves localhost only.
     tokens: Mapping[str, str] = attrs.field(repr=False)
 
     @classmethod
     def from_mapping(cls, environ: Mapping[str, str]) -> ApiSettings:
-        """Read the settings. Raises ConfigurationError, also where nobody said who may read."""
+        """Read the settings. Raises ConfigurationError, also if neither tokens nor ORDERS_API_AUTH=off are set."""
         bind = Address.parse("ORDERS_API_BIND", environ.get("ORDERS_API_BIND") or "127.0.0.1:8080")
         if environ.get("ORDERS_API_AUTH") == "off" and not bind.is_loopback:
             raise ConfigurationError("ORDERS_API_BIND must be localhost, 127.0.0.1 or [::1] where ORDERS_API_AUTH=off")
@@ -206,7 +206,7 @@ class ApiSettings:
         )
 
     def name_of(self, token: str) -> str | None:
-        """Whose token this is, compared in constant time; ``None`` for nobody's."""
+        """Return the name of a token, or ``None`` if it is unknown. The comparison takes constant time."""
         found = None
         for name, known in self.tokens.items():
             if hmac.compare_digest(known.encode(), token.encode()):
@@ -230,7 +230,7 @@ def _tokens(environ: Mapping[str, str]) -> dict[str, str]:
     tokens: dict[str, str] = {}
     for number, pair in enumerate(text.split(","), 1):
         name, colon, token = pair.strip().partition(":")
-        # Without a colon, or with an empty name, what is there may be a token: no message quotes any of it.
+        # Without a colon, or with an empty name, the text may be a token, so no message quotes it.
         for is_wrong, reason in (
             (not pair.strip(), "is empty"),
             (not colon, "is not name:token"),
@@ -252,5 +252,5 @@ def max_record_bytes(environ: Mapping[str, str]) -> int:
 
 
 def database_url(environ: Mapping[str, str], name: str) -> str:
-    """One of the database URLs, by its variable. No URL stands in for another."""
+    """Return the database URL in this variable. There is no fallback to another one."""
     return _required(environ, name)

@@ -139,14 +139,14 @@ ORDER BY o.first_stored_at {sort}, o.order_uid {sort} LIMIT $1
 """
 
 
-#: The newest order, the new ones of the last five minutes, and the rejects by code; nothing is counted further than $1.
+#: The newest order, the number of orders of the last $2, and the rejects by code; every count stops at $1.
 NEWEST_ORDER_TIME: LiteralString = """
 SELECT now(), (SELECT first_stored_at FROM orders ORDER BY first_stored_at DESC, order_uid DESC LIMIT 1)
 """
 COUNT_STORED_RECENTLY: LiteralString = """
 SELECT count(*) FROM (
-    SELECT 1 FROM orders WHERE first_stored_at > now() - interval '5 minutes' LIMIT $1
-) lately
+    SELECT 1 FROM orders WHERE first_stored_at > now() - $2::interval LIMIT $1
+) recent
 """
 COUNT_REJECTS: LiteralString = """
 SELECT asked.code, (SELECT count(*) FROM (SELECT 1 FROM rejects r WHERE r.code = asked.code LIMIT $1) found)

@@ -24,6 +24,7 @@ from orderlib.postgres.rows import JOINED_WIDTH, Row, order_from_rows, orders_fr
 from orderlib.repository import (
     COUNT_LIMIT,
     MAX_PAGE_ITEMS,
+    STORED_RECENTLY,
     Direction,
     ListQuery,
     Page,
@@ -119,10 +120,10 @@ class ReadQueries:
 
     def status(self) -> PQGen[Stats]:
         """See ``OrderRepository.status``."""
-        _, [(asked_at, newest_at)], [(lately,)], rejects, [(delay_s,)], _ = yield from self._pipeline(
+        _, [(asked_at, newest_at)], [(recent,)], rejects, [(delay_s,)], _ = yield from self._pipeline(
             _BEGIN,
             (queries.NEWEST_ORDER_TIME, ()),
-            (queries.COUNT_STORED_RECENTLY, [COUNT_LIMIT]),
+            (queries.COUNT_STORED_RECENTLY, [COUNT_LIMIT, STORED_RECENTLY]),
             (queries.COUNT_REJECTS, [COUNT_LIMIT, _CODES]),
             (queries.REPLICATION_DELAY, ()),
             _COMMIT,
@@ -130,7 +131,7 @@ class ReadQueries:
         return Stats(
             asked_at=asked_at,
             newest_first_stored_at=newest_at,
-            stored_recently=lately,
+            stored_recently=recent,
             rejects_by_code=dict(rejects),
             replication_delay_s=delay_s,
         )

@@ -13,6 +13,7 @@ from orderlib.ingestion.records import PreparedOrder, StoredVersion, plan_writes
 from orderlib.models import Order
 from orderlib.repository import (
     COUNT_LIMIT,
+    STORED_RECENTLY,
     Cursor,
     Direction,
     ListOptions,
@@ -24,9 +25,6 @@ from orderlib.repository import (
     checked_type,
     checked_uids,
 )
-
-#: What ``status`` means by lately.
-STORED_RECENTLY = dt.timedelta(minutes=5)
 
 
 def _utc_now() -> dt.datetime:
@@ -83,11 +81,11 @@ class MemoryOrderRepository:
         now = self._clock()
         with self._lock:
             stored_at = [stored.first_stored_at for stored in self._stored.values()]
-        lately = sum(moment > now - STORED_RECENTLY for moment in stored_at)
+        recent = sum(moment > now - STORED_RECENTLY for moment in stored_at)
         return Stats(
             asked_at=now,
             newest_first_stored_at=max(stored_at, default=None),
-            stored_recently=min(lately, COUNT_LIMIT),
+            stored_recently=min(recent, COUNT_LIMIT),
             rejects_by_code={refusal.code: 0 for refusal in RejectedError.__subclasses__()},
             replication_delay_s=None,
         )

@@ -9,7 +9,7 @@ import falcon
 from falcon.asgi import Request, Response
 
 from orderlib.errors import OrderNotFound
-from orderlib.repository import AsyncOrderReader
+from orderlib.repository import STORED_RECENTLY, AsyncOrderReader
 from services.api.deadline import with_deadline
 from services.api.pages import Pages
 
@@ -34,8 +34,15 @@ class HomeResource:
             page = await self._reader.list_orders()
             status = await self._reader.status()
             delay_s = status.replication_delay_s or 0.0
-            behind = dt.timedelta(seconds=delay_s) if delay_s > SHOWN_DELAY_S else None
-            self._pages.show(resp, "home.html", page=page, status=status, behind=behind, query="")
+            self._pages.show(
+                resp,
+                "home.html",
+                page=page,
+                status=status,
+                stored_recently=STORED_RECENTLY,
+                behind=dt.timedelta(seconds=delay_s) if delay_s > SHOWN_DELAY_S else None,
+                query="",
+            )
             return
         found = await self._search(query)
         if found is None:

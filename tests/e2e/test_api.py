@@ -1,4 +1,4 @@
-"""What the API answers, asked over HTTP."""
+"""The answers of the API over HTTP."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def guarded(module_database: Database, store: object) -> Iterator[Service]:  # n
         yield service
 
 
-def test_an_order_comes_back_as_it_was_sent(api: Service) -> None:
+def test_an_order_is_returned_as_it_was_sent(api: Service) -> None:
     answer = api.get(SAMPLE_PATH)
     assert answer.status == 200
     assert orderlib.decode_order(answer.body) == SAMPLE
@@ -58,7 +58,7 @@ def test_an_order_comes_back_as_it_was_sent(api: Service) -> None:
     assert answer.headers["Vary"] == "Accept, Authorization"
 
 
-def test_an_order_is_found_by_its_uid_where_its_transaction_differs(
+def test_an_order_is_found_by_its_uid_if_its_transaction_differs(
     api: Service, store: orderlib.PostgresOrderRepository
 ) -> None:
     differing = order("differs", payment=attrs.evolve(SAMPLE.payment, transaction="another"))
@@ -75,7 +75,7 @@ def test_any_order_uid_that_the_contract_allows_makes_a_url(
     assert json.loads(api.get(f"/orders/{order_uid}").body)["order_uid"] == order_uid
 
 
-def test_head_says_what_get_would_and_sends_no_body(api: Service) -> None:
+def test_head_has_the_headers_of_get_and_no_body(api: Service) -> None:
     get, head = api.get(SAMPLE_PATH), api.get(SAMPLE_PATH, method="HEAD")
     assert head.body == b""
     unlike = {"date", "x-request-id"}
@@ -86,7 +86,7 @@ def test_head_says_what_get_would_and_sends_no_body(api: Service) -> None:
 
 @pytest.mark.parametrize("known", [ETAG, f"W/{ETAG}", f'"other", {ETAG}', f'"a,b",{ETAG}', "*"])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_a_client_that_has_the_current_version_is_told_so(api: Service, known: str, method: str) -> None:
+def test_a_client_that_has_the_current_version_gets_304(api: Service, known: str, method: str) -> None:
     answer = api.get(SAMPLE_PATH, {"If-None-Match": known}, method=method)
     assert answer.status == 304
     assert answer.body == b""
@@ -96,7 +96,7 @@ def test_a_client_that_has_the_current_version_is_told_so(api: Service, known: s
 
 
 @pytest.mark.parametrize("known", ['"other"', f"W/{ETAG[:-2]}0", "", "nonsense", '"'])
-def test_any_other_version_gets_the_current_one(api: Service, known: str) -> None:
+def test_a_client_that_has_another_version_gets_the_current_one(api: Service, known: str) -> None:
     answer = api.get(SAMPLE_PATH, {"If-None-Match": known})
     assert answer.status == 200
     assert answer.headers["ETag"] == ETAG
@@ -125,13 +125,13 @@ def test_the_list_shows_each_order_once_newest_first(api: Service, store: orderl
         assert len(answer.json["orders"]) == expected
         seen += [listed["order_uid"] for listed in answer.json["orders"]]
         cursor = f"&cursor={answer.json['next_cursor']}"
-        # An update in between moves nothing.
+        # An update does not move the order.
         store.save(order(uids[3], customer_id="listed", entry=f"updated after {len(seen)}"))
     assert seen == uids[::-1]
     assert cursor == "&cursor=None"
 
 
-def test_the_list_holds_orders_as_they_were_sent(api: Service, store: orderlib.PostgresOrderRepository) -> None:
+def test_the_list_has_orders_as_they_were_sent(api: Service, store: orderlib.PostgresOrderRepository) -> None:
     whole = order("in-list", customer_id="in-list", items=[*SAMPLE.items, *SAMPLE.items])
     store.save(whole)
     answer = api.get("/orders?customer_id=in-list")
@@ -139,7 +139,7 @@ def test_the_list_holds_orders_as_they_were_sent(api: Service, store: orderlib.P
     assert answer.headers["Cache-Control"] == "private, no-cache"
 
 
-def test_filters_are_exact_and_both_must_hold(api: Service, store: orderlib.PostgresOrderRepository) -> None:
+def test_filters_are_exact_and_an_order_must_match_both(api: Service, store: orderlib.PostgresOrderRepository) -> None:
     for uid, customer, track in [("f1", "Ann", "T1"), ("f2", "Ann", "T2"), ("f3", "ann", "T1"), ("f4", "Ann ", "T1")]:
         store.save(order(uid, customer_id=customer, track_number=track))
 
@@ -161,7 +161,7 @@ def test_filters_are_exact_and_both_must_hold(api: Service, store: orderlib.Post
         # 2026-01-01T00:00:00+00:00 and an order_uid with U+0000.
         "cursor=" + base64.urlsafe_b64encode(b"2026-01-01T00:00:00+00:00 a\0b").decode().rstrip("="),
         *(f"customer_id={'x' * 256}", "track_number=%00", "customer_id=a&customer_id=b"),
-        # Taken for no filter at all, these would show everybody's orders.
+        # If these were ignored, the list would show the orders of all customers.
         *("customer_id=", "track_number", "custmer_id=a"),
     ],
 )
@@ -231,11 +231,11 @@ def test_raw_json_for_a_browser_is_what_a_program_gets(api: Service) -> None:
     assert answer.body == api.get(SAMPLE_PATH).body
 
 
-def test_the_names_of_media_types_have_no_case(api: Service) -> None:
+def test_media_types_ignore_case(api: Service) -> None:
     assert api.get(SAMPLE_PATH, {"Accept": "Text/HTML"}).headers["Content-Type"].startswith("text/html")
 
 
-def test_a_request_for_a_websocket_is_answered_as_any_other(guarded: Service) -> None:
+def test_a_websocket_handshake_is_answered_as_plain_http(guarded: Service) -> None:
     upgrade = {
         "Connection": "Upgrade",
         "Upgrade": "websocket",
@@ -275,7 +275,7 @@ def basic(user: str, password: str) -> dict[str, str]:
         {"Authorization": "secret-1"},
     ],
 )
-def test_without_a_known_token_there_is_nothing_to_see(guarded: Service, path: str, headers: dict[str, str]) -> None:
+def test_without_a_known_token_no_order_is_shown(guarded: Service, path: str, headers: dict[str, str]) -> None:
     answer = guarded.get(path, headers)
     assert answer.status == 401
     assert "Bearer" in answer.headers["WWW-Authenticate"]
@@ -292,7 +292,7 @@ def test_without_a_known_token_there_is_nothing_to_see(guarded: Service, path: s
         (basic("", "secret-1"), "old"),
     ],
 )
-def test_each_known_token_opens_and_is_logged_by_its_name(guarded: Service, headers: dict[str, str], name: str) -> None:
+def test_each_known_token_is_accepted_and_logged_by_name(guarded: Service, headers: dict[str, str], name: str) -> None:
     answer = guarded.get(SAMPLE_PATH, headers)
     assert answer.status == 200
     [line] = [e for e in guarded.events("request") if e["request_id"] == answer.headers["X-Request-Id"]]
@@ -316,7 +316,7 @@ def test_without_tokens_localhost_is_served(api: Service, host: str) -> None:
 
 @pytest.mark.parametrize("host", ["orders.example", "localhost.example", "127.0.0.1.example:80", "", "10.0.0.1"])
 def test_without_tokens_no_other_host_is_served(api: Service, host: str) -> None:
-    """A page elsewhere could otherwise read orders through its visitor's browser, by a name that leads here."""
+    """Otherwise a website could read orders in a visitor's browser through DNS rebinding."""
     answer = api.get(SAMPLE_PATH, {"Host": host})
     assert answer.status in (400, 421)
     assert SAMPLE.delivery.name not in answer.text
@@ -325,7 +325,7 @@ def test_without_tokens_no_other_host_is_served(api: Service, host: str) -> None
 @pytest.mark.parametrize(
     "path", ["/", SAMPLE_PATH, "/orders", "/orders/nobody", "/nowhere", "/static/style.css", "/livez"]
 )
-def test_every_answer_forbids_what_the_pages_do_not_need(api: Service, path: str) -> None:
+def test_every_answer_has_the_security_headers(api: Service, path: str) -> None:
     for answer in (api.get(path), api.page(path)):
         policy = answer.headers["Content-Security-Policy"]
         assert "default-src 'none'" in policy
@@ -338,7 +338,7 @@ def test_every_answer_forbids_what_the_pages_do_not_need(api: Service, path: str
             assert "style=" not in answer.text
 
 
-def test_metrics_count_by_route_on_their_own_address(api: Service) -> None:
+def test_metrics_on_a_separate_address_count_by_route(api: Service) -> None:
     def counted(line: str) -> float:
         text = api.get("/metrics", address=api.metrics_address).text
         return sum(float(found.rpartition(" ")[2]) for found in text.splitlines() if found.startswith(line))
@@ -353,7 +353,7 @@ def test_metrics_count_by_route_on_their_own_address(api: Service) -> None:
     assert api.get(SAMPLE_PATH, address=api.metrics_address).status == 404
 
 
-def test_the_log_tells_of_each_request_and_of_nobody(guarded: Service, store: orderlib.PostgresOrderRepository) -> None:
+def test_the_log_has_no_personal_data(guarded: Service, store: orderlib.PostgresOrderRepository) -> None:
     private = attrs.evolve(SAMPLE.delivery, name="Ludmila Privat", email="l@privat.example")
     store.save(order("logged", delivery=private, customer_id="customer-of-log"))
     token = bearer("secret-1")
@@ -374,7 +374,7 @@ def test_the_log_tells_of_each_request_and_of_nobody(guarded: Service, store: or
     assert "secret-1" not in log
 
 
-def test_openapi_describes_orders_by_the_one_contract(api: Service) -> None:
+def test_openapi_has_the_schema_of_the_contract(api: Service) -> None:
     document = api.get("/openapi.json").json
     assert document["openapi"].startswith("3.1")
     schema = {"$ref": "#/components/schemas/Order", "components": document["components"]}
@@ -428,7 +428,7 @@ def test_an_order_is_escaped_on_every_page(api: Service, store: orderlib.Postgre
         assert '"><script' not in page
 
 
-def test_looking_up_leads_to_the_order_the_track_number_or_the_customer(
+def test_a_search_finds_an_order_a_track_number_or_a_customer(
     api: Service, store: orderlib.PostgresOrderRepository
 ) -> None:
     store.save(order("look-up", track_number="Look/Up&1", customer_id="Look Ü"))

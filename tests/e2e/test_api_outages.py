@@ -1,4 +1,4 @@
-"""A database that refuses, is cut off, freezes, is locked or restarts: the API says so in time, and comes back."""
+"""The database refuses, is cut off, freezes, is locked or restarts: the API answers in time and recovers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.cable import Cable, cable
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 PATH = f"/orders/{SAMPLE.order_uid}"
 
-#: DESIGN.md's bounds, and what a busy machine may add.
+#: The promised time limits, and the time that a busy machine may add.
 REFUSED_WITHIN_S = 2.0
 FROZEN_WITHIN_S = 5.0
 
@@ -70,7 +70,7 @@ def threads(api: Service) -> int:
     return len(list(Path(f"/proc/{worker}/task").iterdir()))
 
 
-def test_a_refusing_database_is_said_within_two_seconds(api: Service, wire: Cable) -> None:
+def test_a_database_that_refuses_connections_means_503_within_two_seconds(api: Service, wire: Cable) -> None:
     assert api.get(PATH).status == 200
     wire.cut()
     try:
@@ -96,21 +96,21 @@ def test_a_silent_first_host_fails_no_request(stored: Database) -> None:
             assert service.get("/readyz").status == 200
 
 
-def test_connections_that_died_while_idle_fail_no_request(api: Service, wire: Cable) -> None:
+def test_lost_idle_connections_fail_no_request(api: Service, wire: Cable) -> None:
     assert {answer.status for answer in ask_at_once(api, 16)} == {200}
     wire.cut()
     wire.mend()
     assert {answer.status for answer in ask_at_once(api, 16)} == {200}
 
 
-def test_a_frozen_database_is_said_within_five_seconds_and_holds_no_threads(api: Service, wire: Cable) -> None:
+def test_a_frozen_database_means_503_within_five_seconds_and_blocks_nothing_else(api: Service, wire: Cable) -> None:
     assert {answer.status for answer in ask_at_once(api, 16)} == {200}
     before = threads(api)
     wire.freeze()
     try:
         with ThreadPoolExecutor(1) as aside:
             asked = aside.submit(ask_at_once, api, 60)
-            # Meanwhile whoever needs no database does not notice.
+            # Meanwhile requests that need no database are answered as usual.
             assert max(api.get("/livez").seconds for _ in range(20)) < 1
             assert_unavailable(asked.result(), FROZEN_WITHIN_S)
         assert api.get("/readyz").status == 503
@@ -120,14 +120,14 @@ def test_a_frozen_database_is_said_within_five_seconds_and_holds_no_threads(api:
     assert eventually(lambda: api.get(PATH).status == 200, 5)
 
 
-def test_behind_a_lock_readers_are_told_and_the_database_is_not_filled_with_them(
+def test_reads_behind_a_lock_get_503_and_do_not_fill_the_database_with_connections(
     api: Service, stored: Database
 ) -> None:
     with psycopg.connect(stored.superuser_url) as locker:
         locker.execute("LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
         answers = ask_at_once(api, 40)
         assert_unavailable(answers, FROZEN_WITHIN_S)
-        # Those who got no connection are told sooner.
+        # Requests without a connection are answered sooner.
         assert sorted(answer.seconds for answer in answers)[20] < REFUSED_WITHIN_S
 
         def waiting() -> int:
@@ -141,7 +141,7 @@ def test_behind_a_lock_readers_are_told_and_the_database_is_not_filled_with_them
     assert eventually(lambda: api.get(PATH).status == 200, 5)
 
 
-def test_stopped_backends_are_given_up_and_replaced(api: Service, stored: Database) -> None:
+def test_stopped_backends_are_abandoned_and_replaced(api: Service, stored: Database) -> None:
     assert api.get(PATH).status == 200
     with psycopg.connect(stored.superuser_url, autocommit=True) as superuser:
         backends = [pid for (pid,) in superuser.execute(BACKENDS)]
@@ -157,13 +157,13 @@ def test_stopped_backends_are_given_up_and_replaced(api: Service, stored: Databa
             os.kill(pid, signal.SIGCONT)
 
 
-def test_an_order_a_304_and_a_page_cost_what_they_should(api: Service, wire: Cable, stored: Database) -> None:
-    """Statements executed, BEGIN and COMMIT included."""
+def test_an_order_a_304_and_a_page_execute_few_statements(api: Service, wire: Cable, stored: Database) -> None:
+    """Counts include BEGIN and COMMIT."""
     with orderlib.connect(stored.writer_url) as repository:
         repository.save_many(attrs.evolve(SAMPLE, order_uid=f"cost-{n}") for n in range(30))
 
     def cost(path: str, **headers: str) -> int:
-        # Everything prepared, one connection at rest.
+        # Now all statements are prepared and one connection is idle.
         api.get(path, headers)
         before = wire.executed
         assert api.get(path, headers).status in (200, 304)
@@ -185,7 +185,7 @@ def test_an_api_that_starts_before_its_database_waits_for_it(stored: Database) -
             assert early.get(PATH).status == 200
 
 
-def test_nobody_sees_half_of_an_order_that_is_being_rewritten(api: Service, stored: Database) -> None:
+def test_no_client_sees_a_mixture_of_two_versions(api: Service, stored: Database) -> None:
     def version(letter: str, items: int) -> orderlib.Order:
         item = attrs.evolve(SAMPLE.items[0], name=letter)
         return attrs.evolve(

@@ -1,4 +1,4 @@
-"""The API as a program: how it starts, how it stops, and who cannot hold it up."""
+"""The API as a program: start, stop, settings, and clients that try to block it."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def api(stored: Database) -> Iterator[Service]:
 
 @pytest.fixture
 def mortal(stored: Database) -> Iterator[Service]:
-    """One for the test alone, to end as it likes."""
+    """An API for one test, which may stop or kill it."""
     with serving(settings_for(stored.reader_url)) as service:
         yield service
 
 
 def refused(environ: dict[str, str]) -> str:
-    """The one line that it says when it will not start."""
+    """Return the one line that the API logs when it refuses to start."""
     ended = subprocess.run(
         [sys.executable, "-m", "services.api"],
         env=environ,
@@ -97,7 +97,7 @@ def test_wrong_settings_are_named_in_one_line(stored: Database, changed: dict[st
     assert "secret" not in line
 
 
-def test_a_database_that_is_not_fit_is_named_in_one_line(stored: Database, empty_database: Database) -> None:
+def test_a_database_without_schema_is_named_in_one_line(stored: Database, empty_database: Database) -> None:
     with connect(empty_database.superuser_url, application_name="tests") as superuser:
         bootstrap(superuser, role_passwords(empty_database))
     assert "services.admin migrate" in refused(settings_for(empty_database.reader_url))
@@ -132,7 +132,7 @@ def test_a_stop_is_clean(mortal: Service, number: signal.Signals) -> None:
         mortal.get("/livez")
 
 
-def test_a_stop_finishes_what_it_began_and_waits_for_nobody_else(stored: Database) -> None:
+def test_a_stop_finishes_requests_and_does_not_wait_for_idle_connections(stored: Database) -> None:
     with cable(stored.reader_url) as wire, serving(settings_for(wire.url)) as api, ThreadPoolExecutor(1) as pool:
         assert api.get(PATH).status == 200
         with clients(api, 5, HALF_A_REQUEST), clients(api, 5, b""):
@@ -147,13 +147,13 @@ def test_a_stop_finishes_what_it_began_and_waits_for_nobody_else(stored: Databas
 
 
 @pytest.mark.parametrize("sent", [b"", HALF_A_REQUEST, b"G"])
-def test_two_hundred_idle_or_half_sent_connections_delay_nobody(api: Service, sent: bytes) -> None:
+def test_two_hundred_idle_or_half_sent_requests_delay_no_other_client(api: Service, sent: bytes) -> None:
     with clients(api, 200, sent):
         assert eventually(lambda: api.connections() == 200, 5)
         assert max(api.get(PATH).seconds for _ in range(30)) < 1
 
 
-def test_clients_that_do_not_take_their_answers_delay_nobody(api: Service) -> None:
+def test_clients_that_do_not_read_delay_no_other_client(api: Service) -> None:
     request = b"GET /orders?limit=100 HTTP/1.1\r\nHost: localhost\r\n\r\n"
     before = len(api.events("request"))
     with clients(api, 50, request):
@@ -165,7 +165,7 @@ ANSWERED = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def assert_served(api: Service) -> None:
-    """A new client is served by both addresses within a second."""
+    """Assert that both addresses answer a new client within a second."""
     for _ in range(5):
         for path, address in [(PATH, None), ("/livez", None), ("/readyz", None), ("/metrics", api.metrics_address)]:
             answer = api.get(path, address=address)
@@ -173,9 +173,9 @@ def assert_served(api: Service) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", HALF_A_REQUEST, ANSWERED])
-def test_two_thousand_idle_connections_lock_nobody_out(api: Service, sent: bytes) -> None:
+def test_two_thousand_idle_connections_lock_no_client_out(api: Service, sent: bytes) -> None:
     with clients(api, 2_000, sent, answered=sent is ANSWERED):
-        # Idle begins once they are accepted: that takes 0.3 s of CPU time, and 2,000 requests take more.
+        # A connection is idle once it is accepted: that takes 0.3 s of CPU time, and 2,000 requests take more.
         assert eventually(lambda: api.connections() >= 2_000, 20)
         assert_served(api)
     assert eventually(lambda: api.connections() == 0, 10)
@@ -190,7 +190,7 @@ def test_at_its_limit_it_closes_the_connections_that_were_idle_longest(mortal: S
     used = http.client.HTTPConnection(mortal.address, timeout=20)
     for _ in range(2):
         with clients(mortal, 600, ANSWERED, answered=True):
-            # 600 others have been idle for longer than this one.
+            # 600 other connections have been idle for longer.
             used.request("GET", PATH)
             assert used.getresponse().read() == orderlib.encode_order(SAMPLE)
             with clients(mortal, 600, b""):
@@ -203,7 +203,7 @@ def test_at_its_limit_it_closes_the_connections_that_were_idle_longest(mortal: S
     assert [told for told in mortal.events() if told["level"] == "error"] == []
 
 
-def test_a_flood_of_one_address_leaves_the_other_alone(api: Service) -> None:
+def test_a_flood_on_one_address_does_not_affect_the_other(api: Service) -> None:
     host, _, port = api.metrics_address.rpartition(":")
     used = http.client.HTTPConnection(api.address, timeout=20)
     used.request("GET", PATH)
@@ -267,7 +267,7 @@ def assert_promised(answer: Answer) -> None:
 
 
 @pytest.mark.parametrize("sent", UNREADABLE)
-def test_what_is_not_http_gets_a_problem_a_log_line_and_a_count(api: Service, sent: bytes) -> None:
+def test_invalid_http_gets_a_problem_a_log_line_and_a_count(api: Service, sent: bytes) -> None:
     def counted() -> float:
         lines = api.get("/metrics", address=api.metrics_address).text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if "total{" in line and "unreadable" in line)
@@ -312,7 +312,7 @@ HEADER_VALUES = st.binary(max_size=40).map(lambda value: value.replace(b"\n", b"
     path=st.sampled_from([b"/", b"/orders", b"/orders/%ff", b"/livez", b"*", b"http://x/orders", b"//", b"/%00?a=%ff"]),
     headers=st.lists(st.tuples(st.sampled_from(HEADER_NAMES), HEADER_VALUES), max_size=3),
 )
-def test_whatever_a_client_sends_it_gets_an_answer_as_promised(
+def test_any_request_gets_the_promised_answer(
     api: Service, method: bytes, path: bytes, headers: list[tuple[bytes, bytes]]
 ) -> None:
     lines = [method + b" " + path + b" HTTP/1.1", b"Host: localhost", *(b": ".join(header) for header in headers)]
@@ -323,7 +323,7 @@ def test_whatever_a_client_sends_it_gets_an_answer_as_promised(
 
 
 def test_metrics_need_no_file(stored: Database, tmp_path: Path) -> None:
-    """A full disk cannot stop the API, and nothing remains of it after a SIGKILL."""
+    """A full disk cannot stop the API, and a SIGKILL leaves no file behind."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     with serving(settings_for(stored.reader_url, TMPDIR=str(folder), WEB_CONCURRENCY="2")) as api:
@@ -352,7 +352,7 @@ def _answers(api: Service) -> bool:
         return False
 
 
-def test_a_gunicorn_that_lacks_what_is_used_is_named(stored: Database) -> None:
+def test_a_gunicorn_without_a_required_part_is_named(stored: Database) -> None:
     without = "from gunicorn.workers import gasgi; del gasgi.ASGIWorker._shutdown"
     ended = subprocess.run(
         [
@@ -371,7 +371,7 @@ def test_a_gunicorn_that_lacks_what_is_used_is_named(stored: Database) -> None:
     assert "has no _shutdown: install the version in requirements/services.txt" in line
 
 
-def test_early_closes_leave_nothing_behind(api: Service, stored: Database) -> None:
+def test_clients_that_close_early_leave_nothing_behind(api: Service, stored: Database) -> None:
     for _ in range(5):
         with clients(api, 40, f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()):
             pass
@@ -393,7 +393,7 @@ def test_early_closes_leave_nothing_behind(api: Service, stored: Database) -> No
         assert sessions("%transaction%") == 0
 
 
-def test_a_killed_worker_is_replaced_and_nobody_gets_a_wrong_answer(mortal: Service) -> None:
+def test_a_killed_worker_is_replaced_and_no_client_gets_a_wrong_answer(mortal: Service) -> None:
     assert mortal.get(PATH).status == 200
     [worker] = mortal.workers()
     expected = orderlib.encode_order(SAMPLE)
@@ -421,11 +421,11 @@ def test_a_killed_worker_is_replaced_and_nobody_gets_a_wrong_answer(mortal: Serv
             stop.set()
         assert all(one.result() > 0 for one in asking)
     text = mortal.get("/metrics", address=mortal.metrics_address).text
-    # What the killed one counted is not lost.
+    # The counts of the killed worker are not lost.
     assert sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if "requests_total{" in line) >= before
 
 
-def test_a_reload_changes_the_workers_and_refuses_nobody(mortal: Service) -> None:
+def test_a_reload_replaces_the_workers_and_refuses_no_client(mortal: Service) -> None:
     assert mortal.get(PATH).status == 200
     before = mortal.workers()
     mortal.process.send_signal(signal.SIGHUP)

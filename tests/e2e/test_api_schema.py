@@ -1,4 +1,4 @@
-"""The running server against its own description."""
+"""The running server against its OpenAPI document."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 
 
 def test_the_server_does_what_its_openapi_document_says(module_database: Database, tmp_path: Path) -> None:
-    """Schemathesis makes requests from the document, good and bad, and judges the answers by it."""
+    """Schemathesis generates valid and invalid requests from the document and checks the answers against it."""
     with orderlib.connect(module_database.writer_url) as repository:
         repository.save_many(attrs.evolve(SAMPLE, order_uid=f"n-{n}") for n in range(25))
     environ = settings_for(module_database.reader_url, ORDERS_API_TOKENS="schemathesis:token")
@@ -29,7 +29,7 @@ def test_the_server_does_what_its_openapi_document_says(module_database: Databas
                 *("--header", "Authorization: Bearer token", "--no-color"),
                 *("--max-examples", "6", "--seed", str(int.from_bytes(os.urandom(2)))),
                 *("--request-timeout", "10"),
-                # A cursor is opaque: the document cannot say which texts were once given.
+                # A cursor is opaque, so the document cannot say which texts are valid.
                 *("--checks", "all", "--exclude-checks", "positive_data_acceptance"),
             ],
             cwd=tmp_path,

@@ -121,7 +121,10 @@ def blocks(page: str) -> list[Block]:
     return [Block(*block) for block in found]
 
 
-#: Printed after each block that was run, to tell what each showed.
+# Sybil makes each block a test in this process. That does not fit: the blocks of a page are one shell session with
+# servers in the background, they need a topic and a database of their own, and a reader's Python is a new process.
+
+#: Printed after each block that was run, to separate their output.
 END_OF_BLOCK = "=== end of block ==="
 
 

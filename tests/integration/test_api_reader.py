@@ -1,4 +1,4 @@
-"""Reading orders from asyncio: the same results and errors as from a thread, and connections that are given back."""
+"""Reads from asyncio: the same results and errors as from a thread, and no connection is lost."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def read(module_database: Database, store: object) -> Callable[[Callable[[AsyncO
 Read = Callable[[Callable[[AsyncOrderReader], Awaitable[T]]], T]
 
 
-def test_every_read_gives_what_the_repository_gives(
+def test_every_read_returns_what_the_repository_returns(
     store: orderlib.PostgresOrderRepository, module_database: Database
 ) -> None:
     async def compare() -> None:
         async with AsyncPostgresOrderReader(module_database.reader_url) as reader:
             assert await reader.get("u-3") == store.get("u-3")
             assert await reader.get_stored("u-3") == store.get_stored("u-3")
-            uids = ["u-1", "nobody", "u-2", "a\0b"]
+            uids = ["u-1", "missing", "u-2", "a\0b"]
             assert await reader.get_many(uids) == store.get_many(uids)
             assert await reader.content_sha256("u-5") == store.content_sha256("u-5")
             assert await reader.list_orders(limit=5) == store.list_orders(limit=5)
@@ -70,43 +70,43 @@ def test_every_read_gives_what_the_repository_gives(
             assert await reader.list_orders(cursor=after, direction=Direction.NEWER, limit=3) == store.list_orders(
                 cursor=after, direction=Direction.NEWER, limit=3
             )
-            ours, theirs = await reader.status(), store.status()
-            assert attrs.evolve(ours, asked_at=theirs.asked_at) == theirs
+            actual, expected = await reader.status(), store.status()
+            assert attrs.evolve(actual, asked_at=expected.asked_at) == expected
             await reader.check()
 
     asyncio.run(compare())
 
 
-@pytest.mark.parametrize("order_uid", ["nobody", "", "a\0b", "\ud800", "x" * 10_000])
-def test_what_is_not_there_is_not_found(read: Read[object], order_uid: str) -> None:
+@pytest.mark.parametrize("order_uid", ["missing", "", "a\0b", "\ud800", "x" * 10_000])
+def test_a_missing_order_is_not_found(read: Read[object], order_uid: str) -> None:
     with pytest.raises(OrderNotFound):
         read(lambda reader: reader.get(order_uid))
     with pytest.raises(OrderNotFound):
         read(lambda reader: reader.content_sha256(order_uid))
 
 
-def test_a_filter_that_no_order_can_have_finds_none(read: Read[orderlib.Page]) -> None:
+def test_a_filter_that_no_order_can_match_finds_nothing(read: Read[orderlib.Page]) -> None:
     assert read(lambda reader: reader.list_orders(customer_id="a\0b")).orders == ()
 
 
-def test_a_limit_outside_its_bounds_is_a_mistake(read: Read[object]) -> None:
+def test_a_limit_outside_its_bounds_is_an_invalid_query(read: Read[object]) -> None:
     with pytest.raises(ValueError, match="limit"):
         read(lambda reader: reader.list_orders(limit=0))
 
 
-def test_a_mistake_leaves_the_connection_usable(module_database: Database, store: object) -> None:  # noqa: ARG001
+def test_an_invalid_query_leaves_the_connection_usable(module_database: Database, store: object) -> None:  # noqa: ARG001
     async def ask() -> Order:
         async with AsyncPostgresOrderReader(module_database.reader_url, max_connections=1) as reader:
             with pytest.raises(ValueError, match="limit"):
                 await reader.list_orders(limit=101)
             with pytest.raises(OrderNotFound):
-                await reader.get("nobody")
+                await reader.get("missing")
             return await reader.get("u-1")
 
     assert asyncio.run(ask()).order_uid == "u-1"
 
 
-def test_a_cancelled_read_gives_its_connection_back(module_database: Database, store: object) -> None:  # noqa: ARG001
+def test_a_cancelled_read_releases_its_connection(module_database: Database, store: object) -> None:  # noqa: ARG001
     async def ask() -> None:
         with cable(module_database.reader_url) as wire:
             async with AsyncPostgresOrderReader(wire.url, max_connections=1) as reader:
@@ -129,7 +129,7 @@ def test_more_readers_than_connections_take_turns(module_database: Database, sto
     assert [order.order_uid for order in asyncio.run(ask())] == [f"u-{n % 12}" for n in range(100)]
 
 
-def test_an_outage_and_a_broken_set_up_are_told_apart(module_database: Database, empty_database: Database) -> None:
+def test_an_outage_is_not_a_configuration_error(module_database: Database, empty_database: Database) -> None:
     async def ask(url: str) -> None:
         async with AsyncPostgresOrderReader(url) as reader:
             await reader.get("u-1")
@@ -154,8 +154,8 @@ def test_a_check_notices_a_table_that_cannot_be_read(database: Database) -> None
         asyncio.run(check())
 
 
-def test_the_reader_sets_utc_and_a_bound_on_statements(module_database: Database, store: object) -> None:  # noqa: ARG001
-    """A lock keeps it waiting; PostgreSQL itself ends the statement, and nothing waits on there."""
+def test_postgresql_ends_a_statement_that_waits_for_a_lock(module_database: Database, store: object) -> None:  # noqa: ARG001
+    """The statement does not continue to wait in PostgreSQL after the read has ended."""
 
     async def ask() -> None:
         async with AsyncPostgresOrderReader(module_database.reader_url) as reader:

@@ -1,4 +1,4 @@
-"""A headless Chromium, as Debian's packages chromium and chromium-driver bring it, with JavaScript switched off."""
+"""A headless Chromium (Debian packages chromium and chromium-driver) with JavaScript switched off."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _chromium() -> Iterator[WebDriver]:
         *("disable-background-networking", "disable-component-update", "disable-sync", "disable-dev-shm-usage"),
     ):
         options.add_argument(f"--{flag}")
-    # The pages must not need it, and must not run what somebody wrote into an order.
+    # The pages must work without it, and must not run a script in an order.
     options.add_experimental_option("prefs", {"profile.managed_default_content_settings.javascript": 2})
     browser = webdriver.Chrome(options, DriverService(driver))
     yield browser
@@ -40,14 +40,14 @@ def _chromium() -> Iterator[WebDriver]:
 
 @pytest.fixture
 def browser(_chromium: WebDriver) -> WebDriver:
-    """The browser, wide, light, at an empty page."""
+    """The browser with an empty page, a wide window and the light scheme."""
     _chromium.get("about:blank")
     show(_chromium, WIDE)
     return _chromium
 
 
 def show(browser: WebDriver, size: tuple[int, int], scheme: str = "light") -> None:
-    """Make the window so large, and prefer light or dark."""
+    """Set the size of the window and the preferred color scheme."""
     width, height = size
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
@@ -60,13 +60,13 @@ def show(browser: WebDriver, size: tuple[int, int], scheme: str = "light") -> No
 
 @pytest.fixture(scope="module")
 def store(module_database: Database) -> Iterator[orderlib.PostgresOrderRepository]:
-    """Where a test puts its orders."""
+    """The repository for the orders of a test."""
     with orderlib.connect(module_database.writer_url) as repository:
         yield repository
 
 
 @pytest.fixture(scope="module")
 def api(module_database: Database) -> Iterator[Service]:
-    """The service, reading them."""
+    """The API over these orders."""
     with serving(settings_for(module_database.reader_url)) as service:
         yield service

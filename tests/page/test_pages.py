@@ -1,4 +1,4 @@
-"""What a person with a browser can do, and cannot be made to suffer."""
+"""The pages in a browser: search, paging, escaping, keyboard, layout, contrast."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ def texts(browser: WebDriver, selector: str) -> list[str]:
 
 
 @contextmanager
-def leading_on(browser: WebDriver) -> Iterator[None]:
-    """What is done in the block leads to another page; at its end that page is there."""
+def page_change(browser: WebDriver) -> Iterator[None]:
+    """Run the block, which leads to another page, and wait for that page."""
     left = one(browser, "html")
     yield
     WebDriverWait(browser, 10).until(staleness_of(left))
 
 
-def look_up(browser: WebDriver, text: str) -> None:
+def search(browser: WebDriver, text: str) -> None:
     field = one(browser, "#q")
     field.clear()
-    with leading_on(browser):
+    with page_change(browser):
         field.send_keys(text, Keys.ENTER)
 
 
 def click(browser: WebDriver, selector: str) -> None:
-    with leading_on(browser):
+    with page_change(browser):
         one(browser, selector).click()
 
 
@@ -63,12 +63,12 @@ def path_of(browser: WebDriver) -> str:
     return "/" + browser.current_url.split("/", 3)[3]
 
 
-def test_an_order_is_looked_up_by_its_uid(
+def test_an_order_is_found_by_its_uid(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
 ) -> None:
     store.save(order("page-1", delivery=attrs.evolve(SAMPLE.delivery, name="Ada Lovelace")))
     browser.get(f"http://{api.address}/")
-    look_up(browser, "  page-1 ")
+    search(browser, "  page-1 ")
     assert path_of(browser) == "/orders/page-1"
     assert one(browser, "h1").text == "Order page-1"
     assert "Ada Lovelace" in texts(browser, "dd")
@@ -76,32 +76,32 @@ def test_an_order_is_looked_up_by_its_uid(
     assert "26 Nov 2021, 06:22 UTC" in one(browser, "main").text
 
 
-@pytest.mark.parametrize("looked_up", ["T/rack & 1", "Kund\N{LATIN SMALL LETTER O WITH DIAERESIS} 1"])
-def test_orders_are_looked_up_by_track_number_or_customer(
-    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, looked_up: str
+@pytest.mark.parametrize("query", ["T/rack & 1", "Kund\N{LATIN SMALL LETTER O WITH DIAERESIS} 1"])
+def test_orders_are_found_by_track_number_or_customer(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, query: str
 ) -> None:
     store.save(order("page-2", track_number="T/rack & 1", customer_id="Kund\N{LATIN SMALL LETTER O WITH DIAERESIS} 1"))
     browser.get(f"http://{api.address}/")
-    look_up(browser, looked_up)
-    assert looked_up in one(browser, "h1").text
+    search(browser, query)
+    assert query in one(browser, "h1").text
     assert texts(browser, "tbody th") == ["page-2"]
     click(browser, "tbody a")
     assert path_of(browser) == "/orders/page-2"
 
 
-def test_what_is_not_there_is_said_and_can_be_corrected(
+def test_a_search_without_result_says_so_and_can_be_corrected(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
 ) -> None:
     store.save(order("page-3"))
     browser.get(f"http://{api.address}/")
-    look_up(browser, "page-4")
+    search(browser, "page-4")
     assert one(browser, "h1").text == "Nothing found"
     assert one(browser, "#q").get_attribute("value") == "page-4"
-    look_up(browser, "page-3")
+    search(browser, "page-3")
     assert one(browser, "h1").text == "Order page-3"
 
 
-def test_the_list_is_paged_through_to_its_end_and_back(
+def test_the_list_can_be_paged_to_its_end_and_back(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
 ) -> None:
     uids = [f"paged-{n:02}" for n in range(45)]
@@ -121,7 +121,7 @@ def test_the_list_is_paged_through_to_its_end_and_back(
     assert back == pages[::-1]
 
 
-def test_the_newest_orders_are_at_the_start(
+def test_the_newest_orders_are_on_the_start_page(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
 ) -> None:
     for n in range(21):
@@ -132,7 +132,7 @@ def test_the_newest_orders_are_at_the_start(
     assert texts(browser, "tbody th")[0] == "newest-0"
 
 
-def test_the_status_strip_tells_how_the_store_is_doing(
+def test_the_status_strip_shows_the_newest_order_and_the_rejects(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, module_database: Database
 ) -> None:
     with orderlib.postgres.connections.connect(module_database.superuser_url, application_name="tests") as connection:
@@ -144,7 +144,7 @@ def test_the_status_strip_tells_how_the_store_is_doing(
     browser.get(f"http://{api.address}/")
     status = dict(zip(texts(browser, ".status dt"), texts(browser, ".status dd"), strict=True))
     assert status["Newest order"].endswith(" s ago")
-    assert int(status["Stored in 5 minutes"]) >= 1
+    assert int(status["Stored in 5 min"]) >= 1
     assert status["Rejects"] == "3 invalid order"
     assert status["Database"] == "answers"
 
@@ -172,7 +172,7 @@ def test_a_hostile_order_stays_text(browser: WebDriver, api: Service, store: ord
     assert browser.find_elements(By.CSS_SELECTOR, "script, img") == []
 
 
-def test_raw_json_is_one_click_away_and_exactly_what_programs_get(
+def test_raw_json_is_one_click_away_and_equals_what_programs_get(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
 ) -> None:
     store.save(order("raw"))
@@ -200,20 +200,20 @@ def test_everything_can_be_reached_with_the_keyboard_alone(
     assert field.get_attribute("id") == "q"
     field.send_keys("keys")
     assert press(Keys.TAB).text == "Find"
-    with leading_on(browser):
+    with page_change(browser):
         press(Keys.ENTER)
     assert texts(browser, "tbody th") == ["keys-1"]
     # Past the header, the next stop is the order.
     press(Keys.TAB).send_keys(Keys.ENTER)
     link = press(Keys.TAB)
     assert link.text == "keys-1"
-    with leading_on(browser):
+    with page_change(browser):
         link.send_keys(Keys.ENTER)
     assert one(browser, "h1").text == "Order keys-1"
 
 
 def longest() -> Order:
-    """An order in which every text is as long as it may be, without a blank."""
+    """Return an order in which every text has its greatest length and no space."""
     item = attrs.evolve(SAMPLE.items[0], name="W" * 1024, brand="W" * 255, size="W" * 64, rid="W" * 255)
     return order(
         "W" * 128,
@@ -240,7 +240,7 @@ def test_nothing_is_wider_than_the_window(
     assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
 
 
-#: WCAG's contrast of each text with the nearest background that is not transparent.
+#: The WCAG contrast of each text with the nearest background that is not transparent.
 CONTRASTS = """
 const light = (colour) => {
   const [r, g, b] = colour.match(/[\\d.]+/g).map(Number).map((c) => {
@@ -281,7 +281,7 @@ def test_every_text_stands_out_from_its_background(
 
 
 @pytest.mark.parametrize("path", ["/", f"/orders/{SAMPLE.order_uid}", "/orders", "/?q=nothing", "/nowhere"])
-def test_a_screen_reader_finds_its_way(
+def test_a_screen_reader_finds_landmarks_headings_and_tables(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, path: str
 ) -> None:
     store.save(SAMPLE)
@@ -295,7 +295,7 @@ def test_a_screen_reader_finds_its_way(
         assert table.find_elements(By.CSS_SELECTOR, "thead th:not([scope=col]), tbody th:not([scope=row])") == []
 
 
-def test_a_browser_gives_its_token_as_a_password(
+def test_a_browser_sends_its_token_as_a_password(
     browser: WebDriver, store: orderlib.PostgresOrderRepository, module_database: Database
 ) -> None:
     store.save(order("guarded"))

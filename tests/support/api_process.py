@@ -1,4 +1,4 @@
-"""The API as its users meet it: a process of its own, spoken to over HTTP."""
+"""Run the API as a process, and send it HTTP requests."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 
-#: What a client sends that then falls silent.
+#: The first part of a request; the client then sends nothing more.
 HALF_A_REQUEST = b"GET /orders/x HTTP/1.1\r\nHost: localhost\r\nX-Half: "
 
 
 def eventually(condition: Callable[[], bool], within_s: float) -> bool:
-    """Poll until the condition holds; whether it did in time."""
+    """Poll until the condition is true. Return whether that happened in time."""
     deadline = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > deadline:
@@ -38,7 +38,7 @@ def eventually(condition: Callable[[], bool], within_s: float) -> bool:
 
 @attrs.frozen
 class Answer:
-    """What came back."""
+    """An HTTP response."""
 
     status: int
     headers: http.client.HTTPMessage
@@ -68,7 +68,7 @@ class Service:
         return int(self.address.rpartition(":")[2])
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
-        """The log so far, or the events of one name."""
+        """Return the log events so far, or those of one name."""
         # The last line may be half-written.
         lines = self._stderr.read_text().rpartition("\n")[0].splitlines()
         events = [json.loads(line) for line in lines]
@@ -83,7 +83,7 @@ class Service:
         address: str | None = None,
         timeout_s: float = 20,
     ) -> Answer:
-        """One request on a connection of its own."""
+        """Send a request on a new connection."""
         connection = http.client.HTTPConnection(address or self.address, timeout=timeout_s)
         begin = time.monotonic()
         try:
@@ -95,7 +95,7 @@ class Service:
             connection.close()
 
     def raw(self, sent: bytes, address: str | None = None) -> Answer:
-        """The answer to these bytes, on a connection of its own."""
+        """Send these bytes on a new connection, and return the response."""
         host, _, port = (address or self.address).rpartition(":")
         begin = time.monotonic()
         with socket.create_connection((host, int(port)), timeout=20) as client:
@@ -106,15 +106,15 @@ class Service:
             return Answer(response.status, response.headers, body, time.monotonic() - begin)
 
     def page(self, path: str) -> Answer:
-        """One request as a browser makes it."""
+        """Send a request as a browser does."""
         return self.get(path, {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"})
 
     def workers(self) -> list[int]:
-        """The worker processes."""
+        """Return the ids of the worker processes."""
         return [child.pid for child in psutil.Process(self.process.pid).children()]
 
     def connections(self) -> int:
-        """How many clients the workers are connected with, on the API's address."""
+        """Return the number of connections to the API's address."""
         return sum(
             found.status == psutil.CONN_ESTABLISHED and found.laddr.port == self.port
             for worker in self.workers()
@@ -122,7 +122,7 @@ class Service:
         )
 
     def accepts(self) -> bool:
-        """Whether it takes new connections."""
+        """Tell whether the API accepts a new connection."""
         try:
             socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
         except OSError:
@@ -130,14 +130,14 @@ class Service:
         return True
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Tell it to stop; its exit status."""
+        """Stop the API with a signal. Return its exit status."""
         self.process.send_signal(number)
         return self.process.wait(15)
 
 
 @contextmanager
 def serving(environ: Mapping[str, str]) -> Iterator[Service]:
-    """``python -m services.api`` with these settings, listening; gone at the end, however the test went."""
+    """Run ``python -m services.api`` until the block ends, and yield it once it listens."""
     with tempfile.TemporaryDirectory() as folder:
         stderr = Path(folder) / "stderr"
         with stderr.open("wb") as log:
@@ -160,7 +160,7 @@ def serving(environ: Mapping[str, str]) -> Iterator[Service]:
 
 
 def settings_for(reader_url: str, **more: str) -> dict[str, str]:
-    """An environment that has the API read from there, on free ports, for everybody on this machine."""
+    """Return an environment for the API: this database, free ports, no tokens unless given."""
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(("ORDERS_", "WEB_CONCURRENCY"))},
         "ORDERS_READER_URL": reader_url,
@@ -174,7 +174,7 @@ def settings_for(reader_url: str, **more: str) -> dict[str, str]:
 
 @contextmanager
 def clients(api: Service, number: int, sent: bytes, *, answered: bool = False) -> Iterator[list[socket.socket]]:
-    """Connect a number of clients, send this from each, and do nothing more; perhaps wait for the answers."""
+    """Connect a number of clients and send the same bytes from each. Wait for the answers if ``answered``."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 2 * number:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(2 * number, hard), hard))

@@ -1,4 +1,4 @@
-"""Bounds of the API that no real client should have to wait for in a test."""
+"""Time limits of the API that are too long to wait for in a test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from services.api import deadline
 from services.api.server import SEND_TIMEOUT_S, _Protocol
 
 
-def test_an_answer_of_many_reads_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_of_several_reads_has_one_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deadline, "ANSWER_TIMEOUT_S", 0.01)
 
     @deadline.with_deadline
@@ -27,34 +27,34 @@ def test_an_answer_of_many_reads_ends_in_time(monkeypatch: pytest.MonkeyPatch) -
 
 @attrs.define
 class Transport:
-    """A connection with so much to be taken, and the timer of its loop."""
+    """A connection with unsent bytes, and the timer of its event loop."""
 
-    waiting: int
+    unsent: int
     aborted: bool = False
-    look: Callable[[], None] | None = None
+    check: Callable[[], None] | None = None
 
     def get_write_buffer_size(self) -> int:
-        return self.waiting
+        return self.unsent
 
     def abort(self) -> None:
         self.aborted = True
 
     def call_later(self, seconds: float, callback: Callable[[int], None], before: int) -> None:
         assert seconds == SEND_TIMEOUT_S
-        self.look = lambda: callback(before)
+        self.check = lambda: callback(before)
 
     def time_passes(self) -> None:
-        assert self.look is not None
-        self.look()
+        assert self.check is not None
+        self.check()
 
 
-def test_a_client_that_takes_its_answer_slowly_gets_it_whole_and_one_that_takes_nothing_is_closed() -> None:
+def test_a_client_that_reads_slowly_gets_the_complete_answer_and_one_that_reads_nothing_is_closed() -> None:
     protocol = object.__new__(_Protocol)
-    transport = Transport(waiting=1_000)
+    transport = Transport(unsent=1_000)
     protocol.transport, protocol.worker = transport, SimpleNamespace(loop=transport)
     protocol._check_sending()
-    for waiting in (900, 500, 1):
-        transport.waiting = waiting
+    for unsent in (900, 500, 1):
+        transport.unsent = unsent
         transport.time_passes()
         assert not transport.aborted
     transport.time_passes()

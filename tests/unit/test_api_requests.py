@@ -1,4 +1,4 @@
-"""Whatever a client sends, the application answers as promised: no server error, no answer without its headers."""
+"""For any request, the application answers without a server error and with the promised headers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Headers = list[tuple[bytes, bytes]]
 
 @attrs.frozen
 class Reader:
-    """The repository in memory, for asyncio."""
+    """The in-memory repository for asyncio."""
 
     repository: MemoryOrderRepository
 
@@ -59,13 +59,13 @@ class Answer:
 
 @attrs.define
 class Application:
-    """The API in this process, with what it logs."""
+    """The API in this process, with its log records."""
 
     app: Api
     metrics: Metrics
     logged: list[EventDict]
 
-    def ask(self, path: str = "/", query: bytes = b"", headers: Headers | None = None, method: str = "GET") -> Answer:
+    def send(self, path: str = "/", query: bytes = b"", headers: Headers | None = None, method: str = "GET") -> Answer:
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
@@ -83,7 +83,7 @@ class Application:
         sent: list[dict[str, Any]] = []
 
         async def receive() -> dict[str, Any]:
-            await asyncio.Event().wait()  # a body that never comes
+            await asyncio.Event().wait()  # the body never arrives
             raise AssertionError
 
         async def send(message: dict[str, Any]) -> None:
@@ -116,11 +116,11 @@ def application() -> Iterator[Application]:
         yield Application(app, metrics, logged)
 
 
-def assert_promised(application: Application, **request: Any) -> Answer:
-    """Ask, and check what holds for every answer."""
+def request_and_check(application: Application, **request: Any) -> Answer:
+    """Send a request, and check what holds for every answer."""
     application.logged.clear()
     before = application.counted()
-    answer = application.ask(**request)
+    answer = application.send(**request)
     assert answer.status < 500, answer
     assert {name.lower(): value for name, value in SECURITY_HEADERS.items()}.items() <= answer.headers.items()
     assert answer.headers["x-request-id"]
@@ -140,7 +140,7 @@ def assert_promised(application: Application, **request: Any) -> Answer:
 
 
 PATHS = st.sampled_from(
-    ["/", "/orders", f"/orders/{ORDER.order_uid}", "/orders/nobody", "/static/style.css", "/nowhere", *sorted(OPEN)]
+    ["/", "/orders", f"/orders/{ORDER.order_uid}", "/orders/missing", "/static/style.css", "/nowhere", *sorted(OPEN)]
 )
 METHODS = st.sampled_from([*map(str, HTTPMethod), "BREW", "WEBSOCKET", "websocket", "get"])
 NAMES = st.sampled_from(
@@ -183,7 +183,7 @@ def test_without_a_token_every_request_is_answered_with_401(
 ) -> None:
     if any(TOKEN.encode() in value or base64.b64encode(b":" + TOKEN.encode()) in value for _, value in headers):
         headers = []
-    answer = assert_promised(application, path=path, query=query, headers=headers, method=method)
+    answer = request_and_check(application, path=path, query=query, headers=headers, method=method)
     if path not in OPEN:
         assert answer.status == 401
 
@@ -192,12 +192,12 @@ def test_without_a_token_every_request_is_answered_with_401(
 @example(path="/orders", query=b"", headers=[(b"accept", b"foo")], method="GET")
 @example(path="/", query=b"q=%00", headers=[(b"accept", b"text/html")], method="GET")
 @example(path="/orders", query=b"", headers=[(b"content-length", b"x")], method="POST")
-def test_with_a_token_no_request_is_an_error_of_the_server(
+def test_with_a_token_no_request_causes_a_server_error(
     application: Application, path: str, query: bytes, headers: Headers, method: str
 ) -> None:
     known = (b"authorization", b"Bearer " + TOKEN.encode())
     others = [(name, value) for name, value in headers if name != b"authorization"]
-    assert_promised(application, path=path, query=query, headers=[known, *others], method=method)
+    request_and_check(application, path=path, query=query, headers=[known, *others], method=method)
 
 
 def with_token(*headers: tuple[bytes, bytes]) -> Headers:
@@ -216,10 +216,8 @@ def with_token(*headers: tuple[bytes, bytes]) -> Headers:
         (b"a/b," * 100_000, 406, "application/problem+json"),
     ],
 )
-def test_unreadable_media_ranges_are_disregarded(
-    application: Application, accept: bytes, status: int, kind: str
-) -> None:
-    answer = assert_promised(application, path="/orders", headers=with_token((b"accept", accept)))
+def test_invalid_media_ranges_are_ignored(application: Application, accept: bytes, status: int, kind: str) -> None:
+    answer = request_and_check(application, path="/orders", headers=with_token((b"accept", accept)))
     assert (answer.status, answer.headers["content-type"]) == (status, kind)
 
 
@@ -246,23 +244,23 @@ def test_unreadable_media_ranges_are_disregarded(
 )
 @pytest.mark.parametrize("accept", [b"application/json", b"text/html"])
 def test_no_parameter_is_ignored(application: Application, path: str, query: str, named: str, accept: bytes) -> None:
-    answer = assert_promised(application, path=path, query=query.encode(), headers=with_token((b"accept", accept)))
+    answer = request_and_check(application, path=path, query=query.encode(), headers=with_token((b"accept", accept)))
     assert answer.status == 400
     assert f"{named}: expected" in answer.body.decode()
 
 
 def test_a_cursor_carries_its_direction(application: Application) -> None:
-    """Going back with ``~`` gives the page before, as JSON and as a page."""
-    first = json.loads(application.ask("/orders", b"limit=1", with_token()).body)
+    """The link to newer orders leads back to the page before."""
+    first = json.loads(application.send("/orders", b"limit=1", with_token()).body)
     second = json.loads(
-        application.ask("/orders", f"limit=1&cursor={first['next_cursor']}".encode(), with_token()).body
+        application.send("/orders", f"limit=1&cursor={first['next_cursor']}".encode(), with_token()).body
     )
-    page = application.ask(
+    page = application.send(
         "/orders", f"limit=1&cursor={first['next_cursor']}".encode(), with_token((b"accept", b"text/html"))
     )
     [newer] = re.findall(r'rel="prev" href="/orders\?cursor=(~[\w-]+)&', page.body.decode())
     assert first["orders"] != second["orders"]
-    assert json.loads(application.ask("/orders", f"cursor={newer}&limit=1".encode(), with_token()).body) == {
+    assert json.loads(application.send("/orders", f"cursor={newer}&limit=1".encode(), with_token()).body) == {
         "orders": first["orders"],
         "next_cursor": None,
     }
@@ -277,7 +275,7 @@ def test_the_etag_of_an_order_is_the_stored_digest_for_200_and_304(application: 
     app = application_over(repository)
     path, etag = f"/orders/{ORDER.order_uid}", f'"{bytes(32).hex()}"'
     for headers, status in [([], 200), ([(b"if-none-match", b"*")], 304), ([(b"if-none-match", etag.encode())], 304)]:
-        answer = attrs.evolve(application, app=app).ask(path, headers=with_token(*headers))
+        answer = attrs.evolve(application, app=app).send(path, headers=with_token(*headers))
         assert (answer.status, answer.headers["etag"]) == (status, etag)
 
 
@@ -308,7 +306,7 @@ def test_the_replication_delay_of_a_standby_is_shown(
     assert shown is None or shown in page
 
 
-def test_a_fault_of_the_application_itself_is_a_problem_too(
+def test_a_failing_error_handler_is_answered_with_a_problem_document(
     application: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Falcon does not handle an exception of an error handler."""
@@ -319,7 +317,7 @@ def test_a_fault_of_the_application_itself_is_a_problem_too(
     monkeypatch.setattr(Pages, "show", fail)
     application.logged.clear()
     before = application.counted()
-    answer = application.ask("/orders/nobody", headers=with_token((b"accept", b"text/html")))
+    answer = application.send("/orders/missing", headers=with_token((b"accept", b"text/html")))
     assert (answer.status, answer.headers["content-type"]) == (500, "application/problem+json")
     assert {name.lower(): value for name, value in SECURITY_HEADERS.items()}.items() <= answer.headers.items()
     assert json.loads(answer.body)["request_id"] == answer.headers["x-request-id"] == "made"
@@ -330,6 +328,6 @@ def test_a_fault_of_the_application_itself_is_a_problem_too(
 
 def test_every_route_has_its_own_counts(application: Application) -> None:
     for route in ROUTES:
-        application.ask(route.format(order_uid="nobody", name="style.css"), headers=with_token())
+        application.send(route.format(order_uid="missing", name="style.css"), headers=with_token())
     text = generate_latest(application.metrics.registry).decode()
     assert [route for route in ROUTES if f'route="{route}"' not in text] == []

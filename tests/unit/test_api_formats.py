@@ -1,4 +1,4 @@
-"""How money and moments are written for a person."""
+"""The format of money, times and counts on the pages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_money_has_the_decimals_of_its_currency(minor_units: int, currency: str,
         (dt.datetime(1, 1, 1, tzinfo=dt.UTC), "1 Jan 0001, 00:00 UTC", "0001-01-01T00:00:00Z"),
     ],
 )
-def test_a_moment_is_written_in_utc(time: dt.datetime | int, written: str, machine: str) -> None:
+def test_a_time_is_shown_in_utc(time: dt.datetime | int, written: str, machine: str) -> None:
     assert moment(time) == written
     assert machine_time(time) == machine
 
@@ -46,10 +46,10 @@ def test_a_moment_is_written_in_utc(time: dt.datetime | int, written: str, machi
     ("seconds", "written"),
     [(-3, "0 s"), (0, "0 s"), (119.9, "119 s"), (120, "2 min"), (7199, "119 min"), (7200, "2 h"), (200_000, "2 days")],
 )
-def test_a_duration_is_written_in_the_unit_that_says_enough(seconds: float, written: str) -> None:
+def test_a_duration_has_one_unit(seconds: float, written: str) -> None:
     assert duration(dt.timedelta(seconds=seconds)) == written
 
 
-def test_a_count_that_ended_early_says_so() -> None:
+def test_a_count_at_its_limit_says_or_more() -> None:
     assert counted(9_999) == "9,999"
     assert counted(10_000) == "10,000 or more"
