@@ -299,9 +299,9 @@ def test_the_replication_delay_of_a_standby_is_shown(
     status = MemoryOrderRepository().status()
     assert status.replication_delay_s is None
     monkeypatch.setattr(MemoryOrderRepository, "status", lambda _: attrs.evolve(status, replication_delay_s=delay_s))
-    answer = assert_promised(application, path="/readyz")
+    answer = request_and_check(application, path="/readyz")
     assert (answer.status, json.loads(answer.body)) == (200, {"status": "ready", **more})
-    page = assert_promised(application, headers=with_token((b"accept", b"text/html"))).body.decode()
+    page = request_and_check(application, headers=with_token((b"accept", b"text/html"))).body.decode()
     assert (shown is None) == ("behind the primary" not in page)
     assert shown is None or shown in page
 
