@@ -124,7 +124,7 @@ def blocks(page: str) -> list[Block]:
 # Sybil makes each block a test in this process. That does not fit: the blocks of a page are one shell session with
 # servers in the background, they need a topic and a database of their own, and a reader's Python is a new process.
 
-#: Printed after each block that was run, to separate their output.
+#: Printed after each block, to separate their output.
 END_OF_BLOCK = "=== end of block ==="
 
 
