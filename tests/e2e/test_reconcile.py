@@ -200,9 +200,10 @@ def corrupted(place: Place) -> Iterator[psycopg.Connection]:
         try:
             yield connection
         finally:
-            for table in tables(connection):
-                connection.execute(f"DELETE FROM {table}".encode())
-                connection.execute(f"INSERT INTO {table} SELECT * FROM backup.{table}".encode())
+            restore = "; ".join(
+                f"DELETE FROM {t}; INSERT INTO {t} SELECT * FROM backup.{t}" for t in tables(connection)
+            )
+            connection.execute(restore.encode())
 
 
 def test_an_honest_history_holds_and_what_cannot_be_proved_is_named(history: Place) -> None:
