@@ -1,4 +1,4 @@
-"""What every store of orders promises, whatever it is made of."""
+"""What every store of orders promises, on PostgreSQL and in memory."""
 
 from __future__ import annotations
 
