@@ -13,12 +13,13 @@ from typing import Self, TypeVar, Unpack
 from psycopg import waiting
 from psycopg.abc import PQGen
 
+from orderlib.arguments import checked_uids
 from orderlib.errors import OrderNotFound
 from orderlib.models import Order
 from orderlib.postgres.migrate import require_schema
 from orderlib.postgres.pool import READ_ERRORS, Call, Pool, Session, bounded
 from orderlib.postgres.reading import Reading
-from orderlib.repository import PAGE_SIZE, Cursor, Filters, Page, Status, checked_uids
+from orderlib.repository import PAGE_SIZE, Cursor, Filters, Page, Status
 
 T = TypeVar("T")
 

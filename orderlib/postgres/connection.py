@@ -11,10 +11,10 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import TupleRow
 
 from orderlib import queries
+from orderlib.arguments import checked_type
 from orderlib.errors import BrokenSetup
 from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.hosts import connect_to_any
-from orderlib.repository import checked_type
 
 Connection = psycopg.Connection[TupleRow]
 

@@ -17,21 +17,11 @@ from psycopg.pq.abc import PGconn, PGresult
 from psycopg.waiting import Ready, Wait
 
 from orderlib import queries
+from orderlib.arguments import checked_filters, checked_limit, checked_type
 from orderlib.contract import fits_postgres
 from orderlib.errors import InvalidOrder, MalformedJson, OrderNotFound, RefusedByDatabase, TooLarge
 from orderlib.models import Order
-from orderlib.repository import (
-    COUNTED_AT_MOST,
-    MAX_PAGE_ITEMS,
-    Cursor,
-    Filters,
-    Page,
-    Status,
-    StoredOrder,
-    checked_filters,
-    checked_limit,
-    checked_type,
-)
+from orderlib.repository import COUNTED_AT_MOST, MAX_PAGE_ITEMS, Cursor, Filters, Page, Status, StoredOrder
 from orderlib.rows import JOINED_WIDTH, Row, order_from_rows, orders_from_rows
 
 #: A statement and what goes into it.

@@ -13,13 +13,14 @@ from typing import Self, TypeVar, Unpack
 import psycopg
 from psycopg.abc import PQGen
 
+from orderlib.arguments import checked_uids
 from orderlib.errors import Collision, OrderError, RefusedByDatabase
 from orderlib.ingest import Arrival
 from orderlib.models import Order
 from orderlib.postgres.pool import READ_ERRORS, Call, Pool, Session, ThreadWaiter
 from orderlib.postgres.reading import Reading
 from orderlib.postgres.writing import store
-from orderlib.repository import PAGE_SIZE, Cursor, Filters, Outcome, Page, Status, checked_uids
+from orderlib.repository import PAGE_SIZE, Cursor, Filters, Outcome, Page, Status
 from orderlib.retry import Backoff
 
 T = TypeVar("T")

@@ -8,23 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Unpack
 
+from orderlib.arguments import checked_filters, checked_limit, checked_type, checked_uids
 from orderlib.errors import OrderNotFound, Refused
 from orderlib.ingest import Arrival, StoredVersion, settle
 from orderlib.models import Order
-from orderlib.repository import (
-    COUNTED_AT_MOST,
-    PAGE_SIZE,
-    Cursor,
-    Filters,
-    Outcome,
-    Page,
-    Status,
-    StoredOrder,
-    checked_filters,
-    checked_limit,
-    checked_type,
-    checked_uids,
-)
+from orderlib.repository import COUNTED_AT_MOST, PAGE_SIZE, Cursor, Filters, Outcome, Page, Status, StoredOrder
 
 #: What ``status`` means by lately.
 STORED_LATELY = dt.timedelta(minutes=5)

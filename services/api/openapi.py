@@ -9,9 +9,10 @@ import msgspec
 from falcon.asgi import Request, Response
 
 import orderlib
+from orderlib.arguments import MAX_PAGE_SIZE
 from orderlib.contract import ORDER_UID, json_schema
 from orderlib.models import Order
-from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE
+from orderlib.repository import PAGE_SIZE
 from services.api.problems import PROBLEM_JSON
 
 _JSON = falcon.MEDIA_JSON

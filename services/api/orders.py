@@ -8,10 +8,11 @@ import falcon
 import msgspec
 from falcon.asgi import Request, Response
 
+from orderlib.arguments import MAX_PAGE_SIZE
 from orderlib.codecs import encode_order
 from orderlib.contract import fits_postgres
 from orderlib.errors import InvalidOrder
-from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, AsyncOrderReader, Cursor, Page
+from orderlib.repository import PAGE_SIZE, AsyncOrderReader, Cursor, Page
 from services.api.deadline import in_time
 from services.api.negotiation import known_etags, prefers_page, require_acceptable
 from services.api.pages import Pages

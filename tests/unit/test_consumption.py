@@ -8,6 +8,7 @@ from random import Random
 
 import pytest
 
+from orderlib import consumption
 from orderlib.consumption import (
     BREAKER_RECORDS,
     FETCH_BYTES,
@@ -29,7 +30,6 @@ from orderlib.consumption import (
     Report,
     Resume,
     Seek,
-    Server,
     Survey,
     TopicRemade,
     Write,
@@ -435,8 +435,13 @@ def test_a_store_that_does_not_answer_is_an_outage_said_once() -> None:
     assert driver.written() == [Resume(), Report({0: 1})]
 
 
-@pytest.mark.parametrize(("awaited", "kind"), [(Server.KAFKA, BrokerUnreachable), (Server.POSTGRES, StoreUnreachable)])
-def test_the_reason_of_a_pause_names_the_server_that_does_not_answer(awaited: Server, kind: type[OrderError]) -> None:
+@pytest.mark.parametrize(
+    ("awaited", "kind"),
+    [(consumption.Server.KAFKA, BrokerUnreachable), (consumption.Server.POSTGRES, StoreUnreachable)],
+)
+def test_the_reason_of_a_pause_names_the_server_that_does_not_answer(
+    awaited: consumption.Server, kind: type[OrderError]
+) -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
