@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "canonical": {"models", "contract", "errors"},
     "codecs": {"canonical", "models", "contract", "errors"},
     "rows": {"canonical", "models", "contract", "errors"},
-    "repository": {"models", "contract", "errors"},
+    "arguments": set(),
+    "repository": {"arguments", "models", "contract", "errors"},
     "ingest": {"canonical", "codecs", "repository", "rows", "models", "errors"},
     "consumption": {"ingest", "retry", "errors"},
     "reconcile": {"ingest", "codecs", "repository", "models", "errors"},
@@ -43,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "rows",
         "ingest",
         "reconcile",
+        "arguments",
         "repository",
         "models",
         "contract",
@@ -50,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config",
         "errors",
     },
-    "testing": {"ingest", "codecs", "repository", "models", "contract", "errors"},
+    "testing": {"arguments", "ingest", "codecs", "repository", "models", "contract", "errors"},
     # The package itself: the public names.
     "": {"postgres", "codecs", "repository", "models", "errors"},
 }
