@@ -14,7 +14,7 @@ help:
 	@echo "make coverage      which lines of the library and the programs the tests execute"
 	@echo "make bench         measurements, on servers of their own, as tables"
 	@echo "make docs          docs/reference.md, from the docstrings"
-	@echo "make test-faults   the longer fault tests (some minutes)"
+	@echo "make test-faults   the longer fault tests, which make test leaves out (some minutes)"
 	@echo "make test-page     the page in a real browser; needs chromium"
 	@echo "make test-compose  docker-compose.yml on a real engine; needs docker with compose"
 	@echo "make lock          choose and pin the newest dependencies; needs uv"
@@ -57,7 +57,7 @@ docs: $(READY)
 	@$(BIN)/python -m docs.reference
 
 test-faults: $(READY)
-	$(BIN)/pytest -m "faults or not faults" tests/faults
+	$(BIN)/pytest -m faults
 
 test-page: $(READY)
 	$(BIN)/pytest tests/page

@@ -36,7 +36,7 @@ def decode_order(data: bytes) -> Order:
     """The order in a JSON text.
 
     * Types are strict: ``"99"``, ``1.0`` and ``true`` are not integers; null is never a value.
-    * Unknown fields are passed over, whatever they hold, so that senders may add fields first.
+    * Unknown fields are ignored, with any content, so that senders may add fields first.
     * Of a repeated key the last counts.
 
     Raises:

@@ -121,7 +121,7 @@ def _in_order(items: Iterable[Item]) -> tuple[Item, ...]:
 class Order:
     """An order, as a shop publishes it. It is read back with every known field equal.
 
-    Equal orders have equal content: times compare as instants, whatever offset they were written with.
+    Equal orders have equal content: times compare as instants, in whichever offset they were written.
     """
 
     #: The order's name everywhere: the key in Kafka, in the tables and in URLs.

@@ -24,6 +24,9 @@ from orderlib.repository import Outcome
 #: Places that are named for each kind of thing that cannot be proved. All are counted.
 MAX_EXAMPLES = 100
 
+#: Findings that are kept. All are counted.
+MAX_FINDINGS = 10_000
+
 _CODES = frozenset(refusal.code for refusal in (MalformedJson, InvalidOrder, TooLarge, RefusedByDatabase))
 #: Nobody limits records to less than an order takes.
 _SMALLEST_LIMIT_BYTES = 1024
@@ -171,6 +174,8 @@ class Reconciliation:
         #: Valid records at the position of a reject that is not known to have become an order, by order_uid.
         self._unsettled: dict[str, dict[tuple[int, int], _Version]] = {}
         self._findings: list[Finding] = []
+        #: Findings beyond ``MAX_FINDINGS``, which ``findings`` does not yield.
+        self.unlisted = 0
         self._not_proved: Counter[str] = Counter()
         self._examples: dict[str, list[Finding]] = {}
         #: How many records, orders and so on were compared.
@@ -412,7 +417,7 @@ class Reconciliation:
     # Results
 
     def findings(self) -> Iterator[Finding]:
-        """Yield everything that does not hold, after the last event."""
+        """Yield everything that does not hold, after the last event, but for what is ``unlisted``."""
         yield from self._findings
         what = "Kafka has no record of this reject"
         for partition, offset in self._rejects:
@@ -452,7 +457,10 @@ class Reconciliation:
         order_uid: str | None = None,
         partition: int | None = None,
     ) -> None:
-        self._findings.append(self._finding(what, position, order_uid, partition))
+        if len(self._findings) < MAX_FINDINGS:
+            self._findings.append(self._finding(what, position, order_uid, partition))
+        else:
+            self.unlisted += 1
 
     def _cannot_prove(
         self,

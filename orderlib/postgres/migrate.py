@@ -69,7 +69,7 @@ def _rights_on_whole_tables(role: str, tables: Collection[str]) -> tuple[tuple[s
 WRITER_RIGHTS = _rights_on_whole_tables(WRITER, RIGHTS)
 READER_RIGHTS = _rights_on_whole_tables(READER, {"orders", "delivery", "payment", "items"})
 
-#: How long `migrate` and `bootstrap` try to get a lock before they give up.
+#: How long `bootstrap`, and each migration of `migrate`, tries to get a lock before it gives up.
 LOCK_WITHIN_S = 60.0
 #: How PostgreSQL refuses a correction.
 _NOT_ALLOWED = (
@@ -183,9 +183,11 @@ def _correct_roles(connection: Connection) -> list[str]:
 
 def _correct_rights_as_owner(connection: Connection) -> tuple[list[str], list[str]]:
     """Correct the rights on the tables, if there are any. Return what was changed, and what could not be looked at."""
-    found, *_ = _one_row(connection, queries.SCHEMA_LOCATION)
-    if not found:
+    found, _, _, elsewhere, _ = _one_row(connection, queries.SCHEMA_LOCATION)
+    # Without USAGE on its schema, this connection does not find a table that is there.
+    if not found and not elsewhere:
         return [], []
+    schema = elsewhere or _table_schema(connection)
     is_allowed_for_now = False
     try:
         with connection.transaction():
@@ -197,12 +199,21 @@ def _correct_rights_as_owner(connection: Connection) -> tuple[list[str], list[st
                 connection.execute(queries.BECOME_OWNER)
             is_allowed_for_now = True
         except psycopg.errors.InsufficientPrivilege:
-            return [], ["the rights on the tables could not be checked: run `python -m services.admin migrate`"]
-    corrected = _correct_rights(connection)
+            return [], [_unchecked(schema, "run `python -m services.admin migrate`")]
+    found, *_ = _one_row(connection, queries.SCHEMA_LOCATION)
+    corrected = _correct_rights(connection) if found else []
     connection.execute(queries.RESET_ROLE)
     if is_allowed_for_now:
         connection.execute(queries.FORBID_BECOMING_OWNER)
-    return corrected, []
+    if found:
+        return corrected, []
+    return [], [
+        _unchecked(schema, f"role {OWNER} lacks USAGE on it: GRANT USAGE ON SCHEMA {_quoted(schema)} TO {OWNER}")
+    ]
+
+
+def _unchecked(schema: str, remedy: str) -> str:
+    return f"the rights on the tables in schema {schema} could not be checked: {remedy}"
 
 
 def _correct_rights(connection: Connection) -> list[str]:
@@ -272,7 +283,7 @@ def migrate(
 
     Also restores the rights on the tables. Idempotent, and safe to run concurrently. ``on_message`` receives warnings
     of migrations, corrected rights, and who holds a lock that this waits for. Raises DatabaseUnavailable, naming that
-    session, if the lock is not free within a minute.
+    session, if a migration does not get its lock within a minute; the migrations before it stay applied.
     """
 
     def on_notice(diagnostic: psycopg.errors.Diagnostic) -> None:
@@ -365,7 +376,8 @@ def _with_locks(
                 holders = _lock_holders(connection)
                 if is_late:
                     raise DatabaseUnavailable(
-                        f"PostgreSQL: no lock within {LOCK_WITHIN_S:.0f} s, held by {holders}; nothing was changed"
+                        f"PostgreSQL: no lock within {LOCK_WITHIN_S:.0f} s, held by {holders}; this step was rolled "
+                        "back, and steps before it stay done: run the command again"
                     ) from conflict.error
                 if holders != told:
                     on_message(f"waiting for a lock that is held by {holders}")

@@ -341,7 +341,8 @@ RESET_ROLE: LiteralString = "RESET ROLE"
 
 #: How roles, memberships, database and schemas differ from what they must be: whether the programs cannot work that
 #: way, the problem, and the statement that corrects it (null: an administrator must decide). An administrator with
-#: CREATEROLE keeps ADMIN on the roles that it created, without becoming them.
+#: CREATEROLE keeps ADMIN on the roles that it created, without becoming them. `public` counts as a schema of the
+#: tables wherever they are: it is on the search_path by default, so others could put their tables before ours.
 ROLE_PROBLEMS: LiteralString = r"""
 WITH ours AS (
     SELECT oid, rolname FROM pg_roles
@@ -408,7 +409,14 @@ WHERE rolname <> 'orders_owner'
 UNION ALL
 SELECT false, format('PUBLIC has CREATE on schema %s', nspname),
        format('REVOKE CREATE ON SCHEMA %I FROM PUBLIC CASCADE', nspname)
-FROM schemas CROSS JOIN aclexplode(acl) WHERE grantee = 0 AND privilege_type = 'CREATE'
+FROM schemas CROSS JOIN aclexplode(acl)
+WHERE grantee = 0 AND privilege_type = 'CREATE' AND (is_own OR nspname = 'public')
+UNION ALL
+-- Programs of others may need it there.
+SELECT false, format('PUBLIC, and so every role, has CREATE on schema %s; if no other program needs that, run REVOKE '
+                     'CREATE ON SCHEMA %I FROM PUBLIC', nspname, nspname), NULL
+FROM schemas CROSS JOIN aclexplode(acl)
+WHERE grantee = 0 AND privilege_type = 'CREATE' AND NOT is_own AND nspname <> 'public'
 UNION ALL
 SELECT false, format('role %s has CREATE on schema %s', rolname, nspname),
        format('REVOKE CREATE ON SCHEMA %I FROM %I CASCADE', nspname, rolname)

@@ -6,13 +6,14 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import attrs
 
 from orderlib.errors import ConfigurationError
-from orderlib.ingestion.reconcile import Finding, Reconciliation, TopicState
+from orderlib.ingestion.reconcile import MAX_FINDINGS, Finding, Reconciliation, TopicState
 from orderlib.ingestion.records import Record, classify_record
 from orderlib.postgres.snapshot import snapshot
 from services.admin.output import Progress, add_json_option, count_of, printable
@@ -21,7 +22,9 @@ from services.admin.topic_reader import TopicReader
 from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import KafkaSettings, database_url, max_record_bytes
 
-#: Findings printed; all are counted.
+T = TypeVar("T")
+
+#: Findings printed for people, and orders named that are in several partitions. All are counted.
 _SHOWN = 100
 
 
@@ -34,7 +37,8 @@ def add_commands(commands: Commands) -> None:
         "(ORDERS_READER_URL), in both directions: every refused record is a reject and every reject a refused record; "
         "every order equals, field by field, the last valid record of one of its partitions. Exits 1 and lists the "
         "discrepancies; names what cannot be proved, such as orders saved from Python. The consumer may run meanwhile. "
-        "A forgotten order and a purged reject are discrepancies while Kafka still holds their records.",
+        "A forgotten order and a purged reject are discrepancies while Kafka still holds their records. With "
+        f"--json, the first {MAX_FINDINGS:,} discrepancies are listed and all are counted.",
     )
     parser.add_argument(
         "--manifest",
@@ -74,6 +78,21 @@ def _read_manifest(path: Path, topic: str) -> Manifest:
     return manifest
 
 
+@attrs.define
+class _First(Generic[T]):
+    """The first of many things, and how many there were."""
+
+    _limit: int
+    first: list[T] = attrs.field(factory=list, init=False)
+    total: int = attrs.field(default=0, init=False)
+
+    def add(self, things: Iterable[T]) -> None:
+        for thing in things:
+            self.total += 1
+            if len(self.first) < self._limit:
+                self.first.append(thing)
+
+
 def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_READER_URL")
     max_bytes = max_record_bytes(environ)
@@ -82,7 +101,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     # Asked for before the snapshot: Kafka may delete more records while the consumer handles others.
     earliest = log.earliest()
     progress = Progress("records read")
-    findings: list[Finding] = []
+    findings, several = _First[Finding](MAX_FINDINGS), _First[str](_SHOWN)
     with snapshot(url, APPLICATION_NAME) as stored:
         offsets = stored.offsets()
         next_offsets = {offset.partition: offset.next_offset for offset in offsets if offset.topic_id == log.topic_id}
@@ -100,18 +119,19 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         missing = dict(manifest or {})
         for record in log.records(first, next_offsets):
             proof.on_record(record, classify_record(record, max_bytes))
-            findings += _compare(record, missing)
+            findings.add(_compare(record, missing))
             progress.at(proof.counts["records"])
         progress.end()
-        several = list(proof.several_partitions())
+        several.add(proof.several_partitions())
         for order in stored.orders():
             proof.on_order(order)
         for table, order_uid in stored.orphans():
             proof.on_orphan(table, order_uid)
-    findings += proof.findings()
-    findings += _unaccounted(missing, first, next_offsets)
+    findings.add(proof.findings())
+    findings.total += proof.unlisted
+    findings.add(_unaccounted(missing, first, next_offsets))
     _report(options, proof, findings, several)
-    return EXIT_FAILED if findings else EXIT_DONE
+    return EXIT_FAILED if findings.total else EXIT_DONE
 
 
 def _first(earliest: Mapping[int, int], next_offsets: Mapping[int, int], manifest: Manifest | None) -> dict[int, int]:
@@ -149,17 +169,19 @@ def _unaccounted(missing: Manifest, earliest: Mapping[int, int], next_offsets: M
 def _report(
     options: argparse.Namespace,
     proof: Reconciliation,
-    findings: list[Finding],
-    several: list[str],
+    findings: _First[Finding],
+    several: _First[str],
 ) -> None:
     unread = [{"partition": p, "first": first, "next": last} for p, first, last in proof.unread_ranges()]
     not_proved = list(proof.not_proved())
     if options.json:
         result = {
-            "holds": not findings,
+            "holds": not findings.total,
             "counts": proof.counts,
-            "findings": [attrs.asdict(finding) for finding in findings],
-            "several_partitions": several,
+            "findings": [attrs.asdict(finding) for finding in findings.first],
+            "findings_total": findings.total,
+            "several_partitions": several.first,
+            "several_partitions_total": several.total,
             "not_read": unread,
             "not_proved": [attrs.asdict(kind) for kind in not_proved],
         }
@@ -172,12 +194,18 @@ def _report(
         lines.append(f"not proved, {kind.count:,}: {kind.what}")
         lines += (f"  {attrs.evolve(finding, what='not proved')}" for finding in kind.examples)
         lines += [f"  … and {kind.count - len(kind.examples):,} more"] if kind.count > len(kind.examples) else []
-    for order_uid in several[:_SHOWN]:
+    for order_uid in several.first:
         lines.append(f"{order_uid}: seen in several partitions; its sender does not key by order_uid")
-    lines += map(str, findings[:_SHOWN])
-    if len(findings) > _SHOWN:
-        lines.append(f"… and {len(findings) - _SHOWN:,} more")
+    if several.total > len(several.first):
+        lines.append(f"… and {several.total - len(several.first):,} more seen in several partitions")
+    lines += map(str, findings.first[:_SHOWN])
+    if findings.total > _SHOWN:
+        lines.append(f"… and {findings.total - _SHOWN:,} more")
     # order_uids may come from a damaged database or a manifest.
     print(printable("\n".join(line.replace("\n", "\\n") for line in lines)))
-    done = f"{count_of(len(findings), 'discrepancy', 'discrepancies')}" if findings else "everything is accounted for"
+    done = (
+        f"{count_of(findings.total, 'discrepancy', 'discrepancies')}"
+        if findings.total
+        else "everything is accounted for"
+    )
     print(done, file=sys.stderr)

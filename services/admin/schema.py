@@ -38,7 +38,8 @@ def add_commands(commands: Commands) -> None:
         "migrate",
         help="bring the schema up to date",
         description="Apply the missing migrations and restore the rights on the tables (ORDERS_MIGRATOR_URL). "
-        "Idempotent, and safe to run concurrently. Waits up to a minute for a lock and names who holds it.",
+        "Idempotent, and safe to run concurrently. Waits up to a minute for the lock of each migration and names who "
+        "holds it.",
     )
     parser.set_defaults(command=_migrate)
 

@@ -74,6 +74,8 @@ class TopicReader:
                 "group.id": "orderlib-admin",  # never joined: partitions are assigned by hand
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
+                # All records to read are there already; the end of a partition is reported after an empty answer.
+                "fetch.wait.max.ms": 10,
                 "isolation.level": "read_committed",
                 "auto.offset.reset": "error",
                 "error_cb": self.cluster.on_error,

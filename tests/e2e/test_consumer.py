@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import pytest
 
@@ -206,6 +209,38 @@ def test_its_lag_is_counted_for_each_partition(environ: dict[str, str], database
             assert eventually(lambda: sum(map(consumer.metric, lags)) == 60, 15)
         wait_until_handled(sender.manifest, database)
         assert eventually(lambda: sum(map(consumer.metric, lags)) == 0, 15)
+        assert consumer.stop() == 0
+
+
+def test_a_flood_of_slow_connections_and_a_lost_session_keep_neither_health_nor_orders_waiting(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_orders(uids("order", 30))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with consuming(environ) as consumer, ExitStack() as stack:
+        wait_until_handled(sender.manifest, database)
+        psutil.Process(consumer.process.pid).rlimit(resource.RLIMIT_NOFILE, (1024, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4096), hard), hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        host, _, port = consumer.events("started")[0]["metrics"].rpartition(":")
+        for _ in range(1010):
+            client = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            with suppress(OSError):
+                client.sendall(b"GET /livez HTTP/1.1\r\nX-Slow: ")
+        with psycopg.connect(database.superuser_url) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'orderlib-consumer' AND datname = current_database()"
+            )
+        sender.send_orders(uids("order", 30), version=2)
+
+        def is_soon_live() -> bool:
+            began_s = time.monotonic()
+            return consumer.live and time.monotonic() - began_s < 1
+
+        assert any(is_soon_live() for _ in range(3))
+        wait_until_handled(sender.manifest, database)
+        assert eventually(lambda: consumer.ready, 10)
         assert consumer.stop() == 0
 
 

@@ -261,13 +261,6 @@ def test_a_database_without_our_schema_is_told_how_to_get_it(environ: dict[str, 
     assert "python -m services.admin migrate" in done.stderr
 
 
-def test_an_unreachable_kafka_is_given_up_with_exit_1(environ: dict[str, str]) -> None:
-    done = run("admin lag", {**environ, "ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"})
-    assert done.returncode == 1
-    assert "error: Kafka" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_only_bootstrap_ever_connects_as_a_superuser(environ: dict[str, str]) -> None:
     """Nothing else is even given the URL."""
     without = {name: value for name, value in environ.items() if name != "ORDERS_BOOTSTRAP_URL"}

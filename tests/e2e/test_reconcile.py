@@ -18,6 +18,7 @@ from confluent_kafka.admin import AdminClient
 from psycopg import sql
 
 import orderlib
+from orderlib.ingestion.reconcile import MAX_FINDINGS, Reconciliation, TopicState
 from orderlib.testing import SAMPLE
 from sandbox import Sandbox
 from services.admin.__main__ import main
@@ -92,6 +93,7 @@ class Place:
         status, text = self.admin("reconcile --json")
         result: dict[str, Any] = json.loads(text)
         assert status == (1 if result["findings"] else 0)
+        assert result["findings_total"] == len(result["findings"])
         return result
 
     def assert_holds(self) -> dict[str, Any]:
@@ -200,9 +202,10 @@ def corrupted(place: Place) -> Iterator[psycopg.Connection]:
         try:
             yield connection
         finally:
-            for table in tables(connection):
-                connection.execute(f"DELETE FROM {table}".encode())
-                connection.execute(f"INSERT INTO {table} SELECT * FROM backup.{table}".encode())
+            restore = "; ".join(
+                f"DELETE FROM {t}; INSERT INTO {t} SELECT * FROM backup.{t}" for t in tables(connection)
+            )
+            connection.execute(restore.encode())
 
 
 def test_an_honest_history_holds_and_what_cannot_be_proved_is_named(history: Place) -> None:
@@ -561,3 +564,20 @@ def test_the_documented_list_of_what_cannot_be_proved_is_the_tested_one() -> Non
     page = Path(ROOT / "docs" / "what-reconcile-proves.md").read_text(encoding="utf-8")
     for table, column in CANNOT_BE_PROVED:
         assert f"`{table}.{column}`" in page
+
+
+def test_orders_in_several_partitions_are_counted_and_the_first_are_named(place: Place) -> None:
+    for partition in (0, 1):
+        place.produce(*(order(f"order-{number}") for number in range(103)), partition=partition)
+    place.consume()
+    result = place.assert_holds()
+    assert (len(result["several_partitions"]), result["several_partitions_total"]) == (100, 103)
+    assert "… and 3 more seen in several partitions" in place.admin("reconcile")[1]
+
+
+def test_discrepancies_beyond_a_limit_are_counted_and_not_kept() -> None:
+    topic = TopicState(topic="orders", topic_id="id", earliest={}, ends={}, is_compacted=False)
+    proof = Reconciliation(topic, {}, None, [], [])
+    for number in range(MAX_FINDINGS + 7):
+        proof.on_orphan("items", f"order-{number}")
+    assert (len(list(proof.findings())), proof.unlisted) == (MAX_FINDINGS, 7)

@@ -22,6 +22,13 @@ from tests.support.message_proxy import Moment, proxy
 from tests.support.sending import Sender, uids
 
 
+def assert_another_continues(environ: dict[str, str], database: Database, sender: Sender) -> None:
+    with consuming(environ) as successor:
+        wait_until_handled(sender.manifest, database)
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert successor.stop() == 0
+
+
 def test_a_half_open_connection_does_not_keep_the_consumer_from_leaving(
     member: dict[str, str], database: Database, sender: Sender
 ) -> None:
@@ -32,10 +39,7 @@ def test_a_half_open_connection_does_not_keep_the_consumer_from_leaving(
             assert between.trapped.wait(15)
             assert consumer.stop() == 0
         between.drop()
-        with consuming(member) as successor:
-            wait_until_handled(sender.manifest, database)
-            assert_all_accounted_for(sender.manifest, database, member)
-            assert successor.stop() == 0
+        assert_another_continues(member, database, sender)
 
 
 @pytest.mark.faults
@@ -50,10 +54,7 @@ def test_a_wait_for_a_lock_does_not_keep_it(
             sender.send_orders(uids("order", 100), version=2)
             assert eventually(lambda: not consumer.ready, 10)
             assert consumer.stop() == 0
-    with consuming(member) as successor:
-        wait_until_handled(sender.manifest, database)
-        assert_all_accounted_for(sender.manifest, database, member)
-        assert successor.stop() == 0
+    assert_another_continues(member, database, sender)
 
 
 @pytest.mark.faults
@@ -94,10 +95,7 @@ def test_a_frozen_backend_does_not_keep_it(member: dict[str, str], database: Dat
             assert eventually(lambda: not consumer.ready, 10)
             assert consumer.live
             assert consumer.stop() == 0
-    with consuming(member) as successor:
-        wait_until_handled(sender.manifest, database)
-        assert_all_accounted_for(sender.manifest, database, member)
-        assert successor.stop() == 0
+    assert_another_continues(member, database, sender)
 
 
 @pytest.mark.faults

@@ -9,7 +9,7 @@ from tests.conftest import Database
 from tests.support.accounting import stored_orders, wait_until_handled
 from tests.support.api_process import eventually
 from tests.support.consumer_process import Consuming, consuming
-from tests.support.programs import succeed
+from tests.support.programs import run, succeed
 from tests.support.sending import Sender, uids
 
 
@@ -68,6 +68,12 @@ def test_an_unreadable_record_can_be_skipped_by_one_command(
     with consuming(environ, "--exit-at-end") as consumer:
         assert consumer.status(within_s=20) == 0
     assert stored_orders(database).keys() == set(uids("behind", 30))
+    unread = run("admin reconcile", environ)
+    assert unread.returncode == 1
+    [line] = unread.stderr.splitlines()
+    assert f"{sender.topic}[1] at offset 0" in line
+    raised = {**environ, "ORDERS_KAFKA_RECEIVE_MESSAGE_MAX_BYTES": "1000000000"}
+    assert "refused (too_large), but not stored as a reject" in run("admin reconcile", raised).stdout
 
 
 def test_partitions_that_a_foreign_member_holds_are_named_with_their_lag(

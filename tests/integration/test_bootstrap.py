@@ -147,6 +147,54 @@ def test_an_administrator_who_owns_the_database_needs_no_superuser(server: Postg
         assert reader.get(order.order_uid) == order
 
 
+@pytest.mark.parametrize("owner_may_use", [True, False])
+def test_an_administrator_without_usage_on_the_schema_checks_the_rights_or_names_the_schema(
+    server: PostgresServer, *, owner_may_use: bool
+) -> None:
+    password = secrets.token_hex(8)
+    with psycopg.connect(server.superuser_url, autocommit=True) as superuser:
+        superuser.execute(f"CREATE ROLE manager LOGIN CREATEROLE PASSWORD '{password}'".encode())
+        superuser.execute("ALTER DATABASE orders OWNER TO manager")
+        database = database_of(server, server.url("manager", password))
+        set_up(database)
+        wanted = state(superuser)
+        superuser.execute(
+            "CREATE ROLE stranger; ALTER SCHEMA public OWNER TO stranger; GRANT SELECT ON orders TO PUBLIC"
+        )
+        superuser.execute("REVOKE ALL ON SCHEMA public FROM PUBLIC")
+        if not owner_may_use:
+            superuser.execute("REVOKE ALL ON SCHEMA public FROM orders_owner")
+            superuser.execute("GRANT CREATE ON SCHEMA public TO orders_owner")
+        with connect(database.superuser_url, application_name="tests") as manager:
+            if owner_may_use:
+                result = bootstrap(manager, role_passwords(database))
+                assert any("orders" in text and "PUBLIC" in text for text in result.corrected), result.corrected
+                superuser.execute("ALTER SCHEMA public OWNER TO pg_database_owner")
+                assert {row for row in state(superuser) if str(row[0]).startswith("table")} == {
+                    row for row in wanted if str(row[0]).startswith("table")
+                }
+            else:
+                with pytest.raises(ConfigurationError, match="orders_owner was not granted USAGE on schema public"):
+                    bootstrap(manager, role_passwords(database))
+
+
+def test_create_of_public_is_revoked_only_on_schemas_that_are_used(database: Database) -> None:
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        superuser.execute("CREATE SCHEMA tools; GRANT CREATE ON SCHEMA public, tools TO PUBLIC")
+        with connect(database.superuser_url, application_name="tests") as administrator:
+            result = bootstrap(administrator, role_passwords(database))
+        assert [text for text in result.corrected if "CREATE on schema" in text] == [
+            "PUBLIC has CREATE on schema public: REVOKE CREATE ON SCHEMA public FROM PUBLIC CASCADE"
+        ]
+        [remaining] = result.remaining
+        assert "CREATE on schema tools" in remaining
+        [(in_tools, in_public)] = superuser.execute(
+            "SELECT has_schema_privilege('orders_reader', 'tools', 'CREATE'), "
+            "has_schema_privilege('orders_reader', 'public', 'CREATE')"
+        ).fetchall()
+        assert (in_tools, in_public) == (True, False)
+
+
 def test_a_reader_with_the_former_advisory_lock_holds_nobody_up(empty_database: Database) -> None:
     with connect(empty_database.superuser_url, application_name="tests") as administrator:
         bootstrap(administrator, role_passwords(empty_database))

@@ -476,20 +476,10 @@ FORK = """
 """
 
 
-def test_a_forked_child_gets_one_error_and_the_parent_goes_on(stored: Database) -> None:
+def errors_of_script(script: str, *arguments: str) -> str:
+    """Run a script that prints `done` in the end. Return what it wrote to stderr."""
     told = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            textwrap.dedent(FORK),
-            stored.writer_url,
-            UID,
-            "exit",
-            "close",
-            "with",
-            "collect",
-            "anew",
-        ],
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -497,7 +487,11 @@ def test_a_forked_child_gets_one_error_and_the_parent_goes_on(stored: Database) 
         check=False,
     )
     assert told.stdout == "done\n", told.stderr
-    assert told.stderr == ""
+    return told.stderr
+
+
+def test_a_forked_child_gets_one_error_and_the_parent_goes_on(stored: Database) -> None:
+    assert errors_of_script(FORK, stored.writer_url, UID, "exit", "close", "with", "collect", "anew") == ""
 
 
 def test_a_fork_while_other_threads_read_neither_hangs_nor_harms_them(stored: Database) -> None:
@@ -535,15 +529,7 @@ def test_a_fork_while_other_threads_read_neither_hangs_nor_harms_them(stored: Da
         assert not failures, failures
         print("done")
     """
-    told = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), stored.reader_url, UID],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert told.stdout == "done\n", told.stderr
+    errors_of_script(script, stored.reader_url, UID)
 
 
 # Threads and interrupts

@@ -12,8 +12,6 @@ from tests.simulation.schedules import explore, table
 from tests.simulation.simulator import FAULTS, Simulator
 from tests.simulation.store import Bug
 
-SCHEDULES = 10_000
-
 #: A planted mistake must be found in so many schedules.
 SCHEDULES_FOR_A_BUG = 2_000
 
@@ -23,14 +21,17 @@ def any_seed() -> int:
     return random.getrandbits(32)
 
 
-def test_every_promise_is_kept_in_every_schedule_and_every_fault_occurs(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("schedules", [4_000, pytest.param(10_000, marks=pytest.mark.faults)])
+def test_every_promise_is_kept_in_every_schedule_and_every_fault_occurs(
+    schedules: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     seed = any_seed()
-    faults = explore(seed, SCHEDULES)
+    faults = explore(seed, schedules)
     with capsys.disabled():
-        print(f"\n{SCHEDULES:,} schedules from seed {seed} on, and in how many each fault occurred:")
-        print(table(faults, SCHEDULES))
+        print(f"\n{schedules:,} schedules from seed {seed} on, and in how many each fault occurred:")
+        print(table(faults, schedules))
     assert faults.keys() == FAULTS
-    assert min(faults.values()) >= SCHEDULES / 100
+    assert min(faults.values()) >= schedules / 100
 
 
 @pytest.mark.parametrize("bug", Bug, ids=lambda bug: bug.value)

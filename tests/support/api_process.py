@@ -36,6 +36,17 @@ def eventually(condition: Callable[[], bool], within_s: float) -> bool:
     return True
 
 
+def get_page(address: str, path: str) -> tuple[int, str]:
+    """Return status and body of a page."""
+    connection = http.client.HTTPConnection(address, timeout=5)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    finally:
+        connection.close()
+
+
 @attrs.frozen
 class Answer:
     """An HTTP response."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
 import signal
@@ -17,7 +16,7 @@ from typing import Any
 
 import attrs
 
-from tests.support.api_process import ROOT, eventually
+from tests.support.api_process import ROOT, eventually, get_page
 
 #: The longest that a consumer may take to leave.
 STOPS_WITHIN_S = 10.0
@@ -39,14 +38,7 @@ class Consuming:
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of a page of its health server."""
-        address = self.events("started")[0]["metrics"]
-        connection = http.client.HTTPConnection(address, timeout=5)
-        try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            return response.status, response.read().decode()
-        finally:
-            connection.close()
+        return get_page(self.events("started")[0]["metrics"], path)
 
     @property
     def live(self) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import orderlib
 from orderlib import (
     Delivery,
     Fault,
@@ -29,7 +30,6 @@ from orderlib import (
     encode_order,
     order_from_plain,
     order_to_plain,
-    register_order_hooks,
 )
 from orderlib.codecs import decode_canonical, digest
 from orderlib.errors import MAX_FAULTS
@@ -387,7 +387,7 @@ class Basket:
 @pytest.fixture
 def converter() -> cattrs.Converter:
     made = cattrs.Converter()
-    register_order_hooks(made)
+    orderlib.register_order_hooks(made)
     return made
 
 

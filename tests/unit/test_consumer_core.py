@@ -18,6 +18,7 @@ from orderlib.errors import (
     TopicRecreated,
     TransactionConflict,
 )
+from orderlib.ingestion import consumer_core as consumption
 from orderlib.ingestion.consumer_core import (
     BREAKER_RECORDS,
     END_CHECK_S,
@@ -40,7 +41,6 @@ from orderlib.ingestion.consumer_core import (
     ResolveOffsets,
     Resume,
     Seek,
-    Server,
 )
 from orderlib.ingestion.records import Batch, Headers, OffsetRange, PreparedOrder, Record, RecordPosition, Reject
 
@@ -449,10 +449,11 @@ def test_a_store_that_does_not_answer_is_an_outage_said_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("awaited", "kind"), [(Server.KAFKA, BrokerUnavailable), (Server.POSTGRES, DatabaseUnavailable)]
+    ("awaited", "kind"),
+    [(consumption.Server.KAFKA, BrokerUnavailable), (consumption.Server.POSTGRES, DatabaseUnavailable)],
 )
 def test_the_reason_of_a_pause_names_the_server_that_does_not_answer(
-    awaited: Server, kind: type[OrderlibError]
+    awaited: consumption.Server, kind: type[OrderlibError]
 ) -> None:
     driver = started(0)
     driver.fetch(record(0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -23,7 +22,7 @@ from services.consumer.health import (
     never_fatal,
 )
 from services.settings import Address
-from tests.support.api_process import eventually
+from tests.support.api_process import eventually, get_page
 
 
 @attrs.define
@@ -43,13 +42,7 @@ class Probe:
     address: Address
 
     def get(self, path: str) -> tuple[int, str]:
-        connection = http.client.HTTPConnection(str(self.address), timeout=5)
-        try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            return response.status, response.read().decode()
-        finally:
-            connection.close()
+        return get_page(str(self.address), path)
 
 
 @pytest.fixture
