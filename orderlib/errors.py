@@ -92,7 +92,7 @@ class RejectedError(OrderlibError):
     The message is the first fault and the number of the others; it holds no value.
     """
 
-    #: The code that a reject carries: ``malformed_json``, ``invalid_order``, ``too_large``, ``refused_by_database``.
+    #: The code that a reject carries in ``rejects``, metrics and logs.
     code: ClassVar[str]
     #: The first 100 faults, in document order.
     faults: tuple[Fault, ...]
@@ -139,6 +139,10 @@ class RefusedByDatabase(RejectedError):
         where = f"order {order_uid}" if order_uid else "a row"
         found = f"SQLSTATE {sqlstate}" if sqlstate else "a value the driver cannot encode"
         super().__init__([Fault(path="$", expected=f"{where} that PostgreSQL takes", found=found)])
+
+
+#: The code of every reject. The CHECK constraint on ``rejects.code`` lists the same codes.
+REJECT_CODES = tuple(error.code for error in (MalformedJson, InvalidOrder, TooLarge, RefusedByDatabase))
 
 
 class OrderNotFound(OrderlibError):

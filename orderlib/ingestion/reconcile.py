@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import attrs
 
 from orderlib.codecs import content_sha256
-from orderlib.errors import Fault, InvalidOrder, MalformedJson, RefusedByDatabase, TooLarge
+from orderlib.errors import REJECT_CODES, Fault, RefusedByDatabase, TooLarge
 from orderlib.ingestion.records import PreparedOrder, Record, RecordPosition, Reject
 from orderlib.models import Order
 from orderlib.repository import Outcome
@@ -27,7 +27,6 @@ MAX_EXAMPLES = 100
 #: Findings that are kept. All are counted.
 MAX_FINDINGS = 10_000
 
-_CODES = frozenset(refusal.code for refusal in (MalformedJson, InvalidOrder, TooLarge, RefusedByDatabase))
 #: Nobody limits records to less than an order takes.
 _SMALLEST_LIMIT_BYTES = 1024
 #: PostgreSQL and librdkafka keep microseconds and milliseconds.
@@ -271,7 +270,7 @@ class Reconciliation:
         expected = classified if isinstance(classified, Reject) else _refused_without_its_rules(record, reject.code)
         if expected is None:
             # Rules of an earlier release refused it. Only the form of its faults can be checked.
-            if reject.code not in _CODES:
+            if reject.code not in REJECT_CODES:
                 self._find("the code of the reject is not a code", position)
             self._cannot_prove("why rejects were refused by the rules of an earlier release", position)
             if not _is_plausible(reject):

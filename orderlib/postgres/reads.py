@@ -17,7 +17,7 @@ from psycopg.pq.abc import PGconn, PGresult
 from psycopg.waiting import Ready, Wait
 
 from orderlib.contract import fits_postgres
-from orderlib.errors import InvalidOrder, MalformedJson, OrderNotFound, RefusedByDatabase, TooLarge
+from orderlib.errors import REJECT_CODES, OrderNotFound
 from orderlib.models import Order
 from orderlib.postgres import queries
 from orderlib.postgres.rows import JOINED_WIDTH, Row, order_from_rows, orders_from_rows
@@ -38,7 +38,6 @@ Statement = tuple[LiteralString, Sequence[object]]
 
 _BEGIN: Statement = (queries.BEGIN_READ, ())
 _COMMIT: Statement = (queries.COMMIT, ())
-_CODES = [refusal.code for refusal in (MalformedJson, InvalidOrder, TooLarge, RefusedByDatabase)]
 
 
 class ReadQueries:
@@ -124,7 +123,7 @@ class ReadQueries:
             _BEGIN,
             (queries.NEWEST_ORDER_TIME, ()),
             (queries.COUNT_STORED_RECENTLY, [COUNT_LIMIT, STORED_RECENTLY]),
-            (queries.COUNT_REJECTS, [COUNT_LIMIT, _CODES]),
+            (queries.COUNT_REJECTS, [COUNT_LIMIT, list(REJECT_CODES)]),
             (queries.REPLICATION_DELAY, ()),
             _COMMIT,
         )

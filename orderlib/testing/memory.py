@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Unpack
 
-from orderlib.errors import OrderNotFound, RejectedError
+from orderlib.errors import REJECT_CODES, OrderNotFound
 from orderlib.ingestion.records import PreparedOrder, StoredVersion, plan_writes
 from orderlib.models import Order
 from orderlib.repository import (
@@ -86,7 +86,7 @@ class MemoryOrderRepository:
             asked_at=now,
             newest_first_stored_at=max(stored_at, default=None),
             stored_recently=min(recent, COUNT_LIMIT),
-            rejects_by_code={refusal.code: 0 for refusal in RejectedError.__subclasses__()},
+            rejects_by_code=dict.fromkeys(REJECT_CODES, 0),
             replication_delay_s=None,
         )
 

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
-from orderlib.errors import InvalidOrder, MalformedJson, RefusedByDatabase, TooLarge
+from orderlib.errors import REJECT_CODES
 from orderlib.postgres.connections import connect
 from orderlib.postgres.operations import count_old_rejects, purge_rejects
 from orderlib.postgres.rejects import Beginning, RejectPlace, get_reject, list_rejects, redrive
@@ -31,8 +31,6 @@ from services.admin.schema import APPLICATION_NAME, Commands, connected
 from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import database_url, max_record_bytes
 
-CODES = [refusal.code for refusal in (MalformedJson, InvalidOrder, TooLarge, RefusedByDatabase)]
-
 #: ``print_table`` prints at most so many bytes of a key, a value or the headers.
 SHOWN_BYTES = 8 * 1024 * 1024
 
@@ -47,7 +45,7 @@ def add_commands(commands: Commands) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
     listing = actions.add_parser("list", help="the oldest rejects (ORDERS_DATABASE_URL)")
-    listing.add_argument("--code", choices=CODES, help="only those of one code")
+    listing.add_argument("--code", choices=REJECT_CODES, help="only those of one code")
     listing.add_argument("--waiting", action="store_true", help="only those that were never redriven")
     listing.add_argument("--limit", metavar="N", type=positive, default=50, help="at most so many (%(default)s)")
     add_json_option(listing)
@@ -71,7 +69,7 @@ def add_commands(commands: Commands) -> None:
     )
     which = redriving.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="all of them")
-    which.add_argument("--code", choices=CODES, help="those of one code")
+    which.add_argument("--code", choices=REJECT_CODES, help="those of one code")
     which.add_argument("place", metavar="PLACE", nargs="?", type=_place, help="one")
     add_json_option(redriving)
     redriving.set_defaults(command=_redrive)

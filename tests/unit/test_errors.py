@@ -6,15 +6,26 @@ import copy
 import importlib
 import pickle
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib import resources
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
 import orderlib
 import services
-from orderlib.errors import Fault, FenceLost, OrderlibError, OrderNotFound, RefusedByDatabase, RejectedError
+from orderlib.errors import (
+    REJECT_CODES,
+    Fault,
+    FenceLost,
+    OrderlibError,
+    OrderNotFound,
+    RefusedByDatabase,
+    RejectedError,
+)
 
 _FAULTS = [Fault(path=f"$.items[{n}].sale", expected="an integer from 0 to 100", found="null") for n in range(3)]
 
@@ -86,6 +97,20 @@ def test_an_error_is_the_same_after_a_copy(cls: type[OrderlibError], way: str) -
     assert repr(copied) == repr(error)
     assert copied.args == error.args
     assert vars(copied) == vars(error)
+
+
+def test_every_rejected_error_has_its_code_in_the_list() -> None:
+    assert tuple(cls.code for cls in RejectedError.__subclasses__()) == REJECT_CODES
+    assert len(set(REJECT_CODES)) == len(REJECT_CODES)
+
+
+def test_the_migrations_and_the_documentation_list_the_same_codes() -> None:
+    migrations = resources.files("orderlib.postgres") / "migrations"
+    sql = "\n".join(path.read_text() for path in sorted(migrations.iterdir(), key=lambda path: path.name))
+    checks = re.findall(r"CHECK \(code IN \((.*?)\)\)", sql)
+    assert checks[-1] == ", ".join(f"'{code}'" for code in REJECT_CODES)
+    metrics = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    assert f"| `code` | {', '.join(f'`{code}`' for code in REJECT_CODES)} |" in metrics
 
 
 def _fail() -> None:
