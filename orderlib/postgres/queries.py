@@ -4,8 +4,17 @@ Written to run unchanged with the tables distributed by ``order_uid`` on Citus: 
 ``order_uid``, and no temporary table is joined.
 """
 
+from collections.abc import Iterable
 from typing import LiteralString
 
+from orderlib.postgres.rows import (
+    DELIVERY_COLUMNS,
+    ITEM_COLUMNS,
+    ORDER_COLUMNS,
+    ORDER_TIMES,
+    PAYMENT_COLUMNS,
+    STORE_COLUMNS,
+)
 from orderlib.repository import Direction
 
 #: The settings that can change what our SQL means or stores, with the values that it is written for. This is the result
@@ -72,18 +81,17 @@ BEGIN_READ: LiteralString = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 COMMIT: LiteralString = "COMMIT"
 ROLLBACK: LiteralString = "ROLLBACK"
 
-_CONTENT_COLUMNS: LiteralString = """
-    o.order_uid, o.track_number, o.entry, o.locale, o.internal_signature, o.customer_id, o.delivery_service,
-    o.shardkey, o.sm_id, o.date_created, o.oof_shard,
-    d.name, d.phone, d.zip, d.city, d.address, d.region, d.email,
-    p.transaction, p.request_id, p.currency, p.provider, p.amount, p.payment_dt, p.bank, p.delivery_cost,
-    p.goods_total, p.custom_fee
-"""
-_ORDER_COLUMNS: LiteralString = f"{_CONTENT_COLUMNS}, o.first_stored_at, o.stored_at, o.content_sha256"
 
-_ITEM_COLUMNS: LiteralString = """
-    order_uid, chrt_id, track_number, price, rid, name, sale, size, total_price, nm_id, brand, status
-"""
+def _columns(names: Iterable[LiteralString], prefix: LiteralString = "") -> LiteralString:
+    """Return a list of columns as SQL."""
+    return ", ".join(prefix + name for name in names)
+
+
+_CONTENT_COLUMNS: LiteralString = (
+    f"{_columns(ORDER_COLUMNS, 'o.')}, {_columns(DELIVERY_COLUMNS, 'd.')}, {_columns(PAYMENT_COLUMNS, 'p.')}"
+)
+_ORDER_COLUMNS: LiteralString = f"{_CONTENT_COLUMNS}, o.first_stored_at, o.stored_at, o.content_sha256"
+_ITEM_COLUMNS: LiteralString = f"order_uid, {_columns(ITEM_COLUMNS)}"
 
 #: One order without its items: one JOIN of three tables, on one shard. The statements of reading write their parameters
 #: as PostgreSQL does, for they go straight to libpq.
@@ -183,27 +191,12 @@ DISABLE_SEQSCAN: LiteralString = "SET LOCAL enable_seqscan = off"
 #: Make room for the new versions of orders; delivery, payment and every item go with them.
 DELETE_ORDERS: LiteralString = "DELETE FROM orders WHERE order_uid = ANY(%(order_uids)s)"
 
-COPY_ORDERS: LiteralString = """
-COPY orders (
-    order_uid, track_number, entry, locale, internal_signature, customer_id, delivery_service, shardkey, sm_id,
-    date_created, oof_shard, content_sha256, source_topic_id, source_partition, source_offset, source_time,
-    first_stored_at, stored_at
-) FROM STDIN (FORMAT BINARY)
+COPY_ORDERS: LiteralString = f"""
+COPY orders ({_columns(ORDER_COLUMNS)}, {_columns(STORE_COLUMNS)}) FROM STDIN (FORMAT BINARY)
 """
-COPY_DELIVERY: LiteralString = """
-COPY delivery (order_uid, name, phone, zip, city, address, region, email) FROM STDIN (FORMAT BINARY)
-"""
-COPY_PAYMENT: LiteralString = """
-COPY payment (
-    order_uid, transaction, request_id, currency, provider, amount, payment_dt, bank, delivery_cost, goods_total,
-    custom_fee
-) FROM STDIN (FORMAT BINARY)
-"""
-COPY_ITEMS: LiteralString = """
-COPY items (
-    order_uid, line, chrt_id, track_number, price, rid, name, sale, size, total_price, nm_id, brand, status
-) FROM STDIN (FORMAT BINARY)
-"""
+COPY_DELIVERY: LiteralString = f"COPY delivery (order_uid, {_columns(DELIVERY_COLUMNS)}) FROM STDIN (FORMAT BINARY)"
+COPY_PAYMENT: LiteralString = f"COPY payment (order_uid, {_columns(PAYMENT_COLUMNS)}) FROM STDIN (FORMAT BINARY)"
+COPY_ITEMS: LiteralString = f"COPY items (order_uid, line, {_columns(ITEM_COLUMNS)}) FROM STDIN (FORMAT BINARY)"
 
 #: A duplicate moves only the position that last confirmed the content.
 MOVE_SOURCES: LiteralString = """
@@ -584,7 +577,8 @@ FROM reject_digests
 
 #: Every order with its digest, its source and its times. Clocks may differ by a day.
 SNAPSHOT_ORDERS: LiteralString = f"""
-SELECT {_CONTENT_COLUMNS.replace("o.date_created", _readable("o.date_created"))},
+SELECT {", ".join(_readable(f"o.{name}") if name in ORDER_TIMES else f"o.{name}" for name in ORDER_COLUMNS)},
+    {_columns(DELIVERY_COLUMNS, "d.")}, {_columns(PAYMENT_COLUMNS, "p.")},
     o.content_sha256, o.source_topic_id, o.source_partition, o.source_offset, {_readable("o.source_time")},
     {_readable("o.stored_at")},
     isfinite(o.first_stored_at) AND o.first_stored_at <= o.stored_at AND o.stored_at < now() + interval '1 day'

@@ -3,8 +3,8 @@
 Rows to be written are made in the binary format of PostgreSQL's COPY (its manual, "COPY", "Binary Format"), so that an
 order can be made ready on one thread while another waits for the database.
 
-The order of fields is the models', and the column lists in ``orderlib.postgres.queries`` follow it; a test compares
-them.
+The models' fields, in their order, are the columns. ``orderlib.postgres.queries`` takes its column lists from here, so
+a new field changes no SQL text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import datetime as dt
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, LiteralString
 
 import attrs
 
@@ -25,7 +25,8 @@ from orderlib.models import Delivery, Item, Order, Payment
 Row = tuple[Any, ...]
 
 
-def _names(model: type[attrs.AttrsInstance]) -> tuple[str, ...]:
+def _names(model: type[attrs.AttrsInstance]) -> tuple[LiteralString, ...]:
+    # The names are written on the models, so SQL may contain them. mypy takes any str for a LiteralString.
     return tuple(field.name for field in attrs.fields(model))
 
 
@@ -34,6 +35,22 @@ ORDER_COLUMNS = tuple(name for name in _names(Order) if name not in {"delivery",
 DELIVERY_COLUMNS = _names(Delivery)
 PAYMENT_COLUMNS = _names(Payment)
 ITEM_COLUMNS = _names(Item)
+#: The other columns of ``orders``, behind the fields of an order.
+STORE_COLUMNS = (
+    "content_sha256",
+    "source_topic_id",
+    "source_partition",
+    "source_offset",
+    "source_time",
+    "first_stored_at",
+    "stored_at",
+)
+#: The columns of ``orders`` that hold a time of the order.
+ORDER_TIMES = tuple(
+    field.name
+    for field in rules_of(Order).fields
+    if field.name in ORDER_COLUMNS and column_type(rule_of(field)) == "timestamptz"
+)
 
 _DELIVERY_AT = len(ORDER_COLUMNS)
 _PAYMENT_AT = _DELIVERY_AT + len(DELIVERY_COLUMNS)
@@ -119,8 +136,7 @@ _delivery_fields = _packer(Delivery, DELIVERY_COLUMNS)
 _payment_fields = _packer(Payment, PAYMENT_COLUMNS)
 _item_fields = _packer(Item, ITEM_COLUMNS)
 
-#: Behind the fields of an order: its digest, its source (4), when it was stored first, and in this version.
-_ORDER_HEAD = _field_count(len(ORDER_COLUMNS) + 7)
+_ORDER_HEAD = _field_count(len(ORDER_COLUMNS) + len(STORE_COLUMNS))
 _DELIVERY_HEAD = _field_count(1 + len(DELIVERY_COLUMNS))
 _PAYMENT_HEAD = _field_count(1 + len(PAYMENT_COLUMNS))
 _ITEM_HEAD = _field_count(2 + len(ITEM_COLUMNS))
