@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 
-from orderlib.canonical import Canonical, canonical_form
-from orderlib.codecs import decode_canonical, digest
+from orderlib.codecs import CanonicalOrder, canonical_form, decode_canonical, digest
 from orderlib.errors import Fault, MalformedJson, RejectedError, TooLarge
 from orderlib.models import Order
 from orderlib.repository import Outcome
@@ -121,13 +120,13 @@ class PackedRows:
 
 
 #: Encodes the rows of an order in canonical form: its digest, position and time follow.
-PackRows = Callable[[Canonical, bytes, RecordPosition | None, dt.datetime | None], PackedRows]
+PackRows = Callable[[CanonicalOrder, bytes, RecordPosition | None, dt.datetime | None], PackedRows]
 
 _NO_ROWS = PackedRows(b"", b"", b"", b"")
 
 
 def pack_no_rows(
-    _order: Canonical, _content_sha256: bytes, _source: RecordPosition | None, _time: dt.datetime | None
+    _order: CanonicalOrder, _content_sha256: bytes, _source: RecordPosition | None, _time: dt.datetime | None
 ) -> PackedRows:
     """Return empty rows, for an order that is compared and never stored in PostgreSQL."""
     return _NO_ROWS
@@ -158,7 +157,7 @@ class PreparedOrder:
 
     @classmethod
     def of_canonical(
-        cls, order: Canonical, source: RecordPosition | None, time: dt.datetime | None, pack_rows: PackRows
+        cls, order: CanonicalOrder, source: RecordPosition | None, time: dt.datetime | None, pack_rows: PackRows
     ) -> PreparedOrder:
         """Prepare an order in canonical form."""
         sha256 = digest(order)

@@ -17,7 +17,7 @@ from typing import Any, LiteralString
 
 import attrs
 
-from orderlib.canonical import Canonical
+from orderlib.codecs import CanonicalOrder
 from orderlib.contract import M, column_type, rule_of, rules_of, unchecked
 from orderlib.ingestion.records import PackedRows, RecordPosition
 from orderlib.models import Delivery, Item, Order, Payment
@@ -120,14 +120,15 @@ _PACKING = {
 }
 
 
-def _packer(model: type[attrs.AttrsInstance], names: Sequence[str]) -> Callable[[Any], bytes]:
-    """What makes a model's columns into fields of a binary row.
+def _packer(model: type[attrs.AttrsInstance], names: Sequence[str]) -> Callable[[object], bytes]:
+    """Return a function that packs a model's columns as the fields of a binary row.
 
-    Its source is written from the contract, as attrs writes its methods: a call for each field took twice the time.
+    Its source is generated from the contract, as attrs generates methods: a call for each field took twice the time.
     """
     rules = {field.name: rule_of(field) for field in rules_of(model).fields}
     fields = ", ".join(_PACKING[column_type(rules[name])].format(name=name) for name in names)
-    pack: Callable[[Any], bytes] = eval(f"lambda model: b''.join(({fields}))", globals())  # noqa: S307
+    # The source has nothing from outside: only names of fields.
+    pack: Callable[[object], bytes] = eval(f"lambda model: b''.join(({fields}))", globals())  # noqa: S307
     return pack
 
 
@@ -143,7 +144,7 @@ _ITEM_HEAD = _field_count(2 + len(ITEM_COLUMNS))
 
 
 def pack_rows(
-    order: Canonical, content_sha256: bytes, source: RecordPosition | None, time: dt.datetime | None
+    order: CanonicalOrder, content_sha256: bytes, source: RecordPosition | None, time: dt.datetime | None
 ) -> PackedRows:
     """Encode an order's rows for a binary COPY into each table (``PackRows``)."""
     uid = _text(order.order_uid)

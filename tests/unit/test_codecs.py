@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import traceback
+import typing
 from collections.abc import Mapping
 from random import Random
 from typing import Any
@@ -31,7 +32,7 @@ from orderlib import (
     order_from_plain,
     order_to_plain,
 )
-from orderlib.codecs import decode_canonical, digest
+from orderlib.codecs import CanonicalOrder, canonical_form, decode_canonical, digest
 from orderlib.errors import MAX_FAULTS
 from orderlib.models import MAX_ITEMS
 from orderlib.testing import SAMPLE, FaultKind, break_order
@@ -93,6 +94,21 @@ def test_equal_orders_have_the_same_canonical_json_however_they_were_written(ord
     assert again == order
     assert encode_order(again) == encode_order(order)
     assert content_sha256(again) == content_sha256(order) == digest(decode_canonical(written))
+
+
+def test_the_canonical_form_has_the_fields_of_the_models() -> None:
+    canonical: Any = canonical_form(SAMPLE_ORDER)
+    for part, model in (
+        (canonical, Order),
+        (canonical.delivery, Delivery),
+        (canonical.payment, Payment),
+        (canonical.items[0], Item),
+    ):
+        assert part.__struct_fields__ == tuple(attrs.fields_dict(model))
+    assert set(CanonicalOrder.__annotations__) <= set(attrs.fields_dict(Order))
+    types = typing.get_type_hints(Order)
+    for name in ("order_uid", "date_created"):
+        assert typing.get_type_hints(CanonicalOrder)[name] is types[name]
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)

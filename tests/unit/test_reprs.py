@@ -21,7 +21,7 @@ from msgspec.inspect import StrType
 
 import orderlib
 from orderlib import InvalidOrder, Order
-from orderlib.canonical import canonical_form
+from orderlib.codecs import canonical_form
 from orderlib.contract import rule_of, rules_of
 from orderlib.errors import RejectedError
 from orderlib.ingestion.records import Record, RecordPosition, classify_record

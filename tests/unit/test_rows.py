@@ -18,7 +18,7 @@ from psycopg.adapt import PyFormat, Transformer
 from psycopg.pq import Format
 
 from orderlib import Order, decode_order
-from orderlib.canonical import canonical_form
+from orderlib.codecs import canonical_form
 from orderlib.contract import column_type
 from orderlib.ingestion.records import RecordPosition
 from orderlib.postgres import queries
