@@ -1,1 +1,1 @@
-"""Every figure that is claimed anywhere, measured side by side with its limit in one run."""
+"""Benchmarks: measure every published figure, side by side with what it is compared with."""

@@ -1,8 +1,8 @@
-"""How fast the API answers, beside other ways of doing the same: ``python -m bench.api``.
+"""Measure the API beside other applications and servers: ``python -m bench.api``.
 
-Starts the servers that it uses, and no other. Needs ``wrk`` on PATH; granian and uvloop are measured where they are
-installed. Each way is measured several times, in turns, with a new process each time; the median counts. Orders are
-asked for at random, so that each is read anew; all of them fit into PostgreSQL's memory.
+Each round starts every variant once, in a new process. A figure is the median of the rounds. Requests choose orders at
+random, so no response is cached; all orders fit into PostgreSQL's shared buffers. The benchmark starts the PostgreSQL
+that it uses and needs ``wrk`` on PATH. Variants that need granian or uvloop are left out if it is not installed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 import orderlib
 from bench.report import Figure, add_write_option, publish
-from bench.servers import own_servers
+from bench.servers import benchmark_servers
 from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import bootstrap, migrate
 from orderlib.testing import SAMPLE
@@ -34,91 +34,116 @@ from orderlib.testing import SAMPLE
 ORDERS = 20_000
 CONNECTIONS = (1, 16)
 
-OURS = "GET, uncached"
-FOUR = "GET, four queries"
-#: name, application, server, what is asked for
-WAYS = (
-    (OURS, "ours", "asgi", "random"),
-    (FOUR, "four", "asgi", "random"),
-    ("GET, 304", "ours", "asgi", "known"),
-    ("list of 20 orders", "ours", "asgi", "list"),
-    ("fixed body", "ours", "asgi", "hello"),
-    ("GET, four queries over our driver", "four-ours", "asgi", "random"),
-    ("GET, uncached, uvloop", "ours", "uvloop", "random"),
-    ("fixed body, uvloop", "ours", "uvloop", "hello"),
-    ("GET, uncached, WSGI, gunicorn sync", "wsgi", "sync", "random"),
-    ("fixed body, WSGI, gunicorn sync", "wsgi", "sync", "hello"),
-    ("GET, uncached, WSGI, gunicorn gthread", "wsgi", "gthread", "random"),
-    ("fixed body, WSGI, gunicorn gthread", "wsgi", "gthread", "hello"),
-    ("GET, uncached, WSGI, granian", "wsgi", "granian", "random"),
-    ("GET, uncached, ASGI, granian", "ours", "granian", "random"),
-    ("fixed body, ASGI, granian", "ours", "granian", "hello"),
+UNCACHED = "GET, uncached"
+FOUR_QUERIES = "GET, four queries"
+
+
+@attrs.frozen
+class Variant:
+    """An application on a server, and the requests that it gets; the choices are those of ``bench.api_server``."""
+
+    name: str
+    application: str
+    server: str
+    #: A key of ``REQUESTS``.
+    requests: str
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the optional package that the server needs is installed."""
+        return self.server not in ("granian", "uvloop") or importlib.util.find_spec(self.server) is not None
+
+
+#: What wrk requests, as a Lua script.
+REQUESTS = {
+    "random": f'request = function() return wrk.format("GET", "/orders/u" .. math.random(0, {ORDERS - 1})) end',
+    "known": 'wrk.headers["If-None-Match"] = "*"\nrequest = function() return wrk.format("GET", "/orders/u7") end',
+    "list": 'request = function() return wrk.format("GET", "/orders") end',
+    "hello": 'request = function() return wrk.format("GET", "/hello") end',
+}
+
+VARIANTS = (
+    Variant(UNCACHED, "orderlib", "asgi", "random"),
+    Variant(FOUR_QUERIES, "four-queries", "asgi", "random"),
+    Variant("GET, 304", "orderlib", "asgi", "known"),
+    Variant("list of 20 orders", "orderlib", "asgi", "list"),
+    Variant("fixed body", "orderlib", "asgi", "hello"),
+    Variant("GET, four queries, orderlib's driver", "four-queries-own-driver", "asgi", "random"),
+    Variant("GET, uncached, uvloop", "orderlib", "uvloop", "random"),
+    Variant("fixed body, uvloop", "orderlib", "uvloop", "hello"),
+    Variant("GET, uncached, WSGI, gunicorn sync", "wsgi", "sync", "random"),
+    Variant("fixed body, WSGI, gunicorn sync", "wsgi", "sync", "hello"),
+    Variant("GET, uncached, WSGI, gunicorn gthread", "wsgi", "gthread", "random"),
+    Variant("fixed body, WSGI, gunicorn gthread", "wsgi", "gthread", "hello"),
+    Variant("GET, uncached, WSGI, granian", "wsgi", "granian", "random"),
+    Variant("GET, uncached, ASGI, granian", "orderlib", "granian", "random"),
+    Variant("fixed body, ASGI, granian", "orderlib", "granian", "hello"),
 )
 
 
 @attrs.frozen(kw_only=True)
-class Measured:
+class WrkResult:
     """One run of wrk."""
 
     per_s: float
     p50_ms: float
     p99_ms: float
-    #: What a request cost the server's own processes; PostgreSQL's work is not in it. Steadier than the rest.
+    #: CPU time per request of the server's processes, without PostgreSQL's. It varies less than the other values.
     cpu_us: float
 
 
 def main() -> None:
-    """Measure, and print the figures."""
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.api", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--seconds", type=int, default=3, help="of each measurement (%(default)s)")
-    parser.add_argument("--only", default="", help="measure only what has this in its name")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the measurement (%(default)s)")
+    parser.add_argument("--seconds", type=int, default=3, help="duration of each measurement (%(default)s)")
+    parser.add_argument("--only", default="", help="measure only the variants that have this text in their name")
     add_write_option(parser)
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("error: bench.api needs wrk (apt-get install wrk)")
-    with own_servers() as environ:
-        measured = measure(environ, options)
-    publish("api", list(figures(measured)), write=options.write)
+    with benchmark_servers() as environ:
+        results = measure(environ, options)
+    publish("api", list(figures(results)), write=options.write)
 
 
-def measure(environ: Mapping[str, str], options: argparse.Namespace) -> dict[tuple[str, int], list[Measured]]:
-    """Measure every way of serving, on the servers of this environment."""
+def measure(environ: Mapping[str, str], options: argparse.Namespace) -> dict[tuple[str, int], list[WrkResult]]:
+    """Measure every variant with the PostgreSQL of this environment. Return the results of its rounds."""
     prepare(environ)
-    measured: dict[tuple[str, int], list[Measured]] = {}
+    results: dict[tuple[str, int], list[WrkResult]] = {}
+    variants = [variant for variant in VARIANTS if options.only in variant.name and variant.is_installed]
     for _ in range(options.rounds):
-        for name, application, server, asked in WAYS:
-            if options.only not in name or not _is_there(server):
-                continue
-            with serving(environ, application, server) as (port, process):
+        for variant in variants:
+            with serving(environ, variant) as (port, process):
                 for connections in CONNECTIONS:
-                    found = ask(port, process, asked, connections, options.seconds)
-                    measured.setdefault((name, connections), []).append(found)
-                    print(f"{name}, {connections} connections: {found.per_s:,.0f}/s", file=sys.stderr)
-    return measured
+                    result = run_wrk(port, process, variant.requests, connections, options.seconds)
+                    results.setdefault((variant.name, connections), []).append(result)
+                    print(f"{variant.name}, {connections} connections: {result.per_s:,.0f}/s", file=sys.stderr)
+    return results
 
 
-def figures(measured: Mapping[tuple[str, int], list[Measured]]) -> Iterator[Figure]:
-    """The medians, and how much faster ours is than four queries: each round compared with itself, then the median."""
+def figures(results: Mapping[tuple[str, int], list[WrkResult]]) -> Iterator[Figure]:
+    """Yield the median of each value. The ratio to four queries is the median of the ratios of the rounds."""
     for connections in CONNECTIONS:
-        ours, four = measured.get((OURS, connections)), measured.get((FOUR, connections))
-        if ours and four:
-            ratio = statistics.median(a.per_s / b.per_s for a, b in zip(ours, four, strict=True))
-            yield Figure(f"GET, uncached / four queries, {connections} conn.", ratio, "times", at_least=1.4)
-    for (name, connections), runs in measured.items():
-        what = f"{name}, {connections} conn."
-        yield Figure(what, statistics.median(one.per_s for one in runs), "/s")
-        yield Figure(f"{what}, p50", statistics.median(one.p50_ms for one in runs), "ms")
-        yield Figure(f"{what}, p99", statistics.median(one.p99_ms for one in runs), "ms")
-        yield Figure(f"{what}, server's CPU", statistics.median(one.cpu_us for one in runs), "µs")
+        uncached = results.get((UNCACHED, connections))
+        four_queries = results.get((FOUR_QUERIES, connections))
+        if uncached and four_queries:
+            ratio = statistics.median(a.per_s / b.per_s for a, b in zip(uncached, four_queries, strict=True))
+            yield Figure(f"GET, uncached / four queries, {_count(connections)}", ratio, "×", at_least=1.4)
+    for (name, connections), rounds in results.items():
+        prefix = f"{name}, {_count(connections)}"
+        yield Figure(prefix, statistics.median(result.per_s for result in rounds), "/s")
+        yield Figure(f"{prefix}, p50", statistics.median(result.p50_ms for result in rounds), "ms")
+        yield Figure(f"{prefix}, p99", statistics.median(result.p99_ms for result in rounds), "ms")
+        yield Figure(f"{prefix}, CPU of the server", statistics.median(result.cpu_us for result in rounds), "µs")
 
 
-def _is_there(server: str) -> bool:
-    return server not in ("granian", "uvloop") or importlib.util.find_spec(server) is not None
+def _count(connections: int) -> str:
+    return "1 connection" if connections == 1 else f"{connections} connections"
 
 
 def prepare(environ: Mapping[str, str]) -> None:
-    """Make the roles, the tables and the orders, unless they are there."""
+    """Create the roles, the tables and the orders."""
     urls = [environ[f"ORDERS_{name}_URL"] for name in ("MIGRATOR", "DATABASE", "READER")]
     passwords = {str(url["user"]): str(url["password"]) for url in map(conninfo_to_dict, urls)}
     with connect(environ["ORDERS_BOOTSTRAP_URL"], application_name="bench") as superuser:
@@ -137,11 +162,11 @@ def prepare(environ: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def serving(environ: Mapping[str, str], application: str, server: str) -> Iterator[tuple[int, psutil.Process]]:
-    """One process of a way of serving, on a port of its own."""
+def serving(environ: Mapping[str, str], variant: Variant) -> Iterator[tuple[int, psutil.Process]]:
+    """Run a variant as a process, and yield its port and the process once it accepts connections."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "bench.api_server", application, server, str(port)]
+    command = [sys.executable, "-m", "bench.api_server", variant.application, variant.server, str(port)]
     process = subprocess.Popen(command, env=dict(environ))
     try:
         deadline = time.monotonic() + 20
@@ -159,16 +184,10 @@ def serving(environ: Mapping[str, str], application: str, server: str) -> Iterat
         process.wait(15)
 
 
-def ask(port: int, process: psutil.Process, asked: str, connections: int, seconds: int) -> Measured:
-    """Load it for so long."""
-    scripts = {
-        "random": f'request = function() return wrk.format("GET", "/orders/u" .. math.random(0, {ORDERS - 1})) end',
-        "known": 'wrk.headers["If-None-Match"] = "*"\nrequest = function() return wrk.format("GET", "/orders/u7") end',
-        "list": 'request = function() return wrk.format("GET", "/orders") end',
-        "hello": 'request = function() return wrk.format("GET", "/hello") end',
-    }
+def run_wrk(port: int, process: psutil.Process, requests: str, connections: int, seconds: int) -> WrkResult:
+    """Load the server with wrk for this time, after one second to warm up."""
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-        script.write(scripts[asked])
+        script.write(REQUESTS[requests])
         script.flush()
         command = ["wrk", "-t1", f"-c{connections}", "--latency", "-s", script.name, f"http://127.0.0.1:{port}"]
         subprocess.run([*command, "-d1s"], capture_output=True, check=True)
@@ -179,7 +198,7 @@ def ask(port: int, process: psutil.Process, asked: str, connections: int, second
     cpu_s = _cpu_s(process) - cpu_s
     found = re.search(r"(\d+) requests in .*Requests/sec:\s+([\d.]+)", text, re.DOTALL)
     assert found, text
-    return Measured(
+    return WrkResult(
         per_s=float(found[2]),
         p50_ms=_percentile(text, 50),
         p99_ms=_percentile(text, 99),
@@ -188,8 +207,8 @@ def ask(port: int, process: psutil.Process, asked: str, connections: int, second
 
 
 def _cpu_s(process: psutil.Process) -> float:
-    """What a process and those it started have used so far."""
-    used = (one.cpu_times() for one in [process, *process.children(recursive=True)])
+    """Return the CPU time that a process and its children have used so far."""
+    used = (each.cpu_times() for each in [process, *process.children(recursive=True)])
     return sum(times.user + times.system for times in used)
 
 

@@ -1,8 +1,11 @@
-"""One way of serving orders, for ``bench.api`` to measure: ``python -m bench.api_server APPLICATION SERVER PORT``.
+"""Serve orders for ``bench.api``: ``python -m bench.api_server APPLICATION SERVER PORT``.
 
-Applications: ``ours`` is the API as it is, with a fixed body at ``/hello`` besides. ``four`` reads with four plain
-SELECTs through psycopg and its pool, as the service that orderlib replaces did; ``four-ours`` sends the same four
-through our own driver. ``wsgi`` is ``ours`` as a WSGI application.
+Each application also has a fixed body at ``/hello``. The applications:
+
+* ``orderlib``: the API of ``services.api``
+* ``four-queries``: reads with four SELECTs through psycopg and its pool, as the service that orderlib replaces
+* ``four-queries-own-driver``: the same four SELECTs through orderlib's own connections
+* ``wsgi``: the API as a WSGI application
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 import falcon
@@ -39,25 +42,25 @@ ORDERS = f"SELECT {', '.join(ORDER_COLUMNS + STORE_COLUMNS)} FROM orders WHERE o
 DELIVERY = f"SELECT {', '.join(DELIVERY_COLUMNS)} FROM delivery WHERE order_uid = $1"
 PAYMENT = f"SELECT {', '.join(PAYMENT_COLUMNS)} FROM payment WHERE order_uid = $1"
 ITEMS = f"SELECT order_uid, {', '.join(ITEM_COLUMNS)} FROM items WHERE order_uid = $1 ORDER BY line"
-FOUR = (ORDERS, DELIVERY, PAYMENT, ITEMS)
+FOUR_QUERIES = (ORDERS, DELIVERY, PAYMENT, ITEMS)
 
 
-def _stored_order(answers: list[list[Row]]) -> StoredOrder:
-    [order], [delivery], [payment], items = answers
+def _stored_order(results: list[list[Row]]) -> StoredOrder:
+    [order], [delivery], [payment], items = results
     width = len(ORDER_COLUMNS)
     store_values = dict(zip(STORE_COLUMNS, order[width:], strict=True))
     return StoredOrder(order=order_from_rows(order[:width] + delivery + payment, items), **store_values)
 
 
-class FourQueries(AsyncPostgresOrderReader):
-    """Four SELECTs, one after the other, in no common transaction: psycopg as its manual shows it."""
+class FourQueriesReader(AsyncPostgresOrderReader):
+    """Read an order with four SELECTs, one after another and without a transaction around them."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self._url = url
         self._driver_pool: AsyncConnectionPool[psycopg.AsyncConnection[Row]] | None = None
 
-    async def get_stored(self, order_uid: str) -> StoredOrder:  # noqa: D102 - see the class
+    async def get_stored(self, order_uid: str) -> StoredOrder:  # noqa: D102 - the class docstring describes it
         if self._driver_pool is None:
             self._driver_pool = AsyncConnectionPool(
                 self._url,
@@ -69,61 +72,63 @@ class FourQueries(AsyncPostgresOrderReader):
             )
             await self._driver_pool.open(wait=True)
         async with self._driver_pool.connection() as connection:
-            answers = []
-            for statement in FOUR:
+            results = []
+            for statement in FOUR_QUERIES:
                 cursor = psycopg.AsyncRawCursor(connection)
                 await cursor.execute(statement, [order_uid], binary=True)
-                answers.append(await cursor.fetchall())
-        return _stored_order(answers)
+                results.append(await cursor.fetchall())
+        return _stored_order(results)
 
 
-class FourQueriesOverOurs(AsyncPostgresOrderReader):
-    """The same four, over the driver that ours uses."""
+class FourQueriesOwnDriverReader(AsyncPostgresOrderReader):
+    """Read an order with the same four SELECTs, through the connections of orderlib's own reader."""
 
-    async def get_stored(self, order_uid: str) -> StoredOrder:  # noqa: D102 - see the class
-        def four(reading: ReadQueries) -> PQGen[StoredOrder]:
-            answers = []
-            for statement in FOUR:
-                answers += yield from reading._pipeline((statement, [order_uid]))  # noqa: SLF001
-            return _stored_order(answers)
+    async def get_stored(self, order_uid: str) -> StoredOrder:  # noqa: D102 - the class docstring describes it
+        def run_queries(queries: ReadQueries) -> PQGen[StoredOrder]:
+            results = []
+            for statement in FOUR_QUERIES:
+                results += yield from queries._pipeline((statement, [order_uid]))  # noqa: SLF001 - no public method runs another SELECT
+            return _stored_order(results)
 
-        return await self._read(four)
+        return await self._read(run_queries)
 
 
+#: As many bytes as the sample order.
 BODY = b"x" * 1040
 
 
 class Hello:
-    """A fixed body of the sample's size."""
+    """Answer with a fixed body."""
 
-    async def on_get(self, _req: Any, resp: Any) -> None:  # noqa: D102
+    async def on_get(self, _req: Any, resp: Any) -> None:  # noqa: D102 - the class docstring describes it
         resp.data, resp.content_type = BODY, falcon.MEDIA_JSON
 
 
-def _now(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run to its end a coroutine that waits for nothing, as those of our middleware do."""
+def _run_without_waiting(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine that never waits, as the middleware's never do. Raise AssertionError if it waits."""
     try:
         coroutine.send(None)
     except StopIteration:
         return
-    raise AssertionError("it waits")
+    raise AssertionError("the coroutine waits")
 
 
 class _SyncMiddleware:
-    """Our middleware for WSGI."""
+    """The API's middleware for WSGI."""
 
-    def __init__(self, observation: Any, access: Any) -> None:
-        self._observation = observation
-        self._access = access
+    # Any: the two are annotated with the request and response of ASGI.
+    def __init__(self, metrics: Any, auth: Any) -> None:
+        self._metrics = metrics
+        self._auth = auth
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        _now(self._observation.process_request(req, resp))
-        _now(self._access.process_request(req, resp))
+        _run_without_waiting(self._metrics.process_request(req, resp))
+        _run_without_waiting(self._auth.process_request(req, resp))
 
     def process_response(
         self, req: falcon.Request, resp: falcon.Response, resource: object, req_succeeded: bool
     ) -> None:
-        _now(self._observation.process_response(req, resp, resource, req_succeeded))
+        _run_without_waiting(self._metrics.process_response(req, resp, resource, req_succeeded))
 
 
 class _SyncOrder:
@@ -146,22 +151,27 @@ class _SyncHello:
         resp.data, resp.content_type = BODY, falcon.MEDIA_JSON
 
 
+def _make_id() -> str:
+    return uuid.uuid4().hex
+
+
 def build(application: str) -> Any:
-    """One of the applications, from the settings in the environment."""
-    set_up_logging(open(os.devnull, "w"))  # noqa: PTH123, SIM115 - for as long as the process lives
+    """Create an application from the settings in the environment."""
+    set_up_logging(open(os.devnull, "w"))  # noqa: PTH123, SIM115 - it stays open until the process ends
     settings = ApiSettings.from_mapping({**os.environ, "ORDERS_API_AUTH": "off"})
     metrics = Metrics(ROUTES)
-    make_id: Callable[[], str] = lambda: uuid.uuid4().hex  # noqa: E731
     url = settings.reader_url
     if application.startswith("wsgi"):
         wsgi = falcon.App(
-            middleware=_SyncMiddleware(RequestMetricsMiddleware(metrics, make_id), AuthMiddleware(settings))
+            middleware=_SyncMiddleware(RequestMetricsMiddleware(metrics, _make_id), AuthMiddleware(settings))
         )
         wsgi.add_route("/orders/{order_uid}", _SyncOrder(url))
         wsgi.add_route("/hello", _SyncHello())
         return wsgi
-    reader = {"four": FourQueries, "four-ours": FourQueriesOverOurs}.get(application, AsyncPostgresOrderReader)(url)
-    app = create_app(reader, settings, metrics, make_id)
+    reader = {"four-queries": FourQueriesReader, "four-queries-own-driver": FourQueriesOwnDriverReader}.get(
+        application, AsyncPostgresOrderReader
+    )(url)
+    app = create_app(reader, settings, metrics, _make_id)
     app.add_route("/hello", Hello())
     return app
 
@@ -169,14 +179,14 @@ def build(application: str) -> Any:
 def main() -> None:
     """Serve until stopped."""
     parser = argparse.ArgumentParser(prog="python -m bench.api_server", description=__doc__)
-    parser.add_argument("application", choices=["ours", "four", "four-ours", "wsgi"])
+    parser.add_argument("application", choices=["orderlib", "four-queries", "four-queries-own-driver", "wsgi"])
     parser.add_argument("server", choices=["asgi", "uvloop", "sync", "gthread", "granian"])
     parser.add_argument("port", type=int)
     options = parser.parse_args()
     application, server, port = options.application, options.server, options.port
     if server == "granian":
-        from granian import Granian  # noqa: PLC0415
-        from granian.constants import Interfaces  # noqa: PLC0415
+        from granian import Granian  # noqa: PLC0415 - only this server needs it
+        from granian.constants import Interfaces  # noqa: PLC0415 - only this server needs it
 
         interface = Interfaces.WSGI if application.startswith("wsgi") else Interfaces.ASGI
         os.environ["BENCH_APPLICATION"] = application
@@ -191,18 +201,20 @@ def main() -> None:
         ).serve()
         return
     listener = listen("PORT", Address(host="127.0.0.1", port=port))
-    beside = listen("PORT", Address(host="127.0.0.1", port=0))
-    made = Server(listener, beside, load=lambda: build(application), metrics=Metrics(ROUTES), keepalive_s=75)
+    metrics_listener = listen("PORT", Address(host="127.0.0.1", port=0))
+    gunicorn = Server(
+        listener, metrics_listener, load=lambda: build(application), metrics=Metrics(ROUTES), keepalive_s=75
+    )
     if server in ("sync", "gthread"):
-        made.cfg.set("worker_class", server)
-        made.cfg.set("threads", 8 if server == "gthread" else 1)
+        gunicorn.cfg.set("worker_class", server)
+        gunicorn.cfg.set("threads", 8 if server == "gthread" else 1)
     if server == "uvloop":
-        made.cfg.set("asgi_loop", "uvloop")
-    made.run()
+        gunicorn.cfg.set("asgi_loop", "uvloop")
+    gunicorn.run()
 
 
 def granian_application() -> Any:
-    """What granian loads."""
+    """Create the application that ``main`` chose; each granian worker calls this."""
     return build(os.environ["BENCH_APPLICATION"])
 
 

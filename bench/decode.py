@@ -1,7 +1,7 @@
-"""How fast a record becomes an order: beside bare msgspec, cattrs and pydantic, in one run.
+"""Measure ``decode_order`` beside bare msgspec, cattrs and pydantic: ``python -m bench.decode``.
 
-``python -m bench.decode``. Every rival decodes the same records into the same fields; bare msgspec checks types, cattrs
-nothing, pydantic the same rules as we. All of their classes are made from ours.
+Every decoder gets the same records and fills the same fields. Bare msgspec checks only types, cattrs nothing, pydantic
+the same rules as ``decode_order``. Their classes are generated from the rules of ``Order``.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from orderlib.contract import rule_of, rules_of
 from orderlib.testing import SAMPLE
 from services.sender.generate import make_order
 
-Decode = Callable[[bytes], object]
+Decoder = Callable[[bytes], object]
 
 
 def plain_type(rule: Type, part: Callable[[DataclassType], type]) -> Any:
-    """The type that a rule is about, without the rule."""
+    """Return the Python type of a rule, without its bounds."""
     match rule:
         case DataclassType():
             return part(rule)
@@ -48,24 +48,24 @@ def plain_type(rule: Type, part: Callable[[DataclassType], type]) -> Any:
 
 
 def as_struct(rule: DataclassType) -> type:
-    """A msgspec struct of the same shape, without rules."""
+    """Return a msgspec struct with the same fields, without bounds."""
     fields = [(field.name, plain_type(rule_of(field), as_struct)) for field in rule.fields]
     return msgspec.defstruct(rule.cls.__name__, fields)
 
 
 def as_attrs(rule: DataclassType) -> type:
-    """An attrs class of the same shape, without rules."""
+    """Return an attrs class with the same fields, without bounds."""
     fields = {field.name: attrs.field(type=plain_type(rule_of(field), as_attrs)) for field in rule.fields}
     return attrs.make_class(rule.cls.__name__, fields, frozen=True, slots=True)
 
 
 def as_pydantic(rule: DataclassType) -> type[pydantic.BaseModel]:
-    """A strict pydantic model with the same rules."""
+    """Return a strict pydantic model with the same fields and bounds."""
 
-    def ruled(rule: Type) -> Any:
+    def bounded(rule: Type) -> Any:
         match rule:
             case VarTupleType(item_type=item, min_length=least, max_length=most):
-                return Annotated[list[ruled(item)], pydantic.Field(min_length=least, max_length=most)]  # type: ignore[misc]
+                return Annotated[list[bounded(item)], pydantic.Field(min_length=least, max_length=most)]  # type: ignore[misc]
             case StrType(min_length=least, max_length=most, pattern=pattern):
                 return Annotated[str, pydantic.Field(min_length=least, max_length=most, pattern=pattern)]
             case IntType(ge=least, le=most):
@@ -75,14 +75,14 @@ def as_pydantic(rule: DataclassType) -> type[pydantic.BaseModel]:
             case _:
                 return plain_type(rule, as_pydantic)
 
-    # pydantic's own engine for patterns knows no look-ahead.
+    # The regex engine that pydantic uses by default has no look-ahead.
     config = pydantic.ConfigDict(strict=True, frozen=True, regex_engine="python-re")
-    fields: dict[str, Any] = {field.name: (ruled(rule_of(field)), ...) for field in rule.fields}
+    fields: dict[str, Any] = {field.name: (bounded(rule_of(field)), ...) for field in rule.fields}
     return pydantic.create_model(rule.cls.__name__, __config__=config, **fields)
 
 
-def rivals() -> dict[str, Decode]:
-    """Ours, and the others."""
+def make_decoders() -> dict[str, Decoder]:
+    """Return ``decode_order`` and the decoders that it is compared with, by name."""
     rule = rules_of(Order)
     converter = cattrs.Converter()
     converter.register_structure_hook(dt.datetime, lambda text, _: dt.datetime.fromisoformat(text))
@@ -95,8 +95,8 @@ def rivals() -> dict[str, Decode]:
     }
 
 
-def measured_us(decoders: Mapping[str, Decode], records: list[bytes], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of CPU a record, by decoder, in each round; all take turns in every round, with the same records."""
+def measure_us(decoders: Mapping[str, Decoder], records: list[bytes], rounds: int) -> dict[str, list[float]]:
+    """Measure microseconds of CPU per record: for each decoder, one value per round. Each round runs every decoder."""
     times: dict[str, list[float]] = {name: [] for name in decoders}
     for _ in range(rounds):
         for name, decode in decoders.items():
@@ -109,12 +109,12 @@ def measured_us(decoders: Mapping[str, Decode], records: list[bytes], rounds: in
 
 
 def ratio(times: Mapping[str, list[float]], one: str, other: str) -> float:
-    """How many times longer one takes than the other, by the median round."""
+    """Return the median over the rounds of one decoder's time divided by the other's."""
     return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
 
 
 def worst_record() -> bytes:
-    """The sample with a fault in every value."""
+    """Return the sample order with a fault in every value."""
 
     def broken(value: object) -> object:
         match value:
@@ -128,46 +128,51 @@ def worst_record() -> bytes:
     return json.dumps(broken(json.loads(SAMPLE))).encode()
 
 
-def report(data: bytes) -> int:
-    """How many faults the record has."""
+def count_faults(data: bytes) -> int:
+    """Return the number of faults of the record."""
     try:
         decode_order(data)
-    except InvalidOrder as refusal:
-        return refusal.total
+    except InvalidOrder as error:
+        return error.total
     return 0
 
 
 def main() -> None:
-    """Measure, and print the figures."""
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=100, help="rounds of the measurement (%(default)s)")
     add_write_option(parser)
     options = parser.parse_args()
     rounds = options.rounds
     rng, now = Random(1), dt.datetime(2021, 11, 26, tzinfo=dt.UTC)
-    decoders = rivals()
+    decoders = make_decoders()
     figures = []
-    # What is there already shall not be looked through again before each turn.
+    # Exclude the objects that exist already from the collections below, which would scan them each time.
     gc.freeze()
     for name, records in (
-        ("the sample", [SAMPLE] * 200),
-        ("made orders", [encode_order(make_order(rng, lambda: now)) for _ in range(200)]),
+        ("sample order", [SAMPLE] * 200),
+        ("generated orders", [encode_order(make_order(rng, lambda: now)) for _ in range(200)]),
     ):
-        times = measured_us(decoders, records, rounds)
-        figures += [Figure(f"{name}: {rival}", statistics.median(taken), "µs") for rival, taken in times.items()]
-        limit = 3.0 if name == "the sample" else None
+        times = measure_us(decoders, records, rounds)
+        figures += [
+            Figure(f"{name}: {decoder}", statistics.median(round_us), "µs") for decoder, round_us in times.items()
+        ]
+        limit = 3.0 if name == "sample order" else None
         figures.append(
             Figure(
                 f"{name}: decode_order ÷ bare msgspec", ratio(times, "decode_order", "bare msgspec"), "×", at_most=limit
             )
         )
-        for rival in ("cattrs", "pydantic"):
-            figures.append(Figure(f"{name}: {rival} ÷ decode_order", ratio(times, rival, "decode_order"), "×"))
+        for decoder in ("cattrs", "pydantic"):
+            figures.append(Figure(f"{name}: {decoder} ÷ decode_order", ratio(times, decoder, "decode_order"), "×"))
     worst = worst_record()
-    [report_us] = measured_us({"report": report}, [worst] * 20, rounds).values()
+    [fault_report_us] = measure_us({"count_faults": count_faults}, [worst] * 20, rounds).values()
     figures.append(
         Figure(
-            f"a report of {report(worst)} faults in the sample", statistics.median(report_us) / 1e3, "ms", at_most=1.0
+            f"fault report of the sample order, {count_faults(worst)} faults",
+            statistics.median(fault_report_us) / 1e3,
+            "ms",
+            at_most=1.0,
         )
     )
     publish("decode", figures, write=options.write)

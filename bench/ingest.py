@@ -1,6 +1,7 @@
-"""How fast, how late and how large the consumer is, beside raw COPY and one INSERT per row, in one run.
+"""Measure the consumer's throughput, latency and memory: ``python -m bench.ingest``.
 
-``python -m bench.ingest`` starts the servers that it uses, and no other.
+The throughput is compared with raw COPY and with one INSERT per row, in the same run. The benchmark starts the servers
+that it uses.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from confluent_kafka import Producer
 
 import orderlib
 from bench.report import Figure, add_write_option, publish
-from bench.servers import own_servers
+from bench.servers import benchmark_servers
 from orderlib.postgres.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS
 from sandbox.server import free_port
 from services.kafka import SILENT
 from services.sender.generate import make_order
 
-#: Records in a batch, as the consumer cuts them.
-BATCH = 2_000
+#: Orders in a transaction of raw COPY: the largest batch of the consumer.
+BATCH_ORDERS = 2_000
 
 TABLES = ("orders", "delivery", "payment", "items")
 
@@ -43,28 +44,28 @@ _EXPORT = {
 
 
 @attrs.frozen(kw_only=True)
-class Bench:
-    """A topic full of orders, and a database to bring them to."""
+class IngestBench:
+    """The orders in the topic, and the database that they are stored in."""
 
     environ: Mapping[str, str]
     superuser_url: str
     orders: list[orderlib.Order]
 
     def empty(self) -> None:
-        """Nothing stored, nothing handled; no checkpoint owed from before."""
+        """Delete everything stored, the offsets too, and run a checkpoint so that none is due while measuring."""
         with psycopg.connect(self.superuser_url, autocommit=True) as connection:
             connection.execute("TRUNCATE orders, delivery, payment, items, rejects, consumer_offsets")
             connection.execute("CHECKPOINT")
 
     def rewind(self) -> None:
-        """Everything is to be handled again."""
+        """Set every offset to 0, so that every record is handled again. The stored orders stay."""
         with psycopg.connect(self.superuser_url, autocommit=True) as connection:
             connection.execute("UPDATE consumer_offsets SET next_offset = 0")
             connection.execute("VACUUM orders, delivery, payment, items")
             connection.execute("CHECKPOINT")
 
-    def mix(self) -> None:
-        """Everything is to be handled again: half of it duplicates, a quarter changed, a quarter new."""
+    def rewind_to_mixed_records(self) -> None:
+        """Set every offset to 0; then half of the records are duplicates, a quarter changed and a quarter new."""
         with psycopg.connect(self.superuser_url, autocommit=True) as connection:
             connection.execute("DELETE FROM orders WHERE hashtext(order_uid) & 3 = 0")
             connection.execute(
@@ -74,15 +75,15 @@ class Bench:
         self.rewind()
 
     def consume(self) -> float:
-        """Orders a second from the first commit to the last, with one consumer."""
+        """Run one consumer until the topic is handled. Return orders per second, from the first commit to the last."""
         with running(self.environ, "services.consumer"):
-            return self._watch()
+            return self._measure_rate()
 
     def consume_together(self, consumers: int) -> tuple[float, float]:
-        """Orders a second with so many consumers, and the least busy one's part of an even share.
+        """Run several consumers. Return orders per second, and the smallest share of one consumer (1 is an even share).
 
-        They join while nothing is to be done; then everything is set back under their feet, and a few new records make
-        them see it.
+        The consumers join the group while there is no lag. Then the offsets are set to 0. A few new records make every
+        consumer lose its fence, read the offsets again and start from 0.
         """
         ports = [free_port() for _ in range(consumers)]
         with ExitStack() as stack:
@@ -95,29 +96,29 @@ class Bench:
                 connection.execute("UPDATE consumer_offsets SET next_offset = 0")
                 connection.execute("CHECKPOINT")
             _produce(self.environ, ((order.order_uid, orderlib.encode_order(order)) for order in self.orders[:100]))
-            orders_per_s = self._watch()
+            orders_per_s = self._measure_rate()
             shares = [sum(metric(port, "orders_records_total")) for port in ports]
         return orders_per_s, min(shares) * consumers / sum(shares)
 
-    def _watch(self) -> float:
+    def _measure_rate(self) -> float:
         wait(lambda: self.handled() > 0)
         began_s, first = time.monotonic(), self.handled()
         wait(lambda: self.handled() >= len(self.orders))
         return (len(self.orders) - first) / (time.monotonic() - began_s)
 
     def handled(self) -> int:
-        """Records below the stored offsets."""
+        """Return the number of records below the stored offsets."""
         with psycopg.connect(self.superuser_url, autocommit=True) as connection:
             row = connection.execute("SELECT coalesce(sum(next_offset), 0) FROM consumer_offsets").fetchone()
             assert row is not None
             return int(row[0])
 
-    def prebuilt(self) -> list[dict[str, bytes]]:
-        """What is stored, as binary COPY data in batches."""
+    def prebuild(self) -> list[dict[str, bytes]]:
+        """Return the stored orders as binary COPY data: for each batch, the data of each table."""
         batches = []
         with psycopg.connect(self.superuser_url) as connection, connection.cursor() as cursor:
-            for at in range(0, len(self.orders), BATCH):
-                uids = [order.order_uid for order in self.orders[at : at + BATCH]]
+            for at in range(0, len(self.orders), BATCH_ORDERS):
+                uids = [order.order_uid for order in self.orders[at : at + BATCH_ORDERS]]
                 batch = {}
                 for table in TABLES:
                     with cursor.copy(_EXPORT[table].encode(), [uids]) as copy:
@@ -126,7 +127,7 @@ class Bench:
         return batches
 
     def raw_copy(self, batches: list[dict[str, bytes]]) -> float:
-        """Orders a second by binary COPY of prebuilt data, a transaction a batch: nothing can be faster here."""
+        """Return orders per second of binary COPY of prebuilt data in batches: the upper bound for ingest."""
         with psycopg.connect(self.environ["ORDERS_DATABASE_URL"], autocommit=True) as connection:
             began_s = time.monotonic()
             for batch in batches:
@@ -137,7 +138,7 @@ class Bench:
             return len(self.orders) / (time.monotonic() - began_s)
 
     def one_insert_per_row(self, count: int) -> float:
-        """Orders a second with one INSERT per row and a transaction per order, decoding included: the old way."""
+        """Return orders per second with one INSERT per row and one transaction per order, decoding included."""
         values = [orderlib.encode_order(order) for order in self.orders[:count]]
         with psycopg.connect(self.environ["ORDERS_DATABASE_URL"], autocommit=True) as connection:
             began_s = time.monotonic()
@@ -147,24 +148,24 @@ class Bench:
 
 
 def _insert(connection: psycopg.Connection, order: orderlib.Order) -> None:
-    """An order as the services that we replace write it."""
+    """Write an order with one INSERT per row, as the service that orderlib replaces does."""
 
-    def values(row: tuple[object, ...]) -> str:
+    def placeholders(row: tuple[object, ...]) -> str:
         return ", ".join(["%s"] * len(row))
 
     def fields(model: object, columns: tuple[str, ...]) -> tuple[object, ...]:
         return tuple(getattr(model, name) for name in columns)
 
-    uid, of_the_store = order.order_uid, (orderlib.content_sha256(order), None, None, None, None, "now", "now")
+    uid, store_values = order.order_uid, (orderlib.content_sha256(order), None, None, None, None, "now", "now")
     rows = [
-        ("orders", (*fields(order, ORDER_COLUMNS), *of_the_store)),
+        ("orders", (*fields(order, ORDER_COLUMNS), *store_values)),
         ("delivery", (uid, *fields(order.delivery, DELIVERY_COLUMNS))),
         ("payment", (uid, *fields(order.payment, PAYMENT_COLUMNS))),
         *(("items", (uid, line, *fields(item, ITEM_COLUMNS))) for line, item in enumerate(order.items)),
     ]
     with connection.transaction():
         for table, row in rows:
-            connection.execute(f"INSERT INTO {table} VALUES ({values(row)})".encode(), row)
+            connection.execute(f"INSERT INTO {table} VALUES ({placeholders(row)})".encode(), row)
 
 
 def _produce(environ: Mapping[str, str], values: Iterator[tuple[str, bytes]]) -> None:
@@ -199,7 +200,7 @@ def _admin(environ: Mapping[str, str], command: str) -> None:
 
 @contextmanager
 def running(environ: Mapping[str, str], *command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run one of our programs meanwhile, and stop it cleanly."""
+    """Run a module as a process. SIGTERM stops it at the end."""
     process = subprocess.Popen(
         [sys.executable, "-m", *command], env=dict(environ), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -210,18 +211,21 @@ def running(environ: Mapping[str, str], *command: str) -> Iterator[subprocess.Po
         process.wait(20)
 
 
-def throughput(bench: Bench, rounds: int) -> list[Figure]:
-    """Consumer, raw COPY and INSERTs in turn, each round; medians, and ratios of the same round."""
+def throughput(bench: IngestBench, rounds: int) -> list[Figure]:
+    """Measure the consumer, raw COPY and INSERTs one after another in each round.
+
+    The figures are the medians of the rounds; a ratio compares values of the same round.
+    """
     new, raw, inserts, duplicate, mixed = [], [], [], [], []
     batches: list[dict[str, bytes]] = []
     for number in range(rounds):
-        _say(f"throughput, round {number + 1} of {rounds}")
+        _print_progress(f"throughput, round {number + 1} of {rounds}")
         bench.empty()
         new.append(bench.consume())
-        batches = batches or bench.prebuilt()
+        batches = batches or bench.prebuild()
         bench.rewind()
         duplicate.append(bench.consume())
-        bench.mix()
+        bench.rewind_to_mixed_records()
         mixed.append(bench.consume())
         bench.empty()
         raw.append(bench.raw_copy(batches))
@@ -245,11 +249,11 @@ def throughput(bench: Bench, rounds: int) -> list[Figure]:
     ]
 
 
-def batch_sizes(bench: Bench) -> list[Figure]:
-    """The write path alone, by the number of orders in a transaction."""
+def batch_sizes(bench: IngestBench) -> list[Figure]:
+    """Measure ``save_many`` alone, for several numbers of orders in a transaction."""
     figures = []
     for size in (1, 10, 100, 500, 2_000, 5_000):
-        _say(f"batches of {size:,}")
+        _print_progress(f"batches of {size:,}")
         bench.empty()
         orders = bench.orders[: 20 * size + 1_000]
         with orderlib.connect(bench.environ["ORDERS_DATABASE_URL"]) as repository:
@@ -257,36 +261,36 @@ def batch_sizes(bench: Bench) -> list[Figure]:
             for at in range(0, len(orders), size):
                 repository.save_many(orders[at : at + size])
             figures.append(
-                Figure(f"save_many, {size:,} at once", len(orders) / (time.monotonic() - began_s), "orders/s")
+                Figure(f"save_many, {size:,} orders per call", len(orders) / (time.monotonic() - began_s), "orders/s")
             )
     return figures
 
 
-def several_consumers(bench: Bench) -> list[Figure]:
-    """One, two and three consumers of one group, one database."""
+def several_consumers(bench: IngestBench) -> list[Figure]:
+    """Measure one, two and three consumers of one group with one database."""
     figures = []
     bench.empty()
     bench.consume()
     for consumers in (1, 2, 3):
         name = f"{consumers} consumer{'s' * (consumers > 1)}"
-        _say(name)
+        _print_progress(name)
         orders_per_s, balance = bench.consume_together(consumers)
         figures.append(Figure(f"ingest with {name}", orders_per_s, "orders/s"))
         if consumers > 1:
-            figures.append(Figure(f"the least busy of {name}", 100 * balance, "% of an even share"))
+            figures.append(Figure(f"smallest share of {name}", 100 * balance, "% of an even share"))
     return figures
 
 
-def latency(bench: Bench, seconds: int) -> list[Figure]:
-    """From sent to readable, while 1,000 orders a second come in: what a reader sees who asks again and again."""
-    _say("latency at 1,000 orders/s")
+def latency(bench: IngestBench, seconds: int) -> list[Figure]:
+    """Measure the time from sending an order until a reader that polls finds it, at a load of 1,000 orders/s."""
+    _print_progress("latency at 1,000 orders/s")
     bench.empty()
     environ = bench.environ
     rng = Random(5)
     producer = Producer(
         {"bootstrap.servers": environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"], "linger.ms": 5, "acks": "all"}, logger=SILENT
     )
-    waits_s = []
+    latencies_s = []
     with (
         running({**environ, "ORDERS_METRICS_BIND": "127.0.0.1:0"}, "services.consumer"),
         orderlib.connect(environ["ORDERS_READER_URL"]) as repository,
@@ -306,26 +310,26 @@ def latency(bench: Bench, seconds: int) -> list[Figure]:
                         break
                     except orderlib.OrderNotFound:
                         producer.poll(0.001)
-                waits_s.append(time.monotonic() - sent_s)
+                latencies_s.append(time.monotonic() - sent_s)
         producer.flush()
-    waits_s.sort()
+    latencies_s.sort()
     return [
-        Figure("sent to readable at 1,000 orders/s, median", 1000 * statistics.median(waits_s), "ms"),
+        Figure("sent to readable at 1,000 orders/s, median", 1000 * statistics.median(latencies_s), "ms"),
         Figure(
-            "sent to readable at 1,000 orders/s, 99 of 100",
-            1000 * waits_s[int(len(waits_s) * 0.99)],
+            "sent to readable at 1,000 orders/s, p99",
+            1000 * latencies_s[int(len(latencies_s) * 0.99)],
             "ms",
             at_most=200,
         ),
     ]
 
 
-def memory(bench: Bench, lags: tuple[int, int]) -> list[Figure]:
-    """The consumer's largest resident memory, with little and with much before it."""
-    peaks = []
+def memory(bench: IngestBench, lags: tuple[int, int]) -> list[Figure]:
+    """Measure the consumer's peak resident memory with a small and with a large lag."""
+    peaks_mb = []
     values = [(order.order_uid, orderlib.encode_order(order)) for order in bench.orders[:10_000]]
     for lag in lags:
-        _say(f"memory at {lag:,} of lag")
+        _print_progress(f"memory at a lag of {lag:,}")
         environ = {**bench.environ, "ORDERS_TOPIC": f"orders-{lag}", "ORDERS_METRICS_BIND": "127.0.0.1:0"}
         bench.empty()
         _admin(environ, "topics")
@@ -337,35 +341,35 @@ def memory(bench: Bench, lags: tuple[int, int]) -> list[Figure]:
                 time.sleep(0.05)
                 if bench.handled() >= lag:
                     break
-            peaks.append(_peak_mib(watched))
+            peaks_mb.append(_peak_mb(watched))
     return [
-        Figure(f"resident at {lags[0]:,} of lag", peaks[0], "MB", at_most=150),
-        Figure(f"resident at {lags[1]:,} of lag", peaks[1], "MB", at_most=150),
-        Figure("more at the larger lag", peaks[1] - peaks[0], "MB", at_most=10),
+        Figure(f"resident memory at a lag of {lags[0]:,}", peaks_mb[0], "MB", at_most=150),
+        Figure(f"resident memory at a lag of {lags[1]:,}", peaks_mb[1], "MB", at_most=150),
+        Figure("difference between the two", peaks_mb[1] - peaks_mb[0], "MB", at_most=10),
     ]
 
 
-def _peak_mib(process: psutil.Process) -> float:
-    """The kernel's own high-water mark, in MB."""
+def _peak_mb(process: psutil.Process) -> float:
+    """Return the peak resident memory that the kernel recorded, in MB."""
     for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / 1e6
-    raise AssertionError("the kernel keeps no VmHWM")
+    raise AssertionError("the kernel reports no VmHWM")
 
 
 def metric(port: int, name: str) -> list[float]:
-    """The values of a metric of a consumer, one for each set of labels; none while it starts."""
+    """Return a metric's values, one for each set of labels; an empty list while the consumer is starting."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-            text = answer.read().decode()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+            text = response.read().decode()
     except OSError:
         return []
     return [float(value) for value in re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE)]
 
 
-def wait(condition: Callable[[], bool], within_s: float = 600) -> None:
-    """Poll until it holds."""
-    deadline_s = time.monotonic() + within_s
+def wait(condition: Callable[[], bool], timeout_s: float = 600) -> None:
+    """Poll until the condition is true. Raise AssertionError after ``timeout_s``."""
+    deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
@@ -375,33 +379,37 @@ def _utc_now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
 
 
-def _say(what: str) -> None:
-    print(f"bench: {what}", file=sys.stderr, flush=True)
+def _print_progress(step: str) -> None:
+    print(f"bench: {step}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    """Measure, and print the figures."""
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.ingest", description=__doc__)
     parser.add_argument("--count", type=int, default=100_000, help="orders in the topic (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the throughput (%(default)s)")
-    parser.add_argument("--latency-seconds", type=int, default=20, help="(%(default)s)")
-    parser.add_argument("--largest-lag", type=int, default=1_000_000, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the throughput measurement (%(default)s)")
+    parser.add_argument(
+        "--latency-seconds", type=int, default=20, help="duration of the latency measurement (%(default)s)"
+    )
+    parser.add_argument(
+        "--largest-lag", type=int, default=1_000_000, help="the larger lag of the memory measurement (%(default)s)"
+    )
     add_write_option(parser)
     options = parser.parse_args()
-    with own_servers() as environ:
+    with benchmark_servers() as environ:
         figures = measure({**environ, "ORDERS_TOPIC": "orders", "ORDERS_METRICS_BIND": "127.0.0.1:0"}, options)
     publish("ingest", figures, write=options.write)
 
 
 def measure(environ: Mapping[str, str], options: argparse.Namespace) -> list[Figure]:
-    """Measure everything on the servers of this environment. It empties their tables."""
+    """Run every measurement on the servers of this environment. It empties their tables."""
     for command in ("bootstrap", "migrate", "topics"):
         _admin(environ, command)
     rng = Random(1)
-    _say(f"making and sending {options.count:,} orders")
+    _print_progress(f"generating and sending {options.count:,} orders")
     orders = [make_order(rng, _utc_now) for _ in range(options.count)]
     _produce(environ, ((order.order_uid, orderlib.encode_order(order)) for order in orders))
-    bench = Bench(environ=environ, superuser_url=environ["ORDERS_BOOTSTRAP_URL"], orders=orders)
+    bench = IngestBench(environ=environ, superuser_url=environ["ORDERS_BOOTSTRAP_URL"], orders=orders)
     return [
         *throughput(bench, options.rounds),
         *batch_sizes(bench),

@@ -1,4 +1,4 @@
-"""Figures, their limits, and where they are written down."""
+"""Figures with their limits, and the files in docs/bench/ that they are published in."""
 
 from __future__ import annotations
 
@@ -22,26 +22,28 @@ class Figure:
     name: str
     value: float
     unit: str
-    #: What it must reach, or must not exceed; what would be better still.
+    #: The lower limit.
     at_least: float | None = attrs.field(default=None, kw_only=True)
+    #: The upper limit.
     at_most: float | None = attrs.field(default=None, kw_only=True)
+    #: A value above the lower limit that is worth reaching.
     goal: float | None = attrs.field(default=None, kw_only=True)
 
     @property
     def verdict(self) -> str:
-        """Whether it keeps its limit, in a word; empty where it has none."""
+        """``passed``, ``goal reached`` or ``missed``; empty for a figure without a limit."""
         if self.at_least is None and self.at_most is None:
             return ""
-        kept = (self.at_least is None or self.value >= self.at_least) and (
+        passed = (self.at_least is None or self.value >= self.at_least) and (
             self.at_most is None or self.value <= self.at_most
         )
-        if not kept:
+        if not passed:
             return "missed"
-        return "goal" if self.goal is not None and self.value >= self.goal else "kept"
+        return "goal reached" if self.goal is not None and self.value >= self.goal else "passed"
 
 
 def machine() -> dict[str, object]:
-    """What the figures were measured on."""
+    """Describe the machine and the time of the measurement."""
     return {
         "measured_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "system": f"{platform.system()} {platform.release()}",
@@ -53,7 +55,7 @@ def machine() -> dict[str, object]:
 
 
 def add_write_option(parser: argparse.ArgumentParser) -> None:
-    """Let the published figures be replaced, on request only."""
+    """Add the option ``--write``. Without it, a run never replaces the published figures."""
     parser.add_argument("--write", action="store_true", help="replace the published figures in docs/bench/")
 
 
@@ -63,17 +65,16 @@ def publish(topic: str, figures: list[Figure], *, write: bool) -> None:
     if not write:
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
-    plain = [{**attrs.asdict(figure), "verdict": figure.verdict} for figure in figures]
-    text = json.dumps({"machine": machine(), "figures": plain}, indent=2, ensure_ascii=False)
+    entries = [{**attrs.asdict(figure), "verdict": figure.verdict} for figure in figures]
+    text = json.dumps({"machine": machine(), "figures": entries}, indent=2, ensure_ascii=False)
     (RESULTS / f"{topic}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def plots(topic: str, figures: list[Figure]) -> list[Path]:
-    """Draw what has the same unit side by side, to ``docs/bench/TOPIC-N.svg``; three bars at least."""
-    # Imported here: it puts a hook into the import system.
-    import pygal  # noqa: PLC0415
+def draw_plots(topic: str, figures: list[Figure]) -> list[Path]:
+    """Draw a bar chart for each unit with three or more figures; return the paths, ``docs/bench/TOPIC-N.svg``."""
+    import pygal  # noqa: PLC0415 - its import installs an import hook, which only a run with --write needs
 
-    drawn = []
+    paths = []
     by_unit = [(unit, list(group)) for unit, group in groupby(sorted(figures, key=_unit), key=_unit)]
     for number, (unit, group) in enumerate(((unit, group) for unit, group in by_unit if len(group) > 2), 1):
         chart = pygal.HorizontalBar(
@@ -85,13 +86,13 @@ def plots(topic: str, figures: list[Figure]) -> list[Path]:
             height=120 + 36 * len(group),
             formatter=_number,
         )
-        # pygal draws from below.
+        # pygal draws the first bar at the bottom.
         chart.x_labels = [figure.name for figure in reversed(group)]
         chart.add(unit, [figure.value for figure in reversed(group)])
         path = RESULTS / f"{topic}-{number}.svg"
         chart.render_to_file(str(path))
-        drawn.append(path)
-    return drawn
+        paths.append(path)
+    return paths
 
 
 def _unit(figure: Figure) -> str:
@@ -103,8 +104,8 @@ def _number(value: float) -> str:
 
 
 def table(figures: list[Figure]) -> str:
-    """The figures as a table in Markdown."""
-    lines = ["| figure | measured | limit | |", "|---|---:|---|---|"]
+    """Format the figures as a Markdown table."""
+    lines = ["| figure | measured | limit | result |", "|---|---:|---|---|"]
     for figure in figures:
         limit = ""
         if figure.at_least is not None:

@@ -1,4 +1,4 @@
-"""The servers of the benchmarks: always their own, so that a measurement touches no other data."""
+"""PostgreSQL and Kafka for the benchmarks. They empty tables, so they never use servers that run already."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sandbox import running_sandbox
 
 
 @contextmanager
-def own_servers() -> Iterator[dict[str, str]]:
-    """Run PostgreSQL and Kafka, and yield the environment for programs that use them.
+def benchmark_servers() -> Iterator[dict[str, str]]:
+    """Start PostgreSQL and Kafka, and yield the environment for programs that use them; stop both at the end.
 
-    The caller's ``ORDERS_…`` variables are left out: a benchmark empties tables.
+    The environment contains none of the caller's ``ORDERS_…`` variables, so no benchmark can reach other data.
     """
     environ = {name: value for name, value in os.environ.items() if not name.startswith("ORDERS_")}
     with running_sandbox() as sandbox:

@@ -126,7 +126,7 @@ def test_benchmarks_use_the_servers_that_they_start_and_no_other(monkeypatch: py
     monkeypatch.setattr(bench.servers, "running_sandbox", running_sandbox)
     for name in ("BOOTSTRAP_URL", "DATABASE_URL", "KAFKA_SASL_MECHANISM", "TOPIC"):
         monkeypatch.setenv(f"ORDERS_{name}", "of somebody else")
-    with bench.servers.own_servers() as environ:
+    with bench.servers.benchmark_servers() as environ:
         ours = {name: value for name, value in environ.items() if name.startswith("ORDERS_")}
     assert ours == {"ORDERS_BOOTSTRAP_URL": "postgresql://of-the-sandbox"}
 
