@@ -70,12 +70,12 @@ class System:
     def is_healthy(self, service: str) -> bool:
         """Whether it runs, and its own check says that it works."""
         state = self.state(service)
-        return (state["Stats"], state.get("Health", {}).get("Stats")) == ("running", "healthy")
+        return (state["Status"], state.get("Health", {}).get("Status")) == ("running", "healthy")
 
     def wait_until_up(self, within_s: float = START_WITHIN_S) -> None:
         """Wait until the jobs are done and the rest is healthy."""
         wait_for(lambda: all(self.is_healthy(service) for service in SERVICES), within_s)
-        wait_for(lambda: all(self.state(job)["Stats"] == "exited" for job in JOBS), within_s)
+        wait_for(lambda: all(self.state(job)["Status"] == "exited" for job in JOBS), within_s)
         failed = [job for job in JOBS if self.state(job)["ExitCode"]]
         assert not failed, self.compose("logs", *failed)
 

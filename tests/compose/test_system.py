@@ -94,7 +94,7 @@ def test_a_container_knows_the_passwords_it_needs_and_no_other(running: System, 
 
 
 def test_the_image_holds_the_programs_and_neither_settings_nor_anything_else_of_ours(running: System) -> None:
-    assert running.state("api")["Stats"] == "running"
+    assert running.state("api")["Status"] == "running"
     assert sorted(docker("run", "--rm", "orderlib", "ls", "-A", "/opt/app").split()) == ["orderlib", "services"]
     environ = docker("run", "--rm", "orderlib", "env")
     assert "ORDERS_" not in environ
