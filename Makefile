@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all that a stranger needs; each sets up what it needs, once.
+# Start with `make demo` or `make test`. The first target that needs .venv creates it.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,16 +9,16 @@ SANDBOX := $(BIN)/python -m sandbox --
 
 help:
 	@echo "make demo          the whole system on this machine: sender, Kafka, consumer, PostgreSQL, API; Ctrl-C stops it"
-	@echo "make test          checks and tests, on real PostgreSQL and Kafka"
+	@echo "make test          checks and tests, with a real PostgreSQL and Kafka"
 	@echo "make check         format, lint, types, architecture"
-	@echo "make coverage      which lines of the library and the programs the tests execute"
-	@echo "make bench         measurements, on servers of their own, as tables"
-	@echo "make docs          docs/reference.md, from the docstrings"
-	@echo "make test-faults   the longer fault tests, which make test leaves out (some minutes)"
-	@echo "make test-page     the page in a real browser; needs chromium"
+	@echo "make coverage      run the tests and report the lines of library and programs that they miss"
+	@echo "make bench         run the benchmarks and print the figures as tables"
+	@echo "make docs          generate docs/reference.md from the docstrings"
+	@echo "make test-faults   the long fault tests, which make test leaves out (some minutes)"
+	@echo "make test-page     the pages in a real browser; needs chromium"
 	@echo "make test-compose  docker-compose.yml on a real engine; needs docker with compose"
-	@echo "make lock          choose and pin the newest dependencies; needs uv"
-	@echo "make clean         remove what the other targets made in this folder"
+	@echo "make lock          pin the newest versions of the dependencies; needs uv"
+	@echo "make clean         remove everything that the other targets created in this folder"
 
 $(READY): requirements/dev.txt
 	@command -v "$(PYTHON)" >/dev/null \
