@@ -96,8 +96,6 @@ _delivery_values = operator.attrgetter(*_names(Delivery))
 _payment_values = operator.attrgetter(*_names(Payment))
 _item_values = operator.attrgetter(*_names(Item))
 
-_TIME, _DELIVERY, _PAYMENT, _ITEMS = map(_names(Order).index, ("date_created", "delivery", "payment", "items"))
-
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Order)
 _canonical_decoder: msgspec.json.Decoder[CanonicalOrder] = msgspec.json.Decoder(_OrderStruct)
@@ -193,12 +191,11 @@ def canonical_form(order: Order) -> CanonicalOrder:
     """Return an order in canonical form, or raise TypeError for anything but an ``Order``."""
     if type(order) is not Order:
         raise TypeError(f"an orderlib.Order is needed, not {type(order).__name__}")
-    values = list(_order_values(order))
-    values[_TIME] = order.date_created.astimezone(dt.UTC)
-    values[_DELIVERY] = _DeliveryStruct(*_delivery_values(order.delivery))
-    values[_PAYMENT] = _PaymentStruct(*_payment_values(order.payment))
-    values[_ITEMS] = [_ItemStruct(*_item_values(item)) for item in order.items]
-    canonical: CanonicalOrder = _OrderStruct(*values)
+    canonical: CanonicalOrder = _OrderStruct(*_order_values(order))
+    canonical.date_created = order.date_created.astimezone(dt.UTC)
+    canonical.delivery = _DeliveryStruct(*_delivery_values(order.delivery))
+    canonical.payment = _PaymentStruct(*_payment_values(order.payment))
+    canonical.items = [_ItemStruct(*_item_values(item)) for item in order.items]
     return canonical
 
 

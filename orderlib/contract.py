@@ -1,10 +1,9 @@
-"""The contract of a class, read off its types: what fits, what does not, and how that is said.
+"""The rules of the contract, read from the types of the models: validation, fault report, JSON Schema, CHECK clauses.
 
-The rules themselves stand once, as ``Annotated`` types with ``msgspec.Meta`` on the models. msgspec enforces
-them in C while decoding. Everything else that must know them reads them here: the check of a model made in Python, the
-complete fault report, the JSON Schema, the CHECK constraints. Two rules hold for every text and every time and are
-therefore not written on each field: text has no U+0000 and no lone surrogate, and a time's UTC instant lies in years
-0001 to 9999 (PostgreSQL keeps neither, or cannot give it back).
+Each rule is written once, as an ``Annotated`` type with ``msgspec.Meta`` on a model. msgspec enforces the rules in C
+while it decodes. All other code reads them here. Two rules hold for every text and every time, so they are not written
+on each field: a text has no U+0000 and no lone surrogate, and a time in UTC is in years 0001 to 9999. PostgreSQL could
+not store the other texts, and Python could not read back the other times.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from orderlib.errors import MAX_FAULTS, Fault, InvalidOrder
 
 M = TypeVar("M", bound=attrs.AttrsInstance)
 
-#: PostgreSQL's ``bigint`` and ``integer`` end here.
+#: The largest values of PostgreSQL's ``bigint`` and ``integer``.
 BIGINT_MAX = 2**63 - 1
 INTEGER_MAX = 2**31 - 1
 
@@ -33,62 +32,63 @@ INTEGER_MAX = 2**31 - 1
 class TextForm:
     """The form of a text, for each reader of the contract."""
 
-    #: For the decoder and PostgreSQL. The look-ahead at the end is for Python, whose ``$`` also matches before a last
+    #: For the decoder and PostgreSQL. It ends with a look-ahead, because in Python ``$`` also matches before a final
     #: newline.
     pattern: str
-    #: For JSON Schema: without look-aheads, so that it compiles in RE2, too.
+    #: For JSON Schema: without look-aheads, because RE2 has none.
     portable_pattern: str
-    #: For people: what is expected, with the lengths.
+    #: For people: the form with its lengths.
     words: str
 
     def json_schema(self) -> dict[str, Any]:
-        """Return the keywords of JSON Schema; they mean the same in RE2, ECMAScript and Python."""
+        """Return the keywords of JSON Schema. They mean the same in RE2, ECMAScript and Python."""
         return {"pattern": self.portable_pattern, "not": {"pattern": r"\n"}}
 
 
-#: Letters, digits and ``. _ : -``, but not ``.`` or ``..``, which a URL's path would swallow.
+#: Letters, digits and ``. _ : -``, but not ``.`` or ``..``, which clients remove from the path of a URL.
 ORDER_UID = TextForm(
     pattern=r"^(?!\.{1,2}$)[A-Za-z0-9._:-]+$(?!\n)",
     portable_pattern=r"^(\.{0,2}[A-Za-z0-9_:-][A-Za-z0-9._:-]*|\.{3}[A-Za-z0-9._:-]*)$",
-    words="1 to 128 of A-Z a-z 0-9 . _ : - and not . or ..",
+    words="1 to 128 of the characters A-Z a-z 0-9 . _ : - but not . or .. alone",
 )
 
-#: ISO 4217 in form; orderlib does not check which codes exist.
+#: The form of ISO 4217. orderlib does not check which codes exist.
 CURRENCY = TextForm(
     pattern=r"^[A-Z]{3}$(?!\n)", portable_pattern=r"^[A-Z]{3}$", words="three capital letters (ISO 4217)"
 )
 
 _FORMS = {form.pattern: form for form in (ORDER_UID, CURRENCY)}
 
-#: A value that is not there at all, as opposed to null.
+#: A missing value, as opposed to null.
 NOTHING = object()
 
 
 def text(min_chars: int, max_chars: int, form: TextForm | None = None) -> msgspec.Meta:
-    """Return the rule of a text: its least and greatest number of code points, and its form."""
+    """Return the rule of a text: its minimum and maximum number of code points, and its form."""
     return msgspec.Meta(min_length=min_chars, max_length=max_chars, pattern=form.pattern if form else None)
 
 
 def integer(least: int, most: int = BIGINT_MAX) -> msgspec.Meta:
-    """An integer within both bounds."""
+    """Return the rule of an integer: its minimum and maximum."""
     return msgspec.Meta(ge=least, le=most)
 
 
 def validated(cls: type[M]) -> type[M]:
-    """Class decorator above ``attrs.frozen(repr=False)``: make the class check its values, and make it final.
+    """Make an attrs class validate its values, and make it final. Goes above ``attrs.frozen(repr=False)``.
 
-    Calling the class, or evolving an instance, raises InvalidOrder for bad values. msgspec fills the fields without
-    calling ``__init__``, having checked them in C by then; so does ``unchecked``. A subclass would escape the check,
-    and its fields would not be stored: subclassing raises TypeError. The repr of an instance shows no value.
+    ``__init__`` and ``attrs.evolve`` raise InvalidOrder for invalid values. msgspec and ``unchecked`` do not call
+    ``__init__``: msgspec has validated the values already. Subclassing raises TypeError, because the fields of a
+    subclass would be neither validated nor stored. The repr of an instance shows no value.
     """
     assign = cls.__init__
 
     @functools.wraps(assign)
-    def assign_and_check(self: attrs.AttrsInstance, *args: Any, **kwargs: Any) -> None:
+    def assign_and_validate(self: attrs.AttrsInstance, *args: Any, **kwargs: Any) -> None:
         assign(self, *args, **kwargs)
-        check(self)
+        _validate_model(self)
 
-    cls.__init__ = assign_and_check  # type: ignore[method-assign, assignment]
+    # mypy allows no assignment to a method of a class, nor a new attribute.
+    cls.__init__ = assign_and_validate  # type: ignore[method-assign, assignment]
     cls.__unchecked_init__ = assign  # type: ignore[attr-defined]
     cls.__init_subclass__ = classmethod(_refuse_subclass)  # type: ignore[method-assign, assignment]
     if "__repr__" not in vars(cls):
@@ -99,7 +99,7 @@ def validated(cls: type[M]) -> type[M]:
 def _refuse_subclass(cls: type, /, **_arguments: object) -> None:
     raise TypeError(
         f"{cls.__name__} cannot be a subclass: an order and its parts are final, because the fields of a subclass "
-        "would be neither checked nor stored; wrap the order instead"
+        "would be neither validated nor stored; wrap the order instead"
     )
 
 
@@ -108,28 +108,28 @@ def _repr_without_values(self: object) -> str:
 
 
 def unchecked(cls: type[M], **fields: object) -> M:
-    """An instance of a ``validated`` class from values that are known to keep the contract, such as a stored row."""
-    made = cls.__new__(cls)
-    made.__unchecked_init__(**fields)  # type: ignore[attr-defined]
-    return made
+    """Return an instance of a ``validated`` class without validation, from values that are known to be valid."""
+    instance = cls.__new__(cls)
+    instance.__unchecked_init__(**fields)  # type: ignore[attr-defined]  # added by ``validated``
+    return instance
 
 
 @functools.cache
 def rules_of(cls: Hashable) -> DataclassType:
-    """The rules on the fields of a class, in its field order."""
+    """Return the rules on the fields of a class, in its field order."""
     info = msgspec.inspect.type_info(cls)
     assert isinstance(info, DataclassType)
     return info
 
 
 def rule_of(field: Field) -> Type:
-    """The rule on a field, without the wrapper msgspec puts around described types."""
+    """Return the rule on a field, without the wrapper that msgspec puts around a type with a description."""
     rule = field.type
     return rule.type if isinstance(rule, msgspec.inspect.Metadata) else rule
 
 
 def fits_postgres(value: str) -> bool:
-    """Whether PostgreSQL can keep this text: no U+0000, and encodable as UTF-8 (no lone surrogate)."""
+    """Return whether PostgreSQL can store this text: no U+0000, and no lone surrogate, which UTF-8 cannot encode."""
     if "\0" in value:
         return False
     try:
@@ -140,7 +140,7 @@ def fits_postgres(value: str) -> bool:
 
 
 def within_utc_years(value: dt.datetime) -> bool:
-    """Whether a time with an offset is an instant of years 0001 to 9999 in UTC."""
+    """Return whether a time with an offset is in years 0001 to 9999 in UTC."""
     try:
         value.astimezone(dt.UTC)
     except OverflowError:
@@ -148,8 +148,8 @@ def within_utc_years(value: dt.datetime) -> bool:
     return True
 
 
-def check(model: attrs.AttrsInstance) -> None:
-    """Raise InvalidOrder with every fault of a model made in Python; parts that are models were checked when made."""
+def _validate_model(model: attrs.AttrsInstance) -> None:
+    """Raise InvalidOrder with every fault of a model made in Python. Parts that are models are valid already."""
     shallow = {field.name: getattr(model, field.name) for field in attrs.fields(type(model))}
     validator = _ModelValidator()
     validator.validate_fields(shallow, rules_of(type(model)), "$")
@@ -161,10 +161,10 @@ def _as_is(value: object, _rule: Type) -> object:
 
 
 class Validator:
-    """One complete look at a value: collects every fault, and the plain value as the contract sees it.
+    """Validates one value: collects every fault, and returns the value as plain data.
 
-    ``open_lazily`` opens a value one level deep before it is compared with its rule; it lets a caller examine JSON text
-    without building what the contract does not ask for.
+    ``open_lazily`` opens a value one level deep before it is compared with its rule. With it a caller can validate JSON
+    text without building the unknown parts.
     """
 
     def __init__(self, open_lazily: Callable[[object, Type], object] = _as_is) -> None:
@@ -178,9 +178,9 @@ class Validator:
             raise InvalidOrder(self._faults, self._total)
 
     def validate(self, value: object, rule: Type, path: str) -> object:
-        """Examine a value of any kind; gives it back plain, faulty or not."""
+        """Validate a value of any kind. Return it as plain data; after a fault the result has no meaning."""
         if value is NOTHING:
-            return self._fault(path, rule, "nothing")
+            return self._fault(path, rule, "no value")
         value = self._open_lazily(value, rule)
         match rule:
             case DataclassType():
@@ -197,7 +197,7 @@ class Validator:
                 raise NotImplementedError(f"the contract has no rule of kind {rule}")
 
     def validate_fields(self, value: Mapping[str, object], rule: DataclassType, path: str) -> object:
-        """Examine an object: its known fields in its own order, then the missing ones. Unknown ones are passed over."""
+        """Validate the known fields of an object in its own order, then the missing ones. Ignore unknown fields."""
         known = {field.encode_name: field for field in rule.fields}
         plain = {
             name: self.validate(part, rule_of(known[name]), f"{path}.{name}")
@@ -269,7 +269,7 @@ class Validator:
 
 
 class _ModelValidator(Validator):
-    """Of a model made in Python: its parts are models and its time is a time, not the plain data of either."""
+    """Validates a model made in Python: its parts must be models and its time a datetime, not plain data."""
 
     def _object(self, value: object, rule: DataclassType, path: str) -> object:
         if type(value) is rule.cls:
@@ -283,7 +283,7 @@ class _ModelValidator(Validator):
 
 
 def describe(rule: Type) -> str:
-    """A rule in words, for fault reports."""
+    """Return a rule in words, for fault reports and documentation."""
     match rule:
         case DataclassType():
             return "an object"
@@ -292,13 +292,12 @@ def describe(rule: Type) -> str:
         case StrType(pattern=str(pattern)):
             return _FORMS[pattern].words
         case StrType(min_length=least, max_length=most):
-            return (
-                f"a string of {least} to {most:,} characters" if least else f"a string of at most {most:,} characters"
-            )
+            length = f"{least} to {most:,}" if least else f"at most {most:,}"
+            return f"a string of {length} characters"
         case IntType(ge=least, le=most):
             return f"an integer from {least} to {most}"
         case DateTimeType():
-            return "an RFC 3339 time with an offset, in years 0001 to 9999 of UTC"
+            return "an RFC 3339 time with an offset, in UTC in years 0001 to 9999"
         case _:
             raise NotImplementedError(f"the contract has no rule of kind {rule}")
 
@@ -320,12 +319,12 @@ _KINDS = {
 
 
 def kind_of(value: object) -> str:
-    """The kind of a value in JSON's words, or its Python type; never the value."""
+    """Return the kind of a value in the words of JSON, or its Python type; never the value."""
     return _KINDS.get(type(value)) or f"a Python {type(value).__name__}"
 
 
 def column_type(rule: Type) -> str:
-    """The PostgreSQL type that keeps a scalar of this rule."""
+    """Return the PostgreSQL type that stores a scalar of this rule."""
     match rule:
         case StrType():
             return "text"
@@ -334,11 +333,11 @@ def column_type(rule: Type) -> str:
         case DateTimeType():
             return "timestamptz"
         case _:
-            raise NotImplementedError(f"no column keeps a rule of kind {rule}")
+            raise NotImplementedError(f"no column type for a rule of kind {rule}")
 
 
 def check_clause(column: str, rule: Type) -> str:
-    """The condition of the CHECK constraint that holds a column to its rule."""
+    """Return the condition of the CHECK constraint that enforces a rule on a column."""
     match rule:
         case StrType(min_length=least, max_length=most, pattern=pattern):
             length = (
@@ -351,11 +350,11 @@ def check_clause(column: str, rule: Type) -> str:
         case DateTimeType():
             return f"{column} >= '0001-01-01 00:00:00+00' AND {column} < '10000-01-01 00:00:00+00'"
         case _:
-            raise NotImplementedError(f"no column keeps a rule of kind {rule}")
+            raise NotImplementedError(f"no column type for a rule of kind {rule}")
 
 
 def json_schema(*classes: type) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
-    """JSON Schemas (2020-12) of the classes, and the components they refer to as ``#/components/schemas/…``."""
+    """Return the JSON Schemas (2020-12) of the classes, and the components at ``#/components/schemas/…``."""
     schemas, components = msgspec.json.schema_components(classes, ref_template="#/components/schemas/{name}")
     for component in components.values():
         component["description"] = inspect.cleandoc(component["description"])

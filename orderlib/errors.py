@@ -1,26 +1,26 @@
-"""Every error of the library, named by what the caller does next.
+"""Every error of the library, in one tree. The branches differ by what the caller does next.
 
 ::
 
     OrderlibError
     ├── TransientError              retry later: the same call may succeed
-    │   ├── DatabaseUnavailable     PostgreSQL refused or dropped the connection, or did not answer
-    │   ├── BrokerUnavailable       Kafka did not answer
+    │   ├── DatabaseUnavailable     PostgreSQL refused or dropped the connection, or did not answer in time
+    │   ├── BrokerUnavailable       Kafka did not answer in time
     │   └── TransactionConflict     deadlock or serialization failure: retry immediately
     ├── RejectedError               bad data: retrying cannot help; store it as a reject, or answer 4xx
     │   ├── MalformedJson           not one well-formed JSON text
     │   ├── InvalidOrder            JSON, but not an order: .faults, each with its path
     │   ├── TooLarge                longer than the limit; not parsed
-    │   └── RefusedByDatabase       valid here, refused by PostgreSQL
-    ├── OrderNotFound               no order has that order_uid
-    ├── RejectNotFound              no reject has that position
-    ├── InvalidQuery                a cursor or limit that is not valid: change the argument
-    ├── FenceLost                   these records were handled already: re-read the offsets, continue from there
+    │   └── RefusedByDatabase       valid for orderlib, but refused by PostgreSQL
+    ├── OrderNotFound               no order has this order_uid
+    ├── RejectNotFound              no reject has this position
+    ├── InvalidQuery                an invalid cursor or limit: change the argument
+    ├── FenceLost                   the records were handled already: read the offsets again, continue from there
     ├── BreakerTripped              nearly every record was rejected: probably the wrong topic or release
     └── ConfigurationError          a missing table, right or setting: stop
-        └── TopicRecreated          offsets of the deleted topic mean nothing: a restart begins the new topic
+        └── TopicRecreated          the topic was deleted and created again: restart to read the new one
 
-No message holds a value of an order: values are personal data.
+No message contains a value of an order, because values are personal data. The exception is the order_uid.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from typing import Any, ClassVar
 
 import attrs
 
-#: So many faults of one record are kept; the total says how many there were.
+#: A report has at most this number of faults. Its total counts all of them.
 MAX_FAULTS = 100
 
 
 @attrs.frozen(kw_only=True)
 class Fault:
-    """One way in which a record breaks the contract. It never holds a value from the record."""
+    """One way in which a record breaks the contract. It never contains a value from the record."""
 
-    #: JSON path of the value, ``$`` being the whole record: ``$.items[3].price``.
+    #: JSON path of the value, such as ``$.items[3].price``; ``$`` is the record itself.
     path: str
-    #: What the contract asks for there.
+    #: The contract's rule for this value, in words.
     expected: str
-    #: What kind of thing was found instead.
+    #: The kind of value that was found, in words.
     found: str
 
     def __str__(self) -> str:
@@ -56,47 +56,47 @@ def _restored(cls: type[OrderlibError], args: tuple[object, ...], attributes: Ma
 
 
 class OrderlibError(Exception):
-    """Root of every error that orderlib raises on purpose. Copies and pickles of an error equal it in every part."""
+    """The root of all errors of orderlib. An error can be copied and pickled without loss."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Restore the error without ``__init__``, which takes other arguments than the message in ``args``."""
+        """Restore the error without ``__init__``, because its parameters are not what ``args`` contains."""
         return _restored, (type(self), self.args, self.__dict__)
 
 
 class TransientError(OrderlibError):
-    """An outage or a collision: nothing is known to be wrong with the data, and the call may succeed later."""
+    """An outage or a conflict. The data may be valid, and the same call may succeed later."""
 
 
 class DatabaseUnavailable(TransientError):
-    """PostgreSQL refused, cut or did not answer: wait, then again.
+    """PostgreSQL refused or dropped the connection, or did not answer in time: wait, then retry.
 
-    Whether a COMMIT under way took effect is unknown. Every call of ours may be made again all the same: what is stored
-    already counts as a duplicate.
+    If a COMMIT was in progress, its outcome is unknown. A retry is safe: every call is idempotent, and an order that is
+    stored already counts as a duplicate.
     """
 
 
 class BrokerUnavailable(TransientError):
-    """Kafka did not answer in time: wait, then again. Raised by the programs, never by a repository."""
+    """Kafka did not answer in time: wait, then retry. Only the programs raise it, never a repository."""
 
 
 class TransactionConflict(TransientError):
-    """Two transactions met (deadlock, serialization) and this one was rolled back whole; at once again is right.
+    """Deadlock or serialization failure: the transaction was rolled back. Retry immediately.
 
-    A repository has tried again by itself, many times, before it raises this.
+    A repository retries several times before it raises this.
     """
 
 
 class RejectedError(OrderlibError):
-    """The data is at fault: the same call will never succeed.
+    """The data is invalid: the same call can never succeed.
 
-    The message is the first fault and the number of the others; it holds no value.
+    The message is the first fault and the number of the others. It contains no value.
     """
 
     #: The code that a reject carries in ``rejects``, metrics and logs.
     code: ClassVar[str]
     #: The first 100 faults, in document order.
     faults: tuple[Fault, ...]
-    #: How many faults there were.
+    #: The number of all faults.
     total: int
 
     def __init__(self, faults: Sequence[Fault], total: int | None = None) -> None:
@@ -119,26 +119,26 @@ class InvalidOrder(RejectedError):
 
 
 class TooLarge(RejectedError):
-    """The value is longer than ``ORDERS_MAX_RECORD_BYTES``. Raised by the programs; ``decode_order`` has no limit."""
+    """The value is longer than ``ORDERS_MAX_RECORD_BYTES``. Only the programs check it, never ``decode_order``."""
 
     code = "too_large"
 
 
 class RefusedByDatabase(RejectedError):
-    """PostgreSQL refused a row that passed our own checks. Nothing of the call is stored."""
+    """PostgreSQL refused a row that orderlib had accepted. Nothing of the call is stored."""
 
     code = "refused_by_database"
 
-    #: SQLSTATE of the refusal, or ``None`` where the driver refused before sending.
+    #: SQLSTATE of the refusal, or ``None`` if the driver refused to send the row.
     sqlstate: str | None
 
     def __init__(self, sqlstate: str | None, order_uid: str | None = None) -> None:
         self.sqlstate = sqlstate
-        #: Which order it was, or ``None`` where that is not known.
+        #: The order_uid, or ``None`` if it is not known.
         self.order_uid = order_uid
         where = f"order {order_uid}" if order_uid else "a row"
         found = f"SQLSTATE {sqlstate}" if sqlstate else "a value the driver cannot encode"
-        super().__init__([Fault(path="$", expected=f"{where} that PostgreSQL takes", found=found)])
+        super().__init__([Fault(path="$", expected=f"{where} that PostgreSQL accepts", found=found)])
 
 
 #: The code of every reject. The CHECK constraint on ``rejects.code`` lists the same codes.
@@ -149,13 +149,13 @@ class OrderNotFound(OrderlibError):
     """No stored order has this order_uid."""
 
     def __init__(self, order_uid: str) -> None:
-        #: What was asked for.
+        #: The order_uid of the call.
         self.order_uid = order_uid
         super().__init__(f"no order {order_uid!r}")
 
 
 class RejectNotFound(OrderlibError):
-    """No reject is stored at this position. Raised by the programs, never by a repository."""
+    """No reject is stored for this position. Only the programs raise it, never a repository."""
 
     def __init__(self, place: str) -> None:
         #: TOPIC/PARTITION/OFFSET.
@@ -167,31 +167,31 @@ class RejectNotFound(OrderlibError):
 
 
 class FenceLost(OrderlibError):
-    """The offsets were not where this batch expected them: its records were handled by someone.
+    """The offsets differ from what this batch expected: its records were handled already.
 
-    Perhaps by us, in a COMMIT whose answer was lost. Nothing of the batch is stored by this call. It is the consumer's,
-    and no repository raises it.
+    Another consumer handled them, or this one did in a COMMIT whose response was lost. This call stores nothing. Only
+    the consumer raises it, never a repository.
     """
 
     def __init__(self, partitions: Collection[int], next_offsets: Mapping[int, int]) -> None:
         #: The partitions whose fence failed.
         self.partitions = frozenset(partitions)
-        #: Where the store stands now, by partition.
+        #: The stored next offset of each partition.
         self.next_offsets = dict(next_offsets)
         super().__init__(f"records of partitions {sorted(self.partitions)} were handled already")
 
 
 class ConfigurationError(OrderlibError):
-    """A missing setting, table, topic or right: no retry helps until an operator acts."""
+    """A setting, table, topic or right is missing: a retry cannot help until an operator corrects it."""
 
 
 class TopicRecreated(ConfigurationError):
-    """The topic was deleted and created again: its offsets start anew. A restart begins the new topic."""
+    """The topic was deleted and created again, so its offsets begin at 0 again. Restart to read the new topic."""
 
 
 class BreakerTripped(OrderlibError):
-    """Nearly all of the last records were rejected, so the set-up is probably wrong. The batch was rolled back."""
+    """Nearly all of the last records were rejected: probably the wrong topic or release. The batch was rolled back."""
 
 
 class InvalidQuery(OrderlibError, ValueError):
-    """A cursor or a limit is invalid. The argument is wrong, not an order."""
+    """A cursor or a limit is invalid: change the argument. It says nothing about an order."""

@@ -1,10 +1,10 @@
-"""What an order is: the one place where its rules stand.
+"""The models of an order, with all their rules.
 
-Frozen, keyword-only attrs classes whose ``Annotated`` types carry the whole contract (see ``orderlib.contract`` for who
-reads it). Making one in Python checks it: ``Item(sale=101, …)`` raises ``InvalidOrder`` naming ``$.sale``. Money is in
-minor units of the payment's currency, never a float. Times carry an offset. Lengths count code points.
+The classes are frozen, keyword-only attrs classes. Their ``Annotated`` types are the contract; ``orderlib.contract``
+reads it. Creating an instance validates it: ``Item(sale=101, …)`` raises ``InvalidOrder`` with the path ``$.sale``.
+Money is in minor units of the payment's currency, never a float. Times have an offset. Lengths count code points.
 
-The classes are final, and their reprs show no personal data: ``orderlib.order_to_plain`` shows every field.
+The classes are final. Their reprs show no personal data; ``orderlib.order_to_plain`` shows every field.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 
 from orderlib.contract import CURRENCY, INTEGER_MAX, ORDER_UID, integer, text, validated
 
-#: Unix seconds of 9999-12-31T23:59:59Z, the last that a calendar with four-digit years can show.
+#: Unix time of 9999-12-31T23:59:59Z, the last second of a year with four digits.
 LAST_UNIX_SECOND = 253402300799
 
 MAX_ITEMS = 1000
@@ -28,11 +28,11 @@ MAX_ITEMS = 1000
 @validated
 @attrs.frozen(kw_only=True, repr=False)
 class Delivery:
-    """Where an order goes, and to whom. Every field is personal data."""
+    """The address and the recipient of an order. Every field is personal data."""
 
-    #: Recipient's name as they wrote it.
+    #: Name of the recipient, in any form.
     name: Annotated[str, text(1, 255)]
-    #: Phone number as they wrote it; no form is imposed.
+    #: Phone number, in any form.
     phone: Annotated[str, text(1, 64)]
     #: Postal code; empty where the country has none.
     zip: Annotated[str, text(0, 32)]
@@ -42,7 +42,7 @@ class Delivery:
     address: Annotated[str, text(1, 1024)]
     #: Region; may be empty.
     region: Annotated[str, text(0, 255)]
-    #: E-mail address as they wrote it; may be empty.
+    #: E-mail address, in any form; may be empty.
     email: Annotated[str, text(0, 320)]
 
 
@@ -52,25 +52,25 @@ class Delivery:
 class Payment:
     """How an order was paid."""
 
-    #: The provider's reference; usually the order_uid, and any other text is as valid.
+    #: The provider's reference; usually the order_uid, but any other text is valid too.
     transaction: Annotated[str, text(1, 255)]
-    #: The request it answers; may be empty.
+    #: Id of the payment request; may be empty.
     request_id: Annotated[str, text(0, 255)]
-    #: ISO 4217 code in capitals.
+    #: Currency code of ISO 4217, in capitals.
     currency: Annotated[str, text(3, 3, CURRENCY)]
     #: Payment provider.
     provider: Annotated[str, text(1, 255)]
-    #: Paid in all, in minor units of the currency.
+    #: Total paid, in minor units of the currency.
     amount: Annotated[int, integer(0)]
-    #: When it was paid, in Unix seconds.
+    #: Time of the payment, in Unix seconds.
     payment_dt: Annotated[int, integer(0, LAST_UNIX_SECOND)]
-    #: Bank; may be empty.
+    #: Name of the bank; may be empty.
     bank: Annotated[str, text(0, 255)]
-    #: Part of the amount for delivery, in minor units.
+    #: Part of the amount that pays for delivery, in minor units.
     delivery_cost: Annotated[int, integer(0)]
-    #: Part of the amount for goods, in minor units.
+    #: Part of the amount that pays for goods, in minor units.
     goods_total: Annotated[int, integer(0)]
-    #: Part of the amount for customs, in minor units.
+    #: Part of the amount that pays for customs, in minor units.
     custom_fee: Annotated[int, integer(0)]
 
 
@@ -78,21 +78,21 @@ class Payment:
 @validated
 @attrs.frozen(kw_only=True, repr=False)
 class Item:
-    """One line of an order."""
+    """One item of an order."""
 
     #: Stock-keeping number.
     chrt_id: Annotated[int, integer(0)]
-    #: Parcel's tracking number; may be empty.
+    #: Tracking number of the parcel; may be empty.
     track_number: Annotated[str, text(0, 255)]
-    #: Price of one before the discount, in minor units.
+    #: Price of one piece before the discount, in minor units.
     price: Annotated[int, integer(0)]
-    #: The line's own reference.
+    #: The shop's reference for this item.
     rid: Annotated[str, text(1, 255)]
-    #: What it is; may be empty.
+    #: Name of the product; may be empty.
     name: Annotated[str, text(0, 1024)]
     #: Discount in percent.
     sale: Annotated[int, integer(0, 100)]
-    #: Size as the shop spells it; may be empty.
+    #: Size, in any form; may be empty.
     size: Annotated[str, text(0, 64)]
     #: Price after the discount, in minor units.
     total_price: Annotated[int, integer(0)]
@@ -105,13 +105,13 @@ class Item:
 
 
 def _instant(time: dt.datetime) -> dt.datetime:
-    """By themselves datetimes of two zones are unequal where either zone turns its clocks (PEP 495)."""
+    # Datetimes of two zones are unequal if either is in an hour that its clocks repeat (PEP 495).
     return time.astimezone(dt.UTC)
 
 
-def _in_order(items: Iterable[Item]) -> tuple[Item, ...]:
+def _to_tuple(items: Iterable[Item]) -> tuple[Item, ...]:
     if not isinstance(items, Iterable):
-        return items  # type: ignore[unreachable]  # the check says what it is
+        return items  # type: ignore[unreachable]  # a wrong type, which the validation reports
     return tuple(items)
 
 
@@ -119,42 +119,42 @@ def _in_order(items: Iterable[Item]) -> tuple[Item, ...]:
 @validated
 @attrs.frozen(kw_only=True, repr=False)
 class Order:
-    """An order, as a shop publishes it. It is read back with every known field equal.
+    """An order, as a shop publishes it. orderlib reads it back with every known field equal.
 
-    Equal orders have equal content: times compare as instants, in whichever offset they were written.
+    Two orders are equal if their content is: times compare as instants, whatever their offsets.
     """
 
-    #: The order's name everywhere: the key in Kafka, in the tables and in URLs.
+    #: Id of the order: the key in Kafka, in the tables and in URLs.
     order_uid: Annotated[str, text(1, 128, ORDER_UID)]
     #: Tracking number of the order.
     track_number: Annotated[str, text(1, 255)]
-    #: Where the order entered the shop.
+    #: Channel through which the order reached the shop.
     entry: Annotated[str, text(1, 255)]
     #: Language tag of the customer.
     locale: Annotated[str, text(1, 35)]
     #: The shop's own signature; may be empty.
     internal_signature: Annotated[str, text(0, 4096)]
-    #: Who ordered, by the shop's number.
+    #: The shop's id of the customer.
     customer_id: Annotated[str, text(1, 255)]
-    #: Carrier.
+    #: Name of the carrier.
     delivery_service: Annotated[str, text(1, 255)]
     #: The shop's shard key; may be empty.
     shardkey: Annotated[str, text(0, 255)]
     #: The shop's service number.
     sm_id: Annotated[int, integer(0)]
-    #: When the order was made; always with an offset, to the microsecond.
+    #: When the order was created; always with an offset, to the microsecond.
     date_created: Annotated[dt.datetime, msgspec.Meta(tz=True)] = attrs.field(eq=_instant)
-    #: The shop's out-of-family shard; may be empty.
+    #: The shop's second shard key (out-of-family); may be empty.
     oof_shard: Annotated[str, text(0, 255)]
-    #: Where it goes.
+    #: Address and recipient.
     delivery: Delivery
-    #: How it was paid.
+    #: Payment.
     payment: Payment
-    #: Its lines, in the shop's order.
+    #: Items, in the sequence that the shop gave them.
     items: Annotated[tuple[Item, ...], msgspec.Meta(min_length=1, max_length=MAX_ITEMS)] = attrs.field(
-        converter=_in_order
+        converter=_to_tuple
     )
 
     def __repr__(self) -> str:
-        """Name the order and count its items. ``order_to_plain`` shows every field."""
+        """Return the order_uid and the number of items, without personal data."""
         return f"Order(order_uid={self.order_uid!r}, items={len(self.items)})"

@@ -216,7 +216,7 @@ def test_of_a_repeated_key_the_last_counts_even_where_an_earlier_one_was_bad() -
 
 def test_a_repeated_key_does_not_stand_in_for_a_missing_one() -> None:
     [fault] = faults_in(SAMPLE.replace(b'"entry":"WBIL"', b'"sm_id":99'))
-    assert (fault.path, fault.found) == ("$.entry", "nothing")
+    assert (fault.path, fault.found) == ("$.entry", "no value")
 
 
 def test_an_escaped_key_is_the_key() -> None:

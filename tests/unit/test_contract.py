@@ -221,7 +221,7 @@ def test_copy_replace_checks_as_evolve_does() -> None:
 def test_rules_are_described_in_words() -> None:
     words = {describe(place.rule) for place in PLACES}
     assert "three capital letters (ISO 4217)" in words
-    assert "1 to 128 of A-Z a-z 0-9 . _ : - and not . or .." in words
+    assert "1 to 128 of the characters A-Z a-z 0-9 . _ : - but not . or .. alone" in words
     assert "a string of at most 255 characters" in words
     for text in words:
         assert not re.search(r"[\\^$]|\b(\d+) to \1\b(?!,)|\b1 \w+s\b", text), text

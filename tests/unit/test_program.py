@@ -148,7 +148,7 @@ def test_the_exit_status_is_the_one_that_the_program_returns(status: int, capsys
         (
             RefusedByDatabase("23514", "b563"),
             1,
-            "error: refused_by_database: $: expected order b563 that PostgreSQL takes, found SQLSTATE 23514\n",
+            "error: refused_by_database: $: expected order b563 that PostgreSQL accepts, found SQLSTATE 23514\n",
         ),
         (OrderlibError("any other error"), 1, "error: any other error\n"),
         (KeyboardInterrupt(), 1, "interrupted\n"),

@@ -344,7 +344,7 @@ def test_lines_that_are_not_orders_are_named_and_sent(capsys: pytest.CaptureFixt
         "warning: file: line 2 is not an order",
         "warning: file: line 3 is not an order",
     ]
-    assert "$.track_number: expected a string of 1 to 255 characters, found nothing (and 12 more)" in told[1]
+    assert "$.track_number: expected a string of 1 to 255 characters, found no value (and 12 more)" in told[1]
 
 
 def test_of_many_lines_that_are_not_orders_the_first_are_named_and_all_are_counted(
