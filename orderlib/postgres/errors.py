@@ -11,7 +11,7 @@ import re
 import select
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol
 
 import psycopg
 from psycopg.pq import ConnStatus
@@ -100,11 +100,20 @@ _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,252})|[0-9A-Fa-f:.]{2,45}|/
 _UNKNOWN_HOST = re.compile(r"""(?:could not translate host name|failed to resolve host) ['"]([^'"]*)['"]""")
 
 
+class HasPGconn(Protocol):
+    """A user of a libpq connection: a psycopg connection or a ``Wire``."""
+
+    @property
+    def pgconn(self) -> PGconn:
+        """Return the libpq connection."""
+        ...
+
+
 _END_WITHIN_MS = 200
 _MAX_READS = 8
 
 
-def is_lost(connection: psycopg.BaseConnection[Any], exc: BaseException | None = None) -> bool:
+def is_lost(connection: HasPGconn, exc: BaseException | None = None) -> bool:
     """Return whether the connection is lost, whatever error came last: closed, broken, or ended by the server.
 
     Read what the server has sent since, because libpq notices the end of a connection only when it reads. For an idle
@@ -133,7 +142,7 @@ def _is_fatal(exc: BaseException | None) -> bool:
 
 
 @contextmanager
-def translated_errors(connection: psycopg.BaseConnection[Any] | None = None) -> Iterator[None]:
+def translated_errors(connection: HasPGconn | None = None) -> Iterator[None]:
     """Raise our error, ``from`` psycopg's, for any that leaves the block.
 
     With the connection that the block uses: a lost one is an outage whatever psycopg raises. It raises errors of every
@@ -149,9 +158,7 @@ def translated_errors(connection: psycopg.BaseConnection[Any] | None = None) -> 
         raise translate(exc, connection) from exc
 
 
-def translate(
-    exc: Exception, connection: psycopg.BaseConnection[Any] | None = None, *, writing: bool = True
-) -> OrderlibError:
+def translate(exc: Exception, connection: HasPGconn | None = None, *, writing: bool = True) -> OrderlibError:
     """Return our error for one of psycopg's. Its message names kinds and codes, never data: details may quote a row.
 
     Only a write can have a row that PostgreSQL refuses. A read that fails in the same way means broken data or set-up.

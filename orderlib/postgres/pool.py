@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Container, Iterator
+from random import Random
 from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
@@ -24,13 +25,15 @@ from psycopg.abc import PQGen
 from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.pq.abc import PGconn
 
-from orderlib.errors import ConfigurationError, DatabaseUnavailable, OrderlibError
+from orderlib.errors import ConfigurationError, DatabaseUnavailable, OrderlibError, TransactionConflict
+from orderlib.ingestion.retry import Backoff
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, connection_arguments, prepare_session
 from orderlib.postgres.errors import is_lost, translate, translated_errors
 from orderlib.postgres.hosts import connect_to_any
 from orderlib.postgres.migrate import check_schema
 from orderlib.postgres.reads import ReadQueries
+from orderlib.postgres.wire import Wire
 
 T = TypeVar("T")
 
@@ -55,8 +58,15 @@ class DeadlineExceeded(OrderlibError):
     """The deadline of a call passed while it waited for PostgreSQL. No caller of a repository sees it."""
 
 
+#: After so many conflicts in one call, other writers are probably in the way for good.
+_MAX_CONFLICTS = 20
+#: Spreads the retries of several writers.
+_RNG = Random()  # noqa: S311  no secret
+
 #: What a read raises that has to be translated or may be repaired.
 READ_ERRORS = (psycopg.Error, UnicodeEncodeError, DeadlineExceeded)
+#: The same for a write, which has translated some errors already.
+WRITE_ERRORS = (psycopg.Error, OrderlibError)
 
 
 def bounded(steps: PQGen[T], deadline: float) -> PQGen[T]:
@@ -79,6 +89,7 @@ class Session(Connection):
     def __init__(self, pgconn: PGconn) -> None:
         super().__init__(pgconn)
         self.read_queries = ReadQueries(pgconn)
+        self.wire = Wire(pgconn)
         #: When the call that uses it must end, by the monotonic clock.
         self.deadline = 0.0
         #: Whether it was connected before the call that uses it. It may have been lost since then, which says nothing
@@ -360,6 +371,8 @@ class Call:
         self._pool = pool
         self.deadline = time.monotonic() + pool.timeout_s
         self._repeated = False
+        self._conflicts = 0
+        self._backoff = Backoff(_RNG, first_s=0.01, most_s=0.5)
 
     @property
     def connection_wait_s(self) -> float:
@@ -386,7 +399,22 @@ class Call:
             return DatabaseUnavailable(f"PostgreSQL: no answer within {self._pool.timeout_s:g} s")
         return translate(error, session, writing=False)
 
-    def write_error(self, session: Session, error: psycopg.Error | OrderlibError, *, committing: bool) -> OrderlibError:
+    def wait_before_retry_s(self, session: Session, error: psycopg.Error | OrderlibError, *, committing: bool) -> float:
+        """Return after how many seconds to try a failed write again, or raise the error that ends the call."""
+        # After COMMIT was sent, another writer may have replaced what it stored.
+        if self.may_repeat(session, error) and not committing:
+            return 0
+        ours = self._write_error(session, error, committing=committing)
+        if isinstance(ours, TransactionConflict):
+            self._conflicts += 1
+            wait_s = self._backoff.next_wait_s()
+            if self._conflicts <= _MAX_CONFLICTS and time.monotonic() + wait_s < self.deadline:
+                return wait_s
+        raise ours from (error.__cause__ if ours is error else error)
+
+    def _write_error(
+        self, session: Session, error: psycopg.Error | OrderlibError, *, committing: bool
+    ) -> OrderlibError:
         """Return our error for a failed write. After a lost answer it says what is known about the outcome."""
         silent = isinstance(error, DeadlineExceeded)
         ours = translate(error, session) if isinstance(error, psycopg.Error) else error

@@ -79,7 +79,9 @@ SET_STATEMENT_TIMEOUT: LiteralString = "SET statement_timeout = {}"
 #: One consistent look at several statements; nothing in it can write.
 BEGIN_READ: LiteralString = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 COMMIT: LiteralString = "COMMIT"
+ISOLATION: LiteralString = "SELECT current_setting('transaction_isolation')"
 ROLLBACK: LiteralString = "ROLLBACK"
+BEGIN_WRITE: LiteralString = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
 
 def _columns(names: Iterable[LiteralString], prefix: LiteralString = "") -> LiteralString:
@@ -179,17 +181,24 @@ END)::float8
 #: What is stored of these orders already.
 STORED_STATES: LiteralString = """
 SELECT order_uid, content_sha256, source_topic_id, source_partition, source_offset, first_stored_at
-FROM orders WHERE order_uid = ANY(%(order_uids)s::text[])
+FROM orders WHERE order_uid = ANY($1::text[])
 """
 #: Read after the stored states. The transaction's own now() may be before the first_stored_at that they show.
 CLOCK: LiteralString = "SELECT clock_timestamp()"
 
-#: Until the end of the transaction: look orders up by key. A table that grows faster than its statistics looks so small
-#: that a scan of it seems cheaper.
+#: One write of orders: an order that PostgreSQL refuses leaves the rest of the transaction unharmed.
+SAVEPOINT: LiteralString = "SAVEPOINT orderlib"
+ROLLBACK_TO_SAVEPOINT: LiteralString = "ROLLBACK TO SAVEPOINT orderlib"
+RELEASE_SAVEPOINT: LiteralString = "RELEASE SAVEPOINT orderlib"
+
+#: During a write: look orders up by key. A table that grows faster than its statistics looks so small that a scan of it
+#: seems cheaper. Afterwards the caller's transaction has its own value again.
+SEQSCAN: LiteralString = "SELECT current_setting('enable_seqscan')"
 DISABLE_SEQSCAN: LiteralString = "SET LOCAL enable_seqscan = off"
+RESTORE_SEQSCAN: LiteralString = "SELECT set_config('enable_seqscan', $1, true)"
 
 #: Make room for the new versions of orders; delivery, payment and every item go with them.
-DELETE_ORDERS: LiteralString = "DELETE FROM orders WHERE order_uid = ANY(%(order_uids)s)"
+DELETE_ORDERS: LiteralString = "DELETE FROM orders WHERE order_uid = ANY($1::text[])"
 
 COPY_ORDERS: LiteralString = f"""
 COPY orders ({_columns(ORDER_COLUMNS)}, {_columns(STORE_COLUMNS)}) FROM STDIN (FORMAT BINARY)
@@ -203,8 +212,8 @@ MOVE_SOURCES: LiteralString = """
 UPDATE orders o
 SET source_topic_id = n.topic_id, source_partition = n.partition, source_offset = n.record_offset,
     source_time = n.record_time
-FROM unnest(%(order_uids)s::text[], %(topic_ids)s::text[], %(partitions)s::int[], %(offsets)s::bigint[],
-            %(times)s::timestamptz[]) AS n (order_uid, topic_id, partition, record_offset, record_time)
+FROM unnest($1::text[], $2::text[], $3::int[], $4::bigint[], $5::timestamptz[])
+  AS n (order_uid, topic_id, partition, record_offset, record_time)
 WHERE o.order_uid = n.order_uid
 """
 

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from random import Random
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
-import psycopg
 from psycopg.abc import PQGen
 
-from orderlib.errors import OrderlibError, RefusedByDatabase, TransactionConflict
 from orderlib.ingestion.records import PreparedOrder
-from orderlib.ingestion.retry import Backoff
 from orderlib.models import Order
-from orderlib.postgres.pool import READ_ERRORS, Call, Pool, Session, ThreadWaiter
+from orderlib.postgres.pool import READ_ERRORS, WRITE_ERRORS, Call, Pool, Session, ThreadWaiter
 from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.rows import pack_rows
-from orderlib.postgres.writes import store
+from orderlib.postgres.writes import Save
 from orderlib.repository import ListOptions, ListQuery, Outcome, Page, Stats, StoredOrder, checked_uids
 
 T = TypeVar("T")
-
-#: Two transactions that meet again and again are no accident.
-_COLLISIONS = 20
 
 
 class PostgresOrderRepository:
@@ -38,7 +30,6 @@ class PostgresOrderRepository:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._rng = Random()  # noqa: S311 - spreads tries, keeps no secret
 
     @classmethod
     def connect(
@@ -109,47 +100,17 @@ class PostgresOrderRepository:
 
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
         """See ``OrderRepository.save_many``."""
-        prepared_orders = [PreparedOrder.of(order, pack_rows=pack_rows) for order in orders]
+        save = Save([PreparedOrder.of(order, pack_rows=pack_rows) for order in orders])
         call = Call(self._pool)
-        backoff = Backoff(self._rng, first_s=0.01, most_s=0.5)
-        collisions = 0
-        while True:
-            try:
-                return self._store(call, prepared_orders)
-            except TransactionConflict:
-                collisions += 1
-                wait_s = backoff.next_wait_s()
-                if collisions > _COLLISIONS or time.monotonic() + wait_s >= call.deadline:
-                    raise
-                time.sleep(wait_s)
-
-    def _store(self, call: Call, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:
-        """Store the orders in one transaction, again if the connection was lost while idle."""
         while True:
             session = self._session(call)
-            handled = sys.exception()
-            committing = False
             try:
-                with session.transaction():
-                    outcomes = store(session, prepared_orders) if prepared_orders else []
-                    counted = Counter(_accepted(outcome) for outcome in outcomes)
-                    committing = True
-            except (psycopg.Error, OrderlibError) as exc:
-                if (abort := _hidden_interrupt(exc, handled)) is not None:
-                    session.abort()
-                    raise abort from None
-                # After COMMIT was sent, another writer may have replaced what it stored.
-                if not call.may_repeat(session, exc) or committing:
-                    error = call.write_error(session, exc, committing=committing)
-                    raise error from (exc.__cause__ if error is exc else exc)
-            except BaseException:
-                # What psycopg knows about the transaction may be wrong after an interrupt.
-                session.abort()
-                raise
-            else:
-                return counted
+                return session.wait(save.steps(session.wire))
+            except WRITE_ERRORS as exc:
+                wait_s = call.wait_before_retry_s(session, exc, committing=save.committing)
             finally:
                 self._pool.give_back(session)
+            time.sleep(wait_s)
 
     def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
         call = Call(self._pool)
@@ -177,22 +138,3 @@ class PostgresOrderRepository:
             session = self._pool.taken(waiter)
         session.deadline = call.deadline
         return session
-
-
-def _hidden_interrupt(exc: BaseException, handled: BaseException | None) -> BaseException | None:
-    """Return the interrupt that psycopg replaced by an error, because it came between two steps of a transaction.
-
-    What the caller was handling already does not count.
-    """
-    context: BaseException | None = exc
-    while context is not None and context is not handled:
-        if not isinstance(context, Exception):
-            return context
-        context = context.__context__
-    return None
-
-
-def _accepted(outcome: Outcome | RefusedByDatabase) -> Outcome:
-    if isinstance(outcome, RefusedByDatabase):
-        raise outcome
-    return outcome

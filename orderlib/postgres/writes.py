@@ -1,152 +1,211 @@
-"""The only write path of orders: every row of every order passes here, by binary COPY straight into the tables."""
+"""The only write path of orders: every row of every order passes here, by binary COPY straight into the tables.
+
+Consumer, redrive, repositories and callers' transactions share it. It runs inside a transaction that its caller began.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import LiteralString
 
 import psycopg
+from psycopg.abc import PQGen
 
-from orderlib.errors import OrderlibError, RefusedByDatabase, TransactionConflict
+from orderlib.errors import RefusedByDatabase, TransactionConflict
 from orderlib.ingestion.records import PreparedOrder, RecordPosition, StoredVersion, WritePlan, plan_writes
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
-from orderlib.postgres.errors import is_lost, translate
-from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, pack_timestamps
+from orderlib.postgres.errors import translate
+from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, Row, pack_timestamps
+from orderlib.postgres.wire import Statement, Wire
 from orderlib.repository import Outcome
 
-#: So Citus reports a unique violation, and it may only mean that somebody stored the same order_uid meanwhile; then a
-#: new look settles it.
-_LOOKS_AGAIN = 3
-_MAYBE_SOMEBODY_ELSE = "XX000"
-
-
-#: Decides what is to be done for some arrivals, given what is stored.
+#: Plans the writes of prepared orders, given what is stored.
 Rule = Callable[[Sequence[PreparedOrder], Mapping[str, StoredVersion]], WritePlan]
+
+#: A key exists already. Each order is written once, so another writer may have stored it since its version was read.
+#: Citus reports every violation inside a COPY as an internal error.
+_KEY_EXISTS = {psycopg.errors.UniqueViolation.sqlstate, psycopg.errors.InternalError_.sqlstate}
+
+
+def store_orders(
+    wire: Wire, prepared_orders: Sequence[PreparedOrder], rule: Rule = plan_writes
+) -> PQGen[list[Outcome | RefusedByDatabase]]:
+    """Store orders inside the caller's transaction; return the result of each, in their order.
+
+    An order that PostgreSQL refuses does not affect its neighbours: bisection finds it, each half in a savepoint.
+    Raises any other error of the library, or psycopg's LockNotAvailable and QueryCanceled. The transaction is then as
+    it was before the call, unless the connection was lost.
+    """
+    seen: dict[str, StoredVersion] = {}
+    try:
+        return list((yield from _store_in_savepoint(wire, prepared_orders, rule, seen)))
+    except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled):
+        raise
+    except (psycopg.Error, UnicodeEncodeError) as exc:
+        error = translate(exc, wire)
+        if not isinstance(error, RefusedByDatabase):
+            raise error from exc
+        if error.sqlstate in _KEY_EXISTS and (yield from _has_changed(wire, prepared_orders, seen)):
+            raise TransactionConflict("another writer stored one of these orders") from exc
+    if len(prepared_orders) == 1:
+        return [RefusedByDatabase(error.sqlstate, prepared_orders[0].order_uid)]
+    middle = len(prepared_orders) // 2
+    first = yield from store_orders(wire, prepared_orders[:middle], rule)
+    return first + (yield from store_orders(wire, prepared_orders[middle:], rule))
 
 
 def store(
     connection: Connection, prepared_orders: Sequence[PreparedOrder], rule: Rule = plan_writes
 ) -> list[Outcome | RefusedByDatabase]:
-    """Store orders inside the transaction in hand: what became of each, in their order.
-
-    One that PostgreSQL refuses does not sink its neighbours: halving finds it, each half in a savepoint. Raises any
-    other of our errors, or psycopg's LockNotAvailable where the caller limits such waits; the transaction must be
-    rolled back then.
-    """
-    try:
-        with connection.transaction():
-            return list(_store(connection, prepared_orders, rule))
-    except psycopg.errors.LockNotAvailable:
-        raise
-    except (psycopg.Error, UnicodeEncodeError) as exc:
-        if _met_another_writer(exc) and not is_lost(connection, exc):
-            raise TransactionConflict("another writer stored one of these orders meanwhile") from exc
-        error = translate(exc, connection)
-        if not isinstance(error, RefusedByDatabase):
-            raise error from exc
-    if len(prepared_orders) == 1:
-        return [_store_alone(connection, prepared_orders[0], rule, error)]
-    middle = len(prepared_orders) // 2
-    return store(connection, prepared_orders[:middle], rule) + store(connection, prepared_orders[middle:], rule)
+    """Run ``store_orders`` over a psycopg connection that is in a transaction."""
+    return connection.wait(store_orders(Wire(connection.pgconn, keeps_statements=False), prepared_orders, rule))
 
 
-def _met_another_writer(exc: Exception) -> bool:
-    """Each order is written once, so its key can be there already only because somebody stored it since we looked."""
-    return isinstance(exc, psycopg.errors.UniqueViolation) and str(exc.diag.constraint_name).startswith("orders_pkey")
+class Save:
+    """Store orders in a transaction of their own, all or nothing."""
 
+    def __init__(self, prepared_orders: Sequence[PreparedOrder]) -> None:
+        self._prepared_orders = prepared_orders
+        #: Whether COMMIT was sent. Without an answer to it the outcome is unknown.
+        self.committing = False
 
-def _store_alone(
-    connection: Connection, prepared_order: PreparedOrder, rule: Rule, error: OrderlibError
-) -> Outcome | RefusedByDatabase:
-    for _ in range(_LOOKS_AGAIN):
-        assert isinstance(error, RefusedByDatabase)
-        if error.sqlstate != _MAYBE_SOMEBODY_ELSE:
-            break
+    def steps(self, wire: Wire) -> PQGen[Counter[Outcome]]:
+        """Return how many orders had each outcome. Raises RefusedByDatabase naming the order at fault."""
+        self.committing = False
+        yield from wire.pipeline((queries.BEGIN_WRITE, ()))
         try:
-            with connection.transaction():
-                return _store(connection, [prepared_order], rule)[0]
-        except psycopg.errors.LockNotAvailable:
+            outcomes = yield from accepted(wire, self._prepared_orders)
+        except Exception:
+            with contextlib.suppress(psycopg.Error):
+                yield from wire.pipeline((queries.ROLLBACK, ()))
             raise
-        except psycopg.Error as exc:
-            error = translate(exc, connection)
-            if not isinstance(error, RefusedByDatabase):
-                raise error from exc
-    assert isinstance(error, RefusedByDatabase)
-    return RefusedByDatabase(error.sqlstate, prepared_order.order_uid)
+        self.committing = True
+        yield from wire.pipeline((queries.COMMIT, ()))
+        return outcomes
 
 
-def _store(connection: Connection, prepared_orders: Sequence[PreparedOrder], rule: Rule) -> Sequence[Outcome]:
-    stored, now = _stored_versions(connection, {prepared_order.order_uid for prepared_order in prepared_orders})
+def accepted(wire: Wire, prepared_orders: Sequence[PreparedOrder]) -> PQGen[Counter[Outcome]]:
+    """Store all orders or none inside the caller's transaction, and count their outcomes.
+
+    Raises RefusedByDatabase naming the first order at fault; the caller rolls back then.
+    """
+    if not prepared_orders:
+        return Counter()
+    outcomes: Counter[Outcome] = Counter()
+    for result in (yield from store_orders(wire, prepared_orders)):
+        if isinstance(result, RefusedByDatabase):
+            raise result
+        outcomes[result] += 1
+    return outcomes
+
+
+def _has_changed(
+    wire: Wire, prepared_orders: Sequence[PreparedOrder], seen: Mapping[str, StoredVersion]
+) -> PQGen[bool]:
+    """Return whether another writer stored one of the orders since ``seen`` was read.
+
+    Then its key exists only for that reason. A transaction with one snapshot cannot tell, and only a new one helps.
+    """
+    [[(isolation,)]] = yield from wire.pipeline((queries.ISOLATION, ()))
+    if isolation not in {"read committed", "read uncommitted"}:
+        return True
+    [rows] = yield from wire.pipeline((queries.STORED_STATES, [_uids(prepared_orders)]))
+    return _versions(rows) != seen
+
+
+def _store_in_savepoint(
+    wire: Wire, prepared_orders: Sequence[PreparedOrder], rule: Rule, seen: dict[str, StoredVersion]
+) -> PQGen[Sequence[Outcome]]:
+    """Store the orders. ``seen`` gets the versions that were stored before."""
+    try:
+        return (yield from _store(wire, prepared_orders, rule, seen))
+    except Exception:
+        with contextlib.suppress(psycopg.Error):
+            yield from wire.pipeline((queries.ROLLBACK_TO_SAVEPOINT, ()), (queries.RELEASE_SAVEPOINT, ()))
+        raise
+
+
+def _store(
+    wire: Wire, prepared_orders: Sequence[PreparedOrder], rule: Rule, seen: dict[str, StoredVersion]
+) -> PQGen[Sequence[Outcome]]:
+    _, [(seqscan,)], _, rows, [(now,)] = yield from wire.pipeline(
+        (queries.SAVEPOINT, ()),
+        (queries.SEQSCAN, ()),
+        (queries.DISABLE_SEQSCAN, ()),
+        (queries.STORED_STATES, [_uids(prepared_orders)]),
+        (queries.CLOCK, ()),
+    )
+    assert isinstance(now, dt.datetime)
+    stored = _versions(rows)
+    seen.update(stored)
     plan = rule(prepared_orders, stored)
-    replaced = [a.order_uid for a in plan.writes if a.order_uid in stored]
+    replaced = [write.order_uid for write in plan.writes if write.order_uid in stored]
     if replaced:
-        connection.execute(queries.DELETE_ORDERS, {"order_uids": replaced})
+        yield from wire.pipeline((queries.DELETE_ORDERS, [_text_array(replaced)]))
     if plan.writes:
         # In one order everywhere, so that of two writers one waits for the other and they never wait for each other.
         writes = sorted(plan.writes, key=lambda write: write.order_uid)
-        _copy_orders(connection, writes, stored, now)
+        yield from _copy_orders(wire, writes, stored, now)
     if plan.moves:
-        _move_sources(connection, plan.moves.values())
+        yield from wire.pipeline(_moves(plan.moves.values()))
+    yield from wire.pipeline((queries.RESTORE_SEQSCAN, [seqscan]), (queries.RELEASE_SAVEPOINT, ()))
     return plan.outcomes
 
 
-def _stored_versions(connection: Connection, order_uids: Iterable[str]) -> tuple[dict[str, StoredVersion], dt.datetime]:
-    with connection.pipeline():
-        connection.execute(queries.DISABLE_SEQSCAN)
-        rows = connection.execute(queries.STORED_STATES, {"order_uids": _array(order_uids)}, binary=True)
-        now = connection.execute(queries.CLOCK)
-    [(moment,)] = now.fetchall()
+def _versions(rows: Iterable[Row]) -> dict[str, StoredVersion]:
     stored = {}
-    for order_uid, sha256, topic_id, partition, offset, first_stored_at in rows.fetchall():
+    for order_uid, sha256, topic_id, partition, offset, first_stored_at in rows:
         source = RecordPosition(topic_id=topic_id, partition=partition, offset=offset) if topic_id else None
         stored[order_uid] = StoredVersion(content_sha256=sha256, source=source, first_stored_at=first_stored_at)
-    return stored, moment
+    return stored
 
 
-def _array(order_uids: Iterable[str]) -> str:
-    """An array as PostgreSQL writes it: the contract leaves nothing in an order_uid that would need an escape.
+def _uids(prepared_orders: Iterable[PreparedOrder]) -> str:
+    return _text_array({prepared_order.order_uid for prepared_order in prepared_orders})
 
-    psycopg would look at each for that while the database waits.
-    """
+
+def _text_array(order_uids: Iterable[str]) -> str:
+    """Return order_uids as PostgreSQL writes an array: none contains a character that needs an escape."""
     return '{"' + '","'.join(order_uids) + '"}'
 
 
 def _copy_orders(
-    connection: Connection, writes: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion], now: dt.datetime
-) -> None:
-    def order_row(prepared_order: PreparedOrder) -> bytes:
-        version = stored.get(prepared_order.order_uid)
+    wire: Wire, writes: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion], now: dt.datetime
+) -> PQGen[None]:
+    def order_row(write: PreparedOrder) -> bytes:
+        version = stored.get(write.order_uid)
         if version is None or version.first_stored_at is None:
-            return prepared_order.rows.order + new
-        return prepared_order.rows.order + pack_timestamps(version.first_stored_at, max(now, version.first_stored_at))
+            return write.rows.order + new
+        return write.rows.order + pack_timestamps(version.first_stored_at, max(now, version.first_stored_at))
 
     new = pack_timestamps(now, now)
-    _copy(connection, queries.COPY_ORDERS, map(order_row, writes))
-    _copy(connection, queries.COPY_DELIVERY, [prepared_order.rows.delivery for prepared_order in writes])
-    _copy(connection, queries.COPY_PAYMENT, [prepared_order.rows.payment for prepared_order in writes])
-    _copy(connection, queries.COPY_ITEMS, [prepared_order.rows.items for prepared_order in writes])
+    yield from _copy(wire, queries.COPY_ORDERS, map(order_row, writes))
+    yield from _copy(wire, queries.COPY_DELIVERY, [write.rows.delivery for write in writes])
+    yield from _copy(wire, queries.COPY_PAYMENT, [write.rows.payment for write in writes])
+    yield from _copy(wire, queries.COPY_ITEMS, [write.rows.items for write in writes])
 
 
-def _copy(connection: Connection, statement: LiteralString, rows: Iterable[bytes]) -> None:
-    with connection.cursor() as cursor, cursor.copy(statement) as copy:
-        copy.write(b"".join((COPY_HEADER, *rows, COPY_TRAILER)))
+def _copy(wire: Wire, statement: LiteralString, rows: Iterable[bytes]) -> PQGen[None]:
+    yield from wire.copy_in(statement, [b"".join((COPY_HEADER, *rows, COPY_TRAILER))])
 
 
-def _move_sources(connection: Connection, moves: Iterable[PreparedOrder]) -> None:
+def _moves(moves: Iterable[PreparedOrder]) -> Statement:
     ordered = [
         (move.order_uid, move.source, move.time)
         for move in sorted(moves, key=lambda move: move.order_uid)
         if move.source
     ]
-    connection.execute(
+    return (
         queries.MOVE_SOURCES,
-        {
-            "order_uids": [uid for uid, _, _ in ordered],
-            "topic_ids": [source.topic_id for _, source, _ in ordered],
-            "partitions": [source.partition for _, source, _ in ordered],
-            "offsets": [source.offset for _, source, _ in ordered],
-            "times": [time for _, _, time in ordered],
-        },
+        [
+            [uid for uid, _, _ in ordered],
+            [source.topic_id for _, source, _ in ordered],
+            [source.partition for _, source, _ in ordered],
+            [source.offset for _, source, _ in ordered],
+            [time for _, _, time in ordered],
+        ],
     )

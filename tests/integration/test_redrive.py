@@ -58,7 +58,8 @@ def test_a_reject_replaces_only_a_version_from_a_lower_offset(
         # The time of the stored record is before that of the reject, at it, or after it: it decides nothing.
         for time in (TIME - dt.timedelta(days=1), TIME, TIME + dt.timedelta(days=1)):
             writer.execute("DELETE FROM orders")
-            store(writer, [PreparedOrder.of(ORDER, position(stored_offset), time, pack_rows=pack_rows)])
+            with writer.transaction():
+                store(writer, [PreparedOrder.of(ORDER, position(stored_offset), time, pack_rows=pack_rows)])
             found = sum(redrive(writer, 10_000), Counter())
             assert found == Counter({outcome: 1})
             writer.execute("UPDATE rejects SET redriven_at = NULL, redrive_outcome = NULL")
