@@ -13,7 +13,7 @@ from typing import Protocol, TypedDict, TypeVar, Unpack
 import attrs
 
 from orderlib.contract import fits_postgres
-from orderlib.errors import InvalidQuery
+from orderlib.errors import Fault, InvalidQuery
 from orderlib.models import Order
 
 T = TypeVar("T")
@@ -119,6 +119,31 @@ class Page:
     orders: tuple[StoredOrder, ...]
     #: Continues in the same direction; ``None`` on the last page.
     next_cursor: Cursor | None
+
+
+class RecordState(enum.StrEnum):
+    """What has happened to a record."""
+
+    #: The consumer has not handled it yet.
+    WAITING = "waiting"
+    #: It was stored, or it changed nothing: a duplicate, or an older version.
+    HANDLED = "handled"
+    #: It was refused, and is stored as a reject.
+    REJECTED = "rejected"
+    #: No consumer has read this partition, or the position cannot exist.
+    UNKNOWN = "unknown"
+
+
+@attrs.frozen(kw_only=True)
+class PositionState:
+    """What has happened to the record at a position. Shows no value of the record."""
+
+    state: RecordState
+    #: Why it was rejected; ``None`` unless it was.
+    code: str | None = None
+    #: The first 100 faults, and how many there were.
+    faults: tuple[Fault, ...] = ()
+    total_faults: int = 0
 
 
 @attrs.frozen(kw_only=True)

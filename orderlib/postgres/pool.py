@@ -88,8 +88,8 @@ class Session(Connection):
 
     def __init__(self, pgconn: PGconn) -> None:
         super().__init__(pgconn)
-        self.read_queries = ReadQueries(pgconn)
         self.wire = Wire(pgconn)
+        self.read_queries = ReadQueries(self.wire)
         #: When the call that uses it must end, by the monotonic clock.
         self.deadline = 0.0
         #: Whether it was connected before the call that uses it. It may have been lost since then, which says nothing

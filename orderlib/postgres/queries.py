@@ -121,6 +121,19 @@ GET_ITEMS_OF_PAGE: LiteralString = f"""
 SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid = ANY($1) ORDER BY array_position($1, order_uid), line LIMIT $2
 """
 
+#: In a caller's transaction: whether these orders are still the versions that were read.
+GET_VERSIONS: LiteralString = "SELECT order_uid, stored_at, content_sha256 FROM orders WHERE order_uid = ANY($1)"
+
+#: What happened to the record at a position, of the topic with this name that was read last: whether it was handled,
+#: and its reject. Topics with the same name differ in their ids.
+POSITION_STATE: LiteralString = """
+SELECT o.next_offset > $3::bigint, r.code, r.faults, r.redrive_outcome
+FROM consumer_offsets o LEFT JOIN rejects r
+    ON r.topic_id = o.topic_id AND r.partition = o.partition AND r.record_offset = $3::bigint
+WHERE o.topic = $1 AND o.partition = $2::integer
+ORDER BY o.updated_at DESC LIMIT 1
+"""
+
 #: Whether an order is there, and which version: one primary-key read.
 GET_CONTENT_SHA256: LiteralString = "SELECT content_sha256 FROM orders WHERE order_uid = $1"
 
