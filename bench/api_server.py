@@ -24,7 +24,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from orderlib.codecs import encode_order
 from orderlib.errors import OrderNotFound
-from orderlib.postgres.async_repository import AsyncPostgresOrderReader
+from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
 from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.repository import PostgresOrderRepository
 from orderlib.postgres.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS, Row, order_from_rows
@@ -52,7 +52,7 @@ def _stored_order(results: list[list[Row]]) -> StoredOrder:
     return StoredOrder(order=order_from_rows(order[:width] + delivery + payment, items), **store_values)
 
 
-class FourQueriesReader(AsyncPostgresOrderReader):
+class FourQueriesReader(AsyncPostgresOrderRepository):
     """Read an order with four SELECTs, one after another and without a transaction around them."""
 
     def __init__(self, url: str) -> None:
@@ -80,7 +80,7 @@ class FourQueriesReader(AsyncPostgresOrderReader):
         return _stored_order(results)
 
 
-class FourQueriesOwnDriverReader(AsyncPostgresOrderReader):
+class FourQueriesOwnDriverReader(AsyncPostgresOrderRepository):
     """Read an order with the same four SELECTs, through the connections of orderlib's own reader."""
 
     async def get_stored(self, order_uid: str) -> StoredOrder:  # noqa: D102 - the class docstring describes it
@@ -169,7 +169,7 @@ def build(application: str) -> Any:
         wsgi.add_route("/hello", _SyncHello())
         return wsgi
     reader = {"four-queries": FourQueriesReader, "four-queries-own-driver": FourQueriesOwnDriverReader}.get(
-        application, AsyncPostgresOrderReader
+        application, AsyncPostgresOrderRepository
     )(url)
     app = create_app(reader, settings, metrics, _make_id)
     app.add_route("/hello", Hello())

@@ -35,15 +35,19 @@ from orderlib.errors import (
     TransientError,
 )
 from orderlib.models import Delivery, Item, Order, Payment
-from orderlib.postgres import AsyncPostgresOrderReader, PostgresOrderRepository
+from orderlib.postgres import AsyncPostgresOrderRepository, PostgresOrderRepository
+from orderlib.postgres.using import using, using_async
 from orderlib.repository import (
-    AsyncOrderReader,
+    AsyncOrderRepository,
     Cursor,
     Direction,
+    Filters,
     ListOptions,
     OrderRepository,
     Outcome,
     Page,
+    PositionState,
+    RecordState,
     Stats,
     StoredOrder,
 )
@@ -51,10 +55,11 @@ from orderlib.repository import (
 __version__ = "0.1.0"
 
 connect = PostgresOrderRepository.connect
+connect_async = AsyncPostgresOrderRepository
 
 __all__ = [
-    "AsyncOrderReader",
-    "AsyncPostgresOrderReader",
+    "AsyncOrderRepository",
+    "AsyncPostgresOrderRepository",
     "BreakerTripped",
     "BrokerUnavailable",
     "ConfigurationError",
@@ -64,6 +69,7 @@ __all__ = [
     "Direction",
     "Fault",
     "FenceLost",
+    "Filters",
     "InvalidOrder",
     "InvalidQuery",
     "Item",
@@ -76,7 +82,9 @@ __all__ = [
     "Outcome",
     "Page",
     "Payment",
+    "PositionState",
     "PostgresOrderRepository",
+    "RecordState",
     "RefusedByDatabase",
     "RejectNotFound",
     "RejectedError",
@@ -87,10 +95,13 @@ __all__ = [
     "TransactionConflict",
     "TransientError",
     "connect",
+    "connect_async",
     "content_sha256",
     "decode_order",
     "encode_order",
     "order_from_plain",
     "order_to_plain",
     "register_order_hooks",
+    "using",
+    "using_async",
 ]

@@ -7,7 +7,7 @@ import binascii
 import datetime as dt
 import enum
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import Protocol, TypedDict, TypeVar, Unpack
 
 import attrs
@@ -27,6 +27,13 @@ MAX_PAGE_ITEMS = 5_000
 
 #: ``status`` stops to count here: an exact larger number is not worth its time.
 COUNT_LIMIT = 10_000
+
+#: How many orders ``stream`` reads at once.
+STREAM_SIZE = 500
+
+#: ``wait_until_handled`` asks again after this time at first, and less and less often up to the second.
+FIRST_POLL_S = 0.005
+LONGEST_POLL_S = 0.1
 
 #: The period of ``Stats.stored_recently``.
 STORED_RECENTLY = dt.timedelta(minutes=5)
@@ -165,7 +172,16 @@ class Stats:
     replication_delay_s: float | None
 
 
-class ListOptions(TypedDict, total=False):
+class Filters(TypedDict, total=False):
+    """Which orders to return: those that match all filters given. ``None`` matches every order."""
+
+    #: Only orders with exactly this customer_id.
+    customer_id: str | None
+    #: Only orders with exactly this track_number.
+    track_number: str | None
+
+
+class ListOptions(Filters, total=False):
     """The arguments of ``list_orders``. Each may be left out; ``ListQuery`` has the defaults."""
 
     #: Where to begin: a page's ``next_cursor`` or an order's ``cursor``. ``None``: at the newest order, or at the
@@ -175,10 +191,6 @@ class ListOptions(TypedDict, total=False):
     direction: Direction
     #: How many orders at most, 1 to 100: 20 unless given.
     limit: int
-    #: Only orders with exactly this customer_id.
-    customer_id: str | None
-    #: Only orders with exactly this track_number.
-    track_number: str | None
 
 
 @attrs.frozen(kw_only=True)
@@ -256,8 +268,36 @@ class OrderRepository(Protocol):
         """
         ...
 
+    def stream(self, **filters: Unpack[Filters]) -> Iterator[StoredOrder]:
+        """Iterate over all orders that match the filters, newest ``first_stored_at`` first, from one snapshot.
+
+        Needs constant memory for any number of orders. It uses one connection until the iteration ends or ``close`` is
+        called on the iterator. Each page is bounded like a call. An outage ends the iteration with DatabaseUnavailable.
+        """
+        ...
+
+    def position_state(self, topic: str, partition: int, offset: int) -> PositionState:
+        """Return what has happened to a Kafka record, from one snapshot."""
+        ...
+
+    def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
+        """Wait until a Kafka record is handled or rejected, and return its state.
+
+        An order that was sent there can be read afterwards, unless a later record has replaced it. After ``timeout_s``
+        seconds return the last state: WAITING, or UNKNOWN before a consumer has begun to read the partition. An outage
+        that lasts until then raises DatabaseUnavailable.
+        """
+        ...
+
     def status(self) -> Stats:
         """Return statistics of the store."""
+        ...
+
+    def check(self) -> float | None:
+        """Return ``Stats.replication_delay_s`` if the store can be read.
+
+        Raises DatabaseUnavailable or ConfigurationError.
+        """
         ...
 
     def save(self, order: Order) -> Outcome:
@@ -278,11 +318,8 @@ class OrderRepository(Protocol):
         ...
 
 
-class AsyncOrderReader(Protocol):
-    """The reads of ``OrderRepository`` for asyncio, with the same results and errors.
-
-    Every read has a time limit, and raises DatabaseUnavailable if the store does not answer in time.
-    """
+class AsyncOrderRepository(Protocol):
+    """``OrderRepository`` for asyncio, with the same results and errors."""
 
     async def get(self, order_uid: str) -> Order:
         """See ``OrderRepository.get``."""
@@ -304,15 +341,32 @@ class AsyncOrderReader(Protocol):
         """See ``OrderRepository.list_orders``."""
         ...
 
+    def stream(self, **filters: Unpack[Filters]) -> AsyncIterator[StoredOrder]:
+        """See ``OrderRepository.stream``. To end it early, await ``aclose`` of the iterator."""
+        ...
+
+    async def position_state(self, topic: str, partition: int, offset: int) -> PositionState:
+        """See ``OrderRepository.position_state``."""
+        ...
+
+    async def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
+        """See ``OrderRepository.wait_until_handled``."""
+        ...
+
     async def status(self) -> Stats:
         """See ``OrderRepository.status``."""
         ...
 
     async def check(self) -> float | None:
-        """Return ``Stats.replication_delay_s`` if the store can be read.
+        """See ``OrderRepository.check``."""
+        ...
 
-        Raises DatabaseUnavailable or ConfigurationError.
-        """
+    async def save(self, order: Order) -> Outcome:
+        """See ``OrderRepository.save``."""
+        ...
+
+    async def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
+        """See ``OrderRepository.save_many``."""
         ...
 
 

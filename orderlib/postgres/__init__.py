@@ -1,6 +1,6 @@
 """The only room that knows psycopg."""
 
-from orderlib.postgres.async_repository import AsyncPostgresOrderReader
+from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
 from orderlib.postgres.repository import PostgresOrderRepository
 
-__all__ = ["AsyncPostgresOrderReader", "PostgresOrderRepository"]
+__all__ = ["AsyncPostgresOrderRepository", "PostgresOrderRepository"]

@@ -1,4 +1,4 @@
-"""Orders in PostgreSQL for asyncio: the reads alone, each within a bounded time."""
+"""Orders in PostgreSQL, for asyncio."""
 
 from __future__ import annotations
 
@@ -6,21 +6,128 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
+import attrs
 from psycopg import waiting
 from psycopg.abc import PQGen
 
-from orderlib.errors import OrderNotFound
+from orderlib.errors import DatabaseUnavailable, OrderNotFound
+from orderlib.ingestion.records import PreparedOrder
 from orderlib.models import Order
 from orderlib.postgres.migrate import require_schema
-from orderlib.postgres.pool import READ_ERRORS, Call, Pool, Session, bounded
+from orderlib.postgres.pool import READ_ERRORS, WRITE_ERRORS, Call, Pool, Session, bounded
 from orderlib.postgres.reads import ReadQueries
-from orderlib.repository import ListOptions, ListQuery, Page, Stats, StoredOrder, checked_uids
+from orderlib.postgres.rows import pack_rows
+from orderlib.postgres.writes import Save
+from orderlib.repository import (
+    FIRST_POLL_S,
+    LONGEST_POLL_S,
+    STREAM_SIZE,
+    Filters,
+    ListOptions,
+    ListQuery,
+    Outcome,
+    Page,
+    PositionState,
+    RecordState,
+    Stats,
+    StoredOrder,
+    checked_uids,
+)
 
 T = TypeVar("T")
+
+
+class AsyncOrderRepositoryBase(ABC):
+    """The methods of ``AsyncOrderRepository``, over steps that a subclass runs."""
+
+    @abstractmethod
+    async def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
+        """Run a read, and translate its errors."""
+
+    @abstractmethod
+    async def _save(self, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:
+        """Store orders, all or none, and translate the errors."""
+
+    @abstractmethod
+    def _pages(self, query: ListQuery) -> AsyncGenerator[Page, None]:
+        """Yield all pages from one snapshot."""
+
+    async def get(self, order_uid: str) -> Order:
+        """See ``OrderRepository.get``."""
+        return await self._read(lambda read_queries: read_queries.get(order_uid))
+
+    async def get_stored(self, order_uid: str) -> StoredOrder:
+        """See ``OrderRepository.get_stored``."""
+        return await self._read(lambda read_queries: read_queries.get_stored(order_uid))
+
+    async def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
+        """See ``OrderRepository.get_many``."""
+        wanted = checked_uids(order_uids)
+        return await self._read(lambda read_queries: read_queries.get_many(wanted))
+
+    async def content_sha256(self, order_uid: str) -> bytes:
+        """See ``OrderRepository.content_sha256``."""
+        return await self._read(lambda read_queries: read_queries.content_sha256(order_uid))
+
+    async def list_orders(self, **options: Unpack[ListOptions]) -> Page:
+        """See ``OrderRepository.list_orders``."""
+        query = ListQuery(**options)
+        return await self._read(lambda read_queries: read_queries.list_orders(query))
+
+    async def stream(self, **filters: Unpack[Filters]) -> AsyncIterator[StoredOrder]:
+        """See ``OrderRepository.stream``."""
+        async with contextlib.aclosing(self._pages(ListQuery(**filters))) as pages:
+            async for page in pages:
+                for stored in page.orders:
+                    yield stored
+
+    async def position_state(self, topic: str, partition: int, offset: int) -> PositionState:
+        """See ``OrderRepository.position_state``."""
+        return await self._read(lambda read_queries: read_queries.position_state(topic, partition, offset))
+
+    async def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
+        """See ``OrderRepository.wait_until_handled``."""
+        deadline, wait_s = time.monotonic() + timeout_s, FIRST_POLL_S
+        while True:
+            remaining_s = deadline - time.monotonic()
+            try:
+                state = await self.position_state(topic, partition, offset)
+            except DatabaseUnavailable:
+                if remaining_s <= 0:
+                    raise
+            else:
+                if remaining_s <= 0 or state.state in {RecordState.HANDLED, RecordState.REJECTED}:
+                    return state
+            await asyncio.sleep(min(wait_s, max(0.0, remaining_s)))
+            wait_s = min(2 * wait_s, LONGEST_POLL_S)
+
+    async def status(self) -> Stats:
+        """See ``OrderRepository.status``."""
+        return await self._read(ReadQueries.status)
+
+    async def check(self) -> float | None:
+        """See ``OrderRepository.check``."""
+        location, number, delay_s = await self._read(ReadQueries.check)
+        require_schema(location, number)
+        # No order has this uid, but the query needs the right to read every table.
+        with contextlib.suppress(OrderNotFound):
+            await self.get(".")
+        return delay_s
+
+    async def save(self, order: Order) -> Outcome:
+        """See ``OrderRepository.save``."""
+        [outcome] = await self.save_many([order])
+        return outcome
+
+    async def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
+        """See ``OrderRepository.save_many``."""
+        return await self._save([PreparedOrder.of(order, pack_rows=pack_rows) for order in orders])
 
 
 class _TaskWaiter:
@@ -53,15 +160,14 @@ class _TaskWaiter:
             self._woken.set_result(None)
 
 
-class AsyncPostgresOrderReader:
-    """Keeps the promises of ``AsyncOrderReader`` on PostgreSQL.
+class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
+    """Keeps the promises of ``AsyncOrderRepository`` on PostgreSQL. Made by ``connect_async``.
 
-    ``url`` is one that libpq takes; the reader's suffices. It connects when it must and no earlier, at most
-    ``max_connections`` times at once, so it can be made while PostgreSQL is away; each new connection checks the
-    schema, and raises ConfigurationError if that is behind. A read raises DatabaseUnavailable after
-    ``connection_timeout_s``
-    without a connection, and ``timeout_s`` after its begin without an answer; then the connection is closed. Close the
-    reader, or use it in ``async with``. After that, and in a forked process, reads raise ConfigurationError.
+    It connects when a call needs a connection, at most ``max_connections`` times at once, so it can be created while
+    PostgreSQL is down. Each new connection checks the schema, and raises ConfigurationError if that is behind. A call
+    raises DatabaseUnavailable after ``connection_timeout_s`` without a connection, and after ``timeout_s`` without an
+    answer; then the connection is closed. A cancelled save is either stored completely or not at all. Close the
+    repository, or use it in ``async with``. After that, and in a forked process, calls raise ConfigurationError.
     """
 
     def __init__(
@@ -93,54 +199,49 @@ class AsyncPostgresOrderReader:
     ) -> None:
         await self.close()
 
-    async def get(self, order_uid: str) -> Order:
-        """See ``OrderRepository.get``."""
-        return await self._read(lambda read_queries: read_queries.get(order_uid))
-
-    async def get_stored(self, order_uid: str) -> StoredOrder:
-        """See ``OrderRepository.get_stored``."""
-        return await self._read(lambda read_queries: read_queries.get_stored(order_uid))
-
-    async def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
-        """See ``OrderRepository.get_many``."""
-        wanted = checked_uids(order_uids)
-        return await self._read(lambda read_queries: read_queries.get_many(wanted))
-
-    async def content_sha256(self, order_uid: str) -> bytes:
-        """See ``OrderRepository.content_sha256``."""
-        return await self._read(lambda read_queries: read_queries.content_sha256(order_uid))
-
-    async def list_orders(self, **options: Unpack[ListOptions]) -> Page:
-        """See ``OrderRepository.list_orders``."""
-        query = ListQuery(**options)
-        return await self._read(lambda read_queries: read_queries.list_orders(query))
-
-    async def status(self) -> Stats:
-        """See ``OrderRepository.status``."""
-        return await self._read(ReadQueries.status)
-
-    async def check(self) -> float | None:
-        """See ``AsyncOrderReader.check``."""
-        location, number, delay_s = await self._read(ReadQueries.check)
-        require_schema(location, number)
-        with contextlib.suppress(OrderNotFound):
-            # No order has this uid; but all tables are asked for it.
-            await self.get(".")
-        return delay_s
-
     async def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
         call = Call(self._pool)
         while True:
             session = await self._session(call)
             try:
-                steps = bounded(read(session.read_queries), call.deadline)
-                remaining_s = max(0.0, call.deadline - time.monotonic())
-                return await waiting.wait_async(steps, session.pgconn.socket, remaining_s)
+                return await _run(session, read(session.read_queries), call)
             except READ_ERRORS as exc:
                 if not call.may_repeat_read(session, exc):
                     raise call.read_error(session, exc) from exc
             finally:
                 self._pool.give_back(session)
+
+    async def _save(self, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:
+        save = Save(prepared_orders)
+        call = Call(self._pool)
+        while True:
+            session = await self._session(call)
+            try:
+                return await _run(session, save.steps(session.wire), call)
+            except WRITE_ERRORS as exc:
+                wait_s = call.wait_before_retry_s(session, exc, committing=save.committing)
+            finally:
+                self._pool.give_back(session)
+            await asyncio.sleep(wait_s)
+
+    async def _pages(self, query: ListQuery) -> AsyncGenerator[Page, None]:
+        call = Call(self._pool)
+        session = await self._session(call)
+        try:
+            begin = True
+            while True:
+                page = await _run(session, session.read_queries.page(query, STREAM_SIZE, begin=begin), call)
+                yield page
+                call = Call(self._pool)
+                if page.next_cursor is None:
+                    break
+                begin, query = False, attrs.evolve(query, cursor=page.next_cursor)
+            await _run(session, session.read_queries.end(), call)
+        except READ_ERRORS as exc:
+            raise call.read_error(session, exc) from exc
+        finally:
+            # An iteration that did not reach its end leaves a transaction open, and the pool closes the session.
+            self._pool.give_back(session)
 
     async def _session(self, call: Call) -> Session:
         """Take a session for a call, or raise why there is none."""
@@ -154,3 +255,9 @@ class AsyncPostgresOrderReader:
             self._pool.leave(waiter)
             raise
         return self._pool.taken(waiter)
+
+
+async def _run(session: Session, steps: PQGen[T], call: Call) -> T:
+    """Run steps until the call's deadline. A task that is cancelled leaves the session for the pool to close."""
+    remaining_s = max(0.0, call.deadline - time.monotonic())
+    return await waiting.wait_async(bounded(steps, call.deadline), session.pgconn.socket, remaining_s)

@@ -164,11 +164,11 @@ ORDER BY o.first_stored_at {sort}, o.order_uid {sort} LIMIT $1
 
 #: The newest order, the number of orders of the last $2, and the rejects by code; every count stops at $1.
 NEWEST_ORDER_TIME: LiteralString = """
-SELECT now(), (SELECT first_stored_at FROM orders ORDER BY first_stored_at DESC, order_uid DESC LIMIT 1)
+SELECT statement_timestamp(), (SELECT first_stored_at FROM orders ORDER BY first_stored_at DESC, order_uid DESC LIMIT 1)
 """
 COUNT_STORED_RECENTLY: LiteralString = """
 SELECT count(*) FROM (
-    SELECT 1 FROM orders WHERE first_stored_at > now() - $2::interval LIMIT $1
+    SELECT 1 FROM orders WHERE first_stored_at > statement_timestamp() - $2::interval LIMIT $1
 ) recent
 """
 COUNT_REJECTS: LiteralString = """
@@ -198,6 +198,9 @@ FROM orders WHERE order_uid = ANY($1::text[])
 """
 #: Read after the stored states. The transaction's own now() may be before the first_stored_at that they show.
 CLOCK: LiteralString = "SELECT clock_timestamp()"
+
+#: Makes psycopg begin a transaction.
+NOTHING: LiteralString = "SELECT"
 
 #: One write of orders: an order that PostgreSQL refuses leaves the rest of the transaction unharmed.
 SAVEPOINT: LiteralString = "SAVEPOINT orderlib"

@@ -141,6 +141,10 @@ class ReadQueries:
             total_faults=faults["total"],
         )
 
+    def end(self) -> PQGen[None]:
+        """End the snapshot of ``page``."""
+        yield from self._pipeline(_COMMIT)
+
     def status(self) -> PQGen[Stats]:
         """See ``OrderRepository.status``."""
         [(asked_at, newest_at)], [(recent,)], rejects, [(delay_s,)] = yield from self._pipeline(

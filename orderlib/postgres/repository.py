@@ -1,27 +1,131 @@
-"""Orders in PostgreSQL, for every reader and for writers that are not the consumer."""
+"""Orders in PostgreSQL, for threads."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
+import attrs
 from psycopg.abc import PQGen
 
+from orderlib.errors import DatabaseUnavailable, OrderNotFound
 from orderlib.ingestion.records import PreparedOrder
 from orderlib.models import Order
+from orderlib.postgres.migrate import require_schema
 from orderlib.postgres.pool import READ_ERRORS, WRITE_ERRORS, Call, Pool, Session, ThreadWaiter
 from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import Save
-from orderlib.repository import ListOptions, ListQuery, Outcome, Page, Stats, StoredOrder, checked_uids
+from orderlib.repository import (
+    FIRST_POLL_S,
+    LONGEST_POLL_S,
+    STREAM_SIZE,
+    Filters,
+    ListOptions,
+    ListQuery,
+    Outcome,
+    Page,
+    PositionState,
+    RecordState,
+    Stats,
+    StoredOrder,
+    checked_uids,
+)
 
 T = TypeVar("T")
 
 
-class PostgresOrderRepository:
+class OrderRepositoryBase(ABC):
+    """The methods of ``OrderRepository``, over steps that a subclass runs."""
+
+    @abstractmethod
+    def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
+        """Run a read, and translate its errors."""
+
+    @abstractmethod
+    def _save(self, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:
+        """Store orders, all or none, and translate the errors."""
+
+    @abstractmethod
+    def _pages(self, query: ListQuery) -> Iterator[Page]:
+        """Yield all pages from one snapshot."""
+
+    def get(self, order_uid: str) -> Order:
+        """See ``OrderRepository.get``."""
+        return self._read(lambda read_queries: read_queries.get(order_uid))
+
+    def get_stored(self, order_uid: str) -> StoredOrder:
+        """See ``OrderRepository.get_stored``."""
+        return self._read(lambda read_queries: read_queries.get_stored(order_uid))
+
+    def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
+        """See ``OrderRepository.get_many``."""
+        wanted = checked_uids(order_uids)
+        return self._read(lambda read_queries: read_queries.get_many(wanted))
+
+    def content_sha256(self, order_uid: str) -> bytes:
+        """See ``OrderRepository.content_sha256``."""
+        return self._read(lambda read_queries: read_queries.content_sha256(order_uid))
+
+    def list_orders(self, **options: Unpack[ListOptions]) -> Page:
+        """See ``OrderRepository.list_orders``."""
+        query = ListQuery(**options)
+        return self._read(lambda read_queries: read_queries.list_orders(query))
+
+    def stream(self, **filters: Unpack[Filters]) -> Iterator[StoredOrder]:
+        """See ``OrderRepository.stream``."""
+        query = ListQuery(**filters)
+        return (stored for page in self._pages(query) for stored in page.orders)
+
+    def position_state(self, topic: str, partition: int, offset: int) -> PositionState:
+        """See ``OrderRepository.position_state``."""
+        return self._read(lambda read_queries: read_queries.position_state(topic, partition, offset))
+
+    def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
+        """See ``OrderRepository.wait_until_handled``."""
+        deadline, wait_s = time.monotonic() + timeout_s, FIRST_POLL_S
+        while True:
+            remaining_s = deadline - time.monotonic()
+            try:
+                state = self.position_state(topic, partition, offset)
+            except DatabaseUnavailable:
+                if remaining_s <= 0:
+                    raise
+            else:
+                if remaining_s <= 0 or state.state in {RecordState.HANDLED, RecordState.REJECTED}:
+                    return state
+            time.sleep(min(wait_s, max(0.0, remaining_s)))
+            wait_s = min(2 * wait_s, LONGEST_POLL_S)
+
+    def status(self) -> Stats:
+        """See ``OrderRepository.status``."""
+        return self._read(ReadQueries.status)
+
+    def check(self) -> float | None:
+        """See ``OrderRepository.check``."""
+        location, number, delay_s = self._read(ReadQueries.check)
+        require_schema(location, number)
+        # No order has this uid, but the query needs the right to read every table.
+        with contextlib.suppress(OrderNotFound):
+            self.get(".")
+        return delay_s
+
+    def save(self, order: Order) -> Outcome:
+        """See ``OrderRepository.save``."""
+        [outcome] = self.save_many([order])
+        return outcome
+
+    def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
+        """See ``OrderRepository.save_many``."""
+        return self._save([PreparedOrder.of(order, pack_rows=pack_rows) for order in orders])
+
+
+class PostgresOrderRepository(OrderRepositoryBase):
     """Keeps the promises of ``OrderRepository`` on PostgreSQL.
 
     An order is read by one JOIN plus one items query, pipelined in one REPEATABLE READ READ ONLY transaction. Threads
@@ -38,10 +142,9 @@ class PostgresOrderRepository:
         """Connect to a database that ``admin migrate`` has prepared.
 
         ``url`` is one that libpq takes; the reader's suffices for reads. ``application_name`` is what PostgreSQL shows
-        in pg_stat_activity. Every call ends within ``timeout_s`` seconds, with DatabaseUnavailable if it must: this
-        one,
-        reads, and writes. That includes the wait for a connection while all ``max_connections`` are in use. Saving many
-        thousands of orders in one call may need more.
+        in pg_stat_activity. Every call, this one included, ends within ``timeout_s`` seconds, with
+        DatabaseUnavailable if it must. That includes the wait for a connection while all ``max_connections`` are in
+        use. Saving many thousands of orders in one call may need more.
         Raises DatabaseUnavailable, or ConfigurationError for a wrong URL, password, database or schema.
         """
         repository = cls(
@@ -67,40 +170,8 @@ class PostgresOrderRepository:
     ) -> None:
         self.close()
 
-    def get(self, order_uid: str) -> Order:
-        """See ``OrderRepository.get``."""
-        return self._read(lambda read_queries: read_queries.get(order_uid))
-
-    def get_stored(self, order_uid: str) -> StoredOrder:
-        """See ``OrderRepository.get_stored``."""
-        return self._read(lambda read_queries: read_queries.get_stored(order_uid))
-
-    def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
-        """See ``OrderRepository.get_many``."""
-        wanted = checked_uids(order_uids)
-        return self._read(lambda read_queries: read_queries.get_many(wanted))
-
-    def content_sha256(self, order_uid: str) -> bytes:
-        """See ``OrderRepository.content_sha256``."""
-        return self._read(lambda read_queries: read_queries.content_sha256(order_uid))
-
-    def list_orders(self, **options: Unpack[ListOptions]) -> Page:
-        """See ``OrderRepository.list_orders``."""
-        query = ListQuery(**options)
-        return self._read(lambda read_queries: read_queries.list_orders(query))
-
-    def status(self) -> Stats:
-        """See ``OrderRepository.status``."""
-        return self._read(ReadQueries.status)
-
-    def save(self, order: Order) -> Outcome:
-        """See ``OrderRepository.save``."""
-        [outcome] = self.save_many([order])
-        return outcome
-
-    def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
-        """See ``OrderRepository.save_many``."""
-        save = Save([PreparedOrder.of(order, pack_rows=pack_rows) for order in orders])
+    def _save(self, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:
+        save = Save(prepared_orders)
         call = Call(self._pool)
         while True:
             session = self._session(call)
@@ -111,6 +182,26 @@ class PostgresOrderRepository:
             finally:
                 self._pool.give_back(session)
             time.sleep(wait_s)
+
+    def _pages(self, query: ListQuery) -> Iterator[Page]:
+        call = Call(self._pool)
+        session = self._session(call)
+        try:
+            begin = True
+            while True:
+                page = session.wait(session.read_queries.page(query, STREAM_SIZE, begin=begin))
+                yield page
+                if page.next_cursor is None:
+                    break
+                begin, query = False, attrs.evolve(query, cursor=page.next_cursor)
+                call = Call(self._pool)
+                session.deadline = call.deadline
+            session.wait(session.read_queries.end())
+        except READ_ERRORS as exc:
+            raise call.read_error(session, exc) from exc
+        finally:
+            # An iteration that did not reach its end leaves a transaction open, and the pool closes the session.
+            self._pool.give_back(session)
 
     def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
         call = Call(self._pool)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Unpack
 
 from orderlib.errors import REJECT_CODES, OrderNotFound
@@ -13,13 +14,17 @@ from orderlib.ingestion.records import PreparedOrder, StoredVersion, plan_writes
 from orderlib.models import Order
 from orderlib.repository import (
     COUNT_LIMIT,
+    FIRST_POLL_S,
     STORED_RECENTLY,
     Cursor,
     Direction,
+    Filters,
     ListOptions,
     ListQuery,
     Outcome,
     Page,
+    PositionState,
+    RecordState,
     Stats,
     StoredOrder,
     checked_type,
@@ -42,6 +47,7 @@ class MemoryOrderRepository:
         self._lock = threading.Lock()
         self._stored: dict[str, StoredOrder] = {}
         self._versions: dict[str, StoredVersion] = {}
+        self._position_states: dict[tuple[str, int, int], PositionState] = {}
 
     def get(self, order_uid: str) -> Order:
         """See ``OrderRepository.get``."""
@@ -75,6 +81,37 @@ class MemoryOrderRepository:
         page = matching[: query.limit]
         next_cursor = page[-1].cursor if len(matching) > query.limit else None
         return Page(orders=tuple(page if is_older else page[::-1]), next_cursor=next_cursor)
+
+    def stream(self, **filters: Unpack[Filters]) -> Iterator[StoredOrder]:
+        """See ``OrderRepository.stream``."""
+        query = ListQuery(**filters)
+        with self._lock:
+            listed = sorted(self._stored.values(), key=lambda stored: _position(stored.cursor), reverse=True)
+        return (stored for stored in listed if _matches(stored, query))
+
+    def position_state(self, topic: str, partition: int, offset: int) -> PositionState:
+        """Return the state that ``set_position_state`` gave to this record, or UNKNOWN: there is no consumer here."""
+        with self._lock:
+            return self._position_states.get((topic, partition, offset), PositionState(state=RecordState.UNKNOWN))
+
+    def set_position_state(self, topic: str, partition: int, offset: int, state: PositionState) -> None:
+        """Let ``position_state`` return this."""
+        with self._lock:
+            self._position_states[topic, partition, offset] = state
+
+    def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
+        """See ``OrderRepository.wait_until_handled``."""
+        deadline = time.monotonic() + timeout_s
+        while (state := self.position_state(topic, partition, offset)).state not in {
+            RecordState.HANDLED,
+            RecordState.REJECTED,
+        } and (remaining_s := deadline - time.monotonic()) > 0:
+            time.sleep(min(FIRST_POLL_S, remaining_s))
+        return state
+
+    def check(self) -> float | None:
+        """See ``OrderRepository.check``."""
+        return None
 
     def status(self) -> Stats:
         """See ``OrderRepository.status``."""

@@ -13,7 +13,7 @@ from falcon.asgi_spec import AsgiEvent, AsgiSendMsg
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from orderlib.repository import AsyncOrderReader
+from orderlib.repository import AsyncOrderRepository
 from services.api.auth import AuthMiddleware
 from services.api.error_handlers import add_error_handlers, log_failure
 from services.api.health import LiveResource, ReadyResource
@@ -92,11 +92,11 @@ class MetricsResource:
 
 
 def create_app(
-    reader: AsyncOrderReader,
+    reader: AsyncOrderRepository,
     settings: ApiSettings,
     metrics: Metrics,
     make_id: Callable[[], str],
-    health_reader: AsyncOrderReader | None = None,
+    health_reader: AsyncOrderRepository | None = None,
 ) -> Api:
     """Return the API over a reader. ``/readyz`` uses ``health_reader`` if it is given."""
     pages = Pages()
@@ -115,7 +115,7 @@ def create_app(
     return app
 
 
-def create_metrics_app(health_reader: AsyncOrderReader, metrics: Metrics, make_id: Callable[[], str]) -> Api:
+def create_metrics_app(health_reader: AsyncOrderRepository, metrics: Metrics, make_id: Callable[[], str]) -> Api:
     """Return the application for ``ORDERS_METRICS_BIND``: metrics, and health for when clients overload the API."""
     app = Api(RequestMetricsMiddleware(metrics, make_id), Pages())
     app.add_route(METRICS_ROUTE, MetricsResource(metrics))

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from orderlib.postgres.async_repository import AsyncPostgresOrderReader
+from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
 from services.api.app import Api, Receive, Scope, Send, create_app, create_metrics_app
 from services.api.metrics import Metrics
 from services.settings import ApiSettings
@@ -33,7 +33,7 @@ class AddressRouter:
 class _CloseReaders:
     """Middleware that closes the readers when the worker stops."""
 
-    def __init__(self, *readers: AsyncPostgresOrderReader) -> None:
+    def __init__(self, *readers: AsyncPostgresOrderRepository) -> None:
         self._readers = readers
 
     async def process_shutdown(self, scope: Mapping[str, Any], event: Mapping[str, Any]) -> None:  # noqa: ARG002 - the parameters that Falcon passes
@@ -44,9 +44,9 @@ class _CloseReaders:
 
 def build(settings: ApiSettings, metrics: Metrics) -> AddressRouter:
     """Return the application of one worker process. All workers share ``metrics``."""
-    reader = AsyncPostgresOrderReader(settings.reader_url, application_name="orderlib-api", timeout_s=4.0)
+    reader = AsyncPostgresOrderRepository(settings.reader_url, application_name="orderlib-api", timeout_s=4.0)
     # Requests that wait for a connection must not make the service report that it is not ready.
-    health_reader = AsyncPostgresOrderReader(
+    health_reader = AsyncPostgresOrderRepository(
         settings.reader_url, application_name="orderlib-api", max_connections=HEALTH_CONNECTIONS, timeout_s=4.0
     )
     api = create_app(reader, settings, metrics, _new_id, health_reader)

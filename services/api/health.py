@@ -8,7 +8,7 @@ import falcon
 import msgspec
 from falcon.asgi import Request, Response
 
-from orderlib.repository import AsyncOrderReader
+from orderlib.repository import AsyncOrderRepository
 
 
 class LiveResource:
@@ -26,7 +26,7 @@ class LiveResource:
 class ReadyResource:
     """``/readyz``: the database answers, and the reader may read the tables."""
 
-    def __init__(self, reader: AsyncOrderReader) -> None:
+    def __init__(self, reader: AsyncOrderRepository) -> None:
         self._reader = reader
         self._check: asyncio.Task[float | None] | None = None
 

@@ -9,7 +9,7 @@ import falcon
 from falcon.asgi import Request, Response
 
 from orderlib.errors import OrderNotFound
-from orderlib.repository import STORED_RECENTLY, AsyncOrderReader
+from orderlib.repository import STORED_RECENTLY, AsyncOrderRepository
 from services.api.deadline import with_deadline
 from services.api.pages import Pages
 
@@ -22,7 +22,7 @@ class HomeResource:
 
     PARAMETERS = frozenset({"q"})
 
-    def __init__(self, reader: AsyncOrderReader, pages: Pages) -> None:
+    def __init__(self, reader: AsyncOrderRepository, pages: Pages) -> None:
         self._reader = reader
         self._pages = pages
 

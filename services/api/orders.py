@@ -10,7 +10,7 @@ from falcon.asgi import Request, Response
 
 from orderlib.codecs import encode_order
 from orderlib.errors import InvalidQuery
-from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, AsyncOrderReader, Cursor, Direction, ListOptions, Page
+from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, AsyncOrderRepository, Cursor, Direction, ListOptions, Page
 from services.api.deadline import with_deadline
 from services.api.negotiation import known_etags, prefers_page, require_acceptable
 from services.api.pages import Pages
@@ -27,7 +27,7 @@ class OrderResource:
 
     PARAMETERS = frozenset({"format"})
 
-    def __init__(self, reader: AsyncOrderReader, pages: Pages) -> None:
+    def __init__(self, reader: AsyncOrderRepository, pages: Pages) -> None:
         self._reader = reader
         self._pages = pages
 
@@ -62,7 +62,7 @@ class OrdersResource:
 
     PARAMETERS = frozenset({"limit", "cursor", *FILTERS, "format"})
 
-    def __init__(self, reader: AsyncOrderReader, pages: Pages) -> None:
+    def __init__(self, reader: AsyncOrderRepository, pages: Pages) -> None:
         self._reader = reader
         self._pages = pages
 

@@ -27,7 +27,13 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq.abc import PGconn
 
 import orderlib
-from orderlib import AsyncPostgresOrderReader, ConfigurationError, DatabaseUnavailable, Outcome, PostgresOrderRepository
+from orderlib import (
+    AsyncPostgresOrderRepository,
+    ConfigurationError,
+    DatabaseUnavailable,
+    Outcome,
+    PostgresOrderRepository,
+)
 from orderlib.postgres import hosts, pool
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from tests.conftest import ROOT, Database
@@ -100,7 +106,7 @@ def seconds(call: Callable[[], object]) -> float:
 @pytest.mark.parametrize("mode", ["any", "read-write", "prefer-standby", "primary"])
 def test_a_silent_first_host_does_not_keep_readers_from_the_second(stored: Database, mode: str) -> None:
     async def ask(url: str) -> orderlib.Order:
-        async with AsyncPostgresOrderReader(url) as reader:
+        async with AsyncPostgresOrderRepository(url) as reader:
             return await reader.get(UID)
 
     with silent_host() as silent:
@@ -150,7 +156,7 @@ def test_a_connection_that_takes_longer_than_a_call_serves_a_later_one(
         return connected(arguments)
 
     async def ask() -> None:
-        async with AsyncPostgresOrderReader(stored.reader_url, connection_timeout_s=0.2) as reader:
+        async with AsyncPostgresOrderRepository(stored.reader_url, connection_timeout_s=0.2) as reader:
             with pytest.raises(DatabaseUnavailable, match=r"no connection within 0\.2 s"):
                 await reader.get(UID)
             may_connect.set()
@@ -177,7 +183,7 @@ def test_a_connection_that_takes_longer_than_a_call_serves_a_later_one(
     ],
 )
 def test_options_of_other_types_are_refused_by_name(wrong: dict[str, Any], told: str) -> None:
-    for create in (orderlib.connect, AsyncPostgresOrderReader):
+    for create in (orderlib.connect, AsyncPostgresOrderRepository):
         with pytest.raises(TypeError, match=told):
             create("postgresql://127.0.0.1:1/orders", **wrong)
 
@@ -245,7 +251,7 @@ def test_a_connection_attempt_from_before_a_call_does_not_fail_it(
         return connected(arguments)
 
     async def ask() -> None:
-        async with AsyncPostgresOrderReader(stored.reader_url, max_connections=1, connection_timeout_s=5) as reader:
+        async with AsyncPostgresOrderRepository(stored.reader_url, max_connections=1, connection_timeout_s=5) as reader:
             before = asyncio.create_task(reader.get(UID))
             while not began.is_set():
                 await asyncio.sleep(0.001)
@@ -378,7 +384,7 @@ def test_a_closed_repository_raises_one_error(
 
 def test_a_closed_reader_raises_the_same_error_and_does_not_reconnect(stored: Database) -> None:
     async def ask() -> None:
-        reader = AsyncPostgresOrderReader(stored.reader_url, application_name="closed")
+        reader = AsyncPostgresOrderRepository(stored.reader_url, application_name="closed")
         await reader.get(UID)
         await reader.close()
         for call in (reader.get(UID), reader.list_orders(), reader.check()):
@@ -411,7 +417,7 @@ def test_close_ends_the_wait_of_a_task(stored: Database) -> None:
     async def ask() -> None:
         with psycopg.connect(stored.superuser_url) as locker:
             locker.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
-            reader = AsyncPostgresOrderReader(stored.reader_url, max_connections=1, connection_timeout_s=5)
+            reader = AsyncPostgresOrderRepository(stored.reader_url, max_connections=1, connection_timeout_s=5)
             reading = [asyncio.create_task(reader.get(UID)) for _ in range(3)]
             while len(reader._pool._waiters) != 2:
                 await asyncio.sleep(0.01)
@@ -604,7 +610,7 @@ def test_a_conflict_with_recovery_is_hidden_once(
     monkeypatch.setattr("orderlib.postgres.async_repository.bounded", conflicting)
 
     async def ask() -> orderlib.Order:
-        async with AsyncPostgresOrderReader(stored.reader_url) as reader:
+        async with AsyncPostgresOrderRepository(stored.reader_url) as reader:
             return await reader.get(UID)
 
     with orderlib.connect(stored.reader_url) as repository:
@@ -655,7 +661,7 @@ def test_a_read_cancelled_at_any_step_loses_no_connection(stored: Database, monk
     # Each wait takes the loop's way, so that there are many steps.
     monkeypatch.setattr(waiting, "MAX_BUSY_TIME", 0.0, raising=False)
 
-    async def cancelled_after(rounds: int, reader: AsyncPostgresOrderReader) -> bool:
+    async def cancelled_after(rounds: int, reader: AsyncPostgresOrderRepository) -> bool:
         async def cancel(read: Awaitable[object]) -> bool:
             task = asyncio.ensure_future(read)
             for _ in range(rounds):
@@ -673,7 +679,7 @@ def test_a_read_cancelled_at_any_step_loses_no_connection(stored: Database, monk
         return any(results)
 
     async def ask() -> None:
-        async with AsyncPostgresOrderReader(
+        async with AsyncPostgresOrderRepository(
             stored.reader_url, max_connections=1, application_name="cancelled", connection_timeout_s=5
         ) as reader:
             rounds = cancels = 0
@@ -690,7 +696,9 @@ def test_a_read_cancelled_at_any_step_loses_no_connection(stored: Database, monk
 
 def test_tasks_that_are_cancelled_while_they_wait_leave_the_connection_to_others(stored: Database) -> None:
     async def ask() -> None:
-        async with AsyncPostgresOrderReader(stored.reader_url, max_connections=2, connection_timeout_s=10) as reader:
+        async with AsyncPostgresOrderRepository(
+            stored.reader_url, max_connections=2, connection_timeout_s=10
+        ) as reader:
             for step in range(60):
                 tasks = [asyncio.create_task(reader.get(UID)) for _ in range(8)]
                 await asyncio.sleep(0.0001 * step)
@@ -705,7 +713,7 @@ def test_tasks_that_are_cancelled_while_they_wait_leave_the_connection_to_others
 
 
 def test_one_reader_serves_several_event_loops(stored: Database) -> None:
-    reader = AsyncPostgresOrderReader(stored.reader_url, max_connections=1)
+    reader = AsyncPostgresOrderRepository(stored.reader_url, max_connections=1)
     for _ in range(3):
         assert asyncio.run(reader.get(UID)) == SAMPLE
     asyncio.run(reader.close())

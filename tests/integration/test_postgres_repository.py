@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import attrs
 import psycopg
@@ -17,8 +16,9 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+import orderlib
 from orderlib import (
-    AsyncPostgresOrderReader,
+    AsyncPostgresOrderRepository,
     ConfigurationError,
     DatabaseUnavailable,
     Item,
@@ -35,6 +35,7 @@ from orderlib.postgres import queries
 from orderlib.repository import Direction
 from tests.conftest import Database
 from tests.support.cable import Cable
+from tests.support.over_asyncio import event_loop, over_asyncio
 from tests.support.repository_contract import SAMPLE_ORDER, RepositoryContract, an_order, versions_in
 
 T = TypeVar("T")
@@ -60,22 +61,31 @@ class TestPostgresOrderRepository(RepositoryContract):
         return postgres
 
 
-class TestAsyncPostgresOrderReader(RepositoryContract):
+class TestAsyncPostgresOrderRepository(RepositoryContract):
     @pytest.fixture
-    def repository(self, postgres: PostgresOrderRepository, emptied: Database) -> Iterator[Any]:
-        """Yield a repository that saves with ``postgres`` and reads with asyncio."""
+    def repository(self, emptied: Database) -> Iterator[OrderRepository]:
+        with event_loop() as run:
+            repository = AsyncPostgresOrderRepository(emptied.writer_url)
+            yield over_asyncio(repository, run)
+            run(repository.close())
 
-        class ReadWithAsyncio:
-            save = staticmethod(postgres.save)
-            save_many = staticmethod(postgres.save_many)
 
-            def __getattr__(self, name: str) -> Callable[..., object]:
-                return lambda *args, **options: runner.run(getattr(reader, name)(*args, **options))
+class TestUsing(RepositoryContract):
+    @pytest.fixture
+    def repository(self, emptied: Database) -> Iterator[OrderRepository]:
+        with psycopg.connect(emptied.writer_url) as connection:
+            connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            yield orderlib.using(connection)
 
-        with asyncio.Runner() as runner:
-            reader = AsyncPostgresOrderReader(emptied.reader_url)
-            yield ReadWithAsyncio()
-            runner.run(reader.close())
+
+class TestUsingAsync(RepositoryContract):
+    @pytest.fixture
+    def repository(self, emptied: Database) -> Iterator[OrderRepository]:
+        with event_loop() as run:
+            connection = run(psycopg.AsyncConnection.connect(emptied.writer_url))
+            run(connection.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ))
+            yield over_asyncio(orderlib.using_async(connection), run)
+            run(connection.close())
 
 
 def test_a_page_of_very_large_orders_ends_early_and_the_next_goes_on(postgres: PostgresOrderRepository) -> None:

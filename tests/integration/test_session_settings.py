@@ -14,7 +14,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from orderlib import (
-    AsyncPostgresOrderReader,
+    AsyncPostgresOrderRepository,
     ConfigurationError,
     Order,
     Outcome,
@@ -248,7 +248,7 @@ def test_the_library_works_whatever_the_sessions_begin_with(
         assert [found.order for found in reversed(repository.list_orders().orders)] == orders
 
     async def read() -> list[Order]:
-        async with AsyncPostgresOrderReader(database.reader_url) as reader:
+        async with AsyncPostgresOrderRepository(database.reader_url) as reader:
             await reader.check()
             return [await reader.get(order.order_uid) for order in orders]
 

@@ -15,7 +15,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 import orderlib
-from orderlib import AsyncPostgresOrderReader, DatabaseUnavailable, Order, Outcome
+from orderlib import AsyncPostgresOrderRepository, DatabaseUnavailable, Order, Outcome
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.migrate import bootstrap, migrate
@@ -187,7 +187,7 @@ def get(url: str) -> Order:
 
 def get_async(url: str) -> Order:
     async def read() -> Order:
-        async with AsyncPostgresOrderReader(url, timeout_s=60, connection_timeout_s=30) as reader:
+        async with AsyncPostgresOrderRepository(url, timeout_s=60, connection_timeout_s=30) as reader:
             return await reader.get(UID)
 
     return asyncio.run(read())

@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
 import orderlib
-from orderlib.repository import AsyncOrderReader
+from orderlib.repository import AsyncOrderRepository
 from orderlib.testing import SAMPLE, MemoryOrderRepository
 from services.api.app import METRICS_ROUTE, ROUTES, Api, create_app
 from services.api.metrics import Metrics
@@ -102,7 +102,7 @@ class Application:
 def application_over(repository: MemoryOrderRepository, metrics: Metrics | None = None) -> Api:
     address = Address(host="127.0.0.1", port=0)
     settings = ApiSettings(reader_url="", bind=address, metrics_bind=address, tokens={"test": TOKEN})
-    reader = cast("AsyncOrderReader", Reader(repository))
+    reader = cast("AsyncOrderRepository", Reader(repository))
     return create_app(reader, settings, metrics or Metrics([*ROUTES, METRICS_ROUTE]), make_id=lambda: "made")
 
 

@@ -20,7 +20,7 @@ import pytest
 from psycopg import errors
 
 from orderlib import (
-    AsyncPostgresOrderReader,
+    AsyncPostgresOrderRepository,
     ConfigurationError,
     DatabaseUnavailable,
     OrderlibError,
@@ -176,7 +176,7 @@ def test_every_sqlstate_gives_one_of_two_errors_with_its_code(sqlstate: str) -> 
 
 def test_the_repositories_tell_outage_and_configuration_apart() -> None:
     async def read(url: str) -> None:
-        async with AsyncPostgresOrderReader(url) as reader:
+        async with AsyncPostgresOrderRepository(url) as reader:
             await reader.get("x")
 
     for sqlstate, kind in {
@@ -267,7 +267,7 @@ def test_no_piece_of_a_password_is_shown_whatever_the_url(
                 except OrderlibError as exc:
                     assert_no_piece_is_shown(password, everything_shown(exc))
                 try:
-                    AsyncPostgresOrderReader(url)
+                    AsyncPostgresOrderRepository(url)
                 except OrderlibError as exc:
                     assert_no_piece_is_shown(password, everything_shown(exc))
 
@@ -299,7 +299,7 @@ def broken_forms(password: str) -> list[str]:
 
 
 async def read_once(url: str) -> None:
-    async with AsyncPostgresOrderReader(url) as reader:
+    async with AsyncPostgresOrderRepository(url) as reader:
         await reader.get("x")
 
 

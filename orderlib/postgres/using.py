@@ -1,0 +1,146 @@
+"""Orders in a transaction of the caller's own psycopg connection."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import Any, TypeVar
+
+import attrs
+import psycopg
+from psycopg.abc import PQGen
+from psycopg.pq import PipelineStatus, TransactionStatus
+
+from orderlib.errors import ConfigurationError
+from orderlib.ingestion.records import PreparedOrder
+from orderlib.postgres import queries
+from orderlib.postgres.async_repository import AsyncOrderRepositoryBase
+from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.reads import ReadQueries
+from orderlib.postgres.repository import OrderRepositoryBase
+from orderlib.postgres.wire import Wire
+from orderlib.postgres.writes import accepted
+from orderlib.repository import STREAM_SIZE, AsyncOrderRepository, ListQuery, OrderRepository, Outcome, Page
+
+T = TypeVar("T")
+
+
+def using(connection: psycopg.Connection[Any]) -> OrderRepository:
+    """Return a repository that works inside a transaction of this connection.
+
+    Orders and the caller's own rows are stored together or not at all. Each call works in a savepoint: after an error
+    the transaction is as it was before the call, and may go on. A call never commits, rolls back the transaction or
+    retries, and leaves no setting and no prepared statement behind. After a deadlock or a serialization failure it
+    raises TransactionConflict; roll back then, and repeat the transaction. Calls have no time limit of their own: set
+    a ``statement_timeout``. ``stream`` needs REPEATABLE READ or SERIALIZABLE.
+
+    psycopg begins a transaction before the first statement. In autocommit mode, open one with
+    ``connection.transaction()``: without it, and inside ``connection.pipeline()``, calls raise ConfigurationError.
+    """
+    return CallerOrderRepository(connection)
+
+
+def using_async(connection: psycopg.AsyncConnection[Any]) -> AsyncOrderRepository:
+    """Return the same as ``using`` for asyncio.
+
+    A task that is cancelled during a call leaves the transaction as it was before the call, or with the call completed.
+    """
+    return AsyncCallerOrderRepository(connection)
+
+
+class CallerOrderRepository(OrderRepositoryBase):
+    """Keeps the promises of ``OrderRepository`` inside a transaction of the caller's connection. See ``using``."""
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self._connection = connection
+        self._wire = Wire(connection.pgconn, keeps_statements=False)
+        self._read_queries = ReadQueries(self._wire, in_transaction=True)
+
+    def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
+        return self._run(read(self._read_queries))
+
+    def _save(self, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:
+        return self._run(accepted(self._wire, prepared_orders))
+
+    def _pages(self, query: ListQuery) -> Iterator[Page]:
+        self._run(_require_one_snapshot(self._wire))
+        while True:
+            page = self._run(self._read_queries.page(query, STREAM_SIZE))
+            yield page
+            if page.next_cursor is None:
+                return
+            query = attrs.evolve(query, cursor=page.next_cursor)
+
+    def _run(self, steps: PQGen[T]) -> T:
+        connection = self._connection
+        with translated_errors(connection):
+            while True:
+                with connection.lock:
+                    if not _must_begin(connection):
+                        return connection.wait(_in_savepoint(self._wire, steps))
+                connection.execute(queries.NOTHING)
+
+
+class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
+    """Keeps the promises of ``AsyncOrderRepository`` inside a transaction of the caller's connection."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        self._connection = connection
+        self._wire = Wire(connection.pgconn, keeps_statements=False)
+        self._read_queries = ReadQueries(self._wire, in_transaction=True)
+
+    async def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
+        return await self._run(read(self._read_queries))
+
+    async def _save(self, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:
+        return await self._run(accepted(self._wire, prepared_orders))
+
+    async def _pages(self, query: ListQuery) -> AsyncGenerator[Page, None]:
+        await self._run(_require_one_snapshot(self._wire))
+        while True:
+            page = await self._run(self._read_queries.page(query, STREAM_SIZE))
+            yield page
+            if page.next_cursor is None:
+                return
+            query = attrs.evolve(query, cursor=page.next_cursor)
+
+    async def _run(self, steps: PQGen[T]) -> T:
+        connection = self._connection
+        with translated_errors(connection):
+            while True:
+                async with connection.lock:
+                    if not _must_begin(connection):
+                        return await connection.wait(_in_savepoint(self._wire, steps))
+                await connection.execute(queries.NOTHING)
+
+
+def _must_begin(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
+    """Return whether psycopg has yet to begin a transaction, as it does before the first statement."""
+    if connection.closed:
+        raise ConfigurationError("the connection is closed")
+    if connection.pgconn.pipeline_status != PipelineStatus.OFF:
+        raise ConfigurationError("using() does not work inside connection.pipeline()")
+    is_idle = connection.pgconn.transaction_status == TransactionStatus.IDLE
+    if is_idle and connection.autocommit:
+        raise ConfigurationError("using() needs a transaction: open one with connection.transaction()")
+    return is_idle
+
+
+def _in_savepoint(wire: Wire, steps: PQGen[T]) -> PQGen[T]:
+    """Run steps so that an error leaves the transaction as it was before them."""
+    yield from wire.pipeline((queries.SAVEPOINT, ()))
+    try:
+        result = yield from steps
+    except Exception:
+        with contextlib.suppress(psycopg.Error):
+            yield from wire.pipeline((queries.ROLLBACK_TO_SAVEPOINT, ()), (queries.RELEASE_SAVEPOINT, ()))
+        raise
+    yield from wire.pipeline((queries.RELEASE_SAVEPOINT, ()))
+    return result
+
+
+def _require_one_snapshot(wire: Wire) -> PQGen[None]:
+    [[(isolation,)]] = yield from wire.pipeline((queries.ISOLATION, ()))
+    if isolation in {"read committed", "read uncommitted"}:
+        raise ConfigurationError("stream() in a caller's transaction needs ISOLATION LEVEL REPEATABLE READ")

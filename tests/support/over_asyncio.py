@@ -1,0 +1,58 @@
+"""An asyncio repository with the methods of a synchronous one, for the contract suite."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+from orderlib import AsyncOrderRepository, OrderRepository
+from orderlib.repository import StoredOrder
+
+T = TypeVar("T")
+
+#: Runs a coroutine in an event loop, from any thread, and returns its result.
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@contextmanager
+def event_loop() -> Iterator[Run]:
+    """Run an event loop in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield lambda coroutine: asyncio.run_coroutine_threadsafe(coroutine, loop).result(60)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+class _OverAsyncio:
+    def __init__(self, repository: AsyncOrderRepository, run: Run) -> None:
+        self._repository = repository
+        self._run = run
+
+    def stream(self, **filters: Any) -> Iterator[StoredOrder]:
+        stored = self._repository.stream(**filters)
+        while True:
+            try:
+                yield self._run(_next(stored))
+            except StopAsyncIteration:
+                return
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        method = getattr(self._repository, name)
+        return lambda *args, **options: self._run(method(*args, **options))
+
+
+async def _next(stored: Any) -> StoredOrder:
+    return cast("StoredOrder", await anext(stored))
+
+
+def over_asyncio(repository: AsyncOrderRepository, run: Run) -> OrderRepository:
+    """Return the repository with methods that run in the event loop until they are done."""
+    return cast("OrderRepository", _OverAsyncio(repository, run))
