@@ -145,11 +145,13 @@ class RecordState(enum.StrEnum):
 class PositionState:
     """What has happened to the record at a position. Shows no value of the record."""
 
+    #: Waiting, handled, rejected or unknown.
     state: RecordState
     #: Why it was rejected; ``None`` unless it was.
     code: str | None = None
-    #: The first 100 faults, and how many there were.
+    #: The first 100 faults.
     faults: tuple[Fault, ...] = ()
+    #: How many faults there were.
     total_faults: int = 0
 
 

@@ -21,6 +21,9 @@ from psycopg.waiting import Ready, Wait
 
 from orderlib.postgres.rows import Row
 
+#: A prepared statement was deallocated, or its tables have changed. It must be prepared again.
+_PREPARED_IS_STALE = {"26000", "0A000"}
+
 #: libpq copies what it is given, so a large value is given to it in parts.
 _COPY_BYTES = 4 * 1024 * 1024
 
@@ -108,6 +111,8 @@ class Wire:
             # The server's last words say more than the end of the connection.
             raise error or exc from None
         if error is not None:
+            if error.sqlstate in _PREPARED_IS_STALE:
+                self._prepared.clear()
             raise error
         return results
 

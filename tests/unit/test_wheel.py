@@ -130,12 +130,11 @@ def test_each_program_has_an_extra_with_what_it_imports(wheel: Path) -> None:
                 names.add(requirement.name.replace("-", "_"))
     written = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert declared.keys() == written.keys()
-    shared = imported_by(ROOT / "services" / "kafka.py")
+    shared = {f"services.{path.stem}": imported_by(path) for path in (ROOT / "services").glob("*.py")}
     for program in ("consumer", "api", "sender", "admin"):
         sources = list((ROOT / "services" / program).rglob("*.py"))
         imported = {name for source in sources for name in imported_by(source)}
-        if "services.kafka" in imported:
-            imported |= shared
+        imported |= {name for module in sorted(shared.keys() & imported) for name in shared[module]}
         assert imported & set(FOREIGN) - {"services"} == declared[program], program
 
 
