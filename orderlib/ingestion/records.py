@@ -1,4 +1,4 @@
-"""The pure core of ingestion: what becomes of a record. No I/O, no clock, no chance."""
+"""Classify records as orders or rejects, and plan what to write. No I/O, no clock, no randomness."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from orderlib.errors import Fault, MalformedJson, RejectedError, TooLarge
 from orderlib.models import Order
 from orderlib.repository import Outcome
 
-_FIRST_MOMENT = dt.datetime(1, 1, 1, tzinfo=dt.UTC)
-_LAST_MOMENT = dt.datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=dt.UTC)
+_FIRST_TIME = dt.datetime(1, 1, 1, tzinfo=dt.UTC)
+_LAST_TIME = dt.datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=dt.UTC)
 
 
 @attrs.frozen(kw_only=True)
 class RecordPosition:
-    """The position of a record in Kafka. Equal positions are the same record."""
+    """The position of a record in Kafka. Two records with equal positions are the same record."""
 
-    #: The topic id as Kafka's tools print it. A recreated topic has another one.
+    #: The topic id as Kafka's tools print it. A recreated topic has a new one.
     topic_id: str
     partition: int
     offset: int
@@ -36,18 +36,18 @@ class RecordPosition:
         )
 
 
-#: PostgreSQL's rows and values end at 1 GiB.
+#: PostgreSQL limits a row and a value to 1 GiB.
 _ROW_BYTES = 1_000_000_000
 
-#: What CPython needs for a header beside its name and value: a tuple and two objects.
+#: Memory of a header in CPython besides its name and value: a tuple and two objects.
 HEADER_BYTES = 150
 
-#: Names and values in the record's order, repeats kept.
+#: Names and values in the record's order, with repeated names.
 Headers = tuple[tuple[str, bytes | None], ...]
 
 
 def _size(part: bytes | Headers | None) -> str:
-    """Return what a repr shows of a part that may hold personal data."""
+    """Return what a repr shows of a part that may contain personal data."""
     if part is None:
         return "None"
     return f"<{len(part):,} {'bytes' if isinstance(part, bytes) else 'headers'}>"
@@ -58,17 +58,17 @@ class Record:
     """One Kafka message, byte for byte. Its repr shows no content."""
 
     source: RecordPosition
-    #: The record's timestamp; UTC. It orders nothing: producers may set any.
+    #: The record's timestamp, in UTC. It does not order records: producers may set any.
     time: dt.datetime
     topic: str
     key: bytes | None = attrs.field(repr=_size)
     value: bytes | None = attrs.field(repr=_size)
-    #: ``None`` if they could not be read.
+    #: ``None`` if the client could not decode them.
     headers: Headers | None = attrs.field(default=(), repr=_size)
 
     @property
     def size_bytes(self) -> int:
-        """About how much memory the record takes."""
+        """Return the approximate memory of the record."""
         size = len(self.key or b"") + len(self.value or b"")
         if self.headers:
             size += sum(len(name) + len(value or b"") + HEADER_BYTES for name, value in self.headers)
@@ -76,19 +76,19 @@ class Record:
 
     @property
     def unstorable(self) -> tuple[str, ...]:
-        """Return the parts that a reject must leave out, so that the others fit into a row."""
+        """Return the parts that a reject must leave out so that the others fit into a row."""
         content_bytes = len(self.key or b"") + len(self.value or b"")
         if content_bytes > _ROW_BYTES:
             return ("value", "headers") if self.headers else ("value",)
-        # JSON may spell a byte of a name with six characters.
+        # JSON may need six characters for a byte of a name.
         headers_bytes = 6 * (self.size_bytes - content_bytes)
         return ("headers",) if content_bytes + headers_bytes > _ROW_BYTES else ()
 
     @property
     def headers_json(self) -> str | None:
-        """Return the headers as ``rejects`` stores them: in the record's order, repeats kept.
+        """Return the headers as ``rejects`` stores them: in the record's order, with repeated names.
 
-        ``reconcile`` compares this text with the stored one, so its spelling must never change.
+        ``reconcile`` compares this text with the stored one, so its format must never change.
         """
         if self.headers is None:
             return None
@@ -101,25 +101,25 @@ class Record:
 
 
 def record_time(timestamp_ms: int) -> dt.datetime:
-    """A record's timestamp as a time. Producers may set any number; it is held to years 0001 to 9999."""
+    """Return a record's timestamp as a time. Producers may set any number; the result is in years 0001 to 9999."""
     try:
         return dt.datetime.fromtimestamp(timestamp_ms / 1000, dt.UTC)
     except (OverflowError, OSError, ValueError):
-        return _LAST_MOMENT if timestamp_ms > 0 else _FIRST_MOMENT
+        return _LAST_TIME if timestamp_ms > 0 else _FIRST_TIME
 
 
 @attrs.frozen(repr=False)
 class PackedRows:
     """An order's rows in the binary format of PostgreSQL's COPY, one field for each table."""
 
-    #: Lacks the two timestamps at its end, which only the store knows.
+    #: Without the last two columns, ``first_stored_at`` and ``stored_at``: they are known only in the transaction.
     order: bytes
     delivery: bytes
     payment: bytes
     items: bytes
 
 
-#: Encodes the rows of an order in canonical form: its digest, position and time follow.
+#: Packs the rows of an order in canonical form, with its digest, and the position and time of its record.
 PackRows = Callable[[CanonicalOrder, bytes, RecordPosition | None, dt.datetime | None], PackedRows]
 
 _NO_ROWS = PackedRows(b"", b"", b"", b"")
@@ -134,12 +134,12 @@ def pack_no_rows(
 
 @attrs.frozen(kw_only=True)
 class PreparedOrder:
-    """An order with everything that can be computed before its transaction begins."""
+    """An order with all that can be computed before its transaction."""
 
     order_uid: str
     content_sha256: bytes
     rows: PackedRows = attrs.field(repr=False, eq=False)
-    #: The record's position and time; both ``None`` for an order saved from Python.
+    #: The record's position and time. Both are ``None`` for an order that was saved from Python.
     source: RecordPosition | None = None
     time: dt.datetime | None = None
 
@@ -152,7 +152,7 @@ class PreparedOrder:
         *,
         pack_rows: PackRows = pack_no_rows,
     ) -> PreparedOrder:
-        """Prepare an order; without a position it is saved from Python."""
+        """Prepare an order. Without a position it is one that is saved from Python."""
         return cls.of_canonical(canonical_form(order), source, time, pack_rows)
 
     @classmethod
@@ -167,21 +167,23 @@ class PreparedOrder:
 
 @attrs.frozen(kw_only=True)
 class Reject:
-    """A refused record, kept whole with its reasons."""
+    """A rejected record, with all of its content and the reasons."""
 
     record: Record
     code: str
-    #: The first faults, and how many there were.
+    #: The first faults, and the number of all.
     faults: tuple[Fault, ...]
     total_faults: int
 
     @classmethod
     def of(cls, record: Record, refusal: RejectedError) -> Reject:
-        """The record with the reasons of its refusal."""
+        """Return the reject of a record that an error refused. Each part that cannot be stored is one more fault."""
         faults, total = refusal.faults, refusal.total
         for part in record.unstorable:
             fault = Fault(
-                path=part, expected="a record that fits into a row of PostgreSQL", found="more: it was left out"
+                path=part,
+                expected="a record that fits into a row of PostgreSQL",
+                found="a larger one: this part is not stored",
             )
             faults, total = (*faults, fault), total + 1
         if record.headers is None:
@@ -191,7 +193,7 @@ class Reject:
 
 
 def classify_record(record: Record, max_bytes: int, pack_rows: PackRows = pack_no_rows) -> PreparedOrder | Reject:
-    """Decode and validate a record. Return the order, or a reject with every reason."""
+    """Decode and validate a record. Return the prepared order, or a reject with every fault."""
     try:
         value = record.value
         if value is None:
@@ -206,7 +208,7 @@ def classify_record(record: Record, max_bytes: int, pack_rows: PackRows = pack_n
 
 @attrs.frozen(kw_only=True)
 class StoredVersion:
-    """What is known of an order that is stored already."""
+    """The stored version of an order."""
 
     content_sha256: bytes
     source: RecordPosition | None
@@ -215,24 +217,24 @@ class StoredVersion:
 
 @attrs.frozen(kw_only=True)
 class WritePlan:
-    """What to do for some arrivals so that the store is as if they had been handled one by one."""
+    """What to write for a batch of orders. The result in the store is the same as if they came one at a time."""
 
-    #: One for each arrival, in their order.
+    #: One for each order of the batch, in the batch's order.
     outcomes: tuple[Outcome, ...]
-    #: The orders to write whole, each once.
+    #: The orders to write with all their rows; at most one for each order_uid.
     writes: tuple[PreparedOrder, ...]
-    #: Stored orders that only move their source forward, by order_uid: the arrival that confirmed each.
+    #: By order_uid: the record that confirmed a stored order. Only the position of the stored order moves.
     moves: Mapping[str, PreparedOrder]
 
 
 def plan_writes(prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion]) -> WritePlan:
-    """Handle arrivals one by one against what is stored, and say what remains to be done at the end.
+    """Compare the orders of a batch with the stored versions, one order at a time, and return what to write.
 
-    Where batches are cut therefore never shows in the final state. The rules:
+    So the final state does not depend on where batches are cut. The first rule that applies counts:
 
-    * not later than the stored record of the same partition: nothing changes
-    * equal content: a duplicate; only the source moves
-    * anything else is stored; an arrival of this batch that it replaces was superseded
+    * content equal to the current version: ``duplicate``; the stored position may move, but never back in a partition
+    * not later than the current version, in the same partition: ``superseded``; nothing is written
+    * otherwise: ``stored``; an order of this batch that it replaces becomes ``superseded``
     """
     versions: dict[str, StoredVersion | PreparedOrder] = dict(stored)
     writes: dict[str, PreparedOrder] = {}
@@ -270,9 +272,9 @@ def plan_writes(prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, S
 
 
 def may_redrive(prepared_order: PreparedOrder, stored: StoredVersion | None) -> bool:
-    """Whether an order found in a reject may still be stored: there is none, or an earlier one of its own partition.
+    """Return whether an order from a reject may be stored: no version is stored, or an earlier one of its partition.
 
-    Anything else came later than the reject, or from where its age cannot be told.
+    Otherwise the stored version is newer, or it comes from another partition and cannot be ordered.
     """
     if stored is None:
         return True
@@ -281,7 +283,7 @@ def may_redrive(prepared_order: PreparedOrder, stored: StoredVersion | None) -> 
 
 
 def plan_redrive(prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion]) -> WritePlan:
-    """As ``plan_writes``, for orders found in rejects: each is superseded unless it is ``may_redrive``."""
+    """Plan the write of the one order from a reject like ``plan_writes``, but as superseded unless ``may_redrive``."""
     [prepared_order] = prepared_orders
     if may_redrive(prepared_order, stored.get(prepared_order.order_uid)):
         return plan_writes(prepared_orders, stored)
@@ -290,15 +292,17 @@ def plan_redrive(prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, 
 
 @attrs.frozen(kw_only=True)
 class OffsetRange:
-    """The records of one partition that a batch handles: from the offset it expects to the next one."""
+    """The offsets of one partition that a batch handles."""
 
+    #: The next offset that the batch expects in the store: the fence.
     expected_offset: int
+    #: The next offset after the batch.
     next_offset: int
 
 
 @attrs.frozen(kw_only=True)
 class Batch:
-    """Records handled in one transaction, all of one topic."""
+    """The records of one transaction, all of one topic."""
 
     topic: str
     topic_id: str
@@ -307,12 +311,12 @@ class Batch:
     classified: tuple[tuple[Record, PreparedOrder | Reject], ...]
 
     def without(self, partitions: Iterable[int]) -> Batch:
-        """The batch of the other partitions alone."""
-        gone = frozenset(partitions)
+        """Return a batch without the records of these partitions."""
+        dropped = frozenset(partitions)
         return attrs.evolve(
             self,
             ranges={
-                partition: offset_range for partition, offset_range in self.ranges.items() if partition not in gone
+                partition: offset_range for partition, offset_range in self.ranges.items() if partition not in dropped
             },
-            classified=tuple(pair for pair in self.classified if pair[0].source.partition not in gone),
+            classified=tuple(pair for pair in self.classified if pair[0].source.partition not in dropped),
         )

@@ -1,4 +1,4 @@
-"""Which errors are worth another try, and how long to wait: the one place that decides."""
+"""Which errors of PostgreSQL to retry, and how long to wait before a retry. No other module decides this."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import attrs
 class ErrorAction(enum.Enum):
     """What to do about an error of PostgreSQL."""
 
-    #: A row is at fault: split the batch to find it.
-    BISECT = "split"
-    #: Two transactions met: at once again.
-    RETRY = "again"
-    #: The server is away, full or busy: wait, then again.
+    #: A row is invalid: split the batch to find it.
+    BISECT = "bisect"
+    #: Deadlock or serialization failure: retry immediately.
+    RETRY = "retry"
+    #: The server is unavailable, full or busy: wait, then retry.
     OUTAGE = "outage"
-    #: The set-up is broken, or we do not know: stop.
+    #: A configuration error, or an unknown one: stop.
     STOP = "stop"
 
 
-#: What an error of a statement means, by its whole SQLSTATE or by its class, the first two characters; the longer match
-#: counts. Every class of PostgreSQL 18 has its entry (Appendix A of the manual). XX000 is how Citus reports a violation
-#: inside COPY. Where a class means that a program or a set-up is wrong, no retry helps: it stops, and says the code.
+#: The action for an error of a statement, by SQLSTATE or by class (its first two characters). An entry for the SQLSTATE
+#: takes precedence. Every class of PostgreSQL 18 has an entry (Appendix A of the manual). Citus reports a constraint
+#: violation inside COPY as XX000. If a class means that a program or its configuration is wrong, a retry cannot help:
+#: stop, and log the code.
 SQLSTATE_ACTIONS = {
     "00": ErrorAction.STOP,  # successful completion: not an error
     "01": ErrorAction.STOP,  # warning: not an error
@@ -71,30 +72,30 @@ SQLSTATE_ACTIONS = {
     "72": ErrorAction.RETRY,  # snapshot too old; not since PostgreSQL 17
     "F0": ErrorAction.STOP,  # configuration file error
     "HV": ErrorAction.STOP,  # foreign data wrapper error
-    "P0": ErrorAction.STOP,  # PL/pgSQL error: raised by a trigger that is not ours
+    "P0": ErrorAction.STOP,  # PL/pgSQL error: raised by a trigger that orderlib did not create
     "XX": ErrorAction.STOP,  # internal error: corrupted data or index
     "XX000": ErrorAction.BISECT,  # internal error
 }
 
-#: The classes for which a refused connection is a configuration error: a protocol or a startup option that the server
-#: does not take, a role, password or method that it does not accept, a database that does not exist, a missing right.
-#: Every other refusal is an outage, also one with a code that no list has.
+#: The classes for which a refused connection is a configuration error: a protocol, startup option, role, password or
+#: authentication method that the server does not accept, a missing database, a missing right. Every other refusal is an
+#: outage, also one with an unknown code.
 REFUSED_FOR_GOOD = frozenset({"0A", "22", "28", "3D", "42"})
 
 
 def classify_sqlstate(sqlstate: str) -> ErrorAction:
-    """What an error with this SQLSTATE means for the call that met it. An unforeseen one stops the program."""
+    """Return the action for an error of a statement. For an unknown SQLSTATE it is STOP."""
     return SQLSTATE_ACTIONS.get(sqlstate) or SQLSTATE_ACTIONS.get(sqlstate[:2]) or ErrorAction.STOP
 
 
 def classify_refusal(sqlstate: str) -> ErrorAction:
-    """What it means that the server refused a connection with this SQLSTATE."""
+    """Return the action for a connection that the server refused with this SQLSTATE."""
     return ErrorAction.STOP if sqlstate[:2] in REFUSED_FOR_GOOD else ErrorAction.OUTAGE
 
 
 @attrs.define
 class Backoff:
-    """Growing waits with jitter, so that a herd of programs does not come back in step."""
+    """Exponential backoff with jitter, so that programs do not all reconnect at the same moment."""
 
     rng: Random
     first_s: float = 0.1
@@ -102,11 +103,11 @@ class Backoff:
     _tries: int = 0
 
     def next_wait_s(self) -> float:
-        """Seconds to wait before the next try: between half and all of a bound that doubles each time."""
+        """Return the wait before the next attempt: from half of a bound to all of it. The bound doubles each time."""
         bound = min(self.most_s, self.first_s * 2.0 ** min(self._tries, 16))
         self._tries += 1
         return bound * (0.5 + self.rng.random() / 2)
 
     def reset(self) -> None:
-        """It worked: the next wait is short again."""
+        """Begin again with the shortest wait, after a success."""
         self._tries = 0

@@ -1,6 +1,6 @@
-"""For tests of programs that use orderlib: a repository in memory, the well-known sample, bad orders by kind of fault.
+"""For tests of programs that use orderlib: a repository in memory, a sample order, invalid orders by kind of fault.
 
-Generators of good orders are in ``orderlib.testing.strategies``; they alone need hypothesis (``orderlib[testing]``).
+Strategies for valid orders are in ``orderlib.testing.strategies``. Only they need hypothesis (``orderlib[testing]``).
 """
 
 from importlib import resources
@@ -8,7 +8,7 @@ from importlib import resources
 from orderlib.testing.faulty import BadRecord, FaultKind, break_order
 from orderlib.testing.memory import MemoryOrderRepository
 
-#: A well-known order as its shop sends it: JSON, not in canonical form.
+#: The sample order as a shop sends it: JSON, not in canonical form.
 SAMPLE: bytes = resources.files("orderlib.testing").joinpath("sample.json").read_bytes()
 
 __all__ = ["SAMPLE", "BadRecord", "FaultKind", "MemoryOrderRepository", "break_order"]

@@ -1,6 +1,6 @@
-"""Bad orders by kind of fault, derived from the rules on the models: what the sender's ``--bad-rate`` sends.
+"""Invalid orders by kind of fault, derived from the rules on the models. The sender's ``--bad-rate`` sends them.
 
-Each is a good order with one fault added, so a report about it names one path.
+Each is a valid order with one fault added, so its fault report has one path.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from orderlib.models import Order
 
 
 class FaultKind(enum.StrEnum):
-    """One way to break an order."""
+    """One way in which an order can be invalid."""
 
-    # Of one value: the report names its path.
+    # A fault of one value: the report has its path.
     MISSING = "missing"
     NULL = "null"
     WRONG_TYPE = "wrong_type"
@@ -43,7 +43,7 @@ class FaultKind(enum.StrEnum):
     OUT_OF_YEARS = "out_of_years"
     NO_ITEMS = "no_items"
     TOO_MANY_ITEMS = "too_many_items"
-    # Of the record as a whole: the path is ``$``.
+    # A fault of the record itself: the path is ``$``.
     NOT_AN_OBJECT = "not_an_object"
     NOT_UTF8 = "not_utf8"
     BYTE_ORDER_MARK = "byte_order_mark"
@@ -57,19 +57,19 @@ class FaultKind(enum.StrEnum):
 
 @attrs.frozen(kw_only=True)
 class BadRecord:
-    """The value of a record that must be refused."""
+    """A record value that must be rejected."""
 
-    #: The value, byte for byte.
+    #: The value of the record.
     data: bytes = attrs.field(repr=False)
-    #: JSON path of its one fault.
+    #: The JSON path of its only fault.
     path: str
-    #: What ``decode_order`` raises for it.
+    #: The error that ``decode_order`` raises for it.
     error: type[RejectedError]
 
 
 @attrs.frozen
 class _Place:
-    """A value in an order's plain data, and what the contract asks for there."""
+    """A value in the plain data of an order, with its rule."""
 
     container: Any = attrs.field(repr=False)
     key: str | int
@@ -82,12 +82,12 @@ class _Place:
 
 
 def break_order(order: Order, kind: FaultKind, rng: Random) -> BadRecord:
-    """The JSON of an order with one fault of this kind added; where, and how exactly, is up to ``rng``."""
+    """Return the JSON of an order with one fault of this kind. ``rng`` chooses the place and the bad value."""
     plain = order_to_plain(order)
-    whole = _whole(encode_order(order), kind, rng)
-    if whole is not None:
+    bad_text = _bad_text(encode_order(order), kind, rng)
+    if bad_text is not None:
         error = InvalidOrder if kind is FaultKind.NOT_AN_OBJECT else MalformedJson
-        return BadRecord(data=whole, path="$", error=error)
+        return BadRecord(data=bad_text, path="$", error=error)
     malformed = kind in {FaultKind.NOT_A_NUMBER, FaultKind.TOO_DEEP, FaultKind.RAW_CONTROL_CHARACTER}
     places = list(_places(plain, rules_of(Order), "$"))
     rng.shuffle(places)
@@ -97,10 +97,10 @@ def break_order(order: Order, kind: FaultKind, rng: Random) -> BadRecord:
                 continue
             del place.container[place.key]
         else:
-            bad = _bad_value(place.rule, place.value, kind, rng)
-            if bad is None:
+            bad_value = _bad_value(place.rule, place.value, kind, rng)
+            if bad_value is None:
                 continue
-            place.container[place.key] = msgspec.Raw(bad)
+            place.container[place.key] = msgspec.Raw(bad_value)
         path, error = ("$", MalformedJson) if malformed else (place.path, InvalidOrder)
         return BadRecord(data=msgspec.json.encode(plain), path=path, error=error)
     raise AssertionError(f"no value of an order can have a fault of kind {kind}")
@@ -120,7 +120,7 @@ def _places(container: Any, rule: DataclassType, path: str) -> Iterator[_Place]:
 
 
 def _bad_value(rule: Type, good: Any, kind: FaultKind, rng: Random) -> bytes | None:
-    """JSON of a value that breaks the rule in this way, made from a good one; ``None`` if no value can."""
+    """Return the JSON of a value that breaks a rule in this way, made from a valid one; ``None`` if no value can."""
     match kind, rule:
         case FaultKind.NULL, _:
             return b"null"
@@ -129,7 +129,7 @@ def _bad_value(rule: Type, good: Any, kind: FaultKind, rng: Random) -> bytes | N
         case FaultKind.NOT_A_NUMBER, _:
             return rng.choice([b"NaN", b"Infinity", b"-Infinity", b"nan", b"01", b"+1", b".5", b"0x10"])
         case FaultKind.TOO_DEEP, _:
-            # Deeper by the order around it, whatever that adds.
+            # The levels of the order come on top, whatever their number.
             return b"[" * (MAX_NESTING + 1) + b"]" * (MAX_NESTING + 1)
         case (FaultKind.TOO_SHORT, StrType(min_length=int(least))) if least > 0:
             return _text(good[: least - 1])
@@ -167,8 +167,8 @@ def _bad_value(rule: Type, good: Any, kind: FaultKind, rng: Random) -> bytes | N
             return None
 
 
-def _whole(data: bytes, kind: FaultKind, rng: Random) -> bytes | None:
-    """A record that is bad as a whole in this way; ``None`` where one of its values is to be."""
+def _bad_text(data: bytes, kind: FaultKind, rng: Random) -> bytes | None:
+    """Return a record that is itself bad in this way; ``None`` for a fault of one value."""
     match kind:
         case FaultKind.NOT_AN_OBJECT:
             return rng.choice(
@@ -190,7 +190,7 @@ def _whole(data: bytes, kind: FaultKind, rng: Random) -> bytes | None:
             return None
 
 
-#: JSON of each type, and the rules that accept that type.
+#: The rules that accept a type, and JSON of that type.
 _OF_EVERY_TYPE: list[tuple[Any, bytes]] = [
     (IntType, b"1"),
     ((), b"1.0"),
@@ -209,13 +209,13 @@ def _text(text: str) -> bytes:
 
 
 def _with(good: str, character: str, rng: Random) -> str:
-    """The text with one character replaced, so that its length stays right."""
+    """Return the text with one character replaced, so that its length stays valid."""
     at = rng.randrange(max(len(good), 1))
     return good[:at] + character + good[at + 1 :]
 
 
 def _variants(good: str) -> Iterator[str]:
-    """Texts as long as a good one that differ in one character."""
+    """Yield texts of the same length as a valid one that differ in one character."""
     for character in ("\n", " ", "/", "%", "a", "é", "\N{FULLWIDTH DIGIT ONE}"):
         yield good[:-1] + character
         yield character + good[1:]

@@ -1,4 +1,4 @@
-"""Orders in memory, held to the same contract suite as PostgreSQL."""
+"""A repository in memory. The contract suite of the PostgreSQL repository runs against it too."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ def _utc_now() -> dt.datetime:
 
 
 class MemoryOrderRepository:
-    """Keeps the promises of ``OrderRepository`` in memory, and is never unreachable. Threads may share it.
+    """An ``OrderRepository`` in memory. It has no outages. Threads may share it.
 
-    ``clock`` says when an order is stored: an aware time, asked once for each ``save`` or ``save_many``.
+    ``clock`` returns the time at which an order is stored, as an aware datetime. A call of ``save`` or ``save_many``
+    reads it once.
     """
 
     def __init__(self, clock: Callable[[], dt.datetime] = _utc_now) -> None:

@@ -1,6 +1,6 @@
-"""Hypothesis strategies of good orders, derived from the rules on the models. Needs ``orderlib[testing]``.
+"""Hypothesis strategies for valid orders, derived from the rules on the models. They need ``orderlib[testing]``.
 
-Every value that the contract allows can be drawn: any Unicode text, integers at their bounds, any instant, any offset.
+They draw every value that the contract allows: any Unicode text, integers at their bounds, any instant, any offset.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ _OFFSETS = st.integers(-(24 * 60 - 1), 24 * 60 - 1).map(lambda minutes: dt.timez
 
 
 def orders(*, max_items: int = 3) -> st.SearchStrategy[Order]:
-    """Good orders, of at most so many items."""
+    """Return a strategy for valid orders with at most ``max_items`` items."""
     return _instances(Order, max_items)
 
 
 def deliveries() -> st.SearchStrategy[Delivery]:
-    """Good deliveries."""
+    """Return a strategy for valid deliveries."""
     return _instances(Delivery, 0)
 
 
 def payments() -> st.SearchStrategy[Payment]:
-    """Good payments."""
+    """Return a strategy for valid payments."""
     return _instances(Payment, 0)
 
 
 def items() -> st.SearchStrategy[Item]:
-    """Good items."""
+    """Return a strategy for valid items."""
     return _instances(Item, 0)
 
 
 def values(rule: Type, *, max_items: int = 3) -> st.SearchStrategy[object]:
-    """Values that a rule allows, as a model holds them; arrays have at most so many items."""
+    """Return a strategy for the values that a rule allows in a model. An array has at most ``max_items`` items."""
     match rule:
         case DataclassType(cls=cls):
             return _instances(cls, max_items)
@@ -48,7 +48,7 @@ def values(rule: Type, *, max_items: int = 3) -> st.SearchStrategy[object]:
             longest = max_items if most is None else min(max_items, most)
             return st.lists(values(item), min_size=least or 0, max_size=longest).map(tuple)
         case StrType(min_length=least, max_length=int(limit), pattern=None):
-            # By itself hypothesis seldom draws a text of hundreds of characters.
+            # Hypothesis seldom draws a text of hundreds of characters.
             full = _CHARACTERS.map(lambda character: character * limit)
             return st.text(_CHARACTERS, min_size=least or 0, max_size=limit) | full
         case StrType(min_length=least, max_length=most, pattern=str(pattern)):
