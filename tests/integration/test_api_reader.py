@@ -19,8 +19,8 @@ from orderlib.postgres.asynchronous import AsyncPostgresOrderReader
 from orderlib.repository import AsyncOrderReader
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from orderlib.testing.strategies import orders
-from tests.cable import cable
 from tests.conftest import Database
+from tests.tcp_proxy import TcpProxy
 
 T = TypeVar("T")
 
@@ -114,7 +114,7 @@ def test_a_mistake_leaves_the_connection_usable(module_database: Database, store
 
 def test_a_cancelled_read_gives_its_connection_back(module_database: Database, store: object) -> None:  # noqa: ARG001
     async def ask() -> None:
-        with cable(module_database.reader_url) as wire:
+        with TcpProxy(module_database.reader_url) as wire:
             async with AsyncPostgresOrderReader(wire.url, max_connections=1) as reader:
                 await reader.get("u-1")
                 wire.freeze()
