@@ -185,14 +185,14 @@ def test_it_counts_what_became_of_each_record(environ: dict[str, str], database:
         sender.send_orders(uids("order", 10), version=2)
         sender.send_bad(b"{")
         wait_until_handled(sender.manifest, database)
-        assert eventually(lambda: consumer.metric("orders_batch_records_sum") == 151, 5)
+        assert eventually(lambda: consumer.metric("orders_batch_records_sum") == 151, 20)
         kinds = ("stored", "duplicate", "superseded", "rejected")
         counts = {kind: consumer.metric(f'orders_records_total{{outcome="{kind}"}}') for kind in kinds}
         assert sum(counts.values()) == 151
         assert counts["rejected"] == consumer.metric('orders_rejects_total{code="malformed_json"}') == 1
         assert consumer.metric("orders_end_to_end_seconds_count") == 151
         assert consumer.metric('orders_batch_seconds_count{step="commit"}') >= 2
-        assert eventually(lambda: consumer.ready, 5)
+        assert eventually(lambda: consumer.ready, 20)
         assert consumer.get("/nothing")[0] == 404
         assert consumer.stop() == 0
 

@@ -47,7 +47,7 @@ def test_a_restart_under_load_gives_no_wrong_answer_and_ends_by_itself() -> None
 
             def grows(status: int) -> bool:
                 before = answered(status)
-                return eventually(lambda: answered(status) > before + 20, 5)
+                return eventually(lambda: answered(status) > before + 20, 20)
 
             asking = [pool.submit(ask) for _ in range(8)]
             try:
@@ -85,7 +85,7 @@ def test_who_does_not_send_its_request_in_time_is_closed(module_database: Databa
         clients(api, 20, HALF_A_REQUEST),
         clients(api, 20, b""),
     ):
-        assert eventually(lambda: api.connections() == 40, 5)
+        assert eventually(lambda: api.connections() == 40, 20)
         assert eventually(lambda: api.connections() == 0, 12)
 
 

@@ -7,8 +7,8 @@ import pytest
 from tests.conftest import Database
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
 from tests.support.consumer_process import consuming
-from tests.support.message_proxy import Moment, proxy
 from tests.support.sending import Sender, uids
+from tests.support.tcp_proxy import Moment, TcpProxy
 
 
 @pytest.mark.parametrize(
@@ -24,13 +24,13 @@ def test_a_consumer_killed_in_a_batch_leaves_it_to_its_successor(
     moment: Moment, member: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 300))
-    with proxy(database.writer_url) as between:
+    with TcpProxy(database.writer_url) as between:
         with consuming({**member, "ORDERS_DATABASE_URL": between.url}) as consumer:
             wait_until_handled(sender.manifest, database)
             between.set_trap(moment)
             sender.send_orders(uids("order", 500), version=2)
             sender.send_bad(b"{")
-            assert between.trapped.wait(10)
+            assert between.trapped.wait(30)
             consumer.kill()
         between.drop()
         sender.send_orders(uids("order", 100), version=3)

@@ -93,7 +93,7 @@ def test_a_crash_of_postgresql_under_load_is_waited_out(
             own_sandbox.postgres.start()
         wait_until_handled(sender.manifest, database)
         assert_all_accounted_for(sender.manifest, database, environ)
-        assert eventually(lambda: consumer.ready, 5)
+        assert eventually(lambda: consumer.ready, 20)
         assert consumer.stop() == 0
 
 
@@ -186,7 +186,7 @@ def test_a_server_that_is_away_at_the_start_is_waited_for_and_named_once(
             wait_until_handled(sender.manifest, database)
             assert [event["server"] for event in consumer.events("waiting_for_server")] == [server]
             assert_all_accounted_for(sender.manifest, database, environ)
-            assert eventually(lambda: consumer.ready, 5)
+            assert eventually(lambda: consumer.ready, 20)
             assert consumer.stop() == 0
     finally:
         if not is_listening(own_sandbox, server):

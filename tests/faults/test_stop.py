@@ -18,8 +18,8 @@ from tests.support.accounting import assert_all_accounted_for, wait_until_handle
 from tests.support.api_process import eventually
 from tests.support.consumer_process import consuming
 from tests.support.locking import FENCE, TABLE, locked
-from tests.support.message_proxy import Moment, proxy
 from tests.support.sending import Sender, uids
+from tests.support.tcp_proxy import Moment, TcpProxy
 
 
 def assert_another_continues(environ: dict[str, str], database: Database, sender: Sender) -> None:
@@ -32,11 +32,11 @@ def assert_another_continues(environ: dict[str, str], database: Database, sender
 def test_a_half_open_connection_does_not_keep_the_consumer_from_leaving(
     member: dict[str, str], database: Database, sender: Sender
 ) -> None:
-    with proxy(database.writer_url) as between:
+    with TcpProxy(database.writer_url) as between:
         with consuming({**member, "ORDERS_DATABASE_URL": between.url}) as consumer:
             between.set_trap(Moment.COMMITTED)
             sender.send_orders(uids("order", 100))
-            assert between.trapped.wait(15)
+            assert between.trapped.wait(30)
             assert consumer.stop() == 0
         between.drop()
         assert_another_continues(member, database, sender)
@@ -61,10 +61,10 @@ def test_a_wait_for_a_lock_does_not_keep_it(
 def test_a_server_that_stops_answering_at_the_start_does_not_keep_it(
     environ: dict[str, str], database: Database
 ) -> None:
-    with proxy(database.writer_url) as between:
+    with TcpProxy(database.writer_url) as between:
         between.set_trap(Moment.READY)
         with consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as consumer:
-            assert between.trapped.wait(10)
+            assert between.trapped.wait(30)
             assert consumer.live
             assert not consumer.ready
             assert consumer.stop() == 0

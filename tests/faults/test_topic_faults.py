@@ -23,9 +23,9 @@ from tests.support.accounting import (
 )
 from tests.support.api_process import eventually
 from tests.support.consumer_process import Consuming, consuming
-from tests.support.message_proxy import proxy
 from tests.support.raw_produce import produce
 from tests.support.sending import Sender, order, uids
+from tests.support.tcp_proxy import TcpProxy
 
 
 @pytest.fixture
@@ -159,7 +159,10 @@ def test_offsets_rewound_in_an_outage_are_followed_when_it_is_over(
 ) -> None:
     """Fetching is paused when the fence tells; librdkafka must go on from where we say, not from where it paused."""
     sender.send_orders(uids("order", 300))
-    with proxy(database.writer_url) as between, consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as consumer:
+    with (
+        TcpProxy(database.writer_url) as between,
+        consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as consumer,
+    ):
         wait_until_handled(sender.manifest, database)
         between.freeze()
         sender.send_orders(uids("order", 100), version=2)

@@ -20,7 +20,7 @@ from orderlib.repository import AsyncOrderRepository, Direction
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from orderlib.testing.strategies import orders
 from tests.conftest import Database
-from tests.support.cable import cable
+from tests.support.tcp_proxy import TcpProxy
 
 T = TypeVar("T")
 
@@ -108,7 +108,7 @@ def test_an_invalid_query_leaves_the_connection_usable(module_database: Database
 
 def test_a_cancelled_read_releases_its_connection(module_database: Database, store: object) -> None:  # noqa: ARG001
     async def ask() -> None:
-        with cable(module_database.reader_url) as wire:
+        with TcpProxy(module_database.reader_url) as wire:
             async with AsyncPostgresOrderRepository(wire.url, max_connections=1) as reader:
                 await reader.get("u-1")
                 wire.freeze()

@@ -38,8 +38,7 @@ from orderlib.postgres import hosts, pool
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from tests.conftest import ROOT, Database
 from tests.support.api_process import eventually
-from tests.support.cable import cable
-from tests.support.message_proxy import Moment, proxy
+from tests.support.tcp_proxy import Moment, TcpProxy
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 UID = SAMPLE.order_uid
@@ -134,7 +133,7 @@ def test_an_outage_of_one_host_is_an_outage_whatever_the_others_say(stored: Data
 
 
 def test_a_host_that_comes_back_behind_a_silent_one_is_found_at_once(stored: Database) -> None:
-    with silent_host() as silent, cable(stored.reader_url) as wire:
+    with silent_host() as silent, TcpProxy(stored.reader_url) as wire:
         url = with_hosts(wire.url, silent, port_of(wire.url))
         with orderlib.connect(url, timeout_s=1) as repository:
             wire.cut()
@@ -207,7 +206,7 @@ def until_answered(repository: PostgresOrderRepository) -> orderlib.Order:
 
 
 def test_a_repository_recovers_within_a_second_however_long_the_outage_was(stored: Database) -> None:
-    with cable(stored.writer_url) as wire, orderlib.connect(wire.url) as repository:
+    with TcpProxy(stored.writer_url) as wire, orderlib.connect(wire.url) as repository:
         wire.cut()
         end = time.monotonic() + 5
         while time.monotonic() < end:
@@ -223,7 +222,7 @@ def test_a_repository_recovers_within_a_second_however_long_the_outage_was(store
 
 @pytest.mark.parametrize("call", ["get", "get_many", "save"])
 def test_a_connection_lost_while_idle_fails_no_call(stored: Database, call: str) -> None:
-    with cable(stored.writer_url) as wire, orderlib.connect(wire.url, max_connections=3) as repository:
+    with TcpProxy(stored.writer_url) as wire, orderlib.connect(wire.url, max_connections=3) as repository:
         with ThreadPoolExecutor(3) as threads:
             list(threads.map(lambda _: repository.get(UID), range(30)))
         wire.cut()
@@ -279,12 +278,12 @@ def test_a_connection_that_postgresql_ended_while_idle_fails_no_call(stored: Dat
 
 
 def test_a_commit_whose_answer_is_lost_is_reported_as_unknown_and_may_be_repeated(database: Database) -> None:
-    with proxy(database.writer_url) as carrier, orderlib.connect(carrier.url) as repository:
+    with TcpProxy(database.writer_url) as carrier, orderlib.connect(carrier.url) as repository:
         repository.save(SAMPLE)
         carrier.set_trap(Moment.COMMITTED)
         with ThreadPoolExecutor(1) as thread:
             saving = thread.submit(repository.save, attrs.evolve(SAMPLE, entry="changed"))
-            assert carrier.trapped.wait(10)
+            assert carrier.trapped.wait(30)
             carrier.drop()
             with pytest.raises(DatabaseUnavailable, match=r"unknown.*safe"):
                 saving.result(10)
@@ -329,7 +328,7 @@ def test_a_silent_server_is_reported_within_the_limit(stored: Database) -> None:
 
 
 def test_a_commit_without_an_answer_in_time_is_unknown_and_a_copy_stored_nothing(database: Database) -> None:
-    with proxy(database.writer_url) as carrier:
+    with TcpProxy(database.writer_url) as carrier:
         for moment, told in [(Moment.COPY, "nothing was stored"), (Moment.COMMITTED, "unknown")]:
             with orderlib.connect(carrier.url, timeout_s=1) as repository:
                 carrier.set_trap(moment)

@@ -5,17 +5,12 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import random
-import socket
 import struct
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 
 import attrs
 import psycopg
 import pytest
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from orderlib.errors import DatabaseUnavailable, FenceLost, OrderlibError
 from orderlib.ingestion.records import Batch, OffsetRange, Record, RecordPosition, classify_record
@@ -25,6 +20,7 @@ from orderlib.postgres.rows import pack_rows
 from tests.conftest import Database
 from tests.support.fake_postgres import error_response
 from tests.support.sending import order
+from tests.support.tcp_proxy import CutConnection, TcpProxy
 
 TOPIC_ID = "topic-id"
 
@@ -44,96 +40,38 @@ LAST_WORDS = {
 
 
 class Cutter:
-    """Carries connections to a server, and cuts one after some messages of the server or bytes of the client."""
+    """Cuts one connection after some messages of the server or bytes of the client."""
 
-    def __init__(self, url: str) -> None:
-        given = conninfo_to_dict(url)
-        self._server = (str(given["host"]), int(given["port"] or 5432))
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        port = self._listener.getsockname()[1]
-        self.url = make_conninfo(url, host="127.0.0.1", port=port, sslmode="disable", gssencmode="disable")
-        #: What is still carried before the next cut; None for no cut.
-        self.messages: int | None = None
-        self.bytes: int | None = None
-        self.last_words = b""
-        #: What was carried since the last reset.
-        self.carried_messages = 0
-        self.carried_bytes = 0
-        threading.Thread(target=self._accept, daemon=True).start()
+    def __init__(self) -> None:
+        self.reset()
 
     def reset(self, *, messages: int | None = None, bytes: int | None = None, last_words: bytes = b"") -> None:  # noqa: A002
+        #: What is still forwarded before the next cut; None for no cut.
         self.messages, self.bytes, self.last_words = messages, bytes, last_words
-        self.carried_messages = self.carried_bytes = 0
+        #: What was forwarded since the last reset.
+        self.forwarded_messages = self.forwarded_bytes = 0
 
-    def close(self) -> None:
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+    def on_message(self, message: bytes, is_request: bool) -> None:
+        if is_request:
+            self._on_request(message)
+        else:
+            self._on_answer()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._carry, args=[client], daemon=True).start()
+    def _on_request(self, message: bytes) -> None:
+        if self.bytes is not None:
+            if len(message) >= self.bytes:
+                left, self.bytes = self.bytes, None
+                raise CutConnection(message[:left], self.last_words)
+            self.bytes -= len(message)
+        self.forwarded_bytes += len(message)
 
-    def _carry(self, client: socket.socket) -> None:
-        with client, suppress(OSError), socket.create_connection(self._server) as server:
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            answers = threading.Thread(target=self._pump_answers, args=[server, client], daemon=True)
-            answers.start()
-            self._pump_requests(client, server)
-            answers.join()
-
-    def _pump_requests(self, client: socket.socket, server: socket.socket) -> None:
-        with suppress(OSError):
-            while data := client.recv(65536):
-                if self.bytes is not None and len(data) >= self.bytes:
-                    server.sendall(data[: self.bytes])
-                    self.bytes = None
-                    self._cut(client, server)
-                    return
-                if self.bytes is not None:
-                    self.bytes -= len(data)
-                self.carried_bytes += len(data)
-                server.sendall(data)
-        with suppress(OSError):
-            server.shutdown(socket.SHUT_RDWR)
-
-    def _pump_answers(self, server: socket.socket, client: socket.socket) -> None:
-        with suppress(OSError):
-            while kind := server.recv(1):
-                if self.messages == 0:
-                    self.messages = None
-                    self._cut(client, server)
-                    return
-                if self.messages is not None:
-                    self.messages -= 1
-                self.carried_messages += 1
-                length = server.recv(4, socket.MSG_WAITALL)
-                rest = (
-                    server.recv(struct.unpack("!I", length)[0] - 4, socket.MSG_WAITALL) if length[3:] != b"\4" else b""
-                )
-                client.sendall(kind + length + rest)
-        with suppress(OSError):
-            client.shutdown(socket.SHUT_RDWR)
-
-    def _cut(self, client: socket.socket, server: socket.socket) -> None:
-        with suppress(OSError):
-            client.sendall(self.last_words)
-        for end in (client, server):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-
-@contextmanager
-def cutter(url: str) -> Iterator[Cutter]:
-    between = Cutter(url)
-    try:
-        yield between
-    finally:
-        between.close()
+    def _on_answer(self) -> None:
+        if self.messages is not None:
+            if self.messages == 0:
+                self.messages = None
+                raise CutConnection(reply=self.last_words)
+            self.messages -= 1
+        self.forwarded_messages += 1
 
 
 @attrs.define
@@ -209,16 +147,17 @@ def refusing_table(database: Database) -> Database:
 @pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.faults)])
 def test_a_cut_after_each_message_of_the_server(refusing_table: Database, stride: int) -> None:
     words = itertools.cycle(LAST_WORDS.values())
-    with cutter(refusing_table.writer_url) as between:
-        writer = Writer(refusing_table, between.url)
+    cutter = Cutter()
+    with TcpProxy(refusing_table.writer_url, cutter.on_message) as proxy:
+        writer = Writer(refusing_table, proxy.url)
         writer.write()
-        between.reset()
+        cutter.reset()
         writer.write()
-        messages = between.carried_messages
+        messages = cutter.forwarded_messages
         assert messages > 50
         cuts = 0
         for after in range(0, messages, stride):
-            between.reset(messages=after, last_words=next(words))
+            cutter.reset(messages=after, last_words=next(words))
             cuts += bool(writer.write())
         # The last messages answer the end of the session.
         assert cuts >= messages // stride - 2
@@ -228,14 +167,15 @@ def test_a_cut_after_each_message_of_the_server(refusing_table: Database, stride
 @pytest.mark.parametrize("number", [15, pytest.param(100, marks=pytest.mark.faults)])
 def test_a_cut_anywhere_in_what_the_client_sends(refusing_table: Database, number: int) -> None:
     rng = random.Random(11)
-    with cutter(refusing_table.writer_url) as between:
-        writer = Writer(refusing_table, between.url)
+    cutter = Cutter()
+    with TcpProxy(refusing_table.writer_url, cutter.on_message) as proxy:
+        writer = Writer(refusing_table, proxy.url)
         writer.write()
-        between.reset()
+        cutter.reset()
         writer.write()
-        for after in sorted(rng.sample(range(between.carried_bytes), number)):
+        for after in sorted(rng.sample(range(cutter.forwarded_bytes), number)):
             words = rng.choice(list(LAST_WORDS.values()))
-            between.reset(bytes=after, last_words=words)
+            cutter.reset(bytes=after, last_words=words)
             writer.write()
     writer.assert_stored_once()
 

@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
 from typing import TypeVar
 
 import attrs
@@ -34,9 +33,9 @@ from orderlib.contract import unchecked
 from orderlib.postgres import queries
 from orderlib.repository import Direction
 from tests.conftest import Database
-from tests.support.cable import Cable
 from tests.support.over_asyncio import event_loop, over_asyncio
 from tests.support.repository_contract import SAMPLE_ORDER, RepositoryContract, an_order, versions_in
+from tests.support.tcp_proxy import TcpProxy
 
 T = TypeVar("T")
 
@@ -250,20 +249,14 @@ def test_concurrent_replacements_end_with_every_order_whole(emptied: Database) -
 # Outages
 
 
-@contextmanager
-def cable_to(url: str) -> Iterator[Cable]:
-    with closing(Cable(url)) as cable:
-        yield cable
-
-
 def test_a_server_that_is_gone_is_unreachable_and_comes_back_by_itself(emptied: Database) -> None:
-    with cable_to(emptied.writer_url) as cable, connect(cable.url, timeout_s=1) as repository:
+    with TcpProxy(emptied.writer_url) as proxy, connect(proxy.url, timeout_s=1) as repository:
         repository.save(an_order("a", 1))
-        cable.cut()
+        proxy.cut()
         for call in (lambda: repository.get("a"), repository.list_orders, lambda: repository.save(an_order("a", 2))):
             with pytest.raises(DatabaseUnavailable):
                 call()
-        cable.mend()
+        proxy.mend()
         assert until_reachable(lambda: repository.save(an_order("a", 3))) is Outcome.STORED
         assert versions_in(repository.get("a")) == {3}
 

@@ -21,7 +21,7 @@ from orderlib.testing import SAMPLE as SAMPLE_JSON
 from tests.conftest import Database
 from tests.page.conftest import PHONE, WIDE, show
 from tests.support.api_process import Service, serving, settings_for
-from tests.support.cable import cable
+from tests.support.tcp_proxy import TcpProxy
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\"'&amp;"
@@ -309,7 +309,7 @@ def test_a_browser_sends_its_token_as_a_password(
 
 
 def test_without_the_database_the_page_says_so(browser: WebDriver, module_database: Database) -> None:
-    with cable(module_database.reader_url) as wire, serving(settings_for(wire.url)) as cut_off:
+    with TcpProxy(module_database.reader_url) as wire, serving(settings_for(wire.url)) as cut_off:
         wire.cut()
         browser.get(f"http://{cut_off.address}/")
         assert "The database does not answer" in one(browser, "main").text

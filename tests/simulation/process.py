@@ -199,8 +199,9 @@ class Process:
     def report(self, next_offsets: Mapping[int, int]) -> None:
         pass
 
-    def ask_ends(self, _partitions: Iterable[int]) -> Callable[[], Mapping[int, int] | None]:
-        return self.world.life.ends
+    def ask_ends(self, partitions: Iterable[int]) -> Callable[[], Mapping[int, int] | None]:
+        asked = tuple(partitions)
+        return lambda: {p: end for p, end in self.world.life.ends().items() if p in asked}
 
     def fetch(self, topic_id: str | None, limit: int, _timeout_s: float) -> list[PollResult]:
         if self.paused:

@@ -85,7 +85,7 @@ def test_a_flood_of_slow_connections_takes_few_file_descriptors_and_no_prober_wa
                 client.sendall(b"GET /livez HTTP/1.1\r\nX-Slow: ")
         assert probe.get("/livez") == (200, "ok\n")
         # The other half of each connection is the flood's own.
-        assert eventually(lambda: this_process.num_fds() - before - len(flood) <= MAX_CONNECTIONS + 1, 5)
+        assert eventually(lambda: this_process.num_fds() - before - len(flood) <= MAX_CONNECTIONS + 1, 20)
         began_s = this_process.cpu_times().user
         assert probe.get("/metrics")[0] == 200
         assert this_process.cpu_times().user - began_s < 1
