@@ -30,7 +30,7 @@ from orderlib.postgres.rows import (
 from orderlib.testing import SAMPLE
 from orderlib.testing.strategies import orders, values
 from tests.conftest import Database
-from tests.support.boundary_values import PLACES, Place, candidates, decoder_accepts, model_accepts
+from tests.support.boundary_values import PLACES, Place, boundary_values, decoder_accepts, model_accepts
 
 SAMPLE_ORDER = decode_order(SAMPLE)
 
@@ -106,7 +106,7 @@ def postgres_accepts(writer: psycopg.Connection, place: Place, value: object) ->
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_all_three_accept_the_same_values_around_every_bound(writer: psycopg.Connection, place: Place) -> None:
     # A time without an offset is none of PostgreSQL's values: it would take it for one in the session's zone.
-    values = {value for value in candidates(place.rule) if getattr(value, "tzinfo", "not a time") is not None}
+    values = {value for value in boundary_values(place.rule) if getattr(value, "tzinfo", "not a time") is not None}
     by_postgres = {value: postgres_accepts(writer, place, value) for value in values}
     assert set(by_postgres.values()) == {True, False}
     assert by_postgres == {value: model_accepts(place, SAMPLE_ORDER, value) for value in values}

@@ -1,4 +1,4 @@
-"""Values around every bound of a rule, fit and unfit, derived from the rule."""
+"""Valid and invalid values around every bound of a rule, derived from the rule."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Place:
         return f"{prefix}.{self.name}"
 
     def in_model(self, order: Order, value: Any) -> Order:
-        """The order with this value there. Raises InvalidOrder."""
+        """Return the order with this value in this field, or raise InvalidOrder."""
         match self.part:
             case None:
                 return attrs.evolve(order, **{self.name: value})
@@ -51,7 +51,7 @@ class Place:
                 return attrs.evolve(order, **{part: changed})
 
     def in_json(self, order: Order, value: object) -> bytes:
-        """The JSON of the order with this value there; times as RFC 3339."""
+        """Return the JSON of the order with this value in this field; times as RFC 3339."""
         plain = json.loads(encode_order(order))
         holder = plain if self.part is None else plain[self.part]
         (holder[0] if self.part == "items" else holder)[self.name] = value
@@ -66,8 +66,8 @@ PLACES = [
 ]
 
 
-def candidates(rule: Type) -> Iterator[object]:
-    """Values of the rule's own type on both sides of every bound it has, and of some that it might have."""
+def boundary_values(rule: Type) -> Iterator[object]:
+    """Yield values of the rule's type on both sides of its bounds and of other common bounds."""
     match rule:
         case StrType():
             yield from _texts(rule)
@@ -76,7 +76,7 @@ def candidates(rule: Type) -> Iterator[object]:
                 if bound is not None:
                     yield from (bound - 1, bound, bound + 1)
         case DateTimeType():
-            yield dt.datetime(2021, 11, 26, 6, 22, 19)  # noqa: DTZ001 - without an offset on purpose
+            yield dt.datetime(2021, 11, 26, 6, 22, 19)  # noqa: DTZ001  invalid: without an offset
             for offset in _OFFSETS:
                 zone = dt.timezone(offset)
                 first, last = dt.datetime.min.replace(tzinfo=zone), dt.datetime.max.replace(tzinfo=zone)
@@ -85,7 +85,7 @@ def candidates(rule: Type) -> Iterator[object]:
                     yield last - inwards
                 yield dt.datetime(2021, 11, 26, 6, 22, 19, 123456, tzinfo=zone)
         case _:
-            raise NotImplementedError(f"no candidates for {rule}")
+            raise NotImplementedError(f"no boundary values for {rule}")
 
 
 def _texts(rule: StrType) -> Iterator[str]:
@@ -123,12 +123,12 @@ def _texts(rule: StrType) -> Iterator[str]:
         "\\.",
         "a\\n",
     )
-    # Not a high surrogate before a low one: Python holds them as two, but their JSON is one character.
+    # No high surrogate before a low one: those are two characters in Python, but one in JSON.
     yield from ("\0", "a\0", "\0a", "\ud800", "a\udfff", "\ude00\ud83d")
 
 
 def model_accepts(place: Place, order: Order, value: object) -> bool:
-    """Whether a model made in Python takes the value."""
+    """Return whether a model made in Python accepts the value."""
     try:
         place.in_model(order, value)
     except InvalidOrder:
@@ -137,7 +137,7 @@ def model_accepts(place: Place, order: Order, value: object) -> bool:
 
 
 def decoder_accepts(place: Place, order: Order, value: object) -> bool:
-    """Whether the decoder takes the value, or refuses it without saying where."""
+    """Return whether the decoder accepts the value, or raises InvalidOrder with another path."""
     try:
         decode_order(place.in_json(order, value))
     except InvalidOrder as refusal:

@@ -1,8 +1,8 @@
 """Mutation fuzzing of the decoder against the reference: ``python -m tests.support.fuzz_decoder --seconds 600``.
 
-Whatever comes in, ``decode_order`` and ``decode_canonical`` give an order or raise Refused, just as the reference does.
-Inputs that get an answer not seen before join the corpus. The first disagreement ends the run with status 1 and prints
-the input; it then belongs among the cases of tests/unit/test_hostile_records.py.
+For any input ``decode_order`` and ``decode_canonical`` return an order or raise RejectedError, as the reference does.
+An input with a new result is added to the corpus. The first disagreement prints the input and ends the run with 1.
+Add this input to the cases of tests/unit/test_hostile_records.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import attrs
 from orderlib import InvalidOrder, MalformedJson, Order, content_sha256, decode_order, encode_order
 from orderlib.codecs import decode_canonical, digest
 from orderlib.testing import SAMPLE, FaultKind, break_order
-from tests.support.reference_decoder import reference_decode, verdict
+from tests.support.reference_decoder import comparable, reference_decode
 
 _TOKENS = [
     *(bytes([byte]) for byte in b'"\\[]{},: \t\n\r\0\x1f0-+.eE\x7f\x80\xc3\xed\xff'),
@@ -39,7 +39,7 @@ _TOKENS = [
 
 
 def inputs(rng: Random) -> Generator[bytes, bool, None]:
-    """Ever more inputs; send back those that are worth mutating further."""
+    """Yield inputs without end. Send back whether an input is worth more mutations."""
     order = decode_order(SAMPLE)
     everywhere = attrs.evolve(
         order,
@@ -80,7 +80,7 @@ def _insert(data: bytes, _other: bytes, rng: Random) -> bytes:
 
 
 def _replace_value(data: bytes, _other: bytes, rng: Random) -> bytes:
-    """Something else after one of the colons."""
+    """Replace the text after one of the colons."""
     colons = [at for at, byte in enumerate(data) if byte == ord(":")]
     if not colons:
         return data
@@ -97,7 +97,7 @@ def _flip(data: bytes, _other: bytes, rng: Random) -> bytes:
 
 
 def _bury(data: bytes, _other: bytes, rng: Random) -> bytes:
-    """Something far below a field that nobody asked for."""
+    """Add an unknown field with a token at the bottom of many levels."""
     levels = rng.choice([1, 50, 97, 98, 99, 100])
     at = data.find(b"{", rng.randrange(len(data) + 1)) + 1
     return data[:at] + b'"x":' + b"[" * levels + rng.choice(_TOKENS) + b"]" * levels + b"," + data[at:]
@@ -121,32 +121,34 @@ def _slice(data: bytes, rng: Random) -> tuple[int, int]:
     return start, min(len(data), start + rng.choice([1, 2, 8, 40, 400]))
 
 
-def answer(decode: Callable[[bytes], Order], data: bytes) -> Order | InvalidOrder | MalformedJson:
-    """What a decoder says; any other exception of it ends the run."""
+def order_or_error(decode: Callable[[bytes], Order], data: bytes) -> Order | InvalidOrder | MalformedJson:
+    """Return the order, or the error of the decoder. Any other exception ends the run."""
     try:
         return decode(data)
-    except (InvalidOrder, MalformedJson) as refusal:
-        return refusal
+    except (InvalidOrder, MalformedJson) as error:
+        return error
 
 
 def consumer_agrees(found: Order | InvalidOrder | MalformedJson, data: bytes) -> bool:
-    """Whether the consumer decodes the order found, or refuses it with the same report."""
+    """Return whether the consumer decodes the same order, or raises an error with the same report."""
     try:
         canonical = decode_canonical(data)
-    except (InvalidOrder, MalformedJson) as refusal:
-        return verdict(refusal) == verdict(found)
+    except (InvalidOrder, MalformedJson) as error:
+        return comparable(error) == comparable(found)
     return isinstance(found, Order) and digest(canonical) == content_sha256(found)
 
 
 def disagreements(rng: Random) -> Iterator[bytes | None]:
-    """Try one input after another: those about which decoders and reference differ, ``None`` for the others."""
+    """Try inputs without end. Yield the inputs about which decoders and reference differ, ``None`` for the others."""
     seen: set[object] = set()
     stream = inputs(rng)
     data = next(stream)
     while True:
-        found = answer(decode_order, data)
-        confirm = consumer_agrees(found, data) and verdict(found) == verdict(answer(reference_decode, data))
-        yield None if confirm else data
+        found = order_or_error(decode_order, data)
+        is_agreed = consumer_agrees(found, data) and comparable(found) == comparable(
+            order_or_error(reference_decode, data)
+        )
+        yield None if is_agreed else data
         kind: object = Order
         if isinstance(found, MalformedJson | InvalidOrder):
             kind = tuple((fault.path, fault.found.partition(" (byte ")[0]) for fault in found.faults[:2])
@@ -156,7 +158,7 @@ def disagreements(rng: Random) -> Iterator[bytes | None]:
 
 
 def main() -> int:
-    """Fuzz for a while."""
+    """Fuzz until the time is over or a disagreement is found."""
     parser = argparse.ArgumentParser(prog="python -m tests.support.fuzz_decoder", description=__doc__)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=time.time_ns())

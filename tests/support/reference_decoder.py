@@ -1,4 +1,4 @@
-"""A slow second opinion about what an order is: the standard library's JSON, then the contract on plain data."""
+"""A slow decoder to compare with: the JSON decoder of the standard library, then ``order_from_plain``."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ MAX_NESTING = 100
 
 
 def reference_decode(data: bytes) -> Order:
-    """What ``decode_order`` must give or raise; of MalformedJson only the class counts."""
+    """Return or raise what ``decode_order`` must. For MalformedJson only the class is compared."""
     try:
         text = data.decode()
         if _nesting(text) > MAX_NESTING:
             raise ValueError("too deep")
-        with _room_for_recursion():
+        with _higher_recursion_limit():
             plain = json.loads(text, parse_constant=_refuse, parse_int=_parse_int, parse_float=lambda _: 0.5)
     except ValueError as exc:
         raise MalformedJson([Fault(path="$", expected="JSON", found="something else")]) from exc
     return order_from_plain(plain)
 
 
-def verdict(decoded: Order | InvalidOrder | MalformedJson) -> object:
-    """What two decoders must agree about."""
+def comparable(decoded: Order | InvalidOrder | MalformedJson) -> object:
+    """Return the part of a result that must be equal for two decoders."""
     if isinstance(decoded, InvalidOrder):
         return decoded.faults, decoded.total
     return type(decoded) if isinstance(decoded, MalformedJson) else decoded
@@ -38,7 +38,7 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _parse_int(digits: str) -> int:
-    # Python reads no integer of 5,000 digits; where it ends does not matter past 64 bits.
+    # Python refuses to parse 5,000 digits. Beyond 64 bits the value does not matter.
     return int(digits) if len(digits) < 40 else int(digits[:40])
 
 
@@ -60,7 +60,7 @@ def _nesting(text: str) -> int:
 
 
 @contextmanager
-def _room_for_recursion() -> Iterator[None]:
+def _higher_recursion_limit() -> Iterator[None]:
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(before + 2 * MAX_NESTING)
     try:

@@ -1,4 +1,4 @@
-"""The rules on the models, as each of their readers keeps them."""
+"""The rules on the models, in the decoder, in the constructors, in words and in JSON Schema."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from orderlib.contract import describe, json_schema, rules_of, unchecked
 from orderlib.models import MAX_ITEMS
 from orderlib.testing import SAMPLE, MemoryOrderRepository
 from orderlib.testing.strategies import deliveries, items, orders, payments, values
-from tests.support.boundary_values import PLACES, Place, candidates, decoder_accepts, model_accepts
+from tests.support.boundary_values import PLACES, Place, boundary_values, decoder_accepts, model_accepts
 
 SAMPLE_ORDER = decode_order(SAMPLE)
 
-#: Of JSON's types and some of Python's, a value each that no scalar field of another type may take.
+#: A value of each type of JSON and of some types of Python. A scalar field accepts none but those of its own type.
 FOREIGN = [None, True, 0, 1.0, 0.5, float("nan"), "99", b"99", [], {}, (), object()]
 
 
@@ -56,14 +56,14 @@ class Moment(dt.datetime):
 
 def faults_of(make: object) -> list[tuple[str, str]]:
     assert callable(make)
-    with pytest.raises(InvalidOrder) as refusal:
+    with pytest.raises(InvalidOrder) as caught:
         make()
-    return [(fault.path, fault.found) for fault in refusal.value.faults]
+    return [(fault.path, fault.found) for fault in caught.value.faults]
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_models_and_decoder_accept_the_same_values_around_every_bound(place: Place) -> None:
-    tried = {value: model_accepts(place, SAMPLE_ORDER, value) for value in candidates(place.rule)}
+    tried = {value: model_accepts(place, SAMPLE_ORDER, value) for value in boundary_values(place.rule)}
     assert set(tried.values()) == {True, False}
     assert tried == {value: decoder_accepts(place, SAMPLE_ORDER, value) for value in tried}
 
@@ -78,10 +78,10 @@ def test_models_and_decoder_accept_the_same_values_drawn_at_random(place: Place,
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-def test_models_take_no_value_of_another_type(place: Place) -> None:
-    good = type(next(candidates(place.rule)))
+def test_models_accept_no_value_of_another_type(place: Place) -> None:
+    own_type = type(next(boundary_values(place.rule)))
     for value in FOREIGN:
-        if type(value) is not good:
+        if type(value) is not own_type:
             assert not model_accepts(place, SAMPLE_ORDER, value), value
 
 
@@ -98,7 +98,7 @@ def test_models_and_decoder_agree_about_the_number_of_items(count: int) -> None:
         assert faults_of(lambda: decode_order(json.dumps(plain).encode())) == [("$.items", found)]
 
 
-def test_a_model_names_every_fault_at_once() -> None:
+def test_a_model_reports_every_fault_at_once() -> None:
     found = faults_of(lambda: attrs.evolve(SAMPLE_ORDER.items[0], sale=101, rid="", price=-1, brand="x" * 256))
     assert found == [
         ("$.price", "a smaller integer"),
@@ -123,7 +123,7 @@ def test_plain_data_in_place_of_a_model_or_a_time_is_a_fault_of_the_model() -> N
 
 
 def test_subclasses_of_plain_types_are_faults_named_by_their_type() -> None:
-    """The encoder, the driver and equality would each have its own idea of them."""
+    """The encoder, the driver and the comparison would each treat them differently."""
     moment = Moment(2021, 11, 26, tzinfo=dt.UTC)
     assert faults_of(lambda: attrs.evolve(SAMPLE_ORDER, entry=Currency.EURO, sm_id=True, date_created=moment)) == [
         ("$.entry", "a Python Currency"),
@@ -133,7 +133,7 @@ def test_subclasses_of_plain_types_are_faults_named_by_their_type() -> None:
 
 
 @pytest.mark.parametrize("not_items", [None, 7, SAMPLE_ORDER.items[0]])
-def test_items_that_are_no_collection_are_a_fault(not_items: Any) -> None:
+def test_items_that_are_not_a_collection_are_a_fault(not_items: Any) -> None:
     [(path, _)] = faults_of(lambda: attrs.evolve(SAMPLE_ORDER, items=not_items))
     assert path == "$.items"
 
@@ -161,16 +161,14 @@ def test_orders_whose_times_are_the_same_instant_are_equal() -> None:
     assert hash(moved) == hash(SAMPLE_ORDER)
 
 
-def test_trusted_makes_what_calling_the_class_would() -> None:
+def test_unchecked_returns_what_the_constructor_would() -> None:
     fields = {field.name: getattr(SAMPLE_ORDER.delivery, field.name) for field in attrs.fields(Delivery)}
     assert unchecked(Delivery, **fields) == SAMPLE_ORDER.delivery
 
 
 @given(orders(), deliveries(), payments(), items())
 @settings(max_examples=25)
-def test_every_order_that_can_be_drawn_is_made_of_parts_that_can(
-    order: Order, delivery: Delivery, payment: Payment, item: Item
-) -> None:
+def test_drawn_parts_make_a_valid_order(order: Order, delivery: Delivery, payment: Payment, item: Item) -> None:
     assert attrs.evolve(order, delivery=delivery, payment=payment, items=[item]).items == (item,)
 
 
@@ -191,7 +189,7 @@ def test_an_order_and_its_parts_cannot_be_subclassed(model: type) -> None:
     assert getattr(model, "__final__", False)
 
 
-def test_an_instance_of_a_subclass_that_avoided_the_ban_is_refused_everywhere() -> None:
+def test_an_instance_of_a_forced_subclass_is_refused_everywhere() -> None:
     escaped = types.new_class("Sub", (Mixin, Order))
     fields = {field.name: getattr(SAMPLE_ORDER, field.name) for field in attrs.fields(Order)}
     order = escaped(**fields)
@@ -206,13 +204,13 @@ def test_an_instance_of_a_subclass_that_avoided_the_ban_is_refused_everywhere() 
 
 @pytest.mark.parametrize("function", [encode_order, content_sha256, order_to_plain, MemoryOrderRepository().save])
 @pytest.mark.parametrize("value", ["x", b"{}", None, order_to_plain(SAMPLE_ORDER), SAMPLE_ORDER.delivery, Mock(Order)])
-def test_what_takes_an_order_refuses_anything_else(function: Callable[[Any], object], value: object) -> None:
+def test_functions_of_an_order_refuse_anything_else(function: Callable[[Any], object], value: object) -> None:
     with pytest.raises(TypeError, match=r"an orderlib\.Order is needed, not \w+"):
         function(value)
 
 
 @pytest.mark.skipif(not hasattr(copy, "replace"), reason="Python 3.13 has copy.replace")
-def test_copy_replace_checks_as_evolve_does() -> None:
+def test_copy_replace_validates_like_evolve() -> None:
     assert faults_of(lambda: copy.replace(SAMPLE_ORDER.items[0], sale=101)) == [  # type: ignore[attr-defined,unused-ignore]
         ("$.sale", "a greater integer")
     ]
@@ -231,11 +229,11 @@ def test_rules_are_described_in_words() -> None:
     ("length", "found"),
     [(0, "a string of 0 characters"), (1, "a string of 1 character"), (4, "a string of 4 characters")],
 )
-def test_what_was_found_is_in_the_right_number(length: int, found: str) -> None:
+def test_a_length_in_a_fault_is_singular_or_plural(length: int, found: str) -> None:
     assert faults_of(lambda: attrs.evolve(SAMPLE_ORDER.payment, currency="X" * length)) == [("$.currency", found)]
 
 
-def test_a_rule_without_words_for_it_is_said_so() -> None:
+def test_a_rule_of_an_unknown_kind_has_no_description() -> None:
     with pytest.raises(NotImplementedError, match="no rule of kind"):
         describe(rules_of(Order).fields[0])  # type: ignore[arg-type]
 
@@ -257,23 +255,25 @@ def test_the_patterns_of_the_json_schema_compile_in_every_engine() -> None:
         assert not re.search(r"\(\?|\\[uAZzpPkdwsb1-9]", pattern), pattern
 
 
-def test_the_json_schema_is_one() -> None:
+def test_the_json_schema_is_valid() -> None:
     jsonschema.Draft202012Validator.check_schema(order_schema())
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_the_json_schema_accepts_what_the_decoder_accepts(place: Place) -> None:
-    """But for what JSON Schema cannot say: that 1.0 is not 1, which texts are times, what a lone surrogate is."""
+    """Except what JSON Schema cannot express: that 1.0 is not 1, which texts are times, what a lone surrogate is."""
     validator = jsonschema.Draft202012Validator(order_schema())
     of_another_type: list[object] = [None, True, 0.5, [], {}, "7" if isinstance(place.rule, IntType) else 7]
-    of_its_own = [value for value in candidates(place.rule) if not isinstance(value, dt.datetime) and _encodable(value)]
+    of_its_own = [
+        value for value in boundary_values(place.rule) if not isinstance(value, dt.datetime) and _encodable(value)
+    ]
     for value in of_another_type + of_its_own:
         record = place.in_json(SAMPLE_ORDER, value)
         assert validator.is_valid(json.loads(record)) == decoder_accepts(place, SAMPLE_ORDER, value), value
 
 
 @pytest.mark.parametrize("part", [None, "delivery", "payment", "items"])
-def test_the_json_schema_requires_every_field_and_lets_unknown_ones_pass(part: str | None) -> None:
+def test_the_json_schema_requires_every_field_and_accepts_unknown_ones(part: str | None) -> None:
     validator = jsonschema.Draft202012Validator(order_schema())
 
     def with_part(change: Mapping[str, object], without: str | None = None) -> dict[str, object]:

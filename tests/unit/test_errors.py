@@ -1,4 +1,4 @@
-"""Errors leave a process as they are: copied and pickled, by process pools and queues."""
+"""Errors can be copied and pickled without loss, as process pools and queues do."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FAULTS = [Fault(path=f"$.items[{n}].sale", expected="an integer from 0 to 100",
 
 
 class OfAUser(OrderNotFound):
-    """As a user of the library might write it: with parameters and attributes of its own."""
+    """An error of a user of the library, with its own parameters and attributes."""
 
     def __init__(self, shop: str, *, attempts: int) -> None:
         super().__init__(f"{shop}-1")
@@ -79,7 +79,7 @@ _WAYS: dict[str, Callable[[OrderlibError], OrderlibError]] = {
 }
 
 
-def test_errors_of_every_module_are_among_those_tested() -> None:
+def test_the_errors_of_every_module_are_tested() -> None:
     assert {"TopicRecreated", "BreakerTripped", "RefusedByDatabase", "FenceLost", "OfAUser"} <= {
         cls.__name__ for cls in _CLASSES
     }
@@ -87,7 +87,7 @@ def test_errors_of_every_module_are_among_those_tested() -> None:
 
 @pytest.mark.parametrize("way", _WAYS)
 @pytest.mark.parametrize("cls", _CLASSES, ids=lambda cls: cls.__name__)
-def test_an_error_is_the_same_after_a_copy(cls: type[OrderlibError], way: str) -> None:
+def test_a_copy_of_an_error_equals_it(cls: type[OrderlibError], way: str) -> None:
     error = _example(cls)
     error.add_note("a note")
     copied = _WAYS[way](error)

@@ -1,4 +1,4 @@
-"""Records that might break the decoder: each ends in a clear refusal or a whole order, soon and in little memory."""
+"""Records that might break the decoder. Each is accepted or refused, in little time and memory."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ import pytest
 from orderlib import InvalidOrder, MalformedJson, TooLarge, decode_order
 from orderlib.ingestion.records import Record, RecordPosition, Reject, classify_record, record_time
 from orderlib.testing import SAMPLE
-from tests.support.fuzz_decoder import answer, consumer_agrees, disagreements
-from tests.support.reference_decoder import reference_decode, verdict
+from tests.support.fuzz_decoder import consumer_agrees, disagreements, order_or_error
+from tests.support.reference_decoder import comparable, reference_decode
 
 SAMPLE_ORDER = decode_order(SAMPLE)
 RECORD = SAMPLE.strip()
 
 
 def with_text(escaped: bytes) -> bytes:
-    """The sample with this between the quotes of a name."""
+    """Return the sample with this between the quotes of a name."""
     return RECORD.replace(b"Test Testov", escaped)
 
 
 def with_number(number: bytes) -> bytes:
-    """The sample with this as a known number."""
+    """Return the sample with this as a known number."""
     return RECORD.replace(b'"sm_id":99', b'"sm_id":' + number)
 
 
 def with_unknown(value: bytes) -> bytes:
-    """The sample with this in a field nobody asked for."""
+    """Return the sample with this value in an unknown field."""
     return RECORD.replace(b'"sm_id":99', b'"sm_id":99,"later":' + value)
 
 
 def with_item(item: bytes, count: int) -> bytes:
-    """The sample with so many of this item."""
+    """Return the sample with this item, repeated."""
     start = RECORD.index(b'"items":[') + len(b'"items":[')
     end = RECORD.index(b"]", start)
     return RECORD[:start] + b",".join([item] * count) + RECORD[end:]
@@ -50,7 +50,7 @@ ITEM = json.dumps(json.loads(SAMPLE)["items"][0]).encode()
 MALFORMED = {
     "nothing": b"",
     "blanks": b" \t\r\n",
-    "a blank that JSON does not know": b"\x0c" + RECORD,
+    "whitespace that JSON does not allow": b"\x0c" + RECORD,
     "a byte order mark": b"\xef\xbb\xbf" + RECORD,
     "UTF-16": RECORD.decode().encode("utf-16"),
     "Latin-1": with_text(b"Caf\xe9"),
@@ -65,7 +65,7 @@ MALFORMED = {
     "a raw NUL": with_text(b"\0"),
     "a raw newline": with_text(b"a\nb"),
     "a raw NUL in an unknown field": with_unknown(b'"\0"'),
-    "an escape that is none": with_text(rb"\x41"),
+    "an unknown escape": with_text(rb"\x41"),
     "half an escape": with_text(rb"\ud8"),
     "single quotes": RECORD.replace(b'"', b"'"),
     "a comma at the end": RECORD[:-1] + b",}",
@@ -150,29 +150,29 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED)
-def test_what_is_not_one_json_text_is_malformed(data: bytes) -> None:
-    with pytest.raises(MalformedJson) as refusal:
+def test_a_record_that_is_not_one_json_text_is_malformed(data: bytes) -> None:
+    with pytest.raises(MalformedJson) as caught:
         decode_order(data)
-    assert [fault.path for fault in refusal.value.faults] == ["$"]
+    assert [fault.path for fault in caught.value.faults] == ["$"]
 
 
 @pytest.mark.parametrize(("data", "path"), INVALID.values(), ids=INVALID)
-def test_what_is_json_but_no_order_is_invalid_in_one_place(data: bytes, path: str) -> None:
-    with pytest.raises(InvalidOrder) as refusal:
+def test_json_that_is_not_an_order_is_invalid_in_one_place(data: bytes, path: str) -> None:
+    with pytest.raises(InvalidOrder) as caught:
         decode_order(data)
-    assert [fault.path for fault in refusal.value.faults] == [path]
+    assert [fault.path for fault in caught.value.faults] == [path]
 
 
 @pytest.mark.parametrize("data", ACCEPTED.values(), ids=ACCEPTED)
-def test_what_only_looks_bad_is_the_order(data: bytes) -> None:
+def test_unusual_json_of_an_order_is_accepted(data: bytes) -> None:
     assert decode_order(data) == SAMPLE_ORDER
 
 
 @pytest.mark.parametrize("data", [*MALFORMED.values(), *(data for data, _ in INVALID.values()), *ACCEPTED.values()])
 def test_the_consumer_and_the_reference_agree(data: bytes) -> None:
-    found = answer(decode_order, data)
+    found = order_or_error(decode_order, data)
     assert consumer_agrees(found, data)
-    assert verdict(found) == verdict(answer(reference_decode, data))
+    assert comparable(found) == comparable(order_or_error(reference_decode, data))
 
 
 def test_a_thousand_items_are_an_order() -> None:
@@ -181,13 +181,15 @@ def test_a_thousand_items_are_an_order() -> None:
 
 @pytest.mark.parametrize("levels", [50, 100])
 @pytest.mark.parametrize("with_levels", [with_unknown, with_number])
-def test_what_a_record_is_does_not_depend_on_who_asks(levels: int, with_levels: Callable[[bytes], bytes]) -> None:
-    """The decoder of C goes down the caller's stack; a caller deep down must not turn good records into bad ones."""
+def test_the_result_does_not_depend_on_the_depth_of_the_callers_stack(
+    levels: int, with_levels: Callable[[bytes], bytes]
+) -> None:
+    """msgspec counts its levels on the caller's stack. A deep caller must not make a valid record invalid."""
     data = with_levels(b"[" * (levels - 1) + b"]" * (levels - 1))
-    asked_from_the_top = verdict(answer(decode_order, data))
+    asked_from_the_top = comparable(order_or_error(decode_order, data))
 
     def descend(levels: int) -> object:
-        return descend(levels - 1) if levels else verdict(answer(decode_order, data))
+        return descend(levels - 1) if levels else comparable(order_or_error(decode_order, data))
 
     levels_left = 60
     assert descend(sys.getrecursionlimit() - len(inspect.stack(0)) - levels_left) == asked_from_the_top
@@ -222,24 +224,24 @@ LARGE = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_a_large_record_is_judged_soon_and_in_memory_of_its_own_size(name: str) -> None:
+def test_a_large_record_is_decoded_in_little_time_and_memory(name: str) -> None:
     data = LARGE[name]
-    # The report is in document order, so the second look keeps the keys of an object, also those it does not know.
+    # The report is in document order, so the validation collects the keys of an object, also the unknown ones.
     times = 25 if name == "unknown keys" else 8
     tracemalloc.start()
     began = time.perf_counter()
     try:
-        answer(decode_order, data)
+        order_or_error(decode_order, data)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak_bytes < times * len(data)
-    # Far more than a slow machine needs under tracemalloc: what must not happen is minutes.
+    # Far more than a slow machine needs under tracemalloc. It must not take minutes.
     assert time.perf_counter() - began < 20
 
 
 @pytest.mark.parametrize("value", [b"[" * 10_000_000, b"\xff" * 10_000_000])
-def test_a_value_above_the_limit_is_not_even_parsed(value: bytes) -> None:
+def test_a_value_above_the_limit_is_not_parsed(value: bytes) -> None:
     reject = classify_record(record(value), max_bytes=8 * 1024 * 1024)
     assert isinstance(reject, Reject)
     assert reject.code == TooLarge.code
@@ -253,12 +255,12 @@ def test_a_record_without_a_value_is_malformed() -> None:
 
 
 def record(value: bytes | None) -> Record:
-    """A record with this value."""
+    """Return a record with this value."""
     source = RecordPosition(topic_id="topic", partition=0, offset=0)
     return Record(source=source, time=record_time(0), topic="orders", key=None, value=value)
 
 
-def test_a_short_fuzzing_run_finds_decoder_and_reference_agreed() -> None:
-    """Ten minutes of it found what stands among the cases above: ``python -m tests.support.fuzz_decoder``."""
+def test_a_short_fuzzing_run_finds_no_disagreement_with_the_reference() -> None:
+    """Longer runs, ``python -m tests.support.fuzz_decoder``, found some of the cases above."""
     tried = list(itertools.islice(disagreements(Random(20211126)), 1500))
     assert [data for data in tried if data is not None] == []

@@ -1,4 +1,4 @@
-"""What becomes of records, one by one and in batches."""
+"""Records are classified one by one, and written in batches."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def version(of: PreparedOrder) -> StoredVersion:
 
 
 def after(prepared_orders: Sequence[PreparedOrder], stored: Stored) -> tuple[Stored, list[Outcome]]:
-    """What is stored after a batch, and what became of each arrival."""
+    """Return what is stored after a batch, and the outcome of each of its orders."""
     plan = plan_writes(prepared_orders, stored)
     written = {write.order_uid: version(write) for write in plan.writes}
     moved = {uid: attrs.evolve(stored[uid], source=at.source) for uid, at in plan.moves.items()}
@@ -56,12 +56,14 @@ def after(prepared_orders: Sequence[PreparedOrder], stored: Stored) -> tuple[Sto
     return {**stored, **written, **moved}, list(plan.outcomes)
 
 
-SOURCES = st.none() | st.builds(source, st.integers(0, 5), st.integers(0, 1), st.sampled_from(["first", "made again"]))
-ARRIVALS = st.lists(st.builds(prepared_order, st.sampled_from(["a", "b"]), st.integers(0, 2), SOURCES), max_size=12)
+SOURCES = st.none() | st.builds(source, st.integers(0, 5), st.integers(0, 1), st.sampled_from(["first", "recreated"]))
+PREPARED_ORDERS = st.lists(
+    st.builds(prepared_order, st.sampled_from(["a", "b"]), st.integers(0, 2), SOURCES), max_size=12
+)
 
 
-@given(ARRIVALS, ARRIVALS, st.sets(st.integers(0, 12)))
-def test_where_batches_are_cut_never_shows(
+@given(PREPARED_ORDERS, PREPARED_ORDERS, st.sets(st.integers(0, 12)))
+def test_the_final_state_does_not_depend_on_where_batches_are_cut(
     before: list[PreparedOrder], prepared_orders: list[PreparedOrder], cuts: set[int]
 ) -> None:
     stored: Stored = {}
@@ -79,21 +81,21 @@ def test_where_batches_are_cut_never_shows(
     assert len(outcomes) == len(prepared_orders)
 
 
-def test_the_later_record_of_an_order_wins_and_the_earlier_ones_are_superseded() -> None:
+def test_the_last_record_of_an_order_is_stored_and_the_earlier_ones_are_superseded() -> None:
     first, second, third = (prepared_order("a", content, source(content)) for content in (0, 1, 2))
     stored, outcomes = after([first, second, third], {})
     assert outcomes == [Outcome.SUPERSEDED, Outcome.SUPERSEDED, Outcome.STORED]
     assert stored == {"a": version(third)}
 
 
-def test_a_replay_never_overwrites_what_is_newer() -> None:
+def test_a_replay_never_overwrites_a_newer_version() -> None:
     newest = {"a": version(prepared_order("a", 2, source(2)))}
     stored, outcomes = after([prepared_order("a", 0, source(0)), prepared_order("a", 1, source(1))], newest)
     assert outcomes == [Outcome.SUPERSEDED, Outcome.SUPERSEDED]
     assert stored == newest
 
 
-def test_equal_content_is_a_duplicate_that_only_moves_the_source_forward() -> None:
+def test_equal_content_is_a_duplicate_that_only_moves_the_position_forward() -> None:
     stored = {"a": version(prepared_order("a", 0, source(3)))}
     later, earlier = prepared_order("a", 0, source(4)), prepared_order("a", 0, source(1))
     assert after([later], stored) == ({"a": version(later)}, [Outcome.DUPLICATE])
@@ -101,8 +103,8 @@ def test_equal_content_is_a_duplicate_that_only_moves_the_source_forward() -> No
     assert plan_writes([later], stored).writes == ()
 
 
-@pytest.mark.parametrize("elsewhere", [source(0, partition=1), source(0, topic_id="made again"), None])
-def test_between_partitions_the_record_handled_last_wins(elsewhere: RecordPosition | None) -> None:
+@pytest.mark.parametrize("elsewhere", [source(0, partition=1), source(0, topic_id="recreated"), None])
+def test_between_partitions_the_record_handled_last_is_stored(elsewhere: RecordPosition | None) -> None:
     stored = {"a": version(prepared_order("a", 0, source(9)))}
     other = prepared_order("a", 1, elsewhere)
     assert after([other], stored) == ({"a": version(other)}, [Outcome.STORED])
@@ -115,11 +117,11 @@ def test_between_partitions_the_record_handled_last_wins(elsewhere: RecordPositi
         (source(5), False),
         (source(6), False),
         (source(4, partition=1), False),
-        (source(4, topic_id="made again"), False),
+        (source(4, topic_id="recreated"), False),
         (None, False),
     ],
 )
-def test_a_redriven_reject_replaces_only_what_came_before_it_in_its_partition(
+def test_a_redriven_reject_replaces_only_an_earlier_version_of_its_partition(
     stored_at: RecordPosition | None, may: bool
 ) -> None:
     reject = prepared_order("a", 1, source(5))
@@ -131,7 +133,7 @@ def test_a_redriven_reject_replaces_only_what_came_before_it_in_its_partition(
     assert plan.moves == {}
 
 
-def test_a_redriven_reject_of_an_order_that_is_absent_is_stored() -> None:
+def test_a_redriven_reject_of_a_missing_order_is_stored() -> None:
     reject = prepared_order("a", 1, source(5))
     assert plan_redrive([reject], {}).writes == (reject,)
 
@@ -146,7 +148,7 @@ def test_a_redriven_reject_of_an_order_that_is_absent_is_stored() -> None:
         (SAMPLE + b" " * 1_000, "too_large"),
     ],
 )
-def test_a_record_is_an_order_or_a_reject_that_keeps_it_whole(value: bytes | None, code: str | None) -> None:
+def test_a_record_is_an_order_or_a_reject_with_all_of_its_content(value: bytes | None, code: str | None) -> None:
     record = Record(source=source(7), time=TIME, topic="orders", key=b"k", value=value, headers=(("h", None),))
     classified = classify_record(record, max_bytes=len(SAMPLE) + 100)
     if code is None:
@@ -160,14 +162,14 @@ def test_a_record_is_an_order_or_a_reject_that_keeps_it_whole(value: bytes | Non
 @pytest.mark.parametrize(
     "timestamp_ms", [-(2**63), -62135596800001, -1, 0, 253402300799999, 253402300800000, 2**63 - 1]
 )
-def test_any_timestamp_becomes_a_time_that_postgresql_and_python_hold(timestamp_ms: int) -> None:
+def test_any_timestamp_becomes_a_time_that_postgresql_and_python_can_represent(timestamp_ms: int) -> None:
     time = record_time(timestamp_ms)
     assert time.utcoffset() == dt.timedelta(0)
     if -62135596800000 <= timestamp_ms <= 253402300799999:
         assert abs(time.timestamp() - timestamp_ms / 1000) < 0.001
 
 
-def test_a_batch_without_some_partitions_is_the_batch_of_the_others() -> None:
+def test_a_batch_without_some_partitions_has_the_records_of_the_others() -> None:
     records = [
         Record(source=source(p, partition=p), time=TIME, topic="orders", key=None, value=SAMPLE) for p in range(3)
     ]
@@ -191,7 +193,7 @@ def test_a_batch_without_some_partitions_is_the_batch_of_the_others() -> None:
         (None, None, (("h", b""),), ["headers"]),
     ],
 )
-def test_a_reject_leaves_out_and_names_what_no_row_can_hold(
+def test_a_reject_leaves_out_and_names_the_parts_that_fit_into_no_row(
     monkeypatch: pytest.MonkeyPatch, key: bytes | None, value: bytes | None, headers: Headers, left_out: list[str]
 ) -> None:
     monkeypatch.setattr("orderlib.ingestion.records._ROW_BYTES", 100)

@@ -28,12 +28,12 @@ from orderlib.ingestion.records import Record, RecordPosition, classify_record
 from orderlib.testing import FaultKind, break_order
 from orderlib.testing.strategies import orders
 
-#: Stands in every text of an order that these tests make, but for the order_uid.
+#: Part of every text of the orders in these tests, except the order_uid.
 SECRET = "s3cret"
 
 
 def _with_secrets(part: Any) -> Any:
-    """The part of an order with the secret in every text that has no form."""
+    """Return a part of an order with the secret in every text that has no form."""
     changes: dict[str, Any] = {}
     model: Any = type(part)
     for field in rules_of(model).fields:
@@ -65,7 +65,7 @@ CLASSES = list(_attrs_classes())
 
 
 def _value(hint: Any, name: str, order: Order) -> Any:
-    """Any value of this type; what comes from an order or a record has the secret in it."""
+    """Return a value of this type. A value from an order or a record contains the secret."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return _value(arguments[0], name, order)
@@ -112,7 +112,7 @@ def test_no_repr_shows_personal_data(cls: type[attrs.AttrsInstance], order: Orde
         assert SECRET not in text
 
 
-def test_classes_that_hold_orders_and_records_are_among_those_tested() -> None:
+def test_the_classes_that_contain_orders_and_records_are_tested() -> None:
     assert {"Order", "Delivery", "Payment", "Item", "Record", "Reject", "StoredOrder", "Page", "PackedRows"} <= {
         cls.__name__ for cls in CLASSES
     }
@@ -120,7 +120,7 @@ def test_classes_that_hold_orders_and_records_are_among_those_tested() -> None:
 
 @given(secret_orders())
 @settings(max_examples=20)
-def test_the_repr_of_an_order_names_it_and_counts_its_items(order: Order) -> None:
+def test_the_repr_of_an_order_has_its_order_uid_and_the_number_of_items(order: Order) -> None:
     assert repr(order) == f"Order(order_uid={order.order_uid!r}, items={len(order.items)})"
     assert SECRET not in repr(canonical_form(order))
     assert SECRET in json.dumps(orderlib.order_to_plain(order))
@@ -128,7 +128,7 @@ def test_the_repr_of_an_order_names_it_and_counts_its_items(order: Order) -> Non
 
 @given(secret_orders(), st.binary(max_size=20))
 @settings(max_examples=20)
-def test_what_a_record_became_shows_no_content(order: Order, junk: bytes) -> None:
+def test_the_reprs_of_a_record_and_its_classification_show_no_content(order: Order, junk: bytes) -> None:
     for value in (orderlib.encode_order(order), SECRET.encode() + junk, None):
         source = RecordPosition(topic_id="id", partition=0, offset=7)
         record = Record(

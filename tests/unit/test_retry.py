@@ -1,4 +1,4 @@
-"""The verdict on each SQLSTATE, and the waits between tries."""
+"""The action for each SQLSTATE, and the waits between attempts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sandbox.postgres import INSTALLATION
 
 
 @pytest.mark.parametrize(
-    ("sqlstate", "fate"),
+    ("sqlstate", "action"),
     [
         ("08006", ErrorAction.OUTAGE),  # connection failure
         ("22001", ErrorAction.BISECT),  # string too long
@@ -27,7 +27,7 @@ from sandbox.postgres import INSTALLATION
         ("25006", ErrorAction.OUTAGE),  # read-only transaction
         ("25P03", ErrorAction.OUTAGE),  # idle_in_transaction_session_timeout
         ("25P04", ErrorAction.OUTAGE),  # transaction_timeout
-        ("25P02", ErrorAction.STOP),  # in a failed transaction: a bug of ours
+        ("25P02", ErrorAction.STOP),  # in a failed transaction: a bug of orderlib
         ("28P01", ErrorAction.STOP),  # wrong password
         ("3D000", ErrorAction.STOP),  # no such database
         ("40001", ErrorAction.RETRY),  # serialization failure
@@ -45,17 +45,17 @@ from sandbox.postgres import INSTALLATION
         ("58030", ErrorAction.OUTAGE),  # the server's disk
         ("XX000", ErrorAction.BISECT),
         ("XX001", ErrorAction.STOP),  # data corrupted
-        ("P0001", ErrorAction.STOP),  # raised by somebody's trigger
+        ("P0001", ErrorAction.STOP),  # raised by a trigger
         ("ZZZZZ", ErrorAction.STOP),
         ("", ErrorAction.STOP),
     ],
 )
-def test_the_sqlstate_alone_decides(sqlstate: str, fate: ErrorAction) -> None:
-    assert classify_sqlstate(sqlstate) is fate
+def test_each_sqlstate_has_its_action(sqlstate: str, action: ErrorAction) -> None:
+    assert classify_sqlstate(sqlstate) is action
 
 
 @given(st.text("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", min_size=5, max_size=5))
-def test_nothing_is_split_or_tried_again_by_accident(sqlstate: str) -> None:
+def test_unknown_sqlstates_are_neither_split_nor_retried(sqlstate: str) -> None:
     known = ("08", "22", "23", "25006", "25P03", "25P04", "40", "53", "54000", "55", "57", "58", "72", "XX000")
     if not sqlstate.startswith(known):
         assert classify_sqlstate(sqlstate) is ErrorAction.STOP
@@ -77,14 +77,14 @@ def test_every_class_of_sqlstates_has_an_entry() -> None:
 
 
 @given(st.integers(0, 2**32), st.floats(0.01, 5), st.floats(5, 100))
-def test_waits_double_up_to_a_bound_and_never_fall_below_its_half(seed: int, first_s: float, most_s: float) -> None:
+def test_waits_double_up_to_a_bound_and_are_at_least_half_of_it(seed: int, first_s: float, most_s: float) -> None:
     backoff = Backoff(Random(seed), first_s=first_s, most_s=most_s)
     for tries in range(40):
         bound = min(most_s, first_s * 2**tries)
         assert bound / 2 <= backoff.next_wait_s() <= bound
 
 
-def test_waits_differ_between_programs_and_are_short_again_after_success() -> None:
+def test_waits_differ_between_programs_and_are_short_again_after_a_success() -> None:
     one, other = Backoff(Random(1)), Backoff(Random(2))
     assert [one.next_wait_s() for _ in range(8)] != [other.next_wait_s() for _ in range(8)]
     one.reset()

@@ -1,4 +1,4 @@
-"""Rows follow the models, and every column list in SQL follows the rows."""
+"""Rows have the fields of the models in their order, and so has every column list in SQL."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_joined_row_has_the_columns_of_the_models_in_their_order(statement: Li
 
 
 @pytest.mark.parametrize("statement", [queries.GET_ITEMS, queries.GET_ITEMS_OF_ORDERS, queries.GET_ITEMS_OF_PAGE])
-def test_an_items_row_is_its_order_uid_and_the_columns_of_the_model(statement: LiteralString) -> None:
+def test_the_row_of_an_item_is_its_order_uid_and_the_columns_of_the_model(statement: LiteralString) -> None:
     selected = re.search(r"SELECT(.*?)FROM items", statement, re.DOTALL)
     assert selected
     assert columns(selected[1]) == ["order_uid", *ITEM_COLUMNS]
@@ -106,28 +106,28 @@ def test_rows_are_copied_into_the_columns_of_the_models(statement: LiteralString
 
 @given(orders())
 @settings(max_examples=25)
-def test_an_order_goes_into_rows_and_comes_back(order: Order) -> None:
+def test_an_order_read_from_its_rows_is_equal(order: Order) -> None:
     stored_at = order.date_created
     assert order_from_rows((*joined_row(order), stored_at, stored_at), item_rows(order)) == order
 
 
 @given(orders(max_items=2), orders(max_items=2))
 @settings(max_examples=15)
-def test_items_find_their_order_whatever_the_order_of_the_rows(one: Order, other: Order) -> None:
+def test_items_are_assigned_to_their_order_in_any_sequence_of_rows(one: Order, other: Order) -> None:
     if one.order_uid == other.order_uid:
         return
     items = [*item_rows(other), *item_rows(one)]
     assert orders_from_rows([joined_row(one), joined_row(other)], items) == [one, other]
 
 
-def test_a_row_of_another_width_is_an_error() -> None:
+def test_a_row_with_another_number_of_columns_is_an_error() -> None:
     with pytest.raises(ValueError, match="zip"):
         order_from_rows(("too", "short"), [])
 
 
 # Rows in the binary format
 
-#: The type of each column, as the schema has it (tests/integration/test_contract.py).
+#: The type of each column in the schema (tests/integration/test_contract.py compares them).
 TYPES = {(place.part, place.name): column_type(place.rule) for place in PLACES}
 OF_THE_STORE = {
     "order_uid": "text",
@@ -159,7 +159,7 @@ MOST = attrs.evolve(
 
 
 def written_by_psycopg(part: str | None, statement: str, values: Mapping[str, object]) -> bytes:
-    """A row for a binary COPY as psycopg makes it, in the columns of the statement."""
+    """Return a row for a binary COPY as psycopg packs it, with the columns of the statement."""
     names = copied_columns(statement)
     types = [TYPES.get((part, name)) or OF_THE_STORE[name] for name in names]
     transformer = Transformer()
@@ -174,7 +174,7 @@ def written_by_psycopg(part: str | None, statement: str, values: Mapping[str, ob
 @example(MOST, b"\xff" * 32, ("", 2**31 - 1, 2**63 - 1, LAST), LAST, LAST)
 @example(attrs.evolve(SAMPLE_ORDER, date_created=BEFORE_2000), bytes(32), ("id", 0, 0, FIRST), BEFORE_2000, LAST)
 @settings(max_examples=50)
-def test_rows_are_byte_for_byte_what_psycopg_would_copy(
+def test_packed_rows_equal_those_of_psycopg(
     order: Order, sha256: bytes, source: Place | None, first_stored_at: dt.datetime, stored_at: dt.datetime
 ) -> None:
     topic_id, partition, offset, time = source or (None, None, None, None)

@@ -1,4 +1,4 @@
-"""What ``orderlib.testing`` gives to users' own tests, and to the sender."""
+"""``orderlib.testing``, which the tests of users and the sender use."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def test_bad_orders_depend_on_the_seed_alone(kind: FaultKind) -> None:
         return [break_order(SAMPLE_ORDER, kind, rng) for _ in range(20)]
 
     assert some(7) == some(7)
-    # Of some kinds there is but one.
+    # Some kinds have only one bad record.
     only_one = {FaultKind.TOO_MANY_ITEMS, FaultKind.NO_ITEMS, FaultKind.WITHOUT_OFFSET, FaultKind.BYTE_ORDER_MARK}
     assert (some(7) == some(8)) == (kind in only_one)
 
 
 @pytest.mark.parametrize("kind", FaultKind)
-def test_breaking_an_order_leaves_the_order_itself_whole(kind: FaultKind) -> None:
+def test_breaking_an_order_does_not_change_the_order(kind: FaultKind) -> None:
     break_order(SAMPLE_ORDER, kind, Random(1))
     assert decode_order(SAMPLE) == SAMPLE_ORDER
 
 
-def test_every_field_and_every_item_can_be_the_one_that_is_broken() -> None:
+def test_every_field_and_every_item_can_have_the_fault() -> None:
     rng = Random(1)
     broken = {break_order(SAMPLE_ORDER, FaultKind.NULL, rng).path for _ in range(3000)}
     assert broken == set(paths(rules_of(Order), "$"))
@@ -68,7 +68,7 @@ def paths(rule: DataclassType, path: str) -> list[str]:
     return found
 
 
-def test_there_are_bad_records_of_both_sorts_of_error() -> None:
+def test_bad_records_raise_both_errors() -> None:
     rng = Random(1)
     errors = {kind: break_order(SAMPLE_ORDER, kind, rng).error for kind in FaultKind}
     assert errors[FaultKind.TOO_DEEP] is MalformedJson
@@ -90,5 +90,5 @@ def test_strategies_reach_the_bounds() -> None:
 
 @given(payments())
 @settings(max_examples=25)
-def test_texts_with_a_form_have_it(payment: Payment) -> None:
+def test_drawn_texts_have_the_form_of_their_rule(payment: Payment) -> None:
     assert re.fullmatch("[A-Z]{3}", payment.currency)
