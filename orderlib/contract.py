@@ -68,9 +68,9 @@ def text(min_chars: int, max_chars: int, form: TextForm | None = None) -> msgspe
     return msgspec.Meta(min_length=min_chars, max_length=max_chars, pattern=form.pattern if form else None)
 
 
-def integer(least: int, most: int = BIGINT_MAX) -> msgspec.Meta:
+def integer(minimum: int, maximum: int = BIGINT_MAX) -> msgspec.Meta:
     """Return the rule of an integer: its minimum and maximum."""
-    return msgspec.Meta(ge=least, le=most)
+    return msgspec.Meta(ge=minimum, le=maximum)
 
 
 def validated(cls: type[M]) -> type[M]:
@@ -287,15 +287,15 @@ def describe(rule: Type) -> str:
     match rule:
         case DataclassType():
             return "an object"
-        case VarTupleType(min_length=least, max_length=most):
-            return f"an array of {least} to {most:,} values"
+        case VarTupleType(min_length=minimum, max_length=maximum):
+            return f"an array of {minimum} to {maximum:,} values"
         case StrType(pattern=str(pattern)):
             return _FORMS[pattern].words
-        case StrType(min_length=least, max_length=most):
-            length = f"{least} to {most:,}" if least else f"at most {most:,}"
+        case StrType(min_length=minimum, max_length=maximum):
+            length = f"{minimum} to {maximum:,}" if minimum else f"at most {maximum:,}"
             return f"a string of {length} characters"
-        case IntType(ge=least, le=most):
-            return f"an integer from {least} to {most}"
+        case IntType(ge=minimum, le=maximum):
+            return f"an integer from {minimum} to {maximum}"
         case DateTimeType():
             return "an RFC 3339 time with an offset, in UTC in years 0001 to 9999"
         case _:
@@ -328,8 +328,8 @@ def column_type(rule: Type) -> str:
     match rule:
         case StrType():
             return "text"
-        case IntType(le=most):
-            return "integer" if most is not None and most <= INTEGER_MAX else "bigint"
+        case IntType(le=maximum):
+            return "integer" if maximum is not None and maximum <= INTEGER_MAX else "bigint"
         case DateTimeType():
             return "timestamptz"
         case _:
@@ -339,14 +339,16 @@ def column_type(rule: Type) -> str:
 def check_clause(column: str, rule: Type) -> str:
     """Return the condition of the CHECK constraint that enforces a rule on a column."""
     match rule:
-        case StrType(min_length=least, max_length=most, pattern=pattern):
+        case StrType(min_length=minimum, max_length=maximum, pattern=pattern):
             length = (
-                f"char_length({column}) <= {most}" if not least else f"char_length({column}) BETWEEN {least} AND {most}"
+                f"char_length({column}) <= {maximum}"
+                if not minimum
+                else f"char_length({column}) BETWEEN {minimum} AND {maximum}"
             )
             return f"{length} AND {column} ~ '{pattern}'" if pattern else length
-        case IntType(ge=least, le=most):
-            bounded = most is not None and most not in {INTEGER_MAX, BIGINT_MAX}
-            return f"{column} BETWEEN {least} AND {most}" if bounded else f"{column} >= {least}"
+        case IntType(ge=minimum, le=maximum):
+            bounded = maximum is not None and maximum not in {INTEGER_MAX, BIGINT_MAX}
+            return f"{column} BETWEEN {minimum} AND {maximum}" if bounded else f"{column} >= {minimum}"
         case DateTimeType():
             return f"{column} >= '0001-01-01 00:00:00+00' AND {column} < '10000-01-01 00:00:00+00'"
         case _:

@@ -1,7 +1,7 @@
-"""Orders to rows and back, field by field; no driver, no SQL.
+"""Orders to rows and back, field by field, without a driver or SQL.
 
-Rows to be written are made in the binary format of PostgreSQL's COPY (its manual, "COPY", "Binary Format"), so that an
-order can be made ready on one thread while another waits for the database.
+Rows are packed in the binary format of PostgreSQL's COPY (its manual, "COPY", "Binary Format"). So one thread can pack
+rows while another waits for the database.
 
 The models' fields, in their order, are the columns. ``orderlib.postgres.queries`` takes its column lists from here, so
 a new field changes no SQL text.
@@ -30,7 +30,7 @@ def _names(model: type[attrs.AttrsInstance]) -> tuple[LiteralString, ...]:
     return tuple(field.name for field in attrs.fields(model))
 
 
-#: The scalar fields of an order, which are columns of ``orders``; its parts have tables of their own.
+#: The scalar fields of an order are columns of ``orders``. Its parts have their own tables.
 ORDER_COLUMNS = tuple(name for name in _names(Order) if name not in {"delivery", "payment", "items"})
 DELIVERY_COLUMNS = _names(Delivery)
 PAYMENT_COLUMNS = _names(Payment)
@@ -54,7 +54,7 @@ ORDER_TIMES = tuple(
 
 _DELIVERY_AT = len(ORDER_COLUMNS)
 _PAYMENT_AT = _DELIVERY_AT + len(DELIVERY_COLUMNS)
-#: Where an order's joined row ends and what the store adds begins.
+#: The number of columns of an order's joined row. Behind them come those that the store adds.
 JOINED_WIDTH = _PAYMENT_AT + len(PAYMENT_COLUMNS)
 
 
@@ -63,9 +63,9 @@ def _model(cls: type[M], names: Sequence[str], row: Sequence[Any]) -> M:
 
 
 def order_from_rows(joined: Row, items: Iterable[Row]) -> Order:
-    """An order from its joined row (orders, delivery, payment; more columns are passed over) and its items' rows.
+    """Return an order from its joined row (orders, delivery, payment; further columns are ignored) and its items' rows.
 
-    An item's row begins with its order_uid. Rows are trusted: the CHECK constraints hold them to the contract.
+    An item's row begins with its order_uid. Rows are not validated again: CHECK constraints enforce the contract.
     """
     return unchecked(
         Order,
@@ -77,7 +77,7 @@ def order_from_rows(joined: Row, items: Iterable[Row]) -> Order:
 
 
 def orders_from_rows(joined: Iterable[Row], items: Iterable[Row]) -> list[Order]:
-    """Orders from joined rows and the rows of all their items, in the order of the joined rows."""
+    """Return orders from their joined rows and the rows of all their items, in the sequence of the joined rows."""
     items_of: defaultdict[str, list[Row]] = defaultdict(list)
     for row in items:
         items_of[row[0]].append(row)
@@ -88,7 +88,7 @@ _EPOCH = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
 _MICROSECOND = dt.timedelta(microseconds=1)
 _length = struct.Struct("!i").pack
 _NULL = _length(-1)
-#: Each takes its length in bytes first.
+#: The first argument of each is the length in bytes.
 _bigint = struct.Struct("!iq").pack
 _integer = struct.Struct("!ii").pack
 _field_count = struct.Struct("!h").pack
@@ -106,7 +106,7 @@ def _timestamptz(value: dt.datetime) -> bytes:
     return _bigint(8, (value - _EPOCH) // _MICROSECOND)
 
 
-#: What begins and ends the data of a binary COPY.
+#: The beginning and the end of the data of a binary COPY.
 COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 COPY_TRAILER = _length(-1)[:2]
 
@@ -165,12 +165,12 @@ def pack_rows(
 
 
 def pack_timestamps(first_stored_at: dt.datetime, stored_at: dt.datetime) -> bytes:
-    """The last two columns of ``orders``, which only the store knows."""
+    """Pack the last two columns of ``orders``, which are known only in the transaction."""
     return _timestamptz(first_stored_at) + _timestamptz(stored_at)
 
 
 _REJECT_HEAD = _field_count(10)
-#: What precedes the text of a jsonb.
+#: The byte before the text of a jsonb.
 _JSONB_VERSION = b"\1"
 
 

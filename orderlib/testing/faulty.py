@@ -129,12 +129,12 @@ def _bad_value(rule: Type, good: Any, kind: FaultKind, rng: Random) -> bytes | N
         case FaultKind.NOT_A_NUMBER, _:
             return rng.choice([b"NaN", b"Infinity", b"-Infinity", b"nan", b"01", b"+1", b".5", b"0x10"])
         case FaultKind.TOO_DEEP, _:
-            # The levels of the order come on top, whatever their number.
+            # These levels are too deep even without those of the order around them.
             return b"[" * (MAX_NESTING + 1) + b"]" * (MAX_NESTING + 1)
-        case (FaultKind.TOO_SHORT, StrType(min_length=int(least))) if least > 0:
-            return _text(good[: least - 1])
-        case FaultKind.TOO_LONG, StrType(max_length=int(most)):
-            return _text("".join(itertools.islice(itertools.cycle(good or "x"), most + 1)))
+        case (FaultKind.TOO_SHORT, StrType(min_length=int(minimum))) if minimum > 0:
+            return _text(good[: minimum - 1])
+        case FaultKind.TOO_LONG, StrType(max_length=int(maximum)):
+            return _text("".join(itertools.islice(itertools.cycle(good or "x"), maximum + 1)))
         case FaultKind.OTHER_FORM, StrType(pattern=str(pattern)):
             return _text(rng.choice([text for text in _variants(good) if re.search(pattern, text) is None]))
         case FaultKind.OTHER_FORM, DateTimeType():
@@ -147,10 +147,10 @@ def _bad_value(rule: Type, good: Any, kind: FaultKind, rng: Random) -> bytes | N
             return _text(_with(good, rng.choice("\ud800\udbff\udc00\udfff"), rng))
         case FaultKind.RAW_CONTROL_CHARACTER, StrType():
             return _text(good)[:-1] + bytes([rng.randrange(32)]) + b'"'
-        case FaultKind.TOO_SMALL, IntType(ge=int(least)):
-            return str(rng.choice([least - 1, -(2**63), -(2**63) - 1, -(2**64)])).encode()
-        case FaultKind.TOO_GREAT, IntType(le=int(most)):
-            return str(rng.choice([most + 1, 2**63, 2**64 - 1, 2**64, 10**20])).encode()
+        case FaultKind.TOO_SMALL, IntType(ge=int(minimum)):
+            return str(rng.choice([minimum - 1, -(2**63), -(2**63) - 1, -(2**64)])).encode()
+        case FaultKind.TOO_GREAT, IntType(le=int(maximum)):
+            return str(rng.choice([maximum + 1, 2**63, 2**64 - 1, 2**64, 10**20])).encode()
         case FaultKind.MANY_DIGITS, IntType():
             return rng.choice([b"", b"-"]) + b"9" * 5000
         case FaultKind.HUGE_FLOAT, IntType():
@@ -161,8 +161,8 @@ def _bad_value(rule: Type, good: Any, kind: FaultKind, rng: Random) -> bytes | N
             return _text(rng.choice(["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59.999999-00:01"]))
         case FaultKind.NO_ITEMS, VarTupleType():
             return b"[]"
-        case FaultKind.TOO_MANY_ITEMS, VarTupleType(max_length=int(most)):
-            return msgspec.json.encode((good * (most + 1))[: most + 1])
+        case FaultKind.TOO_MANY_ITEMS, VarTupleType(max_length=int(maximum)):
+            return msgspec.json.encode((good * (maximum + 1))[: maximum + 1])
         case _:
             return None
 

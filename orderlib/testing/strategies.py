@@ -44,18 +44,18 @@ def values(rule: Type, *, max_items: int = 3) -> st.SearchStrategy[object]:
     match rule:
         case DataclassType(cls=cls):
             return _instances(cls, max_items)
-        case VarTupleType(item_type=item, min_length=least, max_length=most):
-            longest = max_items if most is None else min(max_items, most)
-            return st.lists(values(item), min_size=least or 0, max_size=longest).map(tuple)
-        case StrType(min_length=least, max_length=int(limit), pattern=None):
+        case VarTupleType(item_type=item, min_length=minimum, max_length=maximum):
+            longest = max_items if maximum is None else min(max_items, maximum)
+            return st.lists(values(item), min_size=minimum or 0, max_size=longest).map(tuple)
+        case StrType(min_length=minimum, max_length=int(limit), pattern=None):
             # Hypothesis seldom draws a text of hundreds of characters.
             full = _CHARACTERS.map(lambda character: character * limit)
-            return st.text(_CHARACTERS, min_size=least or 0, max_size=limit) | full
-        case StrType(min_length=least, max_length=most, pattern=str(pattern)):
+            return st.text(_CHARACTERS, min_size=minimum or 0, max_size=limit) | full
+        case StrType(min_length=minimum, max_length=maximum, pattern=str(pattern)):
             matching = st.from_regex(pattern, alphabet=_CHARACTERS)
-            return matching.filter(lambda text: (least or 0) <= len(text) <= (most or len(text)))
-        case IntType(ge=least, le=most):
-            return st.integers(least, most)
+            return matching.filter(lambda text: (minimum or 0) <= len(text) <= (maximum or len(text)))
+        case IntType(ge=minimum, le=maximum):
+            return st.integers(minimum, maximum)
         case DateTimeType():
             return st.datetimes(timezones=_OFFSETS).filter(within_utc_years)
         case _:

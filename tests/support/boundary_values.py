@@ -71,8 +71,8 @@ def boundary_values(rule: Type) -> Iterator[object]:
     match rule:
         case StrType():
             yield from _texts(rule)
-        case IntType(ge=least, le=most):
-            for bound in (least, most, 0, 100, 2**15, 2**31 - 1, 2**53, 2**63 - 1, 2**64 - 1, -(2**31), -(2**63)):
+        case IntType(ge=minimum, le=maximum):
+            for bound in (minimum, maximum, 0, 100, 2**15, 2**31 - 1, 2**53, 2**63 - 1, 2**64 - 1, -(2**31), -(2**63)):
                 if bound is not None:
                     yield from (bound - 1, bound, bound + 1)
         case DateTimeType():
@@ -89,8 +89,8 @@ def boundary_values(rule: Type) -> Iterator[object]:
 
 
 def _texts(rule: StrType) -> Iterator[str]:
-    least, most = rule.min_length or 0, rule.max_length or 0
-    for length in {0, max(least - 1, 0), least, 1, 2, 3, 4, most - 1, most, most + 1}:
+    minimum, maximum = rule.min_length or 0, rule.max_length or 0
+    for length in {0, max(minimum - 1, 0), minimum, 1, 2, 3, 4, maximum - 1, maximum, maximum + 1}:
         for character in _CHARACTERS:
             yield character * length
     yield from (
