@@ -1,11 +1,11 @@
 """JSON to orders and back; plain data to orders and back; the content digest.
 
 msgspec decodes an order in one pass in C. It stops at the first fault, and it cannot check every rule. If it fails, or
-if a rule is left to check, ``_full_report`` validates the record again: it finds every fault, and its result counts.
+if a rule is left to check, ``_full_report`` validates the record again, finds every fault, and decides.
 
-Canonical JSON is written from structs, not from the models: msgspec writes the fields of a slotted attrs class in the
-order of its slots, which CPython sorts by name. A struct has the model's fields under the model's rules, in the model's
-order. The consumer decodes records straight into structs, which takes two thirds of the time.
+Canonical JSON is encoded from structs with the fields and rules of the models. msgspec would encode the models' fields
+sorted by name: it follows the slots of a class, and CPython sorts slots. The consumer decodes records straight into
+structs, which takes two thirds of the time.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ MAX_NESTING = 100
 
 
 class CanonicalOrder(Protocol):
-    """An order as a struct, its time in UTC: its fields in their order are the canonical JSON.
+    """An order as a struct, with its time in UTC. msgspec encodes it as canonical JSON.
 
-    It has every field of ``Order``. These are the fields that orderlib reads by name.
+    The struct has every field of ``Order``. Listed here are only those that orderlib reads by name.
     """
 
     order_uid: str

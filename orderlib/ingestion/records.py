@@ -176,9 +176,9 @@ class Reject:
     total_faults: int
 
     @classmethod
-    def of(cls, record: Record, refusal: RejectedError) -> Reject:
+    def of(cls, record: Record, error: RejectedError) -> Reject:
         """Return the reject of a record that an error refused. Each part that cannot be stored is one more fault."""
-        faults, total = refusal.faults, refusal.total
+        faults, total = error.faults, error.total
         for part in record.unstorable:
             fault = Fault(
                 path=part,
@@ -187,9 +187,9 @@ class Reject:
             )
             faults, total = (*faults, fault), total + 1
         if record.headers is None:
-            unreadable = Fault(path="headers", expected="headers in UTF-8", found="bytes that are not")
+            unreadable = Fault(path="headers", expected="headers in UTF-8", found="bytes that are not UTF-8")
             faults, total = (*faults, unreadable), total + 1
-        return cls(record=record, code=refusal.code, faults=faults, total_faults=total)
+        return cls(record=record, code=error.code, faults=faults, total_faults=total)
 
 
 def classify_record(record: Record, max_bytes: int, pack_rows: PackRows = pack_no_rows) -> PreparedOrder | Reject:
@@ -202,8 +202,8 @@ def classify_record(record: Record, max_bytes: int, pack_rows: PackRows = pack_n
             found = f"{len(value):,} bytes"
             raise TooLarge([Fault(path="$", expected=f"at most {max_bytes:,} bytes", found=found)])
         return PreparedOrder.of_canonical(decode_canonical(value), record.source, record.time, pack_rows)
-    except RejectedError as refusal:
-        return Reject.of(record, refusal)
+    except RejectedError as error:
+        return Reject.of(record, error)
 
 
 @attrs.frozen(kw_only=True)
@@ -238,30 +238,27 @@ def plan_writes(prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, S
     """
     versions: dict[str, StoredVersion | PreparedOrder] = dict(stored)
     writes: dict[str, PreparedOrder] = {}
-    written_by: dict[str, int] = {}
+    write_index: dict[str, int] = {}
     moves: dict[str, PreparedOrder] = {}
     outcomes: list[Outcome] = []
     for index, prepared_order in enumerate(prepared_orders):
         uid = prepared_order.order_uid
         version = versions.get(uid)
+        is_old = (
+            version is not None and version.source is not None and version.source.is_at_or_after(prepared_order.source)
+        )
         if version is None or version.content_sha256 != prepared_order.content_sha256:
-            if (
-                version is not None
-                and version.source is not None
-                and version.source.is_at_or_after(prepared_order.source)
-            ):
+            if is_old:
                 outcomes.append(Outcome.SUPERSEDED)
                 continue
-            if uid in written_by:
-                outcomes[written_by[uid]] = Outcome.SUPERSEDED
+            if uid in write_index:
+                outcomes[write_index[uid]] = Outcome.SUPERSEDED
             outcomes.append(Outcome.STORED)
-            writes[uid], written_by[uid] = prepared_order, index
+            writes[uid], write_index[uid] = prepared_order, index
             moves.pop(uid, None)
         else:
             outcomes.append(Outcome.DUPLICATE)
-            if prepared_order.source is None or (
-                version.source is not None and version.source.is_at_or_after(prepared_order.source)
-            ):
+            if is_old or prepared_order.source is None:
                 continue
             if uid in writes:
                 writes[uid] = prepared_order
