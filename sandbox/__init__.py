@@ -1,7 +1,7 @@
-"""A real PostgreSQL and a real Kafka on this machine, without Docker, Java or Maven being there.
+"""A real PostgreSQL and a real Kafka on this machine, without Docker, Java or Maven.
 
-Their programs come from Python packages and from Kafka's jars, which are fetched once. Both servers are
-empty but for the database `orders`; `admin bootstrap`, `migrate` and `topics` do the rest.
+PostgreSQL and a Java come from Python packages; Kafka's jars are downloaded once. PostgreSQL starts with the empty
+database `orders`, Kafka without topics. `admin bootstrap`, `migrate` and `topics` create roles, tables and topic.
 """
 
 import sys
@@ -9,7 +9,7 @@ import sys
 if sys.platform not in ("linux", "darwin"):
     sys.exit("the sandbox needs Linux or macOS; elsewhere, `docker compose up` runs the same servers")
 
-# What follows needs a Unix already when it is imported.
+# These modules import modules that only Unix has.
 from sandbox.kafka import KafkaServer
 from sandbox.postgres import PostgresServer
 from sandbox.running import Sandbox, running_sandbox

@@ -1,4 +1,4 @@
-"""`python -m sandbox`: both servers on this machine, for as long as it runs or for one command."""
+"""`python -m sandbox`: run PostgreSQL and Kafka on this machine, until stopped or for one command."""
 
 import argparse
 import os
@@ -16,19 +16,19 @@ from typing import NoReturn
 from sandbox import Sandbox, SandboxError, running_sandbox
 
 DESCRIPTION = """\
-Runs a real PostgreSQL and a real Kafka on free ports of this machine, empty but for the database `orders`.
-When it ends, however it ends, both are gone within 5 seconds, and so are their data.
+Runs a real PostgreSQL with the empty database `orders` and a real Kafka, on free ports of this machine.
+Both servers and their data are removed within 5 seconds of its end, even if it is killed.
 
-Without COMMAND it prints the ORDERS_... variables that lead to them as NAME=value lines on stdout once they
-are ready, and runs until Ctrl-C or SIGTERM. With COMMAND it runs that with the variables set, then takes both
-down and exits with its status (128 + n if signal n killed it).
+Without COMMAND, it prints the ORDERS_... variables for the programs as NAME=value lines on stdout when both
+servers are ready, and runs until Ctrl-C or SIGTERM. With COMMAND, it runs COMMAND with these variables set,
+stops both servers, and exits with the status of COMMAND (128 + n if signal n killed it).
 """
-#: How long a clean stop may take after the parent process ended. Then this process exits, and the servers with it.
+#: How long a clean stop may take after the parent process has ended. Then this process exits and the guards take over.
 ORPHAN_GRACE_S = 3.0
 
 
 class _Stopped(Exception):
-    """SIGINT or SIGTERM came, and there is no command to hand it on to."""
+    """SIGINT or SIGTERM arrived while no command was running."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -44,7 +44,7 @@ def main() -> int:
         return _run(command)
     except _Stopped as stopped:
         return 128 + stopped.number if command else 0
-    except (SandboxError, OSError) as error:  # OSError: no room left, too many open files
+    except (SandboxError, OSError) as error:  # OSError: disk full, too many open files
         print(f"sandbox: {error}", file=sys.stderr)
         return 1
 
@@ -56,7 +56,7 @@ def _parsed_command() -> Sequence[str]:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", nargs="*", metavar="COMMAND", help="what to run, with its arguments")
+    parser.add_argument("command", nargs="*", metavar="COMMAND", help="the command to run, with its arguments")
     command: list[str] = parser.parse_args().command
     if command and shutil.which(command[0]) is None:
         parser.error(f"no such command: {command[0]}")
@@ -67,26 +67,26 @@ def _run(command: Sequence[str]) -> int:
     started_at = time.monotonic()
     print("sandbox: starting PostgreSQL and Kafka", file=sys.stderr)
     with running_sandbox() as sandbox:
-        print(f"sandbox: both are up after {time.monotonic() - started_at:.1f} s", file=sys.stderr)
+        print(f"sandbox: both are ready after {time.monotonic() - started_at:.1f} s", file=sys.stderr)
         if command:
-            return _status_of(command, sandbox)
+            return _run_command(command, sandbox)
         print("\n".join(f"{name}={value}" for name, value in sandbox.environ.items()), flush=True)
         while True:
             signal.pause()
 
 
-def _status_of(command: Sequence[str], sandbox: Sandbox) -> int:
+def _run_command(command: Sequence[str], sandbox: Sandbox) -> int:
     early: list[int] = []
     _on_signals(lambda number, _: early.append(number))
     process = subprocess.Popen(command, env={**os.environ, **sandbox.environ})
 
-    def hand_on(number: int, _: FrameType | None) -> None:
+    def forward(number: int, _: FrameType | None) -> None:
         if number != signal.SIGINT or not _is_in_foreground():
             process.send_signal(number)
 
-    _on_signals(hand_on)
+    _on_signals(forward)
     for number in early:
-        hand_on(number, None)
+        forward(number, None)
     status = process.wait()
     return status if status >= 0 else 128 - status
 
@@ -97,7 +97,7 @@ def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handle
 
 
 def _stop_once(number: int, _: FrameType | None) -> NoReturn:
-    _on_signals(signal.SIG_IGN)  # a second Ctrl-C must not interrupt the tidying up
+    _on_signals(signal.SIG_IGN)  # a second Ctrl-C must not interrupt the clean-up
     raise _Stopped(number)
 
 

@@ -1,6 +1,6 @@
-"""`make demo`: the whole way of an order, on the servers of the sandbox, until Ctrl-C.
+"""`make demo`: run all programs on the servers of the sandbox, until Ctrl-C.
 
-Runs the documented commands with the usual settings. It needs the variables that `python -m sandbox` sets.
+It runs the documented commands with the default settings, and needs the variables that `python -m sandbox` sets.
 """
 
 import argparse
@@ -21,15 +21,15 @@ from sandbox.server import SandboxError, free_port
 
 ORDERS = 1_000
 BAD_RATE = 0.02
-#: Orders go on coming at this rate, so that there is something to watch.
+#: The rate of the orders that are sent while the demo runs.
 ORDERS_PER_S = 2
-READABLE_WITHIN_S = 60.0
-STOP_WITHIN_S = 15.0
+READABLE_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 15.0
 
-#: What a process of the operating system needs.
+#: The variables of the operating system that each program gets.
 _SYSTEM = {"HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ"}
 _KAFKA = {"ORDERS_KAFKA_BOOTSTRAP_SERVERS", "ORDERS_TOPIC"}
-#: The variables of each command. A program that does not need a password does not get it.
+#: The settings that each command gets: only the passwords that it needs.
 _NEEDS: Mapping[str, set[str]] = {
     "admin bootstrap": {"ORDERS_BOOTSTRAP_URL", "ORDERS_MIGRATOR_URL", "ORDERS_DATABASE_URL", "ORDERS_READER_URL"},
     "admin migrate": {"ORDERS_MIGRATOR_URL"},
@@ -54,7 +54,7 @@ _NEEDS: Mapping[str, set[str]] = {
 
 
 def main() -> int:
-    """Run it all. Exit status 0 after Ctrl-C, 1 if something failed."""
+    """Run the demo. Return the exit status: 0 after Ctrl-C, 1 if a program failed."""
     argparse.ArgumentParser(prog="python -m sandbox.demo", description=__doc__).parse_args()
     stop_event = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -68,17 +68,19 @@ def main() -> int:
                 _run(f"admin {command}", environ)
             began_s = time.monotonic()
             for service, port in (("consumer", free_port()), ("api", free_port())):
-                own = {**environ, "ORDERS_METRICS_BIND": f"127.0.0.1:{port}"}
-                stack.enter_context(_running(service, own, logs))
+                service_environ = {**environ, "ORDERS_METRICS_BIND": f"127.0.0.1:{port}"}
+                stack.enter_context(_running(service, service_environ, logs))
             _run(f"sender --count {ORDERS} --bad-rate {BAD_RATE}", environ)
             order_uid = _first_readable_order(f"http://{address}/orders?limit=1", stop_event)
-            _say(f"the first order was readable {time.monotonic() - began_s:.1f} s after the services were started")
+            _print_line(
+                f"the first order was readable {time.monotonic() - began_s:.1f} s after the services were started"
+            )
             stack.enter_context(_running(f"sender --count 1000000 --rate {ORDERS_PER_S}", environ, logs))
-            _say(f"{ORDERS_PER_S} more orders a second are on their way; Ctrl-C stops everything")
-            _say(f"an order:  http://{address}/orders/{order_uid}")
-            _say(f"the page:  http://{address}/")
+            _print_line(f"{ORDERS_PER_S} more orders are sent each second; Ctrl-C stops everything")
+            _print_line(f"an order:  http://{address}/orders/{order_uid}")
+            _print_line(f"the page:  http://{address}/")
             stop_event.wait()
-            _say("stopping")
+            _print_line("stopping")
     except SandboxError as exc:
         print(f"demo: {exc}", file=sys.stderr)
         return 0 if stop_event.is_set() else 1
@@ -94,7 +96,7 @@ def environ_of(command: str, environ: Mapping[str, str]) -> dict[str, str]:
 
 def _run(command: str, environ: Mapping[str, str]) -> None:
     """Run a program until it ends. Raises SandboxError if it fails."""
-    _say(f"python -m services.{command}")
+    _print_line(f"python -m services.{command}")
     done = subprocess.run(
         [sys.executable, "-m", *f"services.{command}".split()], env=environ_of(command, environ), check=False
     )
@@ -104,11 +106,11 @@ def _run(command: str, environ: Mapping[str, str]) -> None:
 
 @contextmanager
 def _running(command: str, environ: Mapping[str, str], logs: Path) -> Iterator[None]:
-    """Run a program during the block, then stop it cleanly. Print its log if that fails."""
-    _say(f"python -m services.{command} &")
+    """Run a program during the block, then stop it with SIGTERM. Print the end of its log if it fails."""
+    _print_line(f"python -m services.{command} &")
     log_path = logs / f"{command.partition(' ')[0]}.log"
     with log_path.open("ab") as log:
-        # In a group of its own: Ctrl-C is for us, who stop the sender before the consumer, and that before the servers.
+        # In its own process group, so that Ctrl-C reaches only this process, which stops the programs in order.
         process = subprocess.Popen(
             [sys.executable, "-m", *f"services.{command}".split()],
             env=environ_of(command, environ),
@@ -121,7 +123,7 @@ def _running(command: str, environ: Mapping[str, str], logs: Path) -> Iterator[N
     finally:
         process.terminate()
         try:
-            status = process.wait(STOP_WITHIN_S)
+            status = process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             status = process.wait()
@@ -130,16 +132,16 @@ def _running(command: str, environ: Mapping[str, str], logs: Path) -> Iterator[N
 
 
 def _first_readable_order(url: str, stop_event: threading.Event) -> str:
-    deadline = time.monotonic() + READABLE_WITHIN_S
+    deadline = time.monotonic() + READABLE_TIMEOUT_S
     while time.monotonic() < deadline and not stop_event.is_set():
-        with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  the address of the demo's API
-            for found in json.load(answer)["orders"]:
-                return str(found["order_uid"])
+        with suppress(OSError), urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310 - the URL of the demo's API
+            for order in json.load(response)["orders"]:
+                return str(order["order_uid"])
         stop_event.wait(0.05)
-    raise SandboxError(f"no order was readable within {READABLE_WITHIN_S:.0f} s")
+    raise SandboxError(f"no order was readable within {READABLE_TIMEOUT_S:.0f} s")
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(f"demo: {line}", file=sys.stderr, flush=True)
 
 

@@ -1,11 +1,11 @@
-"""Outlives its parent by a moment: ends the parent's server and removes the server's folder.
+"""Kill a sandbox server and remove its folder when the parent process ends, even if the parent was killed.
 
-Run as a script of its own, `python -I -S guard.py FOLDER SIGNAL PARENT_PID`, one for each server, in a
-session of its own. It reads lines on stdin: the pid of the process group to end when the time comes, 0 if
-there is none just now. The time comes with the line `end`, or when the parent is no more, however it died.
+`sandbox.server` starts one guard for each server, in a new session: `python -I -S guard.py FOLDER SIGNAL PARENT_PID`.
+The guard reads lines from stdin. A number is the process group of the running server, 0 if none is running. The line
+`end`, or the end of the parent, makes the guard kill that process group, remove the folder and exit.
 
-It asks for its parent's pid four times a second because nothing else holds on every platform and in every
-case: the pipe alone stays open as long as a child that the parent forked lives on.
+The guard polls its parent's pid four times a second. The end of stdin alone is not enough: a child that the parent
+forked may hold the pipe open.
 """
 
 import argparse
@@ -19,29 +19,30 @@ from contextlib import suppress
 from pathlib import Path
 
 POLL_S = 0.25
-#: PostgreSQL needs a moment to end its own children; what has not gone by then is killed.
+#: How long a server has to end its children after SIGNAL. Then the guard sends SIGKILL.
 GRACE_S = 3.5
 
 
 def main() -> None:
-    """Wait for the end, then end the server and remove its folder."""
+    """Wait for `end` or for the end of the parent. Then kill the server and remove its folder."""
     parser = argparse.ArgumentParser(prog="python -m sandbox.guard", description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("signal", type=int)
     parser.add_argument("parent_pid", type=int)
     options = parser.parse_args()
-    group = _last_group_named_by(options.parent_pid)
+    group = _wait_for_end(options.parent_pid)
     if group:
-        _end(group, options.signal)
+        _kill(group, options.signal)
     _remove(options.folder)
 
 
-def _last_group_named_by(parent: int) -> int:
+def _wait_for_end(parent: int) -> int:
+    """Return the last process group that the parent named."""
     group = 0
     while os.getppid() == parent:
         if not select.select([sys.stdin], [], [], POLL_S)[0]:
             continue
-        # One read takes whole lines: each is written at once, and is shorter than a pipe's atomic write.
+        # A read returns complete lines: the parent writes each with one call, and short writes to a pipe are atomic.
         lines = os.read(sys.stdin.fileno(), 4096).split()
         if not lines:
             break
@@ -52,11 +53,11 @@ def _last_group_named_by(parent: int) -> int:
     return group
 
 
-def _end(group: int, deadly_signal: int) -> None:
-    # Gone; macOS says "not permitted" of a group of processes that have died and wait to be reaped.
+def _kill(group: int, kill_signal: int) -> None:
+    # The group has ended. If its processes are zombies, macOS reports "not permitted" instead.
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, deadly_signal)
-        os.killpg(group, signal.SIGCONT)  # a stopped process acts on no signal but SIGKILL
+        os.killpg(group, kill_signal)
+        os.killpg(group, signal.SIGCONT)  # a stopped process handles no signal except SIGKILL
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline and not _is_zombie(group):
             os.killpg(group, 0)
@@ -65,16 +66,16 @@ def _end(group: int, deadly_signal: int) -> None:
 
 
 def _is_zombie(pid: int) -> bool:
-    # With its parent dead it is the system's to reap, and not every container's first process hurries to.
+    # After its parent has ended, init must reap it, and the init of some containers does so late or never.
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
-    except OSError:  # gone, or not Linux
+    except OSError:  # it has ended, or this is not Linux
         return False
     return after_name.split()[0] == "Z"
 
 
 def _remove(folder: str) -> None:
-    # Again and again: a process on its way out may still be writing.
+    # Repeatedly, because a process that is ending may still write files.
     deadline = time.monotonic() + GRACE_S
     while Path(folder).exists() and time.monotonic() < deadline:
         shutil.rmtree(folder, ignore_errors=True)

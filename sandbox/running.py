@@ -1,4 +1,4 @@
-"""Both servers together, and the settings with which the programs connect to them."""
+"""Run both servers, with the settings for the programs."""
 
 import secrets
 from collections.abc import Iterator, Mapping
@@ -17,24 +17,24 @@ class Sandbox:
 
     postgres: PostgresServer
     kafka: KafkaServer
-    #: The settings of the programs. `admin bootstrap` creates the roles of the URLs, with these passwords.
+    #: The settings for the programs. `admin bootstrap` creates the roles of the URLs with their passwords.
     environ: Mapping[str, str] = attrs.field(repr=False)
 
 
 @contextmanager
 def running_sandbox() -> Iterator[Sandbox]:
-    """Run both servers on free ports; at the end they and their data are gone.
+    """Run both servers on free ports; at the end, stop them and remove their data.
 
-    Raises SandboxError if one of them does not start; then neither is left running.
+    Raises SandboxError if one of them does not start, after stopping the other one.
     """
     with ExitStack() as stack:
-        # Kafka starts on this thread, so that Ctrl-C interrupts the one long wait, for its jars.
+        # Kafka starts on this thread, so that Ctrl-C interrupts the download of its jars.
         pool = stack.enter_context(ThreadPoolExecutor(1))
         postgres, kafka = PostgresServer(), KafkaServer()
         stack.callback(postgres.close)
         stack.callback(kafka.close)
         postgres_started = pool.submit(postgres.start)
-        # Whatever happens to Kafka, PostgreSQL is not closed in the middle of its start.
+        # If Kafka fails, wait for the start of PostgreSQL before closing it.
         stack.callback(postgres_started.exception)
         kafka.start()
         postgres_started.result()

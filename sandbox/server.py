@@ -1,4 +1,4 @@
-"""What both servers have in common: a folder, a process, a free port, and an end with their parent."""
+"""The base class of both servers: folder, process, free port, and the guard that removes them with their parent."""
 
 import contextlib
 import os
@@ -16,27 +16,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, ClassVar, Self
 
-START_WITHIN_S = 60.0
-STOP_WITHIN_S = 30.0
-#: How many ports are tried if another process takes the chosen one in the meantime.
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
+#: How many ports are tried if another process takes the chosen one before the server does.
 PORT_ATTEMPTS = 5
 
 GUARD = Path(__file__).with_name("guard.py")
-# The new process waits here until the guard knows its pid. If we are killed before that, it reads the
-# end of its input instead of a line, and never becomes a server without a guard.
+# The new process waits in this shell until the guard knows its pid. If this process is killed before that, the shell
+# reads the end of stdin and exits, so no server ever runs without a guard.
 GATE = ("/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "sh")
 
 
 class SandboxError(Exception):
-    """The sandbox cannot go on; the text tells why, and is made for the person who started it."""
+    """The sandbox cannot start or continue. The message is for the person who started it."""
 
 
 def free_port() -> int:
     """Return a free TCP port of 127.0.0.1.
 
-    It lies below the range that systems give to outgoing connections. In that range another program's
-    connection may sit on the port while a server is stopped; and a client that tries to reach a stopped
-    server now and then gets the server's port as its own, and is connected to itself.
+    It lies below the ephemeral range, from which systems choose the ports of outgoing connections. In that range
+    another connection could take the port of a stopped server, and a client that reconnects to a stopped server could
+    get the server's port as its own and connect to itself.
     """
     while True:
         port = 20_000 + secrets.randbelow(12_000)
@@ -50,16 +50,16 @@ def free_port() -> int:
 class Server(ABC):
     """A server on a free port of 127.0.0.1, with its data in a temporary folder.
 
-    As a context manager it is started, and closed at the end. `stop` keeps port and data, and `start`
-    goes on with them; `close` ends the server if need be and removes the data. Whatever becomes of this
-    process, server and folder are gone within 5 s of its end.
+    As a context manager, it starts the server and closes it at the end. `stop` keeps port and data for the next
+    `start`; `close` kills the server if it runs and removes the data. If this process ends without `close`, even by
+    SIGKILL, its guard does the same within 5 s.
     """
 
-    #: As people call it.
+    #: The product, for messages.
     name: ClassVar[str]
-    #: What ends it at once, without care for its data.
-    _deadly_signal: ClassVar[signal.Signals]
-    #: Whom it runs as; None for ourselves.
+    #: The signal that ends it at once, without saving its data.
+    _kill_signal: ClassVar[signal.Signals]
+    #: The user that it runs as; None for the current user.
     _user: str | None = None
     _group: int | None = None
 
@@ -80,23 +80,23 @@ class Server(ABC):
 
     @abstractmethod
     def _choose_ports(self) -> None:
-        """Set the ports; they stay once the first start has succeeded."""
+        """Set the ports. They do not change after the first successful start."""
 
     @abstractmethod
     def _prepare(self, folder: Path) -> None:
-        """Lay out the data in `folder`, once, before the first start."""
+        """Create the data in `folder`, once, before the first start."""
 
     @abstractmethod
     def _command(self, folder: Path) -> Sequence[str]:
-        """Return what to run."""
+        """Return the command that runs the server."""
 
     @abstractmethod
-    def _answers(self) -> bool:
-        """Tell whether the running server serves its clients."""
+    def _is_ready(self) -> bool:
+        """Return whether the running server accepts clients."""
 
     @abstractmethod
     def _finish_first_start(self) -> None:
-        """Do what is to be done once, as soon as the server answers."""
+        """Complete the first start, once the server is ready."""
 
     @property
     def pid(self) -> int:
@@ -107,20 +107,20 @@ class Server(ABC):
 
     @property
     def folder(self) -> Path:
-        """Where its data and its log are. Raises SandboxError before the first start and after `close`."""
+        """The folder of its data and its log. Raises SandboxError before the first start and after `close`."""
         if self._folder is None:
             raise SandboxError(f"{self.name} has not been started")
         return self._folder
 
     @property
     def log_path(self) -> Path:
-        """What it has written to stdout and stderr, over all its starts."""
+        """The file with its stdout and stderr, of all its starts."""
         return self.folder / "server.log"
 
     def start(self) -> None:
-        """Start it, and return once it answers; after a stop, on the same port and data.
+        """Start it, and return when it is ready. After a stop, it uses the same port and data.
 
-        Raises SandboxError with the end of its log if it does not; nothing runs then.
+        Raises SandboxError with the end of its log if it does not become ready, after killing it.
         """
         if self._process is not None:
             raise SandboxError(f"{self.name} is running already")
@@ -128,9 +128,9 @@ class Server(ABC):
             self._launch()
             return
         try:
-            self._make_folder()
+            self._create_folder()
             self._prepare(self.folder)
-            self._launch_on_a_free_port()
+            self._launch_on_free_port()
             self._finish_first_start()
         except BaseException:
             self.close()
@@ -139,21 +139,21 @@ class Server(ABC):
     def close(self) -> None:
         """Kill the server and remove its folder. Idempotent."""
         if self._process is not None:
-            self._end(self._deadly_signal)
+            self._end(self._kill_signal)
         if self._guard is not None:
-            self._tell_guard("end")
+            self._send_to_guard("end")
             assert self._guard.stdin is not None
             self._guard.stdin.close()
             self._guard.wait()
             self._guard = None
         self._folder = None
 
-    def _make_folder(self) -> None:
+    def _create_folder(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix=f"orderlib-{self.name.lower()}-"))
         self._guard = subprocess.Popen(
             [
                 *(sys.executable, "-I", "-S", GUARD),
-                *(self._folder, str(int(self._deadly_signal)), str(os.getpid())),
+                *(self._folder, str(int(self._kill_signal)), str(os.getpid())),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -162,7 +162,7 @@ class Server(ABC):
         if self._user is not None:
             shutil.chown(self._folder, self._user)
 
-    def _launch_on_a_free_port(self) -> None:
+    def _launch_on_free_port(self) -> None:
         for attempt in range(PORT_ATTEMPTS):
             try:
                 self._launch()
@@ -178,19 +178,19 @@ class Server(ABC):
     def _launch(self) -> None:
         with self.log_path.open("ab") as log:
             self._process = self._spawn(self._command(self.folder), log)
-        deadline = time.monotonic() + START_WITHIN_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         try:
-            while not self._answers():
+            while not self._is_ready():
                 if self._process.poll() is not None:
                     raise SandboxError(f"{self.name} did not start; its log ends:\n{_tail(self.log_path)}")
                 if time.monotonic() > deadline:
                     raise SandboxError(
-                        f"{self.name} did not answer within {START_WITHIN_S:.0f} s; its log ends:\n"
+                        f"{self.name} was not ready within {START_TIMEOUT_S:.0f} s; its log ends:\n"
                         f"{_tail(self.log_path)}"
                     )
                 time.sleep(0.02)
         except BaseException:
-            self._end(self._deadly_signal)
+            self._end(self._kill_signal)
             raise
 
     def _run(self, command: Sequence[str], log: Path) -> None:
@@ -198,7 +198,7 @@ class Server(ABC):
         with log.open("ab") as output:
             process = self._spawn(command, output)
         status = process.wait()
-        self._tell_guard("0")
+        self._send_to_guard("0")
         if status != 0:
             raise SandboxError(f"{Path(command[0]).name} failed with {status}; its output ends:\n{_tail(log)}")
 
@@ -210,33 +210,33 @@ class Server(ABC):
             stderr=subprocess.STDOUT,
             cwd=self.folder,
             env={"LC_ALL": "C"},
-            # Ctrl-C at a terminal must stop what uses the server, not the server under it.
+            # Ctrl-C at a terminal must stop the programs that use the server first.
             start_new_session=True,
             user=self._user,
             group=self._group,
             extra_groups=None if self._user is None else [],
         )
-        self._tell_guard(str(process.pid))
+        self._send_to_guard(str(process.pid))
         assert process.stdin is not None
         with process.stdin as gate:
             gate.write(b"go\n")
         return process
 
-    def _end(self, how: signal.Signals) -> None:
-        """Send a signal to the server and wait until it is gone; if that takes long, be less polite."""
+    def _end(self, first_signal: signal.Signals) -> None:
+        """Send a signal to the server and wait until it has ended; after a timeout, send a stronger one."""
         assert self._process is not None
-        for attempt in (how, self._deadly_signal, signal.SIGKILL):
-            self._process.send_signal(attempt)
+        for number in (first_signal, self._kill_signal, signal.SIGKILL):
+            self._process.send_signal(number)
             self._process.send_signal(signal.SIGCONT)
             try:
-                self._process.wait(STOP_WITHIN_S)
+                self._process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 continue
             break
-        self._tell_guard("0")
+        self._send_to_guard("0")
         self._process = None
 
-    def _tell_guard(self, line: str) -> None:
+    def _send_to_guard(self, line: str) -> None:
         assert self._guard is not None
         assert self._guard.stdin is not None
         self._guard.stdin.write(f"{line}\n".encode())

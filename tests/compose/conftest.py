@@ -1,4 +1,4 @@
-"""One system for all these tests: to make one takes a minute."""
+"""One system for all these tests, because its start takes a minute."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.compose.engine import base_images, is_stand_in, what_is_missing
+from tests.compose.engine import base_images, find_missing, is_stand_in
 from tests.compose.system import System, system
 
 
 @pytest.fixture(scope="session")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """The system, up and healthy."""
-    if missing := what_is_missing():
+    """The system, healthy."""
+    if missing := find_missing():
         pytest.exit(missing, returncode=1)
-    with system(tmp_path_factory.mktemp("compose")) as made:
-        made.wait_until_up()
-        yield made
+    with system(tmp_path_factory.mktemp("compose")) as created:
+        created.wait_until_up()
+        yield created
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which images were not the real ones."""
+    """Report which images were stand-ins."""
     stand_ins = [image for image in base_images() if is_stand_in(image)]
     if stand_ins:
         terminalreporter.write_line(f"stand-ins were used for {', '.join(stand_ins)}; see tests/compose/README.md")

@@ -1,4 +1,4 @@
-"""``docker compose up`` on a real engine: it works, it is shut tight, and it comes back when any part of it crashes."""
+"""``docker compose up`` on a real engine: it works, each container has minimal rights and recovers from a crash."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import orderlib
 from orderlib.testing import SAMPLE
 from tests.compose.engine import docker
-from tests.compose.system import PROGRAMS, RECOVER_WITHIN_S, SERVICES, System
+from tests.compose.system import PROGRAMS, RECOVERY_TIMEOUT_S, SERVICES, System
 from tests.support.programs import wait_for
 
 pytestmark = pytest.mark.timeout(600)
@@ -28,7 +28,7 @@ def stored_sample(system: System) -> orderlib.Order | None:
 
 
 def reconciled(system: System) -> bool:
-    """Whether all that was sent is handled; then all of it must be accounted for."""
+    """Whether the lag is 0. If it is, ``reconcile`` must account for every record."""
     lag = system.run("admin", "lag", "--json")
     if lag.returncode or any(row["lag"] for row in json.loads(lag.stdout)):
         return False
@@ -37,30 +37,30 @@ def reconciled(system: System) -> bool:
     return True
 
 
-def test_what_the_sender_sent_is_stored_and_accounted_for(running: System) -> None:
+def test_every_sent_record_is_accounted_for(running: System) -> None:
     assert "acknowledged 1,000, failed 0" in running.compose("logs", "--no-log-prefix", "sender")
     assert wait_for(lambda: reconciled(running))
 
 
-def test_an_order_comes_back_as_it_was_sent(running: System) -> None:
+def test_a_sent_order_is_read_back_equal(running: System) -> None:
     send_sample(running)
     assert wait_for(lambda: stored_sample(running)) == ORDER
 
 
 @pytest.mark.parametrize("token", [None, "development0token"])
-def test_without_the_token_of_the_settings_no_order_is_read(running: System, token: str | None) -> None:
+def test_an_order_cannot_be_read_without_the_token_of_the_settings(running: System, token: str | None) -> None:
     assert running.get("/orders", token)[0] == 401
 
 
 @pytest.mark.parametrize("compression", ["gzip", "snappy", "lz4", "zstd"])
-def test_kafka_takes_records_however_they_are_compressed(running: System, compression: str) -> None:
+def test_kafka_accepts_records_in_every_compression(running: System, compression: str) -> None:
     option = f"--env=ORDERS_KAFKA_COMPRESSION_TYPE={compression}"
     done = running.run(option, "sender", "python", "-m", "services.sender", "--count", "100")
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("service", [*PROGRAMS, "postgres", "kafka"])
-def test_a_container_can_do_no_more_than_it_must(running: System, service: str) -> None:
+def test_a_container_has_no_unneeded_rights(running: System, service: str) -> None:
     found = running.inspect(service)
     host = found["HostConfig"]
     assert found["Config"]["User"] not in {"", "0", "root", "0:0"}
@@ -76,7 +76,7 @@ def test_a_container_can_do_no_more_than_it_must(running: System, service: str) 
 
 
 @pytest.mark.parametrize(
-    ("service", "known"),
+    ("service", "roles"),
     [
         ("bootstrap", {"POSTGRES", "MIGRATOR", "WRITER", "READER"}),
         ("migrate", {"MIGRATOR"}),
@@ -87,13 +87,13 @@ def test_a_container_can_do_no_more_than_it_must(running: System, service: str) 
         ("kafka", set()),
     ],
 )
-def test_a_container_knows_the_passwords_it_needs_and_no_other(running: System, service: str, known: set[str]) -> None:
+def test_a_container_has_only_the_passwords_that_it_needs(running: System, service: str, roles: set[str]) -> None:
     environ = "\n".join(running.inspect(service)["Config"]["Env"])
-    roles = {"POSTGRES", "MIGRATOR", "WRITER", "READER"}
-    assert {role for role in roles if running.settings[f"{role}_PASSWORD"] in environ} == known
+    every_role = {"POSTGRES", "MIGRATOR", "WRITER", "READER"}
+    assert {role for role in every_role if running.settings[f"{role}_PASSWORD"] in environ} == roles
 
 
-def test_the_image_holds_the_programs_and_neither_settings_nor_anything_else_of_ours(running: System) -> None:
+def test_the_image_contains_only_the_programs_and_no_settings(running: System) -> None:
     assert running.state("api")["Status"] == "running"
     assert sorted(docker("run", "--rm", "orderlib", "ls", "-A", "/opt/app").split()) == ["orderlib", "services"]
     environ = docker("run", "--rm", "orderlib", "env")
@@ -102,18 +102,18 @@ def test_the_image_holds_the_programs_and_neither_settings_nor_anything_else_of_
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_a_part_that_is_killed_comes_back_and_nothing_is_lost(running: System, service: str) -> None:
+def test_a_killed_service_restarts_and_no_record_is_lost(running: System, service: str) -> None:
     restarts = running.inspect(service)["RestartCount"]
     with running.running("sender", "python", "-m", "services.sender", "--count", "3000", "--rate", "200"):
         stored = running.run("admin", "lag", "--json").stdout
         wait_for(lambda: running.run("admin", "lag", "--json").stdout != stored)
         running.kill(service)
         wait_for(lambda: running.inspect(service)["RestartCount"] > restarts)
-        wait_for(lambda: all(map(running.is_healthy, SERVICES)), RECOVER_WITHIN_S)
-    assert wait_for(lambda: reconciled(running), RECOVER_WITHIN_S)
+        wait_for(lambda: all(map(running.is_healthy, SERVICES)), RECOVERY_TIMEOUT_S)
+    assert wait_for(lambda: reconciled(running), RECOVERY_TIMEOUT_S)
 
 
-def test_stopped_and_brought_up_again_it_still_has_every_order(running: System) -> None:
+def test_every_order_is_still_stored_after_a_stop_and_a_start(running: System) -> None:
     send_sample(running)
     wait_for(lambda: stored_sample(running))
     running.compose("stop")

@@ -1,4 +1,4 @@
-"""`python -m sandbox` as a person or a Makefile sees it, and what is left when it is gone."""
+"""`python -m sandbox`: output, exit status, and that nothing remains after its end."""
 
 import os
 import shutil
@@ -17,8 +17,8 @@ from tests.support.process_table import eventually, listens, processes_of
 
 SANDBOX = (sys.executable, "-m", "sandbox")
 CHECKOUT = Path(__file__).parents[2]
-READY_WITHIN_S = 60
-GONE_WITHIN_S = 5
+READY_TIMEOUT_S = 60
+REMOVED_TIMEOUT_S = 5
 NAMES = {
     "ORDERS_BOOTSTRAP_URL",
     "ORDERS_MIGRATOR_URL",
@@ -30,7 +30,7 @@ NAMES = {
 
 @pytest.fixture
 def temporary() -> Iterator[Path]:
-    """A folder for temporary files that a server under another user reaches as well, unlike pytest's."""
+    """A folder for temporary files that, unlike pytest's, a server of another user can read."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     yield folder
@@ -38,12 +38,12 @@ def temporary() -> Iterator[Path]:
 
 
 def environment(temporary: Path) -> Mapping[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ORDERS_")}
-    return {**kept, "TMPDIR": str(temporary)}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ORDERS_")}
+    return {**inherited, "TMPDIR": str(temporary)}
 
 
 def start(*arguments: str, temporary: Path) -> subprocess.Popen[str]:
-    # A session of its own, as under a supervisor: no terminal sends it anything.
+    # In a new session, as under a supervisor: no terminal sends it signals.
     return subprocess.Popen(
         [*SANDBOX, *arguments],
         stdout=subprocess.PIPE,
@@ -61,7 +61,7 @@ def run(*arguments: str, temporary: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         cwd=CHECKOUT,
         env=environment(temporary),
-        timeout=READY_WITHIN_S,
+        timeout=READY_TIMEOUT_S,
         check=False,
     )
 
@@ -71,7 +71,7 @@ def variables(lines: str) -> dict[str, str]:
 
 
 def printed_variables(process: subprocess.Popen[str]) -> dict[str, str]:
-    """Wait for the lines of a running `python -m sandbox`."""
+    """Wait for the variables that a running `python -m sandbox` prints."""
     assert process.stdout is not None
     return variables("".join(process.stdout.readline() for _ in NAMES))
 
@@ -81,44 +81,44 @@ def ports_in(found: Mapping[str, str]) -> list[int]:
     return [int(database.rpartition(":")[2].partition("/")[0]), int(kafka.rpartition(":")[2])]
 
 
-def nothing_is_left(temporary: Path, ports: Sequence[int]) -> bool:
+def nothing_remains(temporary: Path, ports: Sequence[int]) -> bool:
     return not (any(temporary.iterdir()) or any(map(listens, ports)) or processes_of(temporary))
 
 
-def test_a_command_gets_the_variables_and_gives_its_status(temporary: Path) -> None:
+def test_a_command_gets_the_variables_and_its_status_is_returned(temporary: Path) -> None:
     done = run("--", "sh", "-c", "env; exit 7", temporary=temporary)
     assert done.returncode == 7
     found = variables(done.stdout)
     assert set(found) == NAMES
-    assert nothing_is_left(temporary, ports_in(found))
+    assert nothing_remains(temporary, ports_in(found))
 
 
-def test_sigterm_ends_the_command_and_gives_128_and_its_number(temporary: Path) -> None:
+def test_sigterm_ends_the_command_and_the_status_is_128_plus_its_number(temporary: Path) -> None:
     with start("--", "sh", "-c", "env; echo ready; exec sleep 60", temporary=temporary) as process:
         assert process.stdout is not None
         found = variables("".join(iter(process.stdout.readline, "ready\n")))
         process.terminate()
-        assert process.wait(GONE_WITHIN_S) == 128 + signal.SIGTERM
-    assert nothing_is_left(temporary, ports_in(found))
+        assert process.wait(REMOVED_TIMEOUT_S) == 128 + signal.SIGTERM
+    assert nothing_remains(temporary, ports_in(found))
 
 
-def test_two_at_once_do_not_clash_and_leave_nothing_on_sigterm_or_on_sigkill(temporary: Path) -> None:
-    with start(temporary=temporary) as asked, start(temporary=temporary) as killed:
-        of_asked, of_killed = printed_variables(asked), printed_variables(killed)
-        assert set(of_asked) == set(of_killed) == NAMES
-        assert not set(of_asked.values()) & set(of_killed.values())
-        asked.terminate()
-        assert asked.wait(GONE_WITHIN_S) == 0
-        assert not any(map(listens, ports_in(of_asked)))
+def test_two_sandboxes_do_not_clash_and_nothing_remains_after_sigterm_or_sigkill(temporary: Path) -> None:
+    with start(temporary=temporary) as stopped, start(temporary=temporary) as killed:
+        of_stopped, of_killed = printed_variables(stopped), printed_variables(killed)
+        assert set(of_stopped) == set(of_killed) == NAMES
+        assert not set(of_stopped.values()) & set(of_killed.values())
+        stopped.terminate()
+        assert stopped.wait(REMOVED_TIMEOUT_S) == 0
+        assert not any(map(listens, ports_in(of_stopped)))
         assert all(map(listens, ports_in(of_killed)))
         assert processes_of(temporary)
         killed.kill()
         assert eventually(
-            lambda: nothing_is_left(temporary, [*ports_in(of_asked), *ports_in(of_killed)]), GONE_WITHIN_S
+            lambda: nothing_remains(temporary, [*ports_in(of_stopped), *ports_in(of_killed)]), REMOVED_TIMEOUT_S
         )
 
 
-def test_it_ends_when_its_parent_dies(temporary: Path) -> None:
+def test_it_ends_when_its_parent_is_killed(temporary: Path) -> None:
     with subprocess.Popen(
         ["sh", "-c", f"{sys.executable} -m sandbox & wait"],
         stdout=subprocess.PIPE,
@@ -128,10 +128,10 @@ def test_it_ends_when_its_parent_dies(temporary: Path) -> None:
     ) as shell:
         found = printed_variables(shell)
         shell.kill()
-        assert eventually(lambda: nothing_is_left(temporary, ports_in(found)), GONE_WITHIN_S)
+        assert eventually(lambda: nothing_remains(temporary, ports_in(found)), REMOVED_TIMEOUT_S)
 
 
-def test_servers_end_with_their_parent_though_a_child_it_forked_lives_on(temporary: Path) -> None:
+def test_servers_end_with_their_parent_even_if_a_forked_child_still_runs(temporary: Path) -> None:
     script = """
 import os, signal, sys, time
 from sandbox import PostgresServer
@@ -154,12 +154,12 @@ with PostgresServer() as postgres:
         child, port = map(int, parent.stdout.readline().split())
         parent.kill()
         try:
-            assert eventually(lambda: nothing_is_left(temporary, [port]), GONE_WITHIN_S)
+            assert eventually(lambda: nothing_remains(temporary, [port]), REMOVED_TIMEOUT_S)
         finally:
             os.kill(child, signal.SIGKILL)
 
 
-def test_a_corrupted_jar_is_refused_in_one_line_and_nothing_is_left_running(temporary: Path) -> None:
+def test_a_corrupted_jar_is_refused_in_one_line_and_no_server_remains(temporary: Path) -> None:
     jars = installed_jars(user_cache())
     copies = temporary / "cache" / "orderlib" / jars[0].parent.name
     copies.mkdir(parents=True)
@@ -177,12 +177,12 @@ def test_a_corrupted_jar_is_refused_in_one_line_and_nothing_is_left_running(temp
         check=False,
     )
     assert done.returncode == 1
-    _, refusal = done.stderr.splitlines()
-    assert f"{jars[0].name} is not the jar that sandbox/jars.lock names" in refusal
+    _, message = done.stderr.splitlines()
+    assert f"{jars[0].name} is not the jar that sandbox/jars.lock names" in message
     assert not any(scratch.iterdir())
 
 
-def test_the_lock_is_of_the_versions_that_are_asked_for() -> None:
+def test_the_lock_contains_the_configured_versions() -> None:
     assert set(ROOTS) <= set(read_lock())
 
 
@@ -193,16 +193,16 @@ def test_usage_errors_exit_2_before_anything_starts(temporary: Path, wrong: list
     assert "starting" not in done.stderr
 
 
-@pytest.mark.parametrize(("module", "says"), [("sandbox", "COMMAND"), ("sandbox.lock", "jars.lock")])
-def test_help_says_what_it_is_for_and_does_nothing_else(module: str, says: str) -> None:
+@pytest.mark.parametrize(("module", "expected"), [("sandbox", "COMMAND"), ("sandbox.lock", "jars.lock")])
+def test_help_describes_the_command_and_starts_nothing(module: str, expected: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=CHECKOUT, check=True
     )
-    assert says in done.stdout
+    assert expected in done.stdout
     assert done.stderr == ""
 
 
-def test_elsewhere_than_on_linux_and_macos_it_says_so_in_one_line() -> None:
+def test_on_other_systems_it_names_the_supported_ones_in_one_line() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import sys; sys.platform = 'win32'; import sandbox"],
         capture_output=True,

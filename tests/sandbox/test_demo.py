@@ -18,11 +18,11 @@ from tests.conftest import Database
 from tests.support.process_table import eventually
 
 CHECKOUT = Path(__file__).parents[2]
-READY_WITHIN_S = 120.0
+READY_TIMEOUT_S = 120.0
 
 BOOTSTRAP, MIGRATOR, WRITER, READER = (f"ORDERS_{name}_URL" for name in ("BOOTSTRAP", "MIGRATOR", "DATABASE", "READER"))
 KAFKA = "ORDERS_KAFKA_BOOTSTRAP_SERVERS"
-#: What each command must get. The other settings are no secrets.
+#: The settings with secrets or addresses of servers that each command must get.
 EXPECTED = {
     "admin bootstrap": {BOOTSTRAP, MIGRATOR, WRITER, READER},
     "admin migrate": {MIGRATOR},
@@ -59,26 +59,26 @@ def test_each_program_of_the_demo_gets_only_its_variables(sandbox: Sandbox, empt
     seen: dict[str, Mapping[str, str]] = {}
     try:
 
-        def has_shown_all() -> bool:
+        def have_all_run() -> bool:
             seen.update(programs_below(demo.pid))
             return seen.keys() >= EXPECTED.keys()
 
-        assert eventually(has_shown_all, READY_WITHIN_S), seen.keys()
+        assert eventually(have_all_run, READY_TIMEOUT_S), seen.keys()
         for command, names in EXPECTED.items():
             got = seen[command]
             assert {name for name in got if name.endswith("_URL") or name == KAFKA} == names, command
             assert "SOME_OTHER_SECRET" not in got, command
             assert "ORDERS_API_TOKENS" not in got or command == "api", command
         assert demo.stderr is not None
-        deadline_s = time.monotonic() + READY_WITHIN_S
+        deadline_s = time.monotonic() + READY_TIMEOUT_S
         while (line := demo.stderr.readline()) and b"the page:" not in line:
             assert time.monotonic() < deadline_s
         assert line, "the demo ended early"
         demo.send_signal(signal.SIGINT)
-        assert demo.wait(READY_WITHIN_S) == 0
+        assert demo.wait(READY_TIMEOUT_S) == 0
         assert programs_below(demo.pid) == {}
     finally:
         demo.terminate()
-        demo.wait(READY_WITHIN_S)
+        demo.wait(READY_TIMEOUT_S)
         assert demo.stderr is not None
         demo.stderr.close()

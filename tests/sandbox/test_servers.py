@@ -1,4 +1,4 @@
-"""What the servers are and what they keep, seen by clients."""
+"""The sandbox's servers as clients see them: versions, settings, and data after a crash."""
 
 import os
 import re
@@ -23,12 +23,12 @@ def sandbox() -> Iterator[Sandbox]:
         yield sandbox
 
 
-def make_topic(kafka: KafkaServer, topic: str) -> None:
+def create_topic(kafka: KafkaServer, topic: str) -> None:
     admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers})
     admin.create_topics([NewTopic(topic, num_partitions=1)])[topic].result(10)
 
 
-def received(kafka: KafkaServer, topic: str) -> bytes | None:
+def consume_one(kafka: KafkaServer, topic: str) -> bytes | None:
     """Return the first committed value of a topic, read as a member of a group."""
     consumer = Consumer(
         {
@@ -48,7 +48,7 @@ def received(kafka: KafkaServer, topic: str) -> bytes | None:
         consumer.close()
 
 
-def test_postgres_18_answers_to_its_password_and_to_no_other(sandbox: Sandbox) -> None:
+def test_postgres_18_accepts_only_its_password(sandbox: Sandbox) -> None:
     with psycopg.connect(sandbox.postgres.superuser_url) as connection:
         version, database, encoding, method = connection.execute(
             """
@@ -62,8 +62,8 @@ def test_postgres_18_answers_to_its_password_and_to_no_other(sandbox: Sandbox) -
         psycopg.connect(sandbox.postgres.url("postgres", "guessed"))
 
 
-def test_of_a_transactional_producer_only_committed_records_are_consumed(sandbox: Sandbox) -> None:
-    make_topic(sandbox.kafka, "orders")
+def test_only_committed_records_of_a_transactional_producer_are_consumed(sandbox: Sandbox) -> None:
+    create_topic(sandbox.kafka, "orders")
     producer = Producer({"bootstrap.servers": sandbox.kafka.bootstrap_servers, "transactional.id": "sender"})
     producer.init_transactions(10)
     producer.begin_transaction()
@@ -73,62 +73,62 @@ def test_of_a_transactional_producer_only_committed_records_are_consumed(sandbox
     producer.begin_transaction()
     producer.produce("orders", b"committed")
     producer.commit_transaction(10)
-    assert received(sandbox.kafka, "orders") == b"committed"
+    assert consume_one(sandbox.kafka, "orders") == b"committed"
 
 
-def test_asking_for_an_unknown_topic_does_not_make_it(sandbox: Sandbox) -> None:
+def test_an_unknown_topic_is_not_created_automatically(sandbox: Sandbox) -> None:
     servers = {"bootstrap.servers": sandbox.kafka.bootstrap_servers}
-    # A producer always asks for the topic to be made; it believes the first "unknown" when told not to wait.
+    # A producer always requests automatic creation. With 0 it does not wait for the topic to appear.
     producer = Producer({**servers, "topic.metadata.propagation.max.ms": 0})
     failures: list[KafkaError | None] = []
-    producer.produce("never-made", b"x", on_delivery=lambda error, _: failures.append(error))
+    producer.produce("unknown", b"x", on_delivery=lambda error, _: failures.append(error))
     producer.flush(10)
     assert [error.code() for error in failures if error] == [KafkaError.UNKNOWN_TOPIC_OR_PART]
-    assert "never-made" not in AdminClient(dict(servers)).list_topics(timeout=10).topics
+    assert "unknown" not in AdminClient(dict(servers)).list_topics(timeout=10).topics
 
 
-def test_a_commit_outlives_an_immediate_stop_of_postgres(sandbox: Sandbox) -> None:
+def test_a_commit_survives_an_immediate_stop_of_postgres(sandbox: Sandbox) -> None:
     postgres = sandbox.postgres
     with psycopg.connect(postgres.superuser_url) as connection:
-        connection.execute("CREATE TABLE kept AS SELECT 42 AS answer")
+        connection.execute("CREATE TABLE committed AS SELECT 42 AS answer")
     url = postgres.superuser_url
     postgres.stop("immediate")
     assert not listens(postgres.port)
     postgres.start()
     with psycopg.connect(url) as connection:
-        assert connection.execute("SELECT answer FROM kept").fetchone() == (42,)
+        assert connection.execute("SELECT answer FROM committed").fetchone() == (42,)
 
 
-def test_an_acknowledged_record_outlives_a_kill_of_kafka(sandbox: Sandbox) -> None:
+def test_an_acknowledged_record_survives_a_kill_of_kafka(sandbox: Sandbox) -> None:
     kafka = sandbox.kafka
-    make_topic(kafka, "kept")
+    create_topic(kafka, "acknowledged")
     producer = Producer({"bootstrap.servers": kafka.bootstrap_servers, "acks": "all"})
-    producer.produce("kept", b"an order")
+    producer.produce("acknowledged", b"an order")
     assert producer.flush(10) == 0
     servers, pid = kafka.bootstrap_servers, kafka.pid
     kafka.kill()
     assert not listens(kafka.port)
     kafka.start()
     assert (kafka.bootstrap_servers, kafka.pid != pid) == (servers, True)
-    assert received(kafka, "kept") == b"an order"
+    assert consume_one(kafka, "acknowledged") == b"an order"
 
 
-@pytest.mark.parametrize(("make", "port"), [(PostgresServer, "port"), (KafkaServer, "_controller_port")])
-def test_a_server_takes_other_ports_when_its_own_are_taken_before_it_starts(
-    make: type[PostgresServer | KafkaServer], port: str
+@pytest.mark.parametrize(("server_class", "port"), [(PostgresServer, "port"), (KafkaServer, "_controller_port")])
+def test_a_server_chooses_other_ports_if_its_own_are_taken_before_it_starts(
+    server_class: type[PostgresServer | KafkaServer], port: str
 ) -> None:
-    server = make()
-    with socket.socket() as squatter:
-        squatter.bind(("127.0.0.1", getattr(server, port)))
-        squatter.listen()
+    server = server_class()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", getattr(server, port)))
+        other.listen()
         with server:
-            assert getattr(server, port) != squatter.getsockname()[1]
+            assert getattr(server, port) != other.getsockname()[1]
             assert listens(server.port)
     assert not listens(server.port)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's servers run as another user")
-def test_postgres_of_root_starts_from_a_folder_that_only_root_can_enter(
+def test_roots_postgres_starts_from_a_folder_that_only_root_can_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     private = tmp_path / "private"
@@ -141,7 +141,7 @@ def test_postgres_of_root_starts_from_a_folder_that_only_root_can_enter(
         assert connection.execute("SELECT 1").fetchone() == (1,)
 
 
-def test_what_does_not_run_says_so() -> None:
+def test_a_server_that_is_not_running_has_no_pid_and_no_log() -> None:
     postgres = PostgresServer()
     with pytest.raises(SandboxError, match="PostgreSQL is not running"):
         _ = postgres.pid
@@ -154,4 +154,4 @@ def test_no_cluster_id_begins_with_a_dash() -> None:
     """One in 64 random ids would."""
     ids = {KafkaServer()._cluster_id for _ in range(1000)}
     assert len(ids) == 1000
-    assert all(re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_-]{21}", one) for one in ids)
+    assert all(re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_-]{21}", cluster_id) for cluster_id in ids)

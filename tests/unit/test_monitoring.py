@@ -1,4 +1,4 @@
-"""Dashboard, alerts and docs speak of the metrics that the programs give out: of all of them, and of no other."""
+"""Dashboard, alerts and docs name every metric that the programs export, and no other."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ALERTS: list[dict[str, Any]] = [
 SCRAPES = yaml.safe_load((MONITORING / "prometheus.yml").read_text())["scrape_configs"]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 
-#: What Prometheus and the probe say themselves, and the labels that Prometheus gives every series.
+#: The series of Prometheus and of the probe, and the labels that Prometheus adds to every series.
 FOREIGN = {
     "up": frozenset[str](),
     "probe_success": frozenset[str](),
@@ -50,13 +50,13 @@ FOREIGN = {
 }
 EVERYWHERE = frozenset({"job", "instance", "service"})
 
-#: Words of PromQL's that can stand where a metric can.
+#: Words of PromQL that can be in the place of a metric.
 WORDS = {"and", "or", "unless", "offset", "bool", "on", "ignoring", "by", "without", "group_left", "group_right"}
 
 
 @attrs.frozen
 class Exported:
-    """A metric as a program gives it out."""
+    """A metric that a program exports."""
 
     name: str
     kind: str
@@ -75,7 +75,7 @@ class Exported:
 
 
 def exported() -> Iterator[Exported]:
-    """Every metric of the consumer and of the API, as their registries have them."""
+    """Every metric in the registries of the consumer and of the API."""
     for registry in (health.Metrics().registry, metrics.Metrics(ROUTES).registry):
         for collector in registry._collector_to_names:
             for family in collector.collect():
@@ -85,8 +85,8 @@ def exported() -> Iterator[Exported]:
 
 
 METRICS = {metric.name: metric for metric in exported()}
-OURS = {name: labels for metric in METRICS.values() for name, labels in metric.series.items()}
-SERIES = OURS | FOREIGN
+EXPORTED_SERIES = {name: labels for metric in METRICS.values() for name, labels in metric.series.items()}
+SERIES = EXPORTED_SERIES | FOREIGN
 
 
 def subclasses(cls: type[C]) -> Iterator[type[C]]:
@@ -96,7 +96,7 @@ def subclasses(cls: type[C]) -> Iterator[type[C]]:
 
 
 def routes() -> set[str]:
-    """The routes of the API, and what it calls a path without one."""
+    """The routes of the API, and its labels for paths without a route."""
     settings = ApiSettings(
         reader_url="",
         bind=Address(host="127.0.0.1", port=0),
@@ -111,7 +111,7 @@ def routes() -> set[str]:
     }
 
 
-#: The values that a label can have, of those whose values are known.
+#: The possible values of the labels whose values are known.
 VALUES: dict[str, set[str]] = {
     "outcome": set(Outcome),
     "code": {cls.code for cls in subclasses(RejectedError)},
@@ -147,7 +147,7 @@ def metrics_in(expression: str) -> set[str]:
 
 
 def rows(text: str, columns: int) -> list[list[str]]:
-    """The rows of the tables of a page that have so many columns, without their heads."""
+    """The rows of a page's tables with this number of columns, without the headings."""
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
     ]
@@ -165,14 +165,14 @@ def anchors(page: Path) -> set[str]:
 
 
 @each_expression
-def test_an_expression_reads_metrics_that_are_given_out(expression: str) -> None:
+def test_an_expression_reads_exported_metrics(expression: str) -> None:
     found = metrics_in(expression)
     assert found
     assert found <= SERIES.keys()
 
 
 @each_expression
-def test_an_expression_asks_for_labels_and_values_that_there_are(expression: str) -> None:
+def test_an_expression_selects_labels_and_values_that_exist(expression: str) -> None:
     for name, matchers in SELECTOR.findall(expression):
         for label, operator, value in MATCHER.findall(matchers):
             assert label in SERIES[name] | EVERYWHERE
@@ -188,7 +188,7 @@ def test_every_metric_is_on_the_dashboard_or_in_an_alert() -> None:
     assert {metric.name for metric in METRICS.values() if not used & metric.series.keys()} == set()
 
 
-def test_one_table_has_every_metric_with_its_kind_and_labels() -> None:
+def test_the_docs_list_every_metric_with_its_kind_and_labels() -> None:
     table = [
         (quoted(name), kind, frozenset(quoted(labels))) for name, kind, labels, *_ in rows(METRICS_TABLE.read_text(), 6)
     ]
@@ -197,7 +197,7 @@ def test_one_table_has_every_metric_with_its_kind_and_labels() -> None:
         assert METRICS[name] == Exported(name, kind, labels)
 
 
-def test_one_table_has_every_label_with_its_values() -> None:
+def test_the_docs_list_every_label_with_its_values() -> None:
     table = {quoted(label)[0]: set(quoted(values)) for label, values in rows(METRICS_TABLE.read_text(), 2)}
     assert table.keys() == {label for metric in METRICS.values() for label in metric.labels}
     for label in ("outcome", "code", "step", "route"):
@@ -207,8 +207,8 @@ def test_one_table_has_every_label_with_its_values() -> None:
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in DOCS])
-def test_a_page_names_only_metrics_that_are_given_out(page: Path) -> None:
-    names = METRICS.keys() | OURS.keys()
+def test_a_page_names_only_exported_metrics(page: Path) -> None:
+    names = METRICS.keys() | EXPORTED_SERIES.keys()
     endings = "|".join({name.rpartition("_")[2] for name in names})
     assert set(re.findall(rf"\borders_(?:\w+_)?(?:{endings})\b", page.read_text())) <= names
 
@@ -219,7 +219,7 @@ def test_no_two_alerts_have_the_same_name() -> None:
 
 
 @each_alert
-def test_an_alert_says_how_bad_it_is_what_it_is_and_where_to_read_on(alert: dict[str, Any]) -> None:
+def test_an_alert_has_a_severity_a_summary_and_a_section_in_the_runbook(alert: dict[str, Any]) -> None:
     assert alert["labels"]["severity"] in {"critical", "warning"}
     assert alert["annotations"]["summary"]
     page, _, anchor = alert["annotations"]["runbook"].partition("#")
@@ -228,7 +228,7 @@ def test_an_alert_says_how_bad_it_is_what_it_is_and_where_to_read_on(alert: dict
 
 
 @each_alert
-def test_an_alert_says_only_what_its_expression_knows(alert: dict[str, Any]) -> None:
+def test_a_summary_uses_only_labels_that_its_expression_keeps(alert: dict[str, Any]) -> None:
     named = set(re.findall(r"\$labels\.(\w+)", alert["annotations"]["summary"]))
     kept = {label for labels in GROUPING.findall(alert["expr"]) for label in re.findall(r"\w+", labels)}
     assert named <= (kept if re.search(r"\bsum\b", alert["expr"]) else kept | EVERYWHERE)
@@ -240,22 +240,22 @@ def test_the_runbook_has_a_section_for_each_alert_and_for_nothing_else() -> None
 
 
 @pytest.mark.parametrize("page", [RUNBOOK, METRICS_TABLE], ids=["runbook", "metrics"])
-def test_links_lead_somewhere(page: Path) -> None:
+def test_every_link_has_a_target(page: Path) -> None:
     for path, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
         target = page.parent / path if path else page
         assert target.exists()
         assert not anchor or anchor in anchors(target)
 
 
-def test_a_command_of_the_runbook_is_one_that_admin_takes() -> None:
+def test_admin_accepts_every_command_of_the_runbook() -> None:
     commands = re.findall(r"run --rm admin ([^`#\n]+)", RUNBOOK.read_text())
     assert commands
     for command in commands:
-        made_up = {"TOPIC/PARTITION/OFFSET": "orders/0/1", "CODE": "too_large", "N": "3"}
-        make_parser().parse_args([made_up.get(word, word) for word in command.split()])
+        examples = {"TOPIC/PARTITION/OFFSET": "orders/0/1", "CODE": "too_large", "N": "3"}
+        make_parser().parse_args([examples.get(word, word) for word in command.split()])
 
 
-def test_panels_are_told_apart_and_do_not_overlap() -> None:
+def test_panels_have_different_ids_and_do_not_overlap() -> None:
     ids = [panel["id"] for panel in PANELS]
     assert len(ids) == len(set(ids))
     taken = [
@@ -269,35 +269,35 @@ def test_panels_are_told_apart_and_do_not_overlap() -> None:
 
 
 @each_panel
-def test_a_panel_says_what_it_shows_and_in_which_unit(panel: dict[str, Any]) -> None:
+def test_a_panel_has_a_description_and_a_unit(panel: dict[str, Any]) -> None:
     assert panel["title"]
     assert panel["description"].endswith(".")
     assert panel["fieldConfig"]["defaults"]["unit"]
 
 
 @each_panel
-def test_a_panel_asks_the_data_source_that_is_provisioned(panel: dict[str, Any]) -> None:
+def test_a_panel_uses_the_provisioned_data_source(panel: dict[str, Any]) -> None:
     [source] = yaml.safe_load((MONITORING / "grafana" / "datasource.yml").read_text())["datasources"]
-    for asked in (panel, *panel["targets"]):
-        assert asked["datasource"] == {"type": source["type"], "uid": source["uid"]}
+    for part in (panel, *panel["targets"]):
+        assert part["datasource"] == {"type": source["type"], "uid": source["uid"]}
 
 
-def test_prometheus_asks_where_compose_lets_the_programs_listen() -> None:
-    asked = {target for scrape in SCRAPES for static in scrape["static_configs"] for target in static["targets"]}
+def test_prometheus_scrapes_the_addresses_that_the_programs_listen_on_in_compose() -> None:
+    scraped = {target for scrape in SCRAPES for static in scrape["static_configs"] for target in static["targets"]}
     listening = set()
     for program in ("consumer", "api"):
         for variable, form in (("ORDERS_METRICS_BIND", "{}:{}"), ("ORDERS_API_BIND", "http://{}:{}/readyz")):
             if bind := COMPOSE[program]["environment"].get(variable):
                 host, _, port = bind.rpartition(":")
-                assert host == "0.0.0.0"  # noqa: S104  within compose's network
+                assert host == "0.0.0.0"  # noqa: S104 - within the network of compose
                 listening.add(form.format(program, port))
-    assert asked == listening | {"http://consumer:9101/readyz"}
+    assert scraped == listening | {"http://consumer:9101/readyz"}
 
 
-def test_what_watches_is_asked_for_and_shut_as_tight_as_what_is_watched() -> None:
-    watching = {name: service for name, service in COMPOSE.items() if "monitoring" in service.get("profiles", ())}
-    assert watching.keys() == {"prometheus", "probe", "grafana"}
-    for service in watching.values():
+def test_monitoring_services_are_optional_and_restricted_like_the_programs() -> None:
+    monitoring = {name: service for name, service in COMPOSE.items() if "monitoring" in service.get("profiles", ())}
+    assert monitoring.keys() == {"prometheus", "probe", "grafana"}
+    for service in monitoring.values():
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         assert not service["user"].startswith(("0", "root"))
@@ -316,11 +316,11 @@ def promtool(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_prometheus_takes_its_configuration_and_the_alerts() -> None:
+def test_promtool_accepts_the_configuration_and_the_alerts() -> None:
     promtool("check", "config", str(MONITORING / "prometheus.yml"))
 
 
-def test_prometheus_takes_the_expressions_of_the_dashboard(tmp_path: Path) -> None:
+def test_promtool_accepts_the_expressions_of_the_dashboard(tmp_path: Path) -> None:
     rules = [
         {"record": f"panel:{number}", "expr": expression.replace("$__rate_interval", "1m")}
         for number, (_, expression) in enumerate(EXPRESSIONS)
@@ -329,11 +329,11 @@ def test_prometheus_takes_the_expressions_of_the_dashboard(tmp_path: Path) -> No
     promtool("check", "rules", str(tmp_path / "panels.yml"))
 
 
-def test_an_alert_fires_when_it_should_and_only_then() -> None:
+def test_alerts_fire_only_in_the_cases_in_which_they_should() -> None:
     promtool("test", "rules", str(MONITORING / "alerts_test.yml"))
 
 
-def test_every_alert_is_tried() -> None:
-    tried = yaml.safe_load((MONITORING / "alerts_test.yml").read_text())["tests"]
-    fired = {case["alertname"] for test in tried for case in test["alert_rule_test"] if case["exp_alerts"]}
+def test_every_alert_fires_in_a_case() -> None:
+    cases = yaml.safe_load((MONITORING / "alerts_test.yml").read_text())["tests"]
+    fired = {case["alertname"] for test in cases for case in test["alert_rule_test"] if case["exp_alerts"]}
     assert fired == {alert["alert"] for alert in ALERTS}

@@ -1,4 +1,4 @@
-"""Settings: what is missing or wrong is named by its variable, and no secret is ever shown."""
+"""Settings: an error names the missing or wrong variable, and no secret is shown."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def test_every_setting_of_the_consumer_is_read() -> None:
         {
             **CONSUMER,
             "ORDERS_TOPIC": "other",
-            "ORDERS_CONSUMER_GROUP": "ours",
+            "ORDERS_CONSUMER_GROUP": "other-group",
             "ORDERS_MAX_RECORD_BYTES": "1000",
             "ORDERS_METRICS_BIND": "[::1]:0",
             "ORDERS_BREAKER_FRACTION": "0",
         }
     )
-    assert (settings.kafka.topic, settings.group, settings.max_record_bytes) == ("other", "ours", 1000)
+    assert (settings.kafka.topic, settings.group, settings.max_record_bytes) == ("other", "other-group", 1000)
     assert (settings.metrics_bind, settings.breaker_fraction) == (Address(host="[::1]", port=0), 0)
 
 
-def test_an_empty_setting_is_one_that_is_not_set() -> None:
+def test_an_empty_setting_counts_as_not_set() -> None:
     settings = ConsumerSettings.from_mapping({**CONSUMER, "ORDERS_TOPIC": "", "ORDERS_MAX_RECORD_BYTES": ""})
     assert (settings.kafka.topic, settings.max_record_bytes) == ("orders", 8 * 1024 * 1024)
 
@@ -73,17 +73,17 @@ def test_any_property_of_librdkafka_can_be_set() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED_KAFKA_PROPERTIES))
-def test_a_property_that_a_promise_rests_on_cannot_be_set(name: str) -> None:
+def test_a_property_that_a_promise_depends_on_cannot_be_set(name: str) -> None:
     variable = f"ORDERS_KAFKA_{name.upper().replace('.', '_')}"
-    with pytest.raises(ConfigurationError, match=variable) as refusal:
+    with pytest.raises(ConfigurationError, match=variable) as error:
         KafkaSettings.from_mapping({**KAFKA, variable: SECRET})
-    assert SECRET not in str(refusal.value)
+    assert SECRET not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "name", ["group.id", "enable.auto.commit", "isolation.level", "auto.offset.reset", "acks", "enable.idempotence"]
 )
-def test_the_promised_properties_are_among_them(name: str) -> None:
+def test_the_most_important_properties_are_reserved(name: str) -> None:
     assert name in RESERVED_KAFKA_PROPERTIES
 
 
@@ -98,7 +98,7 @@ def test_the_promised_properties_are_among_them(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("nothing", [{}, {"": ""}])
-def test_a_setting_that_is_missing_is_named(
+def test_an_error_names_the_missing_setting(
     read: Read, complete: Mapping[str, str], variable: str, nothing: Mapping[str, str]
 ) -> None:
     without = {name: value for name, value in complete.items() if name != variable}
@@ -107,7 +107,7 @@ def test_a_setting_that_is_missing_is_named(
 
 
 @pytest.mark.parametrize(
-    ("read", "complete", "told", "values"),
+    ("read", "complete", "message", "values"),
     [
         (
             max_record_bytes,
@@ -129,8 +129,8 @@ def test_a_setting_that_is_missing_is_named(
         ),
         (ApiSettings.from_mapping, API, "ORDERS_API_BIND must be host:port", ["8080", "host:port", SECRET]),
         *(
-            (ApiSettings.from_mapping, API, f"ORDERS_API_TOKENS: {told}", values)
-            for told, values in [
+            (ApiSettings.from_mapping, API, f"ORDERS_API_TOKENS: {message}", values)
+            for message, values in [
                 (
                     "token 1 must be printable ASCII",
                     [f"a:{SECRET}é", f"a:{SECRET}\x1b", f"é:{SECRET}", f"a:\x7f{SECRET}"],
@@ -159,46 +159,46 @@ def test_a_setting_that_is_missing_is_named(
         (ApiSettings.from_mapping, API, "ORDERS_API_AUTH must be on or off", ["OFF", "0", "no", SECRET]),
     ],
 )
-def test_a_setting_that_is_wrong_is_named_and_not_quoted(
-    read: Read, complete: Mapping[str, str], told: str, values: list[str]
+def test_an_error_names_the_wrong_setting_without_its_value(
+    read: Read, complete: Mapping[str, str], message: str, values: list[str]
 ) -> None:
-    variable = told.partition(" ")[0].rstrip(":")
+    variable = message.partition(" ")[0].rstrip(":")
     for value in values:
-        with pytest.raises(ConfigurationError) as refusal:
+        with pytest.raises(ConfigurationError) as error:
             read({**complete, variable: value})
-        assert str(refusal.value) == told, value
+        assert str(error.value) == message, value
 
 
-def test_who_may_read_must_be_said_once() -> None:
-    nobody = {**API, "ORDERS_API_TOKENS": ""}
-    assert ApiSettings.from_mapping({**nobody, "ORDERS_API_AUTH": "off"}).tokens == {}
+def test_tokens_and_auth_off_contradict_each_other() -> None:
+    without_tokens = {**API, "ORDERS_API_TOKENS": ""}
+    assert ApiSettings.from_mapping({**without_tokens, "ORDERS_API_AUTH": "off"}).tokens == {}
     with pytest.raises(ConfigurationError, match="ORDERS_API_TOKENS and ORDERS_API_AUTH=off contradict"):
         ApiSettings.from_mapping({**API, "ORDERS_API_AUTH": "off"})
 
 
 @pytest.mark.parametrize(
-    ("host", "may"),
+    ("host", "is_allowed"),
     [("localhost", True), ("127.0.0.9", True), ("[::1]", True), ("192.0.2.1", False), ("[::]", False), ("shop", False)],
 )
-def test_without_tokens_only_this_machine_may_ask(host: str, may: bool) -> None:
+def test_without_tokens_the_api_serves_localhost_only(host: str, is_allowed: bool) -> None:
     environ = {**API, "ORDERS_API_TOKENS": "", "ORDERS_API_AUTH": "off", "ORDERS_API_BIND": f"{host}:1"}
-    if may:
+    if is_allowed:
         assert ApiSettings.from_mapping(environ).bind.host == host
     else:
         with pytest.raises(ConfigurationError, match="ORDERS_API_BIND must be localhost"):
             ApiSettings.from_mapping(environ)
 
 
-def test_an_idle_connection_outlives_the_load_balancers_unless_told_otherwise() -> None:
+def test_the_keep_alive_time_is_75_seconds_unless_set() -> None:
     assert ApiSettings.from_mapping(API).keepalive_s == 75
     assert ApiSettings.from_mapping({**API, "ORDERS_API_KEEPALIVE_S": "5"}).keepalive_s == 5
 
 
-def test_a_file_of_tokens_may_end_with_a_line_break() -> None:
+def test_the_tokens_may_end_with_a_line_break() -> None:
     assert ApiSettings.from_mapping({**API, "ORDERS_API_TOKENS": f"shop:{SECRET}\n"}).name_of(SECRET) == "shop"
 
 
-def test_a_token_belongs_to_its_name() -> None:
+def test_a_token_is_found_by_its_exact_text() -> None:
     settings = ApiSettings.from_mapping({**API, "ORDERS_API_TOKENS": f"shop:{SECRET}, old:with:colon"})
     assert settings.name_of(SECRET) == "shop"
     assert settings.name_of("with:colon") == "old"

@@ -1,1 +1,1 @@
-"""Local images under the names of public ones, for machines that can pull none; see ``__main__``."""
+"""Build local images with the names of public ones, for machines that cannot pull images; see ``__main__``."""

@@ -1,9 +1,9 @@
-"""``python -m tests.compose.stand_ins``: makes local images under the public names that docker-compose.yml builds on.
+"""``python -m tests.compose.stand_ins``: build local images with the public names that docker-compose.yml uses.
 
-For machines that can pull no image and so cannot run ``make test-compose`` otherwise. Their programs are Debian's
-Python and the sandbox's PostgreSQL and Kafka; users, folders, variables and ports are those of the real images. Needs
-root, Debian's package mmdebstrap, and a docker that answers. Each is labelled ``orderlib.stand-in``; README.md says
-what they cannot show.
+They let ``make test-compose`` run on machines that cannot pull images. They contain Debian's Python and the sandbox's
+PostgreSQL and Kafka; users, folders, variables and ports are those of the real images. The command needs root, Debian's
+package mmdebstrap and a running docker. Each image has the label ``orderlib.stand-in``. README.md lists what they do
+not test.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
 def main() -> int:
-    """Make them all; exit status 1 if a real image is here, which they must not replace."""
+    """Build all images. Return the exit status: 1 if a real image exists, which they must not replace."""
     argparse.ArgumentParser(prog="python -m tests.compose.stand_ins", description=__doc__).parse_args()
     for image in base_images():
         if is_stand_in(image) is False:
-            print(f"{image} is here, and real: nothing was made", file=sys.stderr)
+            print(f"{image} exists and is a real image: no stand-in was built", file=sys.stderr)
             return 1
-    _make_debian()
+    _build_debian()
     for image in base_images():
         folder = image.partition(":")[0].rpartition("/")[2]
         with tempfile.TemporaryDirectory() as context:
@@ -45,16 +45,16 @@ def main() -> int:
     return 0
 
 
-def _make_debian() -> None:
-    """A Debian with Python and little more, trusting whom this machine trusts."""
+def _build_debian() -> None:
+    """Build a minimal Debian with Python, with the certificates that this machine trusts."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "root.tar"
-        bring = f'cp {CERTIFICATES} "$1{CERTIFICATES}"'
+        copy_certificates = f'cp {CERTIFICATES} "$1{CERTIFICATES}"'
         configure = rf'printf "[global]\ncert = {CERTIFICATES}\n" > "$1/etc/pip.conf"'
         subprocess.run(
             [
                 *("mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}"),
-                *(f"--customize-hook={bring}", f"--customize-hook={configure}"),
+                *(f"--customize-hook={copy_certificates}", f"--customize-hook={configure}"),
                 *("trixie", root),
             ],
             check=True,
