@@ -15,6 +15,27 @@ import attrs
 
 from orderlib.errors import ConfigurationError
 
+#: Every setting with its default, as text; empty if it has none. ``ORDERS_KAFKA_X_Y`` is not listed.
+DEFAULTS: Mapping[str, str] = {
+    "ORDERS_BOOTSTRAP_URL": "",
+    "ORDERS_MIGRATOR_URL": "",
+    "ORDERS_DATABASE_URL": "",
+    "ORDERS_READER_URL": "",
+    "ORDERS_KAFKA_BOOTSTRAP_SERVERS": "",
+    "ORDERS_TOPIC": "orders",
+    "ORDERS_CONSUMER_GROUP": "order-consumer",
+    "ORDERS_MAX_RECORD_BYTES": "8388608",
+    "ORDERS_BREAKER_FRACTION": "0.95",
+    "ORDERS_API_BIND": "127.0.0.1:8080",
+    "ORDERS_API_TOKENS": "",
+    "ORDERS_API_AUTH": "on",
+    "ORDERS_API_KEEPALIVE_S": "75",
+    "ORDERS_METRICS_BIND": "",
+}
+#: The defaults of ``ORDERS_METRICS_BIND``.
+CONSUMER_METRICS_BIND = "127.0.0.1:9101"
+API_METRICS_BIND = "127.0.0.1:9102"
+
 _KAFKA_PREFIX = "ORDERS_KAFKA_"
 
 #: librdkafka properties that a promise depends on, with their aliases.
@@ -50,17 +71,20 @@ RESERVED_KAFKA_PROPERTIES = frozenset(
 _HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):(?P<port>\d{1,5})")
 
 
+def _text(environ: Mapping[str, str], name: str) -> str:
+    """Return the value of a setting, or its default. An empty value counts as not set."""
+    return environ.get(name) or DEFAULTS[name]
+
+
 def _required(environ: Mapping[str, str], name: str) -> str:
-    value = environ.get(name, "")
+    value = _text(environ, name)
     if not value:
         raise ConfigurationError(f"{name} is not set")
     return value
 
 
-def _integer(environ: Mapping[str, str], name: str, default: int, least: int, most: int | None = None) -> int:
-    text = environ.get(name, "")
-    if not text:
-        return default
+def _integer(environ: Mapping[str, str], name: str, least: int, most: int | None = None) -> int:
+    text = _text(environ, name)
     number = int(text) if re.fullmatch(r"[0-9]{1,15}", text) else -1
     if number < least or (most is not None and number > most):
         limits = f"of at least {least}" if most is None else f"from {least} to {most}"
@@ -68,10 +92,8 @@ def _integer(environ: Mapping[str, str], name: str, default: int, least: int, mo
     return number
 
 
-def _fraction(environ: Mapping[str, str], name: str, default: float) -> float:
-    text = environ.get(name, "")
-    if not text:
-        return default
+def _fraction(environ: Mapping[str, str], name: str) -> float:
+    text = _text(environ, name)
     if not re.fullmatch(r"(0|1|0?\.\d+|0\.\d*|1\.0*)", text):
         raise ConfigurationError(f"{name} must be a number from 0 to 1")
     return float(text)
@@ -113,7 +135,7 @@ class KafkaSettings:
 
     #: ``ORDERS_KAFKA_BOOTSTRAP_SERVERS``: host:port, several with commas.
     bootstrap_servers: str
-    #: ``ORDERS_TOPIC`` (``orders``).
+    #: ``ORDERS_TOPIC``.
     topic: str
     #: ``ORDERS_KAFKA_X_Y``: librdkafka's property x.y, for TLS, SASL and tuning. May hold secrets.
     properties: Mapping[str, str] = attrs.field(repr=False)
@@ -131,7 +153,7 @@ class KafkaSettings:
             raise ConfigurationError(f"{name} cannot be set: orderlib depends on its own value of {reserved}")
         return cls(
             bootstrap_servers=_required(environ, "ORDERS_KAFKA_BOOTSTRAP_SERVERS"),
-            topic=environ.get("ORDERS_TOPIC") or "orders",
+            topic=_text(environ, "ORDERS_TOPIC"),
             properties=properties,
         )
 
@@ -152,13 +174,13 @@ class ConsumerSettings:
     kafka: KafkaSettings
     #: ``ORDERS_DATABASE_URL``: PostgreSQL as the writer.
     database_url: str = attrs.field(repr=False)
-    #: ``ORDERS_CONSUMER_GROUP`` (``order-consumer``); one group per database.
+    #: ``ORDERS_CONSUMER_GROUP``; one group per database.
     group: str
-    #: ``ORDERS_MAX_RECORD_BYTES`` (8 MiB): a longer value is rejected unparsed.
+    #: ``ORDERS_MAX_RECORD_BYTES``: a longer value is rejected without being parsed.
     max_record_bytes: int
-    #: ``ORDERS_METRICS_BIND`` (``127.0.0.1:9101``): /metrics, /livez, /readyz.
+    #: ``ORDERS_METRICS_BIND``: /metrics, /livez, /readyz.
     metrics_bind: Address
-    #: ``ORDERS_BREAKER_FRACTION`` (0.95): stop if this fraction of the last 1,000 records was refused; 0 = off.
+    #: ``ORDERS_BREAKER_FRACTION``: stop if this fraction of the last 1,000 records was rejected; 0 = off.
     breaker_fraction: float
 
     @classmethod
@@ -167,10 +189,12 @@ class ConsumerSettings:
         return cls(
             kafka=KafkaSettings.from_mapping(environ),
             database_url=_required(environ, "ORDERS_DATABASE_URL"),
-            group=environ.get("ORDERS_CONSUMER_GROUP") or "order-consumer",
+            group=_text(environ, "ORDERS_CONSUMER_GROUP"),
             max_record_bytes=max_record_bytes(environ),
-            metrics_bind=Address.parse("ORDERS_METRICS_BIND", environ.get("ORDERS_METRICS_BIND") or "127.0.0.1:9101"),
-            breaker_fraction=_fraction(environ, "ORDERS_BREAKER_FRACTION", 0.95),
+            metrics_bind=Address.parse(
+                "ORDERS_METRICS_BIND", environ.get("ORDERS_METRICS_BIND") or CONSUMER_METRICS_BIND
+            ),
+            breaker_fraction=_fraction(environ, "ORDERS_BREAKER_FRACTION"),
         )
 
 
@@ -180,28 +204,28 @@ class ApiSettings:
 
     #: ``ORDERS_READER_URL``: PostgreSQL as the reader.
     reader_url: str = attrs.field(repr=False)
-    #: ``ORDERS_API_BIND`` (``127.0.0.1:8080``).
+    #: ``ORDERS_API_BIND``.
     bind: Address
-    #: ``ORDERS_METRICS_BIND`` (``127.0.0.1:9102``): /metrics.
+    #: ``ORDERS_METRICS_BIND``: /metrics.
     metrics_bind: Address
-    #: ``ORDERS_API_KEEPALIVE_S`` (75): how long an idle connection is kept. It must be longer than the idle timeout of
+    #: ``ORDERS_API_KEEPALIVE_S``: how long an idle connection stays open. It must be longer than the idle timeout of
     #: a load balancer, which otherwise sends requests on connections that are being closed.
-    keepalive_s: int = 75
-    #: ``ORDERS_API_TOKENS``: name:token, several with commas; a name is for the logs, so that a token can be rotated.
+    keepalive_s: int = int(DEFAULTS["ORDERS_API_KEEPALIVE_S"])
+    #: ``ORDERS_API_TOKENS``: name:token pairs, separated by commas. Logs show the name.
     #: Empty only with ``ORDERS_API_AUTH=off``, which serves localhost only.
     tokens: Mapping[str, str] = attrs.field(repr=False)
 
     @classmethod
     def from_mapping(cls, environ: Mapping[str, str]) -> ApiSettings:
         """Read the settings. Raises ConfigurationError, also if neither tokens nor ORDERS_API_AUTH=off are set."""
-        bind = Address.parse("ORDERS_API_BIND", environ.get("ORDERS_API_BIND") or "127.0.0.1:8080")
+        bind = Address.parse("ORDERS_API_BIND", _text(environ, "ORDERS_API_BIND"))
         if environ.get("ORDERS_API_AUTH") == "off" and not bind.is_loopback:
             raise ConfigurationError("ORDERS_API_BIND must be localhost, 127.0.0.1 or [::1] where ORDERS_API_AUTH=off")
         return cls(
             reader_url=_required(environ, "ORDERS_READER_URL"),
             bind=bind,
-            metrics_bind=Address.parse("ORDERS_METRICS_BIND", environ.get("ORDERS_METRICS_BIND") or "127.0.0.1:9102"),
-            keepalive_s=_integer(environ, "ORDERS_API_KEEPALIVE_S", 75, 1, 3600),
+            metrics_bind=Address.parse("ORDERS_METRICS_BIND", environ.get("ORDERS_METRICS_BIND") or API_METRICS_BIND),
+            keepalive_s=_integer(environ, "ORDERS_API_KEEPALIVE_S", 1, 3600),
             tokens=_tokens(environ),
         )
 
@@ -215,10 +239,10 @@ class ApiSettings:
 
 
 def _tokens(environ: Mapping[str, str]) -> dict[str, str]:
-    auth = environ.get("ORDERS_API_AUTH") or "on"
+    auth = _text(environ, "ORDERS_API_AUTH")
     if auth not in {"on", "off"}:
         raise ConfigurationError("ORDERS_API_AUTH must be on or off")
-    text = environ.get("ORDERS_API_TOKENS") or ""
+    text = _text(environ, "ORDERS_API_TOKENS")
     if auth == "off":
         if text:
             raise ConfigurationError("ORDERS_API_TOKENS and ORDERS_API_AUTH=off contradict each other")
@@ -247,8 +271,8 @@ def _tokens(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def max_record_bytes(environ: Mapping[str, str]) -> int:
-    """``ORDERS_MAX_RECORD_BYTES`` (8 MiB)."""
-    return _integer(environ, "ORDERS_MAX_RECORD_BYTES", 8 * 1024 * 1024, 1)
+    """Return ``ORDERS_MAX_RECORD_BYTES``. A longer value is rejected without being parsed."""
+    return _integer(environ, "ORDERS_MAX_RECORD_BYTES", 1)
 
 
 def database_url(environ: Mapping[str, str], name: str) -> str:

@@ -1,4 +1,4 @@
-"""What the documents show is run, and what they list is complete."""
+"""The examples in the documents work as shown, and their lists are complete."""
 
 from __future__ import annotations
 
@@ -25,24 +25,29 @@ SETTINGS = (DOCS / "settings.md").read_text(encoding="utf-8")
 PAGES = sorted(DOCS.glob("*.md"))
 
 
-def test_the_library_in_five_lines_runs_as_shown(environ: dict[str, str]) -> None:
+def test_the_example_of_the_readme_runs(environ: dict[str, str]) -> None:
     [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     done = subprocess.run([sys.executable, "-c", block], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "['b563feb7b2b84b6test']\n"
 
 
-def test_settings_md_lists_exactly_the_settings_that_the_programs_read() -> None:
+def test_settings_md_lists_every_setting_with_its_default() -> None:
+    listed = dict(re.findall(r"^\| `(ORDERS_[A-Z_]+)` \|.*\| (.*?) ?\|$", SETTINGS, re.MULTILINE))
+    defaults = {name: f"`{default}`" if default else "" for name, default in config.DEFAULTS.items()}
+    defaults["ORDERS_METRICS_BIND"] = f"consumer `{config.CONSUMER_METRICS_BIND}`, API `{config.API_METRICS_BIND}`"
+    assert listed == {**defaults, "ORDERS_KAFKA_X_Y": ""}
+
+
+def test_every_setting_that_a_program_names_has_an_entry_with_its_default() -> None:
     sources = [*(ROOT / "services").rglob("*.py")]
-    read = {
+    named = {
         name
         for source in sources
         for name in re.findall(r"\bORDERS_[A-Z_]+[A-Z]\b", source.read_text(encoding="utf-8"))
         if not name.startswith("ORDERS_KAFKA_") or name == "ORDERS_KAFKA_BOOTSTRAP_SERVERS"
     }
-    listed = set(re.findall(r"^\| `(ORDERS_[A-Z_]+)`", SETTINGS, re.MULTILINE))
-    assert listed - {"ORDERS_KAFKA_X_Y"} == read
-    assert config.RESERVED_KAFKA_PROPERTIES
+    assert named == config.DEFAULTS.keys()
 
 
 @pytest.mark.parametrize("program", ["sender", "consumer", "api", "admin"])
@@ -63,17 +68,17 @@ def test_settings_md_lists_exactly_the_admin_commands() -> None:
     assert set(re.findall(r"`([a-z]+)`", line)) == commands
 
 
-def test_every_make_target_is_explained() -> None:
+def test_make_help_describes_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     [phony] = re.findall(r"^\.PHONY: help (.*)$", makefile, re.MULTILINE)
-    explained = set(re.findall(r'@echo "make ([a-z-]+)', makefile))
-    assert explained == set(phony.split())
+    described = set(re.findall(r'@echo "make ([a-z-]+)', makefile))
+    assert described == set(phony.split())
 
 
 @pytest.mark.parametrize(
     "document", [ROOT / "README.md", ROOT / "DESIGN.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name
 )
-def test_every_file_that_a_document_names_is_there(document: Path) -> None:
+def test_every_file_that_a_document_names_exists(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     named = re.findall(r"`((?:orderlib|services|sandbox|tests|bench|docs|monitoring)/[\w./-]+)`", text)
     assert [name for name in named if not (ROOT / name).exists()] == []
@@ -95,57 +100,58 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-#: What a reader puts something of their own for, and what we put.
+#: The placeholders in commands, with an example of each.
 PLACEHOLDERS = {"N": "0", "UID": "someone", "TOPIC/PARTITION/OFFSET": "orders/0/0", "CODE": "too_large"}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
-def test_every_admin_command_is_one(page: Path) -> None:
+def test_admin_accepts_every_command_of_a_page(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for found in re.findall(r"(?:services\.admin|--rm admin) ([a-z][^\n`#|&;]*)", text):
-        arguments = [PLACEHOLDERS.get(argument, argument) for argument in found.split()]
-        assert make_parser().parse_args(arguments).command is not None, found
+    for command in re.findall(r"(?:services\.admin|--rm admin) ([a-z][^\n`#|&;]*)", text):
+        arguments = [PLACEHOLDERS.get(argument, argument) for argument in command.split()]
+        assert make_parser().parse_args(arguments).command is not None, command
 
 
 @attrs.frozen
 class Block:
-    """A fenced block of a page: ``sh`` and ``python`` are run, ``text`` is what the one before it shows."""
+    """A fenced block of a page: ``sh`` and ``python`` are run, ``text`` is the output of the block before it."""
 
     language: str
     text: str
 
 
 def blocks(page: str) -> list[Block]:
-    """The fenced blocks of a page. Commands that no test can run are indented instead."""
+    """Return the fenced blocks of a page. Commands that no test can run are indented instead."""
     found = re.findall(r"^```(\w+)\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     return [Block(*block) for block in found]
 
 
-# Sybil makes each block a test in this process. That does not fit: the blocks of a page are one shell session with
-# servers in the background, they need a topic and a database of their own, and a reader's Python is a new process.
+# Sybil was tried with use-the-library.md. It makes each block a test, but the blocks build on each other: under
+# pytest-xdist 15 of 22 failed, and in one process each block got a new, empty database. Evaluating the page in one test
+# avoids that, but needs evaluators for output longer than the test below, and the shell pages need this code anyway.
 
 #: Printed after each block, to separate their output.
 END_OF_BLOCK = "=== end of block ==="
 
 
-def assert_shown(of_page: list[Block], output: str) -> None:
-    """What each block showed has the lines of the ``text`` after it, in that order; in them, … stands for anything."""
+def assert_shown(page_blocks: list[Block], output: str) -> None:
+    """Check that the output of each block has the lines of the ``text`` after it, in this order. … matches any text."""
     outputs = iter(output.split(f"{END_OF_BLOCK}\n"))
     shown = ""
-    for block in of_page:
+    for block in page_blocks:
         if block.language != "text":
             shown = next(outputs)
             continue
         lines = iter(" ".join(line.split()) for line in shown.splitlines())
-        for wanted in block.text.splitlines():
-            pattern = re.escape(" ".join(wanted.split())).replace("…", ".*")
-            assert any(re.fullmatch(pattern, line) for line in lines), f"{wanted!r} is not shown here:\n{shown}"
+        for expected in block.text.splitlines():
+            pattern = re.escape(" ".join(expected.split())).replace("…", ".*")
+            assert any(re.fullmatch(pattern, line) for line in lines), f"{expected!r} is not in this output:\n{shown}"
 
 
-def shell_script(of_page: list[Block], api_port: int) -> Iterator[str]:
-    """The blocks of a page as a person types them, one after another in one shell."""
+def shell_script(page_blocks: list[Block], api_port: int) -> Iterator[str]:
+    """Yield the lines of a shell script that runs the blocks of a page one after another."""
     yield "set -eu; trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"
-    for block in of_page:
+    for block in page_blocks:
         text = block.text.replace("127.0.0.1:8080", f"127.0.0.1:{api_port}")
         match block.language:
             case "sh":
@@ -160,15 +166,15 @@ def shell_script(of_page: list[Block], api_port: int) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", ["getting-started.md", "forget-a-person.md"])
-def test_a_page_works_as_it_is_typed(
+def test_the_commands_of_a_page_print_what_it_shows(
     page: str, empty_database: Database, sandbox: Sandbox, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    """As in a new sandbox, but for the roles, which another test may have made."""
-    of_page = blocks(page)
+    """The database is empty, as in a new sandbox; only the roles may exist already."""
+    page_blocks = blocks(page)
     api_port = free_port()
-    topic = f"{environ['ORDERS_TOPIC']}-typed"
+    topic = f"{environ['ORDERS_TOPIC']}-page"
     script, output = tmp_path / "script", tmp_path / "output"
-    script.write_text("\n".join(shell_script(of_page, api_port)), encoding="utf-8")
+    script.write_text("\n".join(shell_script(page_blocks, api_port)), encoding="utf-8")
     settings = {
         **environ,
         **empty_database.environ(),
@@ -194,12 +200,12 @@ def test_a_page_works_as_it_is_typed(
         admin.delete_topics([topic])[topic].exception(30)
     shown = output.read_text(encoding="utf-8").replace(topic, "orders")
     assert done.returncode == 0, shown
-    assert_shown(of_page, shown)
+    assert_shown(page_blocks, shown)
 
 
-def test_the_examples_of_the_library_work_one_after_another(environ: dict[str, str]) -> None:
-    of_page = blocks("use-the-library.md")
-    program = f"\nprint({END_OF_BLOCK!r})\n".join(block.text for block in of_page if block.language == "python")
+def test_the_examples_of_the_library_print_what_the_page_shows(environ: dict[str, str]) -> None:
+    page_blocks = blocks("use-the-library.md")
+    program = f"\nprint({END_OF_BLOCK!r})\n".join(block.text for block in page_blocks if block.language == "python")
     done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert_shown(of_page, done.stdout)
+    assert_shown(page_blocks, done.stdout)

@@ -1,4 +1,4 @@
-"""Every module that can be run parses its arguments before it does anything."""
+"""Every module that can be run parses its arguments before anything else."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ MODULES = list(_runnable())
 
 @pytest.fixture
 def server() -> Iterator[socket.socket]:
-    """A server that only notices who connects."""
+    """A server to check that no client connects."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         yield listener
 
 
-def _poisoned(server: socket.socket) -> dict[str, str]:
+def _environ_of(server: socket.socket) -> dict[str, str]:
     host, port = server.getsockname()
     url = f"postgresql://postgres:secret@{host}:{port}/orders"
     names = ("BOOTSTRAP", "MIGRATOR", "DATABASE", "READER")
@@ -66,7 +66,7 @@ def _state() -> dict[Path, tuple[int, int]]:
     return found
 
 
-def test_the_modules_are_found() -> None:
+def test_the_list_of_modules_is_complete() -> None:
     assert {
         "bench",
         "bench.api",
@@ -89,7 +89,7 @@ def test_help_changes_nothing_and_connects_to_nothing(module: str, server: socke
     done = subprocess.run(
         [sys.executable, "-m", module, "--help"],
         cwd=ROOT,
-        env=_poisoned(server),
+        env=_environ_of(server),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -109,7 +109,7 @@ def test_a_wrong_argument_changes_nothing(module: str, server: socket.socket) ->
     done = subprocess.run(
         [sys.executable, "-m", module, "--no-such-option"],
         cwd=ROOT,
-        env=_poisoned(server),
+        env=_environ_of(server),
         capture_output=True,
         timeout=60,
         check=False,
@@ -118,21 +118,21 @@ def test_a_wrong_argument_changes_nothing(module: str, server: socket.socket) ->
     assert _state() == before
 
 
-def test_benchmarks_use_the_servers_that_they_start_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmarks_use_only_the_servers_that_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def running_sandbox() -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(environ={"ORDERS_BOOTSTRAP_URL": "postgresql://of-the-sandbox"})
 
     monkeypatch.setattr(bench.servers, "running_sandbox", running_sandbox)
     for name in ("BOOTSTRAP_URL", "DATABASE_URL", "KAFKA_SASL_MECHANISM", "TOPIC"):
-        monkeypatch.setenv(f"ORDERS_{name}", "of somebody else")
+        monkeypatch.setenv(f"ORDERS_{name}", "of the caller")
     with bench.servers.benchmark_servers() as environ:
-        ours = {name: value for name, value in environ.items() if name.startswith("ORDERS_")}
-    assert ours == {"ORDERS_BOOTSTRAP_URL": "postgresql://of-the-sandbox"}
+        settings = {name: value for name, value in environ.items() if name.startswith("ORDERS_")}
+    assert settings == {"ORDERS_BOOTSTRAP_URL": "postgresql://of-the-sandbox"}
 
 
-def test_no_benchmark_reads_the_environment_by_itself() -> None:
-    """``bench.api_server`` is given the environment of its own servers by ``bench.api``, and only reads orders."""
+def test_benchmarks_read_no_settings_from_the_environment() -> None:
+    """``bench.api_server`` may: ``bench.api`` starts it with the environment of the benchmark's servers."""
     reading = {
         path.name
         for path in (ROOT / "bench").glob("*.py")

@@ -1,4 +1,4 @@
-"""``pip install .`` gives the library alone: built, installed into a clean environment, and imported there."""
+"""``pip install .`` installs only the library: a test builds the wheel and imports it in a clean environment."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 
-#: What programs, sandbox and tests need, and a user of the library does not.
-FOREIGN = (
+#: The modules that programs, sandbox and tests need, and a user of the library does not.
+NOT_OF_THE_LIBRARY = (
     *("confluent_kafka", "falcon", "gunicorn", "jinja2", "prometheus_client", "structlog", "hypothesis", "pytest"),
     *("services", "sandbox", "tests", "bench", "docs"),
 )
 
 
 def run(*command: str | Path) -> str:
-    """The stdout of a command that must succeed."""
+    """Run a command, which must succeed, and return its stdout."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -35,7 +35,7 @@ def run(*command: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``pip install .`` builds first. No package index is asked: the build backend is one of our requirements."""
+    """The wheel. Building it needs no package index, because the development group contains the build backend."""
     folder = tmp_path_factory.mktemp("wheel")
     run(*PIP, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", folder, ROOT)
     [built] = folder.iterdir()
@@ -44,48 +44,48 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @attrs.frozen
 class Environment:
-    """A virtual environment with the wheel, what that declares to need, and nothing else; not even pip."""
+    """A virtual environment with the wheel and its dependencies only, without pip."""
 
     python: Path
     site_packages: Path
 
     def run(self, code: str) -> str:
-        """The stdout of a program run there, far from this checkout."""
+        """Run a program in the environment, outside this checkout, and return its stdout."""
         return run(self.python, "-I", "-W", "error", "-c", f"import os; os.chdir('/')\n{code}")
 
     def can_import(self, module: str) -> bool:
         return self.run(f"import importlib.util as u; print(u.find_spec({module!r}) is not None)") == "True\n"
 
 
-def needed_by(package: Distribution, extras: set[str]) -> Iterator[Distribution]:
-    """What a package with these extras needs, and what that needs in turn, as our own environment has it."""
+def dependencies_of(package: Distribution, extras: set[str]) -> Iterator[Distribution]:
+    """Yield the installed distributions that a package with these extras needs, directly or indirectly."""
     for requirement in map(Requirement, package.requires or ()):
         if requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in {"", *extras}):
             found = distribution(requirement.name)
             yield found
-            yield from needed_by(found, requirement.extras)
+            yield from dependencies_of(found, requirement.extras)
 
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """Made without a package index: what the wheel needs is linked from our own environment."""
+    """An environment made without a package index: the dependencies are links to the installed ones."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
-    made = Environment(
+    created = Environment(
         python=folder / "bin" / "python",
         site_packages=folder / "lib" / f"python3.{sys.version_info.minor}" / "site-packages",
     )
-    run(*PIP, "--python", made.python, "install", "--no-index", "--no-deps", wheel)
-    [installed] = made.site_packages.glob("orderlib-*.dist-info")
-    for package in needed_by(PathDistribution(installed), set()):
+    run(*PIP, "--python", created.python, "install", "--no-index", "--no-deps", wheel)
+    [installed] = created.site_packages.glob("orderlib-*.dist-info")
+    for package in dependencies_of(PathDistribution(installed), set()):
         for file in package.files or ():
-            link = made.site_packages / file.parts[0]
+            link = created.site_packages / file.parts[0]
             if ".." not in file.parts and not link.exists():
                 link.symlink_to(Path(str(package.locate_file(file.parts[0]))))
-    return made
+    return created
 
 
-def test_the_wheel_has_every_file_of_the_library_and_no_other(wheel: Path) -> None:
+def test_the_wheel_contains_exactly_the_files_of_the_library(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as opened:
         packed = {name for name in opened.namelist() if ".dist-info/" not in name}
     files = {path for path in (ROOT / "orderlib").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
@@ -97,9 +97,9 @@ def test_the_wheel_has_every_file_of_the_library_and_no_other(wheel: Path) -> No
     } <= packed
 
 
-def test_the_library_works_with_what_it_declares_to_need_alone(environment: Environment) -> None:
+def test_the_library_works_with_its_declared_dependencies_only(environment: Environment) -> None:
     run(*PIP, "--python", environment.python, "check")
-    told = environment.run(
+    output = environment.run(
         """
 import orderlib, orderlib.testing
 from orderlib.postgres.migrate import LATEST_MIGRATION
@@ -107,18 +107,18 @@ order = orderlib.decode_order(orderlib.testing.SAMPLE)
 print(orderlib.__file__, order.order_uid, LATEST_MIGRATION >= 2)
 """
     )
-    path, order_uid, has_migrations = told.split()
+    path, order_uid, has_migrations = output.split()
     assert Path(path).is_relative_to(environment.site_packages)
     assert (order_uid, has_migrations) == ("b563feb7b2b84b6test", "True")
 
 
-def test_it_brings_nothing_that_only_programs_need(environment: Environment) -> None:
+def test_the_wheel_does_not_install_what_only_programs_need(environment: Environment) -> None:
     assert environment.can_import("msgspec")
-    assert [module for module in FOREIGN if environment.can_import(module)] == []
+    assert [module for module in NOT_OF_THE_LIBRARY if environment.can_import(module)] == []
 
 
-def test_each_program_has_an_extra_with_what_it_imports(wheel: Path) -> None:
-    """The programs themselves are run from a checkout or an image; see the Dockerfile."""
+def test_the_extra_of_each_program_declares_its_imports(wheel: Path) -> None:
+    """The programs themselves run from a checkout or an image; see the Dockerfile."""
     with zipfile.ZipFile(wheel) as opened:
         [metadata] = [opened.read(name).decode() for name in opened.namelist() if name.endswith(".dist-info/METADATA")]
     extras = re.findall(r"^Provides-Extra: (\S+)$", metadata, re.MULTILINE)
@@ -135,7 +135,7 @@ def test_each_program_has_an_extra_with_what_it_imports(wheel: Path) -> None:
         sources = list((ROOT / "services" / program).rglob("*.py"))
         imported = {name for source in sources for name in imported_by(source)}
         imported |= {name for module in sorted(shared.keys() & imported) for name in shared[module]}
-        assert imported & set(FOREIGN) - {"services"} == declared[program], program
+        assert imported & set(NOT_OF_THE_LIBRARY) - {"services"} == declared[program], program
 
 
 def imported_by(source: Path) -> set[str]:
