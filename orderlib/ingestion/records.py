@@ -177,7 +177,7 @@ class Reject:
 
     @classmethod
     def of(cls, record: Record, error: RejectedError) -> Reject:
-        """Return the reject of a record that an error refused. Each part that cannot be stored is one more fault."""
+        """Return the reject of a record with the faults of an error. Each part that is not stored is one more fault."""
         faults, total = error.faults, error.total
         for part in record.unstorable:
             fault = Fault(

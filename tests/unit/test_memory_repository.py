@@ -1,4 +1,4 @@
-"""The repository in memory, held to the contract."""
+"""The repository in memory passes the contract suite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.repository_contract import RepositoryContract, an_order, stor
 
 
 def ticking() -> MemoryOrderRepository:
-    """A repository in which each call comes a second after the one before."""
+    """Return a repository whose clock advances one second each time it is read."""
     began = dt.datetime(2021, 11, 26, tzinfo=dt.UTC)
     seconds = itertools.count()
     return MemoryOrderRepository(clock=lambda: began + dt.timedelta(seconds=next(seconds)))
@@ -25,7 +25,7 @@ class TestMemoryOrderRepository(RepositoryContract):
         return ticking()
 
 
-def test_the_clock_that_was_passed_in_says_when_an_order_was_stored() -> None:
+def test_the_given_clock_determines_when_an_order_is_stored() -> None:
     repository = ticking()
     repository.save(an_order("a", 1))
     repository.save(an_order("a", 2))
