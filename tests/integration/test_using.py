@@ -1,0 +1,351 @@
+"""``using`` and ``using_async``: orders and the caller's own rows in one transaction, both or neither."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
+
+import psycopg
+import pytest
+
+import orderlib
+from orderlib import ConfigurationError, DatabaseUnavailable, Outcome, RefusedByDatabase, TransactionConflict
+from tests.conftest import ROOT, Database
+from tests.integration.test_postgres_repository import with_unchecked
+from tests.support.api_process import eventually
+from tests.support.repository_contract import an_order, versions_in
+
+REFUSED = with_unchecked(an_order("refused"), track_number="")
+
+#: What a call must not leave behind in the caller's session.
+SESSION_STATE = """
+SELECT (SELECT array_agg((name, setting) ORDER BY name) FROM pg_settings WHERE name <> 'transaction_isolation'),
+       (SELECT count(*) FROM pg_prepared_statements), (SELECT count(*) FROM pg_cursors)
+"""
+
+
+@pytest.fixture
+def shop(module_database: Database) -> Database:
+    """A database with an empty table of the caller's own."""
+    with psycopg.connect(module_database.superuser_url, autocommit=True) as superuser:
+        superuser.execute("TRUNCATE orders CASCADE")
+        superuser.execute("DROP TABLE IF EXISTS outbox")
+        superuser.execute("CREATE TABLE outbox (order_uid text PRIMARY KEY)")
+        superuser.execute("GRANT SELECT, INSERT ON outbox TO orders_writer")
+    return module_database
+
+
+def add_row(connection: psycopg.Connection, order_uid: str) -> None:
+    connection.execute("INSERT INTO outbox VALUES (%s)", [order_uid])
+
+
+def stored_uids(shop: Database) -> tuple[list[str], list[str]]:
+    """Return the order_uids of the orders, and those of the caller's rows, as another session sees them."""
+    with psycopg.connect(shop.superuser_url) as superuser:
+        orders = superuser.execute("SELECT order_uid FROM orders ORDER BY 1").fetchall()
+        rows = superuser.execute("SELECT order_uid FROM outbox ORDER BY 1").fetchall()
+    return [uid for (uid,) in orders], [uid for (uid,) in rows]
+
+
+# Both or neither
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_the_callers_commit_decides_about_orders_and_rows(shop: Database, commits: bool) -> None:
+    with psycopg.connect(shop.writer_url) as connection:
+        repository = orderlib.using(connection)
+        assert repository.save(an_order("a")) is Outcome.STORED
+        add_row(connection, "a")
+        assert repository.get("a") == an_order("a")
+        assert stored_uids(shop) == ([], [])
+        connection.commit() if commits else connection.rollback()
+    assert stored_uids(shop) == ((["a"], ["a"]) if commits else ([], []))
+
+
+def test_an_error_of_the_caller_undoes_the_order_too(shop: Database) -> None:
+    def save_with_the_same_row_twice(connection: psycopg.Connection) -> None:
+        with connection.transaction():
+            orderlib.using(connection).save(an_order("a"))
+            add_row(connection, "a")
+            add_row(connection, "a")
+
+    with (
+        psycopg.connect(shop.writer_url, autocommit=True) as connection,
+        pytest.raises(psycopg.errors.UniqueViolation),
+    ):
+        save_with_the_same_row_twice(connection)
+    assert stored_uids(shop) == ([], [])
+
+
+def test_after_a_refused_order_the_transaction_goes_on_without_any_order_of_that_call(shop: Database) -> None:
+    with psycopg.connect(shop.writer_url) as connection:
+        repository = orderlib.using(connection)
+        add_row(connection, "before")
+        repository.save(an_order("kept"))
+        with pytest.raises(RefusedByDatabase, match="refused"):
+            repository.save_many([an_order("a"), REFUSED, an_order("b")])
+        add_row(connection, "after")
+    assert stored_uids(shop) == (["kept"], ["after", "before"])
+
+
+def test_a_nested_transaction_of_the_caller_can_be_undone_alone(shop: Database) -> None:
+    class Undo(Exception):
+        pass
+
+    with psycopg.connect(shop.writer_url, autocommit=True) as connection, connection.transaction():
+        repository = orderlib.using(connection)
+        repository.save(an_order("outer"))
+        with pytest.raises(Undo), connection.transaction():
+            repository.save(an_order("inner"))
+            raise Undo
+        add_row(connection, "outer")
+    assert stored_uids(shop) == (["outer"], ["outer"])
+
+
+def test_a_program_killed_at_any_moment_leaves_orders_and_rows_equal(shop: Database) -> None:
+    program = """
+import sys, psycopg, attrs, orderlib
+from orderlib.testing import SAMPLE
+order = orderlib.decode_order(SAMPLE)
+with psycopg.connect(sys.argv[1], autocommit=True) as connection:
+    print("ready", flush=True)
+    number = int(sys.argv[2])
+    while True:
+        uid = f"order-{number:07}"
+        with connection.transaction():
+            orderlib.using(connection).save(attrs.evolve(order, order_uid=uid))
+            connection.execute("INSERT INTO outbox VALUES (%s)", [uid])
+        number += 1
+"""
+    rng = Random(7)
+    for turn in range(8):
+        command = [sys.executable, "-c", program, shop.writer_url, str(turn * 1_000_000)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.05 + 0.1 * rng.random())  # the moment of the kill, not a wait for something
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    with psycopg.connect(shop.superuser_url) as superuser:
+        sessions = (
+            "SELECT count(*) FROM pg_stat_activity WHERE usename = 'orders_writer' AND datname = current_database()"
+        )
+        assert eventually(lambda: superuser.execute(sessions).fetchone() == (0,), 10)
+    orders, rows = stored_uids(shop)
+    assert orders == rows
+    assert len(orders) > 8
+
+
+# What a call leaves behind
+
+
+@pytest.mark.parametrize("seqscan", ["on", "off"])
+def test_calls_leave_no_setting_statement_or_cursor_behind(shop: Database, seqscan: str) -> None:
+    with psycopg.connect(shop.writer_url) as connection:
+        connection.execute(f"SET enable_seqscan = {seqscan}")
+        connection.execute("SET search_path = public")
+        connection.commit()
+        before = connection.execute(SESSION_STATE).fetchone()
+        repository = orderlib.using(connection)
+        repository.save_many([an_order("a"), an_order("b")])
+        repository.save(an_order("a", 2))
+        repository.save(an_order("a", 2))
+        with pytest.raises(RefusedByDatabase):
+            repository.save(REFUSED)
+        repository.get("a")
+        repository.list_orders()
+        repository.status()
+        assert connection.execute(SESSION_STATE).fetchone() == before
+        connection.commit()
+        assert connection.execute(SESSION_STATE).fetchone() == before
+        with pytest.raises(psycopg.errors.InvalidSavepointSpecification):
+            connection.execute("RELEASE SAVEPOINT orderlib")
+
+
+def test_without_a_transaction_to_join_calls_are_refused(shop: Database) -> None:
+    with psycopg.connect(shop.writer_url, autocommit=True) as connection:
+        repository = orderlib.using(connection)
+        with pytest.raises(ConfigurationError, match=r"open one with connection\.transaction"):
+            repository.save(an_order("a"))
+        with pytest.raises(ConfigurationError, match="needs a transaction"):
+            repository.get("a")
+        with connection.transaction(), connection.pipeline(), pytest.raises(ConfigurationError, match="pipeline"):
+            repository.save(an_order("a"))
+    with pytest.raises(ConfigurationError, match="closed"):
+        repository.get("a")
+    assert stored_uids(shop) == ([], [])
+
+
+def test_stream_needs_one_snapshot(shop: Database) -> None:
+    with psycopg.connect(shop.writer_url) as connection:
+        with pytest.raises(ConfigurationError, match="REPEATABLE READ"):
+            list(orderlib.using(connection).stream())
+        connection.rollback()
+        connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        orderlib.using(connection).save(an_order("a"))
+        assert [stored.order.order_uid for stored in orderlib.using(connection).stream()] == ["a"]
+
+
+# Other writers
+
+
+def test_a_writer_that_commits_first_is_replaced_and_reads_are_never_mixed(shop: Database) -> None:
+    """In READ COMMITTED each statement has a snapshot of its own."""
+    with orderlib.connect(shop.writer_url) as pool:
+        pool.save_many([an_order("a", 1), an_order("b", 1)])
+    enough = threading.Event()
+
+    def rewrite() -> None:
+        version = 1
+        with psycopg.connect(shop.writer_url) as connection:
+            repository = orderlib.using(connection)
+            while not enough.is_set():
+                version += 1
+                lines = 1 + version % 5
+                repository.save_many([an_order("a", version, items=lines), an_order("b", version, items=lines)])
+                connection.commit()
+
+    with ThreadPoolExecutor(1) as thread, psycopg.connect(shop.reader_url) as connection:
+        writing = thread.submit(rewrite)
+        repository = orderlib.using(connection)
+        seen: set[int] = set()
+        try:
+            for _ in range(300):
+                seen |= versions_in(repository.get("a"))
+                for order in repository.get_many(["a", "b"]).values():
+                    assert len(versions_in(order)) == 1
+                for stored in repository.list_orders().orders:
+                    assert len(versions_in(stored.order)) == 1
+        finally:
+            enough.set()
+        writing.result(30)
+    assert len(seen) > 3
+
+
+@pytest.mark.parametrize(
+    "isolation",
+    [psycopg.IsolationLevel.REPEATABLE_READ, psycopg.IsolationLevel.SERIALIZABLE],
+    ids=lambda level: level.name,
+)
+def test_a_conflict_is_for_the_caller_to_repeat(shop: Database, isolation: psycopg.IsolationLevel) -> None:
+    with psycopg.connect(shop.writer_url) as first, psycopg.connect(shop.writer_url) as second:
+        first.isolation_level = second.isolation_level = isolation
+        first.execute("SELECT 1 FROM orders")
+        second.execute("SELECT 1 FROM orders")
+        orderlib.using(first).save(an_order("a", 1))
+        first.commit()
+        with pytest.raises(TransactionConflict):
+            orderlib.using(second).save(an_order("a", 2))
+        second.rollback()
+        add_row(second, "a")
+        orderlib.using(second).save(an_order("a", 2))
+        second.commit()
+    assert stored_uids(shop) == (["a"], ["a"])
+
+
+def test_a_deadlock_is_a_conflict(shop: Database) -> None:
+    with psycopg.connect(shop.writer_url) as first, psycopg.connect(shop.writer_url) as second:
+        orderlib.using(first).save(an_order("a"))
+        orderlib.using(second).save(an_order("b"))
+        with ThreadPoolExecutor(2) as threads:
+            outcomes = [
+                threads.submit(orderlib.using(first).save, an_order("b", 2)),
+                threads.submit(orderlib.using(second).save, an_order("a", 2)),
+            ]
+            # The victim keeps its transaction, and with it the lock that the other needs, until it is rolled back.
+            assert eventually(lambda: any(outcome.done() for outcome in outcomes), 20)
+            [victim, other] = (first, second) if outcomes[0].done() else (second, first)
+            with pytest.raises(TransactionConflict):
+                outcomes[0 if victim is first else 1].result()
+            victim.rollback()
+            assert outcomes[1 if victim is first else 0].result(20) is Outcome.STORED
+            other.commit()
+    assert stored_uids(shop) == (["a", "b"], [])
+
+
+def test_a_terminated_session_is_an_outage_and_stores_nothing(shop: Database) -> None:
+    with psycopg.connect(shop.superuser_url, autocommit=True) as superuser:
+        connection = psycopg.connect(shop.writer_url)
+        repository = orderlib.using(connection)
+        repository.save(an_order("a"))
+        add_row(connection, "a")
+        superuser.execute("SELECT pg_terminate_backend(%s)", [connection.info.backend_pid])
+        with pytest.raises(DatabaseUnavailable):
+            repository.save(an_order("b"))
+        connection.close()
+    assert stored_uids(shop) == ([], [])
+
+
+# Cancellation
+
+
+async def cancelled_after(rounds: int, call: Awaitable[object]) -> bool:
+    """Let the loop run this many rounds, then cancel the call. Return whether it was cancelled."""
+    task = asyncio.ensure_future(call)
+    for _ in range(rounds):
+        await asyncio.sleep(0)
+        if task.done():
+            break
+    task.cancel()
+    try:
+        await task
+    except asyncio.CancelledError:
+        return True
+    return False
+
+
+def test_a_save_cancelled_at_any_await_leaves_the_transaction_usable_and_the_order_whole(shop: Database) -> None:
+    async def run() -> tuple[int, int]:
+        connection = await psycopg.AsyncConnection.connect(shop.writer_url)
+        repository = orderlib.using_async(connection)
+        cancels = saves = 0
+        for rounds in range(400):
+            order = an_order(f"order-{rounds}", items=3)
+            was_cancelled = await cancelled_after(rounds, repository.save_many([order, an_order(f"other-{rounds}")]))
+            assert connection.info.transaction_status in {
+                psycopg.pq.TransactionStatus.INTRANS,
+                psycopg.pq.TransactionStatus.IDLE,
+            }
+            # The same transaction goes on, and nothing is half done.
+            await connection.execute("INSERT INTO outbox VALUES (%s)", [order.order_uid])
+            found = await repository.get_many([order.order_uid, f"other-{rounds}"])
+            assert found in ({}, {order.order_uid: order, f"other-{rounds}": an_order(f"other-{rounds}")})
+            await connection.commit()
+            cancels += was_cancelled
+            if not was_cancelled:
+                saves += 1
+                if saves == 3:
+                    break
+        await connection.close()
+        return cancels, saves
+
+    cancels, saves = asyncio.run(run())
+    assert cancels > 5
+    assert saves == 3
+
+
+def test_a_pools_save_cancelled_at_any_await_stores_all_or_nothing_and_loses_no_connection(shop: Database) -> None:
+    async def run() -> int:
+        cancels = 0
+        async with orderlib.connect_async(shop.writer_url, max_connections=1, connection_timeout_s=5) as repository:
+            for rounds in range(400):
+                orders = [an_order(f"order-{rounds}", items=3), an_order(f"other-{rounds}")]
+                was_cancelled = await cancelled_after(rounds, repository.save_many(orders))
+                cancels += was_cancelled
+                # With one connection at most, a lost one would make this call fail.
+                counts = await asyncio.wait_for(repository.save_many(orders), 10)
+                assert set(counts) <= {Outcome.STORED, Outcome.DUPLICATE}
+                assert len(counts) == 1, counts
+                if not was_cancelled:
+                    break
+        return cancels
+
+    assert asyncio.run(run()) > 5
