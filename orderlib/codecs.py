@@ -1,11 +1,6 @@
-"""JSON to orders and back; plain data to orders and back; the content digest.
+"""Orders as JSON and as plain data, and the content digest.
 
-msgspec decodes an order in one pass in C. It stops at the first fault, and it cannot check every rule. If it fails, or
-if a rule is left to check, ``_full_report`` validates the record again, finds every fault, and decides.
-
-Canonical JSON is encoded from structs with the fields and rules of the models. msgspec would encode the models' fields
-sorted by name: it follows the slots of a class, and CPython sorts slots. The consumer decodes records straight into
-structs, which takes two thirds of the time.
+Decoding is strict, and an error reports every fault of a record.
 """
 
 from __future__ import annotations
@@ -29,6 +24,13 @@ from msgspec.inspect import DataclassType, Type, VarTupleType
 from orderlib.contract import M, Validator, rules_of
 from orderlib.errors import Fault, MalformedJson
 from orderlib.models import MAX_ITEMS, Delivery, Item, Order, Payment
+
+# msgspec decodes an order in one pass in C. It stops at the first fault, and it cannot check every rule. If it fails,
+# or if a rule is left to check, `_full_report` validates the record again, finds every fault, and decides.
+#
+# Canonical JSON is encoded from structs with the fields and rules of the models. msgspec would encode a model's fields
+# sorted by name: it follows the slots of a class, and CPython sorts slots. The consumer decodes records straight into
+# structs, which takes two thirds of the time.
 
 #: A record with more levels of arrays and objects than this is malformed.
 MAX_NESTING = 100

@@ -1,4 +1,4 @@
-"""Every error of the library, in one tree. The branches differ by what the caller does next.
+"""The errors, by what the caller does next.
 
 ::
 
@@ -20,7 +20,7 @@
     └── ConfigurationError          a missing table, right or setting: stop
         └── TopicRecreated          the topic was deleted and created again: restart to read the new one
 
-No message contains a value of an order, because values are personal data. The exception is the order_uid.
+No message contains a value of an order except its order_uid, because the other values are personal data.
 """
 
 from __future__ import annotations
