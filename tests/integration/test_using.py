@@ -96,15 +96,12 @@ def test_after_a_refused_order_the_transaction_goes_on_without_any_order_of_that
 
 
 def test_a_nested_transaction_of_the_caller_can_be_undone_alone(shop: Database) -> None:
-    class Undo(Exception):
-        pass
-
     with psycopg.connect(shop.writer_url, autocommit=True) as connection, connection.transaction():
         repository = orderlib.using(connection)
         repository.save(an_order("outer"))
-        with pytest.raises(Undo), connection.transaction():
+        with connection.transaction() as inner:
             repository.save(an_order("inner"))
-            raise Undo
+            raise psycopg.Rollback(inner)
         add_row(connection, "outer")
     assert stored_uids(shop) == (["outer"], ["outer"])
 
