@@ -1,4 +1,4 @@
-"""What the programs share for Kafka: a client for requests, the causes of its failures, and records."""
+"""Kafka for all programs: requests to a cluster, the causes of failed requests, and records."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from services.settings import KafkaSettings
 
 T = TypeVar("T")
 
-#: A request to the cluster is given up after this.
-ANSWER_S = 10.0
+#: The timeout of a request to the cluster.
+REQUEST_TIMEOUT_S = 10.0
 
 #: A wrong setting is the cause if librdkafka repeats the error for this long (it does so several times a second).
 _BROKEN_S = 4.0
 _REPORTED_AGAIN_S = 3.0
 
-#: How often librdkafka's error reports are taken while a request waits.
+#: How often librdkafka's errors are polled while a request waits.
 _POLL_S = 0.1
 
 #: The id that a broker without topic ids reports for every topic.
 NO_TOPIC_ID = "A" * 22
 
-#: For a client's ``logger``: its lines repeat the errors that we log ourselves, in another format.
+#: For a client's ``logger``: its lines repeat the errors that the programs log, in another format.
 SILENT = logging.getLogger("librdkafka")
 SILENT.addHandler(logging.NullHandler())
 SILENT.propagate = False
@@ -46,7 +46,7 @@ SILENT.propagate = False
 class TopicInfo:
     """A topic as Kafka describes it."""
 
-    #: Spelled as Kafka's own tools print it.
+    #: As Kafka's own tools print it.
     topic_id: str
     partitions: frozenset[int]
 
@@ -80,11 +80,11 @@ class Cluster:
                 self._wrong_from_s = self._wrong_at_s
             self._wrong = error
 
-    def answer(self, question: Future[T], timeout_s: float = ANSWER_S) -> T:
-        """Wait for the answer to a request.
+    def wait_for(self, future: Future[T], timeout_s: float = REQUEST_TIMEOUT_S) -> T:
+        """Wait for the result of a request.
 
-        A wait that is too short to tell a wrong setting from an outage raises BrokerUnavailable for both, and connects
-        to no broker to find the cause.
+        If the timeout is too short to distinguish a wrong setting from an outage, both raise BrokerUnavailable.
+        A longer timeout allows extra connections to find the cause.
         """
         began_s = time.monotonic()
         finds_cause = timeout_s >= _BROKEN_S
@@ -92,7 +92,7 @@ class Cluster:
         while True:
             self.admin.poll(0)
             try:
-                answer = question.result(min(_POLL_S, timeout_s))
+                result = future.result(min(_POLL_S, timeout_s))
             except TimeoutError:
                 waited_s = time.monotonic() - began_s
                 if finds_cause and self._wrong is not None and self._is_persistent():
@@ -108,14 +108,14 @@ class Cluster:
                 raise translate(exc.args[0]) from exc
             else:
                 self._error = self._wrong = None
-                return answer
+                return result
 
     def unreachable(self) -> OrderlibError:
         """Return the error for a request without an answer, with the cause that librdkafka reported."""
         self.admin.poll(0)
         if self._wrong is not None and time.monotonic() - self._wrong_at_s < _REPORTED_AGAIN_S:
             return self._wrong_setting(self._wrong)
-        return self._no_answer(ANSWER_S)
+        return self._no_answer(REQUEST_TIMEOUT_S)
 
     def _no_answer(self, waited_s: float) -> BrokerUnavailable:
         return BrokerUnavailable(f"Kafka at {self.addresses} did not answer{self.last_error or f' in {waited_s:g} s'}")
@@ -127,15 +127,15 @@ class Cluster:
 
     def describe(self, topic: str) -> TopicInfo:
         """Describe a topic. Raises ConfigurationError, naming the command, if it does not exist."""
-        return self.ask_topic(topic)()
+        return self.request_topic(topic)()
 
-    def ask_topic(self, topic: str, timeout_s: float = ANSWER_S) -> Callable[[], TopicInfo]:
-        """As ``describe``; the request is sent now, and the result waits for the answer."""
-        question = self.ask_description(topic)
+    def request_topic(self, topic: str, timeout_s: float = REQUEST_TIMEOUT_S) -> Callable[[], TopicInfo]:
+        """Send the request of ``describe`` now, and return a callable that waits for its result."""
+        future = self.request_description(topic)
 
         def wait() -> TopicInfo:
             try:
-                description = self.answer(question, timeout_s)
+                description = self.wait_for(future, timeout_s)
             except ConfigurationError as exc:
                 cause = exc.__cause__
                 if isinstance(cause, KafkaException) and cause.args[0].code() in NO_TOPIC:
@@ -147,16 +147,16 @@ class Cluster:
             if topic_id == NO_TOPIC_ID:
                 raise ConfigurationError(
                     f"Kafka at {self.addresses} has no topic ids: it is too old, or api.version.request is off. A "
-                    "recreated topic could not be told from the old one, and its records would be skipped"
+                    "recreated topic could not be distinguished from the old one, and its records would be skipped"
                 )
             partitions = frozenset(partition.id for partition in description.partitions)
             return TopicInfo(topic_id=topic_id, partitions=partitions)
 
         return wait
 
-    def ask_description(self, topic: str) -> Future[TopicDescription]:
+    def request_description(self, topic: str) -> Future[TopicDescription]:
         """Send the request for a description. It never creates the topic."""
-        return self.admin.describe_topics(TopicCollection([topic]), request_timeout=ANSWER_S)[topic]
+        return self.admin.describe_topics(TopicCollection([topic]), request_timeout=REQUEST_TIMEOUT_S)[topic]
 
     def earliest(self, topic: str, partitions: Iterable[int]) -> dict[int, int]:
         """Return the earliest offset that each partition still holds."""
@@ -168,30 +168,30 @@ class Cluster:
 
     def offsets(self, topic: str, partitions: Iterable[int], spec: OffsetSpec) -> dict[int, int]:
         """Return an offset of each partition; -1 if no record has it."""
-        questions = self._ask_offsets(topic, partitions, spec)
-        return {partition: self.answer(question).offset for partition, question in questions.items()}
+        futures = self._request_offsets(topic, partitions, spec)
+        return {partition: self.wait_for(future).offset for partition, future in futures.items()}
 
-    def ask_ends(self, topic: str, partitions: Iterable[int]) -> Callable[[], dict[int, int] | None]:
-        """Request the log ends. The result returns those that are known, or ``None`` until all requests are over."""
-        questions = self._ask_offsets(topic, partitions, OffsetSpec.latest())
+    def request_ends(self, topic: str, partitions: Iterable[int]) -> Callable[[], dict[int, int] | None]:
+        """Request the log ends. The result returns ``None`` until all requests have ended, then the known ends."""
+        futures = self._request_offsets(topic, partitions, OffsetSpec.latest())
 
         def ends() -> dict[int, int] | None:
-            if not all(question.done() for question in questions.values()):
+            if not all(future.done() for future in futures.values()):
                 return None
-            return {p: question.result().offset for p, question in questions.items() if question.exception() is None}
+            return {p: future.result().offset for p, future in futures.items() if future.exception() is None}
 
         return ends
 
-    def _ask_offsets(
+    def _request_offsets(
         self, topic: str, partitions: Iterable[int], spec: OffsetSpec
     ) -> dict[int, Future[ListOffsetsResultInfo]]:
         places = {TopicPartition(topic, partition): spec for partition in partitions}
         if not places:
             return {}
-        questions = self.admin.list_offsets(
-            places, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=ANSWER_S
+        futures = self.admin.list_offsets(
+            places, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=REQUEST_TIMEOUT_S
         )
-        return {place.partition: question for place, question in questions.items()}
+        return {place.partition: future for place, future in futures.items()}
 
     def _is_persistent(self) -> bool:
         now_s = time.monotonic()
@@ -255,7 +255,7 @@ def record_of(message: Message, topic_id: str) -> Record:
     headers: Headers | None
     try:
         headers = cast("Headers", tuple(_headers_of(message) or ()))
-    except Exception:  # noqa: BLE001  which class depends on the versions of Python and of the binding
+    except Exception:  # noqa: BLE001 - its class depends on the versions of Python and of the binding
         headers = None
     _, timestamp_ms = message.timestamp()
     return Record(

@@ -1,4 +1,4 @@
-"""What the programs do about each of Kafka's error codes, by name.
+"""The table of Kafka's error codes: what a program does about each.
 
 librdkafka marks its own errors, which no broker sends, with a leading underscore.
 """
@@ -15,13 +15,13 @@ from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError
 
 
 class UnreadableRecord(BrokerUnavailable):
-    """librdkafka cannot read a record batch: its partition waits, the others go on. An operator must act."""
+    """librdkafka cannot read a record batch: its partition waits, the others continue. An operator must act."""
 
 
 class ErrorAction(Enum):
     """What a program does about an error."""
 
-    #: No error: an event, or the end of something that the program ended itself.
+    #: No error: an event, or the result of an action of the program.
     NONE = "none"
     #: Wait, then try again.
     OUTAGE = "outage"
@@ -110,7 +110,7 @@ _NAMES: dict[ErrorAction, tuple[str, ...]] = {
         "_UNKNOWN_BROKER",
         "_WAIT_CACHE",
         "_WAIT_COORD",
-        # The group is rebalancing, or another member prevents us from joining. The client tries again.
+        # The group is rebalancing, or another member prevents this one from joining. The client retries.
         "GROUP_MAX_SIZE_REACHED",
         "ILLEGAL_GENERATION",
         "INCONSISTENT_GROUP_PROTOCOL",
@@ -125,7 +125,7 @@ _NAMES: dict[ErrorAction, tuple[str, ...]] = {
         "_ASSIGNMENT_LOST",
         "_MAX_POLL_EXCEEDED",
         "_NO_OFFSET",
-        # Metadata of a topic that was just made or deleted is not the same on all brokers yet.
+        # The brokers do not have the same metadata yet of a topic that was just created or deleted.
         "INCONSISTENT_TOPIC_ID",
         "UNKNOWN_TOPIC_ID",
         "TOPIC_ALREADY_EXISTS",
@@ -262,14 +262,14 @@ ACTIONS: dict[int, ErrorAction] = {_code(name): action for action, names in _NAM
 
 
 def action_of(error: KafkaError) -> ErrorAction:
-    """What to do about an error. A code that the table lacks is an outage only if librdkafka calls it retriable."""
+    """Return what to do about an error. A code outside the table is an outage if it is retriable; otherwise stop."""
     unforeseen = ErrorAction.OUTAGE if error.retriable() else ErrorAction.STOP
     action = ACTIONS.get(error.code(), unforeseen)
     return ErrorAction.STOP if error.fatal() and action is not ErrorAction.SETUP else action
 
 
 def translate(error: KafkaError, message: Message | None = None) -> OrderlibError:
-    """Return the error of orderlib for one of librdkafka. ``message`` is the one that carried it, if any did."""
+    """Return orderlib's error for one of librdkafka. ``message`` is the message that carried it, if any."""
     text = f"Kafka: {error.str()} ({error.name()})"
     topic = message.topic() if message else None
     if message is not None and topic is not None:

@@ -1,4 +1,4 @@
-"""Which security.protocol a Kafka listener expects. librdkafka reports a wrong one as a lost connection, if at all."""
+"""Find the security.protocol of a Kafka listener. librdkafka reports a wrong one only as a lost connection."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import socket
 import ssl
 import struct
 
-#: For connecting, and for each answer.
-_PROBE_S = 1.0
+#: The timeout of connecting and of each read.
+_PROBE_TIMEOUT_S = 1.0
 
 #: The answer of a listener without SASL to a SASL handshake.
 _ILLEGAL_SASL_STATE = 34
 
 
 def expected_protocol(address: str) -> str | None:
-    """Return the security.protocol of the listener at host:port; ``None`` if it does not answer as Kafka does."""
+    """Return the security.protocol of the listener at host:port; ``None`` if it is not a Kafka listener."""
     for over_tls in (False, True):
         with contextlib.suppress(OSError, struct.error):
             needs_sasl = _needs_sasl(address, over_tls=over_tls)
@@ -41,7 +41,7 @@ def _needs_sasl(address: str, *, over_tls: bool) -> bool:
     with contextlib.ExitStack() as stack:
         connection = stack.enter_context(_connected(address))
         if over_tls:
-            # Nothing secret is sent, and the question is only whether TLS is expected.
+            # No certificate is verified, because the probe sends no secret and only checks whether TLS is expected.
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
@@ -61,11 +61,11 @@ def _needs_sasl(address: str, *, over_tls: bool) -> bool:
 
 
 def _connected(address: str) -> socket.socket:
-    return socket.create_connection(_host_and_port(address), timeout=_PROBE_S)
+    return socket.create_connection(_host_and_port(address), timeout=_PROBE_TIMEOUT_S)
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
-    """Split host:port. Without a port it is Kafka's own, as librdkafka has it. Raises OSError if it is neither."""
+    """Split host:port. The default port is 9092, as in librdkafka. Raises OSError if the port is invalid."""
     host, colon, port = address.rpartition(":")
     if not colon or port.endswith("]"):
         return address.strip("[]"), 9092

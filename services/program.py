@@ -1,6 +1,6 @@
-"""What the programs share: logs, exit statuses, and one line instead of a traceback.
+"""Scaffolding of the programs: logs, exit statuses, and error messages of one line.
 
-Logs go to stderr, one event a line: JSON, or a readable format on a terminal. Exit statuses: 0 done, 1 failed or
+Logs go to stderr, one event per line: JSON, or a readable format on a terminal. Exit statuses: 0 done, 1 failed or
 stopped itself, 2 usage, configuration or set-up.
 """
 
@@ -95,7 +95,7 @@ def _set_up_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115  a device; never closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - a device; never closed
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
@@ -128,5 +128,5 @@ def run(main: Callable[[], int]) -> int:
 
 def _drop_output() -> None:
     """Discard what is still buffered for stdout. Python would flush it at exit, and report the failure again."""
-    with open(os.devnull, "wb") as devnull:  # noqa: PTH123  a device
+    with open(os.devnull, "wb") as devnull:  # noqa: PTH123 - a device
         os.dup2(devnull.fileno(), sys.stdout.fileno())

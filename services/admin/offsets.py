@@ -22,7 +22,7 @@ from orderlib.postgres.operations import (
 from services.admin.output import add_json_option, add_yes_option, confirm, print_table
 from services.admin.schema import APPLICATION_NAME, Commands, connected
 from services.admin.topic_reader import TopicReader
-from services.kafka import ANSWER_S
+from services.kafka import REQUEST_TIMEOUT_S
 from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import KafkaSettings, database_url
 
@@ -224,7 +224,7 @@ def _wanted(options: argparse.Namespace, log: TopicReader) -> dict[int, int]:
 
 
 def _require_stopped(log: TopicReader, group: str) -> None:
-    question = log.cluster.admin.describe_consumer_groups([group], request_timeout=ANSWER_S)[group]
-    found = log.cluster.answer(question)
+    future = log.cluster.admin.describe_consumer_groups([group], request_timeout=REQUEST_TIMEOUT_S)[group]
+    found = log.cluster.wait_for(future)
     if found.state not in _STOPPED:
         raise ConfigurationError(f"group {group!r} has {len(found.members)} running consumers: stop them first")

@@ -10,7 +10,7 @@ from confluent_kafka.admin import ConfigResource, OffsetSpec, ResourceType
 
 from orderlib.errors import ConfigurationError
 from orderlib.ingestion.records import Record
-from services.kafka import ANSWER_S, SILENT, Cluster, record_of
+from services.kafka import REQUEST_TIMEOUT_S, SILENT, Cluster, record_of
 from services.kafka_errors import NO_GROUP_RIGHT, PARTITION_EOF, translate, translated_errors
 from services.settings import KafkaSettings
 
@@ -45,8 +45,8 @@ class TopicReader:
         """
         resource = ConfigResource(ResourceType.TOPIC, self.topic)
         try:
-            found = self.cluster.answer(
-                self.cluster.admin.describe_configs([resource], request_timeout=ANSWER_S)[resource]
+            found = self.cluster.wait_for(
+                self.cluster.admin.describe_configs([resource], request_timeout=REQUEST_TIMEOUT_S)[resource]
             )
         except ConfigurationError:
             return False
@@ -95,7 +95,7 @@ class TopicReader:
                 messages = consumer.consume(_AT_ONCE, _TURN_S)
             if messages:
                 answered_at_s = time.monotonic()
-            elif time.monotonic() - answered_at_s > ANSWER_S:
+            elif time.monotonic() - answered_at_s > REQUEST_TIMEOUT_S:
                 raise self.cluster.unreachable()
             for message in messages:
                 partition, offset, error = message.partition(), message.offset(), message.error()

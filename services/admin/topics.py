@@ -12,7 +12,7 @@ from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource
 from orderlib.errors import BrokerUnavailable, OrderlibError
 from services.admin.output import positive
 from services.admin.schema import Commands
-from services.kafka import ANSWER_S, Cluster
+from services.kafka import REQUEST_TIMEOUT_S, Cluster
 from services.program import EXIT_DONE
 from services.settings import KafkaSettings, max_record_bytes
 
@@ -56,7 +56,9 @@ def _topics(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if before < largest:
         entry = ConfigEntry("max.message.bytes", str(largest), incremental_operation=AlterConfigOpType.SET)
         resource = ConfigResource(ResourceType.TOPIC, settings.topic, incremental_configs=[entry])
-        cluster.answer(cluster.admin.incremental_alter_configs([resource], request_timeout=ANSWER_S)[resource])
+        cluster.wait_for(
+            cluster.admin.incremental_alter_configs([resource], request_timeout=REQUEST_TIMEOUT_S)[resource]
+        )
     what = "made" if made else "exists"
     counted = f"{partitions} partition{'s' * (partitions != 1)}"
     limit = f"raised from {before:,} to {largest:,}" if before < largest else f"{before:,}, unchanged"
@@ -67,10 +69,12 @@ def _topics(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 def _max_message_bytes(cluster: Cluster, topic: str, *, made: bool) -> int:
     """Return the value in effect, whether it is set on the topic or inherited from the broker."""
     resource = ConfigResource(ResourceType.TOPIC, topic)
-    deadline_s = time.monotonic() + ANSWER_S
+    deadline_s = time.monotonic() + REQUEST_TIMEOUT_S
     while True:
         try:
-            found = cluster.answer(cluster.admin.describe_configs([resource], request_timeout=ANSWER_S)[resource])
+            found = cluster.wait_for(
+                cluster.admin.describe_configs([resource], request_timeout=REQUEST_TIMEOUT_S)[resource]
+            )
         except OrderlibError:
             # The broker that was asked may not know a new topic yet.
             if not made or time.monotonic() > deadline_s:
@@ -82,9 +86,11 @@ def _max_message_bytes(cluster: Cluster, topic: str, *, made: bool) -> int:
 
 def _make(cluster: Cluster, topic: NewTopic) -> bool:
     """Whether the topic was made now; another may have been quicker."""
-    question = cluster.admin.create_topics([topic], operation_timeout=ANSWER_S, request_timeout=ANSWER_S)[topic.topic]
+    future = cluster.admin.create_topics(
+        [topic], operation_timeout=REQUEST_TIMEOUT_S, request_timeout=REQUEST_TIMEOUT_S
+    )[topic.topic]
     try:
-        cluster.answer(question)
+        cluster.wait_for(future)
     except BrokerUnavailable as exc:
         cause = exc.__cause__
         if isinstance(cause, KafkaException) and cause.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:

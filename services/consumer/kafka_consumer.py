@@ -16,7 +16,7 @@ from confluent_kafka.admin import TopicDescription
 from orderlib.errors import BrokerUnavailable, OrderlibError
 from orderlib.ingestion.consumer_core import PartitionEof
 from orderlib.ingestion.records import Record
-from services.kafka import ANSWER_S, SILENT, Cluster, TopicInfo, known, record_of
+from services.kafka import REQUEST_TIMEOUT_S, SILENT, Cluster, TopicInfo, known, record_of
 from services.kafka_errors import (
     ALL_BROKERS_DOWN,
     OFFSET_LOST,
@@ -116,9 +116,9 @@ class KafkaConsumer:
         """The topic's id and partitions. Raises ConfigurationError if there is no such topic."""
         return self._cluster.describe(self.name)
 
-    def ask(self, timeout_s: float = ANSWER_S) -> Callable[[], TopicInfo]:
+    def ask(self, timeout_s: float = REQUEST_TIMEOUT_S) -> Callable[[], TopicInfo]:
         """Ask for the topic's id and partitions; the result waits for the answer."""
-        return self._cluster.ask_topic(self.name, timeout_s)
+        return self._cluster.request_topic(self.name, timeout_s)
 
     def earliest(self, partitions: Iterable[int]) -> dict[int, int]:
         """The earliest offset that each partition still holds."""
@@ -130,7 +130,7 @@ class KafkaConsumer:
 
     def ask_ends(self, partitions: Iterable[int]) -> Callable[[], dict[int, int] | None]:
         """Ask for log ends; the result gives what is known of them, or ``None`` until there is an answer."""
-        return self._cluster.ask_ends(self.name, partitions)
+        return self._cluster.request_ends(self.name, partitions)
 
     # The life of a member.
 
@@ -217,7 +217,7 @@ class KafkaConsumer:
 
     def _ask_whether_up(self) -> None:
         """Without records, or without partitions, nothing else would tell that Kafka is back."""
-        self._cluster.ask_description(self.name).add_done_callback(self._on_answer)
+        self._cluster.request_description(self.name).add_done_callback(self._on_answer)
 
     def _on_answer(self, question: Future[TopicDescription]) -> None:
         error = question.exception()

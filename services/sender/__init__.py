@@ -1,1 +1,1 @@
-"""Makes or reads orders and publishes them, so that the rest can be shown, tested and loaded."""
+"""The sender: it generates or reads orders and publishes them, for demos, tests and load."""

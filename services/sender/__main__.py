@@ -17,7 +17,7 @@ from random import Random
 
 from orderlib.errors import ConfigurationError
 from services.program import EXIT_DONE, EXIT_FAILED, run, set_up_logging
-from services.sender.feed import RateLimiter, lines, named
+from services.sender.feed import RateLimiter, lines, warn_about_invalid
 from services.sender.generate import make_values
 from services.sender.manifest import Manifest
 from services.sender.publish import Publisher
@@ -40,12 +40,12 @@ or set-up.
 DEFAULT_COUNT = 1000
 
 #: How long to wait for acknowledgements after a signal.
-STOP_WITHIN_S = 8.0
+STOP_TIMEOUT_S = 8.0
 
 #: The longest single wait, so that a signal takes effect soon.
-_TURN_S = 0.1
+_MAX_WAIT_S = 0.1
 #: The rate limiter pauses at least this long: shorter pauses waste CPU. It then sends a few records at once.
-_LEAST_PAUSE_S = 0.005
+_MIN_PAUSE_S = 0.005
 _PROGRESS_EVERY_S = 0.2
 
 #: The time of the first seeded order; each following one is a second later.
@@ -76,7 +76,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
             manifest.begin()
         sending.settle()
         for number in (signal.SIGTERM, signal.SIGINT):
-            # All is sent. A signal while Python exits would replace the exit status.
+            # Every record is acknowledged or failed. A signal while Python exits would replace the exit status.
             signal.signal(number, signal.SIG_IGN)
         return sending.report()
 
@@ -90,13 +90,13 @@ def _opened(path: str | None, stack: contextlib.ExitStack) -> int | None:
     if sys.stdin is None:
         raise ConfigurationError("--file -: standard input is closed")
     if sys.stdin.isatty():
-        print("reading orders from the terminal, one a line; Ctrl-D ends", file=sys.stderr)
+        print("reading orders from the terminal, one per line; Ctrl-D ends the input", file=sys.stderr)
     return sys.stdin.fileno()
 
 
 def _read(options: argparse.Namespace, source: int) -> Iterator[bytes | None]:
-    values = lines(source, idle_s=_TURN_S)
-    return values if options.any else named(values, "stdin" if options.file == "-" else options.file)
+    values = lines(source, idle_s=_MAX_WAIT_S)
+    return values if options.any else warn_about_invalid(values, "stdin" if options.file == "-" else options.file)
 
 
 class _Sending:
@@ -114,36 +114,36 @@ class _Sending:
 
     def send(self, values: Iterable[bytes | None], per_s: float | None) -> None:
         """Send the values at this rate."""
-        pace = RateLimiter(per_s, time.monotonic())
+        limiter = RateLimiter(per_s, time.monotonic())
         for value in values:
-            while (early_s := pace.early_s(time.monotonic())) > 0 and not self._stop_event.is_set():
-                self._wait(min(max(early_s, _LEAST_PAUSE_S), _TURN_S))
+            while (early_s := limiter.early_s(time.monotonic())) > 0 and not self._stop_event.is_set():
+                self._wait(min(max(early_s, _MIN_PAUSE_S), _MAX_WAIT_S))
             if value is None:
                 self._wait(0)
             else:
                 while not self._stop_event.is_set() and not self._publisher.send(value):
                     self._show_progress()
-                pace.take_turn(time.monotonic())
+                limiter.record_sent(time.monotonic())
             self._show_progress()
             if self._stop_event.is_set():
                 return
 
     def settle(self) -> None:
-        """Wait until every sent record is acknowledged or failed. After a signal, give up after ``STOP_WITHIN_S``."""
-        give_up_s = None
+        """Wait until every sent record is acknowledged or failed. After a signal, give up after ``STOP_TIMEOUT_S``."""
+        deadline_s = None
         while self._publisher.unacknowledged:
-            if give_up_s is None and self._stop_event.is_set():
-                give_up_s = time.monotonic() + STOP_WITHIN_S
-            if give_up_s is not None and time.monotonic() > give_up_s:
-                self._publisher.give_up()
+            if deadline_s is None and self._stop_event.is_set():
+                deadline_s = time.monotonic() + STOP_TIMEOUT_S
+            if deadline_s is not None and time.monotonic() > deadline_s:
+                self._publisher.purge()
                 return
-            self._wait(_TURN_S)
+            self._wait(_MAX_WAIT_S)
 
     def report(self) -> int:
         """Print the result and return the exit status."""
         if self._shown_s < float("inf"):
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        print(self._so_far())
+        print(self._summary())
         failed = self._publisher.sent - self._publisher.acknowledged
         if not failed:
             return EXIT_DONE
@@ -160,9 +160,9 @@ class _Sending:
         now_s = time.monotonic()
         if now_s - self._shown_s >= _PROGRESS_EVERY_S:
             self._shown_s = now_s
-            print(f"\r\x1b[K{self._so_far()}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{self._summary()}", end="", file=sys.stderr, flush=True)
 
-    def _so_far(self) -> str:
+    def _summary(self) -> str:
         publisher, seconds = self._publisher, time.monotonic() - self._began_s
         return (
             f"sent {publisher.sent:,} in {seconds:.1f} s ({publisher.sent / max(seconds, 0.001):,.0f}/s), "
@@ -189,7 +189,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--file",
         metavar="F",
-        help="send the lines of a file (- is stdin) unchanged, one order a line. Only \\n ends a line; the last line "
+        help="send the lines of a file (- is stdin) unchanged, one order per line. Only \\n ends a line; the last line "
         "may lack it. Lines that are not orders are sent, with a warning. If the first line is not an order, nothing "
         "is sent",
     )
@@ -242,10 +242,10 @@ def _rate(text: str) -> float:
 
 def _generated(options: argparse.Namespace) -> Iterator[bytes]:
     if options.seed is None:
-        rng, clock = Random(), lambda: dt.datetime.now(dt.UTC)  # noqa: S311  generated orders, no secret
+        rng, clock = Random(), lambda: dt.datetime.now(dt.UTC)  # noqa: S311 - generated orders, no secret
     else:
         seconds = itertools.count()
-        rng, clock = Random(options.seed), lambda: _SEEDED_TIME + dt.timedelta(seconds=next(seconds))  # noqa: S311
+        rng, clock = Random(options.seed), lambda: _SEEDED_TIME + dt.timedelta(seconds=next(seconds))  # noqa: S311 - as above
     count = DEFAULT_COUNT if options.count is None else options.count
     return itertools.islice(make_values(rng, clock, options.bad_rate or 0.0), count)
 

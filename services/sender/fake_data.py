@@ -1,7 +1,7 @@
-"""Who orders what, and where: the invented customers and products that ``generate`` draws from.
+"""The invented customers and products that ``generate`` chooses from.
 
-Telephone numbers come from ranges kept for fiction where a country has one, and e-mail domains are reserved ones, so
-nobody real is ever in an order.
+Phone numbers are from the ranges that a country reserves for fiction, if it has one. E-mail domains are reserved ones.
+So no order contains the data of a real person.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class Town:
-    """A town that orders go to."""
+    """A town of customers."""
 
     name: str
     region: str
-    #: Postal codes there: a format for a number below ``ZIPS``; it may have no place for one.
+    #: A format for postal codes. It may contain one number below ``ZIPS``.
     zip_format: str
 
 
 @attrs.frozen(kw_only=True)
 class People:
-    """First names and the surnames that go with them."""
+    """First names, and the surnames that fit them."""
 
     first_names: tuple[str, ...]
     surnames: tuple[str, ...]
@@ -35,20 +35,20 @@ class Market:
     locale: str
     #: ISO 4217 code.
     currency: str
-    #: Minor units of the currency for one cent of the catalogue's prices.
+    #: Minor units of the currency for one cent of ``Product.price_cents``.
     rate: float
-    #: Prices are whole multiples of this, in minor units, less ``charm``.
+    #: A price is a multiple of this, in minor units, minus ``charm``.
     step: int
-    #: By how much a price stays below a round one, in minor units: 1 for 9.99.
+    #: What is subtracted from a round price, in minor units: 1 gives 9.99.
     charm: int
     people: tuple[People, ...]
-    #: A name from ``first`` and ``last``.
+    #: A format for a name, with ``first`` and ``last``.
     name_format: str
     #: A format for a number below ``PHONES``.
     phone_format: str
     towns: tuple[Town, ...]
     streets: tuple[str, ...]
-    #: An address from ``street``, ``number`` and ``flat``.
+    #: A format for an address, with ``street``, ``number`` and ``flat``.
     address_format: str
     carriers: tuple[str, ...]
     banks: tuple[str, ...]
@@ -56,17 +56,17 @@ class Market:
 
 @attrs.frozen(kw_only=True)
 class Product:
-    """Something that can be ordered."""
+    """A product in the items of orders."""
 
     brand: str
     name: str
-    #: In cents, before a market makes it its own.
+    #: In cents. Each market converts it to its currency.
     price_cents: int
-    #: As the shop spells them.
+    #: Sizes, as the shop writes them.
     sizes: tuple[str, ...]
 
 
-#: Postal and telephone numbers are drawn below these.
+#: The exclusive limits of the random numbers in postal codes and phone numbers.
 ZIPS = 100
 PHONES = 1000
 

@@ -1,4 +1,4 @@
-"""What is sent, and when: the lines of a file, and the pace."""
+"""Read the lines of a file, and limit the rate of sending."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from orderlib.errors import ConfigurationError, RejectedError
 
 _READ_BYTES = 1024 * 1024
 
-#: The largest ``message.max.bytes`` that librdkafka takes.
+#: The largest ``message.max.bytes`` that librdkafka accepts.
 MAX_LINE_BYTES = 1_000_000_000
 
-#: How many lines that are not orders are named; the others are counted.
-MAX_NAMED = 100
+#: How many lines that are not orders get a warning. The others are only counted.
+MAX_WARNINGS = 100
 
 #: After a stall, catch up on at most this much lost time.
 CATCH_UP_S = 1.0
@@ -25,8 +25,9 @@ CATCH_UP_S = 1.0
 def lines(file: int, idle_s: float) -> Iterator[bytes | None]:
     r"""Yield the lines of an open file unchanged, without their ``\n``; ``None`` if no data came for ``idle_s``.
 
-    The last line may lack its ``\n``. Nothing else ends a line, and an empty line is a line. ``None`` comes also with
-    each part of a long line, so that the caller can stop. Raises ConfigurationError for a line that no record can hold.
+    The last line may lack its ``\n``. Nothing else ends a line, and an empty line counts as a line. ``None`` is also
+    yielded after each part of a long line, so that the caller can stop. Raises ConfigurationError for a line that is
+    longer than any record may be.
     """
     parts: list[bytes] = []
     length = 0
@@ -42,12 +43,12 @@ def lines(file: int, idle_s: float) -> Iterator[bytes | None]:
         length += len(first)
         if length > MAX_LINE_BYTES:
             raise ConfigurationError(
-                f"a line of the input is longer than {MAX_LINE_BYTES:,} bytes, the most of any record"
+                f"a line of the input is longer than {MAX_LINE_BYTES:,} bytes, the limit of a record"
             )
         if others:
             yield b"".join(parts)
-            *whole, rest = others
-            yield from whole
+            *complete, rest = others
+            yield from complete
             parts, length = [rest], len(rest)
         else:
             yield None
@@ -58,45 +59,45 @@ def lines(file: int, idle_s: float) -> Iterator[bytes | None]:
 class RateLimiter:
     """Spread records evenly over time.
 
-    Late records are caught up, so that inexact waits add up to no drift; at most ``CATCH_UP_S``, so that no burst
-    follows a stall.
+    Inexact waits do not add up, because late records are sent faster. At most ``CATCH_UP_S`` of lost time is made up
+    for, so that no burst follows a stall.
     """
 
     def __init__(self, per_s: float | None, now_s: float) -> None:
-        """``None``: no limit."""
+        """Start now. With ``None`` there is no limit."""
         self._gap_s = 1 / per_s if per_s else 0.0
         self._due_s = now_s
 
     def early_s(self, now_s: float) -> float:
-        """How long until the next turn; not above 0 if it is due."""
+        """Return how long to wait before the next record; 0 or less if it is due."""
         return self._due_s - now_s
 
-    def take_turn(self, now_s: float) -> None:
-        """The next turn is taken now."""
+    def record_sent(self, now_s: float) -> None:
+        """Count a record as sent now."""
         self._due_s = max(self._due_s, now_s - CATCH_UP_S) + self._gap_s
 
 
-def named(values: Iterable[bytes | None], source: str) -> Iterator[bytes | None]:
-    """Yield the lines of ``source`` unchanged, and name on stderr those that are not orders, the first 100 by number.
+def warn_about_invalid(values: Iterable[bytes | None], source: str) -> Iterator[bytes | None]:
+    """Yield the lines of ``source`` unchanged, and warn about at most 100 of those that are not orders.
 
-    Raises ConfigurationError if the first line is not an order: then the file does not hold one order a line.
+    Raises ConfigurationError if the first line is not an order, because the file probably has another format.
     """
-    number = refused = 0
+    number = invalid = 0
     for value in values:
         if value is not None:
             number += 1
             try:
                 decode_order(value)
-            except RejectedError as refusal:
+            except RejectedError as error:
                 if number == 1:
                     raise ConfigurationError(
-                        f"{source}: line 1 is not an order ({refusal}); an order must be on one line (`jq -c .` puts "
+                        f"{source}: line 1 is not an order ({error}); an order must be on one line (`jq -c .` puts "
                         "it there), and --any sends lines that are not orders"
-                    ) from refusal
-                refused += 1
-                if refused <= MAX_NAMED:
-                    print(f"warning: {source}: line {number:,} is not an order ({refusal})", file=sys.stderr)
+                    ) from error
+                invalid += 1
+                if invalid <= MAX_WARNINGS:
+                    print(f"warning: {source}: line {number:,} is not an order ({error})", file=sys.stderr)
         yield value
-    if refused > MAX_NAMED:
-        told = f"{refused:,} lines are not orders, {MAX_NAMED} of them named above"
-        print(f"warning: {source}: {told}", file=sys.stderr)
+    if invalid > MAX_WARNINGS:
+        message = f"{invalid:,} lines are not orders; the first {MAX_WARNINGS} are listed above"
+        print(f"warning: {source}: {message}", file=sys.stderr)

@@ -58,9 +58,9 @@ def make_values(rng: Random, clock: Clock, bad_rate: float) -> Iterator[bytes]:
 def make_order(rng: Random, clock: Clock) -> Order:
     """Return a valid order with the current time. The sums add up, and its parts are consistent.
 
-    Each line costs ``price * (100 - sale) // 100``, the goods are the sum of the lines, the amount that of goods, delivery
-    and customs. One order in ten has a ``payment.transaction`` other than its order_uid. (Not validated here, which would
-    take three times as long as generating it; a test does.)
+    Each item costs ``price * (100 - sale) // 100``, the goods are the sum of the items, and the amount is the sum of goods,
+    delivery and customs. One order in ten has a ``payment.transaction`` other than its order_uid. The order is not
+    validated here, because that takes three times as long as generating it; a test validates.
     """
     created = clock()
     customer = _customer(rng.randrange(CUSTOMERS))
@@ -130,8 +130,8 @@ def _make_item(rng: Random, market: Market, track_number: str) -> Item:
 
 @functools.cache
 def _customer(number: int) -> _Customer:
-    """Return the customer with this number, always the same."""
-    rng = Random(number)  # noqa: S311  generated customers, no secret
+    """Return the customer with this number, with the same data each time."""
+    rng = Random(number)  # noqa: S311 - generated customers, no secret
     market = rng.choice(MARKETS)
     people = rng.choice(market.people)
     town = rng.choice(market.towns)

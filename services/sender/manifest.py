@@ -20,7 +20,7 @@ class _Line(msgspec.Struct):
 
 
 class Manifest:
-    """A file for the manifest, which keeps its former content until ``begin``.
+    """A file for the manifest, which keeps its old content until ``begin``.
 
     Raises OSError if the file cannot be opened, and ConfigurationError if writing to it would destroy the input
     (``source``, a file descriptor), the output, or a file that is not a manifest.
@@ -28,7 +28,7 @@ class Manifest:
 
     def __init__(self, path: str, source: int | None) -> None:
         _check(path, source)
-        # Without O_TRUNC: nothing may be lost before the first value is known to be good.
+        # Without O_TRUNC: the old content must stay until the first value is valid.
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._begun = False
 
@@ -37,7 +37,7 @@ class Manifest:
         os.close(self._file)
 
     def begin(self) -> None:
-        """Empty the file, if this was not done yet."""
+        """Empty the file at the first call."""
         if not self._begun and stat.S_ISREG(os.fstat(self._file).st_mode):
             os.ftruncate(self._file, 0)
         self._begun = True
@@ -54,7 +54,7 @@ class Manifest:
 
 def _check(path: str, source: int | None) -> None:
     try:
-        found = os.stat(path)  # noqa: PTH116  Path refuses no less, and this names the path as it was given
+        found = os.stat(path)  # noqa: PTH116 - the message of os.stat has the path as the user wrote it
     except FileNotFoundError:
         return
     if source is not None and os.path.samestat(found, os.fstat(source)):
@@ -75,7 +75,7 @@ def _is_open_as(found: os.stat_result, number: int) -> bool:
 
 
 def _is_manifest(path: str) -> bool:
-    """Return whether the first line of the file is one of a manifest."""
+    """Return whether the first line of the file is a line of a manifest."""
     with Path(path).open("rb") as file:
         line = file.readline(64 * 1024)
     try:

@@ -1,4 +1,4 @@
-"""Publishing values as records: keys, acknowledgements, the manifest."""
+"""Publish values as records: keys, acknowledgements, the manifest."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _QUEUE_FULL_S = 0.1
 
 #: The field that is the record's key, with its rule in the contract.
 _ORDER_UID = typing.get_type_hints(Order, include_extras=True)["order_uid"]
-_keyed = msgspec.json.Decoder(msgspec.defstruct("_Keyed", [("order_uid", _ORDER_UID)]))
+_key_decoder = msgspec.json.Decoder(msgspec.defstruct("_KeyFields", [("order_uid", _ORDER_UID)]))
 
 
 def order_uid_of(value: bytes) -> str | None:
     """Return the order_uid in the JSON of an order, also if the rest is invalid; ``None`` without a valid order_uid."""
     try:
-        (order_uid,) = msgspec.structs.astuple(_keyed.decode(value))
+        (order_uid,) = msgspec.structs.astuple(_key_decoder.decode(value))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     return str(order_uid)
@@ -88,7 +88,7 @@ class Publisher:
         self._cluster.describe(self._topic)
 
     def send(self, value: bytes) -> bool:
-        """Publish a value. Return ``False``, after a short wait, if the queue is full: the value was not sent then."""
+        """Publish a value. Return ``False``, after a short wait, if the queue is full and the value was not sent."""
         order_uid = order_uid_of(value)
         key = None if order_uid is None else order_uid.encode()
         try:
@@ -114,7 +114,7 @@ class Publisher:
             self._lines.clear()
             self._manifest.write(written)
 
-    def give_up(self) -> None:
+    def purge(self) -> None:
         """Count every unacknowledged record as failed."""
         self._producer.purge()
         self.wait(0)

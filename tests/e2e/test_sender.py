@@ -1,4 +1,4 @@
-"""The sender as its users meet it: a command, a broker, a manifest."""
+"""The sender as a command, with a real broker."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MURMUR2 = {
 
 
 def records(environ: Mapping[str, str]) -> list[Message]:
-    """What the topic holds, partition by partition."""
+    """Return every record of the topic, ordered by partition and offset."""
     topic = environ["ORDERS_TOPIC"]
     consumer = Consumer(
         {
@@ -71,13 +71,13 @@ def lines_of(manifest: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def one_partition(environ: dict[str, str], make_topic: Callable[..., str]) -> dict[str, str]:
-    """Settings that lead to a topic in which records stay in one order."""
+    """Settings with a topic of one partition, in which the order of records is known."""
     return {**environ, "ORDERS_TOPIC": make_topic(partitions=1)}
 
 
 @contextmanager
 def frozen(sandbox: Sandbox) -> Iterator[None]:
-    """A Kafka that takes connections and answers nothing."""
+    """Freeze Kafka: it accepts connections and does not answer."""
     os.kill(sandbox.kafka.pid, signal.SIGSTOP)
     try:
         yield
@@ -85,7 +85,7 @@ def frozen(sandbox: Sandbox) -> Iterator[None]:
         os.kill(sandbox.kafka.pid, signal.SIGCONT)
 
 
-def test_the_manifest_names_every_record_and_what_is_in_it(environ: dict[str, str], tmp_path: Path) -> None:
+def test_the_manifest_lists_every_record_with_its_digest(environ: dict[str, str], tmp_path: Path) -> None:
     manifest = tmp_path / "manifest"
     out = succeed(f"sender --count 2000 --bad-rate 0.2 --manifest {manifest}", environ)
     assert out.startswith("sent 2,000 in ")
@@ -104,7 +104,7 @@ def test_the_manifest_names_every_record_and_what_is_in_it(environ: dict[str, st
     assert 50 < sum(line["order_uid"] is None for line in expected) < 400
 
 
-def test_a_thousand_orders_are_sent_unless_told_otherwise_and_nothing_is_said_beside_the_summary(
+def test_the_default_is_a_thousand_orders_and_only_the_summary_is_printed(
     environ: dict[str, str],
 ) -> None:
     done = run("sender", environ)
@@ -122,7 +122,7 @@ def test_the_same_seed_sends_the_same_values(one_partition: dict[str, str]) -> N
 
 
 @pytest.mark.parametrize("through_stdin", [False, True], ids=["file", "stdin"])
-def test_a_file_is_sent_line_by_line_byte_for_byte(
+def test_the_lines_of_a_file_are_sent_unchanged(
     one_partition: dict[str, str], tmp_path: Path, *, through_stdin: bool
 ) -> None:
     sent = [
@@ -144,14 +144,14 @@ def test_a_file_is_sent_line_by_line_byte_for_byte(
     assert [message.key() for message in found] == [b"b563feb7b2b84b6test", None, b"windows", None, None, None]
 
 
-def test_an_order_is_put_where_a_java_client_would_put_it(environ: dict[str, str]) -> None:
+def test_an_order_gets_the_partition_that_a_java_client_would_choose(environ: dict[str, str]) -> None:
     lines = b"".join(b'{"order_uid":"%b"}\n' % key.encode() for key in MURMUR2)
     succeed("sender --file - --any", environ, stdin=lines)
     found = {(message.key() or b"").decode(): message.partition() for message in records(environ)}
     assert found == {key: (value & 0x7FFFFFFF) % 3 for key, value in MURMUR2.items()}
 
 
-def test_what_the_broker_refuses_is_counted_and_fails_the_sender(
+def test_records_that_the_broker_refuses_are_counted_and_fail_the_sender(
     environ: dict[str, str], make_topic: Callable[..., str], tmp_path: Path
 ) -> None:
     environ = {**environ, "ORDERS_TOPIC": make_topic(max_message_bytes="1048588")}
@@ -169,7 +169,7 @@ def test_what_the_broker_refuses_is_counted_and_fails_the_sender(
     assert len(records(environ)) == 200
 
 
-def test_what_is_not_acknowledged_in_time_fails_the_sender_and_what_comes_later_does_not(
+def test_records_that_time_out_fail_the_sender_and_later_records_are_sent(
     environ: dict[str, str], sandbox: Sandbox, tmp_path: Path
 ) -> None:
     environ["ORDERS_KAFKA_MESSAGE_TIMEOUT_MS"] = "1500"
@@ -189,13 +189,13 @@ def test_what_is_not_acknowledged_in_time_fails_the_sender_and_what_comes_later_
     assert {(line["partition"], line["offset"]) for line in lines_of(manifest)} <= held
 
 
-def test_a_full_queue_is_waited_for(environ: dict[str, str]) -> None:
+def test_the_sender_waits_for_a_full_queue(environ: dict[str, str]) -> None:
     environ["ORDERS_KAFKA_QUEUE_BUFFERING_MAX_MESSAGES"] = "10"
     assert succeed("sender --count 1000", environ).endswith("acknowledged 1,000, failed 0\n")
     assert len(records(environ)) == 1000
 
 
-def test_a_rate_is_kept_evenly(environ: dict[str, str]) -> None:
+def test_the_rate_is_even(environ: dict[str, str]) -> None:
     began_s = time.monotonic()
     succeed("sender --count 300 --rate 100", environ)
     assert time.monotonic() - began_s >= 2.9
@@ -204,7 +204,7 @@ def test_a_rate_is_kept_evenly(environ: dict[str, str]) -> None:
     assert all(count <= 100 for count in tenths.values()), tenths
 
 
-def test_being_told_to_stop_is_no_failure_and_loses_nothing(environ: dict[str, str], tmp_path: Path) -> None:
+def test_sigterm_is_no_failure_and_loses_no_record(environ: dict[str, str], tmp_path: Path) -> None:
     manifest, log = tmp_path / "manifest", tmp_path / "log"
     with running(f"sender --count 100000 --rate 500 --manifest {manifest}", environ, log) as process:
         wait_for(lambda: manifest.exists() and len(manifest.read_bytes().splitlines()) > 200)
@@ -233,7 +233,7 @@ def test_a_second_ctrl_c_does_not_cut_the_report_short(
     assert "Traceback" not in log.read_text()
 
 
-def test_lines_that_come_late_are_sent_at_once_and_are_in_the_manifest(environ: dict[str, str], tmp_path: Path) -> None:
+def test_late_lines_are_sent_at_once_and_are_in_the_manifest(environ: dict[str, str], tmp_path: Path) -> None:
     manifest = tmp_path / "manifest"
     process = subprocess.Popen(
         [sys.executable, "-m", "services.sender", "--file", "-", "--any", "--manifest", str(manifest)],
@@ -273,13 +273,13 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None
         assert part in done.stderr
 
 
-def test_a_missing_topic_is_named_together_with_the_command_that_makes_it(environ: dict[str, str]) -> None:
+def test_the_error_for_a_missing_topic_names_the_command_that_creates_it(environ: dict[str, str]) -> None:
     done = run("sender", {**environ, "ORDERS_TOPIC": "no-such-topic"})
     assert done.returncode == 2
     assert_one_line(done, "no-such-topic", "python -m services.admin topics")
 
 
-def test_a_property_that_kafka_s_client_does_not_know_is_named_without_its_value(environ: dict[str, str]) -> None:
+def test_the_error_for_an_unknown_property_names_it_without_its_value(environ: dict[str, str]) -> None:
     done = run("sender", {**environ, "ORDERS_KAFKA_NO_SUCH_PROPERTY": "secret"})
     assert done.returncode == 2
     assert_one_line(done, "no.such.property")

@@ -130,7 +130,7 @@ def test_a_broker_without_topic_ids_is_refused(
     """All programs describe the topic through this one method; no broker of today reports the zero id."""
     settings = KafkaSettings.from_mapping({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": secure.bootstrap_servers})
     cluster = Cluster(settings)
-    description = cluster.ask_description(secure_topic).result(10)
+    description = cluster.request_description(secure_topic).result(10)
     description.topic_id = Uuid(0, 0)
     future: Future[TopicDescription] = Future()
     future.set_result(description)

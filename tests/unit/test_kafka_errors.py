@@ -29,7 +29,7 @@ def test_every_code_has_exactly_one_entry() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(CODES))
-def test_an_error_is_translated_as_the_table_says_and_names_its_code(name: str) -> None:
+def test_an_error_is_translated_according_to_the_table_and_names_its_code(name: str) -> None:
     error = translate(KafkaError(CODES[name], "what happened"))
     kinds = {
         ErrorAction.SETUP: ConfigurationError,
@@ -44,20 +44,20 @@ def test_an_error_is_translated_as_the_table_says_and_names_its_code(name: str) 
 
 
 @pytest.mark.parametrize(("retriable", "action"), [(True, ErrorAction.OUTAGE), (False, ErrorAction.STOP)])
-def test_an_unforeseen_code_stops_unless_it_is_retriable(*, retriable: bool, action: ErrorAction) -> None:
+def test_an_unknown_code_stops_the_program_unless_it_is_retriable(*, retriable: bool, action: ErrorAction) -> None:
     error = KafkaError(999, "from the future", retriable=retriable)
     assert action_of(error) is action
     assert isinstance(translate(error), TransientError) == retriable
     assert "999" in str(translate(error))
 
 
-def test_a_fatal_error_stops_whatever_its_code() -> None:
+def test_a_fatal_error_stops_the_program_for_any_code() -> None:
     error = KafkaError(CODES["_TIMED_OUT"], "the client is unusable", fatal=True)
     assert action_of(error) is ErrorAction.STOP
 
 
 def test_the_original_error_is_the_cause() -> None:
     original = KafkaException(KafkaError(CODES["TOPIC_AUTHORIZATION_FAILED"]))
-    with pytest.raises(ConfigurationError) as refusal, translated_errors():
+    with pytest.raises(ConfigurationError) as error, translated_errors():
         raise original
-    assert refusal.value.__cause__ is original
+    assert error.value.__cause__ is original

@@ -25,14 +25,14 @@ from orderlib.models import Delivery, Order
 from orderlib.testing import SAMPLE
 from services.program import run
 from services.sender.__main__ import main
-from services.sender.feed import CATCH_UP_S, MAX_NAMED, RateLimiter, lines, named
+from services.sender.feed import CATCH_UP_S, MAX_WARNINGS, RateLimiter, lines, warn_about_invalid
 from services.sender.generate import make_order, make_values
 from services.sender.publish import order_uid_of
 
 NOW = dt.datetime(2026, 11, 23, 12, 30, 15, 123456, tzinfo=dt.UTC)
 
 
-def made(count: int, seed: str = "seed") -> list[Order]:
+def generate(count: int, seed: str = "seed") -> list[Order]:
     rng = Random(seed)
     return [make_order(rng, lambda: NOW) for _ in range(count)]
 
@@ -41,13 +41,13 @@ def values(count: int, bad_rate: float, seed: str = "seed") -> list[bytes]:
     return list(itertools.islice(make_values(Random(seed), lambda: NOW, bad_rate), count))
 
 
-def test_every_made_up_order_keeps_the_contract() -> None:
-    for order in made(3000):
+def test_every_generated_order_is_valid() -> None:
+    for order in generate(3000):
         assert decode_order(encode_order(order)) == order
 
 
-def test_the_sums_of_a_made_up_order_are_right() -> None:
-    for order in made(1000):
+def test_the_sums_of_a_generated_order_add_up() -> None:
+    for order in generate(1000):
         for item in order.items:
             assert item.total_price == item.price * (100 - item.sale) // 100
         payment = order.payment
@@ -55,24 +55,24 @@ def test_the_sums_of_a_made_up_order_are_right() -> None:
         assert payment.amount == payment.goods_total + payment.delivery_cost + payment.custom_fee
 
 
-def test_a_made_up_order_was_paid_shortly_before_it_was_made() -> None:
-    for order in made(1000):
+def test_a_generated_order_was_paid_shortly_before_its_date() -> None:
+    for order in generate(1000):
         assert order.date_created == NOW
         assert 0 < NOW.timestamp() - order.payment.payment_dt < 180
 
 
-def test_the_same_seed_makes_the_same_orders_and_another_seed_others() -> None:
+def test_a_seed_reproduces_its_orders_and_another_seed_gives_others() -> None:
     assert values(200, 0.3) == values(200, 0.3)
     assert not set(values(200, 0)) & set(values(200, 0, seed="another"))
 
 
-def test_made_up_orders_have_order_uids_of_their_own() -> None:
-    orders = made(5000)
+def test_generated_orders_have_different_order_uids() -> None:
+    orders = generate(5000)
     assert len({order.order_uid for order in orders}) == len(orders)
 
 
-def test_made_up_orders_vary_as_a_shop_s_do() -> None:
-    orders = made(3000)
+def test_generated_orders_vary_like_those_of_a_shop() -> None:
+    orders = generate(3000)
     assert len({order.payment.currency for order in orders}) >= 8
     assert len({order.delivery.name for order in orders}) >= 200
     assert len({item.name for order in orders for item in order.items}) >= 40
@@ -87,31 +87,31 @@ def test_made_up_orders_vary_as_a_shop_s_do() -> None:
     "script", ["CYRILLIC", "CJK UNIFIED IDEOGRAPH", "HIRAGANA", "HEBREW", "LATIN SMALL LETTER E WITH", "APOSTROPHE"]
 )
 def test_names_are_written_in_many_scripts(script: str) -> None:
-    names = {order.delivery.name for order in made(500)}
+    names = {order.delivery.name for order in generate(500)}
     assert any(script in unicodedata.name(character) for name in names for character in name)
 
 
-def test_a_customer_is_the_same_person_in_every_order() -> None:
+def test_a_customer_has_the_same_data_in_every_order() -> None:
     known: dict[str, Delivery] = {}
-    for order in itertools.chain(made(5000), made(5000, seed="another")):
+    for order in itertools.chain(generate(5000), generate(5000, seed="another")):
         assert known.setdefault(order.customer_id, order.delivery) == order.delivery
     assert len(known) < 8000
 
 
 def test_an_article_costs_the_same_in_every_order_of_its_country() -> None:
     known: dict[tuple[str, int], int] = {}
-    for order in made(2000):
+    for order in generate(2000):
         for item in order.items:
             assert known.setdefault((order.locale, item.chrt_id), item.price) == item.price
 
 
-def test_a_bad_rate_of_one_makes_nothing_but_records_to_refuse() -> None:
+def test_a_bad_rate_of_one_generates_only_invalid_orders() -> None:
     for value in values(500, 1.0):
         with pytest.raises(RejectedError):
             decode_order(value)
 
 
-def test_a_bad_rate_is_about_kept() -> None:
+def test_the_fraction_of_invalid_orders_is_near_the_bad_rate() -> None:
     bad = 0
     for value in values(2000, 0.2):
         try:
@@ -144,7 +144,7 @@ def test_a_bad_rate_is_about_kept() -> None:
         (b"[" * 100_000, None),
     ],
 )
-def test_a_record_is_keyed_by_a_valid_order_uid_alone(value: bytes, order_uid: str | None) -> None:
+def test_only_a_valid_order_uid_becomes_the_key(value: bytes, order_uid: str | None) -> None:
     assert order_uid_of(value) == order_uid
 
 
@@ -178,13 +178,13 @@ def lines_of() -> Iterator[Callable[[bytes], list[bytes | None]]]:
         (b"x" * 3_000_000 + b"\ny", [b"x" * 3_000_000, b"y"]),
     ],
 )
-def test_lines_end_with_a_newline_and_nothing_else(
+def test_only_a_newline_ends_a_line(
     lines_of: Callable[[bytes], list[bytes | None]], content: bytes, expected: list[bytes]
 ) -> None:
     assert [line for line in lines_of(content) if line is not None] == expected
 
 
-def test_waiting_for_a_line_gives_control_back() -> None:
+def test_waiting_for_a_line_returns_control_to_the_caller() -> None:
     reading, writing = os.pipe()
     found = lines(reading, idle_s=0.01)
     assert next(found) is None
@@ -197,7 +197,7 @@ def test_waiting_for_a_line_gives_control_back() -> None:
     os.close(reading)
 
 
-def test_a_line_that_does_not_end_gives_control_back_and_is_refused_in_the_end(
+def test_a_line_without_end_returns_control_and_is_refused_at_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("services.sender.feed.MAX_LINE_BYTES", 3_000_000)
@@ -208,35 +208,35 @@ def test_a_line_that_does_not_end_gives_control_back_and_is_refused_in_the_end(
             list(found)
 
 
-def turns(pace: RateLimiter, now_s: float, until_s: float, step_s: float) -> list[float]:
-    """When turns are taken by one who looks every so often."""
-    taken = []
+def sending_times(limiter: RateLimiter, now_s: float, until_s: float, step_s: float) -> list[float]:
+    """Return when records are sent if the limiter is checked every ``step_s``."""
+    sent_s = []
     while now_s < until_s:
-        while pace.early_s(now_s) <= 0:
-            pace.take_turn(now_s)
-            taken.append(now_s)
+        while limiter.early_s(now_s) <= 0:
+            limiter.record_sent(now_s)
+            sent_s.append(now_s)
         now_s += step_s
-    return taken
+    return sent_s
 
 
-def test_a_pace_is_kept_exactly_however_coarse_the_waits() -> None:
-    taken = turns(RateLimiter(300, 0.0), 0.0, 10.0, step_s=0.013)
-    assert abs(len(taken) - 3000) < 10
-    assert max(Counter(taken).values()) <= 5
+def test_the_rate_is_exact_even_with_coarse_waits() -> None:
+    sent_s = sending_times(RateLimiter(300, 0.0), 0.0, 10.0, step_s=0.013)
+    assert abs(len(sent_s) - 3000) < 10
+    assert max(Counter(sent_s).values()) <= 5
 
 
-def test_a_long_stall_is_followed_by_no_flood() -> None:
-    pace = RateLimiter(100, 0.0)
-    pace.take_turn(0.0)
-    taken = turns(pace, 60.0, 61.0, step_s=0.01)
-    assert len(taken) <= 100 * (1.0 + CATCH_UP_S) + 2
+def test_no_burst_follows_a_long_stall() -> None:
+    limiter = RateLimiter(100, 0.0)
+    limiter.record_sent(0.0)
+    sent_s = sending_times(limiter, 60.0, 61.0, step_s=0.01)
+    assert len(sent_s) <= 100 * (1.0 + CATCH_UP_S) + 2
 
 
-def test_without_a_rate_it_is_always_the_next_s_turn() -> None:
-    pace = RateLimiter(None, 5.0)
+def test_without_a_rate_every_record_is_due() -> None:
+    limiter = RateLimiter(None, 5.0)
     for _ in range(1000):
-        assert pace.early_s(5.0) <= 0
-        pace.take_turn(5.0)
+        assert limiter.early_s(5.0) <= 0
+        limiter.record_sent(5.0)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_without_a_rate_it_is_always_the_next_s_turn() -> None:
         "orders.json",
     ],
 )
-def test_wrong_usage_is_status_2(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_2(options: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(options.split(), {"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"})
     assert "usage: python -m services.sender" in capsys.readouterr().err
@@ -275,7 +275,7 @@ def test_wrong_usage_is_status_2(options: str, capsys: pytest.CaptureFixture[str
         ("--manifest /no/such/folder/manifest", {}, "/no/such/folder/manifest: No such file"),
     ],
 )
-def test_a_broken_set_up_is_one_line_and_status_2(
+def test_a_wrong_set_up_is_one_line_and_exits_with_2(
     options: str, settings: dict[str, str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environ = settings if not options else {"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}
@@ -287,7 +287,7 @@ def test_a_broken_set_up_is_one_line_and_status_2(
 
 
 @pytest.mark.parametrize("way", ["path", "symbolic link", "hard link", "stdin", "/dev/stdin"])
-def test_a_manifest_that_is_the_input_is_refused_and_the_input_is_kept(way: str, tmp_path: Path) -> None:
+def test_a_manifest_that_is_the_input_is_refused_and_the_input_is_unchanged(way: str, tmp_path: Path) -> None:
     file, other = tmp_path / "orders.jsonl", tmp_path / "other"
     file.write_bytes(SAMPLE)
     if way == "symbolic link":
@@ -316,7 +316,7 @@ def test_a_file_that_is_not_a_manifest_is_never_replaced(content: bytes, tmp_pat
     assert file.read_bytes() == content
 
 
-def test_a_manifest_keeps_its_lines_until_the_first_value_is_good(tmp_path: Path) -> None:
+def test_a_manifest_keeps_its_lines_until_the_first_value_is_valid(tmp_path: Path) -> None:
     line = b'{"topic":"orders","partition":0,"offset":7,"order_uid":null,"sha256":"00"}\n'
     file, pretty = tmp_path / "manifest", tmp_path / "pretty.json"
     file.write_bytes(line)
@@ -328,7 +328,7 @@ def test_a_manifest_keeps_its_lines_until_the_first_value_is_good(tmp_path: Path
         assert file.read_bytes() == line
 
 
-def test_the_manifest_may_not_be_the_output(tmp_path: Path) -> None:
+def test_the_manifest_cannot_be_the_output(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with out.open("wb") as stdout:
         done = send("--count", "1", "--manifest", str(out), stdout=stdout)
@@ -336,34 +336,34 @@ def test_the_manifest_may_not_be_the_output(tmp_path: Path) -> None:
     assert "standard input, output or error" in done.stderr
 
 
-def test_lines_that_are_not_orders_are_named_and_sent(capsys: pytest.CaptureFixture[str]) -> None:
-    given = [SAMPLE, None, b"", b'{"order_uid":"x"}', SAMPLE]
-    assert list(named(iter(given), "file")) == given
-    told = capsys.readouterr().err.splitlines()
-    assert [line.partition(" (")[0] for line in told] == [
+def test_lines_that_are_not_orders_get_a_warning_and_are_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    values = [SAMPLE, None, b"", b'{"order_uid":"x"}', SAMPLE]
+    assert list(warn_about_invalid(iter(values), "file")) == values
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.partition(" (")[0] for line in warnings] == [
         "warning: file: line 2 is not an order",
         "warning: file: line 3 is not an order",
     ]
-    assert "$.track_number: expected a string of 1 to 255 characters, found no value (and 12 more)" in told[1]
+    assert "$.track_number: expected a string of 1 to 255 characters, found no value (and 12 more)" in warnings[1]
 
 
-def test_of_many_lines_that_are_not_orders_the_first_are_named_and_all_are_counted(
+def test_many_lines_that_are_not_orders_get_a_limited_number_of_warnings_and_a_count(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert len(list(named([SAMPLE, *[b"{"] * 250], "file"))) == 251
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == MAX_NAMED + 1
-    assert told[-1] == f"warning: file: 250 lines are not orders, {MAX_NAMED} of them named above"
+    assert len(list(warn_about_invalid([SAMPLE, *[b"{"] * 250], "file"))) == 251
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == MAX_WARNINGS + 1
+    assert warnings[-1] == f"warning: file: 250 lines are not orders; the first {MAX_WARNINGS} are listed above"
 
 
 @pytest.mark.parametrize("first", [b"", b"{", b"[]", b"null", b"\xef\xbb\xbf" + SAMPLE, b"\x1f\x8b\x08"])
-def test_a_file_whose_first_line_is_not_an_order_is_refused_before_anything_is_sent(first: bytes) -> None:
+def test_a_file_whose_first_line_is_not_an_order_is_refused_before_sending(first: bytes) -> None:
     with pytest.raises(ConfigurationError, match=r"^file: line 1 is not an order \(.*--any"):
-        next(named([first, SAMPLE], "file"))
+        next(warn_about_invalid([first, SAMPLE], "file"))
 
 
 def send(*arguments: str, stdin: IO[bytes] | None = None, stdout: IO[bytes] | None = None) -> CompletedProcess[str]:
-    """Run the sender where nothing answers as Kafka."""
+    """Run the sender without a Kafka."""
     environ = {**os.environ, "ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}
     return subprocess.run(
         [sys.executable, "-m", "services.sender", *arguments],
