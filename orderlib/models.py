@@ -1,4 +1,4 @@
-"""The models of an order, with all their rules.
+"""The models of an order, with their rules.
 
 The classes are frozen, keyword-only attrs classes. Their ``Annotated`` types are the contract; ``orderlib.contract``
 reads it. Creating an instance validates it: ``Item(sale=101, …)`` raises ``InvalidOrder`` with the path ``$.sale``.

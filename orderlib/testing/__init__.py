@@ -1,6 +1,7 @@
-"""For tests of programs that use orderlib: a repository in memory, a sample order, invalid orders by kind of fault.
+"""Helpers for tests of programs that use orderlib.
 
-Strategies for valid orders are in ``orderlib.testing.strategies``. Only they need hypothesis (``orderlib[testing]``).
+They are a repository in memory, a sample order, and invalid orders by kind of fault. Strategies for valid orders are in
+``orderlib.testing.strategies``. Only they need hypothesis (``orderlib[testing]``).
 """
 
 from importlib import resources

@@ -1,6 +1,7 @@
-"""Invalid orders by kind of fault, derived from the rules on the models. The sender's ``--bad-rate`` sends them.
+"""Invalid orders, by kind of fault.
 
-Each is a valid order with one fault added, so its fault report has one path.
+They are derived from the rules on the models. Each is a valid order with one fault added, so its fault report has one
+path. The sender's ``--bad-rate`` sends them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A repository in memory. The contract suite of the PostgreSQL repository runs against it too."""
+"""A repository in memory.
+
+It passes the same contract suite as the PostgreSQL repository.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Hypothesis strategies for valid orders, derived from the rules on the models. They need ``orderlib[testing]``.
+"""Hypothesis strategies for valid orders. They need ``orderlib[testing]``.
 
-They draw every value that the contract allows: any Unicode text, integers at their bounds, any instant, any offset.
+They are derived from the rules on the models. They draw every value that the contract allows: any Unicode text,
+integers at their bounds, any instant, any offset.
 """
 
 from __future__ import annotations
