@@ -378,10 +378,14 @@ class ConsumerCore:
             self._stop(error)
 
     def on_stop(self) -> None:
-        """Stop: the job under way may end, nothing new begins."""
+        """Stop: a task that the store has begun may end, nothing new begins."""
         self._stopping = True
         self._fetched.clear()
-        if self._retry_at_s is not None:
+        if self._task in self._commands:
+            # A lost fence has started the rest of its batch, and the store has not begun it.
+            self._commands.remove(self._task)
+            self._task = None
+        elif self._retry_at_s is not None:
             self._task = self._retry_at_s = None
 
     @property

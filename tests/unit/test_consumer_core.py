@@ -381,6 +381,16 @@ def test_a_lost_fence_goes_on_where_the_store_is_and_the_others_are_written_with
     }
 
 
+def test_a_stop_after_a_lost_fence_does_not_begin_the_rest_of_the_batch() -> None:
+    driver = started(0, 1)
+    driver.fetch(record(0, 0), record(0, 1))
+    driver.write()
+    driver.core.on_failed(FenceLost({0}, {0: 5}), driver.now_s)
+    driver.core.on_stop()
+    assert driver.core.take_commands() == [Seek(0, 5)]
+    assert driver.core.stopped
+
+
 def test_a_fence_that_our_own_lost_commit_moved_costs_nothing() -> None:
     driver = started(0)
     driver.fetch(record(0))
