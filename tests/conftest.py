@@ -1,4 +1,4 @@
-"""Real servers for the suite, started once and only if a test asks; a database and a topic of its own for each test."""
+"""Real servers, started once and only if a test needs them, and a new database and topic for each test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sandbox import Sandbox, running_sandbox
 
 ROOT = Path(__file__).parent.parent
 
-# No timing decides a test, nor does how long it takes to make up examples on a busy machine.
+# On a busy machine, slow examples must not fail a test.
 hypothesis.settings.register_profile(
     "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
 )
@@ -28,8 +28,8 @@ hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees the settings of whoever runs it."""
+def _hide_callers_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the settings of the caller's environment from the tests."""
     for name in list(os.environ):
         if name.startswith("ORDERS_"):
             monkeypatch.delenv(name)
@@ -37,9 +37,9 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def sandbox() -> Iterator[Sandbox]:
-    """PostgreSQL and Kafka for the whole run."""
+    """PostgreSQL and Kafka, for all tests of the run."""
     with running_sandbox() as running:
-        # No test cuts the power: a commit survives a crash of PostgreSQL without it, too.
+        # A commit survives a crash of PostgreSQL without fsync, too; only a power failure needs it.
         with psycopg.connect(running.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as connection:
             connection.execute("ALTER SYSTEM SET fsync = off")
             connection.execute("SELECT pg_reload_conf()")
@@ -48,7 +48,7 @@ def sandbox() -> Iterator[Sandbox]:
 
 @attrs.frozen(kw_only=True)
 class Database:
-    """A database of a test's own, migrated, and who may log in."""
+    """A database for one test, with the URL of each role."""
 
     superuser_url: str
     migrator_url: str
@@ -66,7 +66,7 @@ class Database:
 
 
 def of_database(environ: Mapping[str, str], name: str) -> Database:
-    """The sandbox's URLs, leading to another of its databases."""
+    """Return the sandbox's URLs for another of its databases."""
 
     def url(variable: str) -> str:
         return make_conninfo(environ[variable], dbname=name)
@@ -80,22 +80,22 @@ def of_database(environ: Mapping[str, str], name: str) -> Database:
 
 
 def role_passwords(database: Database) -> dict[str, str]:
-    """The passwords in the URLs, by role."""
+    """Return the passwords in the URLs, by role."""
     urls = map(conninfo_to_dict, (database.migrator_url, database.writer_url, database.reader_url))
     return {str(url["user"]): str(url["password"]) for url in urls}
 
 
 def make_database(sandbox: Sandbox, template: str = "template1") -> Database:
-    """A new database in the sandbox."""
+    """Create a database in the sandbox."""
     name = f"test_{secrets.token_hex(6)}"
     with psycopg.connect(sandbox.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as connection:
-        # Without fsync, copying files is ten times as fast as logging each page.
+        # Without fsync, copying files is ten times faster than logging each page.
         connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
     return of_database(sandbox.environ, name)
 
 
 def drop_database(sandbox: Sandbox, database: Database) -> None:
-    """Away with it, whoever is still connected."""
+    """Drop a database, even if clients are still connected."""
     name = conninfo_to_dict(database.superuser_url)["dbname"]
     with psycopg.connect(sandbox.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as connection:
         connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
@@ -113,7 +113,7 @@ def _template(sandbox: Sandbox) -> str:
 
 @pytest.fixture
 def empty_database(sandbox: Sandbox) -> Iterator[Database]:
-    """A database of the test's own in which nothing was made yet."""
+    """An empty database for the test, without tables."""
     database = make_database(sandbox)
     yield database
     drop_database(sandbox, database)
@@ -121,7 +121,7 @@ def empty_database(sandbox: Sandbox) -> Iterator[Database]:
 
 @pytest.fixture
 def database(sandbox: Sandbox, _template: str) -> Iterator[Database]:
-    """A migrated, empty database of the test's own."""
+    """A migrated database for the test, without orders."""
     database = make_database(sandbox, _template)
     yield database
     drop_database(sandbox, database)
@@ -129,7 +129,7 @@ def database(sandbox: Sandbox, _template: str) -> Iterator[Database]:
 
 @pytest.fixture(scope="module")
 def module_database(sandbox: Sandbox, _template: str) -> Iterator[Database]:
-    """A migrated database for all tests of a module that do not mind each other's orders."""
+    """A migrated database for all tests of a module, which see each other's orders."""
     database = make_database(sandbox, _template)
     yield database
     drop_database(sandbox, database)
@@ -137,9 +137,9 @@ def module_database(sandbox: Sandbox, _template: str) -> Iterator[Database]:
 
 @pytest.fixture
 def make_topic(sandbox: Sandbox) -> Iterator[Callable[..., str]]:
-    """Makes topics, and takes them away after the test."""
+    """A function that creates topics. They are deleted after the test."""
     admin = AdminClient({"bootstrap.servers": sandbox.kafka.bootstrap_servers})
-    made: list[str] = []
+    created: list[str] = []
 
     def make(partitions: int = 3, **config: str) -> str:
         name = f"orders-{secrets.token_hex(6)}"
@@ -149,30 +149,30 @@ def make_topic(sandbox: Sandbox) -> Iterator[Callable[..., str]]:
             config={"max.message.bytes": "16777216", **{k.replace("_", "."): v for k, v in config.items()}},
         )
         admin.create_topics([topic])[name].result(30)
-        made.append(name)
+        created.append(name)
         return name
 
     yield make
-    if made:
-        for future in admin.delete_topics(made).values():
+    if created:
+        for future in admin.delete_topics(created).values():
             future.exception(30)
 
 
 @pytest.fixture
 def topic(make_topic: Callable[..., str]) -> str:
-    """A topic of the test's own, with three partitions."""
+    """A topic for the test, with three partitions."""
     return make_topic()
 
 
 @pytest.fixture
 def environ(sandbox: Sandbox, database: Database, topic: str) -> dict[str, str]:
-    """What a program of ours needs to work on this test's database and topic; listening on ports that are free."""
+    """The environment of a program that uses this test's database and topic, and listens on free ports."""
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("ORDERS_")},
         **database.environ(),
         "ORDERS_KAFKA_BOOTSTRAP_SERVERS": sandbox.kafka.bootstrap_servers,
         "ORDERS_TOPIC": topic,
-        # The least that the broker allows: a consumer that was killed is missed sooner.
+        # The minimum that the broker allows, so that it detects a killed consumer sooner.
         "ORDERS_KAFKA_SESSION_TIMEOUT_MS": "6000",
         "ORDERS_METRICS_BIND": "127.0.0.1:0",
         "ORDERS_API_BIND": "127.0.0.1:0",

@@ -89,7 +89,7 @@ def test_orders_are_found_by_track_number_or_customer(
     assert path_of(browser) == "/orders/page-2"
 
 
-def test_a_search_without_result_says_so_and_can_be_corrected(
+def test_a_search_without_result_shows_that_and_can_be_corrected(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
 ) -> None:
     store.save(order("page-3"))
@@ -149,7 +149,9 @@ def test_the_status_strip_shows_the_newest_order_and_the_rejects(
     assert status["Database"] == "answers"
 
 
-def test_a_hostile_order_stays_text(browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository) -> None:
+def test_html_in_an_order_is_shown_as_text(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
     store.save(
         order(
             "hostile",
@@ -172,7 +174,7 @@ def test_a_hostile_order_stays_text(browser: WebDriver, api: Service, store: ord
     assert browser.find_elements(By.CSS_SELECTOR, "script, img") == []
 
 
-def test_raw_json_is_one_click_away_and_equals_what_programs_get(
+def test_a_link_leads_to_the_same_json_that_programs_get(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
 ) -> None:
     store.save(order("raw"))
@@ -181,7 +183,7 @@ def test_raw_json_is_one_click_away_and_equals_what_programs_get(
     assert one(browser, "pre").text == api.get("/orders/raw").text
 
 
-def test_everything_can_be_reached_with_the_keyboard_alone(
+def test_the_pages_can_be_used_with_the_keyboard_only(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
 ) -> None:
     store.save(order("keys-1", customer_id="keys"))
@@ -231,7 +233,7 @@ def longest() -> Order:
 @pytest.mark.parametrize(
     "path", ["/", "/orders/" + "W" * 128, f"/orders/{SAMPLE.order_uid}", "/orders?limit=100", "/?q=x"]
 )
-def test_nothing_is_wider_than_the_window(
+def test_no_page_is_wider_than_the_window(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, size: tuple[int, int], path: str
 ) -> None:
     store.save_many([longest(), SAMPLE])
@@ -268,7 +270,7 @@ return [...document.querySelectorAll("body *")]
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("path", ["/", f"/orders/{SAMPLE.order_uid}", "/?q=nothing", "/orders/nobody"])
-def test_every_text_stands_out_from_its_background(
+def test_every_text_has_enough_contrast(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, scheme: str, path: str
 ) -> None:
     store.save(SAMPLE)
@@ -304,11 +306,11 @@ def test_a_browser_sends_its_token_as_a_password(
         assert "guarded" not in browser.page_source
         browser.get(f"http://me:t0ken@{guarded.address}/orders/guarded")
         assert one(browser, "h1").text == "Order guarded"
-        # The style sheet is behind the token too.
+        # The style sheet needs the token, too.
         assert one(browser, "header").value_of_css_property("display") == "flex"
 
 
-def test_without_the_database_the_page_says_so(browser: WebDriver, module_database: Database) -> None:
+def test_without_the_database_the_page_shows_an_error(browser: WebDriver, module_database: Database) -> None:
     with TcpProxy(module_database.reader_url) as wire, serving(settings_for(wire.url)) as cut_off:
         wire.cut()
         browser.get(f"http://{cut_off.address}/")

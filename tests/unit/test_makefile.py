@@ -1,4 +1,4 @@
-"""``make`` names what is wrong with the interpreter."""
+"""``make`` reports why the Python interpreter cannot be used."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ ROOT = Path(__file__).parents[2]
     ("script", "words"),
     [(None, "there is no"), ("exit 3", "is older"), ("exit 1", "does not run")],
 )
-def test_an_interpreter_that_cannot_be_used_is_named_with_the_reason(
-    script: str | None, words: str, tmp_path: Path
-) -> None:
+def test_the_error_names_the_interpreter_and_the_reason(script: str | None, words: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "requirements").mkdir()
     (tmp_path / "requirements" / "dev.txt").touch()

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Terminal(io.StringIO):
-    """A stream that a person reads."""
+    """A stream that is a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -41,7 +41,7 @@ class FullDisk(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def _restored_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A program sets up its logs once, and structlog caches the logger then; each test here starts anew."""
+    """Reset structlog and logging, because a program sets them up once and structlog caches the logger."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     monkeypatch.setattr(program, "log", structlog.get_logger())
@@ -96,7 +96,7 @@ def test_a_terminal_gets_a_readable_format() -> None:
     assert re.fullmatch(r"\d\d:\d\d:\d\d \[info     \] idle *", second)
 
 
-def test_warnings_of_libraries_are_events_and_their_other_lines_are_not() -> None:
+def test_only_warnings_of_libraries_become_events() -> None:
     stream = io.StringIO()
     set_up_logging(stream)
     logging.getLogger("psycopg.pool").info("chatter")
