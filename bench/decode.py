@@ -37,7 +37,7 @@ def plain_type(rule: Type, part: Callable[[DataclassType], type]) -> Any:
         case DataclassType():
             return part(rule)
         case VarTupleType(item_type=item):
-            return list[plain_type(item, part)]  # type: ignore[misc]
+            return list[plain_type(item, part)]  # type: ignore[misc] # a type made at runtime
         case StrType():
             return str
         case IntType():
@@ -65,7 +65,8 @@ def as_pydantic(rule: DataclassType) -> type[pydantic.BaseModel]:
     def bounded(rule: Type) -> Any:
         match rule:
             case VarTupleType(item_type=item, min_length=least, max_length=most):
-                return Annotated[list[bounded(item)], pydantic.Field(min_length=least, max_length=most)]  # type: ignore[misc]
+                items = list[bounded(item)]  # type: ignore[misc] # a type made at runtime
+                return Annotated[items, pydantic.Field(min_length=least, max_length=most)]
             case StrType(min_length=least, max_length=most, pattern=pattern):
                 return Annotated[str, pydantic.Field(min_length=least, max_length=most, pattern=pattern)]
             case IntType(ge=least, le=most):

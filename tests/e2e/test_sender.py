@@ -247,6 +247,7 @@ def test_late_lines_are_sent_at_once_and_are_in_the_manifest(environ: dict[str, 
         for number in range(1, 4):
             process.stdin.write(SAMPLE.strip() + b"\n")
             process.stdin.flush()
+            # mypy cannot infer a lambda with a default.
             wait_for(lambda count=number: manifest.exists() and len(lines_of(manifest)) == count)  # type: ignore[misc]
         process.stdin.close()
         assert process.wait(10) == 0

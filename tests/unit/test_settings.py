@@ -217,4 +217,4 @@ def test_settings_are_frozen_and_show_no_secret(settings: ConsumerSettings | Api
     assert SECRET not in repr(settings)
     assert SECRET not in str(settings)
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        settings.metrics_bind = Address(host="elsewhere", port=1)  # type: ignore[misc]
+        settings.metrics_bind = Address(host="elsewhere", port=1)  # type: ignore[misc] # assigning must fail
