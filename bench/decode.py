@@ -65,8 +65,8 @@ def as_pydantic(rule: DataclassType) -> type[pydantic.BaseModel]:
     def bounded(rule: Type) -> Any:
         match rule:
             case VarTupleType(item_type=item, min_length=least, max_length=most):
-                items = list[bounded(item)]  # type: ignore[misc] # a type made at runtime
-                return Annotated[items, pydantic.Field(min_length=least, max_length=most)]
+                limits = pydantic.Field(min_length=least, max_length=most)
+                return Annotated[list[bounded(item)], limits]  # type: ignore[misc] # a type made at runtime
             case StrType(min_length=least, max_length=most, pattern=pattern):
                 return Annotated[str, pydantic.Field(min_length=least, max_length=most, pattern=pattern)]
             case IntType(ge=least, le=most):
