@@ -12,7 +12,7 @@ from typing import LiteralString
 
 import psycopg
 from psycopg import generators
-from psycopg.abc import PQGen
+from psycopg.abc import Buffer, PQGen
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.errors import error_from_result
 from psycopg.pq import ConnStatus, ExecStatus, Format
@@ -50,11 +50,12 @@ class Wire:
     def pipeline(self, *statements: Statement) -> PQGen[list[list[Row]]]:
         """Execute the statements in one round trip; return the rows of each. After an error the others do nothing."""
         pgconn = self.pgconn
+        # Before the pipeline begins: a value that cannot be sent must not leave it open.
+        dumped = [(statement, self._dump(values)) for statement, values in statements]
         pgconn.enter_pipeline_mode()
         new: dict[LiteralString, bytes] = {}
         answers: list[bool] = []
-        for statement, values in statements:
-            parameters = self._transformer.dump_sequence(values, [PyFormat.TEXT] * len(values)) if values else None
+        for statement, parameters in dumped:
             if not self._keeps_statements:
                 pgconn.send_query_params(statement.encode(), parameters, result_format=Format.BINARY)
                 answers.append(True)
@@ -115,6 +116,9 @@ class Wire:
                 self._prepared.clear()
             raise error
         return results
+
+    def _dump(self, values: Sequence[object]) -> Sequence[Buffer | None] | None:
+        return self._transformer.dump_sequence(values, [PyFormat.TEXT] * len(values)) if values else None
 
     def _rows(self, result: PGresult) -> list[Row]:
         self._transformer.set_pgresult(result)

@@ -17,6 +17,7 @@ import pytest
 
 import orderlib
 from orderlib import ConfigurationError, DatabaseUnavailable, Outcome, RefusedByDatabase, TransactionConflict
+from orderlib.postgres.wire import Wire
 from tests.conftest import ROOT, Database
 from tests.integration.test_postgres_repository import with_unchecked
 from tests.support.api_process import eventually
@@ -345,3 +346,11 @@ def test_a_pools_save_cancelled_at_any_await_stores_all_or_nothing_and_loses_no_
         return cancels
 
     assert asyncio.run(run()) > 5
+
+
+def test_a_value_that_cannot_be_sent_leaves_the_connection_usable(shop: Database) -> None:
+    with psycopg.connect(shop.writer_url) as connection:
+        wire = Wire(connection.pgconn)
+        with pytest.raises(UnicodeEncodeError):
+            connection.wait(wire.pipeline(("SELECT $1::text", ["\ud800"])))
+        assert connection.execute("SELECT 1").fetchall() == [(1,)]
