@@ -1,13 +1,13 @@
-"""The consumer without its I/O: events go in, actions come out.
+"""The consumer without I/O: events go in, commands come out.
 
-Kafka, PostgreSQL, the clock and chance are outside. One job at most is under way at a time, and it is what touches the
-store: find where partitions begin, or write a batch. All else is bookkeeping of three offsets per partition:
+Kafka, PostgreSQL, the clock and the random numbers are outside. At most one store task is in progress: resolve the
+offsets of partitions, commit a batch, or check the topic. The core keeps two offsets of each partition in memory:
 
-``collected``   next record to collect; what is below has been fetched
-``dispatched``  next record of the batch after the one under way
-the store's     next record to handle; only the store knows it, and the fence asserts it
+``_fetched_offset``    the next offset after the records in the open batch
+``_submitted_offset``  the next offset after the last batch that was given to the store; the open batch begins here
 
-Whatever happens to a partition, its fence decides what counted; nothing here needs to be certain.
+The third offset, the stored next offset, is in PostgreSQL. The offsets in memory may be stale, for example after a
+rebalance. The fenced UPDATE of a batch is authoritative.
 """
 
 from __future__ import annotations
@@ -37,56 +37,57 @@ MAX_RECORDS = 2_000
 MAX_BYTES = 16 * 1024 * 1024
 MAX_AGE_S = 0.05
 
-#: One turn classifies records up to this many bytes, and at least one record; the others wait for the next turn. A
-#: record of 8 MiB takes up to a second, and the loop must listen for signals between two of them.
+#: One turn of the loop classifies at least one record, and no more after this number of bytes. A record of 8 MiB takes
+#: up to a second, and the loop must check for signals between two of them.
 TURN_BYTES = 1024 * 1024
 
-#: Fetch at most this many records at once, and fewer if their mean size would exceed these bytes.
+#: One fetch returns at most this number of records, and fewer if their expected size exceeds this number of bytes.
 FETCH_RECORDS = 200
 FETCH_BYTES = 2 * 1024 * 1024
 
-#: A job that has no answer for so long counts as an outage, and fetching pauses.
+#: A store task that has no result after this time is an outage: fetching pauses.
 STALL_S = 2.0
 
-#: With nothing to do for so long: look whether the topic is still the same; and whether the ends asked for are reached.
+#: While the consumer is idle, it checks the topic id this often.
 TOPIC_CHECK_S = 5.0
+#: While the consumer is idle and has offsets to stop at, it compares them with the stored offsets this often.
 END_CHECK_S = 0.2
 
-#: The breaker looks at so many records, never fewer.
+#: The breaker examines this number of the last records, never fewer.
 BREAKER_RECORDS = 1_000
 
 
 @attrs.frozen
 class ResolveOffsets:
-    """Job: read the topic's id, and where the store says these partitions go on."""
+    """Store task: read the topic id and the stored next offsets of these partitions. Create the missing offsets."""
 
     partitions: frozenset[int]
 
 
 @attrs.frozen
 class CommitBatch:
-    """Job: write a batch in one transaction, behind its fence."""
+    """Store task: commit a batch in one transaction that begins with its fence."""
 
     batch: Batch
 
 
 @attrs.frozen
 class CheckTopic:
-    """Job: read the topic's id, and where the group stands in these partitions, whoever of it handled them."""
+    """Store task: read the topic id and the stored next offsets of these partitions, also those of other members."""
 
     partitions: frozenset[int]
 
 
 @attrs.frozen
 class Assign:
-    """Fetch these partitions from these offsets on."""
+    """Fetch these partitions, each from its next offset."""
 
     next_offsets: Mapping[int, int]
 
 
 @attrs.frozen
 class Seek:
-    """Go on with this partition from another offset."""
+    """Fetch this partition from another offset."""
 
     partition: int
     next_offset: int
@@ -94,17 +95,17 @@ class Seek:
 
 @attrs.frozen
 class CommitKafkaOffsets:
-    """Tell Kafka how far we are, for lag tools only."""
+    """Commit these next offsets to Kafka. Only lag tools read them."""
 
     next_offsets: Mapping[int, int]
 
 
 @attrs.frozen
 class Pause:
-    """An outage: stop fetching, keep polling. Said at each try that fails."""
+    """An outage: stop fetching, keep polling. The core repeats this command at each failed attempt."""
 
     reason: OrderlibError
-    #: Seconds until the next try; 0 while an answer is still awaited.
+    #: Seconds until the next attempt; 0 while the store task is still in progress.
     wait_s: float
 
 
@@ -119,50 +120,53 @@ Command = StoreTask | Assign | Seek | CommitKafkaOffsets | Pause | Resume
 
 @attrs.frozen
 class PartitionEof:
-    """Event: the client's position in a partition, past anything that holds no records."""
+    """Event: the end of a partition was reached. The next offset is after any gap at the end."""
 
     partition: int
     next_offset: int
 
 
 class Server(enum.Enum):
-    """What a job waits for."""
+    """A server whose response a store task may wait for."""
 
     KAFKA = "Kafka"
     POSTGRES = "PostgreSQL"
 
 
 class Breaker:
-    """Trips when at least this fraction of the last 1,000 records was refused; never with a fraction of 0."""
+    """Trips when at least this fraction of the last 1,000 records was rejected. With a fraction of 0 it never trips."""
 
     def __init__(self, fraction: float) -> None:
         self._fraction = fraction
         self._recent: deque[bool] = deque(maxlen=BREAKER_RECORDS)
 
-    def check(self, refused: Iterable[bool], rejects: Sequence[Reject] = ()) -> Callable[[], None]:
-        """Raise BreakerTripped if these and the ones remembered are too many; else give what remembers them.
-
-        Call that once the batch is committed. The error names the most frequent cause of these rejects.
-        """
+    def would_trip(self, rejected: Iterable[bool]) -> bool:
+        """Return whether the breaker trips at one of these records. Record nothing."""
+        if not self._fraction:
+            return False
         recent = self._recent.copy()
         count = sum(recent)
-        for flag in refused:
+        for is_rejected in rejected:
             if len(recent) == BREAKER_RECORDS:
                 count -= recent[0]
-            recent.append(flag)
-            count += flag
-            if self._fraction and len(recent) == BREAKER_RECORDS and count >= self._fraction * BREAKER_RECORDS:
-                raise BreakerTripped(
-                    f"{count:,} of the last {BREAKER_RECORDS:,} records were refused{_most_frequent_cause(rejects)}, "
-                    "and nothing of this batch was stored: is this the right topic, and does this version know its "
-                    "orders? If so, store these records as rejects, and what follows them, with "
-                    "`ORDERS_BREAKER_FRACTION=0 python -m services.consumer --exit-at-end`; then start as usual"
-                )
+            recent.append(is_rejected)
+            count += is_rejected
+            if len(recent) == BREAKER_RECORDS and count >= self._fraction * BREAKER_RECORDS:
+                return True
+        return False
 
-        def remember() -> None:
-            self._recent = recent
+    def record(self, rejected: Iterable[bool]) -> None:
+        """Record which records of a committed batch were rejected. A batch that was rolled back does not count."""
+        self._recent.extend(rejected)
 
-        return remember
+    def error(self, rejects: Sequence[Reject]) -> BreakerTripped:
+        """Return the error for a batch that would trip the breaker. It names the most frequent cause of its rejects."""
+        return BreakerTripped(
+            f"at least {100 * self._fraction:.4g} % of the last {BREAKER_RECORDS:,} records were rejected"
+            f"{_most_frequent_cause(rejects)}, and nothing of this batch was stored: is this the right topic, and does "
+            "this version know its orders? If so, store these records as rejects, and what follows them, with "
+            "`ORDERS_BREAKER_FRACTION=0 python -m services.consumer --exit-at-end`; then start as usual"
+        )
 
 
 def _most_frequent_cause(rejects: Sequence[Reject]) -> str:
@@ -175,10 +179,11 @@ def _most_frequent_cause(rejects: Sequence[Reject]) -> str:
 
 
 class ConsumerCore:
-    """What the consumer does next.
+    """Decides what the consumer does next.
 
-    Feed it events; ``take_commands`` gives what they led to, in order. ``now_s`` is of any one monotonic clock.
-    ``until``: stop when the group has handled each partition up to this offset.
+    The caller reports each event, and then carries out the commands from ``take_commands`` in their order. All
+    ``now_s`` come from the same monotonic clock. With ``until``, stop when the stored next offset of each partition has
+    reached the given one.
     """
 
     def __init__(
@@ -194,57 +199,57 @@ class ConsumerCore:
         self._until = until
         self._commands: list[Command] = []
         self._topic_id: str | None = None
-        #: Given to us by the group, not yet located.
+        #: Assigned by the group; their stored next offsets are not known yet.
         self._unresolved: set[int] = set()
         self._fetched_offset: dict[int, int] = {}
         self._submitted_offset: dict[int, int] = {}
         self._classified: list[tuple[Record, PreparedOrder | Reject]] = []
         self._bytes = 0
-        #: Fetched, not yet classified.
+        #: Fetched, but not classified yet.
         self._fetched: deque[Record | PartitionEof] = deque()
-        #: Revoked since records were fetched last.
+        #: Revoked since the last fetch.
         self._just_revoked: set[int] = set()
-        #: Of the records classified last; large until one is known.
+        #: Mean size of the records that the last turn classified; large until a record was classified.
         self._mean_bytes = FETCH_BYTES
         self._batch_opened_at_s: float | None = None
         self._task: StoreTask | None = None
         self._task_since_s = 0.0
-        #: The job failed and waits for this moment.
+        #: The store task failed; its next attempt begins at this time.
         self._retry_at_s: float | None = None
         self._paused = False
         self._stopping = False
         self._error: OrderlibError | None = None
 
-    # What the loop may ask.
+    # Commands and state.
 
     def take_commands(self) -> list[Command]:
-        """The actions since the last call."""
+        """Return the commands since the last call."""
         commands, self._commands = self._commands, []
         return commands
 
     @property
     def wants_records(self) -> bool:
-        """Whether to fetch more records now."""
+        """Return whether to fetch records now."""
         return not self._paused and not self._stopping and not self._fetched and not self._full
 
     @property
     def fetch_limit(self) -> int:
-        """How many records to fetch at once: fewer if they are large."""
+        """Return the maximum number of records for the next fetch: fewer if records are large."""
         return max(1, min(FETCH_RECORDS, FETCH_BYTES // max(1, self._mean_bytes)))
 
     @property
     def has_more(self) -> bool:
-        """Whether records that were fetched can be taken without waiting for anything."""
+        """Return whether ``classify`` has fetched records to continue with."""
         return bool(self._fetched) and not self._paused and not self._stopping and not self._full
 
     @property
     def topic_id(self) -> str | None:
-        """Kafka's id of the topic; known once partitions were located."""
+        """Return the topic id, or ``None`` before the first offsets are resolved."""
         return self._topic_id
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is fetched, collected, under way or to be located."""
+        """Return whether there is no store task, no record to classify or commit, and no offset to resolve."""
         return (
             self._task is None
             and not self._unresolved
@@ -254,69 +259,72 @@ class ConsumerCore:
 
     @property
     def assigned(self) -> frozenset[int]:
-        """The partitions being fetched."""
+        """Return the partitions that are assigned and whose offsets are resolved."""
         return frozenset(self._fetched_offset)
 
     @property
     def in_outage(self) -> bool:
-        """Whether a job failed and will be tried again."""
+        """Return whether fetching is paused because of an outage."""
         return self._paused
 
-    # Events of the group and of Kafka.
+    # Events from Kafka and the consumer group.
 
     def on_partitions_assigned(self, partitions: Iterable[int]) -> None:
-        """The group gave us partitions."""
+        """The group assigned partitions: resolve their offsets."""
         self._unresolved.update(partitions)
 
     def on_partitions_revoked(self, partitions: Iterable[int]) -> None:
-        """The group took partitions, or they were lost. What is under way goes on; its fence decides."""
+        """The group revoked partitions, or they were lost: drop their records.
+
+        A batch in progress continues. Its fence decides whether it may commit.
+        """
         for partition in partitions:
             self._unresolved.discard(partition)
             self._forget(partition)
             self._just_revoked.add(partition)
 
     def on_fetched(self, fetched: Iterable[Record | PartitionEof]) -> None:
-        """Records and partition ends were fetched. ``classify`` takes them, one turn's share at a time."""
+        """Records and partition ends were fetched: keep them for ``classify``."""
         if self._just_revoked:
-            # A revocation is reported from within the call that returns these records.
+            # The callback of a revocation runs inside the fetch that returned these records.
             fetched = [one for one in fetched if _partition_of(one) not in self._just_revoked]
             self._just_revoked.clear()
         self._fetched.extend(fetched)
 
     def classify(self, now_s: float) -> None:
-        """Classify fetched records until the batch is full or this turn has done enough.
+        """Classify fetched records and add them to the open batch, until it is full or the turn's limit is reached.
 
-        Those of partitions that were revoked meanwhile, or seen already, are passed over.
+        Skip records of revoked partitions and records that were fetched before.
         """
         if not self.has_more:
             return
-        fetched, collected, classified = self._fetched, self._fetched_offset, self._classified
+        fetched, fetched_offset, classified = self._fetched, self._fetched_offset, self._classified
         before, bytes_before = len(classified), self._bytes
-        enough = min(self._bytes + TURN_BYTES, MAX_BYTES)
-        while fetched and len(classified) < MAX_RECORDS and self._bytes < enough:
+        max_bytes = min(self._bytes + TURN_BYTES, MAX_BYTES)
+        while fetched and len(classified) < MAX_RECORDS and self._bytes < max_bytes:
             one = fetched.popleft()
             if isinstance(one, Record):
                 partition, offset = one.source.partition, one.source.offset
-                if offset < collected.get(partition, offset + 1):
+                if offset < fetched_offset.get(partition, offset + 1):
                     continue
-                collected[partition] = offset + 1
+                fetched_offset[partition] = offset + 1
                 classified.append((one, self._classify_record(one)))
                 self._bytes += one.size_bytes
-            elif one.next_offset > collected.get(one.partition, one.next_offset):
-                # Transaction markers and compacted gaps hold no records.
-                collected[one.partition] = one.next_offset
+            elif one.next_offset > fetched_offset.get(one.partition, one.next_offset):
+                # The gap was left by transaction markers or compaction. The batch moves the stored offset past it.
+                fetched_offset[one.partition] = one.next_offset
         if len(classified) > before:
             self._mean_bytes = (self._bytes - bytes_before) // (len(classified) - before)
-        self._open(now_s)
+        self._open_batch(now_s)
 
     def on_fatal(self, error: OrderlibError) -> None:
-        """Something failed that no retry can help: stop."""
+        """Stop because of an error that a retry cannot correct."""
         self._stop(error)
 
     def on_tick(self, now_s: float, awaited: Server = Server.POSTGRES) -> None:
-        """Time passed: start the job that is due, if none is under way.
+        """Start the store task that is due, retry a failed one, or pause because the one in progress takes too long.
 
-        ``awaited``: the server whose answer the job under way waits for.
+        ``awaited`` is the server whose response the task in progress waits for.
         """
         if self._task is None:
             if not self._stopping:
@@ -329,40 +337,43 @@ class ConsumerCore:
             kind = BrokerUnavailable if awaited is Server.KAFKA else DatabaseUnavailable
             self._pause(kind(f"{awaited.value} has not answered for {STALL_S:g} s"), 0)
 
-    # Events of the job under way.
+    # Results of the store task in progress.
 
     def on_offsets_resolved(self, topic_id: str, next_offsets: Mapping[int, int]) -> None:
-        """Where the partitions asked for go on."""
+        """The offsets are resolved: fetch the partitions that are still assigned, from their stored next offsets."""
         self._finish()
-        if self._is_another(topic_id):
+        if self._is_recreated(topic_id):
             return
         self._topic_id = topic_id
-        mine = {partition: offset for partition, offset in next_offsets.items() if partition in self._unresolved}
-        self._unresolved -= mine.keys()
-        self._fetched_offset.update(mine)
-        self._submitted_offset.update(mine)
-        if mine:
-            self._commands.append(Assign(mine))
+        resolved = {partition: offset for partition, offset in next_offsets.items() if partition in self._unresolved}
+        self._unresolved -= resolved.keys()
+        self._fetched_offset.update(resolved)
+        self._submitted_offset.update(resolved)
+        if resolved:
+            self._commands.append(Assign(resolved))
 
     def on_topic_checked(self, topic_id: str, next_offsets: Mapping[int, int]) -> None:
-        """Which topic this is, and where the group stands."""
+        """The topic was checked: stop if it was recreated, or if the stored next offsets have reached ``until``."""
         self._finish()
-        if self._is_another(topic_id) or self._until is None:
+        if self._is_recreated(topic_id) or self._until is None:
             return
         if all(next_offsets.get(partition, 0) >= end for partition, end in self._until.items()):
             self.on_stop()
 
     def on_batch_committed(self) -> None:
-        """The batch under way is committed."""
+        """The batch in progress is committed."""
         assert isinstance(self._task, CommitBatch)
         ranges = self._task.batch.ranges
         self._finish()
-        reported = {p: offset_range.next_offset for p, offset_range in ranges.items() if p in self._fetched_offset}
-        if reported:
-            self._commands.append(CommitKafkaOffsets(reported))
+        committed = {p: offset_range.next_offset for p, offset_range in ranges.items() if p in self._fetched_offset}
+        if committed:
+            self._commands.append(CommitKafkaOffsets(committed))
 
     def on_failed(self, error: OrderlibError, now_s: float) -> None:
-        """The job under way failed, and left nothing behind; of a COMMIT without an answer the next fence will tell."""
+        """The store task in progress failed, and changed nothing in the store.
+
+        The exception is a COMMIT without a response: its outcome is unknown until the fence of the next attempt.
+        """
         if self._stopping and isinstance(error, FenceLost | TransientError):
             self._task = None
         elif isinstance(error, FenceLost):
@@ -378,11 +389,11 @@ class ConsumerCore:
             self._stop(error)
 
     def on_stop(self) -> None:
-        """Stop: a task that the store has begun may end, nothing new begins."""
+        """Stop: wait for the store task in progress, start nothing new."""
         self._stopping = True
         self._fetched.clear()
         if self._task in self._commands:
-            # A lost fence has started the rest of its batch, and the store has not begun it.
+            # After a lost fence, the rest of the batch is still a command that the caller has not taken.
             self._commands.remove(self._task)
             self._task = None
         elif self._retry_at_s is not None:
@@ -390,17 +401,17 @@ class ConsumerCore:
 
     @property
     def stopping(self) -> bool:
-        """Whether nothing new begins: told to stop, at the ends asked for, or after an error."""
+        """Return whether nothing new starts: after ``on_stop``, at ``until``, or after an error."""
         return self._stopping
 
     @property
     def stopped(self) -> bool:
-        """Whether it is stopping and nothing is under way any more."""
+        """Return whether the consumer is stopping and no store task is in progress."""
         return self._stopping and self._task is None
 
     @property
     def error(self) -> OrderlibError | None:
-        """The first error after which nothing can go on."""
+        """Return the first error that stopped the consumer, or ``None``."""
         return self._error
 
     # Bookkeeping.
@@ -409,16 +420,16 @@ class ConsumerCore:
     def _full(self) -> bool:
         return len(self._classified) >= MAX_RECORDS or self._bytes >= MAX_BYTES
 
-    def _open(self, now_s: float) -> None:
+    def _open_batch(self, now_s: float) -> None:
         if self._batch_opened_at_s is None and self._fetched_offset != self._submitted_offset:
             self._batch_opened_at_s = now_s
 
     def _close_batch(self) -> Batch:
         assert self._topic_id is not None
         ranges = {
-            partition: OffsetRange(expected_offset=self._submitted_offset[partition], next_offset=collected)
-            for partition, collected in self._fetched_offset.items()
-            if collected != self._submitted_offset[partition]
+            partition: OffsetRange(expected_offset=self._submitted_offset[partition], next_offset=next_offset)
+            for partition, next_offset in self._fetched_offset.items()
+            if next_offset != self._submitted_offset[partition]
         }
         batch = Batch(topic=self._topic, topic_id=self._topic_id, ranges=ranges, classified=tuple(self._classified))
         self._submitted_offset = dict(self._fetched_offset)
@@ -435,11 +446,11 @@ class ConsumerCore:
         elif self.idle and now_s - self._task_since_s >= TOPIC_CHECK_S:
             self._start(CheckTopic(frozenset()), now_s)
 
-    def _is_another(self, topic_id: str) -> bool:
-        """Whether the topic was made again since we located; then there is no going on."""
+    def _is_recreated(self, topic_id: str) -> bool:
+        """Return whether the topic was recreated since the first offsets were resolved; if so, stop."""
         if self._topic_id in {None, topic_id}:
             return False
-        self._stop(TopicRecreated(f"topic {self._topic} was made again: its id is {topic_id}, it was {self._topic_id}"))
+        self._stop(TopicRecreated(f"topic {self._topic} was recreated: its id is {topic_id}, it was {self._topic_id}"))
         return True
 
     def _start(self, task: StoreTask, now_s: float) -> None:
@@ -464,7 +475,7 @@ class ConsumerCore:
     def _forget(self, partition: int) -> None:
         self._fetched_offset.pop(partition, None)
         self._submitted_offset.pop(partition, None)
-        # What was fetched before a seek must not be taken after it.
+        # Records fetched before a seek must not enter a batch after it.
         self._fetched = deque(one for one in self._fetched if _partition_of(one) != partition)
         self._classified = [pair for pair in self._classified if pair[0].source.partition != partition]
         self._bytes = sum(record.size_bytes for record, _ in self._classified)
@@ -472,15 +483,16 @@ class ConsumerCore:
             self._batch_opened_at_s = None
 
     def _on_fence_lost(self, error: FenceLost, now_s: float) -> None:
-        """Go on where the store is with the partitions that are still ours; try the batch's others without them."""
+        """Continue the lost partitions from their stored offsets, and commit the rest of the batch without them."""
         assert isinstance(self._task, CommitBatch)
         batch = self._task.batch
         for partition in error.partitions & self._fetched_offset.keys():
-            there = error.next_offsets[partition]
-            if there != batch.ranges[partition].next_offset:
+            stored_offset = error.next_offsets[partition]
+            # If it equals the end of the batch, an earlier COMMIT of this batch succeeded and its response was lost.
+            if stored_offset != batch.ranges[partition].next_offset:
                 self._forget(partition)
-                self._fetched_offset[partition] = self._submitted_offset[partition] = there
-                self._commands.append(Seek(partition, there))
+                self._fetched_offset[partition] = self._submitted_offset[partition] = stored_offset
+                self._commands.append(Seek(partition, stored_offset))
         rest = batch.without(error.partitions)
         if rest.ranges:
             self._start(CommitBatch(rest), now_s)

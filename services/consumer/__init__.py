@@ -1,1 +1,1 @@
-"""Kafka to PostgreSQL."""
+"""The consumer: from Kafka to PostgreSQL."""

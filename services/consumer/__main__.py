@@ -1,4 +1,4 @@
-"""``python -m services.consumer``: stores every order from Kafka exactly once, and loses none."""
+"""``python -m services.consumer``: store each order from Kafka exactly once."""
 
 from __future__ import annotations
 
@@ -29,24 +29,26 @@ from services.settings import ConsumerSettings
 
 T = TypeVar("T")
 
-#: How soon a signal is heeded while we wait for an answer.
-_TURN_S = 0.1
+#: While the consumer waits for a server at the start, it checks for signals this often.
+_POLL_S = 0.1
 
 
-class _Told(Exception):
-    """A signal came while we waited for a server at the start."""
+class _StopRequested(Exception):
+    """A signal arrived while the consumer waited for a server at the start."""
 
 
 def main(arguments: list[str], environ: Mapping[str, str]) -> int:
-    """The exit status: 0 told to stop or the end reached, 1 stopped itself, 2 set-up."""
+    """Run the consumer. Return 0 after a signal or at the end, 1 after an error, 2 for a configuration error."""
     parser = argparse.ArgumentParser(
         prog="python -m services.consumer",
-        description="Store every order of the topic in PostgreSQL, exactly once. Stops cleanly on SIGTERM and Ctrl-C.",
+        description="Store each order of the topic in PostgreSQL exactly once. SIGTERM and Ctrl-C stop it cleanly.",
         epilog="Settings are environment variables: ORDERS_DATABASE_URL, ORDERS_KAFKA_BOOTSTRAP_SERVERS, ORDERS_TOPIC, "
         "ORDERS_CONSUMER_GROUP, ORDERS_MAX_RECORD_BYTES, ORDERS_METRICS_BIND, ORDERS_BREAKER_FRACTION.",
     )
     parser.add_argument(
-        "--exit-at-end", action="store_true", help="stop with 0 when the log ends seen at the start are handled"
+        "--exit-at-end",
+        action="store_true",
+        help="stop with exit status 0 when all records are handled that Kafka had at the start",
     )
     options = parser.parse_args(arguments)
     settings = ConsumerSettings.from_mapping(environ)
@@ -61,10 +63,10 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         event("started", metrics=str(server.address), topic=settings.kafka.topic, group=settings.group)
         topic = KafkaConsumer(settings)
         try:
-            info = _once_it_answers(topic.describe, "Kafka", stop_event, health)
-            ends = _once_it_answers(lambda: topic.ends(info.partitions), "Kafka", stop_event, health)
-            _once_it_answers(store.check, "PostgreSQL", stop_event, health)
-        except _Told:
+            info = _wait_for(topic.describe, "Kafka", stop_event, health)
+            ends = _wait_for(lambda: topic.ends(info.partitions), "Kafka", stop_event, health)
+            _wait_for(store.check, "PostgreSQL", stop_event, health)
+        except _StopRequested:
             return EXIT_DONE
         core = ConsumerCore(
             settings.kafka.topic,
@@ -75,46 +77,49 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         worker = StoreWorker(store, topic, Breaker(settings.breaker_fraction), metrics)
         topic.join(core)
         try:
-            loop = ConsumerRunner(
+            runner = ConsumerRunner(
                 core, topic, worker, health, metrics, clock, stop_event, exit_at_end=options.exit_at_end
             )
-            return loop.run()
+            return runner.run()
         finally:
             worker.close(timeout_s=1)
-            left = topic.close(STOP_CLOSE_S)
-            event("ended", left_group=left)
+            left_group = topic.close(STOP_CLOSE_S)
+            event("ended", left_group=left_group)
 
 
-def _once_it_answers(ask: Callable[[], T], server: str, stop_event: threading.Event, health: Health) -> T:
-    """Ask until there is an answer; say once that we wait. Raises ConfigurationError at once."""
+def _wait_for(request: Callable[[], T], server: str, stop_event: threading.Event, health: Health) -> T:
+    """Send a request to a server until it succeeds, and return the result. Log once that the server is unavailable.
+
+    Raise ConfigurationError at once, and _StopRequested if a signal arrives.
+    """
     backoff = Backoff(rng=random.Random())  # noqa: S311  jitter, no secret
-    said = False
-    question = _asked(ask)
+    logged = False
+    future = _start(request)
     while not stop_event.is_set():
-        health.turn()
-        concurrent.futures.wait([question], _TURN_S)
-        if not question.done():
+        health.heartbeat()
+        concurrent.futures.wait([future], _POLL_S)
+        if not future.done():
             continue
         try:
-            return question.result()
+            return future.result()
         except TransientError as exc:
             health.not_ready = str(exc)
-            if not said:
+            if not logged:
                 event("waiting_for_server", server=server, reason=str(exc))
-                said = True
+                logged = True
         stop_event.wait(backoff.next_wait_s())
-        question = _asked(ask)
-    raise _Told
+        future = _start(request)
+    raise _StopRequested
 
 
-def _asked(ask: Callable[[], T]) -> concurrent.futures.Future[T]:
-    """The answer to come. Nothing interrupts a question to a server that is half gone, so nobody waits for its end."""
+def _start(request: Callable[[], T]) -> concurrent.futures.Future[T]:
+    """Send a request in a daemon thread, because nothing can interrupt it. A stop must not wait for its end."""
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def work() -> None:
         try:
-            future.set_result(ask())
-        except BaseException as exc:  # noqa: BLE001  whoever asks for the result gets it
+            future.set_result(request())
+        except BaseException as exc:  # noqa: BLE001  the caller of result() gets it
             future.set_exception(exc)
 
     threading.Thread(target=work, daemon=True).start()
@@ -122,10 +127,11 @@ def _asked(ask: Callable[[], T]) -> concurrent.futures.Future[T]:
 
 
 def _tune_interpreter() -> None:
-    """Two threads that both compute, and batches of objects without cycles.
+    """Tune the interpreter for two busy threads, and for batches of objects without reference cycles.
 
-    The store's thread asks for the interpreter after every write to its socket; at the default of 5 ms the database
-    would wait for us. The cycle collector looks at a whole batch again and again and finds nothing: let it look seldom.
+    The store thread requests the interpreter lock after each write to its socket. With the default of 5 ms the database
+    would wait for the consumer. The garbage collector would examine each batch several times and find no cycles, so it
+    runs rarely.
     """
     sys.setswitchinterval(0.00005)
     gc.freeze()
@@ -138,5 +144,5 @@ if __name__ == "__main__":
     status = run(lambda: main(sys.argv[1:], os.environ))
     sys.stdout.flush()
     sys.stderr.flush()
-    # librdkafka's threads may be stuck in a dead network; nothing of ours is left to do.
+    # librdkafka's threads may still wait for an unreachable network. Everything else has ended.
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Metrics and health over HTTP, on a thread of their own."""
+"""Metrics and health over HTTP, served by a separate thread."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ from orderlib.repository import Outcome
 from services.program import event
 from services.settings import Address
 
-#: The health server serves at most so many connections at a time, each for so long.
+#: The health server serves at most this number of connections at a time, and closes each after this time.
 MAX_CONNECTIONS = 32
 CONNECTION_S = 5.0
 
-#: Not live: the loop has not turned for so long.
+#: If the loop has not turned for this time, the consumer is not live.
 LOOP_S = 30.0
 
 
 class _EndToEnd(Collector):
-    """Seconds from a record's time to its commit, counted by the batch: one observation a record is too slow for us."""
+    """A histogram of the seconds from a record's timestamp to its commit.
+
+    It takes the values of a batch at once, because one call of ``Histogram.observe`` per record is too slow.
+    """
 
     _BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60, 600, 3600)
 
@@ -46,7 +49,7 @@ class _EndToEnd(Collector):
     def observe(self, ages_s: Iterable[float]) -> None:
         for age_s in ages_s:
             self._counts[bisect_left(self._BOUNDS_S, age_s)] += 1
-            # A producer's clock may be ahead of ours; a histogram's sum never falls.
+            # The clock of a producer may be ahead, and the sum of a histogram must never decrease.
             if age_s > 0:
                 self._sum_s += age_s
 
@@ -56,17 +59,17 @@ class _EndToEnd(Collector):
             total += count
             buckets.append((bound, float(total)))
         yield HistogramMetricFamily(
-            "orders_end_to_end_seconds", "Seconds from a record's time to its commit", buckets, self._sum_s
+            "orders_end_to_end_seconds", "Seconds from a record's timestamp to its commit", buckets, self._sum_s
         )
 
 
 class Metrics:
-    """What the consumer counts."""
+    """The metrics of the consumer; ``docs/metrics.md`` describes them."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.records = Count("orders_records", "Records handled", ["outcome"], registry=self.registry)
-        self.rejects = Count("orders_rejects", "Records refused", ["code"], registry=self.registry)
+        self.rejects = Count("orders_rejects", "Records rejected", ["code"], registry=self.registry)
         self.batch_records = Histogram(
             "orders_batch_records",
             "Records in a committed batch",
@@ -77,53 +80,55 @@ class Metrics:
             "orders_batch_seconds", "Seconds a batch spent in a step", ["step"], registry=self.registry
         )
         self.lag = Gauge("orders_lag_records", "Log end minus next offset", ["partition"], registry=self.registry)
-        self.retries = Count("orders_retries", "Jobs tried again", ["cause"], registry=self.registry)
+        self.retries = Count(
+            "orders_retries", "Failed store tasks and unreadable records", ["cause"], registry=self.registry
+        )
         self.end_to_end = _EndToEnd()
         self.registry.register(self.end_to_end)
         for outcome in Outcome:
             self.records.labels(outcome)
 
     def count_rejects(self, codes: Counter[str]) -> None:
-        """Count refused records by code."""
+        """Count rejected records by code."""
         for code, count in codes.items():
             self.rejects.labels(code).inc(count)
 
 
 class Health:
-    """Whether the consumer is live (its loop turns) and ready (nothing keeps it from storing).
+    """Whether the consumer is live (its loop turns) and ready (it can store records).
 
-    Set from the loop, read by the server.
+    The runner sets it, and the threads of the health server read it.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._turned_at_s = clock()
-        #: Why it cannot store now; ``None`` if it can.
+        self._heartbeat_at_s = clock()
+        #: Why the consumer cannot store records now; ``None`` if it can.
         self.not_ready: str | None = "starting"
 
-    def turn(self) -> None:
-        """The loop has turned."""
-        self._turned_at_s = self._clock()
+    def heartbeat(self) -> None:
+        """Record that the loop has turned."""
+        self._heartbeat_at_s = self._clock()
 
     @property
     def live(self) -> bool:
-        """Whether the loop turned lately."""
-        return self._clock() - self._turned_at_s < LOOP_S
+        """Return whether the loop turned recently."""
+        return self._clock() - self._heartbeat_at_s < LOOP_S
 
 
 @contextmanager
 def never_fatal(what: str) -> Iterator[None]:
-    """Log an exception and go on: metrics and health never stop the consumer."""
+    """Log an exception of the block and continue: metrics and health must never stop the consumer."""
     try:
         yield
-    except Exception as exc:  # noqa: BLE001  whatever it is
+    except Exception as exc:  # noqa: BLE001  monitoring must never stop the consumer
         event("monitoring_failed", logging.WARNING, what=what, error=type(exc).__name__)
 
 
 class HealthServer:
-    """Serves ``/metrics``, ``/livez`` and ``/readyz`` while in ``with``.
+    """A context manager that serves ``/metrics``, ``/livez`` and ``/readyz``.
 
-    Raises ConfigurationError if it cannot listen.
+    The constructor raises ConfigurationError if it cannot listen on the address.
     """
 
     def __init__(self, bind: Address, health: Health, metrics: Metrics) -> None:
@@ -133,7 +138,7 @@ class HealthServer:
             self._server = _Server(bind)
         except OSError as exc:
             raise ConfigurationError(f"ORDERS_METRICS_BIND: cannot listen on {bind}: {exc.strerror}") from exc
-        self._server.set_app(self._answer)
+        self._server.set_app(self._respond)
         self.address = Address(host=bind.host, port=self._server.server_port)
 
     def __enter__(self) -> Self:
@@ -148,7 +153,7 @@ class HealthServer:
         self._thread.join()
         self._server.server_close()
 
-    def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    def _respond(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         match environ["PATH_INFO"]:
             case "/metrics":
                 return self._metrics(environ, start_response)
@@ -171,10 +176,10 @@ class _Quiet(WSGIRequestHandler):
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """One thread a connection. A connection is closed after a few seconds, or when too many newer ones came.
+    """Serves each connection in a thread. Closes a connection after a few seconds, or if there are too many newer ones.
 
-    So a flood leaves file descriptors for PostgreSQL and Kafka, and a prober that sends its request at once is
-    answered.
+    So many slow connections cannot take the file descriptors that PostgreSQL and Kafka need, and a probe that sends its
+    request at once gets a response.
     """
 
     daemon_threads = True
@@ -184,13 +189,13 @@ class _Server(ThreadingMixIn, WSGIServer):
     def __init__(self, bind: Address) -> None:
         host = bind.host.strip("[]")
         self.address_family = socket.getaddrinfo(host, bind.port, type=socket.SOCK_STREAM)[0][0]
-        #: The open connections and when they are closed, the oldest first.
+        #: The open connections, the oldest first, with the time at which to close each.
         self._open: dict[socket.socket, float] = {}
-        self._changing = threading.Lock()
+        self._lock = threading.Lock()
         super().__init__((host, bind.port), _Quiet)
 
     def server_bind(self) -> None:
-        """Bind without HTTPServer's look-up of the host's full name, which waits for a slow resolver."""
+        """Bind without HTTPServer's look-up of the host name, which may wait for a slow resolver."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = "orderlib", self.socket.getsockname()[1]
         self.setup_environ()
@@ -200,36 +205,36 @@ class _Server(ThreadingMixIn, WSGIServer):
         try:
             return super().get_request()
         except OSError:
-            # Without a free file descriptor the connection stays pending, and the selector would report it at once.
+            # Without a free file descriptor the connection stays pending, and the selector reports it again at once.
             time.sleep(0.1)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread; close the oldest connection if there are too many."""
-        with self._changing:
+        """Serve a connection in a thread. Close the oldest connection if there are too many."""
+        with self._lock:
             self._open[request] = time.monotonic() + CONNECTION_S
-            crowded_out = list(self._open)[:-MAX_CONNECTIONS]
-        for connection in crowded_out:
-            self._cut(connection)
+            excess = list(self._open)[:-MAX_CONNECTIONS]
+        for connection in excess:
+            self._shut_down(connection)
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Close the connections whose time is over; called several times a second."""
+        """Close the connections that are open for too long. The base class calls this several times a second."""
         now_s = time.monotonic()
-        with self._changing:
-            late = [connection for connection, until_s in self._open.items() if until_s <= now_s]
-        for connection in late:
-            self._cut(connection)
+        with self._lock:
+            expired = [connection for connection, until_s in self._open.items() if until_s <= now_s]
+        for connection in expired:
+            self._shut_down(connection)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection that was answered."""
-        with self._changing:
+        """Close a connection after its response."""
+        with self._lock:
             self._open.pop(request, None)
             super().shutdown_request(request)
 
-    def _cut(self, connection: socket.socket) -> None:
-        """End a connection; its thread, which waits for it, then closes it."""
-        with self._changing, suppress(OSError):
+    def _shut_down(self, connection: socket.socket) -> None:
+        """Shut a connection down. Its thread, which waits for it, then closes it."""
+        with self._lock, suppress(OSError):
             if self._open.pop(connection, None) is not None:
                 connection.shutdown(socket.SHUT_RDWR)
 

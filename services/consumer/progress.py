@@ -1,4 +1,4 @@
-"""Lag by partition, and why a partition makes no progress."""
+"""The lag of each partition, and the reason if a partition makes no progress."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from services.consumer.kafka_consumer import FetchFailed
 from services.kafka_errors import UnreadableRecord
 from services.program import event
 
-#: How often the log ends are requested.
+#: The log ends are requested this often.
 _LAG_S = 1.0
 
 #: A partition with lag whose next offset has not moved for this long is not ready, whichever member has it.
 STALLED_S = 20.0
 
-#: An error that comes again after this long keeps us from being ready; one that has not come again for
-#: ``_ERROR_GONE_S`` is over. One that repeats is logged this often.
+#: An error that still occurs after this time makes the consumer not ready.
 _ERROR_REPEATS_S = 5.0
+#: An error that has not occurred for this time is over.
 _ERROR_GONE_S = 15.0
+#: An error that repeats is logged this often.
 _ERROR_LOGGED_S = 30.0
 
 
 class _LogEnds(Protocol):
-    """What this needs of Kafka; see ``KafkaConsumer``."""
+    """The part of ``KafkaConsumer`` that this class needs."""
 
     def ask_ends(self, partitions: Iterable[int]) -> Callable[[], Mapping[int, int] | None]:
         """Request log ends."""
@@ -43,9 +44,9 @@ class _Repeating:
 
 
 class Progress:
-    """How far the group is behind in each partition of the topic, those of other members among them.
+    """The lag of the group in each partition of the topic, also in those of other members.
 
-    Log ends are requested now and then, and never waited for.
+    It requests the log ends regularly, and never waits for them.
     """
 
     def __init__(
@@ -58,14 +59,14 @@ class Progress:
         self._next_offsets: dict[int, int] = {}
         self._moved_at_s: dict[int, float] = {}
         self._lag: dict[int, int] = {}
-        self._shown: set[int] = set()
-        self._ask_at_s = clock()
-        self._answer: Callable[[], Mapping[int, int] | None] | None = None
-        #: By partition; ``None`` for the group.
+        self._published: set[int] = set()
+        self._request_at_s = clock()
+        self._requested_ends: Callable[[], Mapping[int, int] | None] | None = None
+        #: By partition; ``None`` for an error of the whole group.
         self._errors: dict[int | None, _Repeating] = {}
 
-    def at(self, next_offsets: Mapping[int, int]) -> None:
-        """Note the stored next offsets of these partitions."""
+    def on_stored(self, next_offsets: Mapping[int, int]) -> None:
+        """Record the stored next offsets of these partitions."""
         for partition, next_offset in next_offsets.items():
             if self._next_offsets.get(partition) != next_offset:
                 self._next_offsets[partition] = next_offset
@@ -73,12 +74,12 @@ class Progress:
                 self._errors.pop(partition, None)
 
     def on_assigned(self, next_offsets: Mapping[int, int]) -> None:
-        """Note that the group gave us these partitions, from these offsets on."""
+        """Record that the group assigned these partitions, with these stored next offsets."""
         self._errors.pop(None, None)
-        self.at(next_offsets)
+        self.on_stored(next_offsets)
 
     def on_error(self, failed: FetchFailed) -> None:
-        """Note an error that the client tries to overcome by itself; log it when it is new, and now and then."""
+        """Record an error that the client retries by itself. Log it if it is new, and then regularly."""
         now_s = self._clock()
         known = self._errors.get(failed.partition)
         if known is None or type(known.error) is not type(failed.error):
@@ -88,39 +89,39 @@ class Progress:
             known.logged_s = now_s
             self._log("kafka_error", logging.WARNING, reason=str(failed.error))
 
-    def turn(self, assigned: frozenset[int], stored: Mapping[int, int], *, aborted: bool) -> None:
-        """Show what is known, and ask again when it is time.
+    def update(self, assigned: frozenset[int], stored: Mapping[int, int], *, in_outage: bool) -> None:
+        """Publish the lag, and request the log ends if it is time.
 
-        ``stored`` are the next offsets of all partitions as they were last read; ``aborted`` in an outage, in which
-        nothing can make progress.
+        ``stored`` has the next offsets of all partitions, as last read. In an outage no partition can make progress, so
+        none counts as stalled.
         """
         now_s = self._clock()
-        self.at({p: next_offset for p, next_offset in stored.items() if p not in assigned})
+        self.on_stored({p: next_offset for p, next_offset in stored.items() if p not in assigned})
         for partition, known in list(self._errors.items()):
             if now_s - known.last_s > _ERROR_GONE_S or (partition is not None and partition not in assigned):
                 del self._errors[partition]
-        if aborted:
+        if in_outage:
             self._moved_at_s = dict.fromkeys(self._next_offsets, now_s)
-        answer, self._answer = self._answer, None
-        if answer is not None:
-            if (ends := answer()) is None:
-                self._answer = answer
+        if self._requested_ends is not None:
+            requested_ends, self._requested_ends = self._requested_ends, None
+            if (ends := requested_ends()) is None:
+                self._requested_ends = requested_ends
             else:
-                self._take(ends)
-        elif self._next_offsets and now_s >= self._ask_at_s:
-            self._ask_at_s = now_s + _LAG_S
-            self._answer = self._kafka.ask_ends(self._next_offsets)
-        self._show(assigned)
+                self._on_ends(ends)
+        elif self._next_offsets and now_s >= self._request_at_s:
+            self._request_at_s = now_s + _LAG_S
+            self._requested_ends = self._kafka.ask_ends(self._next_offsets)
+        self._publish(assigned)
 
     def error(self) -> OrderlibError | None:
-        """Return an error that repeats without progress, or a record that cannot be read."""
+        """Return an error that repeats without progress or that reports an unreadable record, or ``None``."""
         for known in self._errors.values():
             if isinstance(known.error, UnreadableRecord) or known.last_s - known.first_s >= _ERROR_REPEATS_S:
                 return known.error
         return None
 
     def fault(self) -> str | None:
-        """Return why records wait although nothing else is wrong; ``None`` if none wait for long."""
+        """Return why records are not stored, or ``None`` if no partition is stalled."""
         if (error := self.error()) is not None:
             return str(error)
         stalled = [f"[{p}] {self._lag[p]:,}" for p in sorted(self._lag) if self._is_stalled(p)]
@@ -131,17 +132,17 @@ class Progress:
     def _is_stalled(self, partition: int) -> bool:
         return bool(self._lag.get(partition)) and self._clock() - self._moved_at_s[partition] >= STALLED_S
 
-    def _take(self, ends: Mapping[int, int]) -> None:
+    def _on_ends(self, ends: Mapping[int, int]) -> None:
         for partition, end in ends.items():
             self._lag[partition] = max(0, end - self._next_offsets[partition])
             if not self._lag[partition]:
                 self._moved_at_s[partition] = self._clock()
 
-    def _show(self, assigned: Iterable[int]) -> None:
-        """Show the lag of our partitions, and of those that nobody seems to handle."""
-        shown = {p for p in self._lag if p in assigned or self._is_stalled(p)}
-        for partition in self._shown - shown:
+    def _publish(self, assigned: Iterable[int]) -> None:
+        """Publish the lag of the assigned partitions, and of the stalled ones of other members."""
+        published = {p for p in self._lag if p in assigned or self._is_stalled(p)}
+        for partition in self._published - published:
             self._gauge.remove(str(partition))
-        for partition in shown:
+        for partition in published:
             self._gauge.labels(str(partition)).set(self._lag[partition])
-        self._shown = shown
+        self._published = published

@@ -1,7 +1,8 @@
-"""The loop: carries events from Kafka and the store to ``ConsumerCore``, and carries out what it says.
+"""The runner: passes events from Kafka and the store to ``ConsumerCore``, and carries out its commands.
 
-Two threads. This one listens for signals and polls Kafka, always soon; the store's thread does whatever can block.
-``tests.simulation`` runs this same loop on a simulated Kafka and store.
+There are two threads. The runner's thread checks for signals and polls Kafka, and never waits for long. The store
+thread (``StoreWorker``) carries out store tasks, which may block. ``tests.simulation`` runs the same runner with a
+simulated Kafka and store.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import attrs
@@ -51,21 +52,22 @@ from services.program import EXIT_DONE, EXIT_FAILED, EXIT_SETUP, event
 
 T = TypeVar("T")
 
-#: How long one wait for Kafka or the store lasts, so that the other is not left waiting.
-_TURN_S = 0.02
-_TURN_PAUSED_S = 0.1
+#: One wait for Kafka or for the store lasts this long, because the runner must then check the other one.
+_POLL_S = 0.02
+_POLL_PAUSED_S = 0.1
 
-#: How long a transaction waits for Kafka, because its locks and its snapshot are held meanwhile.
+#: A transaction waits this long for Kafka, because it holds locks and a snapshot meanwhile.
 _KAFKA_IN_TRANSACTION_S = 2.0
 
 #: How often the next offsets of all partitions are read.
 _STORED_OFFSETS_S = 5.0
 
-#: Once stopping, the batch in hand may take so long; then its socket is shut. Then leaving the group may.
+#: While stopping, the batch in progress may take this long. After that its socket is shut down.
 STOP_BATCH_S = 5.0
+#: Then leaving the group may take this long.
 STOP_CLOSE_S = 3.0
 
-#: What a job came to: what to tell the core, or why it failed.
+#: The result of a store task: a function that reports the event to the core, or the error.
 Result = Callable[[ConsumerCore], None] | BaseException
 
 
@@ -106,38 +108,38 @@ class KafkaClient(Protocol):
 
 
 class StoreClient(Protocol):
-    """What the loop needs of the store; see ``StoreWorker``."""
+    """The store as the runner sees it. It carries out one store task at a time, outside of the runner's thread."""
 
+    #: The server whose response the task in progress waits for.
     awaited: Server
 
     @property
     def stored_offsets(self) -> Mapping[int, int]:
-        """The next offset of each partition of the topic, as last read."""
+        """The stored next offset of each partition of the topic, as last read."""
 
     def submit(self, task: StoreTask) -> None:
-        """Carry out a job."""
+        """Start a task. The previous one must have ended. Never wait."""
 
     def take_result(self, timeout_s: float) -> Result | None:
-        """Return what the job came to, if it is known within that time."""
+        """Return the result of the task, once. Return ``None`` if there is none within ``timeout_s``."""
 
     def abort(self) -> None:
-        """Make the job fail soon."""
+        """Make the task in progress fail soon, and every later one."""
 
 
 class StoreWorker:
-    """Carries out jobs, one at a time."""
+    """Carries out store tasks in its own thread, one at a time; see ``StoreClient``."""
 
     def __init__(self, store: ConsumerStore, topic: KafkaConsumer, breaker: Breaker, metrics: Metrics) -> None:
         self._store = store
         self._topic = topic
         self._breaker = breaker
         self._metrics = metrics
-        #: The server whose answer the job under way waits for.
         self.awaited = Server.POSTGRES
-        #: The next offset of each partition of the topic, as last read. Replaced whole, for the loop to read.
+        #: Always replaced, never changed, because the runner reads it from another thread.
         self.stored_offsets: Mapping[int, int] = {}
         self._read_stored_at_s = 0.0
-        #: Whether Kafka takes longer to answer than a transaction waits.
+        #: Whether Kafka's last response took longer than a transaction waits.
         self._kafka_is_slow = False
         self._tasks: queue.SimpleQueue[StoreTask | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
@@ -145,22 +147,22 @@ class StoreWorker:
         self._thread.start()
 
     def submit(self, task: StoreTask) -> None:
-        """Carry out a job."""
+        """Start a task."""
         self._tasks.put(task)
 
     def take_result(self, timeout_s: float) -> Result | None:
-        """Return what the job under way came to, or ``None`` if it is not known within that time."""
+        """Return the result of the task, or ``None`` if there is none within ``timeout_s``."""
         try:
             return self._results.get(timeout=timeout_s) if timeout_s else self._results.get_nowait()
         except queue.Empty:
             return None
 
     def abort(self) -> None:
-        """Make the job under way fail soon."""
+        """Make the task in progress fail soon, and every later one."""
         self._store.abort()
 
     def close(self, timeout_s: float) -> None:
-        """End after the job in hand, or leave it behind."""
+        """End the thread after the task in progress. Stop waiting for it after ``timeout_s``."""
         self._tasks.put(None)
         self._thread.join(timeout_s)
 
@@ -168,7 +170,7 @@ class StoreWorker:
         while (task := self._tasks.get()) is not None:
             try:
                 self._results.put(self._carry_out(task))
-            except BaseException as exc:  # noqa: BLE001  the loop stops for it, or tells the core
+            except BaseException as exc:  # noqa: BLE001  the runner handles it
                 self._results.put(exc)
 
     def _carry_out(self, task: StoreTask) -> Callable[[ConsumerCore], None]:
@@ -195,35 +197,34 @@ class StoreWorker:
             self.awaited = Server.POSTGRES
 
     def _write(self, batch: Batch) -> None:
-        answer = self._ask_for_topic()
-        info: list[TopicInfo] = []
-        remember: list[Callable[[], None]] = []
+        wait_for_topic = self._request_topic()
+        topic: TopicInfo | None = None
 
-        def check(written: BatchResult) -> None:
-            # By identity: to hash two thousand sources would keep the database waiting.
-            refused = {id(reject.record) for reject in written.rejects}
-            flags = (id(record) in refused for record, _ in batch.classified)
-            remember.append(self._breaker.check(flags, written.rejects))
-            info.append(answer())
-            if (now := info[-1].topic_id) != batch.topic_id:
-                raise TopicRecreated(f"topic {batch.topic} was made again: its id is {now}, it was {batch.topic_id}")
+        def check(result: BatchResult) -> None:
+            nonlocal topic
+            if self._breaker.would_trip(_rejected(batch, result)):
+                raise self._breaker.error(result.rejects)
+            topic = wait_for_topic()
+            if topic.topic_id != batch.topic_id:
+                raise TopicRecreated(
+                    f"topic {batch.topic} was recreated: its id is {topic.topic_id}, it was {batch.topic_id}"
+                )
 
-        written = self._store.write(batch, check)
-        for step in remember:
-            step()
-        for reject in written.rejects:
+        result = self._store.write(batch, check)
+        self._breaker.record(_rejected(batch, result))
+        for reject in result.rejects:
             _log_reject(reject)
         with never_fatal("metrics"):
-            self._count(batch, written)
-        if time.monotonic() >= self._read_stored_at_s:
-            # The batch is committed. An outage now is the next job's.
+            self._count(batch, result)
+        if topic is not None and time.monotonic() >= self._read_stored_at_s:
+            # The batch is committed. If the store is unavailable now, the next task reports it.
             with contextlib.suppress(OrderlibError):
-                self._read_stored_offsets(info[-1])
+                self._read_stored_offsets(topic)
 
-    def _ask_for_topic(self) -> Callable[[], TopicInfo]:
-        """Ask for the topic. The result waits for the answer in the batch's transaction, but never for long.
+    def _request_topic(self) -> Callable[[], TopicInfo]:
+        """Request the topic id, and return a function that waits for the response inside the batch's transaction.
 
-        If Kafka did not answer in time before, wait here, before the transaction begins.
+        If the last response was late, wait here, before the transaction begins.
         """
         if self._kafka_is_slow:
             began_s = time.monotonic()
@@ -244,7 +245,7 @@ class StoreWorker:
     def _read_stored_offsets(self, info: TopicInfo) -> Mapping[int, int]:
         """Read the next offsets of all partitions, and return those that are stored.
 
-        A partition that no member ever had begins at its earliest record.
+        A partition without a stored offset will begin at its earliest offset.
         """
         stored = self._store.next_offsets(info.topic_id, info.partitions)
         new = info.partitions - stored.keys()
@@ -253,12 +254,12 @@ class StoreWorker:
         self._read_stored_at_s = time.monotonic() + _STORED_OFFSETS_S
         return stored
 
-    def _count(self, batch: Batch, written: BatchResult) -> None:
-        for outcome, count in written.outcomes.items():
+    def _count(self, batch: Batch, result: BatchResult) -> None:
+        for outcome, count in result.outcomes.items():
             self._metrics.records.labels(outcome).inc(count)
-        self._metrics.count_rejects(Counter(reject.code for reject in written.rejects))
+        self._metrics.count_rejects(Counter(reject.code for reject in result.rejects))
         self._metrics.batch_records.observe(len(batch.classified))
-        for step, seconds in written.seconds.items():
+        for step, seconds in result.seconds.items():
             self._metrics.batch_seconds.labels(step).observe(seconds)
         now = dt.datetime.now(dt.UTC)
         self._metrics.end_to_end.observe((now - record.time).total_seconds() for record, _ in batch.classified)
@@ -266,10 +267,10 @@ class StoreWorker:
 
 @attrs.define
 class ConsumerRunner:
-    """Runs until told to stop, until the ends asked for are reached, or until nothing can go on.
+    """Runs until the stop event is set, the offsets to stop at are reached, or an error occurs that a person must correct.
 
-    The last turn logs why, and its exit status follows from the same facts: 0 if it was told to stop or is at the end,
-    2 if a right is missing at the start, else 1.
+    It logs the reason. The exit status has the same reason: 0 for a stop request or the end, 2 for a right that is
+    missing at the start, else 1.
     """
 
     _core: ConsumerCore
@@ -278,11 +279,11 @@ class ConsumerRunner:
     _health: Health
     _metrics: Metrics
     _clock: Callable[[], float]
-    _told_to_stop: threading.Event
+    _stop_event: threading.Event
     _log: Callable[..., None] = event
-    #: Also stop for an error that keeps records from being read: the ends would never be reached.
+    #: Also stop for an error of Kafka that repeats, because the consumer would never reach the end.
     _exit_at_end: bool = False
-    #: Told before anything failed.
+    #: The stop event was set before any error.
     _stop_requested: bool = attrs.field(default=False, init=False)
     _stop_by_s: float | None = attrs.field(default=None, init=False)
     _progress: Progress = attrs.field(init=False)
@@ -293,28 +294,28 @@ class ConsumerRunner:
         self._progress = Progress(self._kafka, self._metrics.lag, self._clock, self._log)
 
     def run(self) -> int:
-        """Return the exit status."""
-        while (status := self.turn()) is None:
+        """Run until the end, and return the exit status."""
+        while (status := self.run_once()) is None:
             pass
         return status
 
-    def turn(self) -> int | None:
-        """Do a little of everything that is due; the exit status if this was the last turn."""
+    def run_once(self) -> int | None:
+        """Run one turn of the loop. Return the exit status if it was the last one."""
         try:
-            self._health.turn()
+            self._health.heartbeat()
             self._check_stop_event()
             self._take_result(0)
             self._core.classify(self._clock())
             self._core.on_tick(self._clock(), self._worker.awaited)
             self._execute_commands()
             with never_fatal("lag"):
-                aborted = self._core.in_outage or self._kafka.down
-                self._progress.turn(self._core.assigned, self._worker.stored_offsets, aborted=aborted)
+                in_outage = self._core.in_outage or self._kafka.down
+                self._progress.update(self._core.assigned, self._worker.stored_offsets, in_outage=in_outage)
             if not self._core.stopped:
                 self._poll_kafka()
         except OrderlibError as exc:
             self._core.on_fatal(exc)
-        except Exception as exc:  # noqa: BLE001  a mistake in the program: nothing is certain any more
+        except Exception as exc:  # noqa: BLE001  a bug: the state is unknown
             return self._give_up(exc)
         if self._core.stopped:
             return self._end()
@@ -335,14 +336,14 @@ class ConsumerRunner:
         return EXIT_SETUP if self._lacks_right else EXIT_FAILED
 
     def _give_up(self, exc: Exception) -> int:
-        """Log where it happened. The message is left out: it may hold what a record says."""
+        """Log where the error happened. Its message is left out, because it may contain data of a record."""
         frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(exc.__traceback__)]
         self._log("unforeseen_error", logging.ERROR, error=type(exc).__name__, frames=frames)
         self._core.on_fatal(OrderlibError(f"unforeseen {type(exc).__name__}"))
         return self._end()
 
     def _check_stop_event(self) -> None:
-        if self._told_to_stop.is_set() and not self._core.stopping:
+        if self._stop_event.is_set() and not self._core.stopping:
             self._stop_requested = True
             self._log("stopping")
             self._core.on_stop()
@@ -373,11 +374,11 @@ class ConsumerRunner:
                     self._log("partitions_assigned", next_offsets=next_offsets)
                 case Seek(partition, next_offset):
                     self._kafka.seek(partition, next_offset)
-                    self._progress.at({partition: next_offset})
+                    self._progress.on_stored({partition: next_offset})
                     self._log("fence_lost", logging.WARNING, partition=partition, next_offset=next_offset)
                 case CommitKafkaOffsets(next_offsets):
                     self._kafka.report(next_offsets)
-                    self._progress.at(next_offsets)
+                    self._progress.on_stored(next_offsets)
                 case Pause(reason, wait_s):
                     self._kafka.pause()
                     stalled_by_kafka = not wait_s and isinstance(reason, BrokerUnavailable)
@@ -391,28 +392,28 @@ class ConsumerRunner:
             self._health.not_ready = self._kafka.unreachable if self._kafka.down else self._progress.fault()
 
     def _poll_kafka(self) -> None:
-        """Wait a little for the next event."""
+        """Wait for records or, if none are wanted now, for the result of the store task."""
         topic_id = self._core.topic_id
         if self._core.wants_records:
-            fetched = self._kafka.fetch(topic_id, self._core.fetch_limit, _TURN_S)
+            fetched = self._kafka.fetch(topic_id, self._core.fetch_limit, _POLL_S)
         elif self._core.in_outage:
-            fetched = self._kafka.poll(topic_id, _TURN_PAUSED_S)
+            fetched = self._kafka.poll(topic_id, _POLL_PAUSED_S)
         elif self._core.has_more:
             fetched = self._kafka.poll(topic_id, 0)
         else:
-            self._take_result(_TURN_S)
+            self._take_result(_POLL_S)
             return
-        self._fetched = self._fetched or any(isinstance(one, Record) for one in fetched)
-        self._core.on_fetched([one for one in fetched if not isinstance(one, FetchFailed)])
-        for one in fetched:
-            if isinstance(one, FetchFailed):
-                self._on_fetch_failed(one)
+        self._fetched = self._fetched or any(isinstance(item, Record) for item in fetched)
+        self._core.on_fetched([item for item in fetched if not isinstance(item, FetchFailed)])
+        for item in fetched:
+            if isinstance(item, FetchFailed):
+                self._on_fetch_failed(item)
 
     def _on_fetch_failed(self, failed: FetchFailed) -> None:
-        """Go on if the client may overcome the error by itself, else stop."""
+        """Continue if the error is transient, because the client retries by itself; else stop."""
         error = failed.error
         if not isinstance(error, TransientError):
-            # A missing right shows with the first request that needs it.
+            # A missing right causes an error at the first request that needs it.
             self._lacks_right = isinstance(error, ConfigurationError) and not self._fetched
             self._core.on_fatal(error)
             return
@@ -420,6 +421,13 @@ class ConsumerRunner:
         self._progress.on_error(failed)
         if self._exit_at_end and (repeated := self._progress.error()) is not None:
             self._core.on_fatal(repeated)
+
+
+def _rejected(batch: Batch, result: BatchResult) -> Iterator[bool]:
+    """Return whether each record of the batch was rejected."""
+    # By identity, because hashing 2,000 positions would keep the transaction open longer.
+    rejected = {id(reject.record) for reject in result.rejects}
+    return (id(record) in rejected for record, _ in batch.classified)
 
 
 def _log_reject(reject: Reject) -> None:

@@ -263,7 +263,7 @@ def test_too_many_rejects_in_a_row_stop_it_with_the_batch_rolled_back(
             sender.produce_bad(f"not an order {number}".encode())
         sender.flush()
         assert consumer.status(within_s=20) == 1
-        assert "refused" in consumer.events("stopped")[0]["reason"]
+        assert "were rejected" in consumer.events("stopped")[0]["reason"]
     handled = sum(next_offsets(database).values()) - sum(stood.values())
     assert len(stored_rejects(database)) == handled < 1000
     with consuming({**environ, "ORDERS_BREAKER_FRACTION": "0"}, "--exit-at-end") as stubborn:

@@ -86,7 +86,7 @@ def test_a_topic_made_again_that_ends_where_the_old_one_did_stops_an_idle_consum
         heir.send_orders(uids("order", 50), version=2)
         consumer.thaw()
         assert consumer.status(within_s=30) == 1
-        assert "made again" in consumer.events("stopped")[0]["reason"]
+        assert "recreated" in consumer.events("stopped")[0]["reason"]
     with consuming(environ) as successor:
         assert eventually(lambda: {row["track_number"] for row in stored_orders(database).values()} == {"TRACK2"}, 20)
         assert_all_accounted_for(heir.manifest, database, environ)

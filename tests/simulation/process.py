@@ -90,7 +90,7 @@ class Process:
         """One turn of its loop; the world hears if it was the last."""
         if self.stop_event.is_set() and not self._fatal and not self.core.stopping:
             self._told_first = True
-        status = self._loop.turn()
+        status = self._loop.run_once()
         if status is not None:
             self._check_end(status)
             self.world.leave(self)
@@ -323,4 +323,4 @@ class Process:
         """It hears the topic's id from Kafka, and must stop if that is another."""
         known = self.core.topic_id
         if known not in {None, topic_id}:
-            self._hears_fatal(TopicRecreated(f"topic {TOPIC} was made again: its id is {topic_id}, it was {known}"))
+            self._hears_fatal(TopicRecreated(f"topic {TOPIC} was recreated: its id is {topic_id}, it was {known}"))

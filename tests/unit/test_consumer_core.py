@@ -13,6 +13,7 @@ from orderlib.errors import (
     BrokerUnavailable,
     ConfigurationError,
     DatabaseUnavailable,
+    Fault,
     FenceLost,
     OrderlibError,
     TopicRecreated,
@@ -635,38 +636,52 @@ def test_without_partitions_it_still_surveys_for_those_that_starve() -> None:
 # The breaker.
 
 
-def test_the_breaker_trips_when_nearly_all_of_the_last_1000_were_refused() -> None:
+def test_the_breaker_trips_when_95_percent_of_the_last_1000_records_were_rejected() -> None:
     breaker = Breaker(0.95)
-    breaker.check([True] * 949 + [False] * 51)()
-    breaker.check([False])()
-    with pytest.raises(BreakerTripped, match="950 of the last 1,000"):
-        Breaker(0.95).check([True] * 950 + [False] * 50)
+    assert not breaker.would_trip([True] * 949 + [False] * 51)
+    assert breaker.would_trip([True] * 950 + [False] * 50)
 
 
-def test_what_was_refused_1000_records_ago_no_longer_counts() -> None:
+def test_the_breaker_counts_records_of_earlier_batches() -> None:
     breaker = Breaker(0.95)
-    for _ in range(3):
-        breaker.check([True] * 949)()
-        breaker.check([False] * 51)()
+    breaker.record([False] * 50 + [True] * 900)
+    assert not breaker.would_trip([True] * 49)
+    assert breaker.would_trip([True] * 50)
 
 
-def test_the_breaker_never_trips_on_fewer_than_1000() -> None:
-    breaker = Breaker(0.95)
-    breaker.check([True] * (BREAKER_RECORDS - 1))()
-    with pytest.raises(BreakerTripped):
-        breaker.check([True])
-
-
-def test_a_batch_that_was_rolled_back_does_not_count() -> None:
+def test_the_breaker_does_not_count_rejects_older_than_1000_records() -> None:
     breaker = Breaker(0.95)
     for _ in range(3):
-        breaker.check([True] * (BREAKER_RECORDS - 1))
+        assert not breaker.would_trip([True] * 949)
+        breaker.record([True] * 949)
+        assert not breaker.would_trip([False] * 51)
+        breaker.record([False] * 51)
 
 
-def test_the_breaker_trips_in_the_middle_of_a_batch_that_ends_well() -> None:
-    with pytest.raises(BreakerTripped):
-        Breaker(0.95).check([True] * BREAKER_RECORDS + [False] * BREAKER_RECORDS)
+def test_the_breaker_never_trips_on_fewer_than_1000_records() -> None:
+    breaker = Breaker(0.95)
+    breaker.record([True] * (BREAKER_RECORDS - 1))
+    assert breaker.would_trip([True])
 
 
-def test_the_breaker_can_be_switched_off() -> None:
-    Breaker(0.0).check([True] * 5 * BREAKER_RECORDS)()
+def test_the_breaker_does_not_count_a_batch_that_was_rolled_back() -> None:
+    breaker = Breaker(0.95)
+    for _ in range(3):
+        assert not breaker.would_trip([True] * (BREAKER_RECORDS - 1))
+
+
+def test_the_breaker_trips_in_the_middle_of_a_batch_that_ends_with_valid_records() -> None:
+    assert Breaker(0.95).would_trip([True] * BREAKER_RECORDS + [False] * BREAKER_RECORDS)
+
+
+def test_a_fraction_of_0_switches_the_breaker_off() -> None:
+    assert not Breaker(0.0).would_trip([True] * 5 * BREAKER_RECORDS)
+
+
+def test_the_error_of_the_breaker_names_the_most_frequent_cause_without_a_value() -> None:
+    fault = Fault(path="$.items", expected="an array", found="a string")
+    rejects = [Reject(record=record(0), code="invalid_order", faults=(fault,), total_faults=1)] * 2
+    error = str(Breaker(0.95).error(rejects))
+    assert error.startswith(
+        "at least 95 % of the last 1,000 records were rejected (most often invalid_order at $.items, found a string)"
+    )

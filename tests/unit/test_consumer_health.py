@@ -70,7 +70,7 @@ def test_a_loop_that_does_not_turn_for_thirty_seconds_is_neither_live_nor_ready(
     assert probe.get("/livez")[0] == probe.get("/readyz")[0] == 200
     probe.clock.now_s = LOOP_S
     assert probe.get("/livez") == probe.get("/readyz") == (503, "the loop has not turned for 30 s\n")
-    probe.health.turn()
+    probe.health.heartbeat()
     assert probe.get("/livez")[0] == probe.get("/readyz")[0] == 200
 
 
