@@ -181,6 +181,10 @@ class Filters(TypedDict, total=False):
     customer_id: str | None
     #: Only orders with exactly this track_number.
     track_number: str | None
+    #: Only orders whose ``first_stored_at`` is this time or later. The time needs an offset.
+    since: dt.datetime | None
+    #: Only orders whose ``first_stored_at`` is before this time. The time needs an offset.
+    until: dt.datetime | None
 
 
 class ListOptions(Filters, total=False):
@@ -199,7 +203,8 @@ class ListOptions(Filters, total=False):
 class ListQuery:
     """The arguments of ``list_orders`` with their defaults, checked: what an implementation reads.
 
-    Raises InvalidQuery for a limit outside its bounds, and TypeError for an argument of another type.
+    Raises InvalidQuery for a limit outside its bounds or a time without an offset, and TypeError for an argument
+    of another type.
     """
 
     cursor: Cursor | None = attrs.field(default=None)
@@ -207,6 +212,8 @@ class ListQuery:
     limit: int = attrs.field(default=PAGE_SIZE)
     customer_id: str | None = attrs.field(default=None)
     track_number: str | None = attrs.field(default=None)
+    since: dt.datetime | None = attrs.field(default=None)
+    until: dt.datetime | None = attrs.field(default=None)
 
     @cursor.validator
     def _check_cursor(self, _attribute: object, cursor: object) -> None:
@@ -218,6 +225,12 @@ class ListQuery:
     def _check_filter(self, attribute: attrs.Attribute[str | None], value: object) -> None:
         if value is not None:
             checked_type(attribute.name, value, str)
+
+    @since.validator
+    @until.validator
+    def _check_time(self, attribute: attrs.Attribute[dt.datetime | None], value: object) -> None:
+        if value is not None and checked_type(attribute.name, value, dt.datetime).utcoffset() is None:
+            raise InvalidQuery(f"{attribute.name}: expected a time with an offset, found one without")
 
     @limit.validator
     def _check_limit(self, _attribute: object, limit: int) -> None:
@@ -266,7 +279,7 @@ class OrderRepository(Protocol):
 
         Updates never move an order, so following ``next_cursor`` shows each order once. Filters are exact, and an order
         must match all of them. A page of very large orders ends early, before 5,000 items, and has a ``next_cursor``.
-        Raises InvalidQuery for a limit outside 1 to 100.
+        Raises InvalidQuery for a limit outside 1 to 100 and for a time without an offset.
         """
         ...
 

@@ -144,20 +144,34 @@ _DIRECTIONS: dict[Direction, tuple[LiteralString, LiteralString]] = {
 }
 
 
-def list_orders(direction: Direction, *, cursor: bool, customer: bool, track: bool) -> LiteralString:
+#: The parameters of the filters of a list: the first ones after the limit, or after the limit and the cursor.
+_FILTER_PARAMETERS: tuple[LiteralString, ...] = ("$2", "$3", "$4", "$5", "$6", "$7")
+
+
+def list_orders(
+    direction: Direction,
+    *,
+    cursor: bool,
+    customer: bool = False,
+    track: bool = False,
+    since: bool = False,
+    until: bool = False,
+) -> LiteralString:
     """Return the query for a page of orders: $1 is the limit, $2 and $3 the cursor, then the filters that are used.
 
     Each combination of conditions is a statement of its own, so each has its own plan and its own index.
     """
     comparison, sort = _DIRECTIONS[direction]
     after = f" AND (o.first_stored_at, o.order_uid) {comparison} ($2::timestamptz, $3)" if cursor else ""
-    numbers = ("$4", "$5") if cursor else ("$2", "$3")
-    of_customer = f" AND o.customer_id = {numbers[0]}" if customer else ""
-    of_track = f" AND o.track_number = {numbers[1 if customer else 0]}" if track else ""
+    numbers = iter(_FILTER_PARAMETERS[2 if cursor else 0 :])
+    of_customer = f" AND o.customer_id = {next(numbers)}" if customer else ""
+    of_track = f" AND o.track_number = {next(numbers)}" if track else ""
+    from_time = f" AND o.first_stored_at >= {next(numbers)}::timestamptz" if since else ""
+    before_time = f" AND o.first_stored_at < {next(numbers)}::timestamptz" if until else ""
     return f"""
 SELECT {_ORDER_COLUMNS}
 FROM orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)
-WHERE true{after}{of_customer}{of_track}
+WHERE true{after}{of_customer}{of_track}{from_time}{before_time}
 ORDER BY o.first_stored_at {sort}, o.order_uid {sort} LIMIT $1
 """
 

@@ -89,19 +89,22 @@ class ReadQueries:
 
     def page(self, query: ListQuery, limit: int, *, begin: bool = False, end: bool = False) -> PQGen[Page]:
         """Return a page of at most ``limit`` orders. Several pages between ``begin`` and ``end`` see one snapshot."""
-        filters = [text for text in (query.customer_id, query.track_number) if text is not None]
-        if not all(map(fits_postgres, filters)):
+        texts = [text for text in (query.customer_id, query.track_number) if text is not None]
+        if not all(map(fits_postgres, texts)):
             return Page(orders=(), next_cursor=None)
+        times = [time for time in (query.since, query.until) if time is not None]
         cursor = query.cursor
         statement = queries.list_orders(
             query.direction,
             cursor=cursor is not None,
             customer=query.customer_id is not None,
             track=query.track_number is not None,
+            since=query.since is not None,
+            until=query.until is not None,
         )
         position: list[object] = [cursor.first_stored_at, cursor.order_uid] if cursor else []
         # One more than the page: it tells whether there is a next page.
-        select: Statement = (statement, [limit + 1, *position, *filters])
+        select: Statement = (statement, [limit + 1, *position, *texts, *times])
         for _ in range(_ATTEMPTS):
             joined = (yield from self._pipeline(select, begin=begin))[0]
             shown = joined[:limit]

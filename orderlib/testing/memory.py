@@ -168,10 +168,12 @@ def _matches(stored: StoredOrder, query: ListQuery) -> bool:
         position, start = _position(stored.cursor), _position(query.cursor)
         if not (position < start if query.direction is Direction.OLDER else position > start):
             return False
-    return query.customer_id in {None, stored.order.customer_id} and query.track_number in {
-        None,
-        stored.order.track_number,
-    }
+    return (
+        query.customer_id in {None, stored.order.customer_id}
+        and query.track_number in {None, stored.order.track_number}
+        and (query.since is None or query.since <= stored.first_stored_at)
+        and (query.until is None or query.until > stored.first_stored_at)
+    )
 
 
 def _position(cursor: Cursor) -> tuple[dt.datetime, str]:

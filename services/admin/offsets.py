@@ -19,7 +19,7 @@ from orderlib.postgres.operations import (
     set_consumer_group,
     stored_offsets,
 )
-from services.admin.output import add_json_option, add_yes_option, confirm, print_table
+from services.admin.output import add_json_option, add_yes_option, confirm, print_table, rfc3339_time
 from services.admin.schema import APPLICATION_NAME, Commands, connected
 from services.admin.topic_reader import TopicReader
 from services.kafka import REQUEST_TIMEOUT_S
@@ -58,7 +58,9 @@ def add_commands(commands: Commands) -> None:
     to = resetting.add_mutually_exclusive_group(required=True)
     to.add_argument("--to-earliest", action="store_true", help="to the earliest record that Kafka holds")
     to.add_argument("--to-latest", action="store_true", help="to the log end")
-    to.add_argument("--to-time", metavar="TIME", type=_time, help="to the first record at this RFC 3339 time or later")
+    to.add_argument(
+        "--to-time", metavar="TIME", type=rfc3339_time, help="to the first record at this RFC 3339 time or later"
+    )
     to.add_argument("--to-offset", metavar="N", type=int, help="to this offset; needs --partition")
     resetting.add_argument("--partition", type=int, help="only this partition")
     resetting.add_argument("--execute", action="store_true", help="do it")
@@ -77,16 +79,6 @@ def add_commands(commands: Commands) -> None:
     add_yes_option(naming)
     add_json_option(naming)
     naming.set_defaults(command=_set_group)
-
-
-def _time(text: str) -> dt.datetime:
-    try:
-        moment = dt.datetime.fromisoformat(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError("must be a time such as 2026-01-31T12:00:00Z") from None
-    if moment.tzinfo is None:
-        raise argparse.ArgumentTypeError("must have an offset, such as Z")
-    return moment
 
 
 def _timestamp_ms(moment: dt.datetime) -> int:

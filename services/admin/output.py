@@ -46,6 +46,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def rfc3339_time(text: str) -> dt.datetime:
+    """Parse an argument that is a time with an offset."""
+    try:
+        moment = dt.datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("must be a time such as 2026-01-31T12:00:00Z") from None
+    if moment.utcoffset() is None:
+        raise argparse.ArgumentTypeError("must have an offset, such as Z")
+    return moment
+
+
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Let a command's result be asked for as JSON."""
     parser.add_argument("--json", action="store_true", help="print JSON for programs")

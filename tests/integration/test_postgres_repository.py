@@ -347,14 +347,21 @@ def test_a_table_that_went_missing_is_a_broken_setup(database: Database) -> None
         (False, True, "orders_newest_of_track"),
     ],
 )
+@pytest.mark.parametrize("times", [False, True])
 def test_a_page_is_read_along_its_index_and_never_sorted(
-    module_database: Database, direction: Direction, cursor: bool, customer: bool, track: bool, index: str
+    module_database: Database, direction: Direction, cursor: bool, customer: bool, track: bool, index: str, times: bool
 ) -> None:
-    """However many orders there are, a page costs a page."""
+    """A page costs the same for any number of orders. A period limits the part of the index that is read."""
     with psycopg.connect(module_database.superuser_url, autocommit=True) as superuser:
         superuser.execute("SET enable_seqscan = off")
         superuser.execute("SET enable_sort = off")
-        statement = sql.SQL(queries.list_orders(direction, cursor=cursor, customer=customer, track=track))
+        statement = sql.SQL(
+            queries.list_orders(direction, cursor=cursor, customer=customer, track=track, since=times, until=times)
+        )
         plan = [line for (line,) in superuser.execute(sql.SQL("EXPLAIN (GENERIC_PLAN) ") + statement)]
     assert any(f"using {index} on orders" in line for line in plan), plan
     assert not any("Sort" in line for line in plan), plan
+    if times:
+        [condition] = [line for line in plan if "Index Cond" in line and "first_stored_at" in line]
+        assert "first_stored_at >=" in condition, plan
+        assert "first_stored_at < $" in condition, plan

@@ -324,6 +324,44 @@ class RepositoryContract:
             == ()
         )
 
+    def test_since_includes_its_time_and_until_excludes_it(self, repository: OrderRepository) -> None:
+        for uid in "abcd":
+            repository.save(an_order(uid, customer_id="odd" if uid in "ac" else "even"))
+        # An update does not move an order.
+        repository.save(an_order("a", 1, customer_id="odd"))
+        since, until = (stored(repository, uid).first_stored_at for uid in "bd")
+        elsewhere = dt.timezone(dt.timedelta(hours=-9))
+        assert uids(repository.list_orders(since=since).orders) == ["d", "c", "b"]
+        assert uids(repository.list_orders(since=since.astimezone(elsewhere)).orders) == ["d", "c", "b"]
+        assert uids(repository.list_orders(until=until).orders) == ["c", "b", "a"]
+        assert uids(repository.list_orders(since=since, until=until, customer_id="even").orders) == ["b"]
+        assert uids(repository.list_orders(since=since, until=until, track_number="t").orders) == ["c", "b"]
+        assert repository.list_orders(since=until, until=until).orders == ()
+        first = repository.list_orders(since=since, limit=2)
+        assert uids(first.orders) == ["d", "c"]
+        assert uids(repository.list_orders(since=since, cursor=first.next_cursor).orders) == ["b"]
+        newer = repository.list_orders(since=since, until=until, limit=1, direction=Direction.NEWER)
+        assert uids(newer.orders) == ["b"]
+        assert uids(
+            repository.list_orders(until=until, cursor=newer.next_cursor, direction=Direction.NEWER).orders
+        ) == ["c"]
+
+    @pytest.mark.parametrize("offset_h", [-14, 0, 14])
+    def test_every_time_that_python_can_write_is_a_filter(self, repository: OrderRepository, offset_h: int) -> None:
+        repository.save(an_order("a"))
+        zone = dt.timezone(dt.timedelta(hours=offset_h))
+        first, last = (time.replace(tzinfo=zone) for time in (dt.datetime.min, dt.datetime.max))  # noqa: DTZ901
+        assert uids(repository.list_orders(since=first, until=last).orders) == ["a"]
+        assert repository.list_orders(since=last).orders == repository.list_orders(until=first).orders == ()
+
+    @pytest.mark.parametrize("name", ["since", "until"])
+    def test_a_time_without_an_offset_is_an_invalid_query(self, repository: OrderRepository, name: str) -> None:
+        filters: Any = {name: dt.datetime(2026, 1, 1)}  # noqa: DTZ001
+        with pytest.raises(InvalidQuery, match=f"{name}: expected a time with an offset"):
+            repository.list_orders(**filters)
+        with pytest.raises(InvalidQuery, match=f"{name}: expected a time with an offset"):
+            list(repository.stream(**filters))
+
     def test_a_cursor_of_an_order_that_never_was_is_a_place_all_the_same(self, repository: OrderRepository) -> None:
         for uid in "abc":
             repository.save(an_order(uid))
@@ -380,6 +418,8 @@ class RepositoryContract:
                 (lambda: repository.list_orders(customer_id=value), f"customer_id must be a str, not {kind}"),
                 (lambda: repository.list_orders(track_number=value), f"track_number must be a str, not {kind}"),
                 (lambda: repository.list_orders(cursor=value), f"cursor must be a Cursor, not {kind}"),
+                (lambda: repository.list_orders(since=value), f"since must be a datetime, not {kind}"),
+                (lambda: repository.list_orders(until=value), f"until must be a datetime, not {kind}"),
             ]
         for call, reason in calls:
             with pytest.raises(TypeError, match=f"{reason}$") as raised:

@@ -1,0 +1,103 @@
+"""``export``: all orders as JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import orderlib
+from orderlib.repository import Filters, StoredOrder
+from services.admin.output import Progress, count_of, printable, rfc3339_time
+from services.admin.schema import APPLICATION_NAME, Commands
+from services.program import EXIT_DONE, EXIT_FAILED
+from services.settings import database_url
+
+_PROGRESS_EVERY_S = 0.2
+
+
+def add_commands(commands: Commands) -> None:
+    """Add this command to the parser."""
+    parser = commands.add_parser(
+        "export",
+        help="print all orders as JSON lines",
+        description="Print the current version of every order from one snapshot, as canonical JSON, one order a line, "
+        "newest first (ORDERS_READER_URL). `sender --file` sends the lines again; `tac` reverses them, so that the "
+        "list keeps its sequence. Memory does not depend on the number of orders. On a terminal, control characters "
+        "are escaped.",
+        epilog="On Ctrl-C or SIGTERM it ends after a complete line, with exit status 1. A second signal ends it "
+        "immediately.",
+    )
+    parser.add_argument(
+        "--since",
+        metavar="TIME",
+        type=rfc3339_time,
+        help="only orders whose current version was stored at this RFC 3339 time or later: new and changed ones. Every "
+        "order is still read",
+    )
+    parser.add_argument("--customer", metavar="ID", help="only orders with exactly this customer_id")
+    parser.set_defaults(command=_export)
+
+
+def _export(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    url = database_url(environ, "ORDERS_READER_URL")
+    with (
+        orderlib.connect(url, application_name=APPLICATION_NAME, max_connections=1) as repository,
+        _stop_on_signal() as stop_event,
+    ):
+        exported = 0
+        # On a terminal the lines themselves show the progress.
+        progress = None if sys.stdout.isatty() else Progress("orders")
+        shown_s = time.monotonic()
+        for stored in _selected(repository, options.customer, options.since):
+            if stop_event.is_set():
+                break
+            _print_order(stored)
+            exported += 1
+            if progress is not None and time.monotonic() - shown_s >= _PROGRESS_EVERY_S:
+                shown_s = time.monotonic()
+                progress.at(exported)
+        sys.stdout.flush()
+        if progress is not None:
+            progress.at(exported)
+            progress.end()
+    if stop_event.is_set():
+        print(f"error: interrupted: the export has only {count_of(exported, 'order')}", file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_DONE
+
+
+def _selected(
+    repository: orderlib.OrderRepository, customer_id: str | None, since: dt.datetime | None
+) -> Iterator[StoredOrder]:
+    filters: Filters = {"customer_id": customer_id}
+    # An old order may have changed lately, and no index knows when: read them all.
+    return (stored for stored in repository.stream(**filters) if since is None or stored.stored_at >= since)
+
+
+def _print_order(stored: StoredOrder) -> None:
+    text = orderlib.encode_order(stored.order) + b"\n"
+    # The canonical bytes for programs. A terminal would obey control characters in them.
+    sys.stdout.buffer.write(printable(text.decode()).encode() if sys.stdout.isatty() else text)
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """Set an event at the first SIGINT or SIGTERM. A second one has its default effect, also while a write blocks."""
+    event = threading.Event()
+
+    def stop(number: int, _frame: object) -> None:
+        event.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
