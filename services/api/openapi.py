@@ -13,7 +13,7 @@ from orderlib.contract import json_schema
 from orderlib.models import Order
 from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE
 from services.api.error_handlers import PROBLEM_JSON
-from services.api.parameters import FILTERS
+from services.api.parameters import FILTERS, PERIOD
 
 _JSON = falcon.MEDIA_JSON
 
@@ -109,6 +109,14 @@ def document() -> dict[str, Any]:
         *(
             {"name": name, "description": f"Return only orders with exactly this `{name}`.", "schema": fields[name]}
             for name in FILTERS
+        ),
+        *(
+            {
+                "name": name,
+                "description": f"Return only orders that were first stored {meaning}. Updates do not count.",
+                "schema": {"type": "string", "format": "date-time"},
+            }
+            for name, meaning in zip(PERIOD, ("at this time or later", "before this time"), strict=True)
         ),
     ]
     health = {

@@ -14,7 +14,7 @@ from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, AsyncOrderRepository, 
 from services.api.deadline import with_deadline
 from services.api.negotiation import known_etags, prefers_page, require_acceptable
 from services.api.pages import Pages
-from services.api.parameters import FILTERS, bad_parameter, single_parameter, text_parameter
+from services.api.parameters import FILTERS, PERIOD, bad_parameter, single_parameter, text_parameter, time_parameter
 
 _REVALIDATE = "private, no-cache"
 
@@ -60,7 +60,7 @@ class OrderResource:
 class OrdersResource:
     """``/orders``: a page of the list, newest first."""
 
-    PARAMETERS = frozenset({"limit", "cursor", *FILTERS, "format"})
+    PARAMETERS = frozenset({"limit", "cursor", *FILTERS, *PERIOD, "format"})
 
     def __init__(self, reader: AsyncOrderRepository, pages: Pages) -> None:
         self._reader = reader
@@ -78,6 +78,8 @@ class OrdersResource:
             "limit": limit,
             "customer_id": text_parameter(req, "customer_id"),
             "track_number": text_parameter(req, "track_number"),
+            "since": time_parameter(req, "since"),
+            "until": time_parameter(req, "until"),
         }
         page = await self._reader.list_orders(**options)
         if not prefers_page(req):
@@ -136,6 +138,8 @@ def _link(cursor: str, options: ListOptions) -> str:
         "limit": options["limit"] if options["limit"] != PAGE_SIZE else None,
         "customer_id": options["customer_id"],
         "track_number": options["track_number"],
+        "since": options["since"] and options["since"].isoformat(),
+        "until": options["until"] and options["until"].isoformat(),
     }
     return f"/orders?{urlencode({name: value for name, value in parameters.items() if value is not None})}"
 

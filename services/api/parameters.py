@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import datetime as dt
+from typing import Annotated, Any
 from urllib.parse import unquote_to_bytes
 
+import msgspec
 from falcon.asgi import Request, Response
 from msgspec.inspect import StrType
 
@@ -14,6 +16,8 @@ from orderlib.models import Order
 
 #: The fields of an order that ``/orders`` filters by. The names of the parameters are the same.
 FILTERS = ("customer_id", "track_number")
+#: The period in which the orders of ``/orders`` were first stored.
+PERIOD = ("since", "until")
 #: The fields that the start page searches.
 SEARCH_FIELDS = ("order_uid", *FILTERS)
 
@@ -64,6 +68,22 @@ def text_parameter(req: Request, name: str) -> str | None:
     except InvalidOrder as exc:
         raise bad_parameter(name, exc.faults[0].expected, exc.faults[0].found) from exc
     return text
+
+
+def _decode_time(text: str) -> dt.datetime:
+    time: dt.datetime = msgspec.convert(text, Annotated[dt.datetime, msgspec.Meta(tz=True)])
+    return time
+
+
+def time_parameter(req: Request, name: str) -> dt.datetime | None:
+    """Return a parameter that is a time with an offset, or None."""
+    text = single_parameter(req, name)
+    if text is None:
+        return None
+    try:
+        return _decode_time(text)
+    except msgspec.ValidationError as exc:
+        raise bad_parameter(name, "a time such as 2026-01-31T12:00:00Z", "another text") from exc
 
 
 def single_parameter(req: Request, name: str) -> str | None:

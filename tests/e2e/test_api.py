@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import datetime as dt
 import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlencode
 
 import attrs
 import jsonschema
@@ -153,6 +155,26 @@ def test_filters_are_exact_and_an_order_must_match_both(api: Service, store: ord
     assert found("customer_id=An%25") == set()
 
 
+def test_a_period_selects_by_the_first_time_that_an_order_was_stored(
+    api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    for uid in ("p1", "p2", "p3"):
+        store.save(order(uid, customer_id="period"))
+    store.save(order("p1", customer_id="period", entry="changed"))
+    since, until = (
+        store.get_stored(uid).first_stored_at.astimezone(dt.timezone(dt.timedelta(hours=3))).isoformat()
+        for uid in ("p2", "p3")
+    )
+
+    def found(**period: str) -> list[str]:
+        answer = api.get(f"/orders?{urlencode({'customer_id': 'period', **period})}")
+        return [listed["order_uid"] for listed in answer.json["orders"]]
+
+    assert found(since=since) == ["p3", "p2"]
+    assert found(until=until) == ["p2", "p1"]
+    assert found(since=since, until=until) == ["p2"]
+
+
 @pytest.mark.parametrize(
     "query",
     [
@@ -163,6 +185,8 @@ def test_filters_are_exact_and_an_order_must_match_both(api: Service, store: ord
         *(f"customer_id={'x' * 256}", "track_number=%00", "customer_id=a&customer_id=b"),
         # If these were ignored, the list would show the orders of all customers.
         *("customer_id=", "track_number", "custmer_id=a"),
+        # A plus sign in a query means a blank.
+        *("since=", "since=yesterday", "until=2026-01-31T12:00:00", "since=2026-01-31T12:00:00+00:00"),
     ],
 )
 def test_a_bad_parameter_is_named(api: Service, query: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import html
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -164,7 +165,19 @@ HEADERS = st.lists(st.tuples(NAMES, VALUES), max_size=4)
 QUERIES = BYTES | st.lists(
     st.sampled_from(
         [
-            *(b"limit=", b"cursor=", b"~", b"customer_id=", b"track_number=", b"format=", b"q=", b"v=", b"x"),
+            *(
+                b"limit=",
+                b"cursor=",
+                b"~",
+                b"customer_id=",
+                b"track_number=",
+                b"since=",
+                b"until=2026-01-31T12:00:00Z",
+                b"format=",
+                b"q=",
+                b"v=",
+                b"x",
+            ),
             *(b"1", b"json", b"&", b"=", b"%", b"%00", b"%ff", b"%C3%A9", b"\xe9", b"+", b"a", b";", b"%25"),
         ]
     ),
@@ -235,6 +248,8 @@ def test_invalid_media_ranges_are_ignored(application: Application, accept: byte
         ("/orders", "cursor=~", "cursor"),
         ("/orders", "cursor=~~", "cursor"),
         ("/orders", "customer_id=%ff", "query"),
+        ("/orders", "since=2026-01-31", "since"),
+        ("/orders", "until=2026-01-31T12:00:00", "until"),
         ("/orders", "customer_id=a&x", "x"),
         ("/openapi.json", "x=1", "x"),
         ("/livez", "x=1", "x"),
@@ -264,6 +279,16 @@ def test_a_cursor_carries_its_direction(application: Application) -> None:
         "orders": first["orders"],
         "next_cursor": None,
     }
+
+
+def test_the_links_of_a_page_keep_the_period(application: Application) -> None:
+    query = b"limit=1&since=2000-01-01T03:00:00%2B03:00&until=9999-12-31T23:59:59Z"
+    page = application.send("/orders", query, with_token((b"accept", b"text/html")))
+    [older] = re.findall(r'rel="next" href="/orders\?([^"]+)"', page.body.decode())
+    assert (
+        "&amp;limit=1&amp;since=2000-01-01T03%3A00%3A00%2B03%3A00&amp;until=9999-12-31T23%3A59%3A59%2B00%3A00" in older
+    )
+    assert application.send("/orders", html.unescape(older).encode(), with_token()).status == 200
 
 
 def test_the_etag_of_an_order_is_the_stored_digest_for_200_and_304(application: Application) -> None:
