@@ -36,6 +36,7 @@ from orderlib.errors import (
 )
 from orderlib.models import Delivery, Item, Order, Payment
 from orderlib.postgres import AsyncPostgresOrderRepository, PostgresOrderRepository
+from orderlib.postgres.connect import connect, connect_async
 from orderlib.postgres.using import using, using_async
 from orderlib.repository import (
     AsyncOrderRepository,
@@ -53,9 +54,6 @@ from orderlib.repository import (
 )
 
 __version__ = "0.1.0"
-
-connect = PostgresOrderRepository.connect
-connect_async = AsyncPostgresOrderRepository
 
 __all__ = [
     "AsyncOrderRepository",

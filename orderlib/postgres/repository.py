@@ -139,14 +139,7 @@ class PostgresOrderRepository(OrderRepositoryBase):
     def connect(
         cls, url: str, *, application_name: str = "orderlib", max_connections: int = 4, timeout_s: float = 5.0
     ) -> Self:
-        """Connect to a database that ``admin migrate`` has prepared.
-
-        ``url`` is one that libpq takes; the reader's suffices for reads. ``application_name`` is what PostgreSQL shows
-        in pg_stat_activity. Every call, this one included, ends within ``timeout_s`` seconds, with
-        DatabaseUnavailable if it must. That includes the wait for a connection while all ``max_connections`` are in
-        use. Saving many thousands of orders in one call may need more.
-        Raises DatabaseUnavailable, or ConfigurationError for a wrong URL, password, database or schema.
-        """
+        """See ``orderlib.connect``."""
         repository = cls(
             Pool(url, application_name=application_name, max_connections=max_connections, timeout_s=timeout_s)
         )

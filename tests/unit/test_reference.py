@@ -23,6 +23,32 @@ def test_every_public_name_has_an_entry(module: ModuleType) -> None:
     assert len(entries) == len(set(entries))
 
 
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_every_entry_shows_its_own_definition(module: ModuleType) -> None:
+    """An alias would show another name, or a class where a function is promised."""
+    page = make_page()
+    for name in public_names(module):
+        value = getattr(module, name)
+        if callable(value):
+            assert value.__name__ == name
+            keyword = "class" if isinstance(value, type) else "def"
+            assert re.search(rf"^### {name}\n\n```python\n{keyword} {name}\b", page, re.MULTILINE), name
+
+
+#: Public functions that DESIGN.md, section 4, promises.
+FUNCTIONS = ("connect", "connect_async", "using", "using_async")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_promised_function_has_an_entry_with_its_signature_and_its_promise(name: str) -> None:
+    [signature, promise] = re.findall(
+        rf"^### {name}\n\n```python\n(.*?)\n```\n\n(.*?)\n\n", make_page(), re.DOTALL | re.MULTILINE
+    )[0]
+    assert signature.startswith(f"def {name}(")
+    assert "->" in signature
+    assert promise.endswith(".")
+
+
 def test_every_error_is_public_and_drawn_in_the_tree() -> None:
     of_ours = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
     assert of_ours <= set(public_names(MODULES[0]))
