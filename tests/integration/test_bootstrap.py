@@ -259,7 +259,9 @@ def test_a_reader_with_every_lock_that_it_may_take_does_not_delay_migrate(
         # A later migration may change a table that is being read. It gives up and names the reader.
         change = "LOCK TABLE orders IN ACCESS EXCLUSIVE MODE"
         monkeypatch.setattr(queries, "LOCK_SCHEMA", change)
-        named = rf"held by pid {reader.info.backend_pid} \(role orders_reader, application 'report'\); this step was rolled"
+        named = (
+            rf"held by pid {reader.info.backend_pid} \(role orders_reader, application 'report'\); this step was rolled"
+        )
         began_s = time.monotonic()
         with (
             connect(empty_database.migrator_url, application_name="tests") as migrator,

@@ -13,7 +13,7 @@ import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +38,7 @@ from orderlib.postgres import hosts, pool
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from tests.conftest import ROOT, Database
 from tests.support.api_process import eventually
+from tests.support.over_asyncio import cancelled_after
 from tests.support.tcp_proxy import Moment, TcpProxy
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
@@ -660,29 +661,15 @@ def test_a_read_cancelled_at_any_step_loses_no_connection(stored: Database, monk
     # Each wait takes the loop's way, so that there are many steps.
     monkeypatch.setattr(waiting, "MAX_BUSY_TIME", 0.0, raising=False)
 
-    async def cancelled_after(rounds: int, reader: AsyncPostgresOrderRepository) -> bool:
-        async def cancel(read: Awaitable[object]) -> bool:
-            task = asyncio.ensure_future(read)
-            for _ in range(rounds):
-                await asyncio.sleep(0)
-                if task.done():
-                    break
-            task.cancel()
-            try:
-                await task
-            except asyncio.CancelledError:
-                return True
-            return False
-
-        results = await asyncio.gather(*(cancel(reader.get(UID)) for _ in range(3)))
-        return any(results)
+    async def any_cancelled(rounds: int, reader: AsyncPostgresOrderRepository) -> bool:
+        return any(await asyncio.gather(*(cancelled_after(rounds, reader.get(UID)) for _ in range(3))))
 
     async def ask() -> None:
         async with AsyncPostgresOrderRepository(
             stored.reader_url, max_connections=1, application_name="cancelled", connection_timeout_s=5
         ) as reader:
             rounds = cancels = 0
-            while await cancelled_after(rounds, reader) and rounds < 300:
+            while await any_cancelled(rounds, reader) and rounds < 300:
                 cancels += 1
                 rounds += 1
                 assert await asyncio.wait_for(reader.get(UID), 10) == SAMPLE

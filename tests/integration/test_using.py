@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
@@ -21,6 +20,7 @@ from orderlib.postgres.wire import Wire
 from tests.conftest import ROOT, Database
 from tests.integration.test_postgres_repository import with_unchecked
 from tests.support.api_process import eventually
+from tests.support.over_asyncio import cancelled_after
 from tests.support.repository_contract import an_order, versions_in
 
 REFUSED = with_unchecked(an_order("refused"), track_number="")
@@ -282,21 +282,6 @@ def test_a_terminated_session_is_an_outage_and_stores_nothing(shop: Database) ->
 
 
 # Cancellation
-
-
-async def cancelled_after(rounds: int, call: Awaitable[object]) -> bool:
-    """Let the loop run this many rounds, then cancel the call. Return whether it was cancelled."""
-    task = asyncio.ensure_future(call)
-    for _ in range(rounds):
-        await asyncio.sleep(0)
-        if task.done():
-            break
-    task.cancel()
-    try:
-        await task
-    except asyncio.CancelledError:
-        return True
-    return False
 
 
 def test_a_save_cancelled_at_any_await_leaves_the_transaction_usable_and_the_order_whole(shop: Database) -> None:

@@ -1,10 +1,10 @@
-"""An asyncio repository with the methods of a synchronous one, for the contract suite."""
+"""Asyncio in tests: repositories with synchronous methods for the contract suite, and calls that are cancelled."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -56,3 +56,18 @@ async def _next(stored: Any) -> StoredOrder:
 def over_asyncio(repository: AsyncOrderRepository, run: Run) -> OrderRepository:
     """Return the repository with methods that run in the event loop until they are done."""
     return cast("OrderRepository", _OverAsyncio(repository, run))
+
+
+async def cancelled_after(rounds: int, call: Awaitable[object]) -> bool:
+    """Let the event loop run this many rounds, then cancel the call. Return whether it was cancelled."""
+    task = asyncio.ensure_future(call)
+    for _ in range(rounds):
+        await asyncio.sleep(0)
+        if task.done():
+            break
+    task.cancel()
+    try:
+        await task
+    except asyncio.CancelledError:
+        return True
+    return False
