@@ -190,22 +190,22 @@ class Reconciliation:
         for offset in offsets:
             topic_id, partition = offset.topic_id, offset.partition
             if offset.group != group:
-                what = f"its stored offset is of consumer group {offset.group!r}, but the database belongs to {group!r}"
+                what = f"its offset belongs to consumer group {offset.group!r}, but the database to {group!r}"
                 self._find(what, partition=partition)
             if topic_id != topic.topic_id:
-                what = "offsets of another topic, or of a topic id that Kafka no longer has under this name"
+                what = "offsets of another topic or of an earlier topic id"
                 self._cannot_prove(what, order_uid=f"{offset.topic} ({topic_id})", partition=partition)
                 continue
             if offset.topic != topic.topic:
-                self._find(f"its stored offset names topic {offset.topic!r}", partition=partition)
+                self._find(f"its offset names topic {offset.topic!r}", partition=partition)
             if partition not in topic.ends:
-                self._find("its offset is stored, but Kafka has no such partition", partition=partition)
+                self._find("it has a stored offset, but Kafka does not have this partition", partition=partition)
             elif offset.next_offset > topic.ends[partition]:
-                what = f"next_offset {offset.next_offset:,} is beyond the log end {topic.ends[partition]:,}"
+                what = f"next_offset {offset.next_offset:,} is after the log end {topic.ends[partition]:,}"
                 self._find(what, partition=partition)
             elif offset.next_offset < topic.earliest[partition]:
                 what = f"records {offset.next_offset:,} to {topic.earliest[partition] - 1:,} were never handled, and "
-                self._find(what + "Kafka no longer holds them", partition=partition)
+                self._find(what + "Kafka no longer has them", partition=partition)
         for partition, end in sorted(topic.ends.items()):
             if partition not in self.next_offsets and topic.earliest[partition] < end:
                 self._find("it has records, but no stored offset", partition=partition)
@@ -216,7 +216,7 @@ class Reconciliation:
         if offset is None:
             return f"stored from a partition without a stored offset (topic id {position.topic_id})"
         if not 0 <= position.offset < offset.next_offset:
-            return "stored from beyond the stored offset: it was moved back, and not everything is handled again yet"
+            return "stored from a record at or after the stored offset: it was moved back, and the lag is not 0 yet"
         return None
 
     def _was_read(self, position: RecordPosition) -> bool:
@@ -271,19 +271,21 @@ class Reconciliation:
         if expected is None:
             # Rules of an earlier release refused it. Only the form of its faults can be checked.
             if reject.code not in REJECT_CODES:
-                self._find("the code of the reject is not a code", position)
-            self._cannot_prove("why rejects were refused by the rules of an earlier release", position)
+                self._find("the reject has an unknown code", position)
+            self._cannot_prove("rejects that only the rules of an earlier release refused", position)
             if not _is_plausible(reject):
-                self._find("the faults of the reject have an impossible form", position)
+                self._find("the faults of the reject are malformed", position)
         elif reject.code == TooLarge.code != expected.code and _may_have_been_too_large(record, reject):
-            self._cannot_prove("rejects that were too large for an earlier limit, and are refused anyway", position)
+            self._cannot_prove(
+                "rejects that were too large for an earlier limit, and are refused for another reason now", position
+            )
         elif reject.code != expected.code:
             self._find(f"stored as {reject.code}, but {expected.code} by the rules of this release", position)
         elif (reject.faults_total, reject.fault_paths) != (expected.total_faults, [f.path for f in expected.faults]):
-            self._find("the faults of the reject are not those that this release finds", position)
+            self._find("the faults of the reject differ from those that this release finds", position)
         is_settled = outcome not in {None, Outcome.REJECTED}
         if outcome not in {None, Outcome.STORED, Outcome.DUPLICATE, Outcome.SUPERSEDED, Outcome.REJECTED}:
-            self._find("its redrive_outcome is not an outcome of a redrive", position)
+            self._find("the reject has an unknown redrive_outcome", position)
         if isinstance(classified, Reject):
             if is_settled:
                 self._find(
@@ -330,16 +332,22 @@ class Reconciliation:
         source = stored.topic_id, stored.partition, stored.offset, stored.source_time
         position = _position(stored)
         if stored.order is None:
-            self._find("a part of it is missing or unreadable, or its lines have a gap", position, uid)
+            self._find(
+                "a part of the order is missing or unreadable, or the line numbers of its items have a gap",
+                position,
+                uid,
+            )
         elif content_sha256(stored.order) != stored.content_sha256:
-            self._find("its content is not what its digest says", position, uid)
+            self._find("its content does not match content_sha256", position, uid)
         if not stored.times_in_order:
-            self._find("its first_stored_at and stored_at cannot both be true", position, uid)
+            self._find(
+                "its first_stored_at is later than its stored_at, or one of them is not a possible time", position, uid
+            )
         if source == (None,) * 4:
             self.counts["saved from Python"] += 1
             self._check_saved(stored, versions)
         elif position is None or stored.source_time is None:
-            self._find("its source is not a position and a time", position, uid)
+            self._find("its source is incomplete", position, uid)
         elif problem := self._problem_of_position(position):
             self._find(problem, position, uid)
         else:
@@ -372,11 +380,11 @@ class Reconciliation:
         if position.topic_id != self._topic.topic_id:
             known = self._offsets[position.topic_id, partition]
             if known.topic == self._topic.topic and versions:
-                self._find("stored from an earlier topic id, but this one has records of it", position, uid)
+                self._find("stored from an earlier topic id, but the current topic has records of it", position, uid)
             else:
                 self._cannot_prove("stored from another topic, or from an earlier topic id", position, uid)
         elif expected is not None and position.offset < expected.offset:
-            what = f"its record [{partition}]@{expected.offset} came later, and was not stored"
+            what = f"its later record [{partition}]@{expected.offset} was not stored"
             self._find(what, position, uid)
         elif not self._was_read(position):
             self.counts["from records that were not read"] += 1
@@ -407,11 +415,13 @@ class Reconciliation:
                 continue
             if stored.stored_at < version.redriven_at - _REDRIVE_TAKES:
                 position = RecordPosition(topic_id=self._topic.topic_id, partition=partition, offset=version.offset)
-                self._find("redriven as stored, but its order was stored before", position, stored.order_uid)
+                self._find(
+                    "redriven as stored, but its order was stored before the redrive", position, stored.order_uid
+                )
 
     def on_orphan(self, table: str, order_uid: str) -> None:
         """Add a row of delivery, payment or items whose order is not stored."""
-        self._find(f"{table} has a row of it, but it is not stored", order_uid=order_uid)
+        self._find(f"{table} has a row of this order, but the order is not stored", order_uid=order_uid)
 
     # Results
 

@@ -148,7 +148,7 @@ def _bootstrap(connection: Connection, passwords: Mapping[str, str]) -> Bootstra
     except psycopg.errors.InsufficientPrivilege as exc:
         me = connection.info.user
         raise ConfigurationError(
-            f"role {me} may not create or alter the roles ({exc.diag.message_primary}): it must be a superuser, or "
+            f"role {me} may not create or alter the roles ({exc.diag.message_primary}): it must be a superuser or "
             f"have CREATEROLE; if the roles exist already, an administrator must run: GRANT {', '.join(ROLES)} "
             f"TO {sql.Identifier(me).as_string(connection)} WITH ADMIN TRUE, INHERIT FALSE, SET FALSE"
         ) from exc
@@ -377,7 +377,7 @@ def _with_locks(
                 if is_late:
                     raise DatabaseUnavailable(
                         f"PostgreSQL: no lock within {LOCK_WITHIN_S:.0f} s, held by {holders}; this step was rolled "
-                        "back, and steps before it stay done: run the command again"
+                        "back, and earlier steps stay applied: run the command again"
                     ) from conflict.error
                 if holders != told:
                     on_message(f"waiting for a lock that is held by {holders}")
@@ -410,7 +410,7 @@ def _lock_holders(connection: Connection) -> str:
 def _require_utf8(connection: Connection) -> None:
     encoding, _ = _one_row(connection, queries.DATABASE)
     if encoding != "UTF8":
-        raise ConfigurationError(f"the database's encoding is {encoding}, orders need UTF8")
+        raise ConfigurationError(f"the encoding of the database is {encoding}, but orderlib needs UTF8")
 
 
 def _table_schema(connection: Connection) -> str:
@@ -418,7 +418,7 @@ def _table_schema(connection: Connection) -> str:
     [schema] = _one_row(connection, queries.TABLE_SCHEMA)
     if schema is None:
         raise ConfigurationError(
-            "the search_path names no schema that exists and may be used: create one, or change it"
+            "the search_path names no existing schema that this role may use: create one, or change the search_path"
         )
     return str(schema)
 
@@ -439,7 +439,7 @@ def require_schema(location: TupleRow, number: int | None) -> None:
     number = number or 0
     if number < LATEST_MIGRATION:
         raise ConfigurationError(
-            f"the database's schema is at {number}, this program needs {LATEST_MIGRATION}: "
+            f"the schema is at migration {number}, but this program needs migration {LATEST_MIGRATION}: "
             "run `python -m services.admin migrate`"
         )
 
@@ -447,7 +447,7 @@ def require_schema(location: TupleRow, number: int | None) -> None:
 def _not_found(role: str, search_path: str, schema: str, *, is_usable: bool) -> ConfigurationError:
     if not is_usable:
         return ConfigurationError(
-            f"the tables are in schema {schema}, on which role {role} lacks USAGE: "
+            f"the tables are in schema {schema}, but role {role} lacks USAGE on it: "
             "run `python -m services.admin bootstrap`"
         )
     return ConfigurationError(
@@ -467,7 +467,7 @@ def check_rights(connection: Connection, rights: Sequence[tuple[str, str]]) -> N
         missing = connection.execute(queries.MISSING_RIGHTS, wanted).fetchone()
     if missing:
         role, table, right = missing
-        raise ConfigurationError(f"the role {role} may not {right} on {table}: run `python -m services.admin migrate`")
+        raise ConfigurationError(f"role {role} lacks {right} on {table}: run `python -m services.admin migrate`")
 
 
 def _one_row(connection: Connection, statement: LiteralString) -> TupleRow:

@@ -14,10 +14,10 @@ Command = Callable[[argparse.Namespace, Mapping[str, str]], int]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All commands, each with its help."""
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="python -m services.admin",
-        description="Set up and look after orders. Servers that do not answer are given up after 10 s.",
+        description="Set up and operate orderlib. A command fails after 10 s if a server does not answer.",
         epilog="Exit status: 0 done, 1 failed, 2 usage, configuration or set-up.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str], environ: Mapping[str, str]) -> int:
-    """The exit status."""
+    """Run a command. Return the exit status."""
     options = make_parser().parse_args(arguments)
     command: Command = options.command
     return command(options, environ)

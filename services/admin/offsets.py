@@ -1,4 +1,4 @@
-"""``lag`` and ``offsets show | reset | set-group``: where the consumer group stands."""
+"""``lag`` and ``offsets show | reset | set-group``: the stored offsets."""
 
 from __future__ import annotations
 
@@ -35,47 +35,48 @@ def add_commands(commands: Commands) -> None:
     """Add these commands to the parser."""
     lag = commands.add_parser(
         "lag",
-        help="how far behind the consumer is",
+        help="show how many records the consumer has not handled yet",
         description="Log end minus next offset of each partition (ORDERS_READER_URL).",
     )
     add_json_option(lag)
     lag.set_defaults(command=_lag)
 
     parser = commands.add_parser(
-        "offsets", help="look at the stored offsets, or move them", description="The offsets stored in PostgreSQL."
+        "offsets", help="show or move the stored offsets", description="Show or move the offsets stored in PostgreSQL."
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
-    showing = actions.add_parser("show", help="every stored offset (ORDERS_READER_URL)")
+    showing = actions.add_parser("show", help="list all stored offsets (ORDERS_READER_URL)")
     add_json_option(showing)
     showing.set_defaults(command=_show)
     resetting = actions.add_parser(
         "reset",
-        help="move the offsets, with the group stopped (ORDERS_MIGRATOR_URL)",
-        description="Move the stored offsets of the topic as it is now. Shows what would change; changes it only with "
-        "--execute. Back is harmless: what was handled is handled again, and no older version replaces a newer one; it "
-        "brings back orders that were forgotten. Forth skips records: they are never stored.",
+        help="move the offsets of a stopped group (ORDERS_MIGRATOR_URL)",
+        description="Move the stored offsets of the current topic. Without --execute it only shows the change. Moving "
+        "back is safe: replay is idempotent, and no older version replaces a newer one. But it stores forgotten orders "
+        "again. Moving forward skips records permanently: they are never stored.",
     )
     to = resetting.add_mutually_exclusive_group(required=True)
-    to.add_argument("--to-earliest", action="store_true", help="to the earliest record that Kafka holds")
+    to.add_argument("--to-earliest", action="store_true", help="to the earliest record that Kafka still has")
     to.add_argument("--to-latest", action="store_true", help="to the log end")
     to.add_argument(
-        "--to-time", metavar="TIME", type=rfc3339_time, help="to the first record at this RFC 3339 time or later"
+        "--to-time", metavar="TIME", type=rfc3339_time, help="to the first record at or after this RFC 3339 time"
     )
     to.add_argument("--to-offset", metavar="N", type=int, help="to this offset; needs --partition")
     resetting.add_argument("--partition", type=int, help="only this partition")
-    resetting.add_argument("--execute", action="store_true", help="do it")
+    resetting.add_argument("--execute", action="store_true", help="change the offsets")
     add_yes_option(resetting)
     add_json_option(resetting)
     resetting.set_defaults(command=_reset)
     naming = actions.add_parser(
         "set-group",
-        help="give the database and its offsets to another consumer group (ORDERS_MIGRATOR_URL)",
-        description="A database belongs to one consumer group: the first that started. This renames it and keeps every "
-        "offset, so nothing is skipped or handled twice. Use it to rename the group, or after a consumer started with "
-        "a wrong ORDERS_CONSUMER_GROUP. Needs both groups stopped. Shows the change; makes it only with --execute.",
+        help="rename the consumer group that owns the stored offsets (ORDERS_MIGRATOR_URL)",
+        description="A database belongs to one consumer group: the first that started. This command renames that "
+        "group and keeps every offset, so no record is skipped or handled twice. Use it to rename the group, or after "
+        "a consumer started with a wrong ORDERS_CONSUMER_GROUP. Stop the consumers of both groups first. Without "
+        "--execute it only shows the change.",
     )
     naming.add_argument("group", metavar="GROUP", help="the new ORDERS_CONSUMER_GROUP")
-    naming.add_argument("--execute", action="store_true", help="do it")
+    naming.add_argument("--execute", action="store_true", help="rename the group")
     add_yes_option(naming)
     add_json_option(naming)
     naming.set_defaults(command=_set_group)
@@ -156,21 +157,21 @@ def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
                 "partition": partition,
                 "next_offset": mine[partition].next_offset,
                 "new_next_offset": offset,
-                "again": max(0, mine[partition].next_offset - offset),
+                "replayed": max(0, mine[partition].next_offset - offset),
                 "skipped": max(0, offset - mine[partition].next_offset),
             }
             for partition, offset in sorted(wanted.items())
         ]
         print_table(rows, as_json=options.json)
         if not options.execute:
-            print("nothing was changed; --execute does it", file=sys.stderr)
+            print("nothing was changed; add --execute to change it", file=sys.stderr)
             return EXIT_DONE
         group = next(iter(mine.values())).group
         if not confirm(f"move the offsets of group {group!r}", yes=options.yes):
             return EXIT_FAILED
         _require_stopped(log, group)
         reset_offsets(connection, group, log.topic_id, wanted)
-        print("the offsets were moved", file=sys.stderr)
+        print("moved the offsets", file=sys.stderr)
     return EXIT_DONE
 
 
@@ -187,14 +188,19 @@ def _set_group(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             print("nothing to change", file=sys.stderr)
             return EXIT_DONE
         if not options.execute:
-            print("nothing was changed; --execute does it", file=sys.stderr)
+            print("nothing was changed; add --execute to change it", file=sys.stderr)
             return EXIT_DONE
-        if not confirm(f"give the offsets to group {options.group!r}", yes=options.yes):
+        if not confirm(
+            f"rename consumer group {group!r} to {options.group!r}"
+            if group
+            else f"claim the database for {options.group!r}",
+            yes=options.yes,
+        ):
             return EXIT_FAILED
         for name in {group, options.group} - {None}:
             _require_stopped(log, name)
         set_consumer_group(connection, options.group)
-        print(f"the database belongs to consumer group {options.group!r}", file=sys.stderr)
+        print(f"the database now belongs to consumer group {options.group!r}", file=sys.stderr)
     return EXIT_DONE
 
 
@@ -210,7 +216,7 @@ def _wanted(options: argparse.Namespace, log: TopicReader) -> dict[int, int]:
         raise ConfigurationError(f"topic {log.topic!r} has no partition {options.partition}")
     if not earliest[options.partition] <= options.to_offset <= ends[options.partition]:
         raise ConfigurationError(
-            f"--to-offset must be from {earliest[options.partition]} to {ends[options.partition]}, what Kafka holds"
+            f"--to-offset must be from {earliest[options.partition]} to {ends[options.partition]}: Kafka has no others"
         )
     return {options.partition: options.to_offset}
 
@@ -219,4 +225,4 @@ def _require_stopped(log: TopicReader, group: str) -> None:
     future = log.cluster.admin.describe_consumer_groups([group], request_timeout=REQUEST_TIMEOUT_S)[group]
     found = log.cluster.wait_for(future)
     if found.state not in _STOPPED:
-        raise ConfigurationError(f"group {group!r} has {len(found.members)} running consumers: stop them first")
+        raise ConfigurationError(f"group {group!r} has {len(found.members)} running consumers; stop them first")

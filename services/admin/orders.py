@@ -1,4 +1,4 @@
-"""``get`` and ``forget``: one order."""
+"""``get`` and ``forget``: print or erase one order."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def add_commands(commands: Commands) -> None:
         description="Print the current version of an order as canonical JSON (ORDERS_READER_URL). On a "
         "terminal, control characters are escaped.",
     )
-    parser.add_argument("order_uid", metavar="UID", help="write -- before one that begins with -")
+    parser.add_argument("order_uid", metavar="UID", help="an order_uid; write -- before one that begins with a hyphen")
     parser.set_defaults(command=_get)
     parser = commands.add_parser(
         "forget",
         help="erase an order",
-        description="Erase a person's order, with its delivery, payment and items, and the rejects with its uid as key "
-        "(ORDERS_MIGRATOR_URL). Kafka still holds the record until its retention ends: rewinding the offsets past it "
-        "brings the order back. Backups hold it, too.",
+        description="Erase an order with its delivery, payment and items, and the rejects that have its order_uid as "
+        "key (ORDERS_MIGRATOR_URL). Kafka still has the record until its retention ends: moving the offsets back "
+        "stores the order again. Backups contain it, too.",
     )
-    parser.add_argument("order_uid", metavar="UID", help="write -- before one that begins with -")
+    parser.add_argument("order_uid", metavar="UID", help="an order_uid; write -- before one that begins with a hyphen")
     add_yes_option(parser)
     add_json_option(parser)
     parser.set_defaults(command=_forget)
@@ -44,23 +44,23 @@ def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with orderlib.connect(url, application_name=APPLICATION_NAME, max_connections=1) as repository:
         order = repository.get(options.order_uid)
     text = orderlib.encode_order(order) + b"\n"
-    # The canonical bytes for programs. A terminal would obey control characters in them.
+    # Programs get the canonical bytes. A terminal would interpret control characters in them.
     sys.stdout.buffer.write(printable(text.decode()).encode() if sys.stdout.isatty() else text)
     return EXIT_DONE
 
 
 def _forget(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_MIGRATOR_URL")
-    if not confirm(f"erase order {options.order_uid} for good", yes=options.yes):
+    if not confirm(f"erase order {options.order_uid} permanently", yes=options.yes):
         return EXIT_FAILED
     with connect(url, application_name=APPLICATION_NAME) as connection:
         orders, rejects = forget(connection, options.order_uid)
     if not orders and not rejects:
         raise OrderNotFound(options.order_uid)
     erased = {"orders": orders, "rejects": rejects}
-    told = (
+    sentence = (
         f"erased {count_of(orders, 'order')} and {count_of(rejects, 'reject')}; "
-        "a rewind of the offsets would bring them back"
+        "moving the offsets back would store them again"
     )
-    print_result(told, erased, as_json=options.json)
+    print_result(sentence, erased, as_json=options.json)
     return EXIT_DONE

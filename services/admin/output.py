@@ -1,4 +1,4 @@
-"""Results for people and for programs, and the question before what cannot be undone."""
+"""Print results for people and programs, and ask for confirmation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import msgspec
 
 Row = Mapping[str, object]
 
-#: Text is escaped in pieces of this length, because every character takes an object of its own meanwhile.
+#: Text is escaped in pieces of this length, because Python makes an object of each character meanwhile.
 _PIECE = 4096
 
 
 def printable(text: str) -> str:
-    """Escape, as JSON does, every character that a terminal may obey instead of show.
+    """Escape, as JSON does, every character that a terminal may interpret instead of showing it.
 
     These are control characters (also C1), format and bidirectional controls, separators and unassigned characters.
     Inside a JSON text the result is still the same JSON. Line feeds stay.
@@ -40,9 +40,9 @@ def count_of(number: int, noun: str, plural: str | None = None) -> str:
 
 
 def positive(text: str) -> int:
-    """An argument that is a whole number from 1 on."""
+    """Return a command-line argument as a positive integer."""
     if not text.isdecimal() or len(text) > 9 or int(text) < 1:
-        raise argparse.ArgumentTypeError("must be a whole number from 1 on")
+        raise argparse.ArgumentTypeError("must be an integer from 1 to 999999999")
     return int(text)
 
 
@@ -58,12 +58,12 @@ def rfc3339_time(text: str) -> dt.datetime:
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
-    """Let a command's result be asked for as JSON."""
+    """Add ``--json``, which prints the result as JSON."""
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
 def print_table(rows: Sequence[Row], *, as_json: bool) -> None:
-    """Print rows of the same names: a JSON array, or a table with its names on top."""
+    """Print rows with the same keys as a JSON array or as a table with a header."""
     if as_json:
         print(printable(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode()))
         return
@@ -76,7 +76,7 @@ def print_table(rows: Sequence[Row], *, as_json: bool) -> None:
 
 
 def print_result(sentence: str, result: Row, *, as_json: bool) -> None:
-    """Print what was done: a sentence, or a JSON object."""
+    """Print what was done, as a sentence or as a JSON object."""
     print(printable(msgspec.json.encode(result).decode() if as_json else sentence))
 
 
@@ -93,34 +93,34 @@ def _cell(value: object) -> str:
 
 
 def add_yes_option(parser: argparse.ArgumentParser) -> None:
-    """Let a command go on without its question."""
-    parser.add_argument("--yes", action="store_true", help="do not ask")
+    """Add ``--yes``, which skips the confirmation."""
+    parser.add_argument("--yes", action="store_true", help="do not ask for confirmation")
 
 
 def confirm(question: str, *, yes: bool) -> bool:
-    """Whether the operator wants it: asked on a terminal; elsewhere only ``--yes`` counts."""
+    """Return whether the operator confirms: on a terminal by an answer, elsewhere only by ``--yes``."""
     if yes:
         return True
     if not sys.stdin.isatty():
-        print(f"{question}: not done; say --yes", file=sys.stderr)
+        print(f"{question}: not confirmed; add --yes to confirm without a terminal", file=sys.stderr)
         return False
     print(f"{question}? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in {"y", "yes"}
 
 
 class Progress:
-    """A count on stderr, if that is a terminal."""
+    """A count of what is done, on stderr if that is a terminal."""
 
     def __init__(self, what: str) -> None:
         self._what = what
         self._shown = sys.stderr.isatty()
 
     def at(self, count: int) -> None:
-        """So far."""
+        """Show the count."""
         if self._shown:
             print(f"\r{count:,} {self._what}", end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """Done; the line is left."""
+        """End the line."""
         if self._shown:
             print(file=sys.stderr)

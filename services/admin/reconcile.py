@@ -1,4 +1,4 @@
-"""``reconcile``: the proof that every record is accounted for."""
+"""``reconcile``: prove that every record is accounted for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from services.settings import KafkaSettings, database_url, max_record_bytes
 
 T = TypeVar("T")
 
-#: Findings printed for people, and orders named that are in several partitions. All are counted.
+#: How many discrepancies are printed for people, and how many orders with records in several partitions are named.
+#: All are counted.
 _SHOWN = 100
 
 
@@ -33,18 +34,18 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add_parser(
         "reconcile",
         help="prove that every record is accounted for",
-        description="Read the topic below the stored offsets, and compare it with one snapshot of the store "
+        description="Read the topic below the stored offsets and compare it with one snapshot of the database "
         "(ORDERS_READER_URL), in both directions: every refused record is a reject and every reject a refused record; "
-        "every order equals, field by field, the last valid record of one of its partitions. Exits 1 and lists the "
-        "discrepancies; names what cannot be proved, such as orders saved from Python. The consumer may run meanwhile. "
-        "A forgotten order and a purged reject are discrepancies while Kafka still holds their records. With "
-        f"--json, the first {MAX_FINDINGS:,} discrepancies are listed and all are counted.",
+        "every order equals, field by field, the last valid record of one of its partitions. Lists the discrepancies "
+        "and exits 1 if there are any. Also lists what cannot be proved, such as orders saved from Python. The "
+        "consumer may run meanwhile. A forgotten order or a purged reject is a discrepancy while Kafka still has its "
+        f"record. With --json, the first {MAX_FINDINGS:,} discrepancies are listed and all are counted.",
     )
     parser.add_argument(
         "--manifest",
         type=Path,
         metavar="FILE",
-        help="a sender's manifest: each record in it must be there, unchanged; reads from its first offsets on",
+        help="a manifest of the sender: its records must be in Kafka unchanged; reads from its first records on",
     )
     add_json_option(parser)
     parser.set_defaults(command=_reconcile)
@@ -66,7 +67,7 @@ def _read_manifest(path: Path, topic: str) -> Manifest:
     number = 0
     try:
         with path.open(encoding="utf-8") as lines:
-            for number, text in enumerate(lines, start=1):  # noqa: B007  named in the error
+            for number, text in enumerate(lines, start=1):  # noqa: B007  the error names it
                 line = json.loads(text)
                 if line["topic"] == topic:
                     place = int(line["partition"]), int(line["offset"])
@@ -74,23 +75,23 @@ def _read_manifest(path: Path, topic: str) -> Manifest:
     except OSError as exc:
         raise ConfigurationError(f"{path}: {exc.strerror}") from exc
     except (ValueError, KeyError, TypeError) as exc:
-        raise ConfigurationError(f"{path}: line {number} is not of a manifest") from exc
+        raise ConfigurationError(f"{path}: line {number} is not a line of a manifest") from exc
     return manifest
 
 
 @attrs.define
 class _First(Generic[T]):
-    """The first of many things, and how many there were."""
+    """The first elements of an iterable, and how many there were."""
 
     _limit: int
     first: list[T] = attrs.field(factory=list, init=False)
     total: int = attrs.field(default=0, init=False)
 
-    def add(self, things: Iterable[T]) -> None:
-        for thing in things:
+    def add(self, elements: Iterable[T]) -> None:
+        for element in elements:
             self.total += 1
             if len(self.first) < self._limit:
-                self.first.append(thing)
+                self.first.append(element)
 
 
 def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -98,7 +99,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     max_bytes = max_record_bytes(environ)
     log = TopicReader(KafkaSettings.from_mapping(environ))
     manifest = _read_manifest(options.manifest, log.topic) if options.manifest else None
-    # Asked for before the snapshot: Kafka may delete more records while the consumer handles others.
+    # Read before the snapshot: Kafka may delete more records while the consumer handles others.
     earliest = log.earliest()
     progress = Progress("records read")
     findings, several = _First[Finding](MAX_FINDINGS), _First[str](_SHOWN)
@@ -135,7 +136,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _first(earliest: Mapping[int, int], next_offsets: Mapping[int, int], manifest: Manifest | None) -> dict[int, int]:
-    """Where to begin reading each partition: at its earliest record, or at the manifest's first."""
+    """Return where to begin in each partition: at its earliest record, or at the first record of the manifest."""
     if manifest is None:
         return dict(earliest)
     first = {partition: next_offsets.get(partition, offset) for partition, offset in earliest.items()}
@@ -148,7 +149,7 @@ def _compare(record: Record, missing: Manifest) -> Iterator[Finding]:
     acknowledged = missing.pop((record.source.partition, record.source.offset), None)
     if acknowledged and hashlib.sha256(record.value or b"").hexdigest() != acknowledged.sha256:
         yield Finding(
-            what="Kafka holds another value than was acknowledged",
+            what="the value in Kafka differs from the acknowledged one",
             order_uid=acknowledged.order_uid,
             partition=record.source.partition,
             offset=record.source.offset,
@@ -158,11 +159,11 @@ def _compare(record: Record, missing: Manifest) -> Iterator[Finding]:
 def _unaccounted(missing: Manifest, earliest: Mapping[int, int], next_offsets: Mapping[int, int]) -> Iterator[Finding]:
     for (partition, offset), acknowledged in missing.items():
         if offset >= next_offsets.get(partition, 0):
-            what = "acknowledged, and not handled yet"
+            what = "acknowledged, but not handled yet"
         elif offset < earliest.get(partition, 0):
-            what = "acknowledged, and not held by Kafka any more: its value cannot be read again"
+            what = "acknowledged, but Kafka no longer has the record: its value cannot be compared"
         else:
-            what = "acknowledged, and not in the topic"
+            what = "acknowledged, but not in the topic"
         yield Finding(what=what, order_uid=acknowledged.order_uid, partition=partition, offset=offset)
 
 
@@ -187,17 +188,20 @@ def _report(
         }
         print(json.dumps(result, indent=2))
         return
-    lines = [", ".join(f"{count:,} {what}" for what, count in proof.counts.items()) or "nothing to compare"]
-    why = "they come before the manifest's" if options.manifest else "Kafka no longer holds them"
-    lines += (f"[{gap['partition']}] {gap['first']:,} to {gap['next'] - 1:,} not proved: {why}" for gap in unread)
+    lines = [", ".join(f"{what}: {count:,}" for what, count in proof.counts.items()) or "nothing to compare"]
+    why = "they come before the records of the manifest" if options.manifest else "Kafka no longer has them"
+    lines += (
+        f"not proved, partition {gap['partition']}, offsets {gap['first']:,} to {gap['next'] - 1:,}: {why}"
+        for gap in unread
+    )
     for kind in not_proved:
         lines.append(f"not proved, {kind.count:,}: {kind.what}")
         lines += (f"  {attrs.evolve(finding, what='not proved')}" for finding in kind.examples)
         lines += [f"  … and {kind.count - len(kind.examples):,} more"] if kind.count > len(kind.examples) else []
     for order_uid in several.first:
-        lines.append(f"{order_uid}: seen in several partitions; its sender does not key by order_uid")
+        lines.append(f"{order_uid}: has records in several partitions; its sender does not key by order_uid")
     if several.total > len(several.first):
-        lines.append(f"… and {several.total - len(several.first):,} more seen in several partitions")
+        lines.append(f"… and {several.total - len(several.first):,} more with records in several partitions")
     lines += map(str, findings.first[:_SHOWN])
     if findings.total > _SHOWN:
         lines.append(f"… and {findings.total - _SHOWN:,} more")

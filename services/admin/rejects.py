@@ -31,7 +31,7 @@ from services.admin.schema import APPLICATION_NAME, Commands, connected
 from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import database_url, max_record_bytes
 
-#: ``print_table`` prints at most so many bytes of a key, a value or the headers.
+#: ``rejects show`` prints at most this part of a key, a value or the headers.
 SHOWN_BYTES = 8 * 1024 * 1024
 
 
@@ -39,46 +39,50 @@ def add_commands(commands: Commands) -> None:
     """Add these commands to the parser."""
     parser = commands.add_parser(
         "rejects",
-        help="look at refused records, try them again, purge them",
-        description="Refused records, each kept whole with its reasons. PLACE is TOPIC/PARTITION/OFFSET.",
+        help="list, show, redrive or purge refused records",
+        description="Records that the consumer refused. Each is stored unchanged with its code and faults. PLACE is "
+        "TOPIC/PARTITION/OFFSET.",
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
-    listing = actions.add_parser("list", help="the oldest rejects (ORDERS_DATABASE_URL)")
-    listing.add_argument("--code", choices=REJECT_CODES, help="only those of one code")
-    listing.add_argument("--waiting", action="store_true", help="only those that were never redriven")
-    listing.add_argument("--limit", metavar="N", type=positive, default=50, help="at most so many (%(default)s)")
+    listing = actions.add_parser("list", help="list the oldest rejects (ORDERS_DATABASE_URL)")
+    listing.add_argument("--code", choices=REJECT_CODES, help="only rejects with this code")
+    listing.add_argument("--waiting", action="store_true", help="only rejects that were never redriven")
+    listing.add_argument(
+        "--limit", metavar="N", type=positive, default=50, help="the largest number of rejects to list (%(default)s)"
+    )
     add_json_option(listing)
     listing.set_defaults(command=_list)
 
     showing = actions.add_parser(
         "show",
-        help="one reject, whole (ORDERS_DATABASE_URL)",
-        description="Print all that is kept of a reject, as JSON; key and value are text if they can be, else base64; "
-        "control characters are escaped. Of a part above 8 MiB it prints the beginning and the size.",
+        help="print one complete reject (ORDERS_DATABASE_URL)",
+        description="Print everything stored of a reject as JSON. Key and value are text if they are UTF-8, otherwise "
+        "base64. Control characters are escaped. Of a key, a value or headers above 8 MiB it prints the beginning and "
+        "the size.",
     )
     showing.add_argument("place", metavar="PLACE", type=_place)
     showing.set_defaults(command=_show)
 
     redriving = actions.add_parser(
         "redrive",
-        help="try rejects again, in place (ORDERS_DATABASE_URL)",
-        description="Judge rejects again by the rules of today, each at its own position: it is stored only if there "
-        "is no such order or an earlier one of its own partition, else it counts as superseded. The reject stays, with "
-        "the outcome. Again is harmless.",
+        help="process rejects again, at their own positions (ORDERS_DATABASE_URL)",
+        description="Process rejects again by the rules of this release, each at its own position. A valid order is "
+        "stored if the database does not have it, or has a version from a lower offset of the same partition. "
+        "Otherwise the outcome is superseded. The reject stays, with its outcome. Redriving twice is safe.",
     )
     which = redriving.add_mutually_exclusive_group(required=True)
-    which.add_argument("--all", action="store_true", help="all of them")
-    which.add_argument("--code", choices=REJECT_CODES, help="those of one code")
-    which.add_argument("place", metavar="PLACE", nargs="?", type=_place, help="one")
+    which.add_argument("--all", action="store_true", help="redrive all rejects")
+    which.add_argument("--code", choices=REJECT_CODES, help="redrive the rejects with this code")
+    which.add_argument("place", metavar="PLACE", nargs="?", type=_place, help="redrive one reject")
     add_json_option(redriving)
     redriving.set_defaults(command=_redrive)
 
     purging = actions.add_parser(
         "purge",
-        help="take old rejects away for good (ORDERS_MIGRATOR_URL)",
-        description="Delete the rejects that were refused longer ago than this, redriven or not. Only a rewind of the "
-        "offsets brings them back.",
+        help="delete old rejects permanently (ORDERS_MIGRATOR_URL)",
+        description="Delete the rejects that are older than AGE, whether they were redriven or not. Only moving the "
+        "offsets back stores them again.",
     )
     purging.add_argument("--older-than", metavar="AGE", type=_age, required=True, help="such as 90d, 12h or 30m")
     add_yes_option(purging)
@@ -96,7 +100,7 @@ def _place(text: str) -> RejectPlace:
 def _age(text: str) -> dt.timedelta:
     found = re.fullmatch(r"(\d{1,6})([mhd])", text)
     if not found:
-        raise argparse.ArgumentTypeError("must be a number of m(inutes), h(ours) or d(ays), such as 90d")
+        raise argparse.ArgumentTypeError("must be a number of minutes (m), hours (h) or days (d), such as 90d")
     unit = {"m": "minutes", "h": "hours", "d": "days"}[found[2]]
     return dt.timedelta(**{unit: int(found[1])})
 
@@ -164,7 +168,7 @@ def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 def _purge(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with connect(database_url(environ, "ORDERS_MIGRATOR_URL"), application_name=APPLICATION_NAME) as connection:
         count = count_old_rejects(connection, options.older_than)
-        if count and not confirm(f"delete {count_of(count, 'reject')} for good", yes=options.yes):
+        if count and not confirm(f"delete {count_of(count, 'reject')} permanently", yes=options.yes):
             return EXIT_FAILED
         deleted = purge_rejects(connection, options.older_than)
     print_result(f"deleted {count_of(deleted, 'reject')}", {"rejects": deleted}, as_json=options.json)

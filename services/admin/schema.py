@@ -15,10 +15,10 @@ from services.settings import database_url
 
 APPLICATION_NAME = "orderlib-admin"
 
-#: Where modules add their commands; argparse names it for its own use only.
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
+#: Where modules add their commands.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001  argparse has no public name
 
-#: Where each role's password stands.
+#: The URLs with the passwords of the login roles.
 _ROLE_URLS = ("ORDERS_MIGRATOR_URL", "ORDERS_DATABASE_URL", "ORDERS_READER_URL")
 
 
@@ -30,23 +30,23 @@ def add_commands(commands: Commands) -> None:
         description="Create the roles orders_owner, orders_migrator, orders_writer and orders_reader, with the "
         "passwords in ORDERS_MIGRATOR_URL, ORDERS_DATABASE_URL and ORDERS_READER_URL. Connects with "
         "ORDERS_BOOTSTRAP_URL, which no other command uses: as a superuser, or as a role with CREATEROLE that owns the "
-        "database. Idempotent: sets the passwords to those in the URLs, corrects attributes, memberships and rights "
-        "that are not as they must be, and names what only another administrator may correct.",
+        "database. Idempotent. Sets the passwords to those in the URLs, corrects wrong attributes, memberships and "
+        "rights, and lists what only another administrator may correct.",
     )
     parser.set_defaults(command=_bootstrap)
     parser = commands.add_parser(
         "migrate",
-        help="bring the schema up to date",
+        help="create or update the tables",
         description="Apply the missing migrations and restore the rights on the tables (ORDERS_MIGRATOR_URL). "
-        "Idempotent, and safe to run concurrently. Waits up to a minute for the lock of each migration and names who "
-        "holds it.",
+        "Idempotent, and safe to run concurrently. Waits up to a minute for the lock of each migration, and names "
+        "the session that holds it.",
     )
     parser.set_defaults(command=_migrate)
 
 
 @contextmanager
 def connected(environ: Mapping[str, str], url_name: str) -> Iterator[Connection]:
-    """Connect to a database whose schema suits this program. Raises ConfigurationError for any other."""
+    """Connect to a database, and raise ConfigurationError if its schema is missing or too old for this program."""
     with connect(database_url(environ, url_name), application_name=APPLICATION_NAME) as connection:
         check_schema(connection)
         yield connection
@@ -59,15 +59,15 @@ def _bootstrap(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     for text in result.corrected:
         print(f"corrected: {text}")
     for text in result.remaining:
-        print(f"left to an administrator: {text}")
-    print(f"roles are ready: orders_owner, {', '.join(passwords)}")
+        print(f"needs an administrator: {text}")
+    print(f"set up roles orders_owner, {', '.join(passwords)}")
     return EXIT_DONE
 
 
 def _migrate(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with connect(database_url(environ, "ORDERS_MIGRATOR_URL"), application_name=APPLICATION_NAME) as connection:
         migrate(connection, lambda name: print(f"applied {name}"), _message)
-    print(f"the schema is at {LATEST_MIGRATION}")
+    print(f"the schema is up to date (migration {LATEST_MIGRATION})")
     return EXIT_DONE
 
 

@@ -1,4 +1,4 @@
-"""``topics``: the topic that orders are published to."""
+"""``topics``: create the topic that orders are sent to."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
 
 from orderlib.errors import BrokerUnavailable, OrderlibError
-from services.admin.output import positive
+from services.admin.output import count_of, positive
 from services.admin.schema import Commands
 from services.kafka import REQUEST_TIMEOUT_S, Cluster
 from services.program import EXIT_DONE
 from services.settings import KafkaSettings, max_record_bytes
 
-#: Keys, headers and framing need room beside the largest value.
-_ROOM_BYTES = 1024 * 1024
+#: The space that the key, the headers and the framing of a record need beside the largest value.
+_OVERHEAD_BYTES = 1024 * 1024
 
-#: Partitions bound how many consumers can share the work.
+#: At most this many consumers can share the work.
 _PARTITIONS = 6
 
 
@@ -27,9 +27,9 @@ def add_commands(commands: Commands) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "topics",
-        help="make the topic of orders",
-        description="Make the topic ORDERS_TOPIC, and raise its max.message.bytes above ORDERS_MAX_RECORD_BYTES. A "
-        "topic that exists keeps its partitions, its records, and a greater max.message.bytes.",
+        help="create the topic, or raise its limits",
+        description="Create the topic ORDERS_TOPIC, and raise its max.message.bytes above ORDERS_MAX_RECORD_BYTES. "
+        "An existing topic keeps its partitions, its records and a greater max.message.bytes.",
     )
     parser.add_argument(
         "--partitions", metavar="N", type=positive, default=_PARTITIONS, help="of a new topic (%(default)s)"
@@ -42,31 +42,30 @@ def add_commands(commands: Commands) -> None:
 
 def _topics(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = KafkaSettings.from_mapping(environ)
-    largest = max_record_bytes(environ) + _ROOM_BYTES
+    largest = max_record_bytes(environ) + _OVERHEAD_BYTES
     cluster = Cluster(settings)
     topic = NewTopic(
         settings.topic,
         num_partitions=options.partitions,
         replication_factor=options.replication_factor,
     )
-    made, partitions = _make(cluster, topic), options.partitions
-    if not made:
+    is_new, partitions = _create(cluster, topic), options.partitions
+    if not is_new:
         partitions = len(cluster.describe(settings.topic).partitions)
-    before = _max_message_bytes(cluster, settings.topic, made=made)
+    before = _max_message_bytes(cluster, settings.topic, is_new=is_new)
     if before < largest:
         entry = ConfigEntry("max.message.bytes", str(largest), incremental_operation=AlterConfigOpType.SET)
         resource = ConfigResource(ResourceType.TOPIC, settings.topic, incremental_configs=[entry])
         cluster.wait_for(
             cluster.admin.incremental_alter_configs([resource], request_timeout=REQUEST_TIMEOUT_S)[resource]
         )
-    what = "made" if made else "exists"
-    counted = f"{partitions} partition{'s' * (partitions != 1)}"
+    what = f"created topic {settings.topic}" if is_new else f"topic {settings.topic} exists"
     limit = f"raised from {before:,} to {largest:,}" if before < largest else f"{before:,}, unchanged"
-    print(f"topic {settings.topic} {what}: {counted}, max.message.bytes {limit}")
+    print(f"{what}: {count_of(partitions, 'partition')}, max.message.bytes {limit}")
     return EXIT_DONE
 
 
-def _max_message_bytes(cluster: Cluster, topic: str, *, made: bool) -> int:
+def _max_message_bytes(cluster: Cluster, topic: str, *, is_new: bool) -> int:
     """Return the value in effect, whether it is set on the topic or inherited from the broker."""
     resource = ConfigResource(ResourceType.TOPIC, topic)
     deadline_s = time.monotonic() + REQUEST_TIMEOUT_S
@@ -77,15 +76,15 @@ def _max_message_bytes(cluster: Cluster, topic: str, *, made: bool) -> int:
             )
         except OrderlibError:
             # The broker that was asked may not know a new topic yet.
-            if not made or time.monotonic() > deadline_s:
+            if not is_new or time.monotonic() > deadline_s:
                 raise
             time.sleep(0.1)
         else:
             return int(found["max.message.bytes"].value)
 
 
-def _make(cluster: Cluster, topic: NewTopic) -> bool:
-    """Whether the topic was made now; another may have been quicker."""
+def _create(cluster: Cluster, topic: NewTopic) -> bool:
+    """Return whether this call created the topic. Another program may have created it first."""
     future = cluster.admin.create_topics(
         [topic], operation_timeout=REQUEST_TIMEOUT_S, request_timeout=REQUEST_TIMEOUT_S
     )[topic.topic]

@@ -81,7 +81,7 @@ def test_a_reset_shows_what_it_would_do_and_does_nothing(environ: dict[str, str]
         "partition": "0",
         "next_offset": "2",
         "new_next_offset": "0",
-        "again": "2",
+        "replayed": "2",
         "skipped": "0",
     }
     assert "--execute" in done.stderr
@@ -111,7 +111,7 @@ def test_on_a_terminal_it_asks_and_only_a_yes_counts(environ: dict[str, str]) ->
     for typed in ("", "n", "what?"):
         refused = run_on_a_terminal(f"forget {uid}", environ, typed)
         assert refused.returncode == 1
-        assert "for good? [y/N]" in refused.stderr
+        assert "permanently? [y/N]" in refused.stderr
         succeed(f"admin get {uid}", environ)
     assert "erased 1 order and 0 rejects;" in run_on_a_terminal(f"forget {uid}", environ, "y").stdout
     succeed("admin offsets reset --to-earliest --execute --yes", environ)
@@ -145,7 +145,7 @@ def test_rejects_are_listed_redriven_and_purged_as_asked(environ: dict[str, str]
     assert json.loads(succeed("admin rejects purge --older-than 1h --json", environ)) == {"rejects": 0}
     asked = run("admin rejects purge --older-than 0m", environ)
     assert (asked.returncode, len(places(""))) == (1, 3)
-    assert "say --yes" in asked.stderr
+    assert "add --yes" in asked.stderr
     assert json.loads(succeed("admin rejects purge --older-than 0m --yes --json", environ)) == {"rejects": 3}
     assert places("") == []
 
@@ -229,13 +229,13 @@ def test_a_proof_by_a_manifest_says_what_it_did_not_read(environ: dict[str, str]
     proof = json.loads(succeed(f"admin reconcile --manifest {manifest} --json", environ))
     assert (proof["holds"], proof["counts"]["records"], proof["counts"]["orders"]) == (True, 40, 80)
     assert sum(gap["next"] - gap["first"] for gap in proof["not_read"]) == 40
-    assert "before the manifest" in succeed(f"admin reconcile --manifest {manifest}", environ)
+    assert "before the records of the manifest" in succeed(f"admin reconcile --manifest {manifest}", environ)
     assert "not proved" not in succeed("admin reconcile", environ)
 
 
-def test_topics_may_be_asked_for_again_and_says_what_there_is(environ: dict[str, str]) -> None:
+def test_topics_creates_the_topic_once_and_then_reports_it(environ: dict[str, str]) -> None:
     new = {**environ, "ORDERS_TOPIC": environ["ORDERS_TOPIC"] + "-new"}
-    assert "made: 2 partitions" in succeed("admin topics --partitions 2", new)
+    assert f"created topic {new['ORDERS_TOPIC']}: 2 partitions" in succeed("admin topics --partitions 2", new)
     assert "exists: 2 partitions" in succeed("admin topics --partitions 3", new)
     assert run("admin topics --partitions 0", new).returncode == 2
 
@@ -312,9 +312,9 @@ def test_topics_does_not_lower_a_limit_that_is_inherited_from_the_brokers(enviro
     set_config(environ, ResourceType.BROKER, "1", "message.max.bytes", 20_000_000)
     try:
         wait_for(lambda: config_of(environ, ResourceType.TOPIC, topic) == 20_000_000)
-        for name, what in ((topic, "exists: 3 partitions"), (new, "made: 1 partition")):
-            told = succeed("admin topics --partitions 1", {**environ, "ORDERS_TOPIC": name})
-            assert f"{what}, max.message.bytes 20,000,000, unchanged" in told
+        for name, what in ((topic, "exists: 3 partitions"), (new, f"created topic {new}: 1 partition")):
+            printed = succeed("admin topics --partitions 1", {**environ, "ORDERS_TOPIC": name})
+            assert f"{what}, max.message.bytes 20,000,000, unchanged" in printed
             assert config_of(environ, ResourceType.TOPIC, name) == 20_000_000
     finally:
         set_config(environ, ResourceType.BROKER, "1", "message.max.bytes", None)

@@ -34,7 +34,7 @@ def managed(environ: dict[str, str]) -> Iterator[dict[str, str]]:
 
 
 def test_every_program_works_without_a_superuser(managed: dict[str, str], tmp_path: Path) -> None:
-    assert "left to an administrator: " in succeed("admin bootstrap", managed)
+    assert "needs an administrator: " in succeed("admin bootstrap", managed)
     succeed("admin migrate", managed)
     succeed("sender --count 50 --bad-rate 0.1", managed)
     with running("consumer", managed, tmp_path / "consumer.log") as consumer, serving(managed) as api:

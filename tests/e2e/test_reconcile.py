@@ -572,7 +572,7 @@ def test_orders_in_several_partitions_are_counted_and_the_first_are_named(place:
     place.consume()
     result = place.assert_holds()
     assert (len(result["several_partitions"]), result["several_partitions_total"]) == (100, 103)
-    assert "… and 3 more seen in several partitions" in place.admin("reconcile")[1]
+    assert "… and 3 more with records in several partitions" in place.admin("reconcile")[1]
 
 
 def test_discrepancies_beyond_a_limit_are_counted_and_not_kept() -> None:

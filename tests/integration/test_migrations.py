@@ -125,7 +125,7 @@ def test_only_the_migrator_can_migrate(empty_database: Database) -> None:
 def test_a_database_without_a_schema_is_a_broken_setup_that_names_the_command(empty_database: Database) -> None:
     with (
         connected(empty_database.superuser_url) as superuser,
-        pytest.raises(ConfigurationError, match=r"schema is at 0, .*services\.admin migrate"),
+        pytest.raises(ConfigurationError, match=r"schema is at migration 0, .*services\.admin migrate"),
     ):
         check_schema(superuser)
 
@@ -160,7 +160,9 @@ def test_a_database_in_another_encoding_is_refused(foreign_database: Database) -
     with connected(foreign_database.superuser_url) as superuser:
         encoding = str(conninfo_to_dict(foreign_database.superuser_url)["dbname"]).removeprefix("test_").upper()
         for refused in (lambda: bootstrap(superuser, {}), lambda: migrate(superuser)):
-            with pytest.raises(ConfigurationError, match=f"encoding is {encoding}, orders need UTF8"):
+            with pytest.raises(
+                ConfigurationError, match=f"encoding of the database is {encoding}, but orderlib needs UTF8"
+            ):
                 refused()
         assert superuser.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)
 

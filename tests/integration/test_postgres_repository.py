@@ -319,7 +319,9 @@ def test_a_database_without_our_schema_is_a_broken_setup_that_names_the_command(
 def test_a_schema_that_is_older_than_the_program_is_a_broken_setup(database: Database) -> None:
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
         superuser.execute("DELETE FROM schema_migrations WHERE number = (SELECT max(number) FROM schema_migrations)")
-    with pytest.raises(ConfigurationError, match=r"schema is at .*, this program needs .*services\.admin migrate"):
+    with pytest.raises(
+        ConfigurationError, match=r"schema is at migration .*, but this program needs .*services\.admin migrate"
+    ):
         connect(database.reader_url)
 
 
