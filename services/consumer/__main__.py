@@ -61,10 +61,10 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     store = ConsumerStore(settings.database_url, settings.group, clock)
     with HealthServer(settings.metrics_bind, health, metrics) as server:
         event("started", metrics=str(server.address), topic=settings.kafka.topic, group=settings.group)
-        topic = KafkaConsumer(settings)
+        kafka = KafkaConsumer(settings)
         try:
-            info = _wait_for(topic.describe, "Kafka", stop_event, health)
-            ends = _wait_for(lambda: topic.ends(info.partitions), "Kafka", stop_event, health)
+            info = _wait_for(kafka.describe, "Kafka", stop_event, health)
+            ends = _wait_for(lambda: kafka.ends(info.partitions), "Kafka", stop_event, health)
             _wait_for(store.check, "PostgreSQL", stop_event, health)
         except _StopRequested:
             return EXIT_DONE
@@ -74,16 +74,16 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
             random.Random(),  # noqa: S311  jitter, no secret
             until=ends if options.exit_at_end else None,
         )
-        worker = StoreWorker(store, topic, Breaker(settings.breaker_fraction), metrics)
-        topic.join(core)
+        worker = StoreWorker(store, kafka, Breaker(settings.breaker_fraction), metrics)
+        kafka.join(core)
         try:
             runner = ConsumerRunner(
-                core, topic, worker, health, metrics, clock, stop_event, exit_at_end=options.exit_at_end
+                core, kafka, worker, health, metrics, clock, stop_event, exit_at_end=options.exit_at_end
             )
             return runner.run()
         finally:
             worker.close(timeout_s=1)
-            left_group = topic.close(STOP_CLOSE_S)
+            left_group = kafka.close(STOP_CLOSE_S)
             event("ended", left_group=left_group)
 
 

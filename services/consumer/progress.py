@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
 
 import attrs
 from prometheus_client import Gauge
 
 from orderlib.errors import OrderlibError
-from services.consumer.kafka_consumer import FetchFailed
+from services.consumer.kafka_client import FetchFailed, KafkaClient
 from services.kafka_errors import UnreadableRecord
 from services.program import event
 
@@ -28,13 +27,6 @@ _ERROR_GONE_S = 15.0
 _ERROR_LOGGED_S = 30.0
 
 
-class _LogEnds(Protocol):
-    """The part of ``KafkaConsumer`` that this class needs."""
-
-    def ask_ends(self, partitions: Iterable[int]) -> Callable[[], Mapping[int, int] | None]:
-        """Request log ends."""
-
-
 @attrs.define
 class _Repeating:
     error: OrderlibError
@@ -50,7 +42,7 @@ class Progress:
     """
 
     def __init__(
-        self, kafka: _LogEnds, gauge: Gauge, clock: Callable[[], float], log: Callable[..., None] = event
+        self, kafka: KafkaClient, gauge: Gauge, clock: Callable[[], float], log: Callable[..., None] = event
     ) -> None:
         self._kafka = kafka
         self._log = log
@@ -110,7 +102,7 @@ class Progress:
                 self._on_ends(ends)
         elif self._next_offsets and now_s >= self._request_at_s:
             self._request_at_s = now_s + _LAG_S
-            self._requested_ends = self._kafka.ask_ends(self._next_offsets)
+            self._requested_ends = self._kafka.request_ends(self._next_offsets)
         self._publish(assigned)
 
     def error(self) -> OrderlibError | None:

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 import attrs
@@ -45,7 +45,7 @@ from orderlib.ingestion.consumer_core import (
 from orderlib.ingestion.records import Batch, Record, Reject
 from orderlib.postgres.consumer_store import BatchResult, ConsumerStore
 from services.consumer.health import Health, Metrics, never_fatal
-from services.consumer.kafka_consumer import FetchFailed, KafkaConsumer, PollResult
+from services.consumer.kafka_client import FetchFailed, KafkaClient
 from services.consumer.progress import Progress
 from services.kafka import TopicInfo
 from services.program import EXIT_DONE, EXIT_FAILED, EXIT_SETUP, event
@@ -71,42 +71,6 @@ STOP_CLOSE_S = 3.0
 Result = Callable[[ConsumerCore], None] | BaseException
 
 
-class KafkaClient(Protocol):
-    """What the loop needs of Kafka; see ``KafkaConsumer``."""
-
-    @property
-    def down(self) -> bool:
-        """Whether no broker can be reached."""
-
-    @property
-    def unreachable(self) -> str:
-        """What to say when Kafka does not answer."""
-
-    def fetch(self, topic_id: str | None, limit: int, timeout_s: float) -> Sequence[PollResult]:
-        """Fetch records, at most so many."""
-
-    def poll(self, topic_id: str | None, timeout_s: float) -> Sequence[PollResult]:
-        """Stay in the group."""
-
-    def assign(self, next_offsets: Mapping[int, int]) -> None:
-        """Fetch from these offsets on."""
-
-    def seek(self, partition: int, next_offset: int) -> None:
-        """Go on from another offset."""
-
-    def pause(self) -> None:
-        """Fetch nothing until ``resume``."""
-
-    def resume(self) -> None:
-        """Fetch again."""
-
-    def report(self, next_offsets: Mapping[int, int]) -> None:
-        """Commit offsets for lag tools."""
-
-    def ask_ends(self, partitions: Iterable[int]) -> Callable[[], Mapping[int, int] | None]:
-        """Ask for log ends."""
-
-
 class StoreClient(Protocol):
     """The store as the runner sees it. It carries out one store task at a time, outside of the runner's thread."""
 
@@ -130,9 +94,9 @@ class StoreClient(Protocol):
 class StoreWorker:
     """Carries out store tasks in its own thread, one at a time; see ``StoreClient``."""
 
-    def __init__(self, store: ConsumerStore, topic: KafkaConsumer, breaker: Breaker, metrics: Metrics) -> None:
+    def __init__(self, store: ConsumerStore, kafka: KafkaClient, breaker: Breaker, metrics: Metrics) -> None:
         self._store = store
-        self._topic = topic
+        self._kafka = kafka
         self._breaker = breaker
         self._metrics = metrics
         self.awaited = Server.POSTGRES
@@ -176,12 +140,12 @@ class StoreWorker:
     def _carry_out(self, task: StoreTask) -> Callable[[ConsumerCore], None]:
         match task:
             case ResolveOffsets(partitions):
-                topic_id = self._wait_for_kafka(self._topic.ask()).topic_id
-                earliest = self._wait_for_kafka(lambda: self._topic.earliest(partitions))
-                start_partitions = self._store.start_partitions(self._topic.name, topic_id, earliest)
+                topic_id = self._wait_for_kafka(self._kafka.request_topic()).topic_id
+                earliest = self._wait_for_kafka(lambda: self._kafka.earliest(partitions))
+                start_partitions = self._store.start_partitions(self._kafka.topic, topic_id, earliest)
                 return lambda core: core.on_offsets_resolved(topic_id, start_partitions)
             case CheckTopic(partitions):
-                info = self._wait_for_kafka(self._topic.ask())
+                info = self._wait_for_kafka(self._kafka.request_topic())
                 stored = self._read_stored_offsets(info)
                 reached = {p: stored[p] for p in partitions & stored.keys()}
                 return lambda core: core.on_topic_checked(info.topic_id, reached)
@@ -189,10 +153,10 @@ class StoreWorker:
                 self._write(batch)
                 return lambda core: core.on_batch_committed()
 
-    def _wait_for_kafka(self, answer: Callable[[], T]) -> T:
+    def _wait_for_kafka(self, response: Callable[[], T]) -> T:
         self.awaited = Server.KAFKA
         try:
-            return answer()
+            return response()
         finally:
             self.awaited = Server.POSTGRES
 
@@ -222,20 +186,20 @@ class StoreWorker:
                 self._read_stored_offsets(topic)
 
     def _request_topic(self) -> Callable[[], TopicInfo]:
-        """Request the topic id, and return a function that waits for the response inside the batch's transaction.
+        """Request the topic id, and return a function that waits for it inside the batch's transaction.
 
         If the last response was late, wait here, before the transaction begins.
         """
         if self._kafka_is_slow:
             began_s = time.monotonic()
-            info = self._wait_for_kafka(self._topic.ask())
+            info = self._wait_for_kafka(self._kafka.request_topic())
             self._kafka_is_slow = time.monotonic() - began_s >= _KAFKA_IN_TRANSACTION_S
             return lambda: info
-        ask = self._topic.ask(_KAFKA_IN_TRANSACTION_S)
+        response = self._kafka.request_topic(_KAFKA_IN_TRANSACTION_S)
 
         def wait() -> TopicInfo:
             try:
-                return self._wait_for_kafka(ask)
+                return self._wait_for_kafka(response)
             except BrokerUnavailable:
                 self._kafka_is_slow = True
                 raise
@@ -249,7 +213,7 @@ class StoreWorker:
         """
         stored = self._store.next_offsets(info.topic_id, info.partitions)
         new = info.partitions - stored.keys()
-        earliest = self._wait_for_kafka(lambda: self._topic.earliest(new)) if new else {}
+        earliest = self._wait_for_kafka(lambda: self._kafka.earliest(new)) if new else {}
         self.stored_offsets = {**earliest, **stored}
         self._read_stored_at_s = time.monotonic() + _STORED_OFFSETS_S
         return stored
@@ -267,7 +231,7 @@ class StoreWorker:
 
 @attrs.define
 class ConsumerRunner:
-    """Runs until the stop event is set, the offsets to stop at are reached, or an error occurs that a person must correct.
+    """Runs until a stop request, the end of the topic (with ``--exit-at-end``), or an error that a person must correct.
 
     It logs the reason. The exit status has the same reason: 0 for a stop request or the end, 2 for a right that is
     missing at the start, else 1.
@@ -377,7 +341,7 @@ class ConsumerRunner:
                     self._progress.on_stored({partition: next_offset})
                     self._log("fence_lost", logging.WARNING, partition=partition, next_offset=next_offset)
                 case CommitKafkaOffsets(next_offsets):
-                    self._kafka.report(next_offsets)
+                    self._kafka.commit(next_offsets)
                     self._progress.on_stored(next_offsets)
                 case Pause(reason, wait_s):
                     self._kafka.pause()

@@ -1,11 +1,10 @@
-"""Kafka as the consumer sees it: lives of a topic, and a group that gives partitions and takes them."""
+"""A simulated Kafka: a topic that may be recreated, and a consumer group."""
 
 from __future__ import annotations
 
 import datetime as dt
 import functools
 from collections.abc import Callable
-from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
 import attrs
@@ -51,7 +50,7 @@ class Fetched(Record):
     """A record that knows what it is, so that nothing has to be decoded."""
 
     entry: Entry
-    judged: PreparedOrder | Reject
+    classified: PreparedOrder | Reject
     #: What a redrive finds in it.
     redriven: PreparedOrder | None
 
@@ -75,15 +74,15 @@ def fetched(topic_id: str, partition: int, offset: int, entry: Entry) -> Fetched
         key=None,
         value=_HEAVY_VALUE if entry.kind == HEAVY else b"value",
         entry=entry,
-        judged=Reject(record=plain, code=CODES[entry.kind], faults=_FAULTS, total_faults=1) if is_reject else order,
+        classified=Reject(record=plain, code=CODES[entry.kind], faults=_FAULTS, total_faults=1) if is_reject else order,
         redriven=None if entry.kind == POISON else order,
     )
 
 
-def judged(record: Record) -> PreparedOrder | Reject:
-    """What the core is given to judge records with."""
+def classified(record: Record) -> PreparedOrder | Reject:
+    """Return what the record is; the core of a simulated consumer classifies with this function."""
     assert isinstance(record, Fetched)
-    return record.judged
+    return record.classified
 
 
 class Life:
@@ -131,21 +130,13 @@ class Group:
             if holder is target:
                 continue
             if holder is not None:
-                holder.inbox.append(("taken", partition))
+                holder.kafka.inbox.append(("revoked", partition))
             elif target is not None:
                 self.holders[partition] = target
-                target.inbox.append(("given", partition))
+                target.kafka.inbox.append(("assigned", partition))
 
     def released(self, process: Process, partition: int) -> None:
         """It has let go of the partition."""
         if self.holders[partition] is process:
             self.holders[partition] = None
             self.hand_over()
-
-
-def shuffled(rng: Random, partitions: list[int]) -> list[int]:
-    """The partitions in an order of chance: between partitions Kafka promises none."""
-    if len(partitions) > 1:
-        start = int(rng.random() * len(partitions))
-        return partitions[start:] + partitions[:start]
-    return partitions

@@ -13,14 +13,14 @@ def explore(first_seed: int, count: int, bug: Bug | None = None) -> Counter[str]
     """Run so many schedules; in how many each fault occurred. What breaks says how to replay its schedule."""
     faults: Counter[str] = Counter()
     for seed in range(first_seed, first_seed + count):
-        world = Simulator(seed, bug)
+        simulator = Simulator(seed, bug)
         try:
-            world.run()
+            simulator.run()
         except (InvariantViolation, Exception) as exc:
             planted = f" --bug {bug.value}" if bug is not None else ""
             exc.add_note(f"replay: python -m tests.simulation {seed}{planted}")
             raise
-        faults.update(world.faults)
+        faults.update(simulator.faults)
     return faults
 
 

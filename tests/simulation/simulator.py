@@ -97,8 +97,8 @@ class Simulator:
         self.revoked = False
         self.refusing = False
         self.bug = bug
-        self.promises = Invariants(self.fault)
-        self.store = Store(self.promises, bug)
+        self.invariants = Invariants(self.fault)
+        self.store = Store(self.invariants, bug)
         self.group = Group(self._chance)
         self.processes: list[Process] = []
         #: Transactions whose client is gone or has given up, and redrives.
@@ -162,7 +162,7 @@ class Simulator:
     def on_end_reached(self, process: Process) -> None:
         """It says that the ends it was given are handled."""
         self.fault("end reached")
-        behind = [p for p, end in (process.until or {}).items() if self.promises.reached[self.life.topic_id, p] < end]
+        behind = [p for p, end in (process.until or {}).items() if self.invariants.reached[self.life.topic_id, p] < end]
         if behind and self.life.number == 0:
             raise InvariantViolation(f"{process.name} says that the end is reached, not so in {behind}")
 
@@ -182,9 +182,9 @@ class Simulator:
         return self.processes[int(self._chance() * len(self.processes))] if self.processes else None
 
     def _begin_life(self, earliest: list[int]) -> Life:
-        number = len(self.promises.lives)
+        number = len(self.invariants.lives)
         life = Life(number, earliest)
-        self.promises.on_life(life)
+        self.invariants.on_life(life)
         return life
 
     def _produce(self) -> None:
@@ -231,7 +231,7 @@ class Simulator:
         if step is Step.WAITING and self._chance() < 0.3:
             self._end_blockers(process)
         elif isinstance(process.result, FenceLost):
-            self.fault("zombie at the fence" if process.deaf else "fence lost")
+            self.fault("zombie at the fence" if process.kafka.deaf else "fence lost")
 
     def _end_blockers(self, process: Process) -> None:
         """It waited for 5 s at a lock: whoever of our kind holds one is ended, and it tries again."""
@@ -284,10 +284,10 @@ class Simulator:
 
     def _wake(self) -> None:
         for process in self.processes:
-            if process.deaf:
+            if process.kafka.deaf:
                 self.note(process.name, "is back")
-                process.frozen = process.deaf = False
-                process.inbox = [("taken", partition) for partition in sorted(process.mine)]
+                process.frozen = process.kafka.deaf = False
+                process.kafka.inbox = [("revoked", partition) for partition in sorted(process.kafka.assigned)]
                 self.group.join(process)
                 return
 
@@ -314,7 +314,7 @@ class Simulator:
 
     def _remove(self, process: Process) -> None:
         self.processes.remove(process)
-        if not process.deaf:
+        if not process.kafka.deaf:
             self.group.drop(process)
 
     def _throw(self, process: Process, error: OrderlibError) -> None:
@@ -371,20 +371,20 @@ class Simulator:
     def _deafen(self) -> None:
         """The group hears nothing of it and goes on; it works on all the same."""
         process = self._any_process()
-        if process is not None and not process.deaf:
+        if process is not None and not process.kafka.deaf:
             self.fault("zombie", process.name)
             self._fall_silent(process)
 
     def _fall_silent(self, process: Process) -> None:
-        if not process.deaf:
-            process.deaf = True
-            process.inbox.clear()
+        if not process.kafka.deaf:
+            process.kafka.deaf = True
+            process.kafka.inbox.clear()
             self.group.drop(process)
 
     def _lose(self) -> None:
         """The group took everything from it without asking; it hears of that at once."""
         process = self._any_process()
-        if process is not None and not process.deaf:
+        if process is not None and not process.kafka.deaf:
             self.fault("partitions lost", process.name)
             self._fall_silent(process)
             self._wake()
@@ -415,7 +415,7 @@ class Simulator:
 
     def _remake(self) -> None:
         """The topic is deleted and made again, with records already."""
-        if len(self.promises.lives) < 3:
+        if len(self.invariants.lives) < 3:
             self.fault("topic made again")
             self.life = self._begin_life([0] * PARTITIONS)
             for _ in range(self._below(8)):
@@ -437,7 +437,7 @@ class Simulator:
                 to = earliest + self._below(now - earliest)
                 self.fault("offsets rewound", partition, "to", to)
                 self.store.offsets[topic_id, partition] = to
-                self.promises.on_rewind(topic_id, partition, to)
+                self.invariants.on_rewind(topic_id, partition, to)
         self._rewind_wanted = False
         self._start()
 
@@ -476,18 +476,18 @@ class Simulator:
                 self._start()
             self._round()
             quiet = not self.redrives and not self.orphans and all(process.core.idle for process in self.processes)
-            if quiet and self.promises.all_handled(self.life):
+            if quiet and self.invariants.all_handled(self.life):
                 break
         else:
-            raise InvariantViolation(f"not everything is handled: {self.promises.handled}, {self.life.ends()}")
+            raise InvariantViolation(f"not everything is handled: {self.invariants.handled}, {self.life.ends()}")
         for _ in range(2):
             self.redrives.append(Job(self.store.redrive()))
             while self.redrives:
                 self._advance_redrive(self.redrives[0])
-        if any(process.paused for process in self.processes):
+        if any(process.kafka.paused for process in self.processes):
             raise InvariantViolation("the outage is over, and somebody still pauses")
         self._stop_all()
-        self.promises.check_end(self.life, self.store.orders, self.store.rejects, self.store.offsets)
+        self.invariants.check_end(self.life, self.store.orders, self.store.rejects, self.store.offsets)
 
     def _round(self) -> None:
         self.now_s += 0.06

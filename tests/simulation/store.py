@@ -69,8 +69,8 @@ class Job:
 class Store:
     """Offsets, orders and rejects; READ COMMITTED, row locks held until the end of a transaction."""
 
-    def __init__(self, promises: Invariants, bug: Bug | None) -> None:
-        self._promises = promises
+    def __init__(self, invariants: Invariants, bug: Bug | None) -> None:
+        self._invariants = invariants
         self._bug = bug
         self.offsets: dict[tuple[str, int], int] = {}
         self.orders: dict[str, StoredVersion] = {}
@@ -106,7 +106,7 @@ class Store:
             read = self.orders.copy()
             after = read.copy()
             outcomes = self._store(prepared_orders, after, self._settle)
-            self._promises.on_settled(batch, read, after)
+            self._invariants.on_settled(batch, read, after)
             changed = [uid for uid in sorted(after) if after[uid] is not read.get(uid)]
             yield Step.WORKING
             yield from self._lock(transaction, [(uid,) for uid in changed])
@@ -114,7 +114,7 @@ class Store:
             if self._bug is not Bug.NO_TOPIC_ID_CHECK and topic_id() != batch.topic_id:
                 raise TopicRecreated(f"{batch.topic_id} is now another")
             yield Step.COMMITTING
-            self._promises.on_batch(batch, outcomes, self.orders, changes)
+            self._invariants.on_batch(batch, outcomes, self.orders, changes)
             self.orders.update(changes)
             self._keep_rejects(batch)
             self._move_offsets(batch)
@@ -148,10 +148,10 @@ class Store:
             yield Step.COMMITTING
             for place, outcome in outcomes.items():
                 record, before = self.rejects[place]
-                self._promises.on_redriven(place, before, outcome)
+                self._invariants.on_redriven(place, before, outcome)
                 self.rejects[place] = record, outcome
             changes = {uid: after[uid] for uid in uids if uid in after}
-            self._promises.on_orders(self.orders, changes)
+            self._invariants.on_orders(self.orders, changes)
             self.orders.update(changes)
         finally:
             self._unlock(transaction)

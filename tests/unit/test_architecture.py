@@ -39,7 +39,11 @@ MAY_IMPORT: dict[str, set[str]] = {
 #: Foreign libraries, and the only places that may import them.
 ROOMS = {
     "psycopg": ("orderlib/postgres/", "sandbox/postgres.py"),
-    "confluent_kafka": ("services/", "sandbox/kafka.py"),
+    "confluent_kafka": (
+        *("services/kafka.py", "services/kafka_errors.py", "services/kafka_listener.py"),
+        *("services/consumer/kafka_consumer.py", "services/sender/", "sandbox/kafka.py"),
+        *("services/admin/topic_reader.py", "services/admin/topics.py", "services/admin/offsets.py"),
+    ),
     "falcon": ("services/api/",),
     "gunicorn": ("services/api/",),
     "jinja2": ("services/api/",),
