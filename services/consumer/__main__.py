@@ -84,7 +84,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         finally:
             worker.close(timeout_s=1)
             left_group = kafka.close(STOP_CLOSE_S)
-            event("ended", left_group=left_group)
+            event("exited", left_group=left_group)
 
 
 def _wait_for(request: Callable[[], T], server: str, stop_event: threading.Event, health: Health) -> T:

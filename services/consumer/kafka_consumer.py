@@ -233,4 +233,4 @@ class KafkaConsumer(KafkaClient):
 
 def _on_committed(error: KafkaError | None, _places: list[TopicPartition]) -> None:
     if error is not None:
-        event("offsets_not_reported", logging.INFO, reason=error.name())
+        event("kafka_commit_failed", logging.INFO, reason=error.name())

@@ -284,7 +284,7 @@ class ConsumerRunner:
         if self._core.stopped:
             return self._end()
         if self._stop_by_s is not None and self._clock() >= self._stop_by_s:
-            self._log("batch_abandoned", logging.WARNING, waited_seconds=STOP_BATCH_S)
+            self._log("batch_aborted", logging.WARNING, waited_seconds=STOP_BATCH_S)
             self._worker.abort()
             return self._end()
         return None
@@ -302,8 +302,8 @@ class ConsumerRunner:
     def _give_up(self, exc: Exception) -> int:
         """Log where the error happened. Its message is left out, because it may contain data of a record."""
         frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(exc.__traceback__)]
-        self._log("unforeseen_error", logging.ERROR, error=type(exc).__name__, frames=frames)
-        self._core.on_fatal(OrderlibError(f"unforeseen {type(exc).__name__}"))
+        self._log("unexpected_error", logging.ERROR, error=type(exc).__name__, frames=frames)
+        self._core.on_fatal(OrderlibError(f"unexpected {type(exc).__name__}"))
         return self._end()
 
     def _check_stop_event(self) -> None:
@@ -320,7 +320,7 @@ class ConsumerRunner:
         if isinstance(result, OrderlibError):
             self._metrics.retries.labels(type(result).__name__).inc()
             if isinstance(result, TransactionConflict):
-                self._log("collision", logging.WARNING, reason=str(result))
+                self._log("transaction_conflict", logging.WARNING, reason=str(result))
             self._core.on_failed(result, self._clock())
         elif isinstance(result, BaseException):
             raise result
@@ -348,7 +348,7 @@ class ConsumerRunner:
                     stalled_by_kafka = not wait_s and isinstance(reason, BrokerUnavailable)
                     cause = self._kafka.unreachable if stalled_by_kafka else str(reason)
                     self._health.not_ready = cause
-                    self._log("waiting", logging.WARNING, reason=cause, seconds=round(wait_s, 2))
+                    self._log("retrying", logging.WARNING, reason=cause, seconds=round(wait_s, 2))
                 case Resume():
                     self._kafka.resume()
                     self._log("resumed")

@@ -107,7 +107,7 @@ def test_it_leaves_with_0_when_told_and_kafka_knows_how_far_it_was(
         wait_until_handled(sender.manifest, database)
         consumer.process.send_signal(number)
         assert consumer.status(within_s=10) == 0
-        assert [event["event"] for event in consumer.events()][-2:] == ["stopping", "ended"]
+        assert [event["event"] for event in consumer.events()][-2:] == ["stopping", "exited"]
         assert "Traceback" not in consumer.stderr.read_text()
 
 
@@ -122,12 +122,12 @@ def test_a_right_that_is_revoked_stops_it_with_1_and_a_reason(
             assert consumer.status(within_s=20) == 1
         finally:
             administrator.execute("GRANT INSERT ON items TO orders_writer")
-        stopped, ended = consumer.events()[-2:]
-        assert (stopped["event"], ended["event"]) == ("stopped", "ended")
+        stopped, exited = consumer.events()[-2:]
+        assert (stopped["event"], exited["event"]) == ("stopped", "exited")
         assert "permission denied" in stopped["reason"]
     with consuming(environ, "--exit-at-end") as consumer:
         assert consumer.status(within_s=30) == 0
-        assert [event["event"] for event in consumer.events()][-2:] == ["end_reached", "ended"]
+        assert [event["event"] for event in consumer.events()][-2:] == ["end_reached", "exited"]
     assert_all_accounted_for(sender.manifest, database, environ)
 
 

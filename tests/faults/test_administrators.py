@@ -78,7 +78,7 @@ def test_a_database_that_takes_no_connections_for_a_while_is_an_outage(
         connection.execute(close.format(name).encode())
         connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
         sender.send_orders(uids("order", 10), version=2)
-        assert eventually(lambda: any(code in str(event) for event in consumer.events("waiting")), 15)
+        assert eventually(lambda: any(code in str(event) for event in consumer.events("retrying")), 15)
         answer = api.get("/orders/order-1")
         assert answer.status == 503
         assert b"set up" not in answer.body
@@ -114,7 +114,7 @@ def test_time_limits_of_an_administrator_end_sessions_and_no_program(
             sender.send_orders(uids("order", 10), version)
             wait_until_handled(sender.manifest, database)
         # A lost idle session is replaced silently.
-        assert not consumer.events("waiting")
+        assert not consumer.events("retrying")
         assert consumer.stop() == 0
     succeed("admin reconcile", environ)
 

@@ -174,7 +174,7 @@ def test_a_frozen_consumer_that_holds_an_order_is_ended(
             frozen.execute("DELETE FROM orders")
             sender.send_orders(["shared"], version=2)
             wait_until_handled(sender.manifest, database)
-            assert "frozen consumer" in consumer.events("collision")[0]["reason"]
+            assert "frozen consumer" in consumer.events("transaction_conflict")[0]["reason"]
             with pytest.raises(psycopg.OperationalError):
                 frozen.execute("SELECT 1")
         assert_all_accounted_for(sender.manifest, database, environ)

@@ -84,7 +84,7 @@ def test_a_full_disk_is_waited_out_and_rejects_nothing(
         ballast = fill(small_disk)
         sender.send_orders(uids("order", 2000), version=2)
         sender.send_bad(b"{")
-        assert eventually(lambda: any("53100" in event["reason"] for event in consumer.events("waiting")), 15)
+        assert eventually(lambda: any("53100" in event["reason"] for event in consumer.events("retrying")), 15)
         assert consumer.live
         assert not consumer.ready
         ballast.unlink()
@@ -101,5 +101,5 @@ def test_a_full_disk_does_not_keep_a_consumer_that_is_told_to_stop(
         superuser.execute("ALTER TABLE items SET TABLESPACE small")
         fill(small_disk)
         sender.send_orders(uids("order", 2000))
-        assert eventually(lambda: bool(consumer.events("waiting")), 15)
+        assert eventually(lambda: bool(consumer.events("retrying")), 15)
         assert consumer.stop() == 0

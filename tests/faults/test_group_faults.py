@@ -78,7 +78,7 @@ def test_a_frozen_consumer_is_taken_over_from_and_does_no_harm_when_it_wakes(
             wait_until_handled(sender.manifest, database)
             assert next_offsets(database).items() != before.items()
             assert heir.metric('orders_retries_total{cause="TransactionConflict"}') >= 1
-            assert "frozen consumer" in heir.events("collision")[0]["reason"]
+            assert "frozen consumer" in heir.events("transaction_conflict")[0]["reason"]
             frozen.thaw()
             sender.send_orders(uids("order", 50), version=4)
             wait_until_handled(sender.manifest, database)
@@ -103,7 +103,7 @@ def test_a_partition_that_was_taken_and_given_back_in_an_outage_is_read_on(
         wait_until_handled(sender.manifest, database)
         with locked(database, TABLE):
             sender.send_orders(uids("order", 50), version=2)
-            assert eventually(lambda: bool(consumer.events("waiting")), 10)
+            assert eventually(lambda: bool(consumer.events("retrying")), 10)
             with consuming(environ) as visitor:
                 assert eventually(lambda: bool(given(visitor)), 20)
                 visited = given(visitor)

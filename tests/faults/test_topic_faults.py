@@ -166,7 +166,7 @@ def test_offsets_rewound_in_an_outage_are_followed_when_it_is_over(
         wait_until_handled(sender.manifest, database)
         between.freeze()
         sender.send_orders(uids("order", 100), version=2)
-        assert eventually(lambda: bool(consumer.events("waiting")), 10)
+        assert eventually(lambda: bool(consumer.events("retrying")), 10)
         with psycopg.connect(database.superuser_url) as connection:
             connection.execute("UPDATE consumer_offsets SET next_offset = 5")
             connection.execute("DELETE FROM orders WHERE source_offset >= 5")

@@ -108,14 +108,14 @@ class Process:
     def _log(self, name: str, _level: int = 0, **fields: object) -> None:
         self._logged.append((name, str(fields.get("reason", ""))))
         self._simulator.note(self.name, "logs", name, fields)
-        if name == "batch_abandoned":
-            self._simulator.fault("batch abandoned")
+        if name == "batch_aborted":
+            self._simulator.fault("batch aborted")
         elif name == "fence_lost":
             self._simulator.fault("seek after a lost fence")
 
     def on_fatal(self, error: OrderlibError | MistakeError) -> None:
         """It is about to hear of this, and must stop."""
-        self._fatal.append("unforeseen MistakeError" if isinstance(error, MistakeError) else str(error))
+        self._fatal.append("unexpected MistakeError" if isinstance(error, MistakeError) else str(error))
         self._simulator.on_fatal(self, error)
 
     def advance(self) -> Step | None:

@@ -47,7 +47,7 @@ FATAL = {RIGHT_REVOKED, NOT_AUTHORIZED, MISTAKE}
 #: What may happen in a schedule, and is counted.
 FAULTS = {
     *("COMMIT took effect late", "COMMIT without an answer", "Kafka down", "PostgreSQL down", "batch full"),
-    *("blocker ended", "collision", "connection cut", "duplicate", "end reached", "fence lost", "frozen"),
+    *("blocker ended", "transaction conflict", "connection cut", "duplicate", "end reached", "fence lost", "frozen"),
     *(
         "frozen in its transaction",
         "gap at the end",
@@ -61,7 +61,7 @@ FAULTS = {
     *("seek after a lost fence", "stall", "superseded", "told to stop", "told to stop in a batch", "too large"),
     *(
         "no answer while it stops",
-        "batch abandoned",
+        "batch aborted",
         "mistake in the program",
         "not authorized by Kafka",
         "right revoked",
@@ -351,7 +351,7 @@ class Simulator:
     def _collide(self) -> None:
         process = self._any_process()
         if process is not None and process.job is not None and process.job.step is Step.WORKING and not process.frozen:
-            self.fault("collision", process.name)
+            self.fault("transaction conflict", process.name)
             self._throw(process, TransactionConflict("deadlock"))
 
     def _stall(self) -> None:
