@@ -90,7 +90,9 @@ def test_the_index_has_every_page() -> None:
     assert "(docs/README.md)" in README
 
 
-@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *PAGES, ROOT / "examples" / "README.md"], ids=lambda page: page.name
+)
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
         linked = page.parent / target if target else page

@@ -29,7 +29,7 @@ def existing() -> set[str]:
     """Return the modules of MAPPED, the packages of the tests, and the folders of both."""
     modules = {path.relative_to(ROOT) for folder in MAPPED for path in (ROOT / folder).rglob("*.py")}
     packages = {path.parent.relative_to(ROOT) for path in (ROOT / "tests").glob("*/__init__.py")}
-    folders = {path.parent for path in modules} | packages | {Path("tests"), Path("monitoring")}
+    folders = {path.parent for path in modules} | packages | {Path("tests"), Path("monitoring"), Path("examples")}
     return {path.as_posix() for path in modules} | {f"{path.as_posix()}/" for path in folders}
 
 

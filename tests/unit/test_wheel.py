@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import tomllib
-import venv
 import zipfile
-from collections.abc import Iterator
-from importlib.metadata import Distribution, PathDistribution, distribution
 from pathlib import Path
 
-import attrs
 import pytest
 from packaging.requirements import Requirement
 
+from tests.support.wheel import PIP, Environment, build_wheel, make_environment, run
+
 ROOT = Path(__file__).parents[2]
-PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 
 #: The modules that programs, sandbox and tests need, and a user of the library does not.
 NOT_OF_THE_LIBRARY = (
@@ -26,63 +21,14 @@ NOT_OF_THE_LIBRARY = (
 )
 
 
-def run(*command: str | Path) -> str:
-    """Run a command, which must succeed, and return its stdout."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel. Building it needs no package index, because the development group contains the build backend."""
-    folder = tmp_path_factory.mktemp("wheel")
-    run(*PIP, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", folder, ROOT)
-    [built] = folder.iterdir()
-    return built
-
-
-@attrs.frozen
-class Environment:
-    """A virtual environment with the wheel and its dependencies only, without pip."""
-
-    python: Path
-    site_packages: Path
-
-    def run(self, code: str) -> str:
-        """Run a program in the environment, outside this checkout, and return its stdout."""
-        return run(self.python, "-I", "-W", "error", "-c", f"import os; os.chdir('/')\n{code}")
-
-    def can_import(self, module: str) -> bool:
-        return self.run(f"import importlib.util as u; print(u.find_spec({module!r}) is not None)") == "True\n"
-
-
-def dependencies_of(package: Distribution, extras: set[str]) -> Iterator[Distribution]:
-    """Yield the installed distributions that a package with these extras needs, directly or indirectly."""
-    for requirement in map(Requirement, package.requires or ()):
-        if requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in {"", *extras}):
-            found = distribution(requirement.name)
-            yield found
-            yield from dependencies_of(found, requirement.extras)
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """An environment made without a package index: the dependencies are links to the installed ones."""
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, symlinks=True)
-    created = Environment(
-        python=folder / "bin" / "python",
-        site_packages=folder / "lib" / f"python3.{sys.version_info.minor}" / "site-packages",
-    )
-    run(*PIP, "--python", created.python, "install", "--no-index", "--no-deps", wheel)
-    [installed] = created.site_packages.glob("orderlib-*.dist-info")
-    for package in dependencies_of(PathDistribution(installed), set()):
-        for file in package.files or ():
-            link = created.site_packages / file.parts[0]
-            if ".." not in file.parts and not link.exists():
-                link.symlink_to(Path(str(package.locate_file(file.parts[0]))))
-    return created
+    return make_environment(wheel, tmp_path_factory.mktemp("environment"))
 
 
 def test_the_wheel_contains_exactly_the_files_of_the_library(wheel: Path) -> None:
