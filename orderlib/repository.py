@@ -7,7 +7,7 @@ import binascii
 import datetime as dt
 import enum
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from typing import Protocol, TypedDict, TypeVar, Unpack
 
 import attrs
@@ -283,7 +283,7 @@ class OrderRepository(Protocol):
         """
         ...
 
-    def stream(self, **filters: Unpack[Filters]) -> Iterator[StoredOrder]:
+    def stream(self, **filters: Unpack[Filters]) -> Generator[StoredOrder, None, None]:
         """Iterate over all orders that match the filters, newest ``first_stored_at`` first, from one snapshot.
 
         Needs constant memory for any number of orders. It uses one connection until the iteration ends or ``close`` is
@@ -292,7 +292,10 @@ class OrderRepository(Protocol):
         ...
 
     def position_state(self, topic: str, partition: int, offset: int) -> PositionState:
-        """Return what has happened to a Kafka record, from one snapshot."""
+        """Return what has happened to a Kafka record, from one snapshot.
+
+        If a topic of this name was deleted and created again, this is the state of the topic that a consumer read last.
+        """
         ...
 
     def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
@@ -356,7 +359,7 @@ class AsyncOrderRepository(Protocol):
         """See ``OrderRepository.list_orders``."""
         ...
 
-    def stream(self, **filters: Unpack[Filters]) -> AsyncIterator[StoredOrder]:
+    def stream(self, **filters: Unpack[Filters]) -> AsyncGenerator[StoredOrder, None]:
         """See ``OrderRepository.stream``. To end it early, await ``aclose`` of the iterator."""
         ...
 
@@ -390,6 +393,15 @@ def checked_type(name: str, value: object, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
     return value
+
+
+def is_position(topic: str, partition: int, offset: int) -> bool:
+    """Return whether a record can have this position. Raises TypeError for values of other types."""
+    checked_type("topic", topic, str)
+    for name, value in (("partition", partition), ("offset", offset)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    return fits_postgres(topic) and 0 <= partition < 2**31 and 0 <= offset < 2**63
 
 
 def checked_uids(order_uids: Iterable[str]) -> list[str]:

@@ -8,9 +8,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import ClassVar, Self, TypeVar, Unpack
 
 import attrs
 from psycopg import waiting
@@ -46,6 +46,9 @@ T = TypeVar("T")
 class AsyncOrderRepositoryBase(ABC):
     """The methods of ``AsyncOrderRepository``, over steps that a subclass runs."""
 
+    #: Whether a later call may succeed after a lost connection.
+    _reconnects: ClassVar[bool] = True
+
     @abstractmethod
     async def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
         """Run a read, and translate its errors."""
@@ -80,9 +83,13 @@ class AsyncOrderRepositoryBase(ABC):
         query = ListQuery(**options)
         return await self._read(lambda read_queries: read_queries.list_orders(query))
 
-    async def stream(self, **filters: Unpack[Filters]) -> AsyncIterator[StoredOrder]:
+    def stream(self, **filters: Unpack[Filters]) -> AsyncGenerator[StoredOrder, None]:
         """See ``OrderRepository.stream``."""
-        async with contextlib.aclosing(self._pages(ListQuery(**filters))) as pages:
+        # Not a generator itself, so that it refuses a wrong filter before the iteration.
+        return self._stream(ListQuery(**filters))
+
+    async def _stream(self, query: ListQuery) -> AsyncGenerator[StoredOrder, None]:
+        async with contextlib.aclosing(self._pages(query)) as pages:
             async for page in pages:
                 for stored in page.orders:
                     yield stored
@@ -99,7 +106,7 @@ class AsyncOrderRepositoryBase(ABC):
             try:
                 state = await self.position_state(topic, partition, offset)
             except DatabaseUnavailable:
-                if remaining_s <= 0:
+                if remaining_s <= 0 or not self._reconnects:
                     raise
             else:
                 if remaining_s <= 0 or state.state in {RecordState.HANDLED, RecordState.REJECTED}:

@@ -46,7 +46,7 @@ RIGHTS: Mapping[str, Mapping[str, tuple[LiteralString, ...]]] = {
     "rejects": {
         WRITER: ("SELECT", "INSERT", "UPDATE (redriven_at, redrive_outcome)"),
         READER: (
-            "SELECT (topic_id, partition, record_offset, topic, record_time, code, rejected_at, redriven_at, "  # noqa: ISC004
+            "SELECT (topic_id, partition, record_offset, topic, record_time, code, faults, rejected_at, redriven_at, "  # noqa: ISC004
             "redrive_outcome)",
         ),
     },

@@ -28,6 +28,7 @@ from orderlib.repository import (
     Stats,
     StoredOrder,
     checked_type,
+    is_position,
 )
 
 _BEGIN: Statement = (queries.BEGIN_READ, ())
@@ -127,7 +128,7 @@ class ReadQueries:
 
     def position_state(self, topic: str, partition: int, offset: int) -> PQGen[PositionState]:
         """See ``OrderRepository.position_state``."""
-        if not fits_postgres(checked_type("topic", topic, str)):
+        if not is_position(topic, partition, offset):
             return PositionState(state=RecordState.UNKNOWN)
         [rows] = yield from self._wire.pipeline((queries.POSITION_STATE, [topic, partition, offset]))
         if not rows:

@@ -6,9 +6,9 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import ClassVar, Self, TypeVar, Unpack
 
 import attrs
 from psycopg.abc import PQGen
@@ -43,6 +43,9 @@ T = TypeVar("T")
 class OrderRepositoryBase(ABC):
     """The methods of ``OrderRepository``, over steps that a subclass runs."""
 
+    #: Whether a later call may succeed after a lost connection.
+    _reconnects: ClassVar[bool] = True
+
     @abstractmethod
     def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
         """Run a read, and translate its errors."""
@@ -52,7 +55,7 @@ class OrderRepositoryBase(ABC):
         """Store orders, all or none, and translate the errors."""
 
     @abstractmethod
-    def _pages(self, query: ListQuery) -> Iterator[Page]:
+    def _pages(self, query: ListQuery) -> Generator[Page, None, None]:
         """Yield all pages from one snapshot."""
 
     def get(self, order_uid: str) -> Order:
@@ -77,10 +80,15 @@ class OrderRepositoryBase(ABC):
         query = ListQuery(**options)
         return self._read(lambda read_queries: read_queries.list_orders(query))
 
-    def stream(self, **filters: Unpack[Filters]) -> Iterator[StoredOrder]:
+    def stream(self, **filters: Unpack[Filters]) -> Generator[StoredOrder, None, None]:
         """See ``OrderRepository.stream``."""
-        query = ListQuery(**filters)
-        return (stored for page in self._pages(query) for stored in page.orders)
+        # Not a generator itself, so that it refuses a wrong filter before the iteration.
+        return self._stream(ListQuery(**filters))
+
+    def _stream(self, query: ListQuery) -> Generator[StoredOrder, None, None]:
+        with contextlib.closing(self._pages(query)) as pages:
+            for page in pages:
+                yield from page.orders
 
     def position_state(self, topic: str, partition: int, offset: int) -> PositionState:
         """See ``OrderRepository.position_state``."""
@@ -94,7 +102,7 @@ class OrderRepositoryBase(ABC):
             try:
                 state = self.position_state(topic, partition, offset)
             except DatabaseUnavailable:
-                if remaining_s <= 0:
+                if remaining_s <= 0 or not self._reconnects:
                     raise
             else:
                 if remaining_s <= 0 or state.state in {RecordState.HANDLED, RecordState.REJECTED}:
@@ -176,7 +184,7 @@ class PostgresOrderRepository(OrderRepositoryBase):
                 self._pool.give_back(session)
             time.sleep(wait_s)
 
-    def _pages(self, query: ListQuery) -> Iterator[Page]:
+    def _pages(self, query: ListQuery) -> Generator[Page, None, None]:
         call = Call(self._pool)
         session = self._session(call)
         try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Generator
+from typing import Any, ClassVar, TypeVar
 
 import attrs
 import psycopg
@@ -21,7 +21,15 @@ from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.repository import OrderRepositoryBase
 from orderlib.postgres.wire import Wire
 from orderlib.postgres.writes import accepted
-from orderlib.repository import STREAM_SIZE, AsyncOrderRepository, ListQuery, OrderRepository, Outcome, Page
+from orderlib.repository import (
+    STREAM_SIZE,
+    AsyncOrderRepository,
+    ListQuery,
+    OrderRepository,
+    Outcome,
+    Page,
+    PositionState,
+)
 
 T = TypeVar("T")
 
@@ -33,7 +41,8 @@ def using(connection: psycopg.Connection[Any]) -> OrderRepository:
     the transaction is as it was before the call, and may go on. A call never commits, rolls back the transaction or
     retries, and leaves no setting and no prepared statement behind. After a deadlock or a serialization failure it
     raises TransactionConflict; roll back then, and repeat the transaction. Calls have no time limit of their own: set
-    a ``statement_timeout``. ``stream`` needs REPEATABLE READ or SERIALIZABLE.
+    a ``statement_timeout``. ``stream`` needs REPEATABLE READ or SERIALIZABLE, and ``wait_until_handled`` needs READ
+    COMMITTED: in other transactions they raise ConfigurationError.
 
     psycopg begins a transaction before the first statement. In autocommit mode, open one with
     ``connection.transaction()``: without it, and inside ``connection.pipeline()``, calls raise ConfigurationError.
@@ -52,6 +61,8 @@ def using_async(connection: psycopg.AsyncConnection[Any]) -> AsyncOrderRepositor
 class CallerOrderRepository(OrderRepositoryBase):
     """Keeps the promises of ``OrderRepository`` inside a transaction of the caller's connection. See ``using``."""
 
+    _reconnects: ClassVar[bool] = False
+
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
         self._wire = Wire(connection.pgconn, keeps_statements=False)
@@ -63,7 +74,12 @@ class CallerOrderRepository(OrderRepositoryBase):
     def _save(self, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:
         return self._run(accepted(self._wire, prepared_orders))
 
-    def _pages(self, query: ListQuery) -> Iterator[Page]:
+    def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
+        """See ``OrderRepository.wait_until_handled``."""
+        self._run(_require_new_snapshots(self._wire))
+        return super().wait_until_handled(topic, partition, offset, timeout_s=timeout_s)
+
+    def _pages(self, query: ListQuery) -> Generator[Page, None, None]:
         self._run(_require_one_snapshot(self._wire))
         while True:
             page = self._run(self._read_queries.page(query, STREAM_SIZE))
@@ -85,6 +101,8 @@ class CallerOrderRepository(OrderRepositoryBase):
 class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
     """Keeps the promises of ``AsyncOrderRepository`` inside a transaction of the caller's connection."""
 
+    _reconnects: ClassVar[bool] = False
+
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
         self._connection = connection
         self._wire = Wire(connection.pgconn, keeps_statements=False)
@@ -95,6 +113,11 @@ class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
 
     async def _save(self, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:
         return await self._run(accepted(self._wire, prepared_orders))
+
+    async def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
+        """See ``OrderRepository.wait_until_handled``."""
+        await self._run(_require_new_snapshots(self._wire))
+        return await super().wait_until_handled(topic, partition, offset, timeout_s=timeout_s)
 
     async def _pages(self, query: ListQuery) -> AsyncGenerator[Page, None]:
         await self._run(_require_one_snapshot(self._wire))
@@ -141,6 +164,17 @@ def _in_savepoint(wire: Wire, steps: PQGen[T]) -> PQGen[T]:
 
 
 def _require_one_snapshot(wire: Wire) -> PQGen[None]:
-    [[(isolation,)]] = yield from wire.pipeline((queries.ISOLATION, ()))
-    if isolation in {"read committed", "read uncommitted"}:
+    """Raise ConfigurationError if each statement of the transaction has its own snapshot."""
+    if (yield from _has_new_snapshots(wire)):
         raise ConfigurationError("stream() in a caller's transaction needs ISOLATION LEVEL REPEATABLE READ")
+
+
+def _require_new_snapshots(wire: Wire) -> PQGen[None]:
+    """Raise ConfigurationError if the transaction never sees what others commit."""
+    if not (yield from _has_new_snapshots(wire)):
+        raise ConfigurationError("wait_until_handled() in a caller's transaction needs ISOLATION LEVEL READ COMMITTED")
+
+
+def _has_new_snapshots(wire: Wire) -> PQGen[bool]:
+    [[(isolation,)]] = yield from wire.pipeline((queries.ISOLATION, ()))
+    return isolation in {"read committed", "read uncommitted"}

@@ -9,7 +9,7 @@ import datetime as dt
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Unpack
 
 from orderlib.errors import REJECT_CODES, OrderNotFound
@@ -32,6 +32,7 @@ from orderlib.repository import (
     StoredOrder,
     checked_type,
     checked_uids,
+    is_position,
 )
 
 
@@ -86,7 +87,7 @@ class MemoryOrderRepository:
         next_cursor = page[-1].cursor if len(matching) > query.limit else None
         return Page(orders=tuple(page if is_older else page[::-1]), next_cursor=next_cursor)
 
-    def stream(self, **filters: Unpack[Filters]) -> Iterator[StoredOrder]:
+    def stream(self, **filters: Unpack[Filters]) -> Generator[StoredOrder, None, None]:
         """See ``OrderRepository.stream``."""
         query = ListQuery(**filters)
         with self._lock:
@@ -95,6 +96,8 @@ class MemoryOrderRepository:
 
     def position_state(self, topic: str, partition: int, offset: int) -> PositionState:
         """Return the state that ``set_position_state`` gave to this record, or UNKNOWN: there is no consumer here."""
+        if not is_position(topic, partition, offset):
+            return PositionState(state=RecordState.UNKNOWN)
         with self._lock:
             return self._position_states.get((topic, partition, offset), PositionState(state=RecordState.UNKNOWN))
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime as dt
+import os
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,16 +31,34 @@ from orderlib import (
     OrderNotFound,
     OrderRepository,
     Outcome,
+    PositionState,
     PostgresOrderRepository,
+    RecordState,
     RefusedByDatabase,
     connect,
+    encode_order,
 )
 from orderlib.contract import unchecked
-from orderlib.postgres import queries
-from orderlib.repository import Direction
-from tests.conftest import Database
+from orderlib.errors import RejectedError
+from orderlib.ingestion.records import Batch, OffsetRange, Record, RecordPosition, Reject
+from orderlib.postgres import connections, queries
+from orderlib.postgres.consumer_store import ConsumerStore
+from orderlib.postgres.rejects import redrive
+from orderlib.repository import STREAM_SIZE, Direction
+from tests.conftest import ROOT, Database
 from tests.support.over_asyncio import event_loop, over_asyncio
-from tests.support.repository_contract import SAMPLE_ORDER, RepositoryContract, an_order, versions_in
+from tests.support.repository_contract import (
+    HANDLED,
+    REJECTED,
+    REJECTION,
+    SAMPLE_ORDER,
+    WAITING,
+    PositionContract,
+    RepositoryContract,
+    StreamContract,
+    an_order,
+    versions_in,
+)
 from tests.support.tcp_proxy import TcpProxy
 
 T = TypeVar("T")
@@ -44,7 +68,7 @@ T = TypeVar("T")
 def emptied(module_database: Database) -> Database:
     """The module's database without orders: quicker than a new one for each test."""
     with psycopg.connect(module_database.superuser_url, autocommit=True) as superuser:
-        superuser.execute("TRUNCATE orders CASCADE")
+        superuser.execute("TRUNCATE orders, consumer_offsets, rejects CASCADE")
     return module_database
 
 
@@ -54,13 +78,70 @@ def postgres(emptied: Database) -> Iterator[PostgresOrderRepository]:
         yield repository
 
 
-class TestPostgresOrderRepository(RepositoryContract):
+@pytest.fixture
+def writer(postgres: PostgresOrderRepository) -> OrderRepository:
+    """Another program's repository, for ``StreamContract``."""
+    return postgres
+
+
+@pytest.fixture
+def delete(emptied: Database) -> Callable[[str], None]:
+    """Delete an order as another program would, for ``StreamContract``."""
+
+    def delete_order(order_uid: str) -> None:
+        with psycopg.connect(emptied.writer_url) as connection:
+            connection.execute("DELETE FROM orders WHERE order_uid = %s", [order_uid])
+
+    return delete_order
+
+
+class KafkaRecords:
+    """Handles the records of a topic in the database, as the consumer does. See ``Records``."""
+
+    def __init__(self, database: Database, *, topic: str = "orders", topic_id: str = "topic-id") -> None:
+        self._store = ConsumerStore(database.writer_url, "tests", time.monotonic)
+        self._topic, self._topic_id = topic, topic_id
+        self._next_offsets: dict[int, int] = {}
+
+    def begin(self, next_offset: int, *, partition: int = 0) -> None:
+        self._next_offsets |= self._store.start_partitions(self._topic, self._topic_id, {partition: next_offset})
+
+    def handle(self, *, partition: int = 0, error: RejectedError | None = None, value: bytes = b"{") -> None:
+        offset = self._next_offsets[partition]
+        self._next_offsets[partition] = offset + 1
+        record = Record(
+            source=RecordPosition(topic_id=self._topic_id, partition=partition, offset=offset),
+            time=dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
+            topic=self._topic,
+            key=None,
+            value=value,
+        )
+        batch = Batch(
+            topic=self._topic,
+            topic_id=self._topic_id,
+            ranges={partition: OffsetRange(expected_offset=offset, next_offset=offset + 1)},
+            classified=() if error is None else ((record, Reject.of(record, error)),),
+        )
+        self._store.write(batch, lambda _: None)
+
+    def close(self) -> None:
+        self._store.close()
+
+
+@pytest.fixture
+def records(emptied: Database) -> Iterator[KafkaRecords]:
+    records = KafkaRecords(emptied)
+    yield records
+    records.close()
+
+
+class TestPostgresOrderRepository(RepositoryContract, StreamContract, PositionContract):
     @pytest.fixture
     def repository(self, postgres: PostgresOrderRepository) -> OrderRepository:
         return postgres
 
 
-class TestAsyncPostgresOrderRepository(RepositoryContract):
+class TestAsyncPostgresOrderRepository(RepositoryContract, StreamContract, PositionContract):
     @pytest.fixture
     def repository(self, emptied: Database) -> Iterator[OrderRepository]:
         with event_loop() as run:
@@ -69,22 +150,58 @@ class TestAsyncPostgresOrderRepository(RepositoryContract):
             run(repository.close())
 
 
-class TestUsing(RepositoryContract):
+class TestUsing(RepositoryContract, PositionContract):
+    """In READ COMMITTED, the default of PostgreSQL."""
+
+    @pytest.fixture
+    def repository(self, emptied: Database) -> Iterator[OrderRepository]:
+        with psycopg.connect(emptied.writer_url) as connection:
+            yield orderlib.using(connection)
+
+    def test_a_stream_needs_one_snapshot(self, repository: OrderRepository) -> None:
+        repository.save(SAMPLE_ORDER)
+        with pytest.raises(ConfigurationError, match=r"stream\(\) .* needs ISOLATION LEVEL REPEATABLE READ"):
+            next(repository.stream())
+        assert repository.get(SAMPLE_ORDER.order_uid) == SAMPLE_ORDER
+
+
+class TestUsingInOneSnapshot(RepositoryContract, StreamContract):
+    """In REPEATABLE READ."""
+
     @pytest.fixture
     def repository(self, emptied: Database) -> Iterator[OrderRepository]:
         with psycopg.connect(emptied.writer_url) as connection:
             connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
             yield orderlib.using(connection)
 
+    def test_a_wait_needs_new_snapshots(self, repository: OrderRepository) -> None:
+        repository.save(SAMPLE_ORDER)
+        with pytest.raises(ConfigurationError, match=r"wait_until_handled\(\) .* needs ISOLATION LEVEL READ COMMITTED"):
+            repository.wait_until_handled("orders", 0, 0, timeout_s=0)
+        assert repository.get(SAMPLE_ORDER.order_uid) == SAMPLE_ORDER
 
-class TestUsingAsync(RepositoryContract):
+
+@contextlib.contextmanager
+def using_async_over_asyncio(url: str, isolation_level: psycopg.IsolationLevel | None) -> Iterator[OrderRepository]:
+    with event_loop() as run:
+        connection = run(psycopg.AsyncConnection.connect(url))
+        run(connection.set_isolation_level(isolation_level))
+        yield over_asyncio(orderlib.using_async(connection), run)
+        run(connection.close())
+
+
+class TestUsingAsync(TestUsing):
     @pytest.fixture
     def repository(self, emptied: Database) -> Iterator[OrderRepository]:
-        with event_loop() as run:
-            connection = run(psycopg.AsyncConnection.connect(emptied.writer_url))
-            run(connection.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ))
-            yield over_asyncio(orderlib.using_async(connection), run)
-            run(connection.close())
+        with using_async_over_asyncio(emptied.writer_url, None) as repository:
+            yield repository
+
+
+class TestUsingAsyncInOneSnapshot(TestUsingInOneSnapshot):
+    @pytest.fixture
+    def repository(self, emptied: Database) -> Iterator[OrderRepository]:
+        with using_async_over_asyncio(emptied.writer_url, psycopg.IsolationLevel.REPEATABLE_READ) as repository:
+            yield repository
 
 
 def test_a_page_of_very_large_orders_ends_early_and_the_next_goes_on(postgres: PostgresOrderRepository) -> None:
@@ -244,6 +361,170 @@ def test_concurrent_replacements_end_with_every_order_whole(emptied: Database) -
             "SELECT order_uid FROM items GROUP BY order_uid HAVING max(line) <> count(*) - 1 OR min(line) <> 0"
         ).fetchall()
         assert gaps == []
+
+
+# What happened to a record
+
+
+@pytest.mark.parametrize(
+    ("value", "outcome", "expected"),
+    [
+        (encode_order(SAMPLE_ORDER), Outcome.STORED, HANDLED),
+        (
+            b"[",
+            Outcome.REJECTED,
+            PositionState(
+                state=RecordState.REJECTED,
+                code="invalid_order",
+                faults=REJECTION.faults,
+                total_faults=REJECTION.total,
+            ),
+        ),
+    ],
+    ids=["stored", "rejected"],
+)
+def test_a_redriven_record_is_handled_unless_it_is_rejected_again(
+    postgres: PostgresOrderRepository,
+    emptied: Database,
+    records: KafkaRecords,
+    value: bytes,
+    outcome: Outcome,
+    expected: PositionState,
+) -> None:
+    records.begin(0)
+    records.handle(error=REJECTION, value=value)
+    assert postgres.position_state("orders", 0, 0) == REJECTED
+    with connections.connect(emptied.writer_url, application_name="tests") as connection:
+        assert sum(redrive(connection, 10_000), Counter()) == Counter({outcome: 1})
+    assert postgres.position_state("orders", 0, 0) == expected
+
+
+def test_a_position_belongs_to_the_topic_that_was_read_last(
+    postgres: PostgresOrderRepository, emptied: Database, records: KafkaRecords
+) -> None:
+    records.begin(0)
+    for _ in range(3):
+        records.handle(error=REJECTION)
+    with contextlib.closing(KafkaRecords(emptied, topic_id="recreated")) as recreated:
+        recreated.begin(0)
+        assert postgres.position_state("orders", 0, 0) == WAITING
+        recreated.handle()
+        assert postgres.position_state("orders", 0, 0) == HANDLED
+        assert postgres.position_state("orders", 0, 1) == WAITING
+
+
+def test_a_reader_sees_why_a_record_was_rejected_and_nothing_of_the_record(
+    emptied: Database, records: KafkaRecords
+) -> None:
+    records.begin(0)
+    records.handle(error=REJECTION)
+    with connect(emptied.reader_url) as reader:
+        assert reader.position_state("orders", 0, 0) == REJECTED
+        assert reader.wait_until_handled("orders", 0, 0, timeout_s=0) == REJECTED
+    with psycopg.connect(emptied.reader_url) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        connection.execute("SELECT value FROM rejects")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_wait_goes_on_through_an_outage(emptied: Database, records: KafkaRecords, is_async: bool) -> None:
+    records.begin(0)
+    with TcpProxy(emptied.reader_url) as proxy, pool(proxy.url, is_async=is_async) as repository:
+        assert repository.position_state("orders", 0, 0) == WAITING
+        with ThreadPoolExecutor(1) as thread:
+            waiting = thread.submit(repository.wait_until_handled, "orders", 0, 0, timeout_s=30)
+            proxy.cut()
+            time.sleep(0.5)
+            records.handle(error=REJECTION)
+            assert not waiting.done()
+            proxy.mend()
+            assert waiting.result(10) == REJECTED
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_wait_whose_outage_lasts_is_unavailable(emptied: Database, records: KafkaRecords, is_async: bool) -> None:
+    records.begin(0)
+    with TcpProxy(emptied.reader_url) as proxy, pool(proxy.url, is_async=is_async) as repository:
+        assert repository.position_state("orders", 0, 0) == WAITING
+        proxy.cut()
+        with pytest.raises(DatabaseUnavailable):
+            repository.wait_until_handled("orders", 0, 0, timeout_s=0.5)
+
+
+def test_a_wait_on_a_lost_connection_of_the_caller_ends_at_once(emptied: Database, records: KafkaRecords) -> None:
+    records.begin(0)
+    with psycopg.connect(emptied.reader_url) as connection, psycopg.connect(emptied.superuser_url) as superuser:
+        repository = orderlib.using(connection)
+        assert repository.position_state("orders", 0, 0) == WAITING
+        with ThreadPoolExecutor(1) as thread:
+            waiting = thread.submit(repository.wait_until_handled, "orders", 0, 0, timeout_s=30)
+            time.sleep(0.1)
+            superuser.execute("SELECT pg_terminate_backend(%s)", [connection.info.backend_pid])
+            with pytest.raises(DatabaseUnavailable):
+                waiting.result(5)
+
+
+@contextlib.contextmanager
+def pool(url: str, *, is_async: bool) -> Iterator[OrderRepository]:
+    """A repository with its own pool, and 1 second for each call."""
+    if not is_async:
+        with connect(url, timeout_s=1) as repository:
+            yield repository
+        return
+    with event_loop() as run:
+        async_repository = AsyncPostgresOrderRepository(url, timeout_s=1)
+        yield over_asyncio(async_repository, run)
+        run(async_repository.close())
+
+
+# All orders
+
+STREAM_ALL = """
+import os, resource, sys
+import orderlib
+with orderlib.connect(os.environ["ORDERS_READER_URL"]) as repository:
+    count = sum(1 for stored in repository.stream(customer_id=sys.argv[1]))
+print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_the_memory_of_a_stream_does_not_depend_on_the_number_of_orders(database: Database) -> None:
+    """Also not the memory of libpq, so the kernel measures it. 18,000 orders in Python take more than 100 MB."""
+    with connect(database.writer_url, timeout_s=60) as repository:
+        for start in range(0, 20_000, 2_000):
+            repository.save_many(
+                an_order(f"{index:05}", customer_id="few" if index < 2_000 else "many")
+                for index in range(start, start + 2_000)
+            )
+
+    def count_and_kib(customer_id: str) -> tuple[int, int]:
+        done = subprocess.run(
+            [sys.executable, "-c", STREAM_ALL, customer_id],
+            env=os.environ | database.environ(),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        count, kib = done.stdout.split()
+        return int(count), int(kib)
+
+    (few, few_kib), (many, many_kib) = count_and_kib("few"), count_and_kib("many")
+    assert (few, many) == (2_000, 18_000)
+    assert many_kib - few_kib < 10_000
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_outage_ends_a_stream_and_a_new_one_works(emptied: Database, is_async: bool) -> None:
+    with connect(emptied.writer_url) as writer:
+        writer.save_many(an_order(f"{index}", items=1) for index in range(STREAM_SIZE + 1))
+    with TcpProxy(emptied.reader_url) as proxy, pool(proxy.url, is_async=is_async) as repository:
+        stream = repository.stream()
+        next(stream)
+        proxy.cut()
+        with pytest.raises(DatabaseUnavailable):
+            list(stream)
+        proxy.mend()
+        assert until_reachable(lambda: len(list(repository.stream()))) == STREAM_SIZE + 1
 
 
 # Outages

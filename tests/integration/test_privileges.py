@@ -110,7 +110,7 @@ def test_the_written_table_has_every_role_and_grants_something_on_every_table() 
         "CREATE TABLE of_a_later_migration (n int)",
         "CREATE VIEW of_a_later_migration AS SELECT * FROM delivery",
         "GRANT MAINTAIN ON items TO orders_writer",
-        "GRANT SELECT (faults) ON rejects TO orders_reader",
+        "GRANT SELECT (value) ON rejects TO orders_reader",
         "GRANT SELECT ON items TO PUBLIC",
         "REVOKE SELECT ON items FROM orders_reader",
         "ALTER TABLE items OWNER TO orders_migrator",

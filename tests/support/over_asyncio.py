@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -36,21 +36,23 @@ class _OverAsyncio:
         self._repository = repository
         self._run = run
 
-    def stream(self, **filters: Any) -> Iterator[StoredOrder]:
-        stored = self._repository.stream(**filters)
-        while True:
-            try:
-                yield self._run(_next(stored))
-            except StopAsyncIteration:
-                return
+    def stream(self, **filters: Any) -> Generator[StoredOrder, None, None]:
+        return self._stream(self._repository.stream(**filters))
+
+    def _stream(self, stored: AsyncGenerator[StoredOrder, None]) -> Generator[StoredOrder, None, None]:
+        try:
+            while (found := self._run(_next(stored))) is not None:
+                yield found
+        finally:
+            self._run(stored.aclose())
 
     def __getattr__(self, name: str) -> Callable[..., object]:
         method = getattr(self._repository, name)
         return lambda *args, **options: self._run(method(*args, **options))
 
 
-async def _next(stored: Any) -> StoredOrder:
-    return cast("StoredOrder", await anext(stored))
+async def _next(stored: AsyncGenerator[StoredOrder, None]) -> StoredOrder | None:
+    return await anext(stored, None)
 
 
 def over_asyncio(repository: AsyncOrderRepository, run: Run) -> OrderRepository:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import itertools
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import pytest
@@ -22,11 +23,14 @@ from orderlib import (
     OrderNotFound,
     OrderRepository,
     Outcome,
+    PositionState,
+    RecordState,
     StoredOrder,
     content_sha256,
     decode_order,
 )
-from orderlib.errors import REJECT_CODES, InvalidQuery
+from orderlib.errors import REJECT_CODES, Fault, InvalidOrder, InvalidQuery, RejectedError
+from orderlib.repository import STREAM_SIZE
 from orderlib.testing import SAMPLE
 
 SAMPLE_ORDER = decode_order(SAMPLE)
@@ -464,3 +468,197 @@ class RepositoryContract:
         assert status.stored_recently == 3
         assert empty.asked_at < status.newest_first_stored_at <= status.asked_at
         assert status.rejects_by_code == dict.fromkeys(REJECT_CODES, 0)
+
+    def test_a_repository_that_can_be_read_passes_its_check(self, repository: OrderRepository) -> None:
+        assert repository.check() is None
+
+
+class StreamContract:
+    """What ``stream`` promises.
+
+    Give it a ``repository`` that is empty, and what other programs use: a ``writer``, which is a repository on the same
+    store, and ``delete``, which deletes an order.
+    """
+
+    def test_a_stream_of_no_orders_ends_at_once(self, repository: OrderRepository) -> None:
+        assert list(repository.stream()) == []
+        assert list(repository.stream(customer_id="a\0b")) == []
+
+    def test_a_stream_has_every_order_as_the_list_has_it(self, repository: OrderRepository) -> None:
+        repository.save_many(an_order(uid) for uid in "cab")
+        for uid in "fde":
+            repository.save(an_order(uid))
+        repository.save(an_order("a", 2))
+        streamed = tuple(repository.stream())
+        assert uids(streamed) == uids(repository.list_orders().orders)
+        assert streamed == repository.list_orders().orders
+
+    def test_filters_of_a_stream_are_exact_and_both_hold(self, repository: OrderRepository) -> None:
+        for uid, customer_id, track_number in (
+            ("a", "one", "x"),
+            ("b", "one", "y"),
+            ("c", "two", "x"),
+            ("d", "On", "x"),
+        ):
+            repository.save(an_order(uid, customer_id=customer_id, track_number=track_number))
+        assert uids(tuple(repository.stream(customer_id="one"))) == ["b", "a"]
+        assert uids(tuple(repository.stream(track_number="x"))) == ["d", "c", "a"]
+        assert uids(tuple(repository.stream(customer_id="one", track_number="x"))) == ["a"]
+        assert uids(tuple(repository.stream(customer_id=None, track_number=None))) == ["d", "c", "b", "a"]
+
+    def test_a_wrong_filter_is_refused_before_the_iteration(self, repository: OrderRepository) -> None:
+        wrong: list[dict[str, Any]] = [{"customer": "c"}, {"limit": "c"}, {"customer_id": 5}]
+        for filters in wrong:
+            with pytest.raises(TypeError, match=r"customer|limit"):
+                repository.stream(**filters)
+
+    def test_a_stream_of_more_orders_than_are_read_at_once_has_each_order_once(
+        self, repository: OrderRepository
+    ) -> None:
+        number = 2 * STREAM_SIZE + 1
+        repository.save_many(
+            an_order(f"{index:05}", items=1, customer_id="odd" if index % 2 else "even") for index in range(number)
+        )
+        expected = [f"{index:05}" for index in reversed(range(number))]
+        assert uids(tuple(repository.stream())) == expected
+        assert uids(tuple(repository.stream(customer_id="even"))) == expected[::2]
+
+    def test_a_stream_has_every_item_of_very_large_orders(self, repository: OrderRepository) -> None:
+        orders = [an_order(f"{index:02}", index, items=1_000) for index in range(12)]
+        repository.save_many(orders)
+        assert [stored.order for stored in repository.stream()] == orders[::-1]
+
+    def test_a_stream_shows_nothing_that_changes_after_its_first_order(
+        self, repository: OrderRepository, writer: OrderRepository, delete: Callable[[str], None]
+    ) -> None:
+        writer.save_many(an_order(f"{index:05}", items=1) for index in range(STREAM_SIZE + 10))
+        before = writer.list_orders(limit=1).orders[0]
+        stream = repository.stream()
+        assert next(stream) == before
+        writer.save(an_order("new"))
+        writer.save(an_order("00003", 2, items=3))
+        delete("00001")
+        rest = list(stream)
+        assert uids(tuple(rest)) == [f"{index:05}" for index in reversed(range(STREAM_SIZE + 9))]
+        assert {version for stored in rest for version in versions_in(stored.order)} == {0}
+        assert {len(stored.order.items) for stored in rest} == {1}
+
+    def test_closing_a_stream_early_releases_its_connection(self, repository: OrderRepository) -> None:
+        repository.save_many(an_order(f"{index}", items=1) for index in range(STREAM_SIZE + 1))
+        for _ in range(20):
+            stream = repository.stream()
+            next(stream)
+            stream.close()
+            assert list(stream) == []
+        assert repository.get("0") == an_order("0", items=1)
+
+
+class Records(Protocol):
+    """What a consumer does with the records of the topic ``orders``."""
+
+    def begin(self, next_offset: int, *, partition: int = 0) -> None:
+        """Begin to read a partition at this offset."""
+        ...
+
+    def handle(self, *, partition: int = 0, error: RejectedError | None = None) -> None:
+        """Handle the next record of a partition: as a duplicate, or as a reject."""
+        ...
+
+
+REJECTION = InvalidOrder(
+    [
+        Fault(path="$.items[0].price", expected="an integer", found="a string"),
+        Fault(path="$.locale", expected="a string", found="no value"),
+    ],
+    total=7,
+)
+REJECTED = PositionState(state=RecordState.REJECTED, code="invalid_order", faults=REJECTION.faults, total_faults=7)
+WAITING = PositionState(state=RecordState.WAITING)
+HANDLED = PositionState(state=RecordState.HANDLED)
+UNKNOWN = PositionState(state=RecordState.UNKNOWN)
+
+
+class PositionContract:
+    """What ``position_state`` and ``wait_until_handled`` promise.
+
+    Give it a ``repository``, and ``records`` that are handled in its store.
+    """
+
+    def test_a_record_of_a_partition_that_no_consumer_has_read_is_unknown(
+        self, repository: OrderRepository, records: Records
+    ) -> None:
+        assert repository.position_state("orders", 0, 0) == UNKNOWN
+        records.begin(0, partition=1)
+        assert repository.position_state("orders", 0, 0) == UNKNOWN
+        assert repository.position_state("others", 1, 0) == UNKNOWN
+        assert repository.position_state("orders", 1, 0) == WAITING
+
+    def test_a_record_waits_until_it_is_handled(self, repository: OrderRepository, records: Records) -> None:
+        records.begin(5)
+        assert repository.position_state("orders", 0, 5) == WAITING
+        records.handle()
+        assert repository.position_state("orders", 0, 5) == HANDLED
+        assert repository.position_state("orders", 0, 6) == WAITING
+
+    def test_a_rejected_record_has_its_code_and_its_faults(self, repository: OrderRepository, records: Records) -> None:
+        records.begin(0)
+        records.begin(0, partition=1)
+        records.handle(error=REJECTION)
+        records.handle(partition=1)
+        assert repository.position_state("orders", 0, 0) == REJECTED
+        assert repository.position_state("orders", 1, 0) == HANDLED
+
+    @pytest.mark.parametrize(
+        ("topic", "partition", "offset"),
+        [
+            ("orders", 0, -1),
+            ("orders", -1, 0),
+            ("orders", 2**31, 0),
+            ("orders", 0, 2**63),
+            ("orders", 2**100, 2**100),
+            ("", 0, 0),
+            ("a\0b", 0, 0),
+            ("\ud800", 0, 0),
+        ],
+    )
+    def test_a_position_that_cannot_exist_is_unknown(
+        self, repository: OrderRepository, records: Records, topic: str, partition: int, offset: int
+    ) -> None:
+        records.begin(3)
+        assert repository.position_state(topic, partition, offset) == UNKNOWN
+
+    def test_a_position_of_other_types_is_refused(self, repository: OrderRepository) -> None:
+        wrong: list[tuple[Any, Any, Any, str]] = [
+            (b"orders", 0, 0, "topic must be a str, not bytes"),
+            ("orders", "0", 0, "partition must be an int, not str"),
+            ("orders", 0, True, "offset must be an int, not bool"),
+            ("orders", 0, 1.0, "offset must be an int, not float"),
+        ]
+        for topic, partition, offset, reason in wrong:
+            with pytest.raises(TypeError, match=reason):
+                repository.position_state(topic, partition, offset)
+            with pytest.raises(TypeError, match=reason):
+                repository.wait_until_handled(topic, partition, offset, timeout_s=0)
+
+    @pytest.mark.parametrize(("error", "expected"), [(None, HANDLED), (REJECTION, REJECTED)])
+    def test_waiting_ends_when_the_record_is_handled(
+        self, repository: OrderRepository, records: Records, error: RejectedError | None, expected: PositionState
+    ) -> None:
+        records.begin(0)
+        with ThreadPoolExecutor(1) as thread:
+            waiting = thread.submit(repository.wait_until_handled, "orders", 0, 0, timeout_s=30)
+            time.sleep(0.1)
+            assert not waiting.done()
+            records.handle(error=error)
+            assert waiting.result(5) == expected
+        # Now there is nothing to wait for.
+        assert repository.wait_until_handled("orders", 0, 0, timeout_s=0) == expected
+
+    def test_waiting_ends_with_the_last_state_at_its_time_limit(
+        self, repository: OrderRepository, records: Records
+    ) -> None:
+        began_s = time.monotonic()
+        assert repository.wait_until_handled("orders", 0, 0, timeout_s=0.2) == UNKNOWN
+        records.begin(0)
+        assert repository.wait_until_handled("orders", 0, 0, timeout_s=0.2) == WAITING
+        assert 0.4 <= time.monotonic() - began_s < 5

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+from collections.abc import Callable
 
 import pytest
 
-from orderlib import OrderRepository
+from orderlib import OrderRepository, RejectedError
 from orderlib.testing import MemoryOrderRepository
-from tests.support.repository_contract import RepositoryContract, an_order, stored
+from tests.support.repository_contract import (
+    HANDLED,
+    REJECTED,
+    WAITING,
+    PositionContract,
+    Records,
+    RepositoryContract,
+    StreamContract,
+    an_order,
+    stored,
+)
 
 
 def ticking() -> MemoryOrderRepository:
@@ -19,10 +30,43 @@ def ticking() -> MemoryOrderRepository:
     return MemoryOrderRepository(clock=lambda: began + dt.timedelta(seconds=next(seconds)))
 
 
-class TestMemoryOrderRepository(RepositoryContract):
+class MemoryRecords:
+    """Gives records their states in a repository in memory. See ``Records``."""
+
+    def __init__(self, repository: MemoryOrderRepository) -> None:
+        self._repository = repository
+        self._next_offsets: dict[int, int] = {}
+
+    def begin(self, next_offset: int, *, partition: int = 0) -> None:
+        self._next_offsets[partition] = next_offset
+        self._repository.set_position_state("orders", partition, next_offset, WAITING)
+
+    def handle(self, *, partition: int = 0, error: RejectedError | None = None) -> None:
+        offset = self._next_offsets[partition]
+        self._repository.set_position_state("orders", partition, offset, HANDLED if error is None else REJECTED)
+        self.begin(offset + 1, partition=partition)
+
+
+class TestMemoryOrderRepository(RepositoryContract, StreamContract, PositionContract):
     @pytest.fixture
-    def repository(self) -> OrderRepository:
+    def memory(self) -> MemoryOrderRepository:
         return ticking()
+
+    @pytest.fixture
+    def repository(self, memory: MemoryOrderRepository) -> OrderRepository:
+        return memory
+
+    @pytest.fixture
+    def writer(self, memory: MemoryOrderRepository) -> OrderRepository:
+        return memory
+
+    @pytest.fixture
+    def delete(self, memory: MemoryOrderRepository) -> Callable[[str], None]:
+        return memory._stored.__delitem__
+
+    @pytest.fixture
+    def records(self, memory: MemoryOrderRepository) -> Records:
+        return MemoryRecords(memory)
 
 
 def test_the_given_clock_determines_when_an_order_is_stored() -> None:
