@@ -23,6 +23,7 @@ from services.api.openapi import OpenApiResource
 from services.api.orders import OrderResource, OrdersResource
 from services.api.pages import Pages, StaticResource
 from services.api.parameters import ParametersMiddleware
+from services.api.records import RecordResource
 from services.api.request_metrics import RequestMetricsMiddleware
 from services.settings import ApiSettings
 
@@ -32,7 +33,16 @@ Receive = Callable[[], Awaitable[AsgiEvent]]
 Send = Callable[[AsgiSendMsg], Awaitable[None]]
 
 #: The routes of the API.
-ROUTES = ("/", "/orders", "/orders/{order_uid}", "/static/{name}", "/openapi.json", "/livez", "/readyz")
+ROUTES = (
+    "/",
+    "/orders",
+    "/orders/{order_uid}",
+    "/records/{topic}/{partition}/{offset}",
+    "/static/{name}",
+    "/openapi.json",
+    "/livez",
+    "/readyz",
+)
 METRICS_ROUTE = "/metrics"
 
 _ASCII = bytes(range(128)).decode()
@@ -105,6 +115,7 @@ def create_app(
         HomeResource(reader, pages),
         OrdersResource(reader, pages),
         OrderResource(reader, pages),
+        RecordResource(reader),
         StaticResource(pages),
         OpenApiResource(),
         LiveResource(),

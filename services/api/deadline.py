@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Coroutine
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 from orderlib.errors import DatabaseUnavailable
 
@@ -13,19 +13,21 @@ from orderlib.errors import DatabaseUnavailable
 ANSWER_TIMEOUT_S = 4.5
 
 P = ParamSpec("P")
-#: A method of a resource that answers a request, such as ``on_get``.
-Responder = Callable[P, Coroutine[object, object, None]]
+T = TypeVar("T")
 
 
-def with_deadline(responder: Responder[P]) -> Responder[P]:
-    """Make a responder raise DatabaseUnavailable if its answer takes longer than 4.5 s."""
+def with_deadline(
+    respond: Callable[P, Coroutine[object, object, T]], limit_s: float | None = None
+) -> Callable[P, Coroutine[object, object, T]]:
+    """Make a coroutine function raise DatabaseUnavailable if it takes longer than its limit, or than 4.5 s."""
 
-    @functools.wraps(responder)
-    async def respond(*args: P.args, **kwargs: P.kwargs) -> None:
+    @functools.wraps(respond)
+    async def bounded(*args: P.args, **kwargs: P.kwargs) -> T:
+        timeout_s = ANSWER_TIMEOUT_S if limit_s is None else limit_s
         try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                await responder(*args, **kwargs)
+            async with asyncio.timeout(timeout_s):
+                return await respond(*args, **kwargs)
         except TimeoutError as exc:
-            raise DatabaseUnavailable(f"PostgreSQL: no answer within {ANSWER_TIMEOUT_S} s") from exc
+            raise DatabaseUnavailable(f"PostgreSQL: no answer within {timeout_s:g} s") from exc
 
-    return respond
+    return bounded

@@ -10,10 +10,12 @@ from falcon.asgi import Request, Response
 
 import orderlib
 from orderlib.contract import json_schema
+from orderlib.errors import REJECT_CODES
 from orderlib.models import Order
-from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE
+from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, RecordState
 from services.api.error_handlers import PROBLEM_JSON
 from services.api.parameters import FILTERS, PERIOD
+from services.api.records import MAX_OFFSET, MAX_PARTITION, MAX_WAIT_S, TOPIC_PATTERN
 
 _JSON = falcon.MEDIA_JSON
 
@@ -119,6 +121,20 @@ def document() -> dict[str, Any]:
             for name, meaning in zip(PERIOD, ("at this time or later", "before this time"), strict=True)
         ),
     ]
+    position: list[dict[str, Any]] = [
+        {"name": "topic", "schema": {"type": "string", "pattern": TOPIC_PATTERN}},
+        {"name": "partition", "schema": {"type": "integer", "minimum": 0, "maximum": MAX_PARTITION}},
+        {"name": "offset", "schema": {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET}},
+    ]
+    record = {
+        "200": {
+            "description": "What happened to the record, when the answer was made.",
+            "headers": {"Cache-Control": headers["Cache-Control"]},
+            "content": {_JSON: {"schema": {"$ref": "#/components/schemas/RecordState"}}},
+        },
+        "400": _BAD_REQUEST,
+        **{status: answer for status, answer in _PROBLEMS.items() if status != "406"},
+    }
     health = {
         "200": {"description": "Healthy.", "content": {_JSON: {"schema": {"type": "object"}}}},
         "400": _BAD_REQUEST,
@@ -174,6 +190,34 @@ def document() -> dict[str, Any]:
                 },
                 "head": {"operationId": "headOrders", "summary": "Return the headers of the list", "responses": many},
             },
+            "/records/{topic}/{partition}/{offset}": {
+                "parameters": [
+                    *({"in": "path", "required": True, **parameter} for parameter in position),
+                    {
+                        "name": "wait",
+                        "in": "query",
+                        "description": (
+                            "How many seconds to wait until the record is handled or rejected. The answer comes as "
+                            "soon as it is."
+                        ),
+                        "schema": {"type": "number", "minimum": 0, "maximum": MAX_WAIT_S, "default": 0},
+                    },
+                ],
+                "get": {
+                    "operationId": "getRecord",
+                    "summary": "Tell what happened to a Kafka record",
+                    "description": (
+                        "After `handled`, an order that was sent in this record can be read, unless a later record "
+                        "has replaced it."
+                    ),
+                    "responses": record,
+                },
+                "head": {
+                    "operationId": "headRecord",
+                    "summary": "Return the headers of the state of a record",
+                    "responses": record,
+                },
+            },
             "/livez": {
                 "get": {"operationId": "live", "summary": "Is the process alive?", "security": [], "responses": health}
             },
@@ -206,6 +250,34 @@ def document() -> dict[str, Any]:
                             "type": ["string", "null"],
                             "description": "Continues the list in the same direction; null on the last page.",
                         },
+                    },
+                },
+                "RecordState": {
+                    "type": "object",
+                    "required": ["state", "code", "faults", "total_faults"],
+                    "properties": {
+                        "state": {
+                            "enum": list(RecordState),
+                            "description": (
+                                "`waiting`: the consumer has not handled it yet. `handled`: it was stored or changed "
+                                "nothing. `rejected`: it was refused. `unknown`: no consumer has read this partition."
+                            ),
+                        },
+                        "code": {"enum": [*REJECT_CODES, None], "description": "Why it was rejected."},
+                        "faults": {
+                            "type": "array",
+                            "description": "The first faults of a rejected record, without its values.",
+                            "items": {
+                                "type": "object",
+                                "required": ["path", "expected", "found"],
+                                "properties": {
+                                    "path": {"type": "string", "description": "JSON path; `$` is the record itself."},
+                                    "expected": {"type": "string", "description": "The rule."},
+                                    "found": {"type": "string", "description": "The kind of value that was found."},
+                                },
+                            },
+                        },
+                        "total_faults": {"type": "integer", "minimum": 0},
                     },
                 },
                 "Problem": {

@@ -32,7 +32,8 @@ from services.settings import Address
 REQUEST_HEAD_TIMEOUT_S = 10
 #: A connection is closed if the client reads nothing of a response for this time.
 SEND_TIMEOUT_S = 30
-#: Time limit for the last requests when the server stops. Each request ends within 5 s.
+#: Time limit for the last requests when the server stops. Each request ends within 5 s, or within 7 s if the client
+#: waits for a record.
 GRACEFUL_TIMEOUT_S = 8
 #: Connections of a worker at the same time; fewer if its limit of open files is lower. Metrics have a separate limit.
 MAX_CONNECTIONS = 4_000

@@ -141,7 +141,16 @@ def request_and_check(application: Application, **request: Any) -> Answer:
 
 
 PATHS = st.sampled_from(
-    ["/", "/orders", f"/orders/{ORDER.order_uid}", "/orders/missing", "/static/style.css", "/nowhere", *sorted(OPEN)]
+    [
+        "/",
+        "/orders",
+        f"/orders/{ORDER.order_uid}",
+        "/orders/missing",
+        "/records/orders/0/0",
+        "/static/style.css",
+        "/nowhere",
+        *sorted(OPEN),
+    ]
 )
 METHODS = st.sampled_from([*map(str, HTTPMethod), "BREW", "WEBSOCKET", "websocket", "get"])
 NAMES = st.sampled_from(
@@ -251,6 +260,17 @@ def test_invalid_media_ranges_are_ignored(application: Application, accept: byte
         ("/orders", "since=2026-01-31", "since"),
         ("/orders", "until=2026-01-31T12:00:00", "until"),
         ("/orders", "customer_id=a&x", "x"),
+        ("/records/orders/0/0", "wait=-1", "wait"),
+        ("/records/orders/0/0", "wait=5.001", "wait"),
+        ("/records/orders/0/0", "wait=nan", "wait"),
+        ("/records/orders/0/0", "wait=", "wait"),
+        ("/records/orders/0/0", "wait=1&wait=1", "wait"),
+        ("/records/orders/0/0", "timeout=1", "timeout"),
+        ("/records/or%20ders/0/0", "", "topic"),
+        ("/records/orders/-1/0", "", "partition"),
+        ("/records/orders/2147483648/0", "", "partition"),
+        ("/records/orders/0/x", "", "offset"),
+        ("/records/orders/0/9223372036854775808", "", "offset"),
         ("/openapi.json", "x=1", "x"),
         ("/livez", "x=1", "x"),
         ("/readyz", "x=1", "x"),
@@ -353,6 +373,9 @@ def test_a_failing_error_handler_is_answered_with_a_problem_document(
 
 def test_every_route_has_its_own_counts(application: Application) -> None:
     for route in ROUTES:
-        application.send(route.format(order_uid="missing", name="style.css"), headers=with_token())
+        application.send(
+            route.format(order_uid="missing", name="style.css", topic="orders", partition=0, offset=0),
+            headers=with_token(),
+        )
     text = generate_latest(application.metrics.registry).decode()
     assert [route for route in ROUTES if f'route="{route}"' not in text] == []

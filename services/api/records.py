@@ -1,0 +1,105 @@
+"""What happened to a Kafka record: a client that sent one can wait until its order can be read."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+
+import attrs
+import falcon
+import msgspec
+from falcon.asgi import Request, Response
+
+from orderlib.errors import DatabaseUnavailable
+from orderlib.repository import FIRST_POLL_S, LONGEST_POLL_S, AsyncOrderRepository, PositionState, RecordState
+from services.api.deadline import ANSWER_TIMEOUT_S, with_deadline
+from services.api.parameters import bad_parameter, single_parameter
+
+#: The longest time that a client may ask to wait.
+MAX_WAIT_S = 5
+#: The last read may end this long after the wait.
+_LAST_READ_S = 2.0
+#: Connections that reads of positions use at the same time. The others of the pool stay free for orders.
+_MAX_CONNECTIONS = 4
+#: With many waiting clients, each asks less often, so that all together ask at most 500 times a second.
+_POLL_GAP_S = 0.002
+
+#: The names that Kafka accepts for a topic; also not ``.`` and ``..``, which no client can send in a path.
+TOPIC_PATTERN = "^[A-Za-z0-9._-]{1,249}$"
+MAX_PARTITION = 2**31 - 1
+MAX_OFFSET = 2**63 - 1
+
+_SETTLED = {RecordState.HANDLED, RecordState.REJECTED}
+
+
+class RecordResource:
+    """``/records/{topic}/{partition}/{offset}``."""
+
+    PARAMETERS = frozenset({"wait"})
+
+    def __init__(self, reader: AsyncOrderRepository) -> None:
+        self._reader = reader
+        self._connections = asyncio.Semaphore(_MAX_CONNECTIONS)
+        self._waiting = 0
+
+    async def on_get(self, req: Request, resp: Response, topic: str, partition: str, offset: str) -> None:
+        """Return the state of a record, as soon as it is handled or rejected, or at the end of the wait."""
+        if not re.fullmatch(TOPIC_PATTERN, topic):
+            raise bad_parameter("topic", "1 to 249 of A-Z a-z 0-9 . _ -", "another text")
+        position = (topic, _integer("partition", partition, MAX_PARTITION), _integer("offset", offset, MAX_OFFSET))
+        wait_s = _wait_s(req)
+        resp.set_header("Cache-Control", "no-store")
+        state = await self._state_after(position, wait_s)
+        resp.content_type = falcon.MEDIA_JSON
+        resp.data = msgspec.json.encode(
+            {
+                "state": state.state,
+                "code": state.code,
+                "faults": [attrs.asdict(fault) for fault in state.faults],
+                "total_faults": state.total_faults,
+            }
+        )
+
+    on_head = on_get
+
+    async def _state_after(self, position: tuple[str, int, int], wait_s: float) -> PositionState:
+        """Return the state once it is settled, or after this time. A read that fails meanwhile is repeated."""
+        end = time.monotonic() + wait_s
+        limit_s = max(ANSWER_TIMEOUT_S, wait_s + _LAST_READ_S)
+        self._waiting += 1
+        try:
+            return await with_deadline(self._poll, limit_s)(position, end)
+        finally:
+            self._waiting -= 1
+
+    async def _poll(self, position: tuple[str, int, int], end: float) -> PositionState:
+        poll_s = FIRST_POLL_S
+        while True:
+            remaining_s = end - time.monotonic()
+            try:
+                async with self._connections:
+                    state = await self._reader.position_state(*position)
+            except DatabaseUnavailable:
+                if remaining_s <= 0:
+                    raise
+            else:
+                if remaining_s <= 0 or state.state in _SETTLED:
+                    return state
+            await asyncio.sleep(min(max(poll_s, self._waiting * _POLL_GAP_S), max(0.0, remaining_s)))
+            poll_s = min(2 * poll_s, LONGEST_POLL_S)
+
+
+def _integer(name: str, text: str, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 19 and int(text) <= most):
+        raise bad_parameter(name, f"an integer from 0 to {most}", "another value")
+    return int(text)
+
+
+def _wait_s(req: Request) -> float:
+    text = single_parameter(req, "wait")
+    if text is None:
+        return 0.0
+    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,30})?", text) or float(text) > MAX_WAIT_S:
+        raise bad_parameter("wait", f"seconds from 0 to {MAX_WAIT_S}", "another value")
+    return float(text)
