@@ -70,8 +70,7 @@ LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hash
 
 lock:
 	$(LOCK) --all-extras --group dev --output-file requirements/dev.txt
-	$(LOCK) --extra consumer --extra api --extra sender --extra admin --constraint requirements/dev.txt \
-		--output-file requirements/services.txt
+	$(LOCK) --group services --constraint requirements/dev.txt --output-file requirements/services.txt
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist

@@ -28,7 +28,7 @@ import orderlib
 from bench.report import Figure, add_write_option, publish
 from bench.servers import benchmark_servers
 from orderlib.postgres.connections import connect
-from orderlib.postgres.migrate import bootstrap, migrate
+from orderlib.postgres.migrate import apply_migrations, create_roles
 from orderlib.testing import SAMPLE
 
 ORDERS = 20_000
@@ -147,9 +147,9 @@ def prepare(environ: Mapping[str, str]) -> None:
     urls = [environ[f"ORDERS_{name}_URL"] for name in ("MIGRATOR", "DATABASE", "READER")]
     passwords = {str(url["user"]): str(url["password"]) for url in map(conninfo_to_dict, urls)}
     with connect(environ["ORDERS_BOOTSTRAP_URL"], application_name="bench") as superuser:
-        bootstrap(superuser, passwords)
+        create_roles(superuser, passwords)
     with connect(environ["ORDERS_MIGRATOR_URL"], application_name="bench") as migrator:
-        migrate(migrator)
+        apply_migrations(migrator)
     sample = orderlib.decode_order(SAMPLE)
     with orderlib.connect(environ["ORDERS_DATABASE_URL"]) as repository:
         for begin in range(0, ORDERS, 2000):

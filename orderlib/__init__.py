@@ -37,6 +37,7 @@ from orderlib.errors import (
 from orderlib.models import Delivery, Item, Order, Payment
 from orderlib.postgres import AsyncPostgresOrderRepository, PostgresOrderRepository
 from orderlib.postgres.connect import connect, connect_async
+from orderlib.postgres.migrate import BootstrapResult, bootstrap, migrate
 from orderlib.postgres.using import using, using_async
 from orderlib.repository import (
     AsyncOrderRepository,
@@ -58,6 +59,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncOrderRepository",
     "AsyncPostgresOrderRepository",
+    "BootstrapResult",
     "BreakerTripped",
     "BrokerUnavailable",
     "ConfigurationError",
@@ -92,11 +94,13 @@ __all__ = [
     "TopicRecreated",
     "TransactionConflict",
     "TransientError",
+    "bootstrap",
     "connect",
     "connect_async",
     "content_sha256",
     "decode_order",
     "encode_order",
+    "migrate",
     "order_from_plain",
     "order_to_plain",
     "register_order_hooks",

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import io
 import logging
-import os
 import sys
-from collections.abc import Callable
 from typing import TextIO
 
 import msgspec
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
-from orderlib.errors import ConfigurationError, OrderlibError
+from orderlib.commands import EXIT_DONE, EXIT_FAILED, EXIT_SETUP, run, set_up_streams
 
-EXIT_DONE = 0
-EXIT_FAILED = 1
-EXIT_SETUP = 2
+__all__ = ["EXIT_DONE", "EXIT_FAILED", "EXIT_SETUP", "event", "log", "run", "set_up_logging"]
 
 log: FilteringBoundLogger = structlog.get_logger()
 
@@ -56,7 +51,7 @@ class _LineHandler(logging.StreamHandler[TextIO]):
 
 def set_up_logging(stream: TextIO | None = None, level: int = logging.INFO) -> None:
     """Send events, and the warnings of libraries, to a stream (stderr). Call this once, when the program starts."""
-    _set_up_streams()
+    set_up_streams()
     stream = stream or sys.stderr
     first: list[Processor] = [structlog.processors.format_exc_info]
     render: Processor = _render_json
@@ -88,45 +83,3 @@ def _render_json(_logger: object, method: str, fields: EventDict) -> str:
     """Render one line. It takes half the time of structlog's TimeStamper, add_log_level and JSONRenderer together."""
     line = {"time": dt.datetime.now(dt.UTC), "level": method, "event": fields.pop("event"), **fields}
     return _encoder.encode(line).decode()
-
-
-def _set_up_streams() -> None:
-    """Write UTF-8 in every locale, and discard output if the caller closed stdout or stderr (Python has None there)."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - a device; never closed
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-
-
-def run(main: Callable[[], int]) -> int:
-    """Run a program and return its exit status. An error of orderlib becomes its status and one line on stderr."""
-    try:
-        status = main()
-        sys.stdout.flush()
-    except ConfigurationError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return EXIT_SETUP
-    except OrderlibError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_FAILED
-    except BrokenPipeError:
-        # The reader of stdout has closed it.
-        _drop_output()
-        return EXIT_FAILED
-    except OSError as exc:
-        _drop_output()
-        print(f"error: {exc.strerror or exc}", file=sys.stderr)
-        return EXIT_FAILED
-    else:
-        return status
-
-
-def _drop_output() -> None:
-    """Discard what is still buffered for stdout. Python would flush it at exit, and report the failure again."""
-    with open(os.devnull, "wb") as devnull:  # noqa: PTH123 - a device
-        os.dup2(devnull.fileno(), sys.stdout.fileno())

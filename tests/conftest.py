@@ -15,7 +15,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from orderlib.postgres.connections import connect
-from orderlib.postgres.migrate import bootstrap, migrate
+from orderlib.postgres.migrate import apply_migrations, create_roles
 from sandbox import Sandbox, running_sandbox
 
 ROOT = Path(__file__).parent.parent
@@ -105,9 +105,9 @@ def drop_database(sandbox: Sandbox, database: Database) -> None:
 def _template(sandbox: Sandbox) -> str:
     database = make_database(sandbox)
     with connect(database.superuser_url, application_name="tests") as connection:
-        bootstrap(connection, role_passwords(database))
+        create_roles(connection, role_passwords(database))
     with connect(database.migrator_url, application_name="tests") as connection:
-        migrate(connection)
+        apply_migrations(connection)
     return str(conninfo_to_dict(database.superuser_url)["dbname"])
 
 

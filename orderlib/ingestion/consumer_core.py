@@ -164,8 +164,8 @@ class Breaker:
         return BreakerTripped(
             f"at least {100 * self._fraction:.4g} % of the last {BREAKER_RECORDS:,} records were rejected"
             f"{_most_frequent_cause(rejects)}, and nothing of this batch was stored: is this the right topic, and does "
-            "this version know its orders? If so, store these records as rejects, and what follows them, with "
-            "`ORDERS_BREAKER_FRACTION=0 python -m services.consumer --exit-at-end`; then start as usual"
+            "this version know its orders? If so, store these records as rejects, and what follows them: run the "
+            "consumer once with ORDERS_BREAKER_FRACTION=0 and --exit-at-end; then start as usual"
         )
 
 

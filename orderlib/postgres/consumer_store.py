@@ -165,7 +165,7 @@ class ConsumerStore:
         if group != self._group:
             raise ConfigurationError(
                 f"this database belongs to consumer group {group!r}, not {self._group!r}: set ORDERS_CONSUMER_GROUP to "
-                "that, or rename the group with `python -m services.admin offsets set-group`"
+                "that, or rename the group with the admin command `offsets set-group`"
             )
 
     def _position(self, topic_id: str, partitions: Iterable[int]) -> dict[str, object]:

@@ -17,8 +17,9 @@ from psycopg.rows import TupleRow
 
 from orderlib.errors import ConfigurationError, DatabaseUnavailable
 from orderlib.postgres import queries
-from orderlib.postgres.connections import Connection, connection_arguments
+from orderlib.postgres.connections import Connection, connect, connection_arguments
 from orderlib.postgres.errors import translate, translated_errors
+from orderlib.repository import checked_type
 
 OWNER = "orders_owner"
 MIGRATOR = "orders_migrator"
@@ -109,14 +110,51 @@ class Problem:
 
 @attrs.frozen(kw_only=True)
 class BootstrapResult:
-    """What `bootstrap` changed beside creating what was missing, and what only an administrator can change."""
+    """What ``bootstrap`` corrected, and what only another administrator can correct. Each line has the statement."""
 
+    #: What was wrong and is right now.
     corrected: tuple[str, ...]
+    #: What is still wrong. The programs work all the same.
     remaining: tuple[str, ...]
 
 
+def _ignore(_text: str) -> None:
+    """Do nothing with a message."""
+
+
 def bootstrap(
-    connection: Connection, passwords: Mapping[str, str], on_message: Callable[[str], None] = lambda _: None
+    url: str,
+    *,
+    migrator_password: str | None = None,
+    writer_password: str | None = None,
+    reader_password: str | None = None,
+    application_name: str = "orderlib",
+    on_message: Callable[[str], None] | None = None,
+) -> BootstrapResult:
+    """Create the roles orders_owner, orders_migrator, orders_writer and orders_reader, with their rights.
+
+    ``url`` belongs to a superuser, or to a role with CREATEROLE that owns the database. Each given password replaces
+    the one that the role had. Without one, an existing role stays as it is, and a new role cannot log in; nobody can
+    log in as orders_owner. PostgreSQL receives only the SCRAM verifier of a password. Also corrects attributes,
+    memberships and rights that are not as they must be, and returns what this role may not correct. Idempotent, and
+    safe to run concurrently: ``on_message`` receives who holds a lock that this waits for.
+
+    Raises ConfigurationError, with nothing changed, for a database that is not UTF8, or if this role may not do what is
+    necessary; and DatabaseUnavailable, if there is no connection, or no lock within a minute. Tables and orders are
+    never changed.
+    """
+    passwords = {MIGRATOR: migrator_password, WRITER: writer_password, READER: reader_password}
+    given = {
+        role: checked_type(f"the password of {role}", password, str)
+        for role, password in passwords.items()
+        if password is not None
+    }
+    with connect(url, application_name=application_name) as connection:
+        return create_roles(connection, given, on_message or _ignore)
+
+
+def create_roles(
+    connection: Connection, passwords: Mapping[str, str], on_message: Callable[[str], None] = _ignore
 ) -> BootstrapResult:
     """Create the four roles and give them this database. Idempotent, and safe to run concurrently.
 
@@ -199,7 +237,7 @@ def _correct_rights_as_owner(connection: Connection) -> tuple[list[str], list[st
                 connection.execute(queries.BECOME_OWNER)
             is_allowed_for_now = True
         except psycopg.errors.InsufficientPrivilege:
-            return [], [_unchecked(schema, "run `python -m services.admin migrate`")]
+            return [], [_unchecked(schema, "run `python -m orderlib migrate`")]
     found, *_ = _one_row(connection, queries.SCHEMA_LOCATION)
     corrected = _correct_rights(connection) if found else []
     connection.execute(queries.RESET_ROLE)
@@ -275,9 +313,40 @@ def role_of(variable: str, url: str) -> tuple[str, str]:
 
 
 def migrate(
+    url: str,
+    *,
+    application_name: str = "orderlib",
+    on_applied: Callable[[str], None] | None = None,
+    on_message: Callable[[str], None] | None = None,
+) -> list[str]:
+    """Create the tables, or bring them up to date. Return the names of the migrations that were applied now.
+
+    ``url`` belongs to orders_migrator; ``bootstrap`` creates that role. The tables are in the first schema of the
+    search_path: to choose another, add ``options=-csearch_path%3DNAME`` to every URL. Each migration is applied once,
+    in its own transaction. ``on_applied`` receives its name after that. Also restores the rights on the tables.
+    Idempotent, and safe to run concurrently: ``on_message`` receives who holds a lock that this waits for, warnings of
+    migrations, and corrected rights.
+
+    Raises ConfigurationError for a role that may not do this, or a database that is not UTF8, and DatabaseUnavailable
+    if there is no connection, or no lock within a minute. The migration at fault is rolled back; those before it stay
+    applied. Orders are never changed.
+    """
+    applied: list[str] = []
+
+    def note(name: str) -> None:
+        applied.append(name)
+        if on_applied:
+            on_applied(name)
+
+    with connect(url, application_name=application_name) as connection:
+        apply_migrations(connection, note, on_message or _ignore)
+    return applied
+
+
+def apply_migrations(
     connection: Connection,
-    on_applied: Callable[[str], None] = lambda _: None,
-    on_message: Callable[[str], None] = lambda _: None,
+    on_applied: Callable[[str], None] = _ignore,
+    on_message: Callable[[str], None] = _ignore,
 ) -> int:
     """Apply the missing migrations, each in its own transaction as the owner. Return how many there were.
 
@@ -440,15 +509,14 @@ def require_schema(location: TupleRow, number: int | None) -> None:
     if number < LATEST_MIGRATION:
         raise ConfigurationError(
             f"the schema is at migration {number}, but this program needs migration {LATEST_MIGRATION}: "
-            "run `python -m services.admin migrate`"
+            "run `python -m orderlib migrate`"
         )
 
 
 def _not_found(role: str, search_path: str, schema: str, *, is_usable: bool) -> ConfigurationError:
     if not is_usable:
         return ConfigurationError(
-            f"the tables are in schema {schema}, but role {role} lacks USAGE on it: "
-            "run `python -m services.admin bootstrap`"
+            f"the tables are in schema {schema}, but role {role} lacks USAGE on it: run `python -m orderlib bootstrap`"
         )
     return ConfigurationError(
         f"the tables are in schema {schema}, but the search_path of role {role} is {search_path}: "
@@ -467,7 +535,7 @@ def check_rights(connection: Connection, rights: Sequence[tuple[str, str]]) -> N
         missing = connection.execute(queries.MISSING_RIGHTS, wanted).fetchone()
     if missing:
         role, table, right = missing
-        raise ConfigurationError(f"role {role} lacks {right} on {table}: run `python -m services.admin migrate`")
+        raise ConfigurationError(f"role {role} lacks {right} on {table}: run `python -m orderlib migrate`")
 
 
 def _one_row(connection: Connection, statement: LiteralString) -> TupleRow:

@@ -258,7 +258,7 @@ def test_a_broken_set_up_is_one_clear_line_and_exit_2(environ: dict[str, str], w
 def test_a_database_without_our_schema_is_told_how_to_get_it(environ: dict[str, str], empty_database: Database) -> None:
     done = run("consumer", {**environ, **empty_database.environ()})
     assert done.returncode == 2
-    assert "python -m services.admin migrate" in done.stderr
+    assert "python -m orderlib migrate" in done.stderr
 
 
 def test_only_bootstrap_ever_connects_as_a_superuser(environ: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from orderlib.postgres.connections import connect
-from orderlib.postgres.migrate import bootstrap, migrate
+from orderlib.postgres.migrate import apply_migrations, create_roles
 from sandbox import Sandbox, running_sandbox
 from sandbox.server import free_port
 from tests.conftest import Database, make_database, role_passwords
@@ -194,9 +194,9 @@ def pgbouncer(database: Database, **settings: str) -> Iterator[dict[str, str]]:
 def test_restarts_of_postgresql_behind_pgbouncer_are_outages(own_sandbox: Sandbox) -> None:
     database = make_database(own_sandbox)
     with connect(database.superuser_url, application_name="tests") as connection:
-        bootstrap(connection, role_passwords(database))
+        create_roles(connection, role_passwords(database))
     with connect(database.migrator_url, application_name="tests") as connection:
-        migrate(connection)
+        apply_migrations(connection)
     with pgbouncer(database) as urls:
         environ = {
             **database.environ(),

@@ -12,7 +12,7 @@ import pytest
 
 import orderlib
 from orderlib.postgres.connections import connect
-from orderlib.postgres.migrate import bootstrap, migrate
+from orderlib.postgres.migrate import apply_migrations, create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from sandbox import PostgresServer
 from services.api.asgi import HEALTH_CONNECTIONS
@@ -70,9 +70,9 @@ def test_a_restart_under_load_gives_no_wrong_answer_and_ends_by_itself() -> None
 def _prepared(server: PostgresServer) -> str:
     passwords = {"orders_migrator": "m", "orders_writer": "w", "orders_reader": "r"}
     with connect(server.superuser_url, application_name="tests") as superuser:
-        bootstrap(superuser, passwords)
+        create_roles(superuser, passwords)
     with connect(server.url("orders_migrator", "m"), application_name="tests") as migrator:
-        migrate(migrator)
+        apply_migrations(migrator)
     with orderlib.connect(server.url("orders_writer", "w")) as repository:
         repository.save(SAMPLE)
     return server.url("orders_reader", "r")

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from orderlib.postgres.connections import connect
-from orderlib.postgres.migrate import bootstrap, migrate
+from orderlib.postgres.migrate import apply_migrations, create_roles
 from sandbox import PostgresServer
 from tests.conftest import Database, role_passwords
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
@@ -39,9 +39,9 @@ def database(postgres: PostgresServer) -> Database:
         reader_url=postgres.url("orders_reader", "reader"),
     )
     with connect(database.superuser_url, application_name="tests") as connection:
-        bootstrap(connection, role_passwords(database))
+        create_roles(connection, role_passwords(database))
     with connect(database.migrator_url, application_name="tests") as connection:
-        migrate(connection)
+        apply_migrations(connection)
     return database
 
 

@@ -14,7 +14,7 @@ import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from orderlib.postgres.connections import connect
-from orderlib.postgres.migrate import bootstrap, migrate
+from orderlib.postgres.migrate import apply_migrations, create_roles
 from sandbox import Sandbox, running_sandbox
 from sandbox.kafka import KafkaServer
 from services.kafka import SILENT
@@ -43,9 +43,9 @@ def database(own_sandbox: Sandbox) -> Database:
     """A migrated database; its servers take it along."""
     database = make_database(own_sandbox)
     with connect(database.superuser_url, application_name="tests") as connection:
-        bootstrap(connection, role_passwords(database))
+        create_roles(connection, role_passwords(database))
     with connect(database.migrator_url, application_name="tests") as connection:
-        migrate(connection)
+        apply_migrations(connection)
     return database
 
 

@@ -21,7 +21,7 @@ from orderlib.postgres import migrate as migrations
 from orderlib.postgres import queries
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
-from orderlib.postgres.migrate import BootstrapResult, bootstrap, migrate
+from orderlib.postgres.migrate import BootstrapResult, apply_migrations, create_roles
 from orderlib.postgres.repository import PostgresOrderRepository
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import store
@@ -88,9 +88,9 @@ def database_of(server: PostgresServer, bootstrap_url: str) -> Database:
 
 def set_up(database: Database) -> BootstrapResult:
     with connect(database.superuser_url, application_name="tests") as administrator:
-        result = bootstrap(administrator, role_passwords(database))
+        result = create_roles(administrator, role_passwords(database))
     with connect(database.migrator_url, application_name="tests") as migrator:
-        migrate(migrator)
+        apply_migrations(migrator)
     return result
 
 
@@ -131,7 +131,7 @@ def test_an_administrator_who_owns_the_database_needs_no_superuser(server: Postg
             connect(database.superuser_url, application_name="tests") as manager,
             pytest.raises(ConfigurationError, match="role manager may not"),
         ):
-            bootstrap(manager, role_passwords(database))
+            create_roles(manager, role_passwords(database))
         superuser.execute("ALTER ROLE orders_reader NOSUPERUSER")
         result = set_up(database)
         assert len(result.corrected) == 2, result.corrected
@@ -167,7 +167,7 @@ def test_an_administrator_without_usage_on_the_schema_checks_the_rights_or_names
             superuser.execute("GRANT CREATE ON SCHEMA public TO orders_owner")
         with connect(database.superuser_url, application_name="tests") as manager:
             if owner_may_use:
-                result = bootstrap(manager, role_passwords(database))
+                result = create_roles(manager, role_passwords(database))
                 assert any("orders" in text and "PUBLIC" in text for text in result.corrected), result.corrected
                 superuser.execute("ALTER SCHEMA public OWNER TO pg_database_owner")
                 assert {row for row in state(superuser) if str(row[0]).startswith("table")} == {
@@ -175,14 +175,14 @@ def test_an_administrator_without_usage_on_the_schema_checks_the_rights_or_names
                 }
             else:
                 with pytest.raises(ConfigurationError, match="orders_owner was not granted USAGE on schema public"):
-                    bootstrap(manager, role_passwords(database))
+                    create_roles(manager, role_passwords(database))
 
 
 def test_create_of_public_is_revoked_only_on_schemas_that_are_used(database: Database) -> None:
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
         superuser.execute("CREATE SCHEMA tools; GRANT CREATE ON SCHEMA public, tools TO PUBLIC")
         with connect(database.superuser_url, application_name="tests") as administrator:
-            result = bootstrap(administrator, role_passwords(database))
+            result = create_roles(administrator, role_passwords(database))
         assert [text for text in result.corrected if "CREATE on schema" in text] == [
             "PUBLIC has CREATE on schema public: REVOKE CREATE ON SCHEMA public FROM PUBLIC CASCADE"
         ]
@@ -197,25 +197,25 @@ def test_create_of_public_is_revoked_only_on_schemas_that_are_used(database: Dat
 
 def test_a_reader_with_the_former_advisory_lock_holds_nobody_up(empty_database: Database) -> None:
     with connect(empty_database.superuser_url, application_name="tests") as administrator:
-        bootstrap(administrator, role_passwords(empty_database))
+        create_roles(administrator, role_passwords(empty_database))
     with psycopg.connect(empty_database.reader_url) as reader:
         reader.execute("SELECT pg_advisory_xact_lock(x'6f7264657273'::bigint)")
         with connect(empty_database.migrator_url, application_name="tests") as migrator:
-            assert migrate(migrator) == migrations.LATEST_MIGRATION
+            assert apply_migrations(migrator) == migrations.LATEST_MIGRATION
         with connect(empty_database.superuser_url, application_name="tests") as administrator:
-            bootstrap(administrator, role_passwords(empty_database))
+            create_roles(administrator, role_passwords(empty_database))
 
 
 def test_migrate_names_who_holds_its_lock_and_gives_up(
     empty_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with connect(empty_database.superuser_url, application_name="tests") as administrator:
-        bootstrap(administrator, role_passwords(empty_database))
+        create_roles(administrator, role_passwords(empty_database))
         with monkeypatch.context() as first_only:
             one = dict(list(migrations._migrations().items())[:1])
             first_only.setattr(migrations, "_migrations", lambda: one)
             with connect(empty_database.migrator_url, application_name="tests") as migrator:
-                migrate(migrator)
+                apply_migrations(migrator)
     monkeypatch.setattr(migrations, "LOCK_WITHIN_S", 3.0)
     messages: list[str] = []
     with psycopg.connect(make_conninfo(empty_database.superuser_url, application_name="holder")) as holder:
@@ -225,7 +225,7 @@ def test_migrate_names_who_holds_its_lock_and_gives_up(
             connect(empty_database.migrator_url, application_name="tests") as migrator,
             pytest.raises(DatabaseUnavailable, match=named),
         ):
-            migrate(migrator, on_message=messages.append)
+            apply_migrations(migrator, on_message=messages.append)
     [message] = messages
     assert "application 'holder'" in message
 
@@ -234,14 +234,14 @@ def test_a_reader_with_every_lock_that_it_may_take_does_not_delay_migrate(
     empty_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with connect(empty_database.superuser_url, application_name="tests") as administrator:
-        bootstrap(administrator, role_passwords(empty_database))
+        create_roles(administrator, role_passwords(empty_database))
     every = migrations._migrations()
     with (
         monkeypatch.context() as first_only,
         connect(empty_database.migrator_url, application_name="tests") as migrator,
     ):
         first_only.setattr(migrations, "_migrations", lambda: dict(list(every.items())[:2]))
-        migrate(migrator)
+        apply_migrations(migrator)
     monkeypatch.setattr(migrations, "LOCK_WITHIN_S", 3.0)
     with psycopg.connect(make_conninfo(empty_database.reader_url, application_name="report")) as reader:
         for mode in lock_modes_of_the_reader(reader):
@@ -251,9 +251,9 @@ def test_a_reader_with_every_lock_that_it_may_take_does_not_delay_migrate(
         reader.execute("SELECT pg_advisory_xact_lock(oid::bigint) FROM pg_class WHERE oid >= 16384")
         messages: list[str] = []
         with connect(empty_database.migrator_url, application_name="tests") as migrator:
-            assert migrate(migrator, on_message=messages.append) == len(every) - 2
+            assert apply_migrations(migrator, on_message=messages.append) == len(every) - 2
         with connect(empty_database.superuser_url, application_name="tests") as administrator:
-            bootstrap(administrator, role_passwords(empty_database))
+            create_roles(administrator, role_passwords(empty_database))
         assert messages == []
 
         # A later migration may change a table that is being read. It gives up and names the reader.
@@ -267,7 +267,7 @@ def test_a_reader_with_every_lock_that_it_may_take_does_not_delay_migrate(
             connect(empty_database.migrator_url, application_name="tests") as migrator,
             pytest.raises(DatabaseUnavailable, match=named),
         ):
-            migrate(migrator)
+            apply_migrations(migrator)
         # PostgreSQL ends each wait, so this is bounded.
         assert time.monotonic() - began_s < 30
 
@@ -324,7 +324,7 @@ def test_a_schema_that_is_not_found_is_told_from_one_that_is_not_there(database:
         connect(database.migrator_url, application_name="tests") as migrator,
         pytest.raises(ConfigurationError, match="in schema shop"),
     ):
-        migrate(migrator)
+        apply_migrations(migrator)
 
 
 def test_stored_at_is_never_before_first_stored_at(database: Database) -> None:

@@ -12,7 +12,7 @@ from orderlib import ConfigurationError
 from orderlib.postgres import migrate as migrations
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
-from orderlib.postgres.migrate import migrate
+from orderlib.postgres.migrate import apply_migrations
 from orderlib.postgres.operations import set_consumer_group
 from tests.conftest import Database
 from tests.integration.test_migrations import bootstrap_it, connected
@@ -81,7 +81,7 @@ def test_a_database_with_offsets_of_two_groups_is_repaired_by_migrate(
         two = dict(list(migrations._migrations().items())[:2])
         previous_release.setattr(migrations, "_migrations", lambda: two)
         with connected(empty_database.migrator_url) as migrator:
-            migrate(migrator)
+            apply_migrations(migrator)
     with connected(empty_database.superuser_url) as superuser:
         superuser.execute(
             """
@@ -92,7 +92,7 @@ def test_a_database_with_offsets_of_two_groups_is_repaired_by_migrate(
         )
     messages: list[str] = []
     with connect(empty_database.migrator_url, application_name="tests") as migrator:
-        migrate(migrator, on_message=messages.append)
+        apply_migrations(migrator, on_message=messages.append)
     [warning] = messages
     assert "kept 'newer', removed 'older', 'third'" in warning
     newer, older = ledger(empty_database, "newer"), ledger(empty_database, "older")

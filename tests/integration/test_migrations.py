@@ -20,10 +20,10 @@ from orderlib.postgres.migrate import (
     LATEST_MIGRATION,
     READER_RIGHTS,
     WRITER_RIGHTS,
-    bootstrap,
+    apply_migrations,
     check_rights,
     check_schema,
-    migrate,
+    create_roles,
 )
 from sandbox import Sandbox
 from tests.conftest import Database, drop_database, of_database, role_passwords
@@ -39,12 +39,12 @@ def connected(url: str) -> Iterator[Connection]:
 
 def bootstrap_it(database: Database) -> None:
     with connected(database.superuser_url) as superuser:
-        bootstrap(superuser, role_passwords(database))
+        create_roles(superuser, role_passwords(database))
 
 
 def migrate_it(database: Database) -> int:
     with connected(database.migrator_url) as migrator:
-        return migrate(migrator)
+        return apply_migrations(migrator)
 
 
 def at_once(work: Callable[[], int], times: int) -> list[int]:
@@ -61,9 +61,9 @@ def test_migrating_applies_every_migration_once_and_says_which(empty_database: D
     bootstrap_it(empty_database)
     applied: list[str] = []
     with connected(empty_database.migrator_url) as migrator:
-        assert migrate(migrator, applied.append) == LATEST_MIGRATION
+        assert apply_migrations(migrator, applied.append) == LATEST_MIGRATION
         assert applied == FILES
-        assert migrate(migrator, applied.append) == 0
+        assert apply_migrations(migrator, applied.append) == 0
         assert applied == FILES
     with connected(empty_database.reader_url) as reader:
         check_schema(reader)
@@ -119,13 +119,13 @@ def test_only_the_migrator_can_migrate(empty_database: Database) -> None:
     bootstrap_it(empty_database)
     for url in (empty_database.writer_url, empty_database.reader_url):
         with connected(url) as connection, pytest.raises(ConfigurationError, match="42501"):
-            migrate(connection)
+            apply_migrations(connection)
 
 
 def test_a_database_without_a_schema_is_a_broken_setup_that_names_the_command(empty_database: Database) -> None:
     with (
         connected(empty_database.superuser_url) as superuser,
-        pytest.raises(ConfigurationError, match=r"schema is at migration 0, .*services\.admin migrate"),
+        pytest.raises(ConfigurationError, match=r"schema is at migration 0, .*python -m orderlib migrate"),
     ):
         check_schema(superuser)
 
@@ -135,7 +135,7 @@ def test_a_right_that_was_taken_away_is_named(database: Database) -> None:
         superuser.execute("REVOKE INSERT ON items FROM orders_writer")
     with (
         connected(database.writer_url) as writer,
-        pytest.raises(ConfigurationError, match=r"orders_writer .*INSERT on items.*services\.admin migrate"),
+        pytest.raises(ConfigurationError, match=r"orders_writer .*INSERT on items.*python -m orderlib migrate"),
     ):
         check_rights(writer, WRITER_RIGHTS)
 
@@ -159,7 +159,7 @@ def foreign_database(sandbox: Sandbox, request: pytest.FixtureRequest) -> Iterat
 def test_a_database_in_another_encoding_is_refused(foreign_database: Database) -> None:
     with connected(foreign_database.superuser_url) as superuser:
         encoding = str(conninfo_to_dict(foreign_database.superuser_url)["dbname"]).removeprefix("test_").upper()
-        for refused in (lambda: bootstrap(superuser, {}), lambda: migrate(superuser)):
+        for refused in (lambda: create_roles(superuser, {}), lambda: apply_migrations(superuser)):
             with pytest.raises(
                 ConfigurationError, match=f"encoding of the database is {encoding}, but orderlib needs UTF8"
             ):

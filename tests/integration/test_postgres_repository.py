@@ -593,7 +593,7 @@ def test_a_url_that_is_none_is_not_quoted(url: str) -> None:
 
 
 def test_a_database_without_our_schema_is_a_broken_setup_that_names_the_command(empty_database: Database) -> None:
-    with pytest.raises(ConfigurationError, match=r"services\.admin migrate"):
+    with pytest.raises(ConfigurationError, match=r"python -m orderlib migrate"):
         connect(empty_database.superuser_url)
 
 
@@ -601,7 +601,7 @@ def test_a_schema_that_is_older_than_the_program_is_a_broken_setup(database: Dat
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
         superuser.execute("DELETE FROM schema_migrations WHERE number = (SELECT max(number) FROM schema_migrations)")
     with pytest.raises(
-        ConfigurationError, match=r"schema is at migration .*, but this program needs .*services\.admin migrate"
+        ConfigurationError, match=r"schema is at migration .*, but this program needs .*python -m orderlib migrate"
     ):
         connect(database.reader_url)
 

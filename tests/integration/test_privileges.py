@@ -10,7 +10,7 @@ import pytest
 from psycopg import sql
 
 from orderlib.postgres.connections import connect
-from orderlib.postgres.migrate import OWNER, RIGHTS, bootstrap, migrate
+from orderlib.postgres.migrate import OWNER, RIGHTS, apply_migrations, create_roles
 from tests.conftest import ROOT, Database, role_passwords
 
 DOCUMENT = (ROOT / "docs" / "run-in-production.md").read_text(encoding="utf-8")
@@ -92,7 +92,7 @@ def test_migrate_restores_every_right_that_was_revoked_or_added(database: Databa
             superuser.execute(f"REVOKE ALL ON {table} FROM orders_writer".encode())
             superuser.execute(f"GRANT ALL ON {table} TO orders_reader, orders_migrator, PUBLIC".encode())
         with connect(database.migrator_url, application_name="tests") as migrator:
-            migrate(migrator)
+            apply_migrations(migrator)
         assert granted_matrix(superuser) == written_matrix()
 
 
@@ -219,7 +219,7 @@ def test_reader_and_writer_define_nothing_and_become_nobody_else(module_database
 
 def test_nobody_of_ours_may_make_temporary_tables(empty_database: Database) -> None:
     with connect(empty_database.superuser_url, application_name="tests") as connection:
-        bootstrap(connection, role_passwords(empty_database))
+        create_roles(connection, role_passwords(empty_database))
     for url in (empty_database.writer_url, empty_database.reader_url, empty_database.migrator_url):
         with psycopg.connect(url) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute("CREATE TEMPORARY TABLE mine (n int)")
@@ -237,9 +237,9 @@ def test_the_migrator_alone_has_no_rights_until_it_becomes_the_owner(database: D
 def test_bootstrap_and_migrate_are_harmless_when_done_again(empty_database: Database) -> None:
     for expected in (True, False):
         with connect(empty_database.superuser_url, application_name="tests") as connection:
-            bootstrap(connection, role_passwords(empty_database))
+            create_roles(connection, role_passwords(empty_database))
         with connect(empty_database.migrator_url, application_name="tests") as connection:
-            assert bool(migrate(connection)) is expected
+            assert bool(apply_migrations(connection)) is expected
 
 
 def test_the_reading_of_every_table_is_granted_by_name(database: Database) -> None:

@@ -15,7 +15,7 @@ from psycopg.conninfo import make_conninfo
 
 from orderlib import decode_order
 from orderlib.postgres.connections import connect
-from orderlib.postgres.migrate import bootstrap, migrate
+from orderlib.postgres.migrate import apply_migrations, create_roles
 from orderlib.postgres.repository import PostgresOrderRepository
 from orderlib.testing import SAMPLE
 from sandbox import PostgresServer
@@ -39,7 +39,7 @@ def run_documented(program: str, database: Database, folder: Path) -> None:
 
 def bootstrap_it(database: Database) -> tuple[str, ...]:
     with connect(database.superuser_url, application_name="tests") as administrator:
-        return bootstrap(administrator, role_passwords(database)).corrected
+        return create_roles(administrator, role_passwords(database)).corrected
 
 
 @pytest.mark.parametrize("is_superuser", [True, False])
@@ -61,7 +61,7 @@ def test_a_dump_is_restored_as_documented(tmp_path: Path, *, is_superuser: bool)
         )
         bootstrap_it(database)
         with connect(database.migrator_url, application_name="tests") as migrator:
-            migrate(migrator)
+            apply_migrations(migrator)
         order = decode_order(SAMPLE)
         with PostgresOrderRepository.connect(database.writer_url) as writer:
             writer.save_many([order])
@@ -74,7 +74,7 @@ def test_a_dump_is_restored_as_documented(tmp_path: Path, *, is_superuser: bool)
         run_documented("pg_restore", database, tmp_path)
         with connect(database.migrator_url, application_name="tests") as migrator:
             messages: list[str] = []
-            assert migrate(migrator, messages.append, messages.append) == 0
+            assert apply_migrations(migrator, messages.append, messages.append) == 0
         assert messages == []
         assert bootstrap_it(database) == ()
         with PostgresOrderRepository.connect(database.reader_url) as reader:

@@ -18,7 +18,7 @@ import orderlib
 from orderlib import AsyncPostgresOrderRepository, DatabaseUnavailable, Order, Outcome
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
-from orderlib.postgres.migrate import bootstrap, migrate
+from orderlib.postgres.migrate import apply_migrations, create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from sandbox.postgres import PostgresServer
 from tests.conftest import Database, role_passwords
@@ -51,9 +51,9 @@ def primary() -> Iterator[PostgresServer]:
     with QuietPostgres() as server:
         urls = urls_of(server)
         with connect(urls.superuser_url, application_name="tests") as connection:
-            bootstrap(connection, role_passwords(urls))
+            create_roles(connection, role_passwords(urls))
         with connect(urls.migrator_url, application_name="tests") as connection:
-            migrate(connection)
+            apply_migrations(connection)
         with psycopg.connect(urls.superuser_url, autocommit=True) as connection:
             connection.execute("CREATE TABLE scratch (number int)")
             connection.execute("CREATE SCHEMA slowed")

@@ -32,6 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ingestion": {"codecs", "repository", "models", "errors"},
     "postgres": {"ingestion", "codecs", "repository", "models", "contract", "errors"},
     "testing": {"ingestion", "codecs", "repository", "models", "contract", "errors"},
+    # What programs start with, and `python -m orderlib`.
+    "commands": {"postgres", "errors"},
+    "__main__": {"commands"},
     # The package itself: the public names.
     "": {"postgres", "codecs", "repository", "models", "errors"},
 }
@@ -56,7 +59,7 @@ ROOMS = {
 }
 
 #: The only places that may look at the environment: where a program starts.
-STARTS = re.compile(r"services/\w+/(__main__|wsgi|asgi)\.py|sandbox/\w+\.py")
+STARTS = re.compile(r"orderlib/__main__\.py|services/\w+/(__main__|wsgi|asgi)\.py|sandbox/\w+\.py")
 
 SOURCES = sorted(
     path.relative_to(ROOT) for folder in ("orderlib", "services", "sandbox") for path in (ROOT / folder).rglob("*.py")

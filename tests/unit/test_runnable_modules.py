@@ -72,6 +72,7 @@ def test_the_list_of_modules_is_complete() -> None:
         "bench.api",
         "bench.ingest",
         "docs.reference",
+        "orderlib",
         "sandbox",
         "sandbox.demo",
         "services.admin",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 import zipfile
 from pathlib import Path
@@ -63,25 +64,47 @@ def test_the_wheel_does_not_install_what_only_programs_need(environment: Environ
     assert [module for module in NOT_OF_THE_LIBRARY if environment.can_import(module)] == []
 
 
-def test_the_extra_of_each_program_declares_its_imports(wheel: Path) -> None:
-    """The programs themselves run from a checkout or an image; see the Dockerfile."""
+def test_the_wheel_has_no_extra_for_a_program_that_it_does_not_contain(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as opened:
         [metadata] = [opened.read(name).decode() for name in opened.namelist() if name.endswith(".dist-info/METADATA")]
-    extras = re.findall(r"^Provides-Extra: (\S+)$", metadata, re.MULTILINE)
-    declared: dict[str, set[str]] = {extra: set() for extra in extras}
-    for line in re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE):
-        requirement = Requirement(line)
-        for extra, names in declared.items():
-            if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
-                names.add(requirement.name.replace("-", "_"))
-    written = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    assert declared.keys() == written.keys()
-    shared = {f"services.{path.stem}": imported_by(path) for path in (ROOT / "services").glob("*.py")}
-    for program in ("consumer", "api", "sender", "admin"):
-        sources = list((ROOT / "services" / program).rglob("*.py"))
-        imported = {name for source in sources for name in imported_by(source)}
-        imported |= {name for module in sorted(shared.keys() & imported) for name in shared[module]}
-        assert imported & set(NOT_OF_THE_LIBRARY) - {"services"} == declared[program], program
+    assert re.findall(r"^Provides-Extra: (\S+)$", metadata, re.MULTILINE) == ["testing"]
+
+
+def test_the_group_of_the_programs_has_exactly_what_they_import() -> None:
+    """They run from a checkout or an image; see the Dockerfile."""
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
+    declared = {Requirement(line).name.replace("-", "_") for line in groups["services"]}
+    imported = {name for source in (ROOT / "services").rglob("*.py") for name in imported_by(source)}
+    assert imported & set(NOT_OF_THE_LIBRARY) - {"services"} == declared
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "status", "output"),
+    [
+        (["--help"], {}, 0, r"usage: python -m orderlib .*bootstrap.*migrate.*"),
+        (["migrate", "--help"], {}, 0, r"usage: python -m orderlib migrate .*ORDERS_MIGRATOR_URL.*"),
+        ([], {}, 2, r"usage: .*"),
+        (["migrate"], {}, 2, r"error: ORDERS_MIGRATOR_URL is not set\n"),
+        (["migrate"], {"ORDERS_MIGRATOR_URL": "mysql://"}, 2, r"error: the database URL is not .*\n"),
+        (["migrate"], {"ORDERS_MIGRATOR_URL": "postgresql://127.0.0.1:1/orders"}, 1, r"error: .*127\.0\.0\.1.*\n"),
+        (["bootstrap"], {}, 2, r"error: ORDERS_MIGRATOR_URL is not set\n"),
+    ],
+)
+def test_the_tables_are_created_from_the_wheel_alone(
+    environment: Environment, arguments: list[str], environ: dict[str, str], status: int, output: str
+) -> None:
+    """Here up to the connection; tests/integration/test_set_up.py has what follows."""
+    done = subprocess.run(
+        [environment.python, "-W", "error", "-m", "orderlib", *arguments],
+        cwd="/",
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert re.fullmatch(output, done.stdout + done.stderr, re.DOTALL), done
+    assert status == 0 or not arguments or done.stderr.count("\n") == 1
 
 
 def imported_by(source: Path) -> set[str]:

@@ -29,7 +29,7 @@ BEGIN
         ON CONFLICT DO NOTHING;
         DELETE FROM consumer_offsets WHERE consumer_group <> kept;
         RAISE WARNING 'the database had offsets of several consumer groups: kept %, removed %. '
-            'To use another name: python -m services.admin offsets set-group', quote_literal(kept), removed;
+            'To use another name: the admin command `offsets set-group`', quote_literal(kept), removed;
     END IF;
 END $$;
 

@@ -1,0 +1,10 @@
+"""``python -m orderlib``: create roles and tables from an installed package."""
+
+import os
+import sys
+
+from orderlib.commands import main, run, set_up_streams
+
+if __name__ == "__main__":
+    set_up_streams()
+    sys.exit(run(lambda: main(sys.argv[1:], os.environ)))

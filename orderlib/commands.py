@@ -1,0 +1,145 @@
+"""The commands ``bootstrap`` and ``migrate``, and how a program of orderlib ends.
+
+Exit statuses: 0 done, 1 failed or stopped itself, 2 usage, configuration or set-up. An error is one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from orderlib.errors import ConfigurationError, OrderlibError
+from orderlib.postgres.migrate import LATEST_MIGRATION, MIGRATOR, OWNER, READER, WRITER, bootstrap, migrate, role_of
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_SETUP = 2
+
+_APPLICATION_NAME = "orderlib-admin"
+
+#: The variables with the URLs of the roles, and so with their passwords.
+_ROLE_URLS = ("ORDERS_MIGRATOR_URL", "ORDERS_DATABASE_URL", "ORDERS_READER_URL")
+
+#: The object to which commands are added. argparse has no public name for it.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
+
+
+def add_commands(commands: Commands) -> None:
+    """Add ``bootstrap`` and ``migrate`` to a parser. Each sets ``command``, which takes the options and environment."""
+    parser = commands.add_parser(
+        "bootstrap",
+        help="create the four roles and set their rights, as an administrator",
+        description="Create the roles orders_owner, orders_migrator, orders_writer and orders_reader, with the "
+        "passwords in ORDERS_MIGRATOR_URL, ORDERS_DATABASE_URL and ORDERS_READER_URL. Connects with "
+        "ORDERS_BOOTSTRAP_URL, which no other command uses: as a superuser, or as a role with CREATEROLE that owns the "
+        "database. Idempotent. Sets the passwords to those in the URLs, corrects wrong attributes, memberships and "
+        "rights, and lists what only another administrator may correct.",
+    )
+    parser.set_defaults(command=_bootstrap)
+    parser = commands.add_parser(
+        "migrate",
+        help="create or update the tables",
+        description="Apply the missing migrations and restore the rights on the tables (ORDERS_MIGRATOR_URL). "
+        "Idempotent, and safe to run concurrently. Waits up to a minute for the lock of each migration, and names "
+        "the session that holds it.",
+    )
+    parser.set_defaults(command=_migrate)
+
+
+def main(arguments: list[str], environ: Mapping[str, str]) -> int:
+    """Run one command of ``python -m orderlib`` and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m orderlib",
+        description="Create the roles and the tables of orders in a PostgreSQL database.",
+        epilog="Exit status: 0 done, 1 failed, 2 usage, configuration or set-up.",
+    )
+    add_commands(parser.add_subparsers(metavar="COMMAND", required=True))
+    options = parser.parse_args(arguments)
+    command: Callable[[argparse.Namespace, Mapping[str, str]], int] = options.command
+    return command(options, environ)
+
+
+def _bootstrap(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    passwords = dict(role_of(name, _url(environ, name)) for name in _ROLE_URLS)
+    result = bootstrap(
+        _url(environ, "ORDERS_BOOTSTRAP_URL"),
+        migrator_password=passwords.get(MIGRATOR),
+        writer_password=passwords.get(WRITER),
+        reader_password=passwords.get(READER),
+        application_name=_APPLICATION_NAME,
+        on_message=_print_message,
+    )
+    for text in result.corrected:
+        print(f"corrected: {text}")
+    for text in result.remaining:
+        print(f"needs an administrator: {text}")
+    print(f"set up roles {OWNER}, {', '.join(passwords)}")
+    return EXIT_DONE
+
+
+def _migrate(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    migrate(
+        _url(environ, "ORDERS_MIGRATOR_URL"),
+        application_name=_APPLICATION_NAME,
+        on_applied=lambda name: print(f"applied {name}"),
+        on_message=_print_message,
+    )
+    print(f"the schema is up to date (migration {LATEST_MIGRATION})")
+    return EXIT_DONE
+
+
+def _url(environ: Mapping[str, str], name: str) -> str:
+    url = environ.get(name, "")
+    if not url:
+        raise ConfigurationError(f"{name} is not set")
+    return url
+
+
+def _print_message(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[], int]) -> int:
+    """Run a program and return its exit status. An error of orderlib becomes its status and one line on stderr."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except ConfigurationError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return EXIT_SETUP
+    except OrderlibError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        # The reader of stdout has closed it.
+        _drop_output()
+        return EXIT_FAILED
+    except OSError as exc:
+        _drop_output()
+        print(f"error: {exc.strerror or exc}", file=sys.stderr)
+        return EXIT_FAILED
+    else:
+        return status
+
+
+def _drop_output() -> None:
+    """Discard what is still buffered for stdout. Python would flush it at exit, and report the failure again."""
+    with open(os.devnull, "wb") as devnull:  # noqa: PTH123 - a device
+        os.dup2(devnull.fileno(), sys.stdout.fileno())
+
+
+def set_up_streams() -> None:
+    """Write UTF-8 in every locale, and discard output if the caller closed stdout or stderr (Python has None there)."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - a device; never closed
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
