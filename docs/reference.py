@@ -142,12 +142,12 @@ def _signature(name: str, value: Callable[..., Any] | property) -> str:
     signature = inspect.signature(value)
     parameters: list[str] = []
     for parameter in signature.parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(text.startswith("*") for text in parameters):
             parameters.append("*")
         annotation = f": {parameter.annotation}" if parameter.annotation is not parameter.empty else ""
         shown = getattr(parameter.default, "__name__", repr(parameter.default).replace("'", '"'))
         default = "" if parameter.default is parameter.empty else f" = {shown}"
-        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        stars = "*" * (parameter.kind is parameter.VAR_POSITIONAL) or "**" * (parameter.kind is parameter.VAR_KEYWORD)
         parameters.append(f"{stars}{parameter.name}{annotation}{default}")
     head = f"{'async ' * inspect.iscoroutinefunction(value)}def {name}("
     tail = f") -> {signature.return_annotation}: ..."

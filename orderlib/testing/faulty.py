@@ -28,31 +28,56 @@ class FaultKind(enum.StrEnum):
     """One way in which an order can be invalid."""
 
     # A fault of one value: the report has its path.
+    #: A field is absent.
     MISSING = "missing"
+    #: A value is null.
     NULL = "null"
+    #: A value has another JSON type.
     WRONG_TYPE = "wrong_type"
+    #: A text is shorter than its minimum.
     TOO_SHORT = "too_short"
+    #: A text is longer than its maximum.
     TOO_LONG = "too_long"
+    #: A text does not match its pattern, or a time is not RFC 3339.
     OTHER_FORM = "other_form"
+    #: A text contains U+0000.
     NUL_CHARACTER = "nul_character"
+    #: A text contains a lone surrogate.
     LONE_SURROGATE = "lone_surrogate"
+    #: An integer is less than its minimum.
     TOO_SMALL = "too_small"
+    #: An integer is greater than its maximum.
     TOO_GREAT = "too_great"
+    #: An integer has 5,000 digits.
     MANY_DIGITS = "many_digits"
+    #: A number has an exponent that no float has.
     HUGE_FLOAT = "huge_float"
+    #: A time has no offset.
     WITHOUT_OFFSET = "without_offset"
+    #: The UTC instant of a time is outside the years 0001 to 9999.
     OUT_OF_YEARS = "out_of_years"
+    #: The order has no items.
     NO_ITEMS = "no_items"
+    #: The order has more than 1,000 items.
     TOO_MANY_ITEMS = "too_many_items"
     # A fault of the record itself: the path is ``$``.
+    #: The JSON is not an object.
     NOT_AN_OBJECT = "not_an_object"
+    #: The bytes are not UTF-8.
     NOT_UTF8 = "not_utf8"
+    #: The JSON begins with a byte order mark.
     BYTE_ORDER_MARK = "byte_order_mark"
+    #: There is no JSON at all.
     EMPTY = "empty"
+    #: The end of the JSON is missing.
     TRUNCATED = "truncated"
+    #: Something follows the JSON.
     TWO_TEXTS = "two_texts"
+    #: A text contains an unescaped control character.
     RAW_CONTROL_CHARACTER = "raw_control_character"
+    #: A number is not valid JSON, such as NaN or 01.
     NOT_A_NUMBER = "not_a_number"
+    #: The JSON has more than 100 levels of nesting.
     TOO_DEEP = "too_deep"
 
 

@@ -1,39 +1,36 @@
-"""A repository in memory.
+"""Repositories in memory, for threads and for asyncio.
 
-It passes the same contract suite as the PostgreSQL repository.
+They pass the same contract suite as the repositories on PostgreSQL. Their calls can fail.
 """
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
-from typing import Unpack
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from typing import TypeVar, Unpack
 
-from orderlib.errors import REJECT_CODES, OrderNotFound
-from orderlib.ingestion.records import PreparedOrder, StoredVersion, plan_writes
+from orderlib.errors import DatabaseUnavailable, OrderlibError
 from orderlib.models import Order
 from orderlib.repository import (
-    COUNT_LIMIT,
     FIRST_POLL_S,
-    STORED_RECENTLY,
-    Cursor,
-    Direction,
     Filters,
     ListOptions,
-    ListQuery,
     Outcome,
     Page,
     PositionState,
     RecordState,
     Stats,
     StoredOrder,
-    checked_type,
-    checked_uids,
-    is_position,
 )
+from orderlib.testing.failures import ANSWER_LOST, WRITES, Failure, Failures, Method
+from orderlib.testing.memory_store import MemoryStore
+
+T = TypeVar("T")
+
+_FINAL = {RecordState.HANDLED, RecordState.REJECTED}
 
 
 def _utc_now() -> dt.datetime:
@@ -41,143 +38,204 @@ def _utc_now() -> dt.datetime:
 
 
 class MemoryOrderRepository:
-    """An ``OrderRepository`` in memory. It has no outages. Threads may share it.
+    """An ``OrderRepository`` in memory. Threads may share it. Calls fail only after ``fail`` or ``lose_answer``.
 
     ``clock`` returns the time at which an order is stored, as an aware datetime. A call of ``save`` or ``save_many``
     reads it once.
     """
 
     def __init__(self, clock: Callable[[], dt.datetime] = _utc_now) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._stored: dict[str, StoredOrder] = {}
-        self._versions: dict[str, StoredVersion] = {}
-        self._position_states: dict[tuple[str, int, int], PositionState] = {}
+        self._store = MemoryStore(clock)
+        self._failures = Failures()
+
+    def fail(
+        self,
+        *methods: Method,
+        call: int | None = None,
+        with_: OrderlibError | type[OrderlibError] = DatabaseUnavailable,
+    ) -> Failure:
+        """Let calls fail and change nothing.
+
+        ``methods`` are the names of the methods whose calls fail; without any, all of them. ``call=3`` lets only the
+        third of their calls from now on fail. Without ``call``, every call fails until the failure ends. ``with_`` is
+        the error, or one of these classes for an error as the repositories on PostgreSQL raise it:
+
+        - ``DatabaseUnavailable``: the connection was refused.
+        - ``TransactionConflict``: a deadlock, after all attempts of the repository.
+        - ``RefusedByDatabase``: a violated constraint. ``sqlstate`` is 23514, and ``order_uid`` is None.
+        - ``ConfigurationError``: a missing right.
+
+        If several failures apply to a call, it raises the error of the first one. Raises ValueError for an unknown
+        method or a ``call`` below 1, and TypeError for another class.
+        """
+        return self._failures.add(methods, with_, call)
+
+    def lose_answer(self, *methods: Method, call: int | None = None) -> Failure:
+        """Let calls store their orders and then raise DatabaseUnavailable: the outcome is unknown to the caller.
+
+        It is what happens if the connection is lost during COMMIT. A program should save again, which is safe. The
+        arguments are those of ``fail``. Without methods, ``save`` and ``save_many`` fail.
+        """
+        return self._failures.add(methods or WRITES, ANSWER_LOST, call, takes_effect=True)
 
     def get(self, order_uid: str) -> Order:
         """See ``OrderRepository.get``."""
-        return self.get_stored(order_uid).order
+        return self._call("get", lambda: self._store.get(order_uid))
 
     def get_stored(self, order_uid: str) -> StoredOrder:
         """See ``OrderRepository.get_stored``."""
-        with self._lock:
-            stored = self._stored.get(checked_type("order_uid", order_uid, str))
-        if stored is None:
-            raise OrderNotFound(order_uid)
-        return stored
+        return self._call("get_stored", lambda: self._store.get_stored(order_uid))
 
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
         """See ``OrderRepository.get_many``."""
-        wanted = checked_uids(order_uids)
-        with self._lock:
-            return {uid: self._stored[uid].order for uid in wanted if uid in self._stored}
+        return self._call("get_many", lambda: self._store.get_many(order_uids))
 
     def content_sha256(self, order_uid: str) -> bytes:
         """See ``OrderRepository.content_sha256``."""
-        return self.get_stored(order_uid).content_sha256
+        return self._call("content_sha256", lambda: self._store.content_sha256(order_uid))
 
     def list_orders(self, **options: Unpack[ListOptions]) -> Page:
         """See ``OrderRepository.list_orders``."""
-        query = ListQuery(**options)
-        is_older = query.direction is Direction.OLDER
-        with self._lock:
-            listed = sorted(self._stored.values(), key=lambda stored: _position(stored.cursor), reverse=is_older)
-        matching = [stored for stored in listed if _matches(stored, query)]
-        page = matching[: query.limit]
-        next_cursor = page[-1].cursor if len(matching) > query.limit else None
-        return Page(orders=tuple(page if is_older else page[::-1]), next_cursor=next_cursor)
+        return self._call("list_orders", lambda: self._store.list_orders(**options))
 
     def stream(self, **filters: Unpack[Filters]) -> Generator[StoredOrder, None, None]:
         """See ``OrderRepository.stream``."""
-        query = ListQuery(**filters)
-        with self._lock:
-            listed = sorted(self._stored.values(), key=lambda stored: _position(stored.cursor), reverse=True)
-        return (stored for stored in listed if _matches(stored, query))
+        return self._stream(self._store.stream(**filters))
+
+    def _stream(self, stored: Generator[StoredOrder, None, None]) -> Generator[StoredOrder, None, None]:
+        self._call("stream", lambda: None)
+        yield from stored
 
     def position_state(self, topic: str, partition: int, offset: int) -> PositionState:
-        """Return the state that ``set_position_state`` gave to this record, or UNKNOWN: there is no consumer here."""
-        if not is_position(topic, partition, offset):
-            return PositionState(state=RecordState.UNKNOWN)
-        with self._lock:
-            return self._position_states.get((topic, partition, offset), PositionState(state=RecordState.UNKNOWN))
+        """Return the state that ``set_position_state`` gave to this record, or UNKNOWN."""
+        return self._call("position_state", lambda: self._store.position_state(topic, partition, offset))
 
     def set_position_state(self, topic: str, partition: int, offset: int, state: PositionState) -> None:
-        """Let ``position_state`` return this."""
-        with self._lock:
-            self._position_states[topic, partition, offset] = state
+        """Let ``position_state`` and ``wait_until_handled`` return this state."""
+        self._store.set_position_state(topic, partition, offset, state)
 
     def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
         """See ``OrderRepository.wait_until_handled``."""
         deadline = time.monotonic() + timeout_s
-        while (state := self.position_state(topic, partition, offset)).state not in {
-            RecordState.HANDLED,
-            RecordState.REJECTED,
-        } and (remaining_s := deadline - time.monotonic()) > 0:
+        state = self._call("wait_until_handled", lambda: self._store.position_state(topic, partition, offset))
+        while state.state not in _FINAL and (remaining_s := deadline - time.monotonic()) > 0:
             time.sleep(min(FIRST_POLL_S, remaining_s))
+            state = self._store.position_state(topic, partition, offset)
         return state
-
-    def check(self) -> float | None:
-        """See ``OrderRepository.check``."""
-        return None
 
     def status(self) -> Stats:
         """See ``OrderRepository.status``."""
-        now = self._clock()
-        with self._lock:
-            stored_at = [stored.first_stored_at for stored in self._stored.values()]
-        recent = sum(moment > now - STORED_RECENTLY for moment in stored_at)
-        return Stats(
-            asked_at=now,
-            newest_first_stored_at=max(stored_at, default=None),
-            stored_recently=min(recent, COUNT_LIMIT),
-            rejects_by_code=dict.fromkeys(REJECT_CODES, 0),
-            replication_delay_s=None,
-        )
+        return self._call("status", self._store.status)
+
+    def check(self) -> float | None:
+        """See ``OrderRepository.check``."""
+        return self._call("check", self._store.check)
 
     def save(self, order: Order) -> Outcome:
         """See ``OrderRepository.save``."""
-        [outcome] = self.save_many([order])
-        return outcome
+        return self._call("save", lambda: self._store.save(order))
 
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
         """See ``OrderRepository.save_many``."""
-        orders = list(orders)
-        prepared_orders = [PreparedOrder.of(order) for order in orders]
-        contents = {
-            prepared_order.content_sha256: order for prepared_order, order in zip(prepared_orders, orders, strict=True)
-        }
-        now = self._clock()
-        with self._lock:
-            plan = plan_writes(prepared_orders, self._versions)
-            for prepared_order in plan.writes:
-                uid = prepared_order.order_uid
-                replaced = self._stored.get(uid)
-                first_stored_at = replaced.first_stored_at if replaced else now
-                order = contents[prepared_order.content_sha256]
-                self._stored[uid] = StoredOrder(
-                    order=order,
-                    first_stored_at=first_stored_at,
-                    stored_at=now,
-                    content_sha256=prepared_order.content_sha256,
-                )
-                self._versions[uid] = StoredVersion(
-                    content_sha256=prepared_order.content_sha256, source=None, first_stored_at=first_stored_at
-                )
-        return Counter(plan.outcomes)
+        return self._call("save_many", lambda: self._store.save_many(orders))
+
+    def _call(self, method: Method, call: Callable[[], T]) -> T:
+        error = self._failures.before_call(method)
+        result = call()
+        if error is not None:
+            raise error
+        return result
 
 
-def _matches(stored: StoredOrder, query: ListQuery) -> bool:
-    if query.cursor is not None:
-        position, start = _position(stored.cursor), _position(query.cursor)
-        if not (position < start if query.direction is Direction.OLDER else position > start):
-            return False
-    return (
-        query.customer_id in {None, stored.order.customer_id}
-        and query.track_number in {None, stored.order.track_number}
-        and (query.since is None or query.since <= stored.first_stored_at)
-        and (query.until is None or query.until > stored.first_stored_at)
-    )
+class AsyncMemoryOrderRepository:
+    """An ``AsyncOrderRepository`` in memory, with the arguments and the failures of ``MemoryOrderRepository``.
 
+    Each call lets other tasks run first. A call that is cancelled then does nothing.
+    """
 
-def _position(cursor: Cursor) -> tuple[dt.datetime, str]:
-    return cursor.first_stored_at, cursor.order_uid
+    def __init__(self, clock: Callable[[], dt.datetime] = _utc_now) -> None:
+        self._store = MemoryStore(clock)
+        self._failures = Failures()
+
+    def fail(
+        self,
+        *methods: Method,
+        call: int | None = None,
+        with_: OrderlibError | type[OrderlibError] = DatabaseUnavailable,
+    ) -> Failure:
+        """See ``MemoryOrderRepository.fail``."""
+        return self._failures.add(methods, with_, call)
+
+    def lose_answer(self, *methods: Method, call: int | None = None) -> Failure:
+        """See ``MemoryOrderRepository.lose_answer``."""
+        return self._failures.add(methods or WRITES, ANSWER_LOST, call, takes_effect=True)
+
+    async def get(self, order_uid: str) -> Order:
+        """See ``AsyncOrderRepository.get``."""
+        return await self._call("get", lambda: self._store.get(order_uid))
+
+    async def get_stored(self, order_uid: str) -> StoredOrder:
+        """See ``AsyncOrderRepository.get_stored``."""
+        return await self._call("get_stored", lambda: self._store.get_stored(order_uid))
+
+    async def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
+        """See ``AsyncOrderRepository.get_many``."""
+        return await self._call("get_many", lambda: self._store.get_many(order_uids))
+
+    async def content_sha256(self, order_uid: str) -> bytes:
+        """See ``AsyncOrderRepository.content_sha256``."""
+        return await self._call("content_sha256", lambda: self._store.content_sha256(order_uid))
+
+    async def list_orders(self, **options: Unpack[ListOptions]) -> Page:
+        """See ``AsyncOrderRepository.list_orders``."""
+        return await self._call("list_orders", lambda: self._store.list_orders(**options))
+
+    def stream(self, **filters: Unpack[Filters]) -> AsyncGenerator[StoredOrder, None]:
+        """See ``AsyncOrderRepository.stream``."""
+        return self._stream(self._store.stream(**filters))
+
+    async def _stream(self, stored: Generator[StoredOrder, None, None]) -> AsyncGenerator[StoredOrder, None]:
+        await self._call("stream", lambda: None)
+        for found in stored:
+            yield found
+
+    async def position_state(self, topic: str, partition: int, offset: int) -> PositionState:
+        """See ``MemoryOrderRepository.position_state``."""
+        return await self._call("position_state", lambda: self._store.position_state(topic, partition, offset))
+
+    def set_position_state(self, topic: str, partition: int, offset: int, state: PositionState) -> None:
+        """See ``MemoryOrderRepository.set_position_state``."""
+        self._store.set_position_state(topic, partition, offset, state)
+
+    async def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
+        """See ``AsyncOrderRepository.wait_until_handled``."""
+        deadline = time.monotonic() + timeout_s
+        state = await self._call("wait_until_handled", lambda: self._store.position_state(topic, partition, offset))
+        while state.state not in _FINAL and (remaining_s := deadline - time.monotonic()) > 0:
+            await asyncio.sleep(min(FIRST_POLL_S, remaining_s))
+            state = self._store.position_state(topic, partition, offset)
+        return state
+
+    async def status(self) -> Stats:
+        """See ``AsyncOrderRepository.status``."""
+        return await self._call("status", self._store.status)
+
+    async def check(self) -> float | None:
+        """See ``AsyncOrderRepository.check``."""
+        return await self._call("check", self._store.check)
+
+    async def save(self, order: Order) -> Outcome:
+        """See ``AsyncOrderRepository.save``."""
+        return await self._call("save", lambda: self._store.save(order))
+
+    async def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
+        """See ``AsyncOrderRepository.save_many``."""
+        return await self._call("save_many", lambda: self._store.save_many(orders))
+
+    async def _call(self, method: Method, call: Callable[[], T]) -> T:
+        await asyncio.sleep(0)
+        error = self._failures.before_call(method)
+        result = call()
+        if error is not None:
+            raise error
+        return result

@@ -316,7 +316,7 @@ def test_the_etag_of_an_order_is_the_stored_digest_for_200_and_304(application: 
     repository = MemoryOrderRepository()
     repository.save(ORDER)
     stale = attrs.evolve(repository.get_stored(ORDER.order_uid), content_sha256=bytes(32))
-    repository._stored[ORDER.order_uid] = stale
+    repository._store._stored[ORDER.order_uid] = stale
     app = application_over(repository)
     path, etag = f"/orders/{ORDER.order_uid}", f'"{bytes(32).hex()}"'
     for headers, status in [([], 200), ([(b"if-none-match", b"*")], 304), ([(b"if-none-match", etag.encode())], 304)]:

@@ -14,7 +14,17 @@ from msgspec.inspect import DataclassType, VarTupleType
 
 from orderlib import InvalidOrder, MalformedJson, Order, Payment, decode_order
 from orderlib.contract import rule_of, rules_of
-from orderlib.testing import SAMPLE, BadRecord, FaultKind, break_order
+from orderlib.testing import (
+    SAMPLE,
+    BadRecord,
+    FaultKind,
+    break_order,
+    make_delivery,
+    make_item,
+    make_order,
+    make_orders,
+    make_payment,
+)
 from orderlib.testing.strategies import orders, payments, values
 
 SAMPLE_ORDER = decode_order(SAMPLE)
@@ -92,3 +102,38 @@ def test_strategies_reach_the_bounds() -> None:
 @settings(max_examples=25)
 def test_drawn_texts_have_the_form_of_their_rule(payment: Payment) -> None:
     assert re.fullmatch("[A-Z]{3}", payment.currency)
+
+
+def test_every_order_of_a_factory_is_another_one() -> None:
+    orders = [make_order() for _ in range(100)] + make_orders(100) + make_orders(100, seed=1)
+    assert len({order.order_uid for order in orders}) == 300
+    assert len({order.payment.amount for order in orders}) > 200
+
+
+def test_a_seed_makes_the_same_orders_and_parts_again() -> None:
+    for make in (make_order, make_delivery, make_payment, make_item):
+        assert make(seed=7) == make(seed=7)
+        assert make(seed=7) != make(seed=8)
+        assert make() != make()
+    assert make_orders(3, seed=7) == make_orders(3, seed=7)
+    assert make_orders(5, seed=7)[:3] == make_orders(3, seed=7)
+    assert make_order(seed=7).order_uid == "order-7"
+
+
+def test_the_fields_that_are_given_count_and_the_others_stay() -> None:
+    order = make_order(seed=7, customer_id="c1", items=[make_item(total_price=300), make_item(total_price=200)])
+    assert (order.customer_id, order.payment.goods_total) == ("c1", 500)
+    assert order.payment.amount == 500 + order.payment.delivery_cost
+    assert order.delivery == make_order(seed=7).delivery
+    assert make_order(payment=make_payment(amount=5)).payment.amount == 5
+    assert {order.customer_id for order in make_orders(3, customer_id="c1")} == {"c1"}
+    assert make_order(order_uid="a").payment.transaction == "a"
+
+
+def test_factories_refuse_what_no_order_can_have() -> None:
+    with pytest.raises(InvalidOrder, match=r"\$.sm_id"):
+        make_order(sm_id=-1)
+    with pytest.raises(InvalidOrder, match=r"\$.items"):
+        make_order(items=[])
+    with pytest.raises(TypeError, match="customer"):
+        make_order(customer="c1")

@@ -1,0 +1,160 @@
+"""What the repositories in memory store, and their calls."""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable
+from typing import Unpack
+
+from orderlib.errors import REJECT_CODES, OrderNotFound
+from orderlib.ingestion.records import PreparedOrder, StoredVersion, plan_writes
+from orderlib.models import Order
+from orderlib.repository import (
+    COUNT_LIMIT,
+    STORED_RECENTLY,
+    Cursor,
+    Direction,
+    Filters,
+    ListOptions,
+    ListQuery,
+    Outcome,
+    Page,
+    PositionState,
+    RecordState,
+    Stats,
+    StoredOrder,
+    checked_type,
+    checked_uids,
+    is_position,
+)
+
+
+class MemoryStore:
+    """The orders of a repository in memory, with its calls, none of which fails. Threads may share it."""
+
+    def __init__(self, clock: Callable[[], dt.datetime]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._stored: dict[str, StoredOrder] = {}
+        self._versions: dict[str, StoredVersion] = {}
+        self._position_states: dict[tuple[str, int, int], PositionState] = {}
+
+    def get(self, order_uid: str) -> Order:
+        """See ``OrderRepository.get``."""
+        return self.get_stored(order_uid).order
+
+    def get_stored(self, order_uid: str) -> StoredOrder:
+        """See ``OrderRepository.get_stored``."""
+        with self._lock:
+            stored = self._stored.get(checked_type("order_uid", order_uid, str))
+        if stored is None:
+            raise OrderNotFound(order_uid)
+        return stored
+
+    def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
+        """See ``OrderRepository.get_many``."""
+        wanted = checked_uids(order_uids)
+        with self._lock:
+            return {uid: self._stored[uid].order for uid in wanted if uid in self._stored}
+
+    def content_sha256(self, order_uid: str) -> bytes:
+        """See ``OrderRepository.content_sha256``."""
+        return self.get_stored(order_uid).content_sha256
+
+    def list_orders(self, **options: Unpack[ListOptions]) -> Page:
+        """See ``OrderRepository.list_orders``."""
+        query = ListQuery(**options)
+        is_older = query.direction is Direction.OLDER
+        with self._lock:
+            listed = sorted(self._stored.values(), key=lambda stored: _position(stored.cursor), reverse=is_older)
+        matching = [stored for stored in listed if _matches(stored, query)]
+        page = matching[: query.limit]
+        next_cursor = page[-1].cursor if len(matching) > query.limit else None
+        return Page(orders=tuple(page if is_older else page[::-1]), next_cursor=next_cursor)
+
+    def stream(self, **filters: Unpack[Filters]) -> Generator[StoredOrder, None, None]:
+        """See ``OrderRepository.stream``."""
+        query = ListQuery(**filters)
+        with self._lock:
+            listed = sorted(self._stored.values(), key=lambda stored: _position(stored.cursor), reverse=True)
+        return (stored for stored in listed if _matches(stored, query))
+
+    def position_state(self, topic: str, partition: int, offset: int) -> PositionState:
+        """See ``MemoryOrderRepository.position_state``."""
+        if not is_position(topic, partition, offset):
+            return PositionState(state=RecordState.UNKNOWN)
+        with self._lock:
+            return self._position_states.get((topic, partition, offset), PositionState(state=RecordState.UNKNOWN))
+
+    def set_position_state(self, topic: str, partition: int, offset: int, state: PositionState) -> None:
+        """See ``MemoryOrderRepository.set_position_state``."""
+        with self._lock:
+            self._position_states[topic, partition, offset] = state
+
+    def check(self) -> float | None:
+        """See ``OrderRepository.check``."""
+        return None
+
+    def status(self) -> Stats:
+        """See ``OrderRepository.status``."""
+        now = self._clock()
+        with self._lock:
+            stored_at = [stored.first_stored_at for stored in self._stored.values()]
+        recent = sum(moment > now - STORED_RECENTLY for moment in stored_at)
+        return Stats(
+            asked_at=now,
+            newest_first_stored_at=max(stored_at, default=None),
+            stored_recently=min(recent, COUNT_LIMIT),
+            rejects_by_code=dict.fromkeys(REJECT_CODES, 0),
+            replication_delay_s=None,
+        )
+
+    def save(self, order: Order) -> Outcome:
+        """See ``OrderRepository.save``."""
+        [outcome] = self.save_many([order])
+        return outcome
+
+    def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
+        """See ``OrderRepository.save_many``."""
+        orders = list(orders)
+        prepared_orders = [PreparedOrder.of(order) for order in orders]
+        contents = {
+            prepared_order.content_sha256: order for prepared_order, order in zip(prepared_orders, orders, strict=True)
+        }
+        now = self._clock()
+        with self._lock:
+            plan = plan_writes(prepared_orders, self._versions)
+            for prepared_order in plan.writes:
+                uid = prepared_order.order_uid
+                replaced = self._stored.get(uid)
+                first_stored_at = replaced.first_stored_at if replaced else now
+                order = contents[prepared_order.content_sha256]
+                self._stored[uid] = StoredOrder(
+                    order=order,
+                    first_stored_at=first_stored_at,
+                    stored_at=now,
+                    content_sha256=prepared_order.content_sha256,
+                )
+                self._versions[uid] = StoredVersion(
+                    content_sha256=prepared_order.content_sha256, source=None, first_stored_at=first_stored_at
+                )
+        return Counter(plan.outcomes)
+
+
+def _matches(stored: StoredOrder, query: ListQuery) -> bool:
+    if query.cursor is not None:
+        position, start = _position(stored.cursor), _position(query.cursor)
+        if not (position < start if query.direction is Direction.OLDER else position > start):
+            return False
+    return (
+        query.customer_id in {None, stored.order.customer_id}
+        and query.track_number in {None, stored.order.track_number}
+        and (query.since is None or query.since <= stored.first_stored_at)
+        and (query.until is None or query.until > stored.first_stored_at)
+    )
+
+
+def _position(cursor: Cursor) -> tuple[dt.datetime, str]:
+    return cursor.first_stored_at, cursor.order_uid
