@@ -134,6 +134,17 @@ WHERE o.topic = $1 AND o.partition = $2::integer
 ORDER BY o.updated_at DESC LIMIT 1
 """
 
+#: How far the consumer is in each partition of a topic.
+NEXT_OFFSETS_OF_TOPIC: LiteralString = "SELECT partition, next_offset FROM consumer_offsets WHERE topic_id = $1"
+
+#: The rejects of a range of offsets, without those that a redrive has settled.
+REJECTED_RECORDS: LiteralString = """
+SELECT record_offset, code, faults -> 'first' -> 0 ->> 'path' FROM rejects
+WHERE topic_id = $1 AND partition = $2::integer AND record_offset BETWEEN $3::bigint AND $4::bigint
+    AND (redrive_outcome IS NULL OR redrive_outcome = 'rejected')
+ORDER BY record_offset LIMIT $5::bigint
+"""
+
 #: Whether an order is there, and which version: one primary-key read.
 GET_CONTENT_SHA256: LiteralString = "SELECT content_sha256 FROM orders WHERE order_uid = $1"
 

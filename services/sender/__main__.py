@@ -16,12 +16,14 @@ from pathlib import Path
 from random import Random
 
 from orderlib.errors import ConfigurationError
+from orderlib.postgres.positions import PositionReader
 from services.program import EXIT_DONE, EXIT_FAILED, run, set_up_logging
 from services.sender.feed import RateLimiter, lines, warn_about_invalid
 from services.sender.generate import make_values
 from services.sender.manifest import Manifest
 from services.sender.publish import Publisher
-from services.settings import KafkaSettings
+from services.sender.wait import SentRecords
+from services.settings import KafkaSettings, database_url
 
 DESCRIPTION = """\
 Publishes orders to Kafka: generates reproducible orders (--seed), injects invalid ones (--bad-rate), or sends files
@@ -32,10 +34,10 @@ property x.y. A record that is not acknowledged within 60 s counts as failed (OR
 """
 EPILOG = """\
 On Ctrl-C or SIGTERM it stops sending, waits up to 8 s for acknowledgements, and prints the result. A signal alone is
-not a failure.
+not a failure. It also ends the wait of --wait.
 
 Exit status: 0 every sent record is acknowledged, 1 some are not, or Kafka did not answer for 10 s, 2 usage, settings
-or set-up.
+or set-up. With --wait, 0 also means that every record has an outcome, which may be a reject, and 1 that some have none.
 """
 DEFAULT_COUNT = 1000
 
@@ -48,6 +50,12 @@ _MAX_WAIT_S = 0.1
 _MIN_PAUSE_S = 0.005
 _PROGRESS_EVERY_S = 0.2
 
+#: ``--wait`` gives up after this time in which no record was handled.
+NO_PROGRESS_S = 60.0
+#: It asks again after this time at first, and less and less often up to the second while nothing changes.
+_FIRST_POLL_S = 0.02
+_LONGEST_POLL_S = 0.5
+
 #: The time of the first seeded order; each following one is a second later.
 _SEEDED_TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
@@ -56,6 +64,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     """Run the sender and return its exit status."""
     options = _parsed(arguments)
     settings = KafkaSettings.from_mapping(environ)
+    reader_url = database_url(environ, "ORDERS_READER_URL") if options.wait else ""
     with contextlib.ExitStack() as stack:
         try:
             source = _opened(options.file, stack)
@@ -65,9 +74,14 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         if manifest is not None:
             stack.callback(manifest.close)
         values = _generated(options) if source is None else _read(options, source)
-        publisher = Publisher(settings, manifest)
-        publisher.check_topic()
-        sending = _Sending(publisher)
+        sent_records = None
+        if options.wait:
+            reader = stack.enter_context(PositionReader.connect(reader_url, application_name="orderlib-sender"))
+            reader.check()
+            sent_records = SentRecords(reader, settings.topic)
+        publisher = Publisher(settings, manifest, sent_records.add if sent_records else None)
+        topic_id = publisher.check_topic()
+        sending = _Sending(publisher, sent_records)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: sending.stop())
         sending.send(values, options.rate)
@@ -75,8 +89,10 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
             # If nothing was sent, an older manifest must not remain.
             manifest.begin()
         sending.settle()
+        if sent_records is not None:
+            sending.wait_until_handled(sent_records, topic_id)
         for number in (signal.SIGTERM, signal.SIGINT):
-            # Every record is acknowledged or failed. A signal while Python exits would replace the exit status.
+            # Nothing is left to wait for. A signal while Python exits would replace the exit status.
             signal.signal(number, signal.SIG_IGN)
         return sending.report()
 
@@ -102,8 +118,10 @@ def _read(options: argparse.Namespace, source: int) -> Iterator[bytes | None]:
 class _Sending:
     """One run of the sender, until its values end or a signal stops it."""
 
-    def __init__(self, publisher: Publisher) -> None:
+    def __init__(self, publisher: Publisher, sent_records: SentRecords | None) -> None:
         self._publisher = publisher
+        self._sent_records = sent_records
+        self._is_waiting = False
         self._stop_event = threading.Event()
         self._began_s = time.monotonic()
         self._shown_s = self._began_s if sys.stderr.isatty() else float("inf")
@@ -139,14 +157,39 @@ class _Sending:
                 return
             self._wait(_MAX_WAIT_S)
 
+    def wait_until_handled(self, sent_records: SentRecords, topic_id: str) -> None:
+        """Wait until the consumer has handled every acknowledged record, or made no progress for a minute.
+
+        After a signal, ask once more and return.
+        """
+        self._is_waiting = True
+        sent_records.begin(topic_id)
+        progress_s, pause_s = time.monotonic(), _FIRST_POLL_S
+        while True:
+            if sent_records.refresh():
+                progress_s, pause_s = time.monotonic(), _FIRST_POLL_S
+            if not sent_records.waiting or time.monotonic() - progress_s > NO_PROGRESS_S:
+                return
+            self._show_progress()
+            if self._stop_event.wait(pause_s):
+                return
+            pause_s = min(2 * pause_s, _LONGEST_POLL_S)
+
     def report(self) -> int:
         """Print the result and return the exit status."""
         if self._shown_s < float("inf"):
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        print(self._summary())
+        print(self._sending_summary())
+        status = EXIT_DONE
+        if self._sent_records is not None:
+            for line in self._sent_records.report():
+                print(line)
+            if self._sent_records.waiting:
+                status = EXIT_FAILED
+                print(f"error: {self._why_waiting(self._sent_records)}", file=sys.stderr)
         failed = self._publisher.sent - self._publisher.acknowledged
         if not failed:
-            return EXIT_DONE
+            return status
         first = self._publisher.first_failure
         reason = f"the first: {first.str()} ({first.name()})" if first else "Kafka did not answer in time"
         print(f"error: {failed:,} of {self._publisher.sent:,} records not acknowledged; {reason}", file=sys.stderr)
@@ -162,7 +205,19 @@ class _Sending:
             self._shown_s = now_s
             print(f"\r\x1b[K{self._summary()}", end="", file=sys.stderr, flush=True)
 
+    def _why_waiting(self, sent_records: SentRecords) -> str:
+        reason = "a signal ended the wait"
+        if not self._stop_event.is_set():
+            reason = f"no progress for {NO_PROGRESS_S:g} s"
+            reason += f": {sent_records.outage}" if sent_records.outage else "; is a consumer running?"
+        return f"{sent_records.waiting:,} of {sent_records.total:,} records not handled; {reason}"
+
     def _summary(self) -> str:
+        if self._sent_records is None or not self._is_waiting:
+            return self._sending_summary()
+        return f"sent {self._publisher.sent:,}, {self._sent_records.summary()}"
+
+    def _sending_summary(self) -> str:
         publisher, seconds = self._publisher, time.monotonic() - self._began_s
         return (
             f"sent {publisher.sent:,} in {seconds:.1f} s ({publisher.sent / max(seconds, 0.001):,.0f}/s), "
@@ -204,6 +259,12 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
         metavar="F",
         help="write a JSON line for each acknowledged record to this file. It replaces an older manifest, never "
         "another file",
+    )
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="wait until the consumer has handled every acknowledged record, and report how many were rejected and why "
+        f"(ORDERS_READER_URL). Gives up after {NO_PROGRESS_S:g} s without progress",
     )
     options = parser.parse_args(arguments)
     for name in ("file", "manifest"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import typing
+from collections.abc import Callable
 
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -47,8 +48,15 @@ class Publisher:
     for each acknowledged record, immediately.
     """
 
-    def __init__(self, settings: KafkaSettings, manifest: Manifest | None) -> None:
+    def __init__(
+        self,
+        settings: KafkaSettings,
+        manifest: Manifest | None,
+        on_acknowledged: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """``on_acknowledged`` gets the partition and the offset of each acknowledged record."""
         self._topic = settings.topic
+        self._on_acknowledged = on_acknowledged
         self._manifest = manifest
         self._lines: list[bytes] = []
         self._cluster = Cluster(settings)
@@ -80,12 +88,12 @@ class Publisher:
         """The number of sent records that are neither acknowledged nor failed yet."""
         return self.sent - self.acknowledged - self.failed
 
-    def check_topic(self) -> None:
-        """Return if the topic exists.
+    def check_topic(self) -> str:
+        """Return the id of the topic.
 
         Raises ConfigurationError, or BrokerUnavailable if Kafka does not answer in 10 s.
         """
-        self._cluster.describe(self._topic)
+        return self._cluster.describe(self._topic).topic_id
 
     def send(self, value: bytes) -> bool:
         """Publish a value. Return ``False``, after a short wait, if the queue is full and the value was not sent."""
@@ -124,6 +132,8 @@ class Publisher:
             self._fail(error)
             return
         self.acknowledged += 1
+        if self._on_acknowledged is not None:
+            self._on_acknowledged(known(message.partition()), known(message.offset()))
         if self._manifest is not None:
             self._lines.append(_manifest_line(message))
 

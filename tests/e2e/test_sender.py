@@ -18,11 +18,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psycopg
 import pytest
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Message, TopicPartition
 
 from orderlib.testing import SAMPLE
 from sandbox import Sandbox
+from tests.conftest import Database
+from tests.support.consumer_process import consuming
 from tests.support.programs import ROOT, events, run, running, succeed, wait_for
 
 #: What Kafka's Java client computes for these keys: UtilsTest.testMurmur2 of org.apache.kafka.common.utils.
@@ -291,3 +294,36 @@ def test_a_manifest_that_cannot_be_written_stops_the_sender(environ: dict[str, s
     done = run("sender --manifest /dev/full", environ)
     assert done.returncode == 2
     assert_one_line(done, "the manifest cannot be written: No space left on device")
+
+
+def test_wait_reports_the_outcome_of_every_record(environ: dict[str, str], database: Database, tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest"
+    with consuming(environ):
+        out = succeed(f"sender --count 3000 --bad-rate 0.1 --seed wait --wait --manifest {manifest}", environ)
+    _, summary, *named, more = out.splitlines()
+    with psycopg.connect(database.superuser_url) as connection:
+        rejects = connection.execute(
+            "SELECT partition, record_offset, code, faults -> 'first' -> 0 ->> 'path' FROM rejects"
+        ).fetchall()
+    codes = Counter(code for _, _, code, _ in rejects)
+    by_code = ", ".join(f"{code} {number}" for code, number in sorted(codes.items()))
+    handled = f"{3000 - len(rejects):,}"
+    assert len(rejects) > 200
+    assert summary == f"handled {handled}, rejected {len(rejects)} ({by_code}), waiting 0"
+    topic = environ["ORDERS_TOPIC"]
+    known = {f"rejected {topic}/{partition}/{offset}: {code} at {path}" for partition, offset, code, path in rejects}
+    assert len(set(named) & known) == len(named) == 10
+    assert more == f"and {len(rejects) - 10} more rejected records"
+
+
+def test_wait_names_what_was_not_handled(environ: dict[str, str], tmp_path: Path) -> None:
+    """Without a consumer; a signal ends the wait sooner than its limit."""
+    with running("sender --count 50 --wait", environ, tmp_path / "log") as sender:
+        wait_for(lambda: len(records(environ)) == 50)
+        time.sleep(1)
+        assert sender.poll() is None
+        sender.send_signal(signal.SIGTERM)
+        assert sender.wait(10) == 1
+    log = (tmp_path / "log").read_text()
+    assert "handled 0, rejected 0, waiting 50\n" in log
+    assert "error: 50 of 50 records not handled; a signal ended the wait\n" in log

@@ -15,19 +15,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from subprocess import CompletedProcess
-from typing import IO
+from typing import IO, Any, cast
 
 import pytest
 
 from orderlib.codecs import decode_order, encode_order
-from orderlib.errors import ConfigurationError, RejectedError
+from orderlib.errors import ConfigurationError, DatabaseUnavailable, RejectedError
 from orderlib.models import Delivery, Order
+from orderlib.postgres.positions import PositionReader, RejectedRecord
 from orderlib.testing import SAMPLE
 from services.program import run
+from services.sender import wait
 from services.sender.__main__ import main
 from services.sender.feed import CATCH_UP_S, MAX_WARNINGS, RateLimiter, lines, warn_about_invalid
 from services.sender.generate import make_order, make_values
 from services.sender.publish import order_uid_of
+from services.sender.wait import SentRecords
 
 NOW = dt.datetime(2026, 11, 23, 12, 30, 15, 123456, tzinfo=dt.UTC)
 
@@ -376,3 +379,91 @@ def send(*arguments: str, stdin: IO[bytes] | None = None, stdout: IO[bytes] | No
         timeout=60,
         check=False,
     )
+
+
+class Reads:
+    """What a database says about a consumer, for a while."""
+
+    def __init__(self) -> None:
+        self.next: dict[int, int] = {}
+        self.rejects: list[tuple[int, RejectedRecord]] = []
+        self.is_down = False
+
+    def next_offsets(self, topic_id: str) -> dict[int, int]:
+        return self.next if topic_id == "id" else {}
+
+    def rejected_records(self, _topic_id: str, partition: int, first: int, last: int, limit: int) -> Any:
+        if self.is_down:
+            raise DatabaseUnavailable("PostgreSQL is down")
+        found = [reject for found, reject in self.rejects if found == partition and first <= reject.offset <= last]
+        return sorted(found, key=lambda reject: reject.offset)[:limit]
+
+
+def sent_to(reads: Reads, offsets: list[tuple[int, int]], topic_id: str = "id") -> SentRecords:
+    records = SentRecords(cast("PositionReader", reads), "orders")
+    for partition, offset in offsets:
+        records.add(partition, offset)
+    records.begin(topic_id)
+    return records
+
+
+def rejected(offset: int, code: str = "invalid_order", path: str | None = "$.entry") -> RejectedRecord:
+    return RejectedRecord(offset=offset, code=code, first_path=path)
+
+
+def test_outcomes_are_those_of_the_senders_own_records() -> None:
+    """Records of other senders may be between them."""
+    reads = Reads()
+    records = sent_to(reads, [(0, 10), (0, 12), (0, 14), (1, 5)])
+    assert not records.refresh()
+    reads.next = {0: 14, 1: 5}
+    reads.rejects = [(0, rejected(11)), (0, rejected(12)), (0, rejected(13)), (1, rejected(12))]
+    assert records.refresh()
+    assert not records.refresh()
+    assert list(records.report()) == [
+        "handled 1, rejected 1 (invalid_order 1), waiting 2",
+        "rejected orders/0/12: invalid_order at $.entry",
+    ]
+    reads.next = {0: 15, 1: 6}
+    assert records.refresh()
+    assert records.summary() == "handled 3, rejected 1 (invalid_order 1), waiting 0"
+
+
+def test_an_outage_while_rejects_are_read_counts_none_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wait, "_REJECTS_AT_ONCE", 3)
+    reads = Reads()
+    records = sent_to(reads, [(0, offset) for offset in range(20)])
+    reads.next = {0: 20}
+    reads.rejects = [(0, rejected(offset, "malformed_json", None)) for offset in range(20)]
+    reads.is_down = True
+    assert not records.refresh()
+    assert str(records.outage) == "PostgreSQL is down"
+    assert records.waiting == 20
+    reads.is_down = False
+    assert records.refresh()
+    assert records.outage is None
+    summary, *named, more = records.report()
+    assert summary == "handled 0, rejected 20 (malformed_json 20), waiting 0"
+    assert named == [f"rejected orders/0/{offset}: malformed_json" for offset in range(10)]
+    assert more == "and 10 more rejected records"
+
+
+def test_offsets_of_an_older_topic_with_the_same_name_settle_nothing() -> None:
+    reads = Reads()
+    reads.next = {0: 1_000}
+    records = sent_to(reads, [(0, 1)], topic_id="recreated")
+    assert not records.refresh()
+    assert records.waiting == 1
+
+
+def test_a_record_without_a_known_offset_is_never_reported_as_handled() -> None:
+    reads = Reads()
+    reads.next = {0: 1_000}
+    records = sent_to(reads, [(0, -1001), (0, 1)])
+    records.refresh()
+    assert records.summary() == "handled 1, rejected 0, waiting 1"
+
+
+def test_wait_needs_the_reader() -> None:
+    with pytest.raises(ConfigurationError, match="ORDERS_READER_URL is not set"):
+        main(["--wait"], {"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"})
