@@ -1,9 +1,8 @@
-"""The proof that every record is accounted for: a pure comparison of what Kafka holds with a snapshot of the store.
+"""The proof that every record is accounted for: compare the records of Kafka with a snapshot of the database.
 
 Create a ``Reconciliation`` with the offsets and rejects of one snapshot. Feed it the records below those offsets, each
-partition in its own order, and then the orders of the same snapshot. ``findings`` then names everything that does not
-hold, and ``not_proved`` everything that cannot be proved. It remembers a position, a digest and a time of each order,
-never its content.
+partition by offset, and then the orders of the same snapshot. Then ``findings`` yields the discrepancies, and
+``not_proved`` what cannot be proved. It stores a position, a digest and a time of each order, never its content.
 """
 
 from __future__ import annotations
@@ -21,30 +20,30 @@ from orderlib.ingestion.records import PreparedOrder, Record, RecordPosition, Re
 from orderlib.models import Order
 from orderlib.repository import Outcome
 
-#: Places that are named for each kind of thing that cannot be proved. All are counted.
+#: How many examples are listed of each kind of what cannot be proved. All are counted.
 MAX_EXAMPLES = 100
 
-#: Findings that are kept. All are counted.
+#: How many findings are listed. All are counted.
 MAX_FINDINGS = 10_000
 
-#: Nobody limits records to less than an order takes.
+#: A lower limit of records is not realistic, because orders would not fit.
 _SMALLEST_LIMIT_BYTES = 1024
-#: PostgreSQL and librdkafka keep microseconds and milliseconds.
-_SAME_TIME = dt.timedelta(milliseconds=1)
-#: A redrive notes ``redriven_at`` and then stores its orders within this time; earlier releases noted it afterwards.
-_REDRIVE_TAKES = dt.timedelta(seconds=10)
+#: PostgreSQL has microseconds, Kafka has milliseconds.
+_TIME_TOLERANCE = dt.timedelta(milliseconds=1)
+#: A redrive reads the clock for ``redriven_at`` and stores its orders within this time. Earlier releases stored first.
+_MAX_REDRIVE_TIME = dt.timedelta(seconds=10)
 
 
 @attrs.frozen(kw_only=True)
 class Finding:
-    """One thing that does not hold, or that cannot be proved."""
+    """A discrepancy, or an example of what cannot be proved."""
 
-    #: What is wrong, in words.
+    #: What is wrong, as text.
     what: str
-    #: Where: an order_uid, a position, or both. Never content.
+    #: Where: an order_uid, a position or both.
     order_uid: str | None = None
     partition: int | None = None
-    #: ``None`` for a whole partition.
+    #: ``None`` if the finding is about the partition.
     offset: int | None = None
 
     def __str__(self) -> str:
@@ -57,7 +56,7 @@ class Finding:
 
 @attrs.frozen(kw_only=True)
 class NotProved:
-    """One kind of thing that cannot be proved."""
+    """A kind of what cannot be proved."""
 
     what: str
     count: int
@@ -74,7 +73,7 @@ class TopicState:
     #: The earliest offset that each partition still holds, and its log end.
     earliest: Mapping[int, int]
     ends: Mapping[int, int]
-    #: Whether Kafka may remove any record before the log end.
+    #: Whether Kafka compacts it, so that any record before the log end may be missing.
     is_compacted: bool
 
 
@@ -97,7 +96,7 @@ class SnapshotReject:
     partition: int
     offset: int
     topic: str
-    #: ``None`` if it is outside of what a record's time can be.
+    #: ``None`` if it is not a possible time of a record.
     record_time: dt.datetime | None
     key_sha256: bytes | None
     value_sha256: bytes | None
@@ -108,7 +107,7 @@ class SnapshotReject:
     fault_paths: object
     redriven_at: dt.datetime | None
     redrive_outcome: str | None
-    #: Whether it was redriven after it was rejected, if at all.
+    #: Whether ``redriven_at`` is null or not before ``rejected_at``.
     times_in_order: bool
 
 
@@ -117,7 +116,7 @@ class SnapshotOrder:
     """A stored order."""
 
     order_uid: str
-    #: ``None`` if a part of it is missing or unreadable, or its lines have a gap.
+    #: ``None`` if a part of it is missing or unreadable, or its line numbers have a gap.
     order: Order | None
     content_sha256: bytes
     #: All ``None`` for an order saved from Python.
@@ -126,7 +125,7 @@ class SnapshotOrder:
     offset: int | None
     source_time: dt.datetime | None
     stored_at: dt.datetime | None
-    #: Whether it was stored for the first time before this version was, and neither is in the future.
+    #: Whether ``first_stored_at`` is not after ``stored_at``, and neither is in the future.
     times_in_order: bool
 
 
@@ -160,7 +159,7 @@ class Reconciliation:
         self._topic = topic
         self._first = first
         self._offsets = {(offset.topic_id, offset.partition): offset for offset in offsets}
-        #: Below which offset each partition was handled.
+        #: The stored offset of each partition.
         self.next_offsets = {
             partition: offset.next_offset
             for (topic_id, partition), offset in self._offsets.items()
@@ -168,16 +167,16 @@ class Reconciliation:
         }
         #: Rejects whose record was not read yet, by partition and offset.
         self._rejects: dict[tuple[int, int], SnapshotReject] = {}
-        #: The last record that counts in each partition, by order_uid.
+        #: The last valid record of each order in each partition, by order_uid.
         self._versions: dict[str, dict[int, _Version]] = {}
-        #: Valid records at the position of a reject that is not known to have become an order, by order_uid.
+        #: Valid records with a reject that no redrive has stored, by order_uid.
         self._unsettled: dict[str, dict[tuple[int, int], _Version]] = {}
         self._findings: list[Finding] = []
         #: Findings beyond ``MAX_FINDINGS``, which ``findings`` does not yield.
         self.unlisted = 0
         self._not_proved: Counter[str] = Counter()
         self._examples: dict[str, list[Finding]] = {}
-        #: How many records, orders and so on were compared.
+        #: The number of records, orders and so on that were compared.
         self.counts: Counter[str] = Counter()
         self._check_offsets(group, offsets)
         for reject in rejects:
@@ -210,8 +209,8 @@ class Reconciliation:
             if partition not in self.next_offsets and topic.earliest[partition] < end:
                 self._find("it has records, but no stored offset", partition=partition)
 
-    def _problem_of_position(self, position: RecordPosition) -> str | None:
-        """Return why nothing can have been stored from this position, if so."""
+    def _why_impossible(self, position: RecordPosition) -> str | None:
+        """Return why nothing can be stored from this position, or ``None`` if that is possible."""
         offset = self._offsets.get((position.topic_id, position.partition))
         if offset is None:
             return f"stored from a partition without a stored offset (topic id {position.topic_id})"
@@ -229,7 +228,7 @@ class Reconciliation:
         position = RecordPosition(topic_id=reject.topic_id, partition=reject.partition, offset=reject.offset)
         if not reject.times_in_order:
             self._find("the reject was redriven before it was rejected", position)
-        if problem := self._problem_of_position(position):
+        if problem := self._why_impossible(position):
             self._find(f"the reject was {problem}", position)
         elif self._was_read(position):
             self._rejects[position.partition, position.offset] = reject
@@ -238,14 +237,14 @@ class Reconciliation:
             self._cannot_prove("rejects of records that were not read", position)
 
     def on_record(self, record: Record, classified: PreparedOrder | Reject) -> None:
-        """Add a record below the group's next offset, and its classification by the rules of this release."""
+        """Add a record below the stored offset, and its classification by the rules of this release."""
         self.counts["records"] += 1
         position = record.source
         reject = self._rejects.pop((position.partition, position.offset), None)
         if reject is not None:
             self.counts["rejects"] += 1
             self._compare_content(record, reject)
-            self._compare_verdict(record, classified, reject)
+            self._compare_classification(record, classified, reject)
         elif isinstance(classified, Reject):
             what = f"refused ({classified.code}), but not stored as a reject: it was purged, forgotten or lost"
             self._find(what, position)
@@ -265,11 +264,13 @@ class Reconciliation:
         if different := [name for name, is_same in same.items() if not is_same]:
             self._find(f"the reject differs from Kafka's record in {', '.join(different)}", record.source)
 
-    def _compare_verdict(self, record: Record, classified: PreparedOrder | Reject, reject: SnapshotReject) -> None:
+    def _compare_classification(
+        self, record: Record, classified: PreparedOrder | Reject, reject: SnapshotReject
+    ) -> None:
         outcome, position = reject.redrive_outcome, record.source
-        expected = classified if isinstance(classified, Reject) else _refused_without_its_rules(record, reject.code)
+        expected = classified if isinstance(classified, Reject) else _other_refusal(record, reject.code)
         if expected is None:
-            # Rules of an earlier release refused it. Only the form of its faults can be checked.
+            # The rules of an earlier release refused it, so only the form of its faults can be checked.
             if reject.code not in REJECT_CODES:
                 self._find("the reject has an unknown code", position)
             self._cannot_prove("rejects that only the rules of an earlier release refused", position)
@@ -306,7 +307,7 @@ class Reconciliation:
             self._find("stored as a reject, but a valid order by the rules of this release: redrive it", position)
 
     def _check_redrive(self, classified: PreparedOrder, position: RecordPosition, version: _Version) -> None:
-        """Compare the outcome of a redrive with the record before it: only such an order can it replace."""
+        """Compare the outcome of a redrive with the previous valid record, the only one that it can replace."""
         before = self._versions.get(classified.order_uid, {}).get(position.partition)
         is_same = before is not None and before.content_sha256 == version.content_sha256
         if version.redriven == Outcome.STORED and is_same:
@@ -321,7 +322,7 @@ class Reconciliation:
     # Orders
 
     def several_partitions(self) -> Iterator[str]:
-        """Yield the orders seen in more than one partition, so not keyed by order_uid. Call it before ``on_order``."""
+        """Yield the orders with records in several partitions. Call it before ``on_order``."""
         return (order_uid for order_uid, versions in self._versions.items() if len(versions) > 1)
 
     def on_order(self, stored: SnapshotOrder) -> None:
@@ -348,14 +349,14 @@ class Reconciliation:
             self._check_saved(stored, versions)
         elif position is None or stored.source_time is None:
             self._find("its source is incomplete", position, uid)
-        elif problem := self._problem_of_position(position):
+        elif problem := self._why_impossible(position):
             self._find(problem, position, uid)
         else:
             self._check_source(stored, position, versions, unsettled)
         self._check_redriven_at(stored, versions)
 
     def _check_saved(self, stored: SnapshotOrder, versions: Mapping[int, _Version]) -> None:
-        """Name an order without a source. A save from Python leaves no trace that its content can be compared with."""
+        """Report an order without a source. Its content cannot be compared with anything."""
         what = "saved from Python"
         if versions:
             is_same = any(version.content_sha256 == stored.content_sha256 for version in versions.values())
@@ -371,7 +372,7 @@ class Reconciliation:
     ) -> None:
         uid, partition = stored.order_uid, position.partition
         expected = versions.get(partition)
-        # After a rewind, the record of a reject may have been stored because the rules were relaxed meanwhile.
+        # After a rewind, the record of a reject may be stored, if the rules were relaxed.
         reject = unsettled.get((partition, position.offset)) if position.topic_id == self._topic.topic_id else None
         if reject is not None and (expected is None or expected.offset < reject.offset):
             expected = reject
@@ -413,7 +414,7 @@ class Reconciliation:
         for partition, version in versions.items():
             if version.redriven != Outcome.STORED or version.redriven_at is None or stored.stored_at is None:
                 continue
-            if stored.stored_at < version.redriven_at - _REDRIVE_TAKES:
+            if stored.stored_at < version.redriven_at - _MAX_REDRIVE_TIME:
                 position = RecordPosition(topic_id=self._topic.topic_id, partition=partition, offset=version.offset)
                 self._find(
                     "redriven as stored, but its order was stored before the redrive", position, stored.order_uid
@@ -426,11 +427,11 @@ class Reconciliation:
     # Results
 
     def findings(self) -> Iterator[Finding]:
-        """Yield everything that does not hold, after the last event, but for what is ``unlisted``."""
+        """Yield the discrepancies except the ``unlisted`` ones. Call it last."""
         yield from self._findings
         what = "Kafka has no record of this reject"
         for partition, offset in self._rejects:
-            # A compacted topic: see not_proved.
+            # For a compacted topic, not_proved yields them.
             if not self._topic.is_compacted:
                 yield Finding(what=what, partition=partition, offset=offset)
         for order_uid, versions in self._versions.items():
@@ -444,17 +445,17 @@ class Reconciliation:
                     yield Finding(what=what, order_uid=order_uid, partition=partition, offset=offset)
 
     def not_proved(self) -> Iterator[NotProved]:
-        """Yield everything that cannot be proved, after the last event."""
+        """Yield what cannot be proved. Call it last."""
         for what, count in self._not_proved.items():
             yield NotProved(what=what, count=count, examples=tuple(self._examples[what]))
         if self._topic.is_compacted and self._rejects:
-            places = list(self._rejects)
+            positions = list(self._rejects)
             what = "rejects whose record Kafka no longer has: the topic is compacted"
-            examples = tuple(Finding(what=what, partition=p, offset=o) for p, o in places[:MAX_EXAMPLES])
-            yield NotProved(what=what, count=len(places), examples=examples)
+            examples = tuple(Finding(what=what, partition=p, offset=o) for p, o in positions[:MAX_EXAMPLES])
+            yield NotProved(what=what, count=len(positions), examples=examples)
 
     def unread_ranges(self) -> Iterator[tuple[int, int, int]]:
-        """Yield the (partition, from, to) that the group handled and that was not read; ``to`` is not part of it."""
+        """Yield the handled ranges that were not read: partition, first offset, and the offset after the last."""
         for partition, first in sorted(self._first.items()):
             if unread := min(first, self.next_offsets.get(partition, 0)):
                 yield partition, 0, unread
@@ -498,7 +499,7 @@ def _sha256(data: bytes | None) -> bytes | None:
 
 
 def _is_same_time(stored: dt.datetime | None, time: dt.datetime) -> bool:
-    return stored is not None and abs(stored - time) < _SAME_TIME
+    return stored is not None and abs(stored - time) < _TIME_TOLERANCE
 
 
 def _version(
@@ -529,8 +530,8 @@ def _is_plausible(reject: SnapshotReject) -> bool:
     )
 
 
-def _refused_without_its_rules(record: Record, code: str) -> Reject | None:
-    """Return the reject of a valid record that PostgreSQL or an earlier limit refused; the wording is not compared."""
+def _other_refusal(record: Record, code: str) -> Reject | None:
+    """Return the reject that PostgreSQL or an earlier limit makes of a valid record. Its wording is not compared."""
     match code:
         case RefusedByDatabase.code:
             return Reject.of(record, RefusedByDatabase(None))
@@ -546,7 +547,7 @@ def _may_have_been_too_large(record: Record, reject: SnapshotReject) -> bool:
 
 
 def _was_stored_by(stored: SnapshotOrder, reject: _Version) -> bool:
-    """Return whether this version was stored by the very redrive that calls it superseded."""
+    """Return whether this version was stored by the redrive of this reject, although its outcome is superseded."""
     if reject.redriven != Outcome.SUPERSEDED or reject.redriven_at is None or stored.stored_at is None:
         return False
-    return reject.redriven_at <= stored.stored_at <= reject.redriven_at + _REDRIVE_TAKES
+    return reject.redriven_at <= stored.stored_at <= reject.redriven_at + _MAX_REDRIVE_TIME

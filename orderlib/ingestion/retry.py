@@ -80,7 +80,7 @@ SQLSTATE_ACTIONS = {
 #: The classes for which a refused connection is a configuration error: a protocol, startup option, role, password or
 #: authentication method that the server does not accept, a missing database, a missing right. Every other refusal is an
 #: outage, also one with an unknown code.
-REFUSED_FOR_GOOD = frozenset({"0A", "22", "28", "3D", "42"})
+CONFIGURATION_REFUSALS = frozenset({"0A", "22", "28", "3D", "42"})
 
 
 def classify_sqlstate(sqlstate: str) -> ErrorAction:
@@ -90,7 +90,7 @@ def classify_sqlstate(sqlstate: str) -> ErrorAction:
 
 def classify_refusal(sqlstate: str) -> ErrorAction:
     """Return the action for a connection that the server refused with this SQLSTATE."""
-    return ErrorAction.STOP if sqlstate[:2] in REFUSED_FOR_GOOD else ErrorAction.OUTAGE
+    return ErrorAction.STOP if sqlstate[:2] in CONFIGURATION_REFUSALS else ErrorAction.OUTAGE
 
 
 @attrs.define
@@ -99,12 +99,12 @@ class Backoff:
 
     rng: Random
     first_s: float = 0.1
-    most_s: float = 10.0
+    max_s: float = 10.0
     _tries: int = 0
 
     def next_wait_s(self) -> float:
         """Return the wait before the next attempt: from half of a bound to all of it. The bound doubles each time."""
-        bound = min(self.most_s, self.first_s * 2.0 ** min(self._tries, 16))
+        bound = min(self.max_s, self.first_s * 2.0 ** min(self._tries, 16))
         self._tries += 1
         return bound * (0.5 + self.rng.random() / 2)
 

@@ -1,4 +1,4 @@
-"""The only room that knows psycopg."""
+"""Everything that uses PostgreSQL. Only this package imports psycopg."""
 
 from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
 from orderlib.postgres.repository import PostgresOrderRepository

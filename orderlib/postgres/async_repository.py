@@ -168,7 +168,7 @@ class _TaskWaiter:
 
 
 class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
-    """Keeps the promises of ``AsyncOrderRepository`` on PostgreSQL. Made by ``connect_async``.
+    """An ``AsyncOrderRepository`` on PostgreSQL. Created by ``connect_async``.
 
     It connects when a call needs a connection, at most ``max_connections`` times at once, so it can be created while
     PostgreSQL is down. Each new connection checks the schema, and raises ConfigurationError if that is behind. A call
@@ -251,7 +251,7 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
             self._pool.give_back(session)
 
     async def _session(self, call: Call) -> Session:
-        """Take a session for a call, or raise why there is none."""
+        """Return a session for a call, or raise the reason why there is none."""
         if (session := self._pool.take()) is not None:
             return session
         waiter = _TaskWaiter()
@@ -259,9 +259,9 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
             self._pool.enqueue(waiter)
             await waiter.wait(call.connection_wait_s)
         except BaseException:
-            self._pool.leave(waiter)
+            self._pool.cancel(waiter)
             raise
-        return self._pool.taken(waiter)
+        return self._pool.session_of(waiter)
 
 
 async def _run(session: Session, steps: PQGen[T], call: Call) -> T:

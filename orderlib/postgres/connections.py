@@ -1,4 +1,4 @@
-"""Connections, all set up in the same way."""
+"""Open connections and set up their sessions, all in the same way."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orderlib.repository import checked_type
 Connection = psycopg.Connection[TupleRow]
 
 
-#: Unless the URL says otherwise: give up connecting after 5 s, notice a peer that is gone within about 15 s.
+#: Unless the URL sets them: give up connecting after 5 s, and detect a lost peer within about 15 s.
 _DEFAULTS: dict[str, str | int] = {
     "connect_timeout": 5,
     "keepalives_idle": 5,
@@ -34,8 +34,8 @@ _ENCODE = (
     "(in the form key=value, put the value in single quotes)"
 )
 
-#: A URL without a special character in user name or password that would have to be encoded. Where an unencoded `@` or
-#: `/` cuts a password in two, its end would be taken for a host or a database, and shown.
+#: A URL in which user name and password contain no special character that must be encoded. An unencoded `@` or `/`
+#: would split a password, and the rest of it would be taken for a host or a database, and appear in messages.
 _PLAIN_URL = re.compile(r"postgres(?:ql)?://(?:[^@/?]*@)?[^@]*")
 _KEY_AND_VALUE = re.compile(r"(\w+)\s*=\s*(?:'(?:\\.|[^'\\])*'|(?:\\.|[^\s\\])*)", re.DOTALL)
 
@@ -49,22 +49,22 @@ def connection_arguments(url: str, application_name: str) -> dict[str, str | int
     if "\0" in checked_type("application_name", application_name, str):
         raise ValueError("application_name must not contain NUL")
     if given is None:
-        raise ConfigurationError(f"the database URL is not one that PostgreSQL's libpq takes: {_ENCODE}")
+        raise ConfigurationError(f"the database URL is not valid for libpq: {_ENCODE}")
     if "://" in url[:16] and url.startswith("postgres"):
         if not _PLAIN_URL.fullmatch(url):
-            raise ConfigurationError(f"the database URL can be read in two ways: {_ENCODE}")
+            raise ConfigurationError(f"the database URL is ambiguous: {_ENCODE}")
     else:
         names = _KEY_AND_VALUE.findall(url)
         if len(names) != len(set(names)):
             raise ConfigurationError(f"the database URL gives an option twice: {_ENCODE}")
     if not re.fullmatch(r"[0-9,]*", str(given.get("port") or "")):
-        # It may be a password, of a URL without a host, and a comma in it would be followed by the name of a host.
+        # It may be a part of a password.
         raise ConfigurationError(f"the database URL has an invalid port number: {_ENCODE}")
     return {
         **_DEFAULTS,
         "application_name": application_name,
         **{k: v for k, v in given.items() if v is not None},
-        # Whatever PGCLIENTENCODING says: in any other, some orders could not be sent.
+        # Overrides PGCLIENTENCODING: in another encoding, some orders could not be sent.
         "client_encoding": "utf8",
     }
 
@@ -79,16 +79,16 @@ def _parsed(url: str) -> ConnDict | None:
 
 
 def prepare_session(connection: Connection) -> None:
-    """Set everything that our SQL depends on, in one round trip, whatever role, database, server or environment say.
+    """Set everything that the SQL depends on, in one round trip. This overrides role, database, server and environment.
 
-    The session is in autocommit mode afterwards, so that transactions begin where they are written.
+    The session is in autocommit mode afterwards, so each transaction is explicit.
     """
     connection.autocommit = True
     connection.execute(queries.SET_UP_SESSION)
 
 
 def connect(url: str, *, application_name: str) -> Connection:
-    """One connection. Raises DatabaseUnavailable or ConfigurationError."""
+    """Return a new connection. Raise DatabaseUnavailable or ConfigurationError."""
     connection = psycopg.Connection(connect_to_any(connection_arguments(url, application_name)))
     try:
         with translated_errors(connection):

@@ -1,4 +1,4 @@
-"""The consumer's side of the store: orders, rejects and offsets, committed together behind the fence."""
+"""The consumer's transactions: orders, rejects and offsets, committed together if the fence holds."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from orderlib.repository import Outcome
 
 @attrs.frozen(kw_only=True)
 class BatchResult:
-    """What a batch came to."""
+    """The result of a batch."""
 
     outcomes: Counter[Outcome]
-    #: The refused records, also those that only PostgreSQL refused.
+    #: All rejects of the batch, including those that only PostgreSQL refused.
     rejects: tuple[Reject, ...]
-    #: Seconds by step: fence, orders, rejects, commit.
+    #: Seconds by step: fence, orders, rejects, check, commit.
     seconds: Mapping[str, float]
 
 
 class ConsumerStore:
-    """One connection to the store, for one consumer group.
+    """The connection of one consumer group to PostgreSQL.
 
-    Not for several threads at once, but for ``abort``. Connects when it must, also again after an outage. Any call
-    may raise DatabaseUnavailable, ConfigurationError or TransactionConflict; nothing took effect then, but for a
-    COMMIT without an answer.
+    For one thread at a time, except ``abort``. Connects when a call needs a connection, also after an outage. Any call
+    may raise DatabaseUnavailable, ConfigurationError or TransactionConflict. Then nothing was changed, unless the
+    answer to a COMMIT was lost.
     """
 
     APPLICATION_NAME = "orderlib-consumer"
@@ -55,7 +55,7 @@ class ConsumerStore:
         self._aborted = False
 
     def check(self) -> None:
-        """Claim the database for this group, because two groups would overwrite each other's orders.
+        """Claim the database for this group. Two groups would overwrite each other's orders.
 
         Raise ConfigurationError if a table or a right is missing, or if the database belongs to another group.
         """
@@ -68,32 +68,32 @@ class ConsumerStore:
             self._require_own_group(connection)
 
     def next_offsets(self, topic_id: str, partitions: Iterable[int]) -> dict[int, int]:
-        """Where this group stands in these partitions; without those that it never read."""
+        """Return the next offsets of this group, without partitions that it never read."""
         with self._connected() as connection:
             return _next_offsets(connection, self._position(topic_id, partitions))
 
     def start_partitions(self, topic: str, topic_id: str, earliest: Mapping[int, int]) -> dict[int, int]:
-        """Where this group goes on in these partitions; one that it never read begins at its earliest offset."""
+        """Return the next offsets of this group. Add missing ones, at the earliest offset of the partition."""
         position = self._position(topic_id, earliest)
         with self._connected() as connection:
             known = _next_offsets(connection, position)
-            # Even to do nothing, an INSERT would wait for a row that a frozen consumer is just moving.
+            # Even an INSERT that changes nothing would wait for a row that a frozen consumer has locked.
             new = sorted(earliest.keys() - known.keys())
             if not new:
                 return known
-            begun = {**position, "topic": topic, "partitions": new, "next_offsets": [earliest[p] for p in new]}
+            rows = {**position, "topic": topic, "partitions": new, "next_offsets": [earliest[p] for p in new]}
             try:
-                connection.execute(queries.START_PARTITIONS, begun)
+                connection.execute(queries.START_PARTITIONS, rows)
             except psycopg.errors.ForeignKeyViolation:
                 self._require_own_group(connection)
                 raise
             return _next_offsets(connection, position)
 
     def write(self, batch: Batch, before_commit: Callable[[BatchResult], None]) -> BatchResult:
-        """Commit a batch whole: its offsets, its orders, its rejects.
+        """Commit the offsets, orders and rejects of a batch in one transaction.
 
-        ``before_commit`` may still raise, and nothing is kept then. Raises FenceLost with where the store is if an
-        offset was not where the batch expects it.
+        If ``before_commit`` raises, nothing is stored. Raises FenceLost with the stored offsets if one of them is not
+        the one that the batch expects.
         """
         seconds: dict[str, float] = {}
         began_s = self._clock()
@@ -115,15 +115,15 @@ class ConsumerStore:
                     before_commit(written)
                     lap("check")
             except psycopg.errors.LockNotAvailable as exc:
-                # The transaction must be over before anything else is asked.
+                # Only after the rollback, because a failed transaction accepts no query.
                 raise self._end_blockers(connection, self._position(batch.topic_id, batch.ranges)) from exc
             lap("commit")
             return written
 
     def abort(self) -> None:
-        """From any thread: make the call under way, and any later one, fail soon.
+        """Make the current call and all later ones fail soon. May be called from any thread.
 
-        Only shutting the socket ends a wait for a peer that is half gone.
+        It shuts down the socket, because nothing else ends a wait for a peer that no longer answers.
         """
         with self._abort_lock:
             self._aborted = True
@@ -135,7 +135,7 @@ class ConsumerStore:
                         shut.detach()
 
     def close(self) -> None:
-        """Disconnect."""
+        """Close the connection."""
         if self._connection is not None:
             self._connection.close()
 
@@ -154,7 +154,7 @@ class ConsumerStore:
             with translated_errors(self._connection):
                 yield self._connection
         except BaseException:
-            # Whatever state it is in, the next call starts with a new session.
+            # Do not depend on the state of the transaction: the next call connects again.
             if self._connection.pgconn.transaction_status != TransactionStatus.IDLE:
                 self._connection.close()
             raise
@@ -172,7 +172,7 @@ class ConsumerStore:
         return {"group": self._group, "topic_id": topic_id, "partitions": sorted(partitions)}
 
     def _fence(self, connection: Connection, batch: Batch) -> None:
-        """Move the offsets from where the batch expects them; all of them, or FenceLost."""
+        """Move each offset from the value that the batch expects, or raise FenceLost."""
         partitions = sorted(batch.ranges)
         position = self._position(batch.topic_id, partitions)
         moves = {
@@ -185,21 +185,21 @@ class ConsumerStore:
             moved = connection.execute(queries.MOVE_OFFSETS, moves)
         lost = set(partitions) - {partition for (partition,) in moved.fetchall()}
         if lost:
-            there = _next_offsets(connection, position)
-            if lost - there.keys():
+            stored = _next_offsets(connection, position)
+            if lost - stored.keys():
                 self._require_own_group(connection)
                 raise ConfigurationError(
-                    f"the offsets of partitions {sorted(lost - there.keys())} are gone from consumer_offsets"
+                    f"the offsets of partitions {sorted(lost - stored.keys())} are missing in consumer_offsets"
                 )
-            raise FenceLost(lost, there)
+            raise FenceLost(lost, stored)
 
     def _end_blockers(
         self, connection: Connection, position: Mapping[str, object]
     ) -> TransactionConflict | DatabaseUnavailable:
-        """End the backends of our own kind that are in the way: their processes froze in a transaction."""
-        ended = connection.execute(queries.END_BLOCKERS, position).fetchall()
-        if ended:
-            return TransactionConflict(f"ended {len(ended)} backend(s) of a frozen consumer that held a lock")
+        """Terminate the blocking backends of this role and program. Return the error that the batch raises."""
+        terminated = connection.execute(queries.END_BLOCKERS, position).fetchall()
+        if terminated:
+            return TransactionConflict(f"terminated {len(terminated)} backend(s) of a frozen consumer that held a lock")
         return DatabaseUnavailable("PostgreSQL: another session holds a lock that the batch needs")
 
 
@@ -223,26 +223,26 @@ def _write_orders(connection: Connection, batch: Batch) -> BatchResult:
     return BatchResult(outcomes=outcomes, rejects=tuple(rejects), seconds={})
 
 
-#: Parts of rows are sent together up to this size.
-_SENT_AT_ONCE_BYTES = 128 * 1024
+#: Small parts of rows are joined up to this size before they are sent.
+_CHUNK_BYTES = 128 * 1024
 
 
 def _copy_rejects(connection: Connection, batch: Batch, rejects: Sequence[Reject]) -> None:
-    """Store the rejects that are not stored yet. The fence keeps others from storing them meanwhile."""
+    """Store the rejects that are not stored yet. The fence prevents others from storing them meanwhile."""
     if not rejects:
         return
     sources = [reject.record.source for reject in rejects]
-    asked = {
+    positions = {
         "topic_id": batch.topic_id,
         "partitions": [source.partition for source in sources],
         "offsets": [source.offset for source in sources],
     }
-    stored = set(connection.execute(queries.STORED_REJECTS, asked).fetchall())
+    stored = set(connection.execute(queries.STORED_REJECTS, positions).fetchall())
     new = [reject for reject in rejects if (reject.record.source.partition, reject.record.source.offset) not in stored]
     if not new:
         return
     with connection.cursor() as cursor, cursor.copy(queries.COPY_REJECTS) as copy:
-        for part in _joined(itertools.chain([COPY_HEADER], *map(_row, new), [COPY_TRAILER])):
+        for part in _in_chunks(itertools.chain([COPY_HEADER], *map(_row, new), [COPY_TRAILER])):
             copy.write(part)
 
 
@@ -256,19 +256,19 @@ def _row(reject: Reject) -> Iterator[bytes]:
     return reject_row(position, record.topic, record.time, contents, reject.code, _faults_json(reject))
 
 
-def _joined(parts: Iterable[bytes]) -> Iterator[bytes]:
+def _in_chunks(parts: Iterable[bytes]) -> Iterator[bytes]:
     """Join small parts; pass large ones on as they are."""
     small: list[bytes] = []
     size = 0
     for part in parts:
-        if len(part) > _SENT_AT_ONCE_BYTES:
+        if len(part) > _CHUNK_BYTES:
             yield b"".join(small)
             yield part
             small, size = [], 0
             continue
         small.append(part)
         size += len(part)
-        if size > _SENT_AT_ONCE_BYTES:
+        if size > _CHUNK_BYTES:
             yield b"".join(small)
             small, size = [], 0
     yield b"".join(small)

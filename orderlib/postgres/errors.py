@@ -1,4 +1,4 @@
-"""psycopg's errors as ours, translated once, at the edge.
+"""Translate psycopg's errors into the library's, once, where psycopg is called.
 
 No message quotes a row, or a part of a URL that may belong to a password.
 """
@@ -26,10 +26,10 @@ from orderlib.errors import (
 )
 from orderlib.ingestion.retry import ErrorAction, classify_refusal, classify_sqlstate
 
-#: Why libpq itself gave up on a connection, before or without an answer of the server, where only a change of the
-#: configuration helps. libpq has its messages in English unless the whole process chose another language; then it is an
-#: outage, which is logged and tried again, and nothing is lost.
-_LIBPQ_SETUP = {
+#: Configuration errors of a connection that libpq itself reports, before or without an answer of the server. libpq's
+#: messages are in English unless the process selected another language. Then such an error counts as an outage, which
+#: is logged and retried, and nothing is lost.
+_LIBPQ_CONFIGURATION_ERRORS = {
     r"invalid (integer value|port number|\w+ value|connection option)": "the database URL has an {}",
     r"bad value for \w+": "the database URL has a {}",
     r"could not match \d+ (port numbers|host names|hostaddr values)": "the database URL has lists of different lengths",
@@ -53,14 +53,14 @@ _LIBPQ_SETUP = {
     r"channel binding": "channel_binding cannot be satisfied by this server",
     r"authentication method requirement": "the server's authentication method is not one of require_auth",
     r"(SASL|SCRAM|GSSAPI|SSPI|authentication method) .*not supported": "the authentication method is not supported",
-    # PgBouncer has one code for most of its errors, and English words only.
+    # PgBouncer has one SQLSTATE for most of its errors, and English messages only.
     r"(?<=08P01: )(no such (user|database)|((SASL|password|TLS|peer) )?auth\w* failed|unsupported startup parameter|"
     r"bouncer config error|not allowed)": "PgBouncer: {}",
 }
-_LIBPQ_SETUP_COMPILED = [(re.compile(pattern), text) for pattern, text in _LIBPQ_SETUP.items()]
+_LIBPQ_PATTERNS = [(re.compile(pattern), text) for pattern, text in _LIBPQ_CONFIGURATION_ERRORS.items()]
 
-#: What a server refuses for good, by SQLSTATE.
-_REFUSALS = {
+#: Texts for refused connections that are configuration errors, by SQLSTATE.
+_REFUSAL_TEXTS = {
     "28P01": "password authentication failed, or there is no such role",
     "28000": "the server does not let this role log in from here with this method (pg_hba.conf)",
     "3D000": "the database does not exist",
@@ -69,9 +69,9 @@ _REFUSALS = {
     "42704": "an option of the session does not exist (PGOPTIONS or the URL's options)",
 }
 
-#: The causes of a connection that failed without an SQLSTATE, as libpq and the system write them. A message shows one
-#: of these instead of libpq's whole text, which quotes the URL. A host name that cannot be resolved is an outage:
-#: Docker and Kubernetes take away the name of a service that is stopped.
+#: The causes of a connection that failed without an SQLSTATE, as libpq and the system write them. A message contains
+#: one of these instead of libpq's complete text, which quotes the URL. A host name that cannot be resolved is an
+#: outage: Docker and Kubernetes remove the name of a stopped service.
 _CAUSES = (
     *sorted({os.strerror(number) for number in errno.errorcode}, key=len, reverse=True),
     "timeout expired",
@@ -109,20 +109,20 @@ class HasPGconn(Protocol):
         ...
 
 
-_END_WITHIN_MS = 200
+_END_ARRIVES_WITHIN_MS = 200
 _MAX_READS = 8
 
 
 def is_lost(connection: HasPGconn, exc: BaseException | None = None) -> bool:
-    """Return whether the connection is lost, whatever error came last: closed, broken, or ended by the server.
+    """Return whether the connection is lost: closed, broken, or ended by the server.
 
     Read what the server has sent since, because libpq notices the end of a connection only when it reads. For an idle
     connection that takes one system call.
     """
     if _is_fatal(exc):
         return True
-    # psycopg has received an answer to something else: if that is due to a lost connection, its end is on the way.
-    wait_ms = _END_WITHIN_MS if isinstance(exc, psycopg.Error) and exc.sqlstate is None else 0
+    # An error without an SQLSTATE may be due to the end of the connection, which may arrive a moment later.
+    wait_ms = _END_ARRIVES_WITHIN_MS if isinstance(exc, psycopg.Error) and exc.sqlstate is None else 0
     pgconn = connection.pgconn
     poll = select.poll()
     try:
@@ -137,16 +137,16 @@ def is_lost(connection: HasPGconn, exc: BaseException | None = None) -> bool:
 
 
 def _is_fatal(exc: BaseException | None) -> bool:
-    """Whether the server ended the session with this error; libpq may not have noticed yet."""
+    """Return whether the server ended the session with this error. libpq may not have detected it yet."""
     return isinstance(exc, psycopg.Error) and exc.diag.severity_nonlocalized in {"FATAL", "PANIC"}
 
 
 @contextmanager
 def translated_errors(connection: HasPGconn | None = None) -> Iterator[None]:
-    """Raise our error, ``from`` psycopg's, for any that leaves the block.
+    """Raise the library's error, ``from`` psycopg's, for an error of the block.
 
-    With the connection that the block uses: a lost one is an outage whatever psycopg raises. It raises errors of every
-    class then, because it reads the server's last words as the answer to something else.
+    Pass the connection that the block uses. If it was lost, the error is an outage, whatever its class: psycopg then
+    takes the server's last message for the answer to another request.
     """
     try:
         yield
@@ -159,10 +159,10 @@ def translated_errors(connection: HasPGconn | None = None) -> Iterator[None]:
 
 
 def translate(exc: Exception, connection: HasPGconn | None = None, *, writing: bool = True) -> OrderlibError:
-    """Return our error for one of psycopg's. Its message names kinds and codes, never data: details may quote a row.
+    """Return the library's error for psycopg's. The message has classes and codes, never data: details may quote a row.
 
-    Only a write can have a row that PostgreSQL refuses. A read that fails in the same way means broken data or set-up.
-    Only a write can collide with another. A read that a standby cancels once more is an outage.
+    Only a write can have a refused row or a conflict. The same error of a read is a configuration error, or an outage
+    if a standby cancelled it.
     """
     if connection is not None and is_lost(connection, exc):
         return DatabaseUnavailable(f"PostgreSQL: the connection was lost{_reason(exc)}")
@@ -171,7 +171,7 @@ def translate(exc: Exception, connection: HasPGconn | None = None, *, writing: b
     if not isinstance(exc, psycopg.Error):
         return ConfigurationError(f"PostgreSQL: {type(exc).__name__}")
     if exc.pgconn is not None:
-        return _not_connected(exc, exc.pgconn)
+        return _failed_connection(exc, exc.pgconn)
     if exc.sqlstate is None:
         return _without_sqlstate(exc)
     if _is_fatal(exc):
@@ -189,14 +189,14 @@ def translate(exc: Exception, connection: HasPGconn | None = None, *, writing: b
 
 
 def _reason(exc: Exception) -> str:
-    """The server's last words, if it had any."""
+    """Return the server's last message, if there is one, as the end of a sentence."""
     if isinstance(exc, psycopg.Error) and exc.sqlstate and exc.sqlstate[:2] not in {"22", "23"}:
-        return f": {exc.diag.message_primary or _words(exc)} ({exc.sqlstate})"
+        return f": {exc.diag.message_primary or _readable_name(exc)} ({exc.sqlstate})"
     return ""
 
 
-def _words(exc: psycopg.Error) -> str:
-    """The name of an error in plain words."""
+def _readable_name(exc: psycopg.Error) -> str:
+    """Return the class name of an error as separate lower-case words."""
     return re.sub(r"(?<!^)(?=[A-Z])", " ", type(exc).__name__.rstrip("_")).lower()
 
 
@@ -204,15 +204,15 @@ def _without_sqlstate(exc: psycopg.Error) -> OrderlibError:
     if isinstance(exc, psycopg.DataError):
         return RefusedByDatabase(None)
     if isinstance(exc, psycopg.OperationalError | psycopg.InterfaceError) or str(exc).startswith("bad value for"):
-        return _without_answer(str(exc))
+        return _from_message(str(exc))
     return ConfigurationError(f"PostgreSQL: {type(exc).__name__}: {exc}")
 
 
-def _not_connected(exc: psycopg.Error, pgconn: PGconn) -> OrderlibError:
-    """Return our error for a connection that was not established.
+def _failed_connection(exc: psycopg.Error, pgconn: PGconn) -> OrderlibError:
+    """Return the library's error for a connection that was not established.
 
-    Known configuration errors stop a program; everything else is an outage. A server that is restarted, overloaded or
-    being maintained has more ways to refuse a connection than any list.
+    Known configuration errors stop a program; everything else is an outage. A server that
+    restarts, is overloaded or is being maintained refuses connections in many ways, and no list is complete.
     """
     address = _address(pgconn)
     if exc.sqlstate is None or exc.sqlstate == "08P01":
@@ -220,10 +220,10 @@ def _not_connected(exc: psycopg.Error, pgconn: PGconn) -> OrderlibError:
             return ConfigurationError(
                 f"PostgreSQL{address}: the server asks for a password, and the database URL has none"
             )
-        return _without_answer(str(exc), address, f" ({exc.sqlstate})" if exc.sqlstate else "")
+        return _from_message(str(exc), address, f" ({exc.sqlstate})" if exc.sqlstate else "")
     if exc.sqlstate == "3D000" and _HOST.fullmatch(database := pgconn.db.decode("utf-8", "replace")):
         return ConfigurationError(f'PostgreSQL{address}: database "{database}" does not exist (3D000)')
-    text = f"PostgreSQL{address}: {_REFUSALS.get(exc.sqlstate) or _words(exc)} ({exc.sqlstate})"
+    text = f"PostgreSQL{address}: {_REFUSAL_TEXTS.get(exc.sqlstate) or _readable_name(exc)} ({exc.sqlstate})"
     return ConfigurationError(text) if classify_refusal(exc.sqlstate) is ErrorAction.STOP else DatabaseUnavailable(text)
 
 
@@ -234,11 +234,11 @@ def _address(pgconn: PGconn) -> str:
     return f" at [{host}]:{port}" if ":" in host else f" at {host}:{port}"
 
 
-def _without_answer(text: str, address: str = "", code: str = "") -> OrderlibError:
-    for pattern, setup in _LIBPQ_SETUP_COMPILED:
+def _from_message(text: str, address: str = "", code: str = "") -> OrderlibError:
+    for pattern, description in _LIBPQ_PATTERNS:
         if found := pattern.search(text):
-            # Of a URL's own text nothing is shown: it may be a part of a password with an unescaped character.
-            return ConfigurationError(f"PostgreSQL{address}: {setup.format(found[0])}{code}")
+            # The message contains no text of the URL: it may be a part of a password with an unescaped character.
+            return ConfigurationError(f"PostgreSQL{address}: {description.format(found[0])}{code}")
     cause = next((cause for cause in _CAUSES if cause in text), "the connection failed")
     if (unknown := _UNKNOWN_HOST.search(text)) and _HOST.fullmatch(unknown[1]):
         cause = f"the host name {unknown[1]} cannot be resolved"

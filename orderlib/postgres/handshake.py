@@ -1,8 +1,8 @@
 """The start of a connection, with the SQLSTATE of a refusal.
 
-libpq keeps only the message of a refused connection, in the server's language. At its most verbose that message holds
-the SQLSTATE as well. psycopg has no call for this, so ``connect_steps`` repeats its short connect generator with one
-call of libpq more.
+libpq has only the message of a refused connection, in the server's language. With verbose errors that message contains
+the SQLSTATE as well. psycopg has no call for this, so ``connect_steps`` is psycopg's short connect generator with one
+more libpq call.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from psycopg.waiting import Wait
 
 _DEFAULT, _VERBOSE = 1, 2
 
-#: A severity in any language, then what libpq puts between it and the message. The last host's error comes last.
+#: The SQLSTATE after the severity, which is in any language. The error of the last host comes last.
 _SQLSTATE = re.compile(r":  ([0-9A-Z]{5}): ")
 
 
 def _find_set_verbosity() -> Callable[[int | None, int], object]:
     """Return PQsetErrorVerbosity of the libpq that psycopg uses."""
     module = sys.modules[pq.PGconn.__module__]
-    # psycopg's C module is linked with libpq; its Python module has loaded it as `impl.pq`.
+    # psycopg's C module is linked with libpq. Its Python module has loaded libpq as `impl.pq`.
     library = module.impl.pq if pq.__impl__ == "python" else ctypes.CDLL(module.__file__)
     function = library.PQsetErrorVerbosity
     function.argtypes = [ctypes.c_void_p, ctypes.c_int]
@@ -40,13 +40,13 @@ _set_error_verbosity = _find_set_verbosity()
 
 
 def _set_verbosity(pgconn: PGconn, verbosity: int) -> None:
-    _set_error_verbosity(pgconn.pgconn_ptr, verbosity)  # type: ignore[attr-defined]
+    _set_error_verbosity(pgconn.pgconn_ptr, verbosity)  # type: ignore[attr-defined]  # missing in the Protocol of PGconn
 
 
 def connect_steps(conninfo: str) -> PQGenConn[PGconn]:
-    """Connect to the one host in ``conninfo``, as ``psycopg.generators.connect`` does.
+    """Connect to the only host in ``conninfo``, as ``psycopg.generators.connect`` does.
 
-    The error of a refused connection is psycopg's for its SQLSTATE, or OperationalError if the server gave none.
+    If the server refuses, raise psycopg's error for the SQLSTATE, or OperationalError without one.
     """
     pgconn = pq.PGconn.connect_start(conninfo.encode())
     _set_verbosity(pgconn, _VERBOSE)

@@ -1,4 +1,4 @@
-"""Connect to the first host of a URL that accepts a connection, in about the same time whether or not others answer."""
+"""Connect to the first host of a URL that accepts a connection. Silent hosts hardly delay the others."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from orderlib.postgres.handshake import connect_steps
 
 #: Wait this long for a host before the next one is tried as well.
 _NEXT_HOST_AFTER_S = 0.3
-#: Try each host again this often while another one, or an earlier attempt, is silent. A host that starts to accept
-#: connections is then found within a second, although an attempt made before that may never be answered.
+#: Try each host again at this interval while an attempt has no answer. A host that starts to accept connections is then
+#: found within a second, although an earlier attempt may never be answered.
 _SAME_HOST_AFTER_S = 0.7
 
 _EVENTS = {Wait.R: select.POLLIN, Wait.W: select.POLLOUT, Wait.RW: select.POLLIN | select.POLLOUT}
@@ -30,8 +30,8 @@ _EVENTS = {Wait.R: select.POLLIN, Wait.W: select.POLLOUT, Wait.RW: select.POLLIN
 def connect_to_any(arguments: Mapping[str, str | int]) -> PGconn:
     """Return a connection to the first host that accepts one, in the order of the URL.
 
-    ``target_session_attrs`` and ``load_balance_hosts`` mean what they mean to libpq. ``connect_timeout`` bounds the
-    whole call. Raise DatabaseUnavailable or ConfigurationError when every host has refused, or none has accepted in
+    ``target_session_attrs`` and ``load_balance_hosts`` have the meaning that they have in libpq. ``connect_timeout``
+    limits the whole call. Raise DatabaseUnavailable or ConfigurationError if every host refused, or none accepted in
     time. The error has neither cause nor context: libpq's text may quote a part of a password.
     """
     error: OrderlibError
@@ -88,7 +88,7 @@ class _Attempt:
         self.events = 0
 
     def advance(self) -> bool:
-        """Do what can be done without waiting. Return whether the connection is established, or raise why not."""
+        """Proceed without waiting. Return whether the connection is established, or raise the error of the attempt."""
         try:
             self.file, wait = self._steps.send(Ready.RW) if self._started else next(self._steps)
         except StopIteration as done:
@@ -100,10 +100,10 @@ class _Attempt:
 
 
 def _ready(attempts: list[_Attempt], timeout_s: float) -> list[_Attempt]:
-    """Return the attempts that can go on, after waiting for one at most this long."""
+    """Return the attempts that can proceed. Wait for one at most this long."""
     if new := [attempt for attempt in attempts if attempt.file < 0]:
         return new
-    # Made for each wait, because libpq replaces sockets and numbers of closed ones are reused.
+    # A new poll object for each wait, because libpq replaces sockets, and descriptors of closed ones are reused.
     poll = select.poll()
     for attempt in attempts:
         poll.register(attempt.file, attempt.events)
@@ -112,7 +112,7 @@ def _ready(attempts: list[_Attempt], timeout_s: float) -> list[_Attempt]:
 
 
 def _summary(failures: Mapping[int, psycopg.Error]) -> psycopg.Error:
-    """Return the error that decides: an outage of any host, because that one may come back, else the last host's."""
+    """Return the error to raise: the first outage, because that host may recover, else the error of the last host."""
     outages = (
         failures[host] for host in sorted(failures) if isinstance(translate(failures[host]), DatabaseUnavailable)
     )

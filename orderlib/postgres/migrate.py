@@ -1,4 +1,4 @@
-"""Roles and schema: an administrator creates the roles, the owner creates the tables by numbered SQL files."""
+"""Roles and schema: an administrator creates the roles, numbered SQL files create the tables as the owner."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ READER = "orders_reader"
 ROLES = (OWNER, MIGRATOR, WRITER, READER)
 
 #: The rights on each table, by role. Migrations grant them when they create a table; `migrate` and `bootstrap` restore
-#: them if somebody changed them. docs/run-in-production.md has the same table.
+#: them after a change. docs/run-in-production.md has the same table.
 RIGHTS: Mapping[str, Mapping[str, tuple[LiteralString, ...]]] = {
     "orders": {
         WRITER: (
@@ -47,8 +47,10 @@ RIGHTS: Mapping[str, Mapping[str, tuple[LiteralString, ...]]] = {
     "rejects": {
         WRITER: ("SELECT", "INSERT", "UPDATE (redriven_at, redrive_outcome)"),
         READER: (
-            "SELECT (topic_id, partition, record_offset, topic, record_time, code, faults, rejected_at, redriven_at, "  # noqa: ISC004
-            "redrive_outcome)",
+            (
+                "SELECT (topic_id, partition, record_offset, topic, record_time, code, faults, rejected_at, "
+                "redriven_at, redrive_outcome)"
+            ),
         ),
     },
     "reject_digests": {WRITER: (), READER: ("SELECT",)},
@@ -56,7 +58,7 @@ RIGHTS: Mapping[str, Mapping[str, tuple[LiteralString, ...]]] = {
 }
 
 
-def _rights_on_whole_tables(role: str, tables: Collection[str]) -> tuple[tuple[str, str], ...]:
+def _table_rights(role: str, tables: Collection[str]) -> tuple[tuple[str, str], ...]:
     return tuple(
         (table, right)
         for table, roles in RIGHTS.items()
@@ -66,13 +68,13 @@ def _rights_on_whole_tables(role: str, tables: Collection[str]) -> tuple[tuple[s
     )
 
 
-#: What a program needs at least when it starts: (table, right).
-WRITER_RIGHTS = _rights_on_whole_tables(WRITER, RIGHTS)
-READER_RIGHTS = _rights_on_whole_tables(READER, {"orders", "delivery", "payment", "items"})
+#: The rights that a program checks when it starts: (table, right).
+WRITER_RIGHTS = _table_rights(WRITER, RIGHTS)
+READER_RIGHTS = _table_rights(READER, {"orders", "delivery", "payment", "items"})
 
-#: How long `bootstrap`, and each migration of `migrate`, tries to get a lock before it gives up.
+#: How long `bootstrap`, and each migration of `migrate`, waits for a lock before it fails.
 LOCK_WITHIN_S = 60.0
-#: How PostgreSQL refuses a correction.
+#: The errors of a correction that this role may not make.
 _NOT_ALLOWED = (
     psycopg.errors.InsufficientPrivilege,
     psycopg.errors.InvalidGrantor,
@@ -86,7 +88,7 @@ _FILE = re.compile(r"(\d{4})_\w+\.sql")
 
 
 def _migrations() -> dict[int, str]:
-    """The file names of the migrations by number, in order."""
+    """Return the file names of the migrations by number, in order."""
     files = (entry.name for entry in resources.files("orderlib.postgres").joinpath("migrations").iterdir())
     return dict(sorted((int(found[1]), found[0]) for found in map(_FILE.fullmatch, files) if found))
 
@@ -96,12 +98,12 @@ LATEST_MIGRATION = max(_migrations())
 
 @attrs.frozen(kw_only=True)
 class Problem:
-    """A difference between what roles may do and what they must be able to do."""
+    """A wrong attribute, membership or right."""
 
-    #: Whether the programs cannot work that way.
+    #: Whether the programs cannot work with it.
     is_required: bool
     text: str
-    #: The statement that corrects it, if one does.
+    #: The statement that corrects it, if there is one.
     remedy: str | None
 
     def __str__(self) -> str:
@@ -158,12 +160,12 @@ def create_roles(
 ) -> BootstrapResult:
     """Create the four roles and give them this database. Idempotent, and safe to run concurrently.
 
-    Needs a superuser, or a role with CREATEROLE that owns the database. ``passwords`` of the three login roles, by
-    name, replace the ones they had. Corrects attributes, memberships and rights that differ from what they must be,
-    and returns what this connection's role may not correct. Raises ConfigurationError, with nothing changed, if the
-    programs could not work: because the database is not UTF8, or because a right is missing.
+    Needs a superuser, or a role with CREATEROLE that owns the database. ``passwords`` sets the passwords of the
+    three login roles, by name. Corrects wrong attributes, memberships and rights, and returns those that this
+    connection's role may not correct. Raises ConfigurationError, with nothing changed, if the programs could not work:
+    the database is not UTF8, or a right is missing.
     """
-    # Two at once meet at a role or at the database's entry: the second one starts again and finds the work done.
+    # Of two concurrent calls, one fails at a role or at the database's entry. It starts again and finds the work done.
     conflicts = (
         psycopg.errors.UniqueViolation,
         psycopg.errors.DuplicateObject,
@@ -174,8 +176,8 @@ def create_roles(
 
 def _bootstrap(connection: Connection, passwords: Mapping[str, str]) -> BootstrapResult:
     _require_utf8(connection)
-    _, _, _, elsewhere, _ = _one_row(connection, queries.SCHEMA_LOCATION)
-    connection.execute(queries.USE_SCHEMA, {"schema": elsewhere or _table_schema(connection)})
+    _, _, _, other_schema, _ = _one_row(connection, queries.SCHEMA_LOCATION)
+    connection.execute(queries.USE_SCHEMA, {"schema": other_schema or _table_schema(connection)})
     try:
         for (role,) in connection.execute(queries.MISSING_ROLES, {"roles": list(ROLES)}).fetchall():
             connection.execute(sql.SQL(queries.CREATE_ROLE).format(sql.Identifier(role)))
@@ -208,7 +210,7 @@ def _problems(connection: Connection) -> list[Problem]:
 
 
 def _correct_roles(connection: Connection) -> list[str]:
-    """Correct what this connection's role may correct. Return what was wrong and is right now, with the statements."""
+    """Correct what this connection's role may correct. Return the problems that are solved, with the statements."""
     found: dict[str, Problem] = {}
     while todo := [problem for problem in _problems(connection) if problem.remedy and str(problem) not in found]:
         for problem in todo:
@@ -220,13 +222,13 @@ def _correct_roles(connection: Connection) -> list[str]:
 
 
 def _correct_rights_as_owner(connection: Connection) -> tuple[list[str], list[str]]:
-    """Correct the rights on the tables, if there are any. Return what was changed, and what could not be looked at."""
-    found, _, _, elsewhere, _ = _one_row(connection, queries.SCHEMA_LOCATION)
-    # Without USAGE on its schema, this connection does not find a table that is there.
-    if not found and not elsewhere:
+    """Correct the rights on the tables, if there are any. Return the corrections, and what could not be checked."""
+    found, _, _, other_schema, _ = _one_row(connection, queries.SCHEMA_LOCATION)
+    # Without USAGE on their schema, this connection does not find the tables.
+    if not found and not other_schema:
         return [], []
-    schema = elsewhere or _table_schema(connection)
-    is_allowed_for_now = False
+    schema = other_schema or _table_schema(connection)
+    set_is_temporary = False
     try:
         with connection.transaction():
             connection.execute(queries.BECOME_OWNER)
@@ -235,13 +237,13 @@ def _correct_rights_as_owner(connection: Connection) -> tuple[list[str], list[st
             with connection.transaction():
                 connection.execute(queries.ALLOW_BECOMING_OWNER)
                 connection.execute(queries.BECOME_OWNER)
-            is_allowed_for_now = True
+            set_is_temporary = True
         except psycopg.errors.InsufficientPrivilege:
             return [], [_unchecked(schema, "run `python -m orderlib migrate`")]
     found, *_ = _one_row(connection, queries.SCHEMA_LOCATION)
     corrected = _correct_rights(connection) if found else []
     connection.execute(queries.RESET_ROLE)
-    if is_allowed_for_now:
+    if set_is_temporary:
         connection.execute(queries.FORBID_BECOMING_OWNER)
     if found:
         return corrected, []
@@ -255,9 +257,9 @@ def _unchecked(schema: str, remedy: str) -> str:
 
 
 def _correct_rights(connection: Connection) -> list[str]:
-    """As the owner, make the rights on its tables those in RIGHTS. Return the statements that this took.
+    """As the owner, change the rights on its tables to those in RIGHTS. Return the statements.
 
-    Leaves the login roles alone if the schema is not at this program's number: another release has other rights.
+    Does not change those of the login roles if the last migration is not this release's: another one has other rights.
     """
     connection.execute(queries.LOCK_SCHEMA)
     rows = connection.execute(queries.TABLE_GRANTS).fetchall()
@@ -293,7 +295,7 @@ def _grant(statement: LiteralString, table: str, role: str | None, rights: Itera
 
 
 def _single_rights(rights: Iterable[str]) -> set[str]:
-    """``UPDATE (a, b)`` as ``UPDATE a`` and ``UPDATE b``."""
+    """Return single rights: ``UPDATE a`` and ``UPDATE b`` for ``UPDATE (a, b)``."""
     single = set()
     for text in rights:
         right, _, columns = text.rstrip(")").partition(" (")
@@ -302,7 +304,7 @@ def _single_rights(rights: Iterable[str]) -> set[str]:
 
 
 def role_of(variable: str, url: str) -> tuple[str, str]:
-    """The role in a URL and its password. Raises ConfigurationError naming the variable where one is missing."""
+    """Return the role in a URL and its password. Raise ConfigurationError, naming the variable, if one is missing."""
     arguments = connection_arguments(url, application_name="")
     role, password = arguments.get("user"), arguments.get("password")
     if role not in {MIGRATOR, WRITER, READER}:
@@ -348,11 +350,11 @@ def apply_migrations(
     on_applied: Callable[[str], None] = _ignore,
     on_message: Callable[[str], None] = _ignore,
 ) -> int:
-    """Apply the missing migrations, each in its own transaction as the owner. Return how many there were.
+    """Apply the missing migrations, each in its own transaction as the owner. Return how many were applied.
 
     Also restores the rights on the tables. Idempotent, and safe to run concurrently. ``on_message`` receives warnings
-    of migrations, corrected rights, and who holds a lock that this waits for. Raises DatabaseUnavailable, naming that
-    session, if a migration does not get its lock within a minute; the migrations before it stay applied.
+    of migrations, corrected rights, and the sessions that hold a lock that this waits for. Raises DatabaseUnavailable,
+    naming them, if a migration does not get its lock within a minute; the migrations before it stay applied.
     """
 
     def on_notice(diagnostic: psycopg.errors.Diagnostic) -> None:
@@ -361,8 +363,8 @@ def apply_migrations(
 
     connection.add_notice_handler(on_notice)
     try:
-        # Of two that create the same table, one fails on the catalog's unique index, and finds the table then.
-        # Of two that grant rights on the same table, one fails with an internal error: "tuple concurrently updated".
+        # If two calls create the same table, one fails on the catalog's unique index. It retries and finds the table.
+        # If two calls grant rights on the same table, one fails with an internal error: "tuple concurrently updated".
         conflicts = (
             psycopg.errors.UniqueViolation,
             psycopg.errors.DuplicateTable,
@@ -386,20 +388,20 @@ def _prepare(connection: Connection) -> None:
     """Create the table of migrations, if the database has none."""
     connection.execute(queries.BECOME_OWNER)
     _require_utf8(connection)
-    found, role, search_path, elsewhere, is_usable = _one_row(connection, queries.SCHEMA_LOCATION)
+    found, login_role, search_path, other_schema, is_usable = _one_row(connection, queries.SCHEMA_LOCATION)
     if found:
         return
-    if elsewhere:
-        raise _not_found(role, search_path, elsewhere, is_usable=is_usable)
+    if other_schema:
+        raise _not_found(login_role, search_path, other_schema, is_usable=is_usable)
     connection.execute(queries.USE_SCHEMA, {"schema": _table_schema(connection)})
     connection.execute(queries.SCHEMA_MIGRATIONS)
     connection.execute(queries.LOCK_SCHEMA)
-    for reader, rights in RIGHTS["schema_migrations"].items():
-        connection.execute(_grant(queries.GRANT_RIGHTS, "schema_migrations", reader, rights))
+    for role, rights in RIGHTS["schema_migrations"].items():
+        connection.execute(_grant(queries.GRANT_RIGHTS, "schema_migrations", role, rights))
 
 
 def _apply(connection: Connection, number: int, name: str) -> bool:
-    """Apply a migration unless that was done. Return whether it was applied now."""
+    """Apply a migration unless it is applied already. Return whether this call applied it."""
     connection.execute(queries.BECOME_OWNER)
     connection.execute(queries.USE_SCHEMA, {"schema": _table_schema(connection)})
     if connection.execute(queries.IS_APPLIED, {"number": number}).fetchone():
@@ -426,9 +428,9 @@ def _with_locks(
     conflicts: tuple[type[psycopg.Error], ...],
     on_message: Callable[[str], None],
 ) -> T:
-    """Do the work in a transaction, again if it waits too long for a lock or conflicts with another session."""
+    """Do the work in a transaction. Retry if it waits too long for a lock or conflicts with another session."""
     deadline_s = time.monotonic() + LOCK_WITHIN_S
-    told = ""
+    reported = ""
     while True:
         try:
             with translated_errors(connection), connection.transaction():
@@ -448,16 +450,16 @@ def _with_locks(
                         f"PostgreSQL: no lock within {LOCK_WITHIN_S:.0f} s, held by {holders}; this step was rolled "
                         "back, and earlier steps stay applied: run the command again"
                     ) from conflict.error
-                if holders != told:
+                if holders != reported:
                     on_message(f"waiting for a lock that is held by {holders}")
-                    told = holders
+                    reported = holders
             elif is_late:
                 raise translate(conflict.error) from conflict.error
         time.sleep(_BETWEEN_TRIES_S)
 
 
 class _Conflict(Exception):
-    """Another session is in the way. The transaction was rolled back and may be tried again."""
+    """A conflict with another session. The transaction was rolled back and may be retried."""
 
     def __init__(self, error: psycopg.Error) -> None:
         super().__init__(str(error))
@@ -465,7 +467,7 @@ class _Conflict(Exception):
 
 
 def _lock_holders(connection: Connection) -> str:
-    """Name the sessions that may hold the lock."""
+    """Return the sessions that may hold the lock, as text."""
     with translated_errors(connection):
         rows = connection.execute(queries.LOCK_HOLDERS).fetchall()
     if not rows:
@@ -493,7 +495,7 @@ def _table_schema(connection: Connection) -> str:
 
 
 def check_schema(connection: Connection) -> None:
-    """Raise ConfigurationError, naming what to do, if the schema is older than this program. A newer one is fine."""
+    """Raise ConfigurationError, with the remedy, if the schema is missing or older than this program needs."""
     with translated_errors(connection):
         location = _one_row(connection, queries.SCHEMA_LOCATION)
         number = _one_row(connection, queries.SCHEMA_NUMBER)[0] if location[0] else None
@@ -501,10 +503,10 @@ def check_schema(connection: Connection) -> None:
 
 
 def require_schema(location: TupleRow, number: int | None) -> None:
-    """Raise ConfigurationError, naming what to do, for a schema that the session does not find or that is too old."""
-    found, role, search_path, elsewhere, is_usable = location
-    if not found and elsewhere:
-        raise _not_found(role, search_path, elsewhere, is_usable=is_usable)
+    """Do the check of ``check_schema`` on rows of SCHEMA_LOCATION and SCHEMA_NUMBER."""
+    found, role, search_path, other_schema, is_usable = location
+    if not found and other_schema:
+        raise _not_found(role, search_path, other_schema, is_usable=is_usable)
     number = number or 0
     if number < LATEST_MIGRATION:
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""What only an operator does, as the migrator: move offsets, erase an order, purge rejects."""
+"""Operations of the operator as the migrator: move offsets, erase an order, purge rejects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orderlib.postgres.migrate import check_schema
 
 @attrs.frozen(kw_only=True)
 class StoredOffset:
-    """Where a group stands in one partition of one life of a topic."""
+    """The stored offset of a group for one partition of one topic id."""
 
     group: str
     topic: str
@@ -32,7 +32,7 @@ class StoredOffset:
 def as_owner(connection: Connection) -> Iterator[None]:
     """Run one transaction in which the migrator has the owner's rights.
 
-    Raises ConfigurationError without a usable schema.
+    Raises ConfigurationError if the schema is missing or too old.
     """
     with translated_errors(connection), connection.transaction():
         connection.execute(queries.BECOME_OWNER)
@@ -42,7 +42,7 @@ def as_owner(connection: Connection) -> Iterator[None]:
 
 
 def stored_offsets(connection: Connection) -> list[StoredOffset]:
-    """Every stored offset. The reader's rights suffice."""
+    """Return all stored offsets. Needs the reader's rights only."""
     with translated_errors(connection):
         rows = connection.execute(queries.ALL_OFFSETS).fetchall()
     names = [field.name for field in attrs.fields(StoredOffset)]
@@ -50,9 +50,9 @@ def stored_offsets(connection: Connection) -> list[StoredOffset]:
 
 
 def reset_offsets(connection: Connection, group: str, topic_id: str, next_offsets: Mapping[int, int]) -> None:
-    """Move a group's offsets, all or none. Only with the group stopped: nothing but its fence would notice.
+    """Move a group's offsets, all or none. Only with the group stopped: its next batch would lose the fence.
 
-    Raises ConfigurationError for a partition that the group never read.
+    Raises ConfigurationError for a partition without a stored offset.
     """
     with as_owner(connection):
         for partition, next_offset in sorted(next_offsets.items()):
@@ -67,21 +67,21 @@ def reset_offsets(connection: Connection, group: str, topic_id: str, next_offset
 
 
 def consumer_group(connection: Connection) -> str | None:
-    """Return the consumer group that this database belongs to, or None before the first consumer started."""
+    """Return the consumer group that this database belongs to, or ``None`` before the first consumer started."""
     with translated_errors(connection):
         row = connection.execute(queries.GROUP).fetchone()
     return str(row[0]) if row else None
 
 
 def set_consumer_group(connection: Connection, group: str) -> None:
-    """Give the database and all its offsets to a group. Only with consumers stopped: the old group could not go on."""
+    """Rename the group that owns the database and its offsets. Only with the consumers of both groups stopped."""
     with as_owner(connection):
         if connection.execute(queries.RENAME_GROUP, {"group": group}).rowcount == 0:
             connection.execute(queries.CLAIM_GROUP, {"group": group})
 
 
 def forget(connection: Connection, order_uid: str) -> tuple[int, int]:
-    """Erase an order with all its parts, and the rejects whose key is its order_uid; how many of each there were."""
+    """Erase an order with all its parts, and the rejects whose key is its order_uid. Return how many of each."""
     with as_owner(connection):
         orders = connection.execute(queries.FORGET_ORDER, {"order_uid": order_uid}).rowcount
         rejects = connection.execute(queries.FORGET_REJECTS, {"order_uid": order_uid}).rowcount
@@ -89,7 +89,7 @@ def forget(connection: Connection, order_uid: str) -> tuple[int, int]:
 
 
 def count_old_rejects(connection: Connection, age: dt.timedelta) -> int:
-    """How many rejects are older than this."""
+    """Return how many rejects are older than this."""
     with as_owner(connection):
         row = connection.execute(queries.COUNT_OLD_REJECTS, {"age": age}).fetchone()
         assert row is not None
@@ -97,6 +97,6 @@ def count_old_rejects(connection: Connection, age: dt.timedelta) -> int:
 
 
 def purge_rejects(connection: Connection, age: dt.timedelta) -> int:
-    """Take away the rejects older than this, redriven or not; how many there were."""
+    """Delete the rejects older than this, redriven or not. Return how many."""
     with as_owner(connection):
         return connection.execute(queries.PURGE_REJECTS, {"age": age}).rowcount

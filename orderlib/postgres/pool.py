@@ -2,7 +2,7 @@
 
 A call takes a session, uses it, and gives it back. It gets an idle session at once, the most recently used one first.
 Otherwise it waits for the first session that is given back or newly connected. Background threads connect. So no call
-waits longer than its limit, and a connection that takes longer serves a later call.
+waits longer than its limit. A connection that takes longer serves a later call.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ _MAX_TIMEOUT_S = 1_000_000.0
 #: The limit for the set-up of a new session. No call waits for it.
 _SET_UP_WITHIN_S = 5.0
 
-#: A read that ended with one of these is tried again once: a conflict with recovery on a standby or a deadlock (class
+#: A read that fails with one of these is repeated once: a conflict with recovery on a standby or a deadlock (class
 #: 40), a cancelled statement, a prepared statement that was deallocated (26000) or whose result type changed (0A000).
 _REPEATABLE = {"57014", "26000", "0A000"}
 _REPEATABLE_CLASS = "40"
-#: A write on a server that accepts none.
+#: A write on a read-only server.
 _READ_ONLY = "25006"
 
 
 class DeadlineExceeded(OrderlibError):
-    """The deadline of a call passed while it waited for PostgreSQL. No caller of a repository sees it."""
+    """The deadline of a call passed while it waited for PostgreSQL. The repository translates it."""
 
 
-#: After so many conflicts in one call, other writers are probably in the way for good.
+#: After this number of conflicts in one call, retrying probably does not help.
 _MAX_CONFLICTS = 20
-#: Spreads the retries of several writers.
-_RNG = Random()  # noqa: S311  no secret
+#: For the jitter between retries of several writers.
+_RNG = Random()  # noqa: S311  not used for a secret
 
-#: What a read raises that has to be translated or may be repaired.
+#: The errors of a read that are translated, or repaired by a retry.
 READ_ERRORS = (psycopg.Error, UnicodeEncodeError, DeadlineExceeded)
-#: The same for a write, which has translated some errors already.
+#: The same for a write, whose errors are partly translated already.
 WRITE_ERRORS = (psycopg.Error, OrderlibError)
 
 
@@ -84,16 +84,16 @@ def bounded(steps: PQGen[T], deadline: float) -> PQGen[T]:
 
 
 class Session(Connection):
-    """A connection of a pool, with the reads over it. Every operation on it ends at its deadline."""
+    """A connection of a pool, with the reads over it. Every operation ends at the deadline."""
 
     def __init__(self, pgconn: PGconn) -> None:
         super().__init__(pgconn)
         self.wire = Wire(pgconn)
         self.read_queries = ReadQueries(self.wire)
-        #: When the call that uses it must end, by the monotonic clock.
+        #: When the current call must end, by the monotonic clock.
         self.deadline = 0.0
-        #: Whether it was connected before the call that uses it. It may have been lost since then, which says nothing
-        #: about the server now.
+        #: Whether it was connected before the current call. Then it may have been lost while idle, although the server
+        #: accepts connections now.
         self.reused = False
 
     def __del__(self, _warn: Any = None, /) -> None:
@@ -113,17 +113,17 @@ class Session(Connection):
             raise
 
     def abort(self) -> None:
-        """Close the connection without regard to psycopg's state. An open transaction is rolled back."""
+        """Close the connection in any state. The server rolls back an open transaction."""
         self.pgconn.finish()
 
     @property
     def is_usable(self) -> bool:
-        """Whether another call may begin: nothing is in progress, and the connection is not known to be lost."""
+        """Whether another call may use it: nothing is in progress, and the connection is not known to be lost."""
         pgconn = self.pgconn
         return pgconn.transaction_status == TransactionStatus.IDLE and pgconn.pipeline_status == PipelineStatus.OFF
 
     def is_lost(self, error: BaseException | None) -> bool:
-        """Whether the connection was lost, whatever error came last."""
+        """Return whether the connection was lost, for this error or one of its causes."""
         while error is not None:
             if is_lost(self, error):
                 return True
@@ -162,10 +162,10 @@ class ThreadWaiter:
 
 
 class Pool:
-    """At most ``max_connections`` sessions with one database, for the process that made it.
+    """At most ``max_connections`` sessions with one database, for the process that created it.
 
-    A call ends within ``timeout_s``; at most ``connection_timeout_s`` of that passes without a connection. Any number
-    of threads may share a pool, and it belongs to no event loop.
+    A call ends within ``timeout_s``; it waits at most ``connection_timeout_s`` of that for a connection. Any
+    number of threads and event loops may share a pool.
     """
 
     def __init__(
@@ -193,10 +193,11 @@ class Pool:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
-        #: The most recently used one last. While calls wait, it is empty.
+        #: Sorted by last use, the most recent one last. Empty while calls wait.
         self._idle: list[Session] = []
         self._waiters: deque[Waiter] = deque()
-        #: Idle or in use. Weak references, so that a session that an interrupt lost does not count.
+        #: Idle or in use. Weak references, so that a session does not count if an interrupt lost the last reference to
+        #: it.
         self._sessions: WeakSet[Session] = WeakSet()
         #: One key for each thread that connects.
         self._openers: set[object] = set()
@@ -208,7 +209,7 @@ class Pool:
             if not self._idle:
                 return None
             session = self._idle.pop()
-        # Also one that no call has used yet: it may have been lost since it was connected.
+        # Also for a session that no call has used yet: it may have been lost since it was connected.
         session.reused = True
         return session
 
@@ -220,27 +221,27 @@ class Pool:
             self._serve()
             self._connect_more()
 
-    def taken(self, waiter: Waiter) -> Session:
-        """Return the session of a waiter that waited long enough, or raise why it has none."""
+    def session_of(self, waiter: Waiter) -> Session:
+        """Return the session of a waiter after its wait, or raise the reason why it has none."""
         with self._lock:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
         if waiter.failure is not None:
-            # Its own copy: each raise adds a traceback.
+            # A copy for each waiter, because each raise adds a traceback.
             raise copy.copy(waiter.failure) from waiter.failure.__cause__
         if waiter.session is None:
             raise DatabaseUnavailable(f"PostgreSQL: no connection within {self.connection_timeout_s:g} s")
         return waiter.session
 
-    def leave(self, waiter: Waiter) -> None:
-        """Forget a waiter that was interrupted, and take back the session that it was given meanwhile."""
+    def cancel(self, waiter: Waiter) -> None:
+        """Remove a waiter that was interrupted, and take back a session that it was given meanwhile."""
         with contextlib.suppress(OrderlibError):
-            self.give_back(self.taken(waiter))
+            self.give_back(self.session_of(waiter))
 
     def give_back(self, session: Session) -> None:
         """Let another call use the session, or close it if it is not usable."""
         if os.getpid() != self._process:
-            # It is the parent's. PostgreSQL would end it if this process closed it.
+            # It belongs to the parent process, whose session would end if this process closed it.
             return
         session.reused = True
         usable = session.is_usable
@@ -255,7 +256,7 @@ class Pool:
         session.close()
 
     def drop_idle(self) -> None:
-        """Close the idle sessions: one was lost while idle, so the others probably were too."""
+        """Close the idle sessions: one was lost, so the others probably were too."""
         with self._lock:
             idle, self._idle = self._idle, []
             self._sessions.difference_update(idle)
@@ -277,7 +278,7 @@ class Pool:
             raise _closed_error()
 
     def _serve(self) -> None:
-        """Give idle sessions to the calls that wait, first come, first served; with the lock held."""
+        """Give idle sessions to waiting calls, first come, first served. The caller holds the lock."""
         if self._closed:
             self._fail_waiters(_closed_error())
         while self._waiters and self._idle:
@@ -289,7 +290,7 @@ class Pool:
                 self._idle.append(waiter.session)
 
     def _fail_waiters(self, failure: Exception, waiters: Container[Waiter] | None = None) -> None:
-        """Let these calls raise this if they still wait, or all that wait; with the lock held."""
+        """Let these calls, or all calls, raise this error if they still wait. The caller holds the lock."""
         for waiter in [waiter for waiter in self._waiters if waiters is None or waiter in waiters]:
             self._waiters.remove(waiter)
             waiter.failure = failure
@@ -297,7 +298,7 @@ class Pool:
                 waiter.wake()
 
     def _connect_more(self) -> None:
-        """Start a thread that connects, if calls wait and there may be more connections; with the lock held."""
+        """Start a thread that connects, if calls wait and the pool is not full. The caller holds the lock."""
         if (
             len(self._openers) < min(_MAX_OPENERS, len(self._waiters))
             and len(self._sessions) + len(self._openers) < self._max_connections
@@ -312,7 +313,7 @@ class Pool:
                 raise
 
     def _open(self, opener: object) -> None:
-        """Connect while calls wait and there may be more connections."""
+        """Connect while calls wait and the pool is not full."""
         try:
             while self._open_one(opener):
                 pass
@@ -331,8 +332,8 @@ class Pool:
                 self._idle.append(session)
                 self._serve()
             elif failure is not None and not self._sessions:
-                # Otherwise a session in use may still be given back. A call that began to wait during this attempt
-                # needs one of its own: the server may have come back after this attempt began.
+                # If there are other sessions, one may still be given back. A call that began to wait during this
+                # attempt gets its own attempt: the server may have become available meanwhile.
                 self._fail_waiters(failure, waiting_before)
             again = len(self._sessions) + len(self._openers) <= self._max_connections and (
                 bool(self._waiters) if failure is None else not waiting_before.issuperset(self._waiters)
@@ -344,7 +345,7 @@ class Pool:
         return again
 
     def _connected(self) -> tuple[Session | None, Exception | None]:
-        """Return a new session, or why there is none."""
+        """Return a new session, or the error of the attempt."""
         try:
             session = Session(connect_to_any(self._arguments))
             try:
@@ -359,73 +360,73 @@ class Pool:
                 raise
         except DeadlineExceeded as exc:
             return None, DatabaseUnavailable(str(exc))
-        except Exception as exc:  # noqa: BLE001 - the calls that wait raise it
+        except Exception as exc:  # noqa: BLE001  the waiting calls raise it
             return None, exc
         return session, None
 
 
 class Call:
-    """One call: its deadline, and which of its failures another session may repair."""
+    """One call: its deadline, and whether to repeat it after an error."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self.deadline = time.monotonic() + pool.timeout_s
         self._repeated = False
         self._conflicts = 0
-        self._backoff = Backoff(_RNG, first_s=0.01, most_s=0.5)
+        self._backoff = Backoff(_RNG, first_s=0.01, max_s=0.5)
 
     @property
     def connection_wait_s(self) -> float:
-        """How long it may wait for a connection from now on."""
+        """How long it may still wait for a connection."""
         return max(0.0, min(self._pool.connection_timeout_s, self.deadline - time.monotonic()))
 
     def may_repeat(self, session: Session, error: Exception) -> bool:
-        """Whether this error says only that the session was lost while idle. Then another session may do the same."""
+        """Return whether to repeat the call on another session, because this one was only lost while idle."""
         if _READ_ONLY in _sqlstates(error):
-            # It was connected before that server became a standby, or the URL allows one.
+            # The server became a standby after the session was connected, or the URL allows a standby.
             session.abort()
-        silent = isinstance(error, DeadlineExceeded)
-        if silent or session.is_lost(error):
-            # If this one was lost or is silent, the idle ones probably are too.
+        timed_out = isinstance(error, DeadlineExceeded)
+        if timed_out or session.is_lost(error):
+            # The idle sessions are probably lost or without an answer, too.
             self._pool.drop_idle()
-            return session.reused and not silent
+            return session.reused and not timed_out
         return False
 
     def read_error(
         self, session: Session, error: psycopg.Error | UnicodeEncodeError | DeadlineExceeded
     ) -> OrderlibError:
-        """Return our error for a failed read."""
+        """Return the library's error for a failed read."""
         if isinstance(error, DeadlineExceeded):
             return DatabaseUnavailable(f"PostgreSQL: no answer within {self._pool.timeout_s:g} s")
         return translate(error, session, writing=False)
 
     def wait_before_retry_s(self, session: Session, error: psycopg.Error | OrderlibError, *, committing: bool) -> float:
-        """Return after how many seconds to try a failed write again, or raise the error that ends the call."""
-        # After COMMIT was sent, another writer may have replaced what it stored.
+        """Return how long to wait before a failed write is repeated, or raise the error that ends the call."""
+        # If COMMIT was sent and succeeded, another writer may have replaced the orders since. Do not repeat it.
         if self.may_repeat(session, error) and not committing:
             return 0
-        ours = self._write_error(session, error, committing=committing)
-        if isinstance(ours, TransactionConflict):
+        translated = self._write_error(session, error, committing=committing)
+        if isinstance(translated, TransactionConflict):
             self._conflicts += 1
             wait_s = self._backoff.next_wait_s()
             if self._conflicts <= _MAX_CONFLICTS and time.monotonic() + wait_s < self.deadline:
                 return wait_s
-        raise ours from (error.__cause__ if ours is error else error)
+        raise translated from (error.__cause__ if translated is error else error)
 
     def _write_error(
         self, session: Session, error: psycopg.Error | OrderlibError, *, committing: bool
     ) -> OrderlibError:
-        """Return our error for a failed write. After a lost answer it says what is known about the outcome."""
-        silent = isinstance(error, DeadlineExceeded)
-        ours = translate(error, session) if isinstance(error, psycopg.Error) else error
-        reason = f"PostgreSQL: no answer within {self._pool.timeout_s:g} s" if silent else str(ours)
+        """Return the library's error for a failed write. Its message says whether the orders may be stored."""
+        timed_out = isinstance(error, DeadlineExceeded)
+        translated = translate(error, session) if isinstance(error, psycopg.Error) else error
+        reason = f"PostgreSQL: no answer within {self._pool.timeout_s:g} s" if timed_out else str(translated)
         if committing and session.is_lost(error):
             return DatabaseUnavailable(f"{reason}; whether the orders are stored is unknown; saving them again is safe")
-        return DatabaseUnavailable(f"{reason}; nothing was stored") if silent else ours
+        return DatabaseUnavailable(f"{reason}; nothing was stored") if timed_out else translated
 
     def may_repeat_read(self, session: Session, error: Exception) -> bool:
-        """Whether to read again, on another session, after this error."""
-        # PostgreSQL also cancels a statement that took nearly all the time there was.
+        """Return whether to repeat a read on another session after this error."""
+        # Not if statement_timeout cancelled the statement: then there is no time left.
         is_early = time.monotonic() < self.deadline - (1 - _STATEMENT_SHARE) * self._pool.timeout_s
         if is_early and not self._repeated and any(map(_is_repeatable, _sqlstates(error))):
             self._repeated = True

@@ -17,10 +17,10 @@ from orderlib.postgres.rows import (
 )
 from orderlib.repository import Direction
 
-#: The settings that can change what our SQL means or stores, with the values that it is written for. This is the result
-#: of a review of every setting of PostgreSQL 18 that a session may change. The others only choose plans, write logs or
-#: limit time and memory (an administrator's limit is respected), or belong to features that we do not use. The tables'
-#: place, ``search_path`` and ``default_tablespace``, is the administrator's choice.
+#: The settings that can change what this SQL means or stores, with the values that it is written for. This is the
+#: result of a review of every setting of PostgreSQL 18 that a session may change. The others only choose plans, write
+#: logs or limit time and memory (an administrator's limit is respected), or belong to features that orderlib does not
+#: use. The administrator chooses the schema and the tablespace (``search_path``, ``default_tablespace``).
 SESSION_SETTINGS: dict[LiteralString, LiteralString] = {
     # How values read and write as text. Years 1 and 9999 have no local time in some zones.
     "TimeZone": "UTC",
@@ -35,7 +35,7 @@ SESSION_SETTINGS: dict[LiteralString, LiteralString] = {
     "backslash_quote": "safe_encoding",
     "transform_null_equals": "off",
     "quote_all_identifiers": "off",
-    # What a transaction is when it does not say so itself.
+    # The defaults of a transaction.
     "default_transaction_isolation": "read committed",
     "default_transaction_read_only": "off",
     "default_transaction_deferrable": "off",
@@ -51,7 +51,7 @@ SESSION_SETTINGS: dict[LiteralString, LiteralString] = {
     # What `bootstrap` and `migrate` create.
     "check_function_bodies": "on",
     "createrole_self_grant": "",
-    # A flood of debugging messages would slow down each statement.
+    # Debugging messages would slow down each statement.
     "client_min_messages": "notice",
 }
 
@@ -67,7 +67,7 @@ SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('sync
 COMMIT
 """
 
-#: Let the current transaction take as long as it needs, whatever limits the role, the database or the server has.
+#: Lift the time limits of the role, the database and the server for the current transaction.
 LIFT_TIME_LIMITS: LiteralString = """
 SELECT set_config(name, '0', true)
 FROM (VALUES ('statement_timeout'), ('transaction_timeout'), ('idle_in_transaction_session_timeout')) AS s (name)
@@ -76,7 +76,7 @@ WHERE current_setting(name, true) <> '0'
 
 SET_STATEMENT_TIMEOUT: LiteralString = "SET statement_timeout = {}"
 
-#: One consistent look at several statements; nothing in it can write.
+#: Begin a read: all its statements see one snapshot, and none can write.
 BEGIN_READ: LiteralString = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 COMMIT: LiteralString = "COMMIT"
 ISOLATION: LiteralString = "SELECT current_setting('transaction_isolation')"
@@ -95,18 +95,18 @@ _CONTENT_COLUMNS: LiteralString = (
 _ORDER_COLUMNS: LiteralString = f"{_CONTENT_COLUMNS}, o.first_stored_at, o.stored_at, o.content_sha256"
 _ITEM_COLUMNS: LiteralString = f"order_uid, {_columns(ITEM_COLUMNS)}"
 
-#: One order without its items: one JOIN of three tables, on one shard. The statements of reading write their parameters
-#: as PostgreSQL does, for they go straight to libpq.
+#: One order without its items: one JOIN of three tables, on one shard. Statements that go directly to libpq have
+#: PostgreSQL's own placeholders: ``$1``, ``$2``.
 GET_ORDER: LiteralString = f"""
 SELECT {_ORDER_COLUMNS}
 FROM orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)
 WHERE o.order_uid = $1 AND d.order_uid = $1 AND p.order_uid = $1
 """
 
-#: The items of one order, in its own order.
+#: The items of one order, sorted by line.
 GET_ITEMS: LiteralString = f"SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid = $1 ORDER BY line"
 
-#: The same two for any number of orders.
+#: The same for any number of orders.
 GET_ORDERS: LiteralString = f"""
 SELECT {_ORDER_COLUMNS}
 FROM orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)
@@ -116,16 +116,16 @@ GET_ITEMS_OF_ORDERS: LiteralString = f"""
 SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid = ANY($1) ORDER BY order_uid, line
 """
 
-#: The items of a page's orders, in the page's order, up to a bound on them all.
+#: The items of the orders on a page, sorted as the page is, up to a limit for the page.
 GET_ITEMS_OF_PAGE: LiteralString = f"""
 SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid = ANY($1) ORDER BY array_position($1, order_uid), line LIMIT $2
 """
 
-#: In a caller's transaction: whether these orders are still the versions that were read.
+#: The current versions of orders. In a caller's transaction they show whether an order was replaced during the read.
 GET_VERSIONS: LiteralString = "SELECT order_uid, stored_at, content_sha256 FROM orders WHERE order_uid = ANY($1)"
 
-#: What happened to the record at a position, of the topic with this name that was read last: whether it was handled,
-#: and its reject. Topics with the same name differ in their ids.
+#: Whether the record at a position was handled, and its reject. Of several topic ids with this name, the one with the
+#: latest batch counts.
 POSITION_STATE: LiteralString = """
 SELECT o.next_offset > $3::bigint, r.code, r.faults, r.redrive_outcome
 FROM consumer_offsets o LEFT JOIN rejects r
@@ -134,7 +134,7 @@ WHERE o.topic = $1 AND o.partition = $2::integer
 ORDER BY o.updated_at DESC LIMIT 1
 """
 
-#: How far the consumer is in each partition of a topic.
+#: The stored offset of each partition of a topic id.
 NEXT_OFFSETS_OF_TOPIC: LiteralString = "SELECT partition, next_offset FROM consumer_offsets WHERE topic_id = $1"
 
 #: The rejects of a range of offsets, without those that a redrive has settled.
@@ -145,7 +145,7 @@ WHERE topic_id = $1 AND partition = $2::integer AND record_offset BETWEEN $3::bi
 ORDER BY record_offset LIMIT $5::bigint
 """
 
-#: Whether an order is there, and which version: one primary-key read.
+#: The content digest of an order: one primary key lookup.
 GET_CONTENT_SHA256: LiteralString = "SELECT content_sha256 FROM orders WHERE order_uid = $1"
 
 #: How a page continues from its cursor, and the sort order, for each direction.
@@ -187,7 +187,7 @@ ORDER BY o.first_stored_at {sort}, o.order_uid {sort} LIMIT $1
 """
 
 
-#: The newest order, the number of orders of the last $2, and the rejects by code; every count stops at $1.
+#: The time of the newest order, the number of orders of the last $2, and the rejects by code. Each count stops at $1.
 NEWEST_ORDER_TIME: LiteralString = """
 SELECT statement_timestamp(), (SELECT first_stored_at FROM orders ORDER BY first_stored_at DESC, order_uid DESC LIMIT 1)
 """
@@ -197,16 +197,16 @@ SELECT count(*) FROM (
 ) recent
 """
 COUNT_REJECTS: LiteralString = """
-SELECT asked.code, (SELECT count(*) FROM (SELECT 1 FROM rejects r WHERE r.code = asked.code LIMIT $1) found)
-FROM unnest($2::text[]) AS asked (code)
+SELECT wanted.code, (SELECT count(*) FROM (SELECT 1 FROM rejects r WHERE r.code = wanted.code LIMIT $1) found)
+FROM unnest($2::text[]) AS wanted (code)
 """
 
-#: The replication delay of this server in seconds; null on a primary. It reads no table, so with Citus it is still
-#: about the server that was asked. WAL is received before it is replayed, and the two positions are read in that order:
-#: 0 means that everything received at that moment is replayed. Without a WAL receiver (the primary is lost, or WAL
-#: comes from an archive) nobody knows what is still to come, and the age of the last replayed transaction is an upper
-#: bound. A standby that has replayed none since its start contains at least the checkpoint that it started from. A role
-#: without more rights sees in ``pg_stat_wal_receiver`` only whether there is a WAL receiver, which is enough.
+#: The replication delay of this server in seconds; null on a primary. It reads no table, so with Citus it describes the
+#: server that executes it. WAL is received before it is replayed, and the two positions are read in that order: 0 means
+#: that everything received at that moment is replayed. Without a WAL receiver (the primary is lost, or WAL comes from
+#: an archive) the missing WAL is unknown, and the age of the last replayed transaction is an upper bound. A standby
+#: that has replayed none since its start contains at least the checkpoint that it started from. A role without further
+#: rights sees in ``pg_stat_wal_receiver`` only whether there is a WAL receiver, which is enough.
 REPLICATION_DELAY: LiteralString = """
 SELECT (CASE WHEN pg_is_in_recovery() THEN
     CASE WHEN EXISTS (SELECT FROM pg_stat_wal_receiver) AND pg_last_wal_receive_lsn() <= pg_last_wal_replay_lsn() THEN 0
@@ -216,29 +216,29 @@ SELECT (CASE WHEN pg_is_in_recovery() THEN
 END)::float8
 """
 
-#: What is stored of these orders already.
+#: The stored versions of these orders.
 STORED_STATES: LiteralString = """
 SELECT order_uid, content_sha256, source_topic_id, source_partition, source_offset, first_stored_at
 FROM orders WHERE order_uid = ANY($1::text[])
 """
-#: Read after the stored states. The transaction's own now() may be before the first_stored_at that they show.
+#: The time of a write, read after the stored versions. now() may be earlier than a first_stored_at among them.
 CLOCK: LiteralString = "SELECT clock_timestamp()"
 
-#: Makes psycopg begin a transaction.
+#: Does nothing, but makes psycopg begin a transaction.
 NOTHING: LiteralString = "SELECT"
 
-#: One write of orders: an order that PostgreSQL refuses leaves the rest of the transaction unharmed.
+#: One write of orders. If PostgreSQL refuses one, the rest of the transaction is not affected.
 SAVEPOINT: LiteralString = "SAVEPOINT orderlib"
 ROLLBACK_TO_SAVEPOINT: LiteralString = "ROLLBACK TO SAVEPOINT orderlib"
 RELEASE_SAVEPOINT: LiteralString = "RELEASE SAVEPOINT orderlib"
 
-#: During a write: look orders up by key. A table that grows faster than its statistics looks so small that a scan of it
-#: seems cheaper. Afterwards the caller's transaction has its own value again.
+#: Find orders by key during a write. With old statistics, the planner takes a growing table for a small one and scans
+#: it. Afterwards the caller's transaction has its own value again.
 SEQSCAN: LiteralString = "SELECT current_setting('enable_seqscan')"
 DISABLE_SEQSCAN: LiteralString = "SET LOCAL enable_seqscan = off"
 RESTORE_SEQSCAN: LiteralString = "SELECT set_config('enable_seqscan', $1, true)"
 
-#: Make room for the new versions of orders; delivery, payment and every item go with them.
+#: Delete the versions that new ones replace; delivery, payment and items are deleted with them.
 DELETE_ORDERS: LiteralString = "DELETE FROM orders WHERE order_uid = ANY($1::text[])"
 
 COPY_ORDERS: LiteralString = f"""
@@ -248,7 +248,7 @@ COPY_DELIVERY: LiteralString = f"COPY delivery (order_uid, {_columns(DELIVERY_CO
 COPY_PAYMENT: LiteralString = f"COPY payment (order_uid, {_columns(PAYMENT_COLUMNS)}) FROM STDIN (FORMAT BINARY)"
 COPY_ITEMS: LiteralString = f"COPY items (order_uid, line, {_columns(ITEM_COLUMNS)}) FROM STDIN (FORMAT BINARY)"
 
-#: A duplicate moves only the position that last confirmed the content.
+#: A duplicate changes only the source: the position that last confirmed the content.
 MOVE_SOURCES: LiteralString = """
 UPDATE orders o
 SET source_topic_id = n.topic_id, source_partition = n.partition, source_offset = n.record_offset,
@@ -258,13 +258,13 @@ FROM unnest($1::text[], $2::text[], $3::int[], $4::bigint[], $5::timestamptz[])
 WHERE o.order_uid = n.order_uid
 """
 
-#: The one consumer group of this database. The first group that starts claims it.
+#: The one consumer group of this database. The first group that starts claims the database.
 GROUP: LiteralString = "SELECT consumer_group FROM consumer_groups"
 CLAIM_GROUP: LiteralString = "INSERT INTO consumer_groups (consumer_group) VALUES (%(group)s) ON CONFLICT DO NOTHING"
 #: Rename the group; its offsets follow (ON UPDATE CASCADE).
 RENAME_GROUP: LiteralString = "UPDATE consumer_groups SET consumer_group = %(group)s"
 
-#: Begin a partition that has no offset yet.
+#: Add the offsets of partitions that have none yet.
 START_PARTITIONS: LiteralString = """
 INSERT INTO consumer_offsets (consumer_group, topic_id, partition, topic, next_offset)
 SELECT %(group)s, %(topic_id)s, n.partition, %(topic)s, n.next_offset
@@ -272,7 +272,7 @@ FROM unnest(%(partitions)s::int[], %(next_offsets)s::bigint[]) AS n (partition, 
 ON CONFLICT DO NOTHING
 """
 
-#: Where a group stands in one life of a topic.
+#: The next offsets of a group for one topic id.
 NEXT_OFFSETS: LiteralString = """
 SELECT partition, next_offset FROM consumer_offsets
 WHERE consumer_group = %(group)s AND topic_id = %(topic_id)s AND partition = ANY(%(partitions)s)
@@ -288,14 +288,14 @@ WHERE o.consumer_group = %(group)s AND o.topic_id = %(topic_id)s AND o.partition
 RETURNING o.partition
 """
 
-#: Rejects of these positions that are stored already. Only whoever moved the offsets may add others.
+#: The rejects that are stored already at these positions. Only the transaction that moved the offsets may add others.
 STORED_REJECTS: LiteralString = """
 SELECT partition, record_offset
-FROM rejects JOIN unnest(%(partitions)s::int[], %(offsets)s::bigint[]) AS asked(partition, record_offset)
+FROM rejects JOIN unnest(%(partitions)s::int[], %(offsets)s::bigint[]) AS wanted(partition, record_offset)
     USING (partition, record_offset)
 WHERE topic_id = %(topic_id)s
 """
-#: An INSERT would need parameters as large as all the records together.
+#: By COPY, because an INSERT would need parameters as large as all the records together.
 COPY_REJECTS: LiteralString = """
 COPY rejects (
     topic_id, partition, record_offset, topic, record_time, key, value, headers, code, faults
@@ -304,20 +304,20 @@ COPY rejects (
 
 #: The last migration that was applied.
 SCHEMA_NUMBER: LiteralString = "SELECT max(number) FROM schema_migrations"
-#: Whether the session finds the tables; if not, another schema that has them and whether the role may use that schema.
-#: The role is the one to correct: SET ROLE changes rights, but the search_path stays that of the login role.
+#: Whether the session finds the tables, and otherwise the schema that has them and whether the role may use it. The
+#: role is the one to correct: SET ROLE changes the rights, but the search_path remains that of the login role.
 SCHEMA_LOCATION: LiteralString = """
 SELECT to_regclass('schema_migrations') IS NOT NULL,
-       (CASE WHEN elsewhere.is_usable THEN session_user ELSE current_user END)::text, current_setting('search_path'),
-       elsewhere.schema, elsewhere.is_usable
+       (CASE WHEN other.is_usable THEN session_user ELSE current_user END)::text, current_setting('search_path'),
+       other.schema, other.is_usable
 FROM (VALUES (true)) AS one_row LEFT JOIN LATERAL (
     SELECT n.nspname::text AS schema, has_schema_privilege(n.oid, 'USAGE') AS is_usable
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relname = 'schema_migrations' AND c.relkind = 'r' AND pg_get_userbyid(c.relowner) = 'orders_owner'
     ORDER BY 1 LIMIT 1
-) elsewhere ON true
+) other ON true
 """
-#: The schema that has the tables, or that gets them: the first of the search_path that exists.
+#: The schema of the tables, or the first existing schema of the search_path if there are no tables yet.
 TABLE_SCHEMA: LiteralString = """
 SELECT coalesce(
     (SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -326,11 +326,11 @@ SELECT coalesce(
 """
 USE_SCHEMA: LiteralString = "SELECT set_config('search_path', quote_ident(%(schema)s), true)"
 
-#: DDL must not wait long for a lock: everybody else queues behind it.
+#: DDL must not wait long for a lock, because all later lock requests wait behind it.
 LIMIT_DDL_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = '2s'"
-#: One schema change at a time. The mode needs more than SELECT on the table, so no program's role can hold it up.
+#: One schema change at a time. This lock needs more than SELECT on the table, so no program's role can block it.
 LOCK_SCHEMA: LiteralString = "LOCK TABLE schema_migrations IN SHARE ROW EXCLUSIVE MODE"
-#: Who may be in the way of DDL: sessions with a lock on the owner's tables, or with a change of roles not committed.
+#: Sessions that may block DDL: they hold a lock on the owner's tables, or have changed roles and not committed.
 LOCK_HOLDERS: LiteralString = """
 SELECT DISTINCT l.pid, a.usename::text, a.application_name
 FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
@@ -351,7 +351,7 @@ CREATE TABLE IF NOT EXISTS schema_migrations (
 IS_APPLIED: LiteralString = "SELECT 1 FROM schema_migrations WHERE number = %(number)s"
 RECORD_MIGRATION: LiteralString = "INSERT INTO schema_migrations (number, name) VALUES (%(number)s, %(name)s)"
 
-#: The rights granted on each table of the owner: to whom (null: PUBLIC), which, and whether with grant option.
+#: The rights granted on each table of the owner: grantee (null: PUBLIC), rights, and whether with grant option.
 TABLE_GRANTS: LiteralString = """
 SELECT c.relname::text, CASE WHEN g.grantee <> 0 THEN pg_get_userbyid(g.grantee)::text END,
        array_agg(concat_ws(' ', g.privilege_type, g.attname)), bool_or(g.is_grantable)
@@ -377,17 +377,18 @@ SELECT role FROM unnest(%(roles)s::text[]) AS role WHERE NOT EXISTS (SELECT FROM
 """
 CREATE_ROLE: LiteralString = "CREATE ROLE {}"
 LET_LOG_IN: LiteralString = "ALTER ROLE {} LOGIN PASSWORD {}"
-#: For a bootstrap role that is no superuser: it may administer the owner, but not yet become it.
+#: For a bootstrap role that is not a superuser: it has ADMIN on the owner, but SET ROLE needs SET.
 ALLOW_BECOMING_OWNER: LiteralString = "GRANT orders_owner TO CURRENT_USER WITH INHERIT FALSE, SET TRUE"
 FORBID_BECOMING_OWNER: LiteralString = "REVOKE orders_owner FROM CURRENT_USER GRANTED BY CURRENT_USER"
 RESET_ROLE: LiteralString = "RESET ROLE"
 
-#: How roles, memberships, database and schemas differ from what they must be: whether the programs cannot work that
+#: The wrong attributes, memberships and rights of roles, database and schemas: whether the programs cannot work that
 #: way, the problem, and the statement that corrects it (null: an administrator must decide). An administrator with
-#: CREATEROLE keeps ADMIN on the roles that it created, without becoming them. `public` counts as a schema of the
-#: tables wherever they are: it is on the search_path by default, so others could put their tables before ours.
+#: CREATEROLE keeps ADMIN on the roles that it created, but may not SET ROLE to them. `public` is checked wherever the
+#: tables are: it is on the search_path by default, so other roles could create tables there that hide those of
+#: orderlib.
 ROLE_PROBLEMS: LiteralString = r"""
-WITH ours AS (
+WITH orderlib_roles AS (
     SELECT oid, rolname FROM pg_roles
     WHERE rolname IN ('orders_owner', 'orders_migrator', 'orders_writer', 'orders_reader')
 ),
@@ -403,11 +404,11 @@ large_objects AS (
     FROM pg_proc p
     WHERE p.pronamespace = 'pg_catalog'::regnamespace
       AND (p.proname ~ '^lo_' OR p.proname IN ('loread', 'lowrite', 'pg_logical_emit_message'))
-      AND EXISTS (SELECT FROM ours WHERE has_function_privilege(ours.oid, p.oid, 'EXECUTE'))
+      AND EXISTS (SELECT FROM orderlib_roles WHERE has_function_privilege(orderlib_roles.oid, p.oid, 'EXECUTE'))
 )
 SELECT false AS is_required, format('role %s has %s', rolname, attribute) AS problem,
        format('ALTER ROLE %I NO%s', rolname, attribute) AS remedy
-FROM pg_roles r JOIN ours USING (oid, rolname) CROSS JOIN LATERAL (VALUES
+FROM pg_roles r JOIN orderlib_roles USING (oid, rolname) CROSS JOIN LATERAL (VALUES
     ('SUPERUSER', rolsuper), ('CREATEDB', rolcreatedb), ('CREATEROLE', rolcreaterole),
     ('REPLICATION', rolreplication), ('BYPASSRLS', rolbypassrls),
     ('LOGIN', rolcanlogin AND rolname = 'orders_owner'), ('INHERIT', rolinherit AND rolname = 'orders_migrator')
@@ -420,11 +421,11 @@ FROM pg_auth_members m
 JOIN pg_roles granted ON granted.oid = m.roleid
 JOIN pg_roles member ON member.oid = m.member
 JOIN pg_roles grantor ON grantor.oid = m.grantor
-WHERE (m.roleid IN (SELECT oid FROM ours) OR m.member IN (SELECT oid FROM ours))
+WHERE (m.roleid IN (SELECT oid FROM orderlib_roles) OR m.member IN (SELECT oid FROM orderlib_roles))
   AND NOT (granted.rolname = 'orders_owner' AND member.rolname = 'orders_migrator'
            AND m.set_option AND NOT m.inherit_option AND NOT m.admin_option)
   AND NOT (m.admin_option AND NOT m.set_option AND NOT m.inherit_option
-           AND member.rolcreaterole AND m.member NOT IN (SELECT oid FROM ours))
+           AND member.rolcreaterole AND m.member NOT IN (SELECT oid FROM orderlib_roles))
 UNION ALL
 SELECT true, 'role orders_migrator may not become orders_owner',
        'GRANT orders_owner TO orders_migrator WITH ADMIN FALSE, INHERIT FALSE, SET TRUE'
@@ -440,22 +441,22 @@ WHERE grantee = 0 AND privilege_type IN ('CREATE', 'TEMPORARY')
 UNION ALL
 SELECT false, format('role %s has %s on database %s', rolname, privilege_type, datname),
        format('REVOKE ALL ON DATABASE %I FROM %I CASCADE', datname, rolname)
-FROM db CROSS JOIN aclexplode(datacl) JOIN ours ON ours.oid = grantee
+FROM db CROSS JOIN aclexplode(datacl) JOIN orderlib_roles ON orderlib_roles.oid = grantee
 WHERE grantee <> datdba AND (privilege_type <> 'CONNECT' OR is_grantable OR rolname = 'orders_owner')
 UNION ALL
-SELECT NOT has_database_privilege(ours.oid, db.oid, 'CONNECT'),
+SELECT NOT has_database_privilege(orderlib_roles.oid, db.oid, 'CONNECT'),
        format('role %s was not granted CONNECT on database %s', rolname, datname),
        format('GRANT CONNECT ON DATABASE %I TO %I', datname, rolname)
-FROM db CROSS JOIN ours
+FROM db CROSS JOIN orderlib_roles
 WHERE rolname <> 'orders_owner'
-  AND NOT EXISTS (SELECT FROM aclexplode(datacl) WHERE grantee = ours.oid AND privilege_type = 'CONNECT')
+  AND NOT EXISTS (SELECT FROM aclexplode(datacl) WHERE grantee = orderlib_roles.oid AND privilege_type = 'CONNECT')
 UNION ALL
 SELECT false, format('PUBLIC has CREATE on schema %s', nspname),
        format('REVOKE CREATE ON SCHEMA %I FROM PUBLIC CASCADE', nspname)
 FROM schemas CROSS JOIN aclexplode(acl)
 WHERE grantee = 0 AND privilege_type = 'CREATE' AND (is_own OR nspname = 'public')
 UNION ALL
--- Programs of others may need it there.
+-- Other programs may need it there.
 SELECT false, format('PUBLIC, and so every role, has CREATE on schema %s; if no other program needs that, run REVOKE '
                      'CREATE ON SCHEMA %I FROM PUBLIC', nspname, nspname), NULL
 FROM schemas CROSS JOIN aclexplode(acl)
@@ -463,18 +464,18 @@ WHERE grantee = 0 AND privilege_type = 'CREATE' AND NOT is_own AND nspname <> 'p
 UNION ALL
 SELECT false, format('role %s has CREATE on schema %s', rolname, nspname),
        format('REVOKE CREATE ON SCHEMA %I FROM %I CASCADE', nspname, rolname)
-FROM schemas CROSS JOIN aclexplode(acl) JOIN ours ON ours.oid = grantee
+FROM schemas CROSS JOIN aclexplode(acl) JOIN orderlib_roles ON orderlib_roles.oid = grantee
 WHERE privilege_type = 'CREATE' AND rolname <> 'orders_owner'
 UNION ALL
-SELECT NOT has_schema_privilege(ours.oid, schemas.oid, needed.privilege),
+SELECT NOT has_schema_privilege(orderlib_roles.oid, schemas.oid, needed.privilege),
        format('role %s was not granted %s on schema %s', rolname, needed.privilege, nspname),
        format('GRANT %s ON SCHEMA %I TO %I', needed.privilege, nspname, rolname)
 FROM schemas
 CROSS JOIN (VALUES ('orders_owner', 'USAGE'), ('orders_owner', 'CREATE'), ('orders_writer', 'USAGE'),
     ('orders_reader', 'USAGE')) AS needed (role, privilege)
-JOIN ours ON rolname = needed.role
+JOIN orderlib_roles ON rolname = needed.role
 WHERE is_own AND NOT EXISTS (
-    SELECT FROM aclexplode(acl) WHERE grantee = ours.oid AND privilege_type = needed.privilege
+    SELECT FROM aclexplode(acl) WHERE grantee = orderlib_roles.oid AND privilege_type = needed.privilege
 )
 UNION ALL
 SELECT false, 'the roles may write large objects and messages to the WAL, without limit',
@@ -484,7 +485,7 @@ FROM large_objects WHERE functions IS NOT NULL
 UNION ALL
 SELECT false, format('role %s %s %s', rolname, CASE d.deptype WHEN 'o' THEN 'owns' ELSE 'has rights on' END,
                      pg_describe_object(d.classid, d.objid, d.objsubid)), NULL
-FROM pg_shdepend d JOIN ours ON d.refclassid = 'pg_authid'::regclass AND d.refobjid = ours.oid
+FROM pg_shdepend d JOIN orderlib_roles ON d.refclassid = 'pg_authid'::regclass AND d.refobjid = orderlib_roles.oid
 WHERE (d.dbid = (SELECT oid FROM db) OR d.classid IN ('pg_tablespace'::regclass, 'pg_parameter_acl'::regclass)
        OR (d.classid = 'pg_database'::regclass AND d.deptype = 'o'))
   AND d.deptype IN ('o', 'a', 'r') AND rolname <> 'orders_owner'
@@ -494,22 +495,22 @@ WHERE (d.dbid = (SELECT oid FROM db) OR d.classid IN ('pg_tablespace'::regclass,
       WHERE pg_get_userbyid(relowner) = 'orders_owner' AND relnamespace IN (SELECT oid FROM schemas WHERE is_own)))
 """
 
-#: A batch waits so long for a row or a table that another session holds, and no longer.
+#: A batch waits at most this long for a row or a table that another session has locked.
 LIMIT_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = '5s'"
 
-#: End the sessions of our own role and program that are in the way after such a wait: who holds these offsets (a row's
-#: xmax is who locked it), and who froze in a transaction, having sent nothing for as long as we waited; it may hold an
-#: order. They are found before any is ended: as one more condition, pg_terminate_backend would be called first, for
-#: every session.
+#: Terminate the backends of this role and program that may block the batch after that wait: those that locked these
+#: offsets (a row's xmax is the locking transaction), and frozen ones, which have sent nothing for 5 s in a transaction
+#: and may have locked an order. The blockers are materialized first, because the planner could call
+#: pg_terminate_backend before the other conditions, for every session.
 END_BLOCKERS: LiteralString = """
-WITH ours AS MATERIALIZED (
+WITH candidates AS MATERIALIZED (
     SELECT pid, backend_xid, wait_event_type = 'Client' AND state_change < now() - interval '5 s' AS is_frozen
     FROM pg_stat_activity
     WHERE pid <> pg_backend_pid() AND usename = current_user AND backend_xid IS NOT NULL
       AND application_name = current_setting('application_name')
 ),
 blockers AS MATERIALIZED (
-    SELECT pid FROM ours
+    SELECT pid FROM candidates
     WHERE is_frozen OR backend_xid IN (
         SELECT xmax FROM consumer_offsets
         WHERE consumer_group = %(group)s AND topic_id = %(topic_id)s AND partition = ANY(%(partitions)s)
@@ -518,14 +519,14 @@ blockers AS MATERIALIZED (
 SELECT pid FROM blockers WHERE pg_terminate_backend(pid)
 """
 
-#: Which of these rights the session's role lacks.
+#: The rights among these that the session's role lacks.
 MISSING_RIGHTS: LiteralString = """
 SELECT current_user, n.table_name, n.table_right
 FROM unnest(%(tables)s::text[], %(rights)s::text[]) AS n (table_name, table_right)
 WHERE NOT has_table_privilege(n.table_name, n.table_right)
 """
 
-#: Rejects, oldest first, without what the records say.
+#: Rejects, oldest first, without the content of the records.
 LIST_REJECTS: LiteralString = """
 SELECT topic, partition, record_offset, topic_id, record_time, code, faults -> 'total',
        faults -> 'first' -> 0 ->> 'path', rejected_at, redriven_at, redrive_outcome
@@ -546,7 +547,7 @@ FROM rejects WHERE topic = %(topic)s AND partition = %(partition)s AND record_of
 ORDER BY rejected_at DESC
 """
 
-#: Rejects that a redrive has not settled yet, a few at a time, past a place; held until the transaction ends.
+#: The next rejects that a redrive has not settled yet, after a position; locked until the transaction ends.
 REJECTS_TO_REDRIVE: LiteralString = """
 SELECT topic_id, partition, record_offset, topic, record_time, coalesce(octet_length(value), 0)
 FROM rejects
@@ -565,33 +566,33 @@ SELECT value FROM rejects
 WHERE topic_id = %(topic_id)s AND partition = %(partition)s AND record_offset = %(offset)s
 """
 
-#: Keep the consumer's batches of these topics waiting: what a redrive compares with must not move meanwhile.
+#: Block the consumer's batches of these topics until the redrive commits: they could change what it compares with.
 LOCK_OFFSETS: LiteralString = """
 SELECT partition FROM consumer_offsets WHERE topic_id = ANY(%(topic_ids)s)
 ORDER BY topic_id, partition, consumer_group FOR UPDATE
 """
 
-#: What a redrive came to; the reject stays.
+#: Record the outcome of a redrive in the reject.
 RECORD_REDRIVE: LiteralString = """
 UPDATE rejects SET redriven_at = %(redriven_at)s, redrive_outcome = %(outcome)s
 WHERE topic_id = %(topic_id)s AND partition = %(partition)s AND record_offset = %(offset)s
 """
 
-#: Rejects older than an interval; how many, and away with them.
+#: Count or delete the rejects older than an interval.
 COUNT_OLD_REJECTS: LiteralString = "SELECT count(*) FROM rejects WHERE rejected_at < now() - %(age)s::interval"
 PURGE_REJECTS: LiteralString = "DELETE FROM rejects WHERE rejected_at < now() - %(age)s::interval"
 
-#: Erase an order, and the rejects that its key names; delivery, payment and items go with the order.
+#: Erase an order with its delivery, payment and items, and the rejects whose key is its order_uid.
 FORGET_ORDER: LiteralString = "DELETE FROM orders WHERE order_uid = %(order_uid)s"
 FORGET_REJECTS: LiteralString = "DELETE FROM rejects WHERE key = convert_to(%(order_uid)s, 'UTF8')"
 
-#: Where the group stands, in every life of every topic.
+#: The offsets of all topics and topic ids.
 ALL_OFFSETS: LiteralString = """
 SELECT consumer_group, topic, topic_id, partition, next_offset, updated_at
 FROM consumer_offsets ORDER BY topic, topic_id, partition
 """
 
-#: Move a group's offsets without a fence: only with the group stopped.
+#: Move an offset without a fence: only with the group stopped.
 RESET_OFFSET: LiteralString = """
 UPDATE consumer_offsets SET next_offset = %(next_offset)s, updated_at = clock_timestamp()
 WHERE consumer_group = %(group)s AND topic_id = %(topic_id)s AND partition = %(partition)s
@@ -603,20 +604,20 @@ def _readable(column: LiteralString) -> LiteralString:
     return f"CASE WHEN {column} >= '0001-01-01 00:00:00+00' AND {column} < '10000-01-01 00:00:00+00' THEN {column} END"
 
 
-#: The offsets for a proof of what is stored.
+#: The offsets, for reconcile.
 SNAPSHOT_OFFSETS: LiteralString = """
 SELECT consumer_group, topic, topic_id, partition, next_offset FROM consumer_offsets
 """
 
 SNAPSHOT_GROUP: LiteralString = "SELECT consumer_group FROM consumer_groups"
 
-#: Whether anything of a topic id is stored: asked for only where no offset of it is.
+#: Whether an order or a reject of a topic id is stored.
 SNAPSHOT_HAS_TOPIC: LiteralString = """
 SELECT EXISTS (SELECT FROM orders WHERE source_topic_id = %(topic_id)s)
     OR EXISTS (SELECT FROM rejects WHERE topic_id = %(topic_id)s)
 """
 
-#: Every reject without its content.
+#: Every reject, with digests in place of its content.
 SNAPSHOT_REJECTS: LiteralString = f"""
 SELECT topic_id, partition, record_offset, topic, {_readable("record_time")},
     key_sha256, value_sha256, headers_sha256, code, faults_total, fault_paths,
@@ -625,7 +626,7 @@ SELECT topic_id, partition, record_offset, topic, {_readable("record_time")},
 FROM reject_digests
 """
 
-#: Every order with its digest, its source and its times. Clocks may differ by a day.
+#: Every order with its digest, its source and a check of its times. Clocks may differ by a day.
 SNAPSHOT_ORDERS: LiteralString = f"""
 SELECT {", ".join(_readable(f"o.{name}") if name in ORDER_TIMES else f"o.{name}" for name in ORDER_COLUMNS)},
     {_columns(DELIVERY_COLUMNS, "d.")}, {_columns(PAYMENT_COLUMNS, "p.")},
@@ -635,12 +636,12 @@ SELECT {", ".join(_readable(f"o.{name}") if name in ORDER_TIMES else f"o.{name}"
 FROM orders o LEFT JOIN delivery d USING (order_uid) LEFT JOIN payment p USING (order_uid)
 """
 
-#: The items of some of them, each with its line.
+#: The items of some orders, each with its line.
 SNAPSHOT_ITEMS: LiteralString = f"""
 SELECT {_ITEM_COLUMNS}, line FROM items WHERE order_uid = ANY($1) ORDER BY order_uid, line
 """
 
-#: Rows of an order's parts without the order. Foreign keys forbid them.
+#: Rows of delivery, payment and items without an order. Foreign keys forbid them.
 SNAPSHOT_ORPHANS: LiteralString = """
 SELECT 'delivery', d.order_uid FROM delivery d LEFT JOIN orders o USING (order_uid) WHERE o.order_uid IS NULL
 UNION

@@ -1,6 +1,6 @@
-"""Every read of orders, as generators that a thread, an event loop or a caller's connection drives.
+"""Every read of orders, as generators that a thread, an event loop or a caller's connection runs.
 
-A read sees one snapshot: BEGIN, its statements and COMMIT leave in one packet.
+A read sees one snapshot. BEGIN, the statements and COMMIT are sent in one packet.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class ReadQueries:
             until=query.until is not None,
         )
         position: list[object] = [cursor.first_stored_at, cursor.order_uid] if cursor else []
-        # One more than the page: it tells whether there is a next page.
+        # One more than the page, to know whether there is a next page.
         select: Statement = (statement, [limit + 1, *position, *texts, *times])
         for _ in range(_ATTEMPTS):
             joined = (yield from self._pipeline(select, begin=begin))[0]
@@ -201,7 +201,7 @@ class ReadQueries:
         raise _changing()
 
     def _versions(self, order_uids: list[str]) -> list[Statement]:
-        """Return what to ask in a caller's transaction, in which each statement may have a snapshot of its own."""
+        """Return a query of the versions for a caller's transaction, where each statement may have its own snapshot."""
         return [(queries.GET_VERSIONS, [order_uids])] if self._in_transaction else []
 
     def _is_one_snapshot(self, joined: list[Row], versions: list[list[Row]]) -> bool:
@@ -211,7 +211,7 @@ class ReadQueries:
         return {(row[0], *row[JOINED_WIDTH + 1 :]) for row in joined} == set(versions[0])
 
     def _pipeline(self, *statements: Statement, begin: bool = False, end: bool = False) -> PQGen[list[list[Row]]]:
-        """Execute statements, the first and the last of a transaction with its BEGIN and COMMIT."""
+        """Execute statements in one round trip, with BEGIN before and COMMIT after them if wanted."""
         if self._in_transaction:
             return (yield from self._wire.pipeline(*statements))
         before, after = (_BEGIN,) * begin, (_COMMIT,) * end
@@ -220,7 +220,7 @@ class ReadQueries:
 
 
 def _changing() -> TransactionConflict:
-    return TransactionConflict("other writers replace these orders all the time")
+    return TransactionConflict("other writers keep replacing these orders")
 
 
 def _stored_order(order: Order, joined: Row) -> StoredOrder:

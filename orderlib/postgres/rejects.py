@@ -1,4 +1,4 @@
-"""Refused records: to look at, and to try again in place."""
+"""List, show and redrive rejects."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import store
 from orderlib.repository import Outcome
 
-#: A transaction redrives rejects up to this number and size, and at least one. The consumer waits for it.
-_REDRIVEN_AT_ONCE = 100
-_REDRIVEN_BYTES = 8 * 1024 * 1024
+#: One transaction redrives rejects up to this number and size, but at least one. The consumer waits for it.
+_REDRIVE_RECORDS = 100
+_REDRIVE_BYTES = 8 * 1024 * 1024
 
 
 @attrs.frozen(kw_only=True)
 class RejectPlace:
-    """The name that people give a reject: a topic, a partition, an offset."""
+    """The position of a reject with the name of its topic: ``TOPIC/PARTITION/OFFSET``."""
 
     topic: str
     partition: int
@@ -38,14 +38,14 @@ class RejectPlace:
 
 @attrs.frozen(kw_only=True)
 class RejectSummary:
-    """A reject without what the record says."""
+    """A reject without the content of its record."""
 
     place: RejectPlace
     topic_id: str
     #: The record's own time; UTC.
     record_time: dt.datetime
     code: str
-    #: How many faults were found, and the path of the first.
+    #: The number of faults, and the path of the first.
     faults: int
     first_path: str
     rejected_at: dt.datetime
@@ -55,21 +55,21 @@ class RejectSummary:
 
 
 @attrs.frozen
-class Beginning:
-    """The first bytes of a part of a record. Its repr shows no content."""
+class Prefix:
+    """The first bytes of a key, a value or headers. Its repr shows no content."""
 
     content: bytes = attrs.field(repr=False)
-    #: The size of the whole part.
+    #: The size of the complete part.
     size_bytes: int
 
     @property
-    def is_whole(self) -> bool:
-        """Whether nothing is left out."""
+    def is_complete(self) -> bool:
+        """Whether it has all bytes."""
         return len(self.content) == self.size_bytes
 
 
 def list_rejects(connection: Connection, *, code: str | None, waiting: bool, limit: int) -> list[RejectSummary]:
-    """The oldest rejects; of one code, or only those that were never redriven."""
+    """Return the oldest rejects: all, those with one code, or only those that were never redriven."""
     with translated_errors(connection):
         rows = connection.execute(queries.LIST_REJECTS, {"code": code, "waiting": waiting, "limit": limit}).fetchall()
     names = [field.name for field in attrs.fields(RejectSummary)]
@@ -83,9 +83,9 @@ def list_rejects(connection: Connection, *, code: str | None, waiting: bool, lim
 
 
 def get_reject(connection: Connection, place: RejectPlace, max_bytes: int) -> Iterator[dict[str, Any]]:
-    """Yield everything stored of the reject at a position, one for each topic id, the newest first.
+    """Yield the rejects at a position, one for each topic id, the newest first.
 
-    Key, value and headers (as JSON) are at most so long. Raises RejectNotFound.
+    Each of key, value and headers (as JSON) has at most ``max_bytes``. Raises RejectNotFound.
     """
     found = False
     which = {**attrs.asdict(place), "max_bytes": max_bytes}
@@ -95,7 +95,7 @@ def get_reject(connection: Connection, place: RejectPlace, max_bytes: int) -> It
             for part in ("key", "value", "headers"):
                 size_bytes = row.pop(f"{part}_bytes")
                 if size_bytes is not None:
-                    row[part] = Beginning(row[part], size_bytes)
+                    row[part] = Prefix(row[part], size_bytes)
             yield row
     if not found:
         raise RejectNotFound(str(place))
@@ -108,17 +108,17 @@ def redrive(
     code: str | None = None,
     place: RejectPlace | None = None,
 ) -> Iterator[Counter[Outcome]]:
-    """Try rejects again, all or by code or one, in the order of their positions; what each transaction came to.
+    """Process rejects again at their own positions: all, those with one code, or one. Yield outcomes by transaction.
 
-    Each is judged in place, at its own position: stored only if there is no such order or an earlier one of its own
-    partition, else superseded. Those that had one of these outcomes are left alone: again is harmless. Those still
-    refused may be tried again. The reject stays, with outcome and time. A value above ``max_bytes`` is not read.
+    An order is stored if the database does not have it, or has a version from a lower offset of the same partition.
+    Otherwise its outcome is superseded. The reject stays, with outcome and time. Rejects with an outcome other than
+    rejected are skipped, so redriving twice is safe. A value above ``max_bytes`` is not read and stays rejected.
     """
     after = ("", -1, -1)
     while True:
         try:
             with translated_errors(connection), connection.transaction():
-                last, outcomes = _redrive_some(connection, max_bytes, code, place, after)
+                last, outcomes = _redrive_batch(connection, max_bytes, code, place, after)
         except TransactionConflict:
             continue
         if last is None:
@@ -127,7 +127,7 @@ def redrive(
         yield outcomes
 
 
-def _redrive_some(
+def _redrive_batch(
     connection: Connection,
     max_bytes: int,
     code: str | None,
@@ -138,12 +138,12 @@ def _redrive_some(
         "code": code,
         **(attrs.asdict(place) if place else {"topic": None, "partition": None, "offset": None}),
         **dict(zip(("after_topic_id", "after_partition", "after_offset"), after, strict=True)),
-        "limit": _REDRIVEN_AT_ONCE,
+        "limit": _REDRIVE_RECORDS,
     }
-    rows = _few(connection.execute(queries.REJECTS_TO_REDRIVE, which).fetchall())
+    rows = _within_limit(connection.execute(queries.REJECTS_TO_REDRIVE, which).fetchall())
     connection.execute(queries.LOCK_OFFSETS, {"topic_ids": sorted({row[0] for row in rows})})
-    # Later than every batch that this redrive sees, and earlier than every order that it stores: reconcile tells by it
-    # which of them stored an order.
+    # This time is after every batch that this redrive sees, and before every order that it stores. From it, reconcile
+    # concludes which of them stored an order.
     [(redriven_at,)] = connection.execute(queries.CLOCK).fetchall()
     outcomes: Counter[Outcome] = Counter()
     for topic_id, partition, offset, topic, record_time, size_bytes in rows:
@@ -154,23 +154,23 @@ def _redrive_some(
             record = Record(source=RecordPosition(**position), time=record_time, topic=topic, key=None, value=value)
             classified = classify_record(record, max_bytes, pack_rows)
             if isinstance(classified, PreparedOrder):
-                outcome = _store_alone(connection, classified)
+                outcome = _store_one(connection, classified)
         done = {**position, "outcome": outcome, "redriven_at": redriven_at}
         connection.execute(queries.RECORD_REDRIVE, done)
         outcomes[outcome] += 1
     return (rows[-1][:3] if rows else None), outcomes
 
 
-def _few(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Return the first rows, up to ``_REDRIVEN_BYTES`` of values."""
+def _within_limit(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Return the first rows, up to ``_REDRIVE_BYTES`` of values."""
     total_bytes = 0
     for index, (*_, size_bytes) in enumerate(rows):
         total_bytes += size_bytes
-        if index and total_bytes > _REDRIVEN_BYTES:
+        if index and total_bytes > _REDRIVE_BYTES:
             return rows[:index]
     return rows
 
 
-def _store_alone(connection: Connection, prepared_order: PreparedOrder) -> Outcome:
+def _store_one(connection: Connection, prepared_order: PreparedOrder) -> Outcome:
     [result] = store(connection, [prepared_order], plan_redrive)
     return result if isinstance(result, Outcome) else Outcome.REJECTED

@@ -137,7 +137,7 @@ class PostgresOrderRepository(OrderRepositoryBase):
     """Keeps the promises of ``OrderRepository`` on PostgreSQL.
 
     An order is read by one JOIN plus one items query, pipelined in one REPEATABLE READ READ ONLY transaction. Threads
-    may share it; a process that was forked must connect anew. Made by ``connect``; close it, or use it in ``with``.
+    may share it; a forked process must connect again. Created by ``connect``. Close it, or use it in ``with``.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -217,7 +217,7 @@ class PostgresOrderRepository(OrderRepositoryBase):
                 self._pool.give_back(session)
 
     def _session(self, call: Call) -> Session:
-        """Take a session for a call, or raise why there is none."""
+        """Return a session for a call, or raise the reason why there is none."""
         session = self._pool.take()
         if session is None:
             waiter = ThreadWaiter()
@@ -225,8 +225,8 @@ class PostgresOrderRepository(OrderRepositoryBase):
                 self._pool.enqueue(waiter)
                 waiter.wait(call.connection_wait_s)
             except BaseException:
-                self._pool.leave(waiter)
+                self._pool.cancel(waiter)
                 raise
-            session = self._pool.taken(waiter)
+            session = self._pool.session_of(waiter)
         session.deadline = call.deadline
         return session

@@ -1,4 +1,4 @@
-"""One consistent snapshot of everything that is stored, however long it takes to read."""
+"""One snapshot of everything that is stored, for reconcile."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.migrate import check_schema
 from orderlib.postgres.rows import JOINED_WIDTH, order_from_rows
 
-_ORDERS_AT_ONCE = 500
-#: Delivery and payment are joined: their columns are null where that part is missing.
+_FETCH_SIZE = 500
+#: The columns of the content. Those of delivery or payment are null if that part is missing.
 _CONTENT = slice(0, JOINED_WIDTH)
-_PROOF = slice(JOINED_WIDTH, None)
+#: The other columns: digest, source and times.
+_STORE = slice(JOINED_WIDTH, None)
 
 
 class Snapshot:
-    """What was stored at one moment. The reader's rights suffice."""
+    """What was stored at one moment. Needs the reader's rights only."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -71,25 +72,25 @@ class Snapshot:
         """Yield every order."""
         with self._connection.cursor("orders_of_snapshot") as cursor:
             cursor.execute(queries.SNAPSHOT_ORDERS)
-            while rows := cursor.fetchmany(_ORDERS_AT_ONCE):
+            while rows := cursor.fetchmany(_FETCH_SIZE):
                 items: dict[str, list[tuple[object, ...]]] = {row[0]: [] for row in rows}
-                with psycopg.RawCursor(self._connection) as asked:
-                    for row in asked.execute(queries.SNAPSHOT_ITEMS, [list(items)]):
+                with psycopg.RawCursor(self._connection) as items_cursor:
+                    for row in items_cursor.execute(queries.SNAPSHOT_ITEMS, [list(items)]):
                         items[row[0]].append(row)
                 for row in rows:
                     yield _order(row, items[row[0]])
 
     def orphans(self) -> Iterator[tuple[str, str]]:
-        """Yield the table and the order_uid of every part of an order that is not stored."""
+        """Yield (table, order_uid) of each row of delivery, payment or items whose order is not stored."""
         yield from self._connection.execute(queries.SNAPSHOT_ORPHANS)
 
 
 def _order(row: tuple[Any, ...], items: list[tuple[object, ...]]) -> SnapshotOrder:
-    sha256, topic_id, partition, offset, source_time, stored_at, times_in_order = row[_PROOF]
-    is_whole = None not in row[_CONTENT] and items and [item[-1] for item in items] == list(range(len(items)))
+    sha256, topic_id, partition, offset, source_time, stored_at, times_in_order = row[_STORE]
+    is_complete = None not in row[_CONTENT] and items and [item[-1] for item in items] == list(range(len(items)))
     return SnapshotOrder(
         order_uid=row[0],
-        order=order_from_rows(row, [item[:-1] for item in items]) if is_whole else None,
+        order=order_from_rows(row, [item[:-1] for item in items]) if is_complete else None,
         content_sha256=sha256,
         topic_id=topic_id,
         partition=partition,
@@ -102,7 +103,10 @@ def _order(row: tuple[Any, ...], items: list[tuple[object, ...]]) -> SnapshotOrd
 
 @contextmanager
 def snapshot(url: str, application_name: str) -> Iterator[Snapshot]:
-    """Hold one snapshot of the store. Raises DatabaseUnavailable or ConfigurationError, also from within."""
+    """Open a snapshot for the block. Errors of the block are translated, too.
+
+    Raises DatabaseUnavailable or ConfigurationError.
+    """
     with connect(url, application_name=application_name) as connection, translated_errors(connection):
         check_schema(connection)
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ

@@ -1,4 +1,4 @@
-"""The only write path of orders: every row of every order passes here, by binary COPY straight into the tables.
+"""The only write path of orders: binary COPY directly into the tables.
 
 Consumer, redrive, repositories and callers' transactions share it. It runs inside a transaction that its caller began.
 """
@@ -23,11 +23,11 @@ from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, Row, pack_timestam
 from orderlib.postgres.wire import Statement, Wire
 from orderlib.repository import Outcome
 
-#: Plans the writes of prepared orders, given what is stored.
+#: Plans the writes of prepared orders from the stored versions.
 Rule = Callable[[Sequence[PreparedOrder], Mapping[str, StoredVersion]], WritePlan]
 
-#: A key exists already. Each order is written once, so another writer may have stored it since its version was read.
-#: Citus reports every violation inside a COPY as an internal error.
+#: The key of a row exists already: another writer may have stored the order since its version was read. Citus reports
+#: every violation inside a COPY as an internal error.
 _KEY_EXISTS = {psycopg.errors.UniqueViolation.sqlstate, psycopg.errors.InternalError_.sqlstate}
 
 
@@ -108,7 +108,7 @@ def _has_changed(
 ) -> PQGen[bool]:
     """Return whether another writer stored one of the orders since ``seen`` was read.
 
-    Then its key exists only for that reason. A transaction with one snapshot cannot tell, and only a new one helps.
+    If so, the existing key is a conflict and not a bad row. A transaction with one snapshot cannot see it: assume it.
     """
     [[(isolation,)]] = yield from wire.pipeline((queries.ISOLATION, ()))
     if isolation not in {"read committed", "read uncommitted"}:
@@ -120,7 +120,7 @@ def _has_changed(
 def _store_in_savepoint(
     wire: Wire, prepared_orders: Sequence[PreparedOrder], rule: Rule, seen: dict[str, StoredVersion]
 ) -> PQGen[Sequence[Outcome]]:
-    """Store the orders. ``seen`` gets the versions that were stored before."""
+    """Store the orders. ``seen`` receives the versions that were stored before."""
     try:
         return (yield from _store(wire, prepared_orders, rule, seen))
     except Exception:
@@ -147,7 +147,7 @@ def _store(
     if replaced:
         yield from wire.pipeline((queries.DELETE_ORDERS, [_text_array(replaced)]))
     if plan.writes:
-        # In one order everywhere, so that of two writers one waits for the other and they never wait for each other.
+        # Sorted, so that two writers lock the same orders in the same sequence and cannot deadlock.
         writes = sorted(plan.writes, key=lambda write: write.order_uid)
         yield from _copy_orders(wire, writes, stored, now)
     if plan.moves:

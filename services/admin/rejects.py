@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from orderlib.errors import REJECT_CODES
 from orderlib.postgres.connections import connect
 from orderlib.postgres.operations import count_old_rejects, purge_rejects
-from orderlib.postgres.rejects import Beginning, RejectPlace, get_reject, list_rejects, redrive
+from orderlib.postgres.rejects import Prefix, RejectPlace, get_reject, list_rejects, redrive
 from orderlib.repository import Outcome
 from services.admin.output import (
     Progress,
@@ -133,19 +133,19 @@ def _show(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
                 **reject,
                 "key": _shown(reject["key"]),
                 "value": _shown(reject["value"]),
-                "headers": json.loads(headers.content) if headers and headers.is_whole else _shown(headers),
+                "headers": json.loads(headers.content) if headers and headers.is_complete else _shown(headers),
             }
             print(printable(json.dumps(plain, indent=2, ensure_ascii=False, default=lambda value: value.isoformat())))
     return EXIT_DONE
 
 
-def _shown(part: Beginning | None) -> dict[str, object] | None:
+def _shown(part: Prefix | None) -> dict[str, object] | None:
     if part is None:
         return None
-    size = {} if part.is_whole else {"shown_bytes": len(part.content), "size_bytes": part.size_bytes}
+    size = {} if part.is_complete else {"shown_bytes": len(part.content), "size_bytes": part.size_bytes}
     try:
-        # The beginning may end within a character.
-        return {"text": codecs.getincrementaldecoder("utf-8")().decode(part.content, final=part.is_whole), **size}
+        # The prefix may end within a character.
+        return {"text": codecs.getincrementaldecoder("utf-8")().decode(part.content, final=part.is_complete), **size}
     except UnicodeDecodeError:
         return {"base64": base64.b64encode(part.content).decode(), **size}
 
@@ -157,8 +157,8 @@ def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with connected(environ, "ORDERS_DATABASE_URL") as connection:
         if options.place is not None:
             list(get_reject(connection, options.place, max_bytes=0))
-        for some in redrive(connection, max_bytes, code=options.code, place=options.place):
-            outcomes += some
+        for batch in redrive(connection, max_bytes, code=options.code, place=options.place):
+            outcomes += batch
             progress.at(outcomes.total())
     progress.end()
     print_table([{str(outcome): outcomes[outcome] for outcome in Outcome}], as_json=options.json)

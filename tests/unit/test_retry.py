@@ -77,10 +77,10 @@ def test_every_class_of_sqlstates_has_an_entry() -> None:
 
 
 @given(st.integers(0, 2**32), st.floats(0.01, 5), st.floats(5, 100))
-def test_waits_double_up_to_a_bound_and_are_at_least_half_of_it(seed: int, first_s: float, most_s: float) -> None:
-    backoff = Backoff(Random(seed), first_s=first_s, most_s=most_s)
+def test_waits_double_up_to_a_bound_and_are_at_least_half_of_it(seed: int, first_s: float, max_s: float) -> None:
+    backoff = Backoff(Random(seed), first_s=first_s, max_s=max_s)
     for tries in range(40):
-        bound = min(most_s, first_s * 2**tries)
+        bound = min(max_s, first_s * 2**tries)
         assert bound / 2 <= backoff.next_wait_s() <= bound
 
 
