@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
+import psycopg
 import pytest
 from confluent_kafka.admin import AdminClient
 
@@ -211,3 +213,25 @@ def test_the_examples_of_the_library_print_what_the_page_shows(environ: dict[str
     done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_shown(page_blocks, done.stdout)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sqlalchemy") is None, reason="SQLAlchemy is not installed")
+def test_the_example_with_sqlalchemy_stores_both_rows(environ: dict[str, str], database: Database) -> None:
+    text = (DOCS / "use-the-library.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"^```python sqlalchemy\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    with psycopg.connect(database.superuser_url) as superuser:
+        superuser.execute("CREATE TABLE gifts (order_uid text PRIMARY KEY, message text NOT NULL)")
+        superuser.execute("GRANT INSERT ON gifts TO orders_writer")
+    before = "import os, attrs, orderlib, psycopg; from orderlib.testing import SAMPLE; order = orderlib.decode_order(SAMPLE)\n"
+    run = subprocess.run(
+        [sys.executable, "-c", before + example], env=environ, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    failing = before + example.replace("INSERT INTO gifts VALUES ('gift-3'", "INSERT INTO gifts VALUES (NULL").replace(
+        'order_uid="gift-3"', 'order_uid="gift-5"'
+    )
+    run = subprocess.run([sys.executable, "-c", failing], env=environ, capture_output=True, text=True, check=False)
+    assert "NotNullViolation" in run.stderr
+    with psycopg.connect(database.superuser_url) as superuser:
+        query = "SELECT order_uid, message FROM orders LEFT JOIN gifts USING (order_uid)"
+        assert superuser.execute(query).fetchall() == [("gift-3", "Get well soon")]
