@@ -36,7 +36,7 @@ def test_every_entry_shows_its_own_definition(module: ModuleType) -> None:
 
 
 #: Public functions that DESIGN.md, section 4, promises.
-FUNCTIONS = ("connect", "connect_async", "using", "using_async")
+FUNCTIONS = ("migrate", "bootstrap", "connect", "connect_async", "using", "using_async")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
