@@ -222,7 +222,7 @@ def test_the_example_with_sqlalchemy_stores_both_rows(environ: dict[str, str], d
     with psycopg.connect(database.superuser_url) as superuser:
         superuser.execute("CREATE TABLE gifts (order_uid text PRIMARY KEY, message text NOT NULL)")
         superuser.execute("GRANT INSERT ON gifts TO orders_writer")
-    before = "import os, attrs, orderlib, psycopg; from orderlib.testing import SAMPLE; order = orderlib.decode_order(SAMPLE)\n"
+    before = "import os, attrs, orderlib, psycopg, orderlib.testing as t; order = orderlib.decode_order(t.SAMPLE)\n"
     run = subprocess.run(
         [sys.executable, "-c", before + example], env=environ, capture_output=True, text=True, check=False
     )
