@@ -37,7 +37,7 @@ from services.api.server import Server, listen
 from services.program import set_up_logging
 from services.settings import Address, ApiSettings
 
-STORE_COLUMNS = ("first_stored_at", "stored_at", "content_sha256")
+STORE_COLUMNS = ("first_stored_at", "stored_at", "content_sha256", "version")
 ORDERS = f"SELECT {', '.join(ORDER_COLUMNS + STORE_COLUMNS)} FROM orders WHERE order_uid = $1"
 DELIVERY = f"SELECT {', '.join(DELIVERY_COLUMNS)} FROM delivery WHERE order_uid = $1"
 PAYMENT = f"SELECT {', '.join(PAYMENT_COLUMNS)} FROM payment WHERE order_uid = $1"
@@ -49,7 +49,7 @@ def _stored_order(results: list[list[Row]]) -> StoredOrder:
     [order], [delivery], [payment], items = results
     width = len(ORDER_COLUMNS)
     store_values = dict(zip(STORE_COLUMNS, order[width:], strict=True))
-    return StoredOrder(order=order_from_rows(order[:width] + delivery + payment, items), **store_values)
+    return StoredOrder(order=order_from_rows(order[:width] + delivery + payment, items), position=None, **store_values)
 
 
 class FourQueriesReader(AsyncPostgresOrderRepository):

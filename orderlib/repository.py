@@ -100,6 +100,27 @@ class Cursor:
 
 
 @attrs.frozen(kw_only=True)
+class RecordPosition:
+    """The position of a record in Kafka. Two records with equal positions are the same record."""
+
+    #: The topic id as Kafka's tools print it. A recreated topic has a new one.
+    topic_id: str
+    partition: int
+    offset: int
+
+    def is_at_or_after(self, other: RecordPosition | None) -> bool:
+        """Return whether this is the same record as the other, or a later one of the same partition."""
+        return (
+            other is not None
+            and (self.topic_id, self.partition) == (other.topic_id, other.partition)
+            and self.offset >= other.offset
+        )
+
+
+#: PostgreSQL limits a row and a value to 1 GiB.
+
+
+@attrs.frozen(kw_only=True)
 class StoredOrder:
     """An order with its times and its digest."""
 
@@ -111,6 +132,10 @@ class StoredOrder:
     stored_at: dt.datetime
     #: ``orderlib.content_sha256`` of the current version, as stored beside it: 32 bytes.
     content_sha256: bytes
+    #: Counts the versions of this order_uid from 1; each change of the content is one.
+    version: int
+    #: The Kafka record that last confirmed the content; ``None`` for an order saved from Python.
+    position: RecordPosition | None
 
     @property
     def cursor(self) -> Cursor:

@@ -16,7 +16,8 @@ from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Message,
 from confluent_kafka.admin import AdminClient, ListOffsetsResultInfo, OffsetSpec, TopicDescription
 
 from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError
-from orderlib.ingestion.records import Headers, Record, RecordPosition, record_time
+from orderlib.ingestion.records import Headers, Record, record_time
+from orderlib.repository import RecordPosition
 from services.kafka_errors import CONNECTION, NO_TOPIC, SSL_ERROR, ErrorAction, action_of, translate, translated_errors
 from services.kafka_listener import certificate_fault, expected_protocol
 from services.settings import KafkaSettings

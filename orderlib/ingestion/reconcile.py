@@ -16,9 +16,9 @@ import attrs
 
 from orderlib.codecs import content_sha256
 from orderlib.errors import REJECT_CODES, Fault, RefusedByDatabase, TooLarge
-from orderlib.ingestion.records import PreparedOrder, Record, RecordPosition, Reject
+from orderlib.ingestion.records import PreparedOrder, Record, Reject
 from orderlib.models import Order
-from orderlib.repository import Outcome
+from orderlib.repository import Outcome, RecordPosition
 
 #: How many examples are listed of each kind of what cannot be proved. All are counted.
 MAX_EXAMPLES = 100

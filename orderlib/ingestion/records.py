@@ -12,28 +12,10 @@ import attrs
 from orderlib.codecs import CanonicalOrder, canonical_form, decode_canonical, digest
 from orderlib.errors import Fault, MalformedJson, RejectedError, TooLarge
 from orderlib.models import Order
-from orderlib.repository import Outcome
+from orderlib.repository import Outcome, RecordPosition
 
 _FIRST_TIME = dt.datetime(1, 1, 1, tzinfo=dt.UTC)
 _LAST_TIME = dt.datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=dt.UTC)
-
-
-@attrs.frozen(kw_only=True)
-class RecordPosition:
-    """The position of a record in Kafka. Two records with equal positions are the same record."""
-
-    #: The topic id as Kafka's tools print it. A recreated topic has a new one.
-    topic_id: str
-    partition: int
-    offset: int
-
-    def is_at_or_after(self, other: RecordPosition | None) -> bool:
-        """Return whether this is the same record as the other, or a later one of the same partition."""
-        return (
-            other is not None
-            and (self.topic_id, self.partition) == (other.topic_id, other.partition)
-            and self.offset >= other.offset
-        )
 
 
 #: PostgreSQL limits a row and a value to 1 GiB.
@@ -112,7 +94,7 @@ def record_time(timestamp_ms: int) -> dt.datetime:
 class PackedRows:
     """An order's rows in the binary format of PostgreSQL's COPY, one field for each table."""
 
-    #: Without the last two columns, ``first_stored_at`` and ``stored_at``: they are known only in the transaction.
+    #: Without the last three columns (times and version): they are known only in the transaction.
     order: bytes
     delivery: bytes
     payment: bytes
@@ -213,6 +195,8 @@ class StoredVersion:
     content_sha256: bytes
     source: RecordPosition | None
     first_stored_at: dt.datetime | None
+    #: 1, 2, … per order_uid.
+    number: int = 1
 
 
 @attrs.frozen(kw_only=True)
@@ -223,6 +207,9 @@ class WritePlan:
     outcomes: tuple[Outcome, ...]
     #: The orders to write with all their rows; at most one for each order_uid.
     writes: tuple[PreparedOrder, ...]
+    #: The version number of each write. Orders of the batch that were superseded count, so it does not depend on where
+    #: batches are cut.
+    numbers: tuple[int, ...]
     #: By order_uid: the record that confirmed a stored order. Only the position of the stored order moves.
     moves: Mapping[str, PreparedOrder]
 
@@ -237,6 +224,7 @@ def plan_writes(prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, S
     * otherwise: ``stored``; an order of this batch that it replaces becomes ``superseded``
     """
     versions: dict[str, StoredVersion | PreparedOrder] = dict(stored)
+    numbers: dict[str, int] = {}
     writes: dict[str, PreparedOrder] = {}
     write_index: dict[str, int] = {}
     moves: dict[str, PreparedOrder] = {}
@@ -254,6 +242,9 @@ def plan_writes(prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, S
             if uid in write_index:
                 outcomes[write_index[uid]] = Outcome.SUPERSEDED
             outcomes.append(Outcome.STORED)
+            if uid not in numbers:
+                numbers[uid] = stored[uid].number if uid in stored else 0
+            numbers[uid] += 1
             writes[uid], write_index[uid] = prepared_order, index
             moves.pop(uid, None)
         else:
@@ -265,7 +256,12 @@ def plan_writes(prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, S
             else:
                 moves[uid] = prepared_order
         versions[uid] = prepared_order
-    return WritePlan(outcomes=tuple(outcomes), writes=tuple(writes.values()), moves=moves)
+    return WritePlan(
+        outcomes=tuple(outcomes),
+        writes=tuple(writes.values()),
+        numbers=tuple(numbers[uid] for uid in writes),
+        moves=moves,
+    )
 
 
 def may_redrive(prepared_order: PreparedOrder, stored: StoredVersion | None) -> bool:
@@ -284,7 +280,7 @@ def plan_redrive(prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, 
     [prepared_order] = prepared_orders
     if may_redrive(prepared_order, stored.get(prepared_order.order_uid)):
         return plan_writes(prepared_orders, stored)
-    return WritePlan(outcomes=(Outcome.SUPERSEDED,), writes=(), moves={})
+    return WritePlan(outcomes=(Outcome.SUPERSEDED,), writes=(), numbers=(), moves={})
 
 
 @attrs.frozen(kw_only=True)

@@ -92,7 +92,10 @@ def _columns(names: Iterable[LiteralString], prefix: LiteralString = "") -> Lite
 _CONTENT_COLUMNS: LiteralString = (
     f"{_columns(ORDER_COLUMNS, 'o.')}, {_columns(DELIVERY_COLUMNS, 'd.')}, {_columns(PAYMENT_COLUMNS, 'p.')}"
 )
-_ORDER_COLUMNS: LiteralString = f"{_CONTENT_COLUMNS}, o.first_stored_at, o.stored_at, o.content_sha256"
+_ORDER_COLUMNS: LiteralString = (
+    f"{_CONTENT_COLUMNS}, o.stored_at, o.content_sha256, o.first_stored_at, o.version, "
+    "o.source_topic_id, o.source_partition, o.source_offset"
+)
 _ITEM_COLUMNS: LiteralString = f"order_uid, {_columns(ITEM_COLUMNS)}"
 
 #: One order without its items: one JOIN of three tables, on one shard. Statements that go directly to libpq have
@@ -218,7 +221,7 @@ END)::float8
 
 #: The stored versions of these orders.
 STORED_STATES: LiteralString = """
-SELECT order_uid, content_sha256, source_topic_id, source_partition, source_offset, first_stored_at
+SELECT order_uid, content_sha256, source_topic_id, source_partition, source_offset, first_stored_at, version
 FROM orders WHERE order_uid = ANY($1::text[])
 """
 #: The time of a write, read after the stored versions. now() may be earlier than a first_stored_at among them.

@@ -24,6 +24,7 @@ from orderlib.repository import (
     Outcome,
     Page,
     PositionState,
+    RecordPosition,
     RecordState,
     Stats,
     StoredOrder,
@@ -208,7 +209,7 @@ class ReadQueries:
         """Whether no order was replaced between the first statement and the last."""
         if not self._in_transaction:
             return True
-        return {(row[0], *row[JOINED_WIDTH + 1 :]) for row in joined} == set(versions[0])
+        return {(row[0], *row[JOINED_WIDTH : JOINED_WIDTH + 2]) for row in joined} == set(versions[0])
 
     def _pipeline(self, *statements: Statement, begin: bool = False, end: bool = False) -> PQGen[list[list[Row]]]:
         """Execute statements in one round trip, with BEGIN before and COMMIT after them if wanted."""
@@ -224,5 +225,12 @@ def _changing() -> TransactionConflict:
 
 
 def _stored_order(order: Order, joined: Row) -> StoredOrder:
-    first_stored_at, stored_at, content_sha256 = joined[JOINED_WIDTH:]
-    return StoredOrder(order=order, first_stored_at=first_stored_at, stored_at=stored_at, content_sha256=content_sha256)
+    stored_at, content_sha256, first_stored_at, version, topic_id, partition, offset = joined[JOINED_WIDTH:]
+    return StoredOrder(
+        order=order,
+        first_stored_at=first_stored_at,
+        stored_at=stored_at,
+        content_sha256=content_sha256,
+        version=version,
+        position=RecordPosition(topic_id=topic_id, partition=partition, offset=offset) if topic_id else None,
+    )

@@ -11,13 +11,13 @@ import attrs
 from psycopg.rows import dict_row
 
 from orderlib.errors import RejectNotFound, TransactionConflict
-from orderlib.ingestion.records import PreparedOrder, Record, RecordPosition, classify_record, plan_redrive
+from orderlib.ingestion.records import PreparedOrder, Record, classify_record, plan_redrive
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
 from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import store
-from orderlib.repository import Outcome
+from orderlib.repository import Outcome, RecordPosition
 
 #: One transaction redrives rejects up to this number and size, but at least one. The consumer waits for it.
 _REDRIVE_RECORDS = 100

@@ -19,8 +19,9 @@ import attrs
 
 from orderlib.codecs import CanonicalOrder
 from orderlib.contract import M, column_type, rule_of, rules_of, unchecked
-from orderlib.ingestion.records import PackedRows, RecordPosition
+from orderlib.ingestion.records import PackedRows
 from orderlib.models import Delivery, Item, Order, Payment
+from orderlib.repository import RecordPosition
 
 Row = tuple[Any, ...]
 
@@ -44,6 +45,7 @@ STORE_COLUMNS = (
     "source_time",
     "first_stored_at",
     "stored_at",
+    "version",
 )
 #: The columns of ``orders`` that hold a time of the order.
 ORDER_TIMES = tuple(
@@ -164,9 +166,9 @@ def pack_rows(
     )
 
 
-def pack_timestamps(first_stored_at: dt.datetime, stored_at: dt.datetime) -> bytes:
-    """Pack the last two columns of ``orders``, which are known only in the transaction."""
-    return _timestamptz(first_stored_at) + _timestamptz(stored_at)
+def pack_version(first_stored_at: dt.datetime, stored_at: dt.datetime, number: int) -> bytes:
+    """Pack the last three columns of ``orders``, which are known only in the transaction."""
+    return _timestamptz(first_stored_at) + _timestamptz(stored_at) + _bigint(8, number)
 
 
 _REJECT_HEAD = _field_count(10)

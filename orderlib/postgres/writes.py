@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import LiteralString
@@ -15,13 +16,13 @@ import psycopg
 from psycopg.abc import PQGen
 
 from orderlib.errors import RefusedByDatabase, TransactionConflict
-from orderlib.ingestion.records import PreparedOrder, RecordPosition, StoredVersion, WritePlan, plan_writes
+from orderlib.ingestion.records import PreparedOrder, StoredVersion, WritePlan, plan_writes
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
 from orderlib.postgres.errors import translate
-from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, Row, pack_timestamps
+from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, Row, pack_version
 from orderlib.postgres.wire import Statement, Wire
-from orderlib.repository import Outcome
+from orderlib.repository import Outcome, RecordPosition
 
 #: Plans the writes of prepared orders from the stored versions.
 Rule = Callable[[Sequence[PreparedOrder], Mapping[str, StoredVersion]], WritePlan]
@@ -147,9 +148,7 @@ def _store(
     if replaced:
         yield from wire.pipeline((queries.DELETE_ORDERS, [_text_array(replaced)]))
     if plan.writes:
-        # Sorted, so that two writers lock the same orders in the same sequence and cannot deadlock.
-        writes = sorted(plan.writes, key=lambda write: write.order_uid)
-        yield from _copy_orders(wire, writes, stored, now)
+        yield from _copy_orders(wire, plan, stored, now)
     if plan.moves:
         yield from wire.pipeline(_moves(plan.moves.values()))
     yield from wire.pipeline((queries.RESTORE_SEQSCAN, [seqscan]), (queries.RELEASE_SAVEPOINT, ()))
@@ -158,9 +157,11 @@ def _store(
 
 def _versions(rows: Iterable[Row]) -> dict[str, StoredVersion]:
     stored = {}
-    for order_uid, sha256, topic_id, partition, offset, first_stored_at in rows:
+    for order_uid, sha256, topic_id, partition, offset, first_stored_at, number in rows:
         source = RecordPosition(topic_id=topic_id, partition=partition, offset=offset) if topic_id else None
-        stored[order_uid] = StoredVersion(content_sha256=sha256, source=source, first_stored_at=first_stored_at)
+        stored[order_uid] = StoredVersion(
+            content_sha256=sha256, source=source, first_stored_at=first_stored_at, number=number
+        )
     return stored
 
 
@@ -173,17 +174,19 @@ def _text_array(order_uids: Iterable[str]) -> str:
     return '{"' + '","'.join(order_uids) + '"}'
 
 
-def _copy_orders(
-    wire: Wire, writes: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion], now: dt.datetime
-) -> PQGen[None]:
-    def order_row(write: PreparedOrder) -> bytes:
+def _copy_orders(wire: Wire, plan: WritePlan, stored: Mapping[str, StoredVersion], now: dt.datetime) -> PQGen[None]:
+    def order_row(write: PreparedOrder, number: int) -> bytes:
         version = stored.get(write.order_uid)
         if version is None or version.first_stored_at is None:
-            return write.rows.order + new
-        return write.rows.order + pack_timestamps(version.first_stored_at, max(now, version.first_stored_at))
+            return write.rows.order + (first if number == 1 else pack_version(now, now, number))
+        first_stored_at = version.first_stored_at
+        return write.rows.order + pack_version(first_stored_at, max(now, first_stored_at), number)
 
-    new = pack_timestamps(now, now)
-    yield from _copy(wire, queries.COPY_ORDERS, map(order_row, writes))
+    first = pack_version(now, now, 1)
+    # Sorted, so that two writers lock the same orders in the same sequence and cannot deadlock.
+    numbered = sorted(zip(plan.writes, plan.numbers, strict=True), key=lambda pair: pair[0].order_uid)
+    writes = [write for write, _ in numbered]
+    yield from _copy(wire, queries.COPY_ORDERS, itertools.starmap(order_row, numbered))
     yield from _copy(wire, queries.COPY_DELIVERY, [write.rows.delivery for write in writes])
     yield from _copy(wire, queries.COPY_PAYMENT, [write.rows.payment for write in writes])
     yield from _copy(wire, queries.COPY_ITEMS, [write.rows.items for write in writes])

@@ -126,7 +126,7 @@ class MemoryStore:
         now = self._clock()
         with self._lock:
             plan = plan_writes(prepared_orders, self._versions)
-            for prepared_order in plan.writes:
+            for prepared_order, number in zip(plan.writes, plan.numbers, strict=True):
                 uid = prepared_order.order_uid
                 replaced = self._stored.get(uid)
                 first_stored_at = replaced.first_stored_at if replaced else now
@@ -136,9 +136,14 @@ class MemoryStore:
                     first_stored_at=first_stored_at,
                     stored_at=now,
                     content_sha256=prepared_order.content_sha256,
+                    version=number,
+                    position=None,
                 )
                 self._versions[uid] = StoredVersion(
-                    content_sha256=prepared_order.content_sha256, source=None, first_stored_at=first_stored_at
+                    content_sha256=prepared_order.content_sha256,
+                    source=None,
+                    first_stored_at=first_stored_at,
+                    number=number,
                 )
         return Counter(plan.outcomes)
 

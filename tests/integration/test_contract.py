@@ -210,6 +210,7 @@ def test_the_columns_and_their_checks_are_those_of_the_contract(
                 "source_time",
                 "first_stored_at",
                 "stored_at",
+                "version",
             },
         ),
         ("delivery", Delivery, {"order_uid"}),

@@ -13,10 +13,11 @@ import psycopg
 import pytest
 
 from orderlib.errors import DatabaseUnavailable, FenceLost, OrderlibError
-from orderlib.ingestion.records import Batch, OffsetRange, Record, RecordPosition, classify_record
+from orderlib.ingestion.records import Batch, OffsetRange, Record, classify_record
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rows import pack_rows
+from orderlib.repository import RecordPosition
 from tests.conftest import Database
 from tests.support.fake_postgres import error_response
 from tests.support.sending import order

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 import orderlib
 from orderlib.ingestion.reconcile import Finding, Reconciliation, TopicState
-from orderlib.ingestion.records import Batch, OffsetRange, Record, RecordPosition, classify_record
+from orderlib.ingestion.records import Batch, OffsetRange, Record, classify_record
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.operations import reset_offsets
 from orderlib.postgres.rejects import redrive
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.snapshot import snapshot
+from orderlib.repository import RecordPosition
 from orderlib.testing import SAMPLE
 from tests.conftest import Database
 

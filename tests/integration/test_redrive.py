@@ -10,12 +10,13 @@ import pytest
 
 from orderlib import Order, Outcome, decode_order, encode_order
 from orderlib.errors import Fault, MalformedJson
-from orderlib.ingestion.records import Batch, OffsetRange, PreparedOrder, Record, RecordPosition, Reject
+from orderlib.ingestion.records import Batch, OffsetRange, PreparedOrder, Record, Reject
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rejects import redrive
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import store
+from orderlib.repository import RecordPosition
 from orderlib.testing import SAMPLE
 from tests.conftest import Database
 

@@ -11,7 +11,8 @@ import attrs
 
 from orderlib import decode_order
 from orderlib.errors import Fault
-from orderlib.ingestion.records import PreparedOrder, Record, RecordPosition, Reject
+from orderlib.ingestion.records import PreparedOrder, Record, Reject
+from orderlib.repository import RecordPosition
 from orderlib.testing import SAMPLE
 
 if TYPE_CHECKING:

@@ -11,16 +11,8 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 from orderlib.errors import FenceLost, TopicRecreated, TransactionConflict
 from orderlib.ingestion.consumer_core import ConsumerCore
-from orderlib.ingestion.records import (
-    Batch,
-    PreparedOrder,
-    RecordPosition,
-    StoredVersion,
-    WritePlan,
-    plan_redrive,
-    plan_writes,
-)
-from orderlib.repository import Outcome
+from orderlib.ingestion.records import Batch, PreparedOrder, StoredVersion, WritePlan, plan_redrive, plan_writes
+from orderlib.repository import Outcome, RecordPosition
 from tests.simulation.invariants import Invariants, Place
 from tests.simulation.kafka import CODES, REFUSED, Fetched
 

@@ -136,6 +136,14 @@ class RepositoryContract:
         assert after.order == an_order("a", 2, items=2)
         assert after.first_stored_at == before.first_stored_at == before.stored_at
         assert after.stored_at > before.stored_at
+        assert (before.version, after.version, after.position) == (1, 2, None)
+
+    def test_versions_count_each_change_of_the_content(self, repository: OrderRepository) -> None:
+        repository.save(an_order("a", 1))
+        repository.save(an_order("a", 1))
+        assert stored(repository, "a").version == 1
+        repository.save_many([an_order("a", 2), an_order("a", 1), an_order("b", 1)])
+        assert (stored(repository, "a").version, stored(repository, "b").version) == (3, 1)
 
     def test_an_order_may_go_back_to_an_earlier_version(self, repository: OrderRepository) -> None:
         for version in (1, 2, 1):

@@ -43,7 +43,8 @@ from orderlib.ingestion.consumer_core import (
     Resume,
     Seek,
 )
-from orderlib.ingestion.records import Batch, Headers, OffsetRange, PreparedOrder, Record, RecordPosition, Reject
+from orderlib.ingestion.records import Batch, Headers, OffsetRange, PreparedOrder, Record, Reject
+from orderlib.repository import RecordPosition
 
 TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 

@@ -14,7 +14,8 @@ from random import Random
 import pytest
 
 from orderlib import InvalidOrder, MalformedJson, TooLarge, decode_order
-from orderlib.ingestion.records import Record, RecordPosition, Reject, classify_record, record_time
+from orderlib.ingestion.records import Record, Reject, classify_record, record_time
+from orderlib.repository import RecordPosition
 from orderlib.testing import SAMPLE
 from tests.support.fuzz_decoder import consumer_agrees, disagreements, order_or_error
 from tests.support.reference_decoder import comparable, reference_decode

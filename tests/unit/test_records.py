@@ -18,7 +18,6 @@ from orderlib.ingestion.records import (
     OffsetRange,
     PreparedOrder,
     Record,
-    RecordPosition,
     Reject,
     StoredVersion,
     classify_record,
@@ -27,6 +26,7 @@ from orderlib.ingestion.records import (
     plan_writes,
     record_time,
 )
+from orderlib.repository import RecordPosition
 from orderlib.testing import SAMPLE
 
 SAMPLE_ORDER = decode_order(SAMPLE)
@@ -43,14 +43,14 @@ def prepared_order(uid: str, content: int, at: RecordPosition | None) -> Prepare
     return PreparedOrder.of(attrs.evolve(SAMPLE_ORDER, order_uid=uid, sm_id=content), at, TIME if at else None)
 
 
-def version(of: PreparedOrder) -> StoredVersion:
-    return StoredVersion(content_sha256=of.content_sha256, source=of.source, first_stored_at=None)
+def version(of: PreparedOrder, number: int = 1) -> StoredVersion:
+    return StoredVersion(content_sha256=of.content_sha256, source=of.source, first_stored_at=None, number=number)
 
 
 def after(prepared_orders: Sequence[PreparedOrder], stored: Stored) -> tuple[Stored, list[Outcome]]:
     """Return what is stored after a batch, and the outcome of each of its orders."""
     plan = plan_writes(prepared_orders, stored)
-    written = {write.order_uid: version(write) for write in plan.writes}
+    written = {write.order_uid: version(write, n) for write, n in zip(plan.writes, plan.numbers, strict=True)}
     moved = {uid: attrs.evolve(stored[uid], source=at.source) for uid, at in plan.moves.items()}
     assert not written.keys() & moved.keys()
     return {**stored, **written, **moved}, list(plan.outcomes)
@@ -107,7 +107,7 @@ def test_equal_content_is_a_duplicate_that_only_moves_the_position_forward() -> 
 def test_between_partitions_the_record_handled_last_is_stored(elsewhere: RecordPosition | None) -> None:
     stored = {"a": version(prepared_order("a", 0, source(9)))}
     other = prepared_order("a", 1, elsewhere)
-    assert after([other], stored) == ({"a": version(other)}, [Outcome.STORED])
+    assert after([other], stored) == ({"a": version(other, 2)}, [Outcome.STORED])
 
 
 @pytest.mark.parametrize(

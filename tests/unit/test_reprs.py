@@ -24,7 +24,8 @@ from orderlib import InvalidOrder, Order
 from orderlib.codecs import canonical_form
 from orderlib.contract import rule_of, rules_of
 from orderlib.errors import RejectedError
-from orderlib.ingestion.records import Record, RecordPosition, classify_record
+from orderlib.ingestion.records import Record, classify_record
+from orderlib.repository import RecordPosition
 from orderlib.testing import FaultKind, break_order
 from orderlib.testing.strategies import orders
 

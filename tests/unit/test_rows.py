@@ -20,7 +20,6 @@ from psycopg.pq import Format
 from orderlib import Order, decode_order
 from orderlib.codecs import canonical_form
 from orderlib.contract import column_type
-from orderlib.ingestion.records import RecordPosition
 from orderlib.postgres import queries
 from orderlib.postgres.rows import (
     DELIVERY_COLUMNS,
@@ -31,9 +30,9 @@ from orderlib.postgres.rows import (
     order_from_rows,
     orders_from_rows,
     pack_rows,
-    pack_timestamps,
+    pack_version,
 )
-from orderlib.repository import Direction
+from orderlib.repository import Direction, RecordPosition
 from orderlib.testing import SAMPLE
 from orderlib.testing.strategies import orders
 from tests.support.boundary_values import PLACES
@@ -139,6 +138,7 @@ OF_THE_STORE = {
     "source_time": "timestamptz",
     "first_stored_at": "timestamptz",
     "stored_at": "timestamptz",
+    "version": "bigint",
 }
 MOMENTS = st.datetimes(timezones=st.just(dt.UTC))
 Place = tuple[str, int, int, dt.datetime]
@@ -169,13 +169,20 @@ def written_by_psycopg(part: str | None, statement: str, values: Mapping[str, ob
     return struct.pack("!h", len(names)) + b"".join(packed)
 
 
-@given(orders(), st.binary(min_size=32, max_size=32), st.none() | PLACES_IN_KAFKA, MOMENTS, MOMENTS)
-@example(LEAST, bytes(32), None, FIRST, FIRST)
-@example(MOST, b"\xff" * 32, ("", 2**31 - 1, 2**63 - 1, LAST), LAST, LAST)
-@example(attrs.evolve(SAMPLE_ORDER, date_created=BEFORE_2000), bytes(32), ("id", 0, 0, FIRST), BEFORE_2000, LAST)
+@given(
+    orders(),
+    st.binary(min_size=32, max_size=32),
+    st.none() | PLACES_IN_KAFKA,
+    MOMENTS,
+    MOMENTS,
+    st.integers(1, 2**63 - 1),
+)
+@example(LEAST, bytes(32), None, FIRST, FIRST, 1)
+@example(MOST, b"\xff" * 32, ("", 2**31 - 1, 2**63 - 1, LAST), LAST, LAST, 2**63 - 1)
+@example(attrs.evolve(SAMPLE_ORDER, date_created=BEFORE_2000), bytes(32), ("id", 0, 0, FIRST), BEFORE_2000, LAST, 2)
 @settings(max_examples=50)
 def test_packed_rows_equal_those_of_psycopg(
-    order: Order, sha256: bytes, source: Place | None, first_stored_at: dt.datetime, stored_at: dt.datetime
+    order: Order, sha256: bytes, source: Place | None, first_stored_at: dt.datetime, stored_at: dt.datetime, number: int
 ) -> None:
     topic_id, partition, offset, time = source or (None, None, None, None)
     of_order = {
@@ -187,6 +194,7 @@ def test_packed_rows_equal_those_of_psycopg(
         "source_time": time,
         "first_stored_at": first_stored_at,
         "stored_at": stored_at,
+        "version": number,
     }
 
     def of_part(part: object, names: tuple[str, ...]) -> dict[str, object]:
@@ -194,7 +202,7 @@ def test_packed_rows_equal_those_of_psycopg(
 
     position = None if source is None else RecordPosition(topic_id=source[0], partition=source[1], offset=source[2])
     rows = pack_rows(canonical_form(order), sha256, position, time)
-    assert rows.order + pack_timestamps(first_stored_at, stored_at) == written_by_psycopg(
+    assert rows.order + pack_version(first_stored_at, stored_at, number) == written_by_psycopg(
         None, queries.COPY_ORDERS, of_order
     )
     for name, made, statement, names in (
