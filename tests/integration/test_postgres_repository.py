@@ -40,7 +40,7 @@ from orderlib import (
 )
 from orderlib.contract import unchecked
 from orderlib.errors import RejectedError
-from orderlib.ingestion.records import Batch, OffsetRange, Record, RecordPosition, Reject
+from orderlib.ingestion.records import Batch, OffsetRange, Record, Reject
 from orderlib.postgres import connections, queries
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rejects import redrive

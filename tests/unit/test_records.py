@@ -85,7 +85,7 @@ def test_the_last_record_of_an_order_is_stored_and_the_earlier_ones_are_supersed
     first, second, third = (prepared_order("a", content, source(content)) for content in (0, 1, 2))
     stored, outcomes = after([first, second, third], {})
     assert outcomes == [Outcome.SUPERSEDED, Outcome.SUPERSEDED, Outcome.STORED]
-    assert stored == {"a": version(third)}
+    assert stored == {"a": version(third, 3)}
 
 
 def test_a_replay_never_overwrites_a_newer_version() -> None:
