@@ -44,7 +44,7 @@ from orderlib.ingestion.records import Batch, OffsetRange, Record, Reject
 from orderlib.postgres import connections, queries
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rejects import redrive
-from orderlib.repository import STREAM_SIZE, Direction
+from orderlib.repository import STREAM_SIZE, Direction, RecordPosition
 from tests.conftest import ROOT, Database
 from tests.support.over_asyncio import event_loop, over_asyncio
 from tests.support.repository_contract import (
