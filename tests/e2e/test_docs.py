@@ -19,6 +19,7 @@ from sandbox.server import free_port
 from services import settings as config
 from services.admin.__main__ import make_parser
 from tests.conftest import Database
+from tests.support.consumer_process import consuming
 from tests.support.programs import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -235,3 +236,13 @@ def test_the_example_with_sqlalchemy_stores_both_rows(environ: dict[str, str], d
     with psycopg.connect(database.superuser_url) as superuser:
         query = "SELECT order_uid, message FROM orders LEFT JOIN gifts USING (order_uid)"
         assert superuser.execute(query).fetchall() == [("gift-3", "Get well soon")]
+
+
+def test_what_the_page_sends_can_be_read_after_the_wait(environ: dict[str, str]) -> None:
+    [program, shown] = blocks("read-your-own-writes.md")
+    with consuming(environ):
+        done = subprocess.run(
+            [sys.executable, "-c", program.text], env=environ, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    assert_shown([program, shown], f"{done.stdout}{END_OF_BLOCK}\n")
