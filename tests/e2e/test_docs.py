@@ -246,3 +246,13 @@ def test_what_the_page_sends_can_be_read_after_the_wait(environ: dict[str, str])
         )
     assert done.returncode == 0, done.stderr
     assert_shown([program, shown], f"{done.stdout}{END_OF_BLOCK}\n")
+
+
+def test_test_your_code_shows_the_example_as_it_is() -> None:
+    """tests/e2e/test_examples.py runs it."""
+    suite = ROOT / "examples" / "pytest_suite"
+    sources = [(suite / name).read_text(encoding="utf-8") for name in ("shop.py", "test_shop.py")]
+    shown = blocks("test-your-code.md")
+    assert len(shown) > 5
+    for block in shown:
+        assert any(f"\n\n\n{block.text}" in source for source in sources), block.text

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -163,3 +165,31 @@ def test_the_nightly_export_copies_what_has_changed(
     with closing(sqlite3.connect(path)) as file:
         items = dict(file.execute("SELECT order_uid, count(*) FROM items GROUP BY order_uid"))
     assert items == {each.order_uid: len(each.items) for each in expected}
+
+
+def test_the_pytest_suite_passes_on_the_wheel_and_is_strictly_typed(environment: Environment, folder: Path) -> None:
+    suite = folder / "pytest_suite"
+    output = run(environment.python, "-W", "error", "-m", "pytest", "-q", environ=environ(folder), folder=suite)
+    assert re.search(r"^\d+ passed in ", output, re.MULTILINE), output
+    run(sys.executable, "-m", "mypy", "--strict", "--python-executable", environment.python, ".", folder=suite)
+
+
+@pytest.mark.parametrize(
+    ("line", "broken"),
+    [
+        ("except orderlib.TransientError:\n            #", "except orderlib.TransactionConflict:\n            #"),
+        ("except orderlib.RejectedError:\n            return", "except orderlib.InvalidOrder:\n            return"),
+        ("for attempt in range(ATTEMPTS)", "for attempt in range(1)"),
+        ('f"line {number}: {fault}"', '"fault"'),
+        ("customer_id=customer_id", "customer_id=None"),
+    ],
+)
+def test_the_pytest_suite_fails_if_the_shop_has_a_bug(
+    environment: Environment, folder: Path, line: str, broken: str
+) -> None:
+    suite = folder / "pytest_suite"
+    source = (suite / "shop.py").read_text(encoding="utf-8")
+    assert line in source
+    (suite / "shop.py").write_text(source.replace(line, broken), encoding="utf-8")
+    with pytest.raises(AssertionError, match="failed"):
+        run(environment.python, "-m", "pytest", "-q", environ=environ(folder), folder=suite)
