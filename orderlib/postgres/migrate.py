@@ -176,8 +176,8 @@ def create_roles(
 
 def _bootstrap(connection: Connection, passwords: Mapping[str, str]) -> BootstrapResult:
     _require_utf8(connection)
-    _, _, _, other_schema, _ = _one_row(connection, queries.SCHEMA_LOCATION)
-    connection.execute(queries.USE_SCHEMA, {"schema": other_schema or _table_schema(connection)})
+    schema = _schema_to_set_up(connection)
+    connection.execute(queries.USE_SCHEMA, {"schema": schema})
     try:
         for (role,) in connection.execute(queries.MISSING_ROLES, {"roles": list(ROLES)}).fetchall():
             connection.execute(sql.SQL(queries.CREATE_ROLE).format(sql.Identifier(role)))
@@ -193,7 +193,7 @@ def _bootstrap(connection: Connection, passwords: Mapping[str, str]) -> Bootstra
             f"TO {sql.Identifier(me).as_string(connection)} WITH ADMIN TRUE, INHERIT FALSE, SET FALSE"
         ) from exc
     corrected = _correct_roles(connection)
-    rights, unknown = _correct_rights_as_owner(connection)
+    rights, unknown = _correct_rights_as_owner(connection, schema)
     corrected += rights + _correct_roles(connection)
     problems = _problems(connection)
     if required := [str(problem) for problem in problems if problem.is_required]:
@@ -221,13 +221,11 @@ def _correct_roles(connection: Connection) -> list[str]:
     return [text for text in found if text not in remaining]
 
 
-def _correct_rights_as_owner(connection: Connection) -> tuple[list[str], list[str]]:
-    """Correct the rights on the tables, if there are any. Return the corrections, and what could not be checked."""
-    found, _, _, other_schema, _ = _one_row(connection, queries.SCHEMA_LOCATION)
-    # Without USAGE on their schema, this connection does not find the tables.
-    if not found and not other_schema:
+def _correct_rights_as_owner(connection: Connection, schema: str) -> tuple[list[str], list[str]]:
+    """Correct the rights on the tables, if the schema has any. Return what was changed, and what was not checked."""
+    has_tables = connection.execute(queries.HAS_TABLES, {"schema": schema}).fetchone()
+    if has_tables != (True,):
         return [], []
-    schema = other_schema or _table_schema(connection)
     set_is_temporary = False
     try:
         with connection.transaction():
@@ -324,10 +322,12 @@ def migrate(
     """Create the tables, or bring them up to date. Return the names of the migrations that were applied now.
 
     ``url`` belongs to orders_migrator; ``bootstrap`` creates that role. The tables are in the first schema of the
-    search_path: to choose another, add ``options=-csearch_path%3DNAME`` to every URL. Each migration is applied once,
-    in its own transaction. ``on_applied`` receives its name after that. Also restores the rights on the tables.
-    Idempotent, and safe to run concurrently: ``on_message`` receives who holds a lock that this waits for, warnings of
-    migrations, and corrected rights.
+    search_path. To choose another, create it, and add ``options=-csearch_path%3DNAME`` to each URL, also to that of
+    ``bootstrap``. Then one database can have several sets of tables, each with its own orders.
+
+    Each migration is applied once, in its own transaction. ``on_applied`` receives its name after that. Also restores
+    the rights on the tables. Idempotent, and safe to run concurrently: ``on_message`` receives who holds a lock that
+    this waits for, warnings of migrations, and corrected rights.
 
     Raises ConfigurationError for a role that may not do this, or a database that is not UTF8, and DatabaseUnavailable
     if there is no connection, or no lock within a minute. The migration at fault is rolled back; those before it stay
@@ -385,15 +385,19 @@ def apply_migrations(
 
 
 def _prepare(connection: Connection) -> None:
-    """Create the table of migrations, if the database has none."""
+    """Create the table of migrations, unless the schema has one.
+
+    If another schema has one, the search_path may be wrong: refuse, unless the URL chooses this schema.
+    """
     connection.execute(queries.BECOME_OWNER)
     _require_utf8(connection)
     found, login_role, search_path, other_schema, is_usable = _one_row(connection, queries.SCHEMA_LOCATION)
     if found:
         return
-    if other_schema:
+    [chosen] = _one_row(connection, queries.CHOSEN_SCHEMA)
+    if other_schema and not chosen:
         raise _not_found(login_role, search_path, other_schema, is_usable=is_usable)
-    connection.execute(queries.USE_SCHEMA, {"schema": _table_schema(connection)})
+    connection.execute(queries.USE_SCHEMA, {"schema": chosen or _table_schema(connection)})
     connection.execute(queries.SCHEMA_MIGRATIONS)
     connection.execute(queries.LOCK_SCHEMA)
     for role, rights in RIGHTS["schema_migrations"].items():
@@ -482,6 +486,13 @@ def _require_utf8(connection: Connection) -> None:
     encoding, _ = _one_row(connection, queries.DATABASE)
     if encoding != "UTF8":
         raise ConfigurationError(f"the encoding of the database is {encoding}, but orderlib needs UTF8")
+
+
+def _schema_to_set_up(connection: Connection) -> str:
+    """Return the schema that the URL chooses, or the one that has tables, or the one that gets them."""
+    found, _, _, other_schema, _ = _one_row(connection, queries.SCHEMA_LOCATION)
+    [chosen] = _one_row(connection, queries.CHOSEN_SCHEMA)
+    return chosen or (_table_schema(connection) if found or not other_schema else str(other_schema))
 
 
 def _table_schema(connection: Connection) -> str:

@@ -327,6 +327,19 @@ SELECT coalesce(
      WHERE c.oid = to_regclass('schema_migrations')),
     current_schema()::text)
 """
+#: The schema that the URL or PGOPTIONS chooses: the first of its search_path, if that exists and may be used.
+CHOSEN_SCHEMA: LiteralString = """
+SELECT CASE WHEN source = 'client' AND lower(btrim(split_part(setting, ',', 1), ' "')) = lower(current_schema())
+       THEN current_schema()::text END
+FROM pg_settings WHERE name = 'search_path'
+"""
+#: Whether a schema has the tables. Unlike to_regclass, it does not need USAGE on the schema.
+HAS_TABLES: LiteralString = """
+SELECT EXISTS (
+    SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relname = 'schema_migrations' AND c.relkind = 'r' AND pg_get_userbyid(c.relowner) = 'orders_owner'
+      AND n.nspname = %(schema)s)
+"""
 USE_SCHEMA: LiteralString = "SELECT set_config('search_path', quote_ident(%(schema)s), true)"
 
 #: DDL must not wait long for a lock, because all later lock requests wait behind it.
@@ -363,13 +376,13 @@ FROM pg_class c CROSS JOIN LATERAL (
     UNION ALL
     SELECT t.attname, a.* FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) a WHERE t.attrelid = c.oid
 ) g
-WHERE c.relnamespace = current_schema()::regnamespace AND pg_get_userbyid(c.relowner) = 'orders_owner'
+WHERE c.relnamespace = quote_ident(current_schema())::regnamespace AND pg_get_userbyid(c.relowner) = 'orders_owner'
   AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S') AND g.grantee <> c.relowner
 GROUP BY 1, 2 ORDER BY 1, 2
 """
 TABLES_OF_OWNER: LiteralString = """
 SELECT relname::text FROM pg_class
-WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'p', 'v')
+WHERE relnamespace = quote_ident(current_schema())::regnamespace AND relkind IN ('r', 'p', 'v')
   AND pg_get_userbyid(relowner) = 'orders_owner'
 """
 REVOKE_ALL: LiteralString = "REVOKE ALL ON {table} FROM {role} CASCADE"
@@ -399,6 +412,8 @@ db AS (SELECT oid, datname, datdba, datacl FROM pg_database WHERE datname = curr
 schemas AS (
     -- current_schema() is null without USAGE on it.
     SELECT oid, nspname, quote_ident(nspname) = current_setting('search_path') AS is_own,
+           EXISTS (SELECT FROM pg_class WHERE relname = 'schema_migrations' AND relnamespace = pg_namespace.oid
+                   AND pg_get_userbyid(relowner) = 'orders_owner') AS has_tables,
            coalesce(nspacl, acldefault('n', nspowner)) AS acl
     FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'
 ),
@@ -492,10 +507,11 @@ FROM pg_shdepend d JOIN orderlib_roles ON d.refclassid = 'pg_authid'::regclass A
 WHERE (d.dbid = (SELECT oid FROM db) OR d.classid IN ('pg_tablespace'::regclass, 'pg_parameter_acl'::regclass)
        OR (d.classid = 'pg_database'::regclass AND d.deptype = 'o'))
   AND d.deptype IN ('o', 'a', 'r') AND rolname <> 'orders_owner'
-  AND NOT (d.classid = 'pg_namespace'::regclass AND d.objid IN (SELECT oid FROM schemas WHERE is_own))
+  AND NOT (d.classid = 'pg_namespace'::regclass AND d.objid IN (SELECT oid FROM schemas WHERE is_own OR has_tables))
   AND NOT (d.classid = 'pg_class'::regclass AND d.deptype = 'a' AND d.objid IN (
       SELECT oid FROM pg_class
-      WHERE pg_get_userbyid(relowner) = 'orders_owner' AND relnamespace IN (SELECT oid FROM schemas WHERE is_own)))
+      WHERE pg_get_userbyid(relowner) = 'orders_owner'
+        AND relnamespace IN (SELECT oid FROM schemas WHERE is_own OR has_tables)))
 """
 
 #: A batch waits at most this long for a row or a table that another session has locked.
@@ -510,7 +526,7 @@ WITH candidates AS MATERIALIZED (
     SELECT pid, backend_xid, wait_event_type = 'Client' AND state_change < now() - interval '5 s' AS is_frozen
     FROM pg_stat_activity
     WHERE pid <> pg_backend_pid() AND usename = current_user AND backend_xid IS NOT NULL
-      AND application_name = current_setting('application_name')
+      AND datname = current_database() AND application_name = current_setting('application_name')
 ),
 blockers AS MATERIALIZED (
     SELECT pid FROM candidates
