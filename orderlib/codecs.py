@@ -22,6 +22,7 @@ from cattrs import BaseConverter
 from msgspec.inspect import DataclassType, Type, VarTupleType
 
 from orderlib.contract import M, Validator, rules_of
+from orderlib.contract import json_schema as schemas_of
 from orderlib.errors import Fault, MalformedJson
 from orderlib.models import MAX_ITEMS, Delivery, Item, Order, Payment
 
@@ -329,3 +330,14 @@ def _outside_strings(text: bytes) -> bytes:
 
 def _malformed(found: str) -> MalformedJson:
     return MalformedJson([Fault(path="$", expected="one JSON text in UTF-8", found=found)])
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of an order, a new dict at each call.
+
+    It refers to nothing outside itself. Unknown fields are allowed. Patterns have the same meaning in RE2, ECMAScript
+    and Python. The schema accepts every order that ``decode_order`` accepts. It also accepts what JSON Schema cannot
+    exclude: 1.0 as an integer, and, unless the validator verifies ``format``, any text as ``date_created``.
+    """
+    [schema], parts = schemas_of(Order, ref_template="#/$defs/{name}")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "$defs": parts}

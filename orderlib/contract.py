@@ -355,9 +355,11 @@ def check_clause(column: str, rule: Type) -> str:
             raise NotImplementedError(f"no column type for a rule of kind {rule}")
 
 
-def json_schema(*classes: type) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
-    """Return the JSON Schemas (2020-12) of the classes, and the components at ``#/components/schemas/…``."""
-    schemas, components = msgspec.json.schema_components(classes, ref_template="#/components/schemas/{name}")
+def json_schema(
+    *classes: type, ref_template: str = "#/components/schemas/{name}"
+) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
+    """Return the JSON Schemas (2020-12) of the classes, and the components that they refer to by ``ref_template``."""
+    schemas, components = msgspec.json.schema_components(classes, ref_template=ref_template)
     for component in components.values():
         component["description"] = inspect.cleandoc(component["description"])
         for part in component.get("properties", {}).values():

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable
 from types import TracebackType
-from typing import ClassVar, Self, TypeVar, Unpack
+from typing import ClassVar, NoReturn, Self, TypeVar, Unpack
 
 import attrs
 from psycopg import waiting
@@ -45,6 +45,9 @@ T = TypeVar("T")
 
 class AsyncOrderRepositoryBase(ABC):
     """The methods of ``AsyncOrderRepository``, over steps that a subclass runs."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a repository cannot be pickled: connect in each process, for example in a pool's initializer")
 
     #: Whether a later call may succeed after a lost connection.
     _reconnects: ClassVar[bool] = True

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from types import TracebackType
-from typing import ClassVar, Self, TypeVar, Unpack
+from typing import ClassVar, NoReturn, Self, TypeVar, Unpack
 
 import attrs
 from psycopg.abc import PQGen
@@ -42,6 +42,9 @@ T = TypeVar("T")
 
 class OrderRepositoryBase(ABC):
     """The methods of ``OrderRepository``, over steps that a subclass runs."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a repository cannot be pickled: connect in each process, for example in a pool's initializer")
 
     #: Whether a later call may succeed after a lost connection.
     _reconnects: ClassVar[bool] = True

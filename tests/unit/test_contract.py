@@ -29,9 +29,10 @@ from orderlib import (
     content_sha256,
     decode_order,
     encode_order,
+    json_schema,
     order_to_plain,
 )
-from orderlib.contract import describe, json_schema, rules_of, unchecked
+from orderlib.contract import describe, rules_of, unchecked
 from orderlib.models import MAX_ITEMS
 from orderlib.testing import SAMPLE, MemoryOrderRepository
 from orderlib.testing.strategies import deliveries, items, orders, payments, values
@@ -241,14 +242,9 @@ def test_a_rule_of_an_unknown_kind_has_no_description() -> None:
 # JSON Schema
 
 
-def order_schema() -> dict[str, Any]:
-    [schema], components = json_schema(Order)
-    return {**schema, "components": {"schemas": components}}
-
-
 def test_the_patterns_of_the_json_schema_compile_in_every_engine() -> None:
     """RE2 has no look-around and no ``\\u`` escape; ``\\A``, ``\\Z`` and ``\\z`` differ between engines."""
-    patterns = re.findall(r'"pattern": ("(?:[^"\\]|\\.)*")', json.dumps(order_schema()))
+    patterns = re.findall(r'"pattern": ("(?:[^"\\]|\\.)*")', json.dumps(json_schema()))
     assert len(set(patterns)) == 4
     for pattern in map(json.loads, set(patterns)):
         re.compile(pattern)
@@ -256,13 +252,21 @@ def test_the_patterns_of_the_json_schema_compile_in_every_engine() -> None:
 
 
 def test_the_json_schema_is_valid() -> None:
-    jsonschema.Draft202012Validator.check_schema(order_schema())
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+
+
+def test_the_json_schema_is_complete_and_belongs_to_the_caller() -> None:
+    schema = json_schema()
+    references = set(re.findall(r'"\$ref": "([^"]*)"', json.dumps(schema)))
+    assert references == {f"#/$defs/{name}" for name in schema["$defs"]}
+    schema["$defs"].clear()
+    assert json_schema()["$defs"].keys() == {"Order", "Delivery", "Payment", "Item"}
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_the_json_schema_accepts_what_the_decoder_accepts(place: Place) -> None:
     """Except what JSON Schema cannot express: that 1.0 is not 1, which texts are times, what a lone surrogate is."""
-    validator = jsonschema.Draft202012Validator(order_schema())
+    validator = jsonschema.Draft202012Validator(json_schema())
     of_another_type: list[object] = [None, True, 0.5, [], {}, "7" if isinstance(place.rule, IntType) else 7]
     of_its_own = [
         value for value in boundary_values(place.rule) if not isinstance(value, dt.datetime) and _encodable(value)
@@ -274,7 +278,7 @@ def test_the_json_schema_accepts_what_the_decoder_accepts(place: Place) -> None:
 
 @pytest.mark.parametrize("part", [None, "delivery", "payment", "items"])
 def test_the_json_schema_requires_every_field_and_accepts_unknown_ones(part: str | None) -> None:
-    validator = jsonschema.Draft202012Validator(order_schema())
+    validator = jsonschema.Draft202012Validator(json_schema())
 
     def with_part(change: Mapping[str, object], without: str | None = None) -> dict[str, object]:
         plain = json.loads(SAMPLE)
