@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -216,7 +215,6 @@ def test_the_examples_of_the_library_print_what_the_page_shows(environ: dict[str
     assert_shown(page_blocks, done.stdout)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("sqlalchemy") is None, reason="SQLAlchemy is not installed")
 def test_the_example_with_sqlalchemy_stores_both_rows(environ: dict[str, str], database: Database) -> None:
     text = (DOCS / "use-the-library.md").read_text(encoding="utf-8")
     [example] = re.findall(r"^```python sqlalchemy\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
