@@ -1,4 +1,4 @@
-"""The operator's command: what it shows, what it changes, and what it asks before."""
+"""The admin command: what it prints, what it changes, and when it asks for confirmation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.programs import ROOT, peak_bytes, run, running, succeed, wait
 
 
 def rows(command: str, environ: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What a command tells programs."""
+    """Return the JSON rows of a command."""
     found: list[dict[str, Any]] = json.loads(succeed(f"admin {command} --json", environ))
     return found
 
@@ -37,26 +37,26 @@ def publish(environ: Mapping[str, str], *values: bytes, partition: int = 0, time
 
 
 def run_on_a_terminal(command: str, environ: Mapping[str, str], typed: str) -> subprocess.CompletedProcess[str]:
-    """Run a command whose stdin is a terminal at which somebody types this line."""
-    ours, theirs = pty.openpty()
+    """Run a command on a terminal, with this line as its input."""
+    controller, terminal = pty.openpty()
     try:
-        os.write(ours, f"{typed}\n".encode())
+        os.write(controller, f"{typed}\n".encode())
         return subprocess.run(
             [sys.executable, "-m", "services.admin", *command.split()],
             env=dict(environ),
             cwd=ROOT,
-            stdin=theirs,
+            stdin=terminal,
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
         )
     finally:
-        os.close(ours)
-        os.close(theirs)
+        os.close(controller)
+        os.close(terminal)
 
 
-def test_offsets_go_where_they_are_told_to(environ: dict[str, str]) -> None:
+def test_reset_moves_the_offsets_to_the_requested_position(environ: dict[str, str]) -> None:
     for minute in range(4):
         publish(environ, SAMPLE, timestamp_ms=1_700_000_000_000 + minute * 60_000)
     publish(environ, SAMPLE, partition=1, timestamp_ms=1_700_000_000_000)
@@ -72,7 +72,7 @@ def test_offsets_go_where_they_are_told_to(environ: dict[str, str]) -> None:
     assert moved("--to-latest") == {0: 4, 1: 1, 2: 0}
 
 
-def test_a_reset_shows_what_it_would_do_and_does_nothing(environ: dict[str, str]) -> None:
+def test_reset_without_execute_shows_the_change_and_makes_none(environ: dict[str, str]) -> None:
     publish(environ, SAMPLE, SAMPLE)
     succeed("consumer --exit-at-end", environ)
     done = run("admin offsets reset --to-earliest --partition 0", environ)
@@ -88,10 +88,10 @@ def test_a_reset_shows_what_it_would_do_and_does_nothing(environ: dict[str, str]
     assert rows("offsets show", environ)[0]["next_offset"] == 2
 
 
-def test_a_reset_to_nowhere_is_refused(environ: dict[str, str]) -> None:
+def test_reset_refuses_an_invalid_target(environ: dict[str, str]) -> None:
     publish(environ, SAMPLE, SAMPLE)
     succeed("consumer --exit-at-end", environ)
-    for arguments, said in (
+    for arguments, message in (
         ("--to-offset 3 --partition 0", "from 0 to 2"),
         ("--to-offset 0", "needs --partition"),
         ("--to-earliest --partition 77", "[77]"),
@@ -100,11 +100,11 @@ def test_a_reset_to_nowhere_is_refused(environ: dict[str, str]) -> None:
     ):
         done = run(f"admin offsets reset {arguments} --execute --yes", environ)
         assert done.returncode == 2
-        assert said in done.stderr
+        assert message in done.stderr
     assert rows("offsets show", environ)[0]["next_offset"] == 2
 
 
-def test_on_a_terminal_it_asks_and_only_a_yes_counts(environ: dict[str, str]) -> None:
+def test_on_a_terminal_only_yes_confirms(environ: dict[str, str]) -> None:
     publish(environ, SAMPLE)
     succeed("consumer --exit-at-end", environ)
     uid = json.loads(SAMPLE)["order_uid"]
@@ -121,7 +121,7 @@ def test_on_a_terminal_it_asks_and_only_a_yes_counts(environ: dict[str, str]) ->
     assert run(f"admin get {uid}", environ).returncode == 1
 
 
-def test_rejects_are_listed_redriven_and_purged_as_asked(environ: dict[str, str]) -> None:
+def test_rejects_are_listed_redriven_and_purged_as_the_options_select(environ: dict[str, str]) -> None:
     publish(environ, b"no JSON", SAMPLE.replace(b'"USD"', b'"usd"'), b"nor this")
     succeed("consumer --exit-at-end", environ)
     topic = environ["ORDERS_TOPIC"]
@@ -160,7 +160,7 @@ def add_reject(database: Database, topic: str, offset: int, value: str, headers:
         )
 
 
-def test_of_a_huge_reject_the_beginning_is_shown_in_little_memory(
+def test_show_prints_the_first_bytes_of_a_huge_reject_in_little_memory(
     environ: dict[str, str], database: Database, tmp_path: Path
 ) -> None:
     topic, whole_bytes = environ["ORDERS_TOPIC"], 50 * 2**20
@@ -209,19 +209,21 @@ def test_get_escapes_control_characters_on_a_terminal_only(environ: dict[str, st
     succeed("consumer --exit-at-end", environ)
     command = f"get {json.loads(SAMPLE)['order_uid']}"
     assert "\x9b31m\u202e" in succeed(f"admin {command}", environ)
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
     try:
         command_line = [sys.executable, "-m", "services.admin", *command.split()]
-        subprocess.run(command_line, env=environ, cwd=ROOT, stdout=theirs, timeout=60, check=True)
-        shown = os.read(ours, 65536).decode()
+        subprocess.run(command_line, env=environ, cwd=ROOT, stdout=terminal, timeout=60, check=True)
+        shown = os.read(controller, 65536).decode()
     finally:
-        os.close(ours)
-        os.close(theirs)
+        os.close(controller)
+        os.close(terminal)
     assert {char for char in shown if not char.isprintable()} <= {"\r", "\n"}
     assert json.loads(shown)["delivery"]["name"] == "\x9b31m\u202e"
 
 
-def test_a_proof_by_a_manifest_says_what_it_did_not_read(environ: dict[str, str], tmp_path: Path) -> None:
+def test_reconcile_with_a_manifest_names_the_ranges_that_it_did_not_read(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
     succeed("sender --count 40", environ)
     manifest = tmp_path / "manifest"
     succeed(f"sender --count 40 --manifest {manifest}", environ)
@@ -241,16 +243,14 @@ def test_topics_creates_the_topic_once_and_then_reports_it(environ: dict[str, st
 
 
 @pytest.mark.parametrize("program", ["admin topics", "admin lag", "consumer --exit-at-end", "sender --count 1"])
-def test_a_name_that_kafka_does_not_take_is_a_broken_set_up(environ: dict[str, str], program: str) -> None:
+def test_an_invalid_topic_name_is_a_configuration_error(environ: dict[str, str], program: str) -> None:
     done = run(program, {**environ, "ORDERS_TOPIC": "no such name"})
     assert done.returncode == 2
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_set_group_gives_the_database_to_another_group_once_consumers_stopped(
-    environ: dict[str, str], tmp_path: Path
-) -> None:
+def test_set_group_renames_the_group_after_its_consumers_stopped(environ: dict[str, str], tmp_path: Path) -> None:
     succeed("sender --count 20", environ)
     renamed = {**environ, "ORDERS_CONSUMER_GROUP": "renamed"}
     with running("consumer", environ, tmp_path / "log"):
@@ -334,7 +334,7 @@ def test_topics_does_not_lower_a_limit_that_is_inherited_from_the_brokers(enviro
         ("9999-12-31T23:59:59.999999-14:00", 2),
     ],
 )
-def test_offsets_go_to_a_time_whenever_it_is(environ: dict[str, str], time: str, offset: int) -> None:
+def test_reset_to_a_time_accepts_every_representable_time(environ: dict[str, str], time: str, offset: int) -> None:
     publish(environ, SAMPLE, timestamp_ms=1)
     publish(environ, SAMPLE, timestamp_ms=1_700_000_000_000)
     succeed("consumer --exit-at-end", environ)

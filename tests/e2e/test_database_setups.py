@@ -1,4 +1,4 @@
-"""The programs on databases that were set up in another way than the tests' own."""
+"""The programs on databases that are set up differently from those of the other tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.programs import run, running, succeed, wait_for
 
 @pytest.fixture
 def managed(environ: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Settings for a server on which nobody is a superuser: ORDERS_BOOTSTRAP_URL is a CREATEROLE owner's."""
+    """Settings for a server without a usable superuser: ORDERS_BOOTSTRAP_URL is that of a CREATEROLE owner."""
     password = secrets.token_hex(8)
     with PostgresServer() as server:
         with psycopg.connect(server.superuser_url, autocommit=True) as superuser:

@@ -1,4 +1,4 @@
-"""The whole way, as a stranger would go it: sender, Kafka, consumer, PostgreSQL, API."""
+"""The complete path of an order: sender, Kafka, consumer, PostgreSQL, API."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def acknowledged(manifest: Path) -> list[dict[str, object]]:
 
 
 def values_in_kafka(environ: Mapping[str, str], places: list[tuple[int, int]]) -> dict[tuple[int, int], bytes | None]:
-    """The values at these places, read without anything of ours."""
+    """Return the values at these positions, read without orderlib."""
     wanted = set(places)
     consumer = Consumer(
         {
@@ -56,9 +56,9 @@ def values_in_kafka(environ: Mapping[str, str], places: list[tuple[int, int]]) -
 
 
 def assert_all_accounted_for(environ: Mapping[str, str], database: Database, manifest: Path) -> tuple[int, int]:
-    """Every acknowledged record is stored equal, or kept in rejects byte for byte; how many of each.
+    """Check that every acknowledged record is a stored order or an unchanged reject. Return how many of each.
 
-    Written without orderlib's own proof, so that one can be held against the other.
+    It does not use ``reconcile``, so the two can be compared.
     """
     lines = acknowledged(manifest)
     values = values_in_kafka(environ, [(int(str(line["partition"])), int(str(line["offset"]))) for line in lines])
@@ -79,7 +79,7 @@ def assert_all_accounted_for(environ: Mapping[str, str], database: Database, man
     return len(last), len(bad)
 
 
-def test_the_sample_comes_back_over_http_equal_field_by_field(environ: dict[str, str], tmp_path: Path) -> None:
+def test_the_sample_is_returned_over_http_with_equal_fields(environ: dict[str, str], tmp_path: Path) -> None:
     sample = orderlib.decode_order(SAMPLE)
     other = attrs.evolve(
         sample, order_uid="paid-elsewhere", payment=attrs.evolve(sample.payment, transaction="provider-17")
@@ -96,7 +96,7 @@ def test_the_sample_comes_back_over_http_equal_field_by_field(environ: dict[str,
             assert got == (expected or orderlib.order_to_plain(other))
 
 
-def test_of_10_000_records_with_bad_ones_among_them_each_is_stored_or_rejected(
+def test_each_of_10_000_valid_and_invalid_records_is_stored_or_rejected(
     environ: dict[str, str], database: Database, tmp_path: Path
 ) -> None:
     manifest = tmp_path / "manifest"
@@ -108,7 +108,7 @@ def test_of_10_000_records_with_bad_ones_among_them_each_is_stored_or_rejected(
     succeed(f"admin reconcile --manifest {manifest}", environ)
 
 
-def test_a_consumer_that_was_killed_goes_on_where_it_was(
+def test_a_killed_consumer_continues_at_its_stored_offsets(
     environ: dict[str, str], database: Database, tmp_path: Path
 ) -> None:
     manifest = tmp_path / "manifest"
@@ -130,7 +130,9 @@ def test_a_consumer_that_was_killed_goes_on_where_it_was(
     succeed("admin reconcile", environ)
 
 
-def test_reconcile_finds_whatever_was_changed_behind_its_back(environ: dict[str, str], database: Database) -> None:
+def test_reconcile_finds_every_change_made_directly_in_the_database(
+    environ: dict[str, str], database: Database
+) -> None:
     succeed("sender --count 200 --seed 9 --bad-rate 0.1", environ)
     succeed("consumer --exit-at-end", environ)
     assert json.loads(succeed("admin reconcile --json", environ))["findings"] == []
@@ -156,7 +158,7 @@ def test_reconcile_finds_whatever_was_changed_behind_its_back(environ: dict[str,
     assert len(found) == 5
 
 
-def test_reconcile_does_not_cry_wolf_while_the_consumer_runs(environ: dict[str, str], tmp_path: Path) -> None:
+def test_reconcile_has_no_false_discrepancy_while_the_consumer_runs(environ: dict[str, str], tmp_path: Path) -> None:
     manifest = tmp_path / "manifest"
     with running("consumer", environ, tmp_path / "consumer.log"):
         for seed in range(3):
@@ -166,7 +168,7 @@ def test_reconcile_does_not_cry_wolf_while_the_consumer_runs(environ: dict[str, 
             assert done.returncode == 0 or "no consumer group" in done.stderr, done.stdout
 
 
-def test_a_redriven_reject_is_stored_once_and_counts_as_its_outcome(environ: dict[str, str]) -> None:
+def test_a_redriven_reject_is_stored_once_and_keeps_its_outcome(environ: dict[str, str]) -> None:
     succeed("sender --count 50 --seed 3", environ)
     large = attrs.evolve(orderlib.decode_order(SAMPLE), order_uid="large", internal_signature="x" * 4096)
     succeed("sender --file -", environ, stdin=orderlib.encode_order(large))
@@ -180,12 +182,14 @@ def test_a_redriven_reject_is_stored_once_and_counts_as_its_outcome(environ: dic
     [again] = json.loads(succeed("admin rejects redrive --code too_large --json", environ))
     assert (first["stored"], sum(first.values()), sum(again.values())) == (1, 1, 0)
     assert orderlib.decode_order(succeed("admin get large", environ).encode()) == large
-    [kept] = [r for r in json.loads(succeed("admin rejects list --json", environ)) if r["code"] == "too_large"]
-    assert kept["redrive_outcome"] == "stored"
+    [reject] = [r for r in json.loads(succeed("admin rejects list --json", environ)) if r["code"] == "too_large"]
+    assert reject["redrive_outcome"] == "stored"
     succeed("admin reconcile", environ)
 
 
-def test_offsets_move_only_when_told_and_a_rewind_changes_nothing(environ: dict[str, str], database: Database) -> None:
+def test_offsets_move_only_with_execute_and_a_rewind_changes_no_data(
+    environ: dict[str, str], database: Database
+) -> None:
     succeed("sender --count 300 --seed 4 --bad-rate 0.1", environ)
     succeed("consumer --exit-at-end", environ)
 
@@ -209,7 +213,7 @@ def test_offsets_move_only_when_told_and_a_rewind_changes_nothing(environ: dict[
     assert everything() == before
 
 
-def test_offsets_cannot_be_moved_under_a_running_consumer(environ: dict[str, str], tmp_path: Path) -> None:
+def test_offsets_cannot_be_moved_while_a_consumer_runs(environ: dict[str, str], tmp_path: Path) -> None:
     succeed("sender --count 10", environ)
     with running("consumer", environ, tmp_path / "log"):
         wait_for(lambda: sum(r["lag"] for r in json.loads(succeed("admin lag --json", environ))) == 0)
@@ -218,11 +222,11 @@ def test_offsets_cannot_be_moved_under_a_running_consumer(environ: dict[str, str
     assert "stop them first" in done.stderr
 
 
-def test_a_forgotten_order_is_gone_with_its_reject(environ: dict[str, str], database: Database) -> None:
+def test_forget_deletes_the_order_and_its_reject(environ: dict[str, str], database: Database) -> None:
     succeed("sender --file -", environ, stdin=SAMPLE.rstrip(b"\n") + b"\n" + SAMPLE.replace(b"USD", b"usd"))
     succeed("consumer --exit-at-end", environ)
     uid = orderlib.decode_order(SAMPLE).order_uid
-    assert run(f"admin forget {uid}", environ).returncode == 1, "it must ask, and here nobody answers"
+    assert run(f"admin forget {uid}", environ).returncode == 1, "without a terminal it needs --yes"
     succeed(f"admin forget {uid} --yes", environ)
     with psycopg.connect(database.superuser_url) as connection:
         for table in ("orders", "delivery", "payment", "items", "rejects"):
@@ -241,8 +245,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_set_up_is_one_clear_line_and_exit_2(environ: dict[str, str], what: str) -> None:
-    change, said = BROKEN[what]
+def test_a_configuration_error_is_one_line_and_exit_status_2(environ: dict[str, str], what: str) -> None:
+    change, message = BROKEN[what]
     if what == "a wrong password":
         change = {"ORDERS_DATABASE_URL": environ["ORDERS_DATABASE_URL"].replace("password=", "password=not")}
     if what == "no such database":
@@ -251,18 +255,20 @@ def test_a_broken_set_up_is_one_clear_line_and_exit_2(environ: dict[str, str], w
     [line] = [line for line in done.stderr.splitlines() if not line.startswith("{")]
     assert done.returncode == 2
     assert line.startswith("error: ")
-    assert said in line
+    assert message in line
     assert done.stdout == ""
 
 
-def test_a_database_without_our_schema_is_told_how_to_get_it(environ: dict[str, str], empty_database: Database) -> None:
+def test_a_database_without_tables_is_an_error_that_names_the_command(
+    environ: dict[str, str], empty_database: Database
+) -> None:
     done = run("consumer", {**environ, **empty_database.environ()})
     assert done.returncode == 2
     assert "python -m orderlib migrate" in done.stderr
 
 
 def test_only_bootstrap_ever_connects_as_a_superuser(environ: dict[str, str]) -> None:
-    """Nothing else is even given the URL."""
+    """No other program receives its URL."""
     without = {name: value for name, value in environ.items() if name != "ORDERS_BOOTSTRAP_URL"}
     for program in ("admin migrate", "sender --count 5", "consumer --exit-at-end", "admin reconcile", "admin lag"):
         succeed(program, without)
@@ -288,7 +294,7 @@ def test_the_demo_shows_an_order_and_ctrl_c_leaves_nothing_behind() -> None:
         with urllib.request.urlopen(urllib.request.Request(address, headers={"Accept": "text/html"})) as page:
             assert "test</" in page.read().decode()
         family = psutil.Process(demo.pid).children(recursive=True)
-        # As a terminal does: to everyone in the foreground.
+        # As a terminal does: to every process in the foreground.
         for process in [psutil.Process(demo.pid), *family]:
             if process.is_running() and psutil.pid_exists(process.pid) and _group(process) == demo.pid:
                 process.send_signal(signal.SIGINT)
@@ -308,7 +314,7 @@ def _group(process: psutil.Process) -> int:
     return os.getpgid(process.pid)
 
 
-def test_rejects_keep_key_value_and_headers_byte_for_byte(environ: dict[str, str], database: Database) -> None:
+def test_rejects_have_key_value_and_headers_unchanged(environ: dict[str, str], database: Database) -> None:
     producer = Producer({"bootstrap.servers": environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"]})
     headers: list[tuple[str, bytes | None]] = [("a", b"\xff\x00"), ("a", None), ("b", b""), ("a", b"again")]
     records: list[tuple[bytes | None, bytes | None]] = [(None, b"\x00\xff"), (b"", b""), (b"\xfe", None)]
@@ -320,4 +326,4 @@ def test_rejects_keep_key_value_and_headers_byte_for_byte(environ: dict[str, str
         rows = connection.execute("SELECT key, value, headers FROM rejects ORDER BY record_offset").fetchall()
     assert [(key, value) for key, value, _ in rows] == records
     expected = [{"key": k, "value": v if v is None else base64.b64encode(v).decode()} for k, v in headers]
-    assert all(kept == expected for _, _, kept in rows)
+    assert all(stored == expected for _, _, stored in rows)

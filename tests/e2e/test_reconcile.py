@@ -1,4 +1,4 @@
-"""What ``reconcile`` proves: every planted corruption is a discrepancy, and no honest history is one."""
+"""What ``reconcile`` proves: every corruption is a discrepancy, and no real history is one."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Place:
 
     @contextlib.contextmanager
     def superuser(self) -> Iterator[psycopg.Connection]:
-        """A session that no foreign key stops."""
+        """A session that does not check foreign keys."""
         with psycopg.connect(self.database.superuser_url, autocommit=True) as connection:
             connection.execute("SET session_replication_role = replica")
             connection.execute("SET TIME ZONE 'UTC'")
@@ -159,7 +159,7 @@ def outcomes(place: Place) -> dict[int, str | None]:
 
 @pytest.fixture(scope="module")
 def history(sandbox: Sandbox, _template: str) -> Iterator[Place]:
-    """A filled place whose tables every test puts back."""
+    """A filled place. Every test restores its tables."""
     database = make_database(sandbox, _template)
     topic = f"reconciled-{time.time_ns()}"
     admin = AdminClient({"bootstrap.servers": sandbox.kafka.bootstrap_servers})
@@ -197,7 +197,7 @@ def tables(connection: psycopg.Connection) -> list[str]:
 
 @contextlib.contextmanager
 def corrupted(place: Place) -> Iterator[psycopg.Connection]:
-    """A superuser's session; every table is as before at the end."""
+    """A superuser's session. At its end all tables are restored."""
     with place.superuser() as connection:
         try:
             yield connection
@@ -208,7 +208,7 @@ def corrupted(place: Place) -> Iterator[psycopg.Connection]:
             connection.execute(restore.encode())
 
 
-def test_an_honest_history_holds_and_what_cannot_be_proved_is_named(history: Place) -> None:
+def test_a_real_history_has_no_discrepancy_and_what_cannot_be_proved_is_named(history: Place) -> None:
     result = history.assert_holds()
     # 2: never before; 3: a later record won; 4: nothing before; 9: refused; 14 and 15: one after the other.
     assert {k: v for k, v in outcomes(history).items() if v} == {
@@ -283,7 +283,7 @@ def test_a_change_of_any_column_of_any_table_is_a_discrepancy_that_names_the_pla
 
 
 def _change(connection: psycopg.Connection, table: str, column: str, change: str, where: str) -> bool:
-    """Change one column; whether that is possible and makes a difference."""
+    """Change one column. Return whether that is possible and changes a row."""
     name = sql.Identifier(column)
     value = sql.SQL(change.replace("{c}", "{0}")).format(name)
     try:
@@ -302,7 +302,7 @@ def _change(connection: psycopg.Connection, table: str, column: str, change: str
     return done.rowcount > 0
 
 
-#: Corruptions of whole rows, and combined ones that keep the store consistent in itself.
+#: Corruptions of complete rows, and combined ones that keep the database consistent.
 PLANTED = {
     "a valid order is deleted and a reject is planted at its position": (
         """
@@ -338,7 +338,7 @@ PLANTED = {
         "UPDATE orders SET source_offset = -5 WHERE order_uid = 'updated'",
         {"order_uid": "updated"},
     ),
-    "an order is from a topic id that nobody handled": (
+    "an order is from an unknown topic id": (
         "UPDATE orders SET source_topic_id = 'AAAAAAAAAAAAAAAAAAAAAA' WHERE order_uid = 'updated'",
         {"order_uid": "updated"},
     ),
@@ -405,7 +405,7 @@ PLANTED = {
         """,
         {"partition": 0, "offset": 4000},
     ),
-    "a reject is planted in a partition that nobody handled": (
+    "a reject is planted in a partition without an offset": (
         """
         INSERT INTO rejects SELECT (jsonb_populate_record(NULL::rejects, to_jsonb(r) || '{"partition": 70}')).*
         FROM rejects r WHERE record_offset = 5
@@ -481,8 +481,8 @@ def test_a_planted_corruption_is_a_discrepancy_that_names_the_place(
     assert any(named.items() <= finding.items() for finding in findings), findings
 
 
-def test_a_record_of_kafka_that_was_replaced_from_python_is_named(history: Place) -> None:
-    """A save after the record is honest, and looks like content, digest and source changed together."""
+def test_an_order_that_was_replaced_from_python_is_named(history: Place) -> None:
+    """A save after the record is allowed. It looks like a change of content, digest and source together."""
     with corrupted(history):
         with orderlib.connect(history.database.writer_url) as repository:
             repository.save(attrs.evolve(SAMPLE_ORDER, order_uid="updated", sm_id=77))
@@ -492,7 +492,7 @@ def test_a_record_of_kafka_that_was_replaced_from_python_is_named(history: Place
         assert "updated: " in history.admin("reconcile")[1]
 
 
-def test_nothing_of_a_reject_is_readable_by_the_role_that_proves_it(history: Place) -> None:
+def test_the_reader_cannot_read_the_content_of_a_reject(history: Place) -> None:
     with psycopg.connect(history.database.reader_url, autocommit=True) as connection:
         columns = connection.execute("SELECT * FROM reject_digests LIMIT 1").description or []
         assert not {"key", "value", "headers", "faults"} & {column.name for column in columns}
@@ -501,7 +501,7 @@ def test_nothing_of_a_reject_is_readable_by_the_role_that_proves_it(history: Pla
                 connection.execute(f"SELECT {column} FROM rejects".encode())
 
 
-def test_a_rewind_is_named_until_everything_is_handled_again_and_then_holds(place: Place) -> None:
+def test_a_rewind_is_a_discrepancy_until_all_records_are_handled_again(place: Place) -> None:
     place.produce(order("a", 1), large("b", 1), b"no JSON", order("a", 2))
     place.produce(order("a", 3), partition=1)
     place.consume(max_record_bytes=4000)
@@ -515,7 +515,7 @@ def test_a_rewind_is_named_until_everything_is_handled_again_and_then_holds(plac
     place.assert_holds()
 
 
-def test_a_compacted_topic_holds(place: Place, make_topic: Callable[..., str]) -> None:
+def test_a_compacted_topic_has_no_discrepancy(place: Place, make_topic: Callable[..., str]) -> None:
     topic = make_topic(1, cleanup_policy="compact", segment_ms="100", min_cleanable_dirty_ratio="0.0001")
     place = Place({**place.environ, "ORDERS_TOPIC": topic}, place.database)
     place.produce(order("first", 1), order("second", 1), b"no JSON")
@@ -560,7 +560,7 @@ def test_a_forgotten_order_is_named_while_kafka_holds_its_record(place: Place) -
     assert (finding["order_uid"], "forgotten" in finding["what"]) == ("person", True)
 
 
-def test_the_documented_list_of_what_cannot_be_proved_is_the_tested_one() -> None:
+def test_the_page_lists_every_column_that_cannot_be_proved() -> None:
     page = Path(ROOT / "docs" / "what-reconcile-proves.md").read_text(encoding="utf-8")
     for table, column in CANNOT_BE_PROVED:
         assert f"`{table}.{column}`" in page
@@ -575,7 +575,7 @@ def test_orders_in_several_partitions_are_counted_and_the_first_are_named(place:
     assert "… and 3 more with records in several partitions" in place.admin("reconcile")[1]
 
 
-def test_discrepancies_beyond_a_limit_are_counted_and_not_kept() -> None:
+def test_discrepancies_beyond_the_limit_are_counted_and_not_stored() -> None:
     topic = TopicState(topic="orders", topic_id="id", earliest={}, ends={}, is_compacted=False)
     proof = Reconciliation(topic, {}, None, [], [])
     for number in range(MAX_FINDINGS + 7):

@@ -1,4 +1,4 @@
-"""`bootstrap` corrects what it may and names the rest, for a superuser and for an administrator who is none."""
+"""`bootstrap` corrects what its role may correct and names the rest."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ ORDER BY 1, 2, 3
 
 @pytest.fixture
 def server() -> Iterator[PostgresServer]:
-    """A PostgreSQL of the test's own: roles belong to the whole server."""
+    """A server for one test, because roles belong to the server."""
     with PostgresServer() as running:
         yield running
 
@@ -114,7 +114,7 @@ def test_a_superuser_corrects_every_difference_and_says_which(server: PostgresSe
         assert set_up(database).corrected == ()
 
 
-def test_an_administrator_who_owns_the_database_needs_no_superuser(server: PostgresServer) -> None:
+def test_an_administrator_who_owns_the_database_need_not_be_a_superuser(server: PostgresServer) -> None:
     password = secrets.token_hex(8)
     with psycopg.connect(server.superuser_url, autocommit=True) as superuser:
         superuser.execute(f"CREATE ROLE manager LOGIN CREATEROLE PASSWORD '{password}'".encode())
@@ -195,7 +195,7 @@ def test_create_of_public_is_revoked_only_on_schemas_that_are_used(database: Dat
         assert (in_tools, in_public) == (True, False)
 
 
-def test_a_reader_with_the_former_advisory_lock_holds_nobody_up(empty_database: Database) -> None:
+def test_a_reader_with_the_former_advisory_lock_blocks_no_migration(empty_database: Database) -> None:
     with connect(empty_database.superuser_url, application_name="tests") as administrator:
         create_roles(administrator, role_passwords(empty_database))
     with psycopg.connect(empty_database.reader_url) as reader:
@@ -312,7 +312,9 @@ def test_databases_of_one_server_can_be_set_up_at_once(server: PostgresServer) -
 
 
 @pytest.mark.parametrize("may_use", [True, False])
-def test_a_schema_that_is_not_found_is_told_from_one_that_is_not_there(database: Database, *, may_use: bool) -> None:
+def test_a_schema_outside_the_search_path_is_distinguished_from_a_missing_one(
+    database: Database, *, may_use: bool
+) -> None:
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
         superuser.execute("ALTER SCHEMA public RENAME TO shop")
         if not may_use:

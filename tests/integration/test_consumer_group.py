@@ -30,7 +30,9 @@ def ledger(database: Database, group: str) -> ConsumerStore:
     return ConsumerStore(database.writer_url, group, lambda: 0.0)
 
 
-def test_of_groups_that_start_at_once_one_gets_the_database_and_the_others_are_told_which(database: Database) -> None:
+def test_one_of_the_groups_that_start_at_once_claims_the_database_and_the_others_fail_with_its_name(
+    database: Database,
+) -> None:
     groups = [f"group-{number}" for number in range(6)]
     barrier = threading.Barrier(len(groups))
 
@@ -105,7 +107,7 @@ def test_a_database_with_offsets_of_two_groups_is_repaired_by_migrate(
     older.close()
 
 
-def test_the_database_can_be_given_to_another_group_with_its_offsets(database: Database) -> None:
+def test_the_group_can_be_renamed_with_its_offsets(database: Database) -> None:
     first, second = ledger(database, "first"), ledger(database, "second")
     first.check()
     first.start_partitions("orders", "topic", {0: 5, 1: 7})
@@ -121,7 +123,7 @@ def test_the_database_can_be_given_to_another_group_with_its_offsets(database: D
     second.close()
 
 
-def test_a_database_can_be_given_to_a_group_before_any_consumer_started(database: Database) -> None:
+def test_a_group_can_claim_a_database_before_any_consumer_started(database: Database) -> None:
     with connected(database.migrator_url) as migrator:
         set_consumer_group(migrator, "group")
     one = ledger(database, "group")

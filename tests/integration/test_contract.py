@@ -140,7 +140,7 @@ _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-def test_no_column_takes_null(writer: psycopg.Connection, place: Place) -> None:
+def test_no_column_of_the_contract_accepts_null(writer: psycopg.Connection, place: Place) -> None:
     assert not postgres_accepts(writer, place, None)
 
 
@@ -229,7 +229,7 @@ def test_a_table_has_the_fields_of_its_model_and_what_the_store_adds(
         assert {name for (name,) in found} == {name for name, _, _ in contract_columns(model)} | added
 
 
-def test_what_the_store_adds_is_checked_too(writer: psycopg.Connection) -> None:
+def test_the_columns_of_the_store_have_checks_too(writer: psycopg.Connection) -> None:
     whole_source: dict[str, object] = {
         "source_topic_id": "t",
         "source_partition": 0,

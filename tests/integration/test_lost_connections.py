@@ -1,4 +1,4 @@
-"""A connection that is cut anywhere is an outage, whatever the driver raises, and a retry stores everything once."""
+"""A connection cut at any point is an outage, for every error of the driver, and a retry stores everything once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAST_WORDS = {
     "an error, then the end": error_response("XX000", "cache lookup failed", "ERROR").replace(b"VFATAL", b"VERROR")
     + error_response("57P01", "terminating connection"),
     "half a message": error_response("57P01", "terminating connection")[:20],
-    "an answer nobody asked for": b"C" + struct.pack("!I", 10) + b"BEGIN\0" + b"Z\0\0\0\x05T",
+    "an unrequested answer": b"C" + struct.pack("!I", 10) + b"BEGIN\0" + b"Z\0\0\0\x05T",
     "no message at all": b"\xff\xff\xff\xff\xff\xff",
 }
 
@@ -146,7 +146,7 @@ def refusing_table(database: Database) -> Database:
 
 
 @pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.faults)])
-def test_a_cut_after_each_message_of_the_server(refusing_table: Database, stride: int) -> None:
+def test_a_connection_may_be_cut_after_each_message_of_the_server(refusing_table: Database, stride: int) -> None:
     words = itertools.cycle(LAST_WORDS.values())
     cutter = Cutter()
     with TcpProxy(refusing_table.writer_url, cutter.on_message) as proxy:
@@ -166,7 +166,7 @@ def test_a_cut_after_each_message_of_the_server(refusing_table: Database, stride
 
 
 @pytest.mark.parametrize("number", [15, pytest.param(100, marks=pytest.mark.faults)])
-def test_a_cut_anywhere_in_what_the_client_sends(refusing_table: Database, number: int) -> None:
+def test_a_connection_may_be_cut_at_any_byte_that_the_client_sends(refusing_table: Database, number: int) -> None:
     rng = random.Random(11)
     cutter = Cutter()
     with TcpProxy(refusing_table.writer_url, cutter.on_message) as proxy:

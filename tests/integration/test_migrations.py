@@ -48,7 +48,7 @@ def migrate_it(database: Database) -> int:
 
 
 def at_once(work: Callable[[], int], times: int) -> list[int]:
-    """The results of the same work, done by so many threads at the same time."""
+    """Do the same work in several threads at once. Return the results."""
     with ThreadPoolExecutor(times) as threads:
         return [result.result() for result in [threads.submit(work) for _ in range(times)]]
 
@@ -57,7 +57,7 @@ def test_migrations_are_numbered_from_one_without_gaps() -> None:
     assert [name[:5] for name in FILES] == [f"{number:04}_" for number in range(1, LATEST_MIGRATION + 1)]
 
 
-def test_migrating_applies_every_migration_once_and_says_which(empty_database: Database) -> None:
+def test_migrate_applies_every_migration_once_and_reports_it(empty_database: Database) -> None:
     bootstrap_it(empty_database)
     applied: list[str] = []
     with connected(empty_database.migrator_url) as migrator:
@@ -71,14 +71,14 @@ def test_migrating_applies_every_migration_once_and_says_which(empty_database: D
     assert recorded == list(enumerate(FILES, start=1))
 
 
-def test_migrating_from_several_machines_at_once_applies_every_migration_once(empty_database: Database) -> None:
+def test_concurrent_migrations_are_applied_once(empty_database: Database) -> None:
     bootstrap_it(empty_database)
     assert sum(at_once(lambda: migrate_it(empty_database), 4)) == LATEST_MIGRATION
     with connected(empty_database.reader_url) as reader:
         check_schema(reader)
 
 
-def test_bootstrapping_again_or_at_once_is_harmless(empty_database: Database) -> None:
+def test_repeated_and_concurrent_bootstraps_succeed(empty_database: Database) -> None:
     def once() -> int:
         bootstrap_it(empty_database)
         return 1
@@ -91,7 +91,7 @@ def test_bootstrapping_again_or_at_once_is_harmless(empty_database: Database) ->
         check_rights(reader, READER_RIGHTS)
 
 
-def test_migrations_belong_to_the_owner_whom_nobody_can_log_in_as(database: Database) -> None:
+def test_tables_belong_to_the_owner_who_cannot_log_in(database: Database) -> None:
     with connected(database.superuser_url) as superuser:
         owners = superuser.execute("SELECT DISTINCT tableowner FROM pg_tables WHERE schemaname = 'public'").fetchall()
         assert owners == [("orders_owner",)]
@@ -122,7 +122,7 @@ def test_only_the_migrator_can_migrate(empty_database: Database) -> None:
             apply_migrations(connection)
 
 
-def test_a_database_without_a_schema_is_a_broken_setup_that_names_the_command(empty_database: Database) -> None:
+def test_a_database_without_a_schema_is_a_configuration_error_that_names_the_command(empty_database: Database) -> None:
     with (
         connected(empty_database.superuser_url) as superuser,
         pytest.raises(ConfigurationError, match=r"schema is at migration 0, .*python -m orderlib migrate"),
@@ -130,7 +130,7 @@ def test_a_database_without_a_schema_is_a_broken_setup_that_names_the_command(em
         check_schema(superuser)
 
 
-def test_a_right_that_was_taken_away_is_named(database: Database) -> None:
+def test_a_revoked_right_is_named(database: Database) -> None:
     with connected(database.superuser_url) as superuser:
         superuser.execute("REVOKE INSERT ON items FROM orders_writer")
     with (
@@ -142,7 +142,7 @@ def test_a_right_that_was_taken_away_is_named(database: Database) -> None:
 
 @pytest.fixture(params=["SQL_ASCII", "LATIN1"])
 def foreign_database(sandbox: Sandbox, request: pytest.FixtureRequest) -> Iterator[Database]:
-    """A database in which some texts could not be kept."""
+    """A database that cannot store some texts."""
     name = f"test_{request.param.lower()}"
     with psycopg.connect(sandbox.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as superuser:
         superuser.execute(
@@ -167,7 +167,7 @@ def test_a_database_in_another_encoding_is_refused(foreign_database: Database) -
         assert superuser.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)
 
 
-def test_no_password_is_kept_or_told_in_clear(empty_database: Database) -> None:
+def test_no_password_is_stored_or_shown_as_plain_text(empty_database: Database) -> None:
     bootstrap_it(empty_database)
     passwords = role_passwords(empty_database)
     with connected(empty_database.superuser_url) as superuser:
@@ -180,7 +180,7 @@ def test_no_password_is_kept_or_told_in_clear(empty_database: Database) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_migration_is_one_transaction_and_says_why_each_index_is_there(name: str) -> None:
+def test_a_migration_is_one_transaction_and_explains_each_index(name: str) -> None:
     script = (Path(orderlib.__file__).parent / "postgres" / "migrations" / name).read_text(encoding="utf-8")
     assert not re.search(
         r"^\s*(BEGIN|COMMIT|ROLLBACK|VACUUM)\b[^\n]*;|CONCURRENTLY", script, re.MULTILINE | re.IGNORECASE

@@ -15,7 +15,7 @@ from tests.conftest import ROOT, Database, role_passwords
 
 DOCUMENT = (ROOT / "docs" / "run-in-production.md").read_text(encoding="utf-8")
 
-#: (table, role) → rights on the whole table, and "RIGHT column" where a right is only on some.
+#: (table, role) → rights on the table, and "RIGHT column" for rights on single columns.
 Matrix = dict[tuple[str, str], set[str]]
 
 
@@ -42,7 +42,7 @@ def rights(text: str) -> list[str]:
 
 
 def granted_matrix(connection: psycopg.Connection) -> Matrix:
-    """Whatever PostgreSQL has granted, to whomever, on whatever can be read like a table."""
+    """All rights that PostgreSQL has granted on tables, views and sequences."""
     roles = {role for _, role in written_matrix()}
     owners = connection.execute(
         """
@@ -70,12 +70,12 @@ def granted_matrix(connection: psycopg.Connection) -> Matrix:
     return matrix
 
 
-def test_the_whole_matrix_of_roles_tables_and_rights_is_the_written_one(database: Database) -> None:
+def test_the_rights_of_all_roles_on_all_tables_are_the_listed_ones(database: Database) -> None:
     with psycopg.connect(database.superuser_url) as connection:
         assert granted_matrix(connection) == written_matrix()
 
 
-def test_the_rights_that_migrate_restores_are_the_written_ones() -> None:
+def test_the_rights_that_migrate_restores_are_the_listed_ones() -> None:
     restored = {
         (table, role): set().union(*(rights(text) for text in texts))
         for table, roles in RIGHTS.items()
@@ -96,7 +96,7 @@ def test_migrate_restores_every_right_that_was_revoked_or_added(database: Databa
         assert granted_matrix(superuser) == written_matrix()
 
 
-def test_the_written_table_has_every_role_and_grants_something_on_every_table() -> None:
+def test_the_list_of_rights_has_every_role_and_every_table() -> None:
     written = written_matrix()
     assert {role for _, role in written} == {"orders_owner", "orders_migrator", "orders_writer", "orders_reader"}
     for table in {table for table, _ in written}:
@@ -116,7 +116,7 @@ def test_the_written_table_has_every_role_and_grants_something_on_every_table() 
         "ALTER TABLE items OWNER TO orders_migrator",
     ],
 )
-def test_whatever_a_later_migration_makes_or_grants_must_be_written(database: Database, change: str) -> None:
+def test_every_object_and_right_of_a_later_migration_must_be_listed(database: Database, change: str) -> None:
     with psycopg.connect(database.superuser_url) as connection:
         if "OWNER" not in change:
             connection.execute("SET ROLE orders_owner")
@@ -124,7 +124,7 @@ def test_whatever_a_later_migration_makes_or_grants_must_be_written(database: Da
         assert granted_matrix(connection) != written_matrix()
 
 
-#: How each right is used, on a whole table or on one column.
+#: A statement that needs each right, on a table or on one column.
 USES = {
     "SELECT": "SELECT {columns} FROM {table}",
     "INSERT": "INSERT INTO {table} ({columns}) SELECT {nulls} WHERE false",
@@ -135,7 +135,7 @@ USES = {
 
 
 @pytest.mark.parametrize("role", ["orders_migrator", "orders_writer", "orders_reader"])
-def test_a_role_may_do_what_is_written_and_is_refused_all_else(module_database: Database, role: str) -> None:
+def test_a_role_has_the_listed_rights_and_no_others(module_database: Database, role: str) -> None:
     url = {
         "orders_migrator": module_database.migrator_url,
         "orders_writer": module_database.writer_url,
@@ -173,7 +173,7 @@ def may(connection: psycopg.Connection, use: str, table: str, column: str) -> bo
     return True
 
 
-def test_no_role_of_ours_is_more_than_it_must_be(database: Database) -> None:
+def test_no_role_has_an_attribute_that_it_does_not_need(database: Database) -> None:
     with psycopg.connect(database.superuser_url) as connection:
         roles = connection.execute(
             """
@@ -211,13 +211,13 @@ def test_no_role_of_ours_is_more_than_it_must_be(database: Database) -> None:
         "SET SESSION AUTHORIZATION orders_owner",
     ],
 )
-def test_reader_and_writer_define_nothing_and_become_nobody_else(module_database: Database, statement: str) -> None:
+def test_reader_and_writer_create_nothing_and_set_no_other_role(module_database: Database, statement: str) -> None:
     for url in (module_database.reader_url, module_database.writer_url):
         with psycopg.connect(url) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute(statement.encode())
 
 
-def test_nobody_of_ours_may_make_temporary_tables(empty_database: Database) -> None:
+def test_no_role_may_create_temporary_tables(empty_database: Database) -> None:
     with connect(empty_database.superuser_url, application_name="tests") as connection:
         create_roles(connection, role_passwords(empty_database))
     for url in (empty_database.writer_url, empty_database.reader_url, empty_database.migrator_url):
@@ -234,7 +234,7 @@ def test_the_migrator_alone_has_no_rights_until_it_becomes_the_owner(database: D
         assert connection.execute("SELECT count(*) FROM orders").fetchone() == (0,)
 
 
-def test_bootstrap_and_migrate_are_harmless_when_done_again(empty_database: Database) -> None:
+def test_repeated_bootstrap_and_migrate_change_no_right(empty_database: Database) -> None:
     for expected in (True, False):
         with connect(empty_database.superuser_url, application_name="tests") as connection:
             create_roles(connection, role_passwords(empty_database))
@@ -242,7 +242,7 @@ def test_bootstrap_and_migrate_are_harmless_when_done_again(empty_database: Data
             assert bool(apply_migrations(connection)) is expected
 
 
-def test_the_reading_of_every_table_is_granted_by_name(database: Database) -> None:
+def test_select_on_every_table_is_granted_by_name(database: Database) -> None:
     """Not by default privileges: those belong to the role that creates, and are forgotten with it."""
     with psycopg.connect(database.superuser_url) as connection:
         assert connection.execute(sql.SQL("SELECT count(*) FROM pg_default_acl")).fetchone() == (0,)

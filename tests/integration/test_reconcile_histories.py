@@ -153,7 +153,7 @@ ACTIONS = st.one_of(
 
 @settings(max_examples=30)
 @given(actions=st.lists(ACTIONS, min_size=5, max_size=25), max_bytes=st.sampled_from([SMALL_BYTES, USUAL_BYTES]))
-def test_no_honest_history_is_a_discrepancy(
+def test_no_real_history_is_a_discrepancy(
     module_database: Database, actions: list[tuple[object, ...]], max_bytes: int
 ) -> None:
     with psycopg.connect(module_database.superuser_url, autocommit=True) as connection:

@@ -54,7 +54,7 @@ UNUSUAL = {
     "client_min_messages": "debug5",
     "synchronous_commit": "off",
 }
-#: For these a right is needed that none of our roles has: a program names the setting and stops.
+#: Settings that none of the roles may change back: a program names the setting and stops.
 FORBIDDEN = {
     "session_replication_role": "replica",
     "ignore_checksum_failure": "on",
@@ -121,7 +121,7 @@ ENVIRONMENT = {
     "PGDATESTYLE": "German",
     "PGTZ": "Asia/Kathmandu",
     "PGCLIENTENCODING": "SJIS",
-    "PGAPPNAME": "somebody else",
+    "PGAPPNAME": "another program",
     "PGOPTIONS": "-c bytea_output=escape -c array_nulls=off -c intervalstyle=iso_8601 -c exit_on_error=on",
     "PGGEQO": "off",
 }
@@ -177,13 +177,13 @@ def test_every_setting_that_a_session_may_change_was_reviewed(empty_database: Da
         rows = connection.execute("SELECT name FROM pg_settings WHERE context IN ('user', 'superuser')").fetchall()
     left_alone = [name for names in LEFT_ALONE.values() for name in names.split()]
     assert len(left_alone) == len(set(left_alone))
-    ours = set(queries.SESSION_SETTINGS)
-    assert not ours & set(left_alone)
-    assert {name for (name,) in rows} == ours | set(left_alone)
-    assert ours | {"synchronous_commit"} == UNUSUAL.keys() | FORBIDDEN.keys()
+    required = set(queries.SESSION_SETTINGS)
+    assert not required & set(left_alone)
+    assert {name for (name,) in rows} == required | set(left_alone)
+    assert required | {"synchronous_commit"} == UNUSUAL.keys() | FORBIDDEN.keys()
 
 
-def test_a_new_session_has_our_settings(hostile: Database) -> None:
+def test_a_new_session_has_the_required_settings(hostile: Database) -> None:
     with connect(hostile.superuser_url, application_name="tests") as connection:
         for name, wanted in queries.SESSION_SETTINGS.items():
             row = connection.execute("SELECT current_setting(%s)", [name]).fetchone()
@@ -197,7 +197,7 @@ def test_a_stronger_synchronous_commit_is_kept(empty_database: Database) -> None
         assert connection.execute("SHOW synchronous_commit").fetchone() == ("remote_apply",)
 
 
-def test_every_program_works_whatever_the_sessions_begin_with(programs: dict[str, str]) -> None:
+def test_every_program_works_with_any_initial_settings(programs: dict[str, str]) -> None:
     succeed("admin bootstrap", programs)
     succeed("admin migrate", programs)
     succeed("admin topics", programs)
@@ -219,8 +219,8 @@ def test_every_program_works_whatever_the_sessions_begin_with(programs: dict[str
         assert decode_order(succeed(f"admin get {order.order_uid}", programs).encode()) == order
     assert len(json.loads(succeed("admin rejects list --json", programs))) == 3
     with connect(programs["ORDERS_BOOTSTRAP_URL"], application_name="tests") as connection:
-        kept = connection.execute("SELECT key, value FROM rejects ORDER BY partition").fetchall()
-    assert kept == [(b"NULL", b"NULL"), (None, None), (b"", b"\\x00\0")]
+        stored = connection.execute("SELECT key, value FROM rejects ORDER BY partition").fetchall()
+    assert stored == [(b"NULL", b"NULL"), (None, None), (b"", b"\\x00\0")]
     with serving(programs) as api:
         for order in orders:
             assert decode_order(api.get(f"/orders/{order.order_uid}").body) == order
@@ -233,7 +233,7 @@ def test_every_program_works_whatever_the_sessions_begin_with(programs: dict[str
 
 
 @pytest.mark.parametrize("with_environment", [False, True])
-def test_the_library_works_whatever_the_sessions_begin_with(
+def test_the_library_works_with_any_initial_settings(
     database: Database, monkeypatch: pytest.MonkeyPatch, with_environment: bool
 ) -> None:
     set_everywhere(database, UNUSUAL)

@@ -137,7 +137,7 @@ def test_a_standby_serves_reads_and_shows_its_delay(primary: PostgresServer, sta
         assert repository.status().replication_delay_s == 0
 
 
-def test_a_standby_that_lost_its_primary_does_not_claim_to_be_up_to_date(
+def test_a_standby_that_lost_its_primary_does_not_report_a_delay_of_zero(
     primary: PostgresServer, standby: Standby, api: Service
 ) -> None:
     """It has replayed everything that it received, but does not know what it misses."""
