@@ -26,9 +26,12 @@ No message contains a value of an order except its order_uid, because the other 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import attrs
+
+#: Topic and partition.
+_TopicPartition = TypeVar("_TopicPartition", bound=tuple[str, int])
 
 #: A report has at most this number of faults. Its total counts all of them.
 MAX_FAULTS = 100
@@ -173,12 +176,13 @@ class FenceLost(OrderlibError):
     the consumer raises it, never a repository.
     """
 
-    def __init__(self, partitions: Collection[int], next_offsets: Mapping[int, int]) -> None:
-        #: The partitions whose fence failed.
-        self.partitions = frozenset(partitions)
+    def __init__(self, partitions: Collection[tuple[str, int]], next_offsets: Mapping[_TopicPartition, int]) -> None:
+        #: The partitions whose fence failed, as (topic, partition).
+        self.partitions: frozenset[tuple[str, int]] = frozenset(partitions)
         #: The stored next offset of each partition.
-        self.next_offsets = dict(next_offsets)
-        super().__init__(f"records of partitions {sorted(self.partitions)} were handled already")
+        self.next_offsets: dict[tuple[str, int], int] = dict(next_offsets.items())
+        lost = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(self.partitions))
+        super().__init__(f"records of {lost} were handled already")
 
 
 class ConfigurationError(OrderlibError):

@@ -7,7 +7,7 @@ import logging
 import operator
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar, cast
 
@@ -251,18 +251,21 @@ _forget_reference.restype = None
 _headers_of = operator.methodcaller("headers")
 
 
-def record_of(message: Message, topic_id: str) -> Record:
-    """Convert a delivered message to a record."""
+def record_of(message: Message, topic_ids: Mapping[str, str]) -> Record:
+    """Convert a delivered message to a record. ``topic_ids`` has the id of its topic."""
     headers: Headers | None
     try:
         headers = cast("Headers", tuple(_headers_of(message) or ()))
     except Exception:  # noqa: BLE001 - its class depends on the versions of Python and of the binding
         headers = None
     _, timestamp_ms = message.timestamp()
+    topic = known(message.topic())
     return Record(
-        source=RecordPosition(topic_id=topic_id, partition=known(message.partition()), offset=known(message.offset())),
+        source=RecordPosition(
+            topic_id=topic_ids[topic], partition=known(message.partition()), offset=known(message.offset())
+        ),
         time=record_time(timestamp_ms),
-        topic=known(message.topic()),
+        topic=topic,
         key=message.key(),
         value=message.value(),
         headers=headers,

@@ -1,7 +1,7 @@
 """The consumer without I/O: events go in, commands come out.
 
 Kafka, PostgreSQL, the clock and the random numbers are outside. At most one store task is in progress: resolve the
-offsets of partitions, commit a batch, or check the topic. The core keeps two offsets of each partition in memory:
+offsets of partitions, commit a batch, or check the topics. The core keeps two offsets of each partition in memory:
 
 ``_fetched_offset``    the next offset after the records in the open batch
 ``_submitted_offset``  the next offset after the last batch that was given to the store; the open batch begins here
@@ -29,7 +29,7 @@ from orderlib.errors import (
     TransactionConflict,
     TransientError,
 )
-from orderlib.ingestion.records import Batch, OffsetRange, PreparedOrder, Record, Reject
+from orderlib.ingestion.records import Batch, OffsetRange, PreparedOrder, Record, Reject, TopicPartition
 from orderlib.ingestion.retry import Backoff
 
 #: A batch closes at the first of these.
@@ -59,9 +59,9 @@ BREAKER_RECORDS = 1_000
 
 @attrs.frozen
 class ResolveOffsets:
-    """Store task: read the topic id and the stored next offsets of these partitions. Create the missing offsets."""
+    """Store task: read the topic ids and the stored next offsets of these partitions. Create the missing offsets."""
 
-    partitions: frozenset[int]
+    partitions: frozenset[TopicPartition]
 
 
 @attrs.frozen
@@ -72,24 +72,24 @@ class CommitBatch:
 
 
 @attrs.frozen
-class CheckTopic:
-    """Store task: read the topic id and the stored next offsets of these partitions, also those of other members."""
+class CheckTopics:
+    """Store task: read the topic ids and the stored next offsets of these partitions, also those of other members."""
 
-    partitions: frozenset[int]
+    partitions: frozenset[TopicPartition]
 
 
 @attrs.frozen
 class Assign:
     """Fetch these partitions, each from its next offset."""
 
-    next_offsets: Mapping[int, int]
+    next_offsets: Mapping[TopicPartition, int]
 
 
 @attrs.frozen
 class Seek:
     """Fetch this partition from another offset."""
 
-    partition: int
+    partition: TopicPartition
     next_offset: int
 
 
@@ -97,7 +97,7 @@ class Seek:
 class CommitKafkaOffsets:
     """Commit these next offsets to Kafka. Only lag tools read them."""
 
-    next_offsets: Mapping[int, int]
+    next_offsets: Mapping[TopicPartition, int]
 
 
 @attrs.frozen
@@ -114,7 +114,7 @@ class Resume:
     """The outage is over."""
 
 
-StoreTask = ResolveOffsets | CommitBatch | CheckTopic
+StoreTask = ResolveOffsets | CommitBatch | CheckTopics
 Command = StoreTask | Assign | Seek | CommitKafkaOffsets | Pause | Resume
 
 
@@ -122,7 +122,7 @@ Command = StoreTask | Assign | Seek | CommitKafkaOffsets | Pause | Resume
 class PartitionEof:
     """Event: the end of a partition was reached. The next offset is after any gap at the end."""
 
-    partition: int
+    partition: TopicPartition
     next_offset: int
 
 
@@ -188,27 +188,25 @@ class ConsumerCore:
 
     def __init__(
         self,
-        topic: str,
         classify_record: Callable[[Record], PreparedOrder | Reject],
         rng: Random,
-        until: Mapping[int, int] | None = None,
+        until: Mapping[TopicPartition, int] | None = None,
     ) -> None:
-        self._topic = topic
         self._classify_record = classify_record
         self._backoff = Backoff(rng=rng)
         self._until = until
         self._commands: list[Command] = []
-        self._topic_id: str | None = None
+        self._topic_ids: dict[str, str] = {}
         #: Assigned by the group; their stored next offsets are not known yet.
-        self._unresolved: set[int] = set()
-        self._fetched_offset: dict[int, int] = {}
-        self._submitted_offset: dict[int, int] = {}
+        self._unresolved: set[TopicPartition] = set()
+        self._fetched_offset: dict[TopicPartition, int] = {}
+        self._submitted_offset: dict[TopicPartition, int] = {}
         self._classified: list[tuple[Record, PreparedOrder | Reject]] = []
         self._bytes = 0
         #: Fetched, but not classified yet.
         self._fetched: deque[Record | PartitionEof] = deque()
         #: Revoked since the last fetch.
-        self._just_revoked: set[int] = set()
+        self._just_revoked: set[tuple[str, int]] = set()
         #: Mean size of the records that the last turn classified; large until a record was classified.
         self._mean_bytes = FETCH_BYTES
         self._batch_opened_at_s: float | None = None
@@ -243,9 +241,9 @@ class ConsumerCore:
         return bool(self._fetched) and not self._paused and not self._stopping and not self._full
 
     @property
-    def topic_id(self) -> str | None:
-        """Return the topic id, or ``None`` before the first offsets are resolved."""
-        return self._topic_id
+    def topic_ids(self) -> Mapping[str, str]:
+        """Return the id of each topic. A topic is missing until the first offsets of its partitions are resolved."""
+        return self._topic_ids
 
     @property
     def idle(self) -> bool:
@@ -258,7 +256,7 @@ class ConsumerCore:
         )
 
     @property
-    def assigned(self) -> frozenset[int]:
+    def assigned(self) -> frozenset[TopicPartition]:
         """Return the partitions that are assigned and whose offsets are resolved."""
         return frozenset(self._fetched_offset)
 
@@ -269,11 +267,11 @@ class ConsumerCore:
 
     # Events from Kafka and the consumer group.
 
-    def on_partitions_assigned(self, partitions: Iterable[int]) -> None:
+    def on_partitions_assigned(self, partitions: Iterable[TopicPartition]) -> None:
         """The group assigned partitions: resolve their offsets."""
         self._unresolved.update(partitions)
 
-    def on_partitions_revoked(self, partitions: Iterable[int]) -> None:
+    def on_partitions_revoked(self, partitions: Iterable[TopicPartition]) -> None:
         """The group revoked partitions, or they were lost: drop their records.
 
         A batch in progress continues. Its fence decides whether it may commit.
@@ -287,7 +285,7 @@ class ConsumerCore:
         """Records and partition ends were fetched: keep them for ``classify``."""
         if self._just_revoked:
             # The callback of a revocation runs inside the fetch that returned these records.
-            fetched = [one for one in fetched if _partition_of(one) not in self._just_revoked]
+            fetched = [item for item in fetched if _partition_of(item) not in self._just_revoked]
             self._just_revoked.clear()
         self._fetched.extend(fetched)
 
@@ -301,18 +299,26 @@ class ConsumerCore:
         fetched, fetched_offset, classified = self._fetched, self._fetched_offset, self._classified
         before, bytes_before = len(classified), self._bytes
         max_bytes = min(self._bytes + TURN_BYTES, MAX_BYTES)
+        topic, number, partition = "", -1, TopicPartition("", -1)
+        next_offset: int | None = None
         while fetched and len(classified) < MAX_RECORDS and self._bytes < max_bytes:
-            one = fetched.popleft()
-            if isinstance(one, Record):
-                partition, offset = one.source.partition, one.source.offset
-                if offset < fetched_offset.get(partition, offset + 1):
+            item = fetched.popleft()
+            if isinstance(item, Record):
+                source = item.source
+                # Kafka returns many records of a partition in a row: look its offset up once.
+                if source.partition != number or item.topic != topic:
+                    topic, number = item.topic, source.partition
+                    partition = TopicPartition(topic, number)
+                    next_offset = fetched_offset.get(partition)
+                if next_offset is None or source.offset < next_offset:
                     continue
-                fetched_offset[partition] = offset + 1
-                classified.append((one, self._classify_record(one)))
-                self._bytes += one.size_bytes
-            elif one.next_offset > fetched_offset.get(one.partition, one.next_offset):
+                next_offset = fetched_offset[partition] = source.offset + 1
+                classified.append((item, self._classify_record(item)))
+                self._bytes += item.size_bytes
+            elif item.next_offset > fetched_offset.get(item.partition, item.next_offset):
                 # The gap was left by transaction markers or compaction. The batch moves the stored offset past it.
-                fetched_offset[one.partition] = one.next_offset
+                fetched_offset[item.partition] = item.next_offset
+                number = -1
         if len(classified) > before:
             self._mean_bytes = (self._bytes - bytes_before) // (len(classified) - before)
         self._open_batch(now_s)
@@ -339,12 +345,12 @@ class ConsumerCore:
 
     # Results of the store task in progress.
 
-    def on_offsets_resolved(self, topic_id: str, next_offsets: Mapping[int, int]) -> None:
+    def on_offsets_resolved(self, topic_ids: Mapping[str, str], next_offsets: Mapping[TopicPartition, int]) -> None:
         """The offsets are resolved: fetch the partitions that are still assigned, from their stored next offsets."""
         self._finish()
-        if self._is_recreated(topic_id):
+        if self._is_recreated(topic_ids):
             return
-        self._topic_id = topic_id
+        self._topic_ids.update(topic_ids)
         resolved = {partition: offset for partition, offset in next_offsets.items() if partition in self._unresolved}
         self._unresolved -= resolved.keys()
         self._fetched_offset.update(resolved)
@@ -352,10 +358,10 @@ class ConsumerCore:
         if resolved:
             self._commands.append(Assign(resolved))
 
-    def on_topic_checked(self, topic_id: str, next_offsets: Mapping[int, int]) -> None:
-        """The topic was checked: stop if it was recreated, or if the stored next offsets have reached ``until``."""
+    def on_topics_checked(self, topic_ids: Mapping[str, str], next_offsets: Mapping[TopicPartition, int]) -> None:
+        """The topics were checked: stop if one was recreated, or if the stored next offsets have reached ``until``."""
         self._finish()
-        if self._is_recreated(topic_id) or self._until is None:
+        if self._is_recreated(topic_ids) or self._until is None:
             return
         if all(next_offsets.get(partition, 0) >= end for partition, end in self._until.items()):
             self.on_stop()
@@ -425,13 +431,13 @@ class ConsumerCore:
             self._batch_opened_at_s = now_s
 
     def _close_batch(self) -> Batch:
-        assert self._topic_id is not None
         ranges = {
             partition: OffsetRange(expected_offset=self._submitted_offset[partition], next_offset=next_offset)
             for partition, next_offset in self._fetched_offset.items()
             if next_offset != self._submitted_offset[partition]
         }
-        batch = Batch(topic=self._topic, topic_id=self._topic_id, ranges=ranges, classified=tuple(self._classified))
+        topic_ids = {topic: self._topic_ids[topic] for topic, _ in ranges}
+        batch = Batch(topic_ids=topic_ids, ranges=ranges, classified=tuple(self._classified))
         self._submitted_offset = dict(self._fetched_offset)
         self._classified, self._bytes, self._batch_opened_at_s = [], 0, None
         return batch
@@ -442,16 +448,17 @@ class ConsumerCore:
         elif self._full or (self._batch_opened_at_s is not None and now_s - self._batch_opened_at_s >= MAX_AGE_S):
             self._start(CommitBatch(self._close_batch()), now_s)
         elif self.idle and self._until is not None and now_s - self._task_since_s >= END_CHECK_S:
-            self._start(CheckTopic(frozenset(self._until)), now_s)
+            self._start(CheckTopics(frozenset(self._until)), now_s)
         elif self.idle and now_s - self._task_since_s >= TOPIC_CHECK_S:
-            self._start(CheckTopic(frozenset()), now_s)
+            self._start(CheckTopics(frozenset()), now_s)
 
-    def _is_recreated(self, topic_id: str) -> bool:
-        """Return whether the topic was recreated since the first offsets were resolved; if so, stop."""
-        if self._topic_id in {None, topic_id}:
-            return False
-        self._stop(TopicRecreated(f"topic {self._topic} was recreated: its id is {topic_id}, it was {self._topic_id}"))
-        return True
+    def _is_recreated(self, topic_ids: Mapping[str, str]) -> bool:
+        """Return whether a topic was recreated since its first offsets were resolved; if so, stop."""
+        for topic, topic_id in topic_ids.items():
+            if (known := self._topic_ids.get(topic, topic_id)) != topic_id:
+                self._stop(TopicRecreated(f"topic {topic} was recreated: its id is {topic_id}, it was {known}"))
+                return True
+        return False
 
     def _start(self, task: StoreTask, now_s: float) -> None:
         self._task, self._task_since_s = task, now_s
@@ -472,12 +479,12 @@ class ConsumerCore:
         self._error = self._error or error
         self.on_stop()
 
-    def _forget(self, partition: int) -> None:
+    def _forget(self, partition: TopicPartition) -> None:
         self._fetched_offset.pop(partition, None)
         self._submitted_offset.pop(partition, None)
         # Records fetched before a seek must not enter a batch after it.
-        self._fetched = deque(one for one in self._fetched if _partition_of(one) != partition)
-        self._classified = [pair for pair in self._classified if pair[0].source.partition != partition]
+        self._fetched = deque(item for item in self._fetched if _partition_of(item) != partition)
+        self._classified = [pair for pair in self._classified if _partition_of(pair[0]) != partition]
         self._bytes = sum(record.size_bytes for record, _ in self._classified)
         if self._fetched_offset == self._submitted_offset:
             self._batch_opened_at_s = None
@@ -486,7 +493,7 @@ class ConsumerCore:
         """Continue the lost partitions from their stored offsets, and commit the rest of the batch without them."""
         assert isinstance(self._task, CommitBatch)
         batch = self._task.batch
-        for partition in error.partitions & self._fetched_offset.keys():
+        for partition in [partition for partition in self._fetched_offset if partition in error.partitions]:
             stored_offset = error.next_offsets[partition]
             # If it equals the end of the batch, an earlier COMMIT of this batch succeeded and its response was lost.
             if stored_offset != batch.ranges[partition].next_offset:
@@ -500,5 +507,5 @@ class ConsumerCore:
             self._finish()
 
 
-def _partition_of(fetched: Record | PartitionEof) -> int:
-    return fetched.source.partition if isinstance(fetched, Record) else fetched.partition
+def _partition_of(fetched: Record | PartitionEof) -> tuple[str, int]:
+    return (fetched.topic, fetched.source.partition) if isinstance(fetched, Record) else fetched.partition

@@ -6,6 +6,7 @@ import base64
 import datetime as dt
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import attrs
 
@@ -16,6 +17,16 @@ from orderlib.repository import Outcome, RecordPosition
 
 _FIRST_TIME = dt.datetime(1, 1, 1, tzinfo=dt.UTC)
 _LAST_TIME = dt.datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=dt.UTC)
+
+
+class TopicPartition(NamedTuple):
+    """A partition of a topic, by the topic's name."""
+
+    topic: str
+    partition: int
+
+    def __str__(self) -> str:
+        return f"{self.topic}[{self.partition}]"
 
 
 #: PostgreSQL limits a row and a value to 1 GiB.
@@ -295,15 +306,15 @@ class OffsetRange:
 
 @attrs.frozen(kw_only=True)
 class Batch:
-    """The records of one transaction, all of one topic."""
+    """The records of one transaction."""
 
-    topic: str
-    topic_id: str
-    ranges: Mapping[int, OffsetRange]
+    #: By topic: the topic id that the records were fetched with.
+    topic_ids: Mapping[str, str]
+    ranges: Mapping[TopicPartition, OffsetRange]
     #: In the order in which they were fetched.
     classified: tuple[tuple[Record, PreparedOrder | Reject], ...]
 
-    def without(self, partitions: Iterable[int]) -> Batch:
+    def without(self, partitions: Iterable[tuple[str, int]]) -> Batch:
         """Return a batch without the records of these partitions."""
         dropped = frozenset(partitions)
         return attrs.evolve(
@@ -311,5 +322,9 @@ class Batch:
             ranges={
                 partition: offset_range for partition, offset_range in self.ranges.items() if partition not in dropped
             },
-            classified=tuple(pair for pair in self.classified if pair[0].source.partition not in dropped),
+            classified=tuple(
+                (record, classified)
+                for record, classified in self.classified
+                if (record.topic, record.source.partition) not in dropped
+            ),
         )

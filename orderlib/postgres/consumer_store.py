@@ -15,7 +15,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from orderlib.errors import ConfigurationError, DatabaseUnavailable, FenceLost, RefusedByDatabase, TransactionConflict
-from orderlib.ingestion.records import Batch, PreparedOrder, Reject
+from orderlib.ingestion.records import Batch, PreparedOrder, Reject, TopicPartition
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, connect
 from orderlib.postgres.errors import is_lost, translated_errors
@@ -67,27 +67,41 @@ class ConsumerStore:
                     connection.execute(queries.CLAIM_GROUP, {"group": self._group})
             self._require_own_group(connection)
 
-    def next_offsets(self, topic_id: str, partitions: Iterable[int]) -> dict[int, int]:
-        """Return the next offsets of this group, without partitions that it never read."""
-        with self._connected() as connection:
-            return _next_offsets(connection, self._position(topic_id, partitions))
+    def next_offsets(
+        self, topic_ids: Mapping[str, str], partitions: Iterable[TopicPartition]
+    ) -> dict[TopicPartition, int]:
+        """Return the next offsets of this group, without partitions that it never read.
 
-    def start_partitions(self, topic: str, topic_id: str, earliest: Mapping[int, int]) -> dict[int, int]:
-        """Return the next offsets of this group. Add missing ones, at the earliest offset of the partition."""
-        position = self._position(topic_id, earliest)
+        ``topic_ids`` has the topic id of each topic.
+        """
         with self._connected() as connection:
-            known = _next_offsets(connection, position)
+            return _next_offsets(connection, self._keys(topic_ids, partitions), topic_ids)
+
+    def start_partitions(
+        self, topic_ids: Mapping[str, str], earliest: Mapping[TopicPartition, int]
+    ) -> dict[TopicPartition, int]:
+        """Return the next offsets of this group. Add missing ones, at the earliest offset of the partition.
+
+        ``topic_ids`` has the topic id of each topic.
+        """
+        keys = self._keys(topic_ids, earliest)
+        with self._connected() as connection:
+            known = _next_offsets(connection, keys, topic_ids)
             # Even an INSERT that changes nothing would wait for a row that a frozen consumer has locked.
             new = sorted(earliest.keys() - known.keys())
             if not new:
                 return known
-            rows = {**position, "topic": topic, "partitions": new, "next_offsets": [earliest[p] for p in new]}
+            rows = {
+                **self._keys(topic_ids, new),
+                "topics": [partition.topic for partition in new],
+                "next_offsets": [earliest[partition] for partition in new],
+            }
             try:
                 connection.execute(queries.START_PARTITIONS, rows)
             except psycopg.errors.ForeignKeyViolation:
                 self._require_own_group(connection)
                 raise
-            return _next_offsets(connection, position)
+            return _next_offsets(connection, keys, topic_ids)
 
     def write(self, batch: Batch, before_commit: Callable[[BatchResult], None]) -> BatchResult:
         """Commit the offsets, orders and rejects of a batch in one transaction.
@@ -110,13 +124,13 @@ class ConsumerStore:
                     lap("fence")
                     written = attrs.evolve(_write_orders(connection, batch), seconds=seconds)
                     lap("orders")
-                    _copy_rejects(connection, batch, written.rejects)
+                    _copy_rejects(connection, written.rejects)
                     lap("rejects")
                     before_commit(written)
                     lap("check")
             except psycopg.errors.LockNotAvailable as exc:
                 # Only after the rollback, because a failed transaction accepts no query.
-                raise self._end_blockers(connection, self._position(batch.topic_id, batch.ranges)) from exc
+                raise self._end_blockers(connection, self._keys(batch.topic_ids, batch.ranges)) from exc
             lap("commit")
             return written
 
@@ -168,43 +182,54 @@ class ConsumerStore:
                 "that, or rename the group with the admin command `offsets set-group`"
             )
 
-    def _position(self, topic_id: str, partitions: Iterable[int]) -> dict[str, object]:
-        return {"group": self._group, "topic_id": topic_id, "partitions": sorted(partitions)}
+    def _keys(self, topic_ids: Mapping[str, str], partitions: Iterable[TopicPartition]) -> dict[str, object]:
+        """Return the parameters that select the rows of these partitions in ``consumer_offsets``."""
+        partitions = sorted(partitions)
+        return {
+            "group": self._group,
+            "topic_ids": [topic_ids[topic] for topic, _ in partitions],
+            "partitions": [number for _, number in partitions],
+        }
 
     def _fence(self, connection: Connection, batch: Batch) -> None:
         """Move each offset from the value that the batch expects, or raise FenceLost."""
         partitions = sorted(batch.ranges)
-        position = self._position(batch.topic_id, partitions)
+        keys = self._keys(batch.topic_ids, partitions)
         moves = {
-            **position,
+            **keys,
             "expected": [batch.ranges[partition].expected_offset for partition in partitions],
             "next_offsets": [batch.ranges[partition].next_offset for partition in partitions],
         }
         with connection.pipeline():
             connection.execute(queries.LIMIT_LOCK_WAIT)
             moved = connection.execute(queries.MOVE_OFFSETS, moves)
-        lost = set(partitions) - {partition for (partition,) in moved.fetchall()}
+        moved_rows = set(moved.fetchall())
+        lost = {one for one in partitions if (batch.topic_ids[one.topic], one.partition) not in moved_rows}
         if lost:
-            stored = _next_offsets(connection, position)
-            if lost - stored.keys():
+            stored = _next_offsets(connection, keys, batch.topic_ids)
+            if missing := lost - stored.keys():
                 self._require_own_group(connection)
                 raise ConfigurationError(
-                    f"the offsets of partitions {sorted(lost - stored.keys())} are missing in consumer_offsets"
+                    f"the offsets of {', '.join(map(str, sorted(missing)))} are missing in consumer_offsets"
                 )
             raise FenceLost(lost, stored)
 
     def _end_blockers(
-        self, connection: Connection, position: Mapping[str, object]
+        self, connection: Connection, keys: Mapping[str, object]
     ) -> TransactionConflict | DatabaseUnavailable:
         """Terminate the blocking backends of this role and program. Return the error that the batch raises."""
-        terminated = connection.execute(queries.END_BLOCKERS, position).fetchall()
+        terminated = connection.execute(queries.END_BLOCKERS, keys).fetchall()
         if terminated:
             return TransactionConflict(f"terminated {len(terminated)} backend(s) of a frozen consumer that held a lock")
         return DatabaseUnavailable("PostgreSQL: another session holds a lock that the batch needs")
 
 
-def _next_offsets(connection: Connection, position: Mapping[str, object]) -> dict[int, int]:
-    return dict(connection.execute(queries.NEXT_OFFSETS, position).fetchall())
+def _next_offsets(
+    connection: Connection, keys: Mapping[str, object], topic_ids: Mapping[str, str]
+) -> dict[TopicPartition, int]:
+    topics = {topic_id: topic for topic, topic_id in topic_ids.items()}
+    rows = connection.execute(queries.NEXT_OFFSETS, keys).fetchall()
+    return {TopicPartition(topics[topic_id], partition): next_offset for topic_id, partition, next_offset in rows}
 
 
 def _write_orders(connection: Connection, batch: Batch) -> BatchResult:
@@ -227,18 +252,22 @@ def _write_orders(connection: Connection, batch: Batch) -> BatchResult:
 _CHUNK_BYTES = 128 * 1024
 
 
-def _copy_rejects(connection: Connection, batch: Batch, rejects: Sequence[Reject]) -> None:
+def _copy_rejects(connection: Connection, rejects: Sequence[Reject]) -> None:
     """Store the rejects that are not stored yet. The fence prevents others from storing them meanwhile."""
     if not rejects:
         return
     sources = [reject.record.source for reject in rejects]
     positions = {
-        "topic_id": batch.topic_id,
+        "topic_ids": [source.topic_id for source in sources],
         "partitions": [source.partition for source in sources],
         "offsets": [source.offset for source in sources],
     }
     stored = set(connection.execute(queries.STORED_REJECTS, positions).fetchall())
-    new = [reject for reject in rejects if (reject.record.source.partition, reject.record.source.offset) not in stored]
+    new = [
+        reject
+        for reject, source in zip(rejects, sources, strict=True)
+        if (source.topic_id, source.partition, source.offset) not in stored
+    ]
     if not new:
         return
     with connection.cursor() as cursor, cursor.copy(queries.COPY_REJECTS) as copy:

@@ -270,33 +270,36 @@ RENAME_GROUP: LiteralString = "UPDATE consumer_groups SET consumer_group = %(gro
 #: Add the offsets of partitions that have none yet.
 START_PARTITIONS: LiteralString = """
 INSERT INTO consumer_offsets (consumer_group, topic_id, partition, topic, next_offset)
-SELECT %(group)s, %(topic_id)s, n.partition, %(topic)s, n.next_offset
-FROM unnest(%(partitions)s::int[], %(next_offsets)s::bigint[]) AS n (partition, next_offset)
+SELECT %(group)s, n.topic_id, n.partition, n.topic, n.next_offset
+FROM unnest(%(topic_ids)s::text[], %(partitions)s::int[], %(topics)s::text[], %(next_offsets)s::bigint[])
+  AS n (topic_id, partition, topic, next_offset)
 ON CONFLICT DO NOTHING
 """
 
-#: The next offsets of a group for one topic id.
+#: The next offsets of a group for some partitions of topic ids.
 NEXT_OFFSETS: LiteralString = """
-SELECT partition, next_offset FROM consumer_offsets
-WHERE consumer_group = %(group)s AND topic_id = %(topic_id)s AND partition = ANY(%(partitions)s)
+SELECT topic_id, partition, next_offset
+FROM consumer_offsets JOIN unnest(%(topic_ids)s::text[], %(partitions)s::int[]) AS n (topic_id, partition)
+    USING (topic_id, partition)
+WHERE consumer_group = %(group)s
 """
 
 #: The fence: move each offset from where the batch expects it.
 MOVE_OFFSETS: LiteralString = """
 UPDATE consumer_offsets o SET next_offset = n.next_offset, updated_at = clock_timestamp()
-FROM unnest(%(partitions)s::int[], %(expected)s::bigint[], %(next_offsets)s::bigint[])
-  AS n (partition, expected, next_offset)
-WHERE o.consumer_group = %(group)s AND o.topic_id = %(topic_id)s AND o.partition = n.partition
+FROM unnest(%(topic_ids)s::text[], %(partitions)s::int[], %(expected)s::bigint[], %(next_offsets)s::bigint[])
+  AS n (topic_id, partition, expected, next_offset)
+WHERE o.consumer_group = %(group)s AND o.topic_id = n.topic_id AND o.partition = n.partition
   AND o.next_offset = n.expected
-RETURNING o.partition
+RETURNING o.topic_id, o.partition
 """
 
 #: The rejects that are stored already at these positions. Only the transaction that moved the offsets may add others.
 STORED_REJECTS: LiteralString = """
-SELECT partition, record_offset
-FROM rejects JOIN unnest(%(partitions)s::int[], %(offsets)s::bigint[]) AS wanted(partition, record_offset)
-    USING (partition, record_offset)
-WHERE topic_id = %(topic_id)s
+SELECT topic_id, partition, record_offset
+FROM rejects JOIN unnest(%(topic_ids)s::text[], %(partitions)s::int[], %(offsets)s::bigint[])
+  AS wanted (topic_id, partition, record_offset)
+    USING (topic_id, partition, record_offset)
 """
 #: By COPY, because an INSERT would need parameters as large as all the records together.
 COPY_REJECTS: LiteralString = """
@@ -531,8 +534,10 @@ WITH candidates AS MATERIALIZED (
 blockers AS MATERIALIZED (
     SELECT pid FROM candidates
     WHERE is_frozen OR backend_xid IN (
-        SELECT xmax FROM consumer_offsets
-        WHERE consumer_group = %(group)s AND topic_id = %(topic_id)s AND partition = ANY(%(partitions)s)
+        SELECT o.xmax
+        FROM consumer_offsets o JOIN unnest(%(topic_ids)s::text[], %(partitions)s::int[]) AS n (topic_id, partition)
+            USING (topic_id, partition)
+        WHERE o.consumer_group = %(group)s
     )
 )
 SELECT pid FROM blockers WHERE pg_terminate_backend(pid)

@@ -106,6 +106,6 @@ class TopicReader:
                 if partition not in open_until or offset is None:
                     continue
                 if error is None and offset < open_until[partition]:
-                    yield record_of(message, self.topic_id)
+                    yield record_of(message, {self.topic: self.topic_id})
                 if offset + (error is None) >= open_until[partition]:
                     del open_until[partition]

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from orderlib.errors import TransientError
 from orderlib.ingestion.consumer_core import Breaker, ConsumerCore
-from orderlib.ingestion.records import classify_record
+from orderlib.ingestion.records import TopicPartition, classify_record
 from orderlib.ingestion.retry import Backoff
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rows import pack_rows
@@ -63,13 +63,13 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         event("started", metrics=str(server.address), topic=settings.kafka.topic, group=settings.group)
         kafka = KafkaConsumer(settings)
         try:
-            info = _wait_for(kafka.describe, "Kafka", stop_event, health)
-            ends = _wait_for(lambda: kafka.ends(info.partitions), "Kafka", stop_event, health)
+            topics = _wait_for(kafka.describe, "Kafka", stop_event, health)
+            partitions = [TopicPartition(topic, number) for topic, info in topics.items() for number in info.partitions]
+            ends = _wait_for(lambda: kafka.ends(partitions), "Kafka", stop_event, health)
             _wait_for(store.check, "PostgreSQL", stop_event, health)
         except _StopRequested:
             return EXIT_DONE
         core = ConsumerCore(
-            settings.kafka.topic,
             functools.partial(classify_record, max_bytes=settings.max_record_bytes, pack_rows=pack_rows),
             random.Random(),  # noqa: S311  jitter, no secret
             until=ends if options.exit_at_end else None,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message
+from confluent_kafka import TopicPartition as KafkaPartition
 from confluent_kafka.admin import TopicDescription
 
 from orderlib.errors import BrokerUnavailable, OrderlibError
 from orderlib.ingestion.consumer_core import PartitionEof
+from orderlib.ingestion.records import TopicPartition
 from services.consumer.kafka_client import FetchFailed, GroupListener, KafkaClient, PollResult
 from services.kafka import REQUEST_TIMEOUT_S, SILENT, Cluster, TopicInfo, known, record_of
 from services.kafka_errors import (
@@ -37,8 +40,8 @@ class KafkaConsumer(KafkaClient):
     """A consumer of librdkafka. The constructor raises ConfigurationError for a property that librdkafka refuses."""
 
     def __init__(self, settings: ConsumerSettings) -> None:
-        self._topic = settings.kafka.topic
-        self._assigned: set[int] = set()
+        self._topics = [settings.kafka.topic]
+        self._assigned: set[TopicPartition] = set()
         self._down = threading.Event()
         self._cluster = Cluster(settings.kafka)
         #: Errors that librdkafka reported outside of the messages, and that must stop the consumer.
@@ -73,11 +76,6 @@ class KafkaConsumer(KafkaClient):
             )
 
     @property
-    def topic(self) -> str:
-        """Return the name of the topic."""
-        return self._topic
-
-    @property
     def down(self) -> bool:
         """Return whether no broker can be reached, as far as librdkafka has reported."""
         return self._down.is_set()
@@ -89,85 +87,93 @@ class KafkaConsumer(KafkaClient):
 
     # Requests to the cluster.
 
-    def describe(self) -> TopicInfo:
-        """Return the topic's id and partitions."""
-        return self._cluster.describe(self._topic)
+    def describe(self) -> dict[str, TopicInfo]:
+        """Return the id and the partitions of each topic."""
+        return self.request_topics()()
 
-    def request_topic(self, timeout_s: float = REQUEST_TIMEOUT_S) -> Callable[[], TopicInfo]:
-        """Request the topic's id and partitions. The returned function waits for them."""
-        return self._cluster.request_topic(self._topic, timeout_s)
+    def request_topics(self, timeout_s: float = REQUEST_TIMEOUT_S) -> Callable[[], dict[str, TopicInfo]]:
+        """Request the id and the partitions of each topic. The returned function waits for them."""
+        responses = {topic: self._cluster.request_topic(topic, timeout_s) for topic in self._topics}
+        return lambda: {topic: response() for topic, response in responses.items()}
 
-    def earliest(self, partitions: Iterable[int]) -> dict[int, int]:
+    def earliest(self, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
         """Return the earliest offset that Kafka still has of each partition."""
-        return self._cluster.earliest(self._topic, partitions)
+        return _merge({topic: self._cluster.earliest(topic, numbers) for topic, numbers in _by_topic(partitions)})
 
-    def ends(self, partitions: Iterable[int]) -> dict[int, int]:
+    def ends(self, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
         """Return the log end of each partition: its last stable offset."""
-        return self._cluster.ends(self._topic, partitions)
+        return _merge({topic: self._cluster.ends(topic, numbers) for topic, numbers in _by_topic(partitions)})
 
-    def request_ends(self, partitions: Iterable[int]) -> Callable[[], dict[int, int] | None]:
+    def request_ends(self, partitions: Iterable[TopicPartition]) -> Callable[[], dict[TopicPartition, int] | None]:
         """Request the log ends. The returned function never waits, and returns ``None`` until they are known."""
-        return self._cluster.request_ends(self._topic, partitions)
+        responses = {topic: self._cluster.request_ends(topic, numbers) for topic, numbers in _by_topic(partitions)}
+
+        def ends() -> dict[TopicPartition, int] | None:
+            known_ends: dict[str, dict[int, int]] = {}
+            for topic, response in responses.items():
+                if (found := response()) is None:
+                    return None
+                known_ends[topic] = found
+            return _merge(known_ends)
+
+        return ends
 
     # Membership.
 
     def join(self, listener: GroupListener) -> None:
         """Join the group. ``fetch`` and ``poll`` call the listener."""
 
-        def on_assign(consumer: Consumer, places: list[TopicPartition]) -> None:
+        def on_assign(consumer: Consumer, partitions: list[KafkaPartition]) -> None:
             # Without this call the binding would assign the partitions now. Their next offsets are not known yet.
             consumer.incremental_assign([])
-            listener.on_partitions_assigned([place.partition for place in places])
+            listener.on_partitions_assigned([TopicPartition(one.topic, one.partition) for one in partitions])
 
-        def on_revoke(consumer: Consumer, places: list[TopicPartition]) -> None:
-            revoked = {place.partition for place in places}
-            consumer.incremental_unassign(self._places(revoked & self._assigned))
+        def on_revoke(consumer: Consumer, partitions: list[KafkaPartition]) -> None:
+            revoked = {TopicPartition(one.topic, one.partition) for one in partitions}
+            consumer.incremental_unassign(_without_offsets(revoked & self._assigned))
             self._assigned -= revoked
             listener.on_partitions_revoked(revoked)
 
-        self._consumer.subscribe([self._topic], on_assign=on_assign, on_revoke=on_revoke, on_lost=on_revoke)
+        self._consumer.subscribe(self._topics, on_assign=on_assign, on_revoke=on_revoke, on_lost=on_revoke)
 
-    def fetch(self, topic_id: str | None, limit: int, timeout_s: float) -> list[PollResult]:
+    def fetch(self, topic_ids: Mapping[str, str], limit: int, timeout_s: float) -> list[PollResult]:
         """Return the next records and other events, at most ``limit`` messages."""
         with translated_errors():
             messages = self._consumer.consume(limit, timeout_s)
-        return [*self._take_fatal(), *(self._convert(message, topic_id) for message in messages)]
+        return [*self._take_fatal(), *(self._convert(message, topic_ids) for message in messages)]
 
-    def poll(self, topic_id: str | None, timeout_s: float) -> list[PollResult]:
+    def poll(self, topic_ids: Mapping[str, str], timeout_s: float) -> list[PollResult]:
         """Return at most one message, and stay in the group."""
         message = self._consumer.poll(timeout_s)
-        return [*self._take_fatal(), *([] if message is None else [self._convert(message, topic_id)])]
+        return [*self._take_fatal(), *([] if message is None else [self._convert(message, topic_ids)])]
 
-    def assign(self, next_offsets: Mapping[int, int]) -> None:
+    def assign(self, next_offsets: Mapping[TopicPartition, int]) -> None:
         """Start to fetch these assigned partitions, each from its offset."""
         with translated_errors():
             # librdkafka keeps a partition paused that was revoked while paused.
-            self._consumer.resume(self._places(next_offsets))
-            self._consumer.incremental_assign(
-                [TopicPartition(self._topic, partition, offset) for partition, offset in next_offsets.items()]
-            )
+            self._consumer.resume(_without_offsets(next_offsets))
+            self._consumer.incremental_assign(_with_offsets(next_offsets))
         self._assigned.update(next_offsets)
 
-    def seek(self, partition: int, next_offset: int) -> None:
+    def seek(self, partition: TopicPartition, next_offset: int) -> None:
         """Fetch this partition from this offset."""
         with translated_errors():
-            self._consumer.seek(TopicPartition(self._topic, partition, next_offset))
+            self._consumer.seek(KafkaPartition(*partition, next_offset))
 
     def pause(self) -> None:
         """Stop fetching until ``resume``."""
         with translated_errors():
-            self._consumer.pause(self._places(self._assigned))
+            self._consumer.pause(_without_offsets(self._assigned))
 
     def resume(self) -> None:
         """Fetch all assigned partitions again."""
         with translated_errors():
-            self._consumer.resume(self._places(self._assigned))
+            self._consumer.resume(_without_offsets(self._assigned))
 
-    def commit(self, next_offsets: Mapping[int, int]) -> None:
+    def commit(self, next_offsets: Mapping[TopicPartition, int]) -> None:
         """Commit offsets to Kafka for lag tools, and do not wait."""
-        places = [TopicPartition(self._topic, partition, offset) for partition, offset in next_offsets.items()]
         with contextlib.suppress(KafkaException):
-            self._consumer.commit(offsets=places, asynchronous=True)
+            self._consumer.commit(offsets=_with_offsets(next_offsets), asynchronous=True)
 
     def close(self, timeout_s: float) -> bool:
         """Leave the group. Return whether that succeeded in time."""
@@ -194,7 +200,7 @@ class KafkaConsumer(KafkaClient):
 
     def _request_until_up(self) -> None:
         """Repeat a request until Kafka responds, because without records nothing else shows that it is back."""
-        self._cluster.request_description(self._topic).add_done_callback(self._on_response)
+        self._cluster.request_description(self._topics[0]).add_done_callback(self._on_response)
 
     def _on_response(self, future: Future[TopicDescription]) -> None:
         error = future.exception()
@@ -204,33 +210,51 @@ class KafkaConsumer(KafkaClient):
         else:
             self._on_reachable()
 
-    def _convert(self, message: Message, topic_id: str | None) -> PollResult:
+    def _convert(self, message: Message, topic_ids: Mapping[str, str]) -> PollResult:
         error = message.error()
         if error is None:
             self._on_reachable()
-            return record_of(message, topic_id or "")
+            return record_of(message, topic_ids)
         if error.code() == PARTITION_EOF:
             self._on_reachable()
-            return PartitionEof(partition=known(message.partition()), next_offset=known(message.offset()))
-        # An error of the whole group comes without a topic, and with partition 0.
-        partition = message.partition() if message.topic() is not None else None
+            partition = TopicPartition(known(message.topic()), known(message.partition()))
+            return PartitionEof(partition=partition, next_offset=known(message.offset()))
+        # An error of the whole group has no topic, and has partition 0.
+        topic = message.topic()
+        failed = None if topic is None else TopicPartition(topic, known(message.partition()))
         if error.code() == OFFSET_LOST:
             lost = OrderlibError(
-                f"Kafka no longer holds the next record of {self._topic}[{message.partition()}] ({error.str()}): "
+                f"Kafka no longer holds the next record of {failed} ({error.str()}): "
                 "records were lost before they were stored; see `python -m services.admin offsets`"
             )
-            return FetchFailed(partition, lost)
-        return FetchFailed(partition, translate(error, message))
+            return FetchFailed(failed, lost)
+        return FetchFailed(failed, translate(error, message))
 
     def _on_reachable(self) -> None:
         if self._down.is_set():
             self._down.clear()
             event("kafka_reachable")
 
-    def _places(self, partitions: Iterable[int]) -> list[TopicPartition]:
-        return [TopicPartition(self._topic, partition) for partition in partitions]
+
+def _by_topic(partitions: Iterable[TopicPartition]) -> Iterable[tuple[str, list[int]]]:
+    numbers: defaultdict[str, list[int]] = defaultdict(list)
+    for topic, number in partitions:
+        numbers[topic].append(number)
+    return numbers.items()
 
 
-def _on_committed(error: KafkaError | None, _places: list[TopicPartition]) -> None:
+def _merge(offsets: Mapping[str, Mapping[int, int]]) -> dict[TopicPartition, int]:
+    return {TopicPartition(topic, number): offset for topic, of in offsets.items() for number, offset in of.items()}
+
+
+def _with_offsets(next_offsets: Mapping[TopicPartition, int]) -> list[KafkaPartition]:
+    return [KafkaPartition(*partition, next_offset) for partition, next_offset in next_offsets.items()]
+
+
+def _without_offsets(partitions: Iterable[TopicPartition]) -> list[KafkaPartition]:
+    return [KafkaPartition(*partition) for partition in partitions]
+
+
+def _on_committed(error: KafkaError | None, _partitions: list[KafkaPartition]) -> None:
     if error is not None:
         event("kafka_commit_failed", logging.INFO, reason=error.name())

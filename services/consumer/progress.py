@@ -9,6 +9,7 @@ import attrs
 from prometheus_client import Gauge
 
 from orderlib.errors import OrderlibError
+from orderlib.ingestion.records import TopicPartition
 from services.consumer.kafka_client import FetchFailed, KafkaClient
 from services.kafka_errors import UnreadableRecord
 from services.program import event
@@ -48,16 +49,16 @@ class Progress:
         self._log = log
         self._gauge = gauge
         self._clock = clock
-        self._next_offsets: dict[int, int] = {}
-        self._moved_at_s: dict[int, float] = {}
-        self._lag: dict[int, int] = {}
-        self._published: set[int] = set()
+        self._next_offsets: dict[TopicPartition, int] = {}
+        self._moved_at_s: dict[TopicPartition, float] = {}
+        self._lag: dict[TopicPartition, int] = {}
+        self._published: set[TopicPartition] = set()
         self._request_at_s = clock()
-        self._requested_ends: Callable[[], Mapping[int, int] | None] | None = None
+        self._requested_ends: Callable[[], Mapping[TopicPartition, int] | None] | None = None
         #: By partition; ``None`` for an error of the whole group.
-        self._errors: dict[int | None, _Repeating] = {}
+        self._errors: dict[TopicPartition | None, _Repeating] = {}
 
-    def on_stored(self, next_offsets: Mapping[int, int]) -> None:
+    def on_stored(self, next_offsets: Mapping[TopicPartition, int]) -> None:
         """Record the stored next offsets of these partitions."""
         for partition, next_offset in next_offsets.items():
             if self._next_offsets.get(partition) != next_offset:
@@ -65,7 +66,7 @@ class Progress:
                 self._moved_at_s[partition] = self._clock()
                 self._errors.pop(partition, None)
 
-    def on_assigned(self, next_offsets: Mapping[int, int]) -> None:
+    def on_assigned(self, next_offsets: Mapping[TopicPartition, int]) -> None:
         """Record that the group assigned these partitions, with these stored next offsets."""
         self._errors.pop(None, None)
         self.on_stored(next_offsets)
@@ -81,7 +82,9 @@ class Progress:
             known.logged_s = now_s
             self._log("kafka_error", logging.WARNING, reason=str(failed.error))
 
-    def update(self, assigned: frozenset[int], stored: Mapping[int, int], *, in_outage: bool) -> None:
+    def update(
+        self, assigned: frozenset[TopicPartition], stored: Mapping[TopicPartition, int], *, in_outage: bool
+    ) -> None:
         """Publish the lag, and request the log ends if it is time.
 
         ``stored`` has the next offsets of all partitions, as last read. In an outage no partition can make progress, so
@@ -116,25 +119,25 @@ class Progress:
         """Return why records are not stored, or ``None`` if no partition is stalled."""
         if (error := self.error()) is not None:
             return str(error)
-        stalled = [f"[{p}] {self._lag[p]:,}" for p in sorted(self._lag) if self._is_stalled(p)]
+        stalled = [f"{p} {self._lag[p]:,}" for p in sorted(self._lag) if self._is_stalled(p)]
         if not stalled:
             return None
         return f"records wait and none was stored for {STALLED_S:g} s; partition and lag: {', '.join(stalled)}"
 
-    def _is_stalled(self, partition: int) -> bool:
+    def _is_stalled(self, partition: TopicPartition) -> bool:
         return bool(self._lag.get(partition)) and self._clock() - self._moved_at_s[partition] >= STALLED_S
 
-    def _on_ends(self, ends: Mapping[int, int]) -> None:
+    def _on_ends(self, ends: Mapping[TopicPartition, int]) -> None:
         for partition, end in ends.items():
             self._lag[partition] = max(0, end - self._next_offsets[partition])
             if not self._lag[partition]:
                 self._moved_at_s[partition] = self._clock()
 
-    def _publish(self, assigned: Iterable[int]) -> None:
+    def _publish(self, assigned: Iterable[TopicPartition]) -> None:
         """Publish the lag of the assigned partitions, and of the stalled ones of other members."""
         published = {p for p in self._lag if p in assigned or self._is_stalled(p)}
         for partition in self._published - published:
-            self._gauge.remove(str(partition))
+            self._gauge.remove(str(partition.partition))
         for partition in published:
-            self._gauge.labels(str(partition)).set(self._lag[partition])
+            self._gauge.labels(str(partition.partition)).set(self._lag[partition])
         self._published = published

@@ -31,7 +31,7 @@ from orderlib.errors import (
 from orderlib.ingestion.consumer_core import (
     Assign,
     Breaker,
-    CheckTopic,
+    CheckTopics,
     CommitBatch,
     CommitKafkaOffsets,
     ConsumerCore,
@@ -42,7 +42,7 @@ from orderlib.ingestion.consumer_core import (
     Server,
     StoreTask,
 )
-from orderlib.ingestion.records import Batch, Record, Reject
+from orderlib.ingestion.records import Batch, Record, Reject, TopicPartition
 from orderlib.postgres.consumer_store import BatchResult, ConsumerStore
 from services.consumer.health import Health, Metrics, never_fatal
 from services.consumer.kafka_client import FetchFailed, KafkaClient
@@ -78,8 +78,8 @@ class StoreClient(Protocol):
     awaited: Server
 
     @property
-    def stored_offsets(self) -> Mapping[int, int]:
-        """The stored next offset of each partition of the topic, as last read."""
+    def stored_offsets(self) -> Mapping[TopicPartition, int]:
+        """The stored next offset of each partition of the topics, as last read."""
 
     def submit(self, task: StoreTask) -> None:
         """Start a task. The previous one must have ended. Never wait."""
@@ -101,7 +101,7 @@ class StoreWorker:
         self._metrics = metrics
         self.awaited = Server.POSTGRES
         #: Always replaced, never changed, because the runner reads it from another thread.
-        self.stored_offsets: Mapping[int, int] = {}
+        self.stored_offsets: Mapping[TopicPartition, int] = {}
         self._read_stored_at_s = 0.0
         #: Whether Kafka's last response took longer than a transaction waits.
         self._kafka_is_slow = False
@@ -140,15 +140,15 @@ class StoreWorker:
     def _carry_out(self, task: StoreTask) -> Callable[[ConsumerCore], None]:
         match task:
             case ResolveOffsets(partitions):
-                topic_id = self._wait_for_kafka(self._kafka.request_topic()).topic_id
+                topic_ids = _topic_ids(self._wait_for_kafka(self._kafka.request_topics()))
                 earliest = self._wait_for_kafka(lambda: self._kafka.earliest(partitions))
-                start_partitions = self._store.start_partitions(self._kafka.topic, topic_id, earliest)
-                return lambda core: core.on_offsets_resolved(topic_id, start_partitions)
-            case CheckTopic(partitions):
-                info = self._wait_for_kafka(self._kafka.request_topic())
-                stored = self._read_stored_offsets(info)
+                next_offsets = self._store.start_partitions(topic_ids, earliest)
+                return lambda core: core.on_offsets_resolved(topic_ids, next_offsets)
+            case CheckTopics(partitions):
+                topics = self._wait_for_kafka(self._kafka.request_topics())
+                stored = self._read_stored_offsets(topics)
                 reached = {p: stored[p] for p in partitions & stored.keys()}
-                return lambda core: core.on_topic_checked(info.topic_id, reached)
+                return lambda core: core.on_topics_checked(_topic_ids(topics), reached)
             case CommitBatch(batch):
                 self._write(batch)
                 return lambda core: core.on_batch_committed()
@@ -161,18 +161,17 @@ class StoreWorker:
             self.awaited = Server.POSTGRES
 
     def _write(self, batch: Batch) -> None:
-        wait_for_topic = self._request_topic()
-        topic: TopicInfo | None = None
+        wait_for_topics = self._request_topics()
+        topics: Mapping[str, TopicInfo] = {}
 
         def check(result: BatchResult) -> None:
-            nonlocal topic
+            nonlocal topics
             if self._breaker.would_trip(_rejected(batch, result)):
                 raise self._breaker.error(result.rejects)
-            topic = wait_for_topic()
-            if topic.topic_id != batch.topic_id:
-                raise TopicRecreated(
-                    f"topic {batch.topic} was recreated: its id is {topic.topic_id}, it was {batch.topic_id}"
-                )
+            topics = wait_for_topics()
+            for topic, topic_id in batch.topic_ids.items():
+                if (now := topics[topic].topic_id) != topic_id:
+                    raise TopicRecreated(f"topic {topic} was recreated: its id is {now}, it was {topic_id}")
 
         result = self._store.write(batch, check)
         self._breaker.record(_rejected(batch, result))
@@ -180,24 +179,24 @@ class StoreWorker:
             _log_reject(reject)
         with never_fatal("metrics"):
             self._count(batch, result)
-        if topic is not None and time.monotonic() >= self._read_stored_at_s:
+        if time.monotonic() >= self._read_stored_at_s:
             # The batch is committed. If the store is unavailable now, the next task reports it.
             with contextlib.suppress(OrderlibError):
-                self._read_stored_offsets(topic)
+                self._read_stored_offsets(topics)
 
-    def _request_topic(self) -> Callable[[], TopicInfo]:
-        """Request the topic id, and return a function that waits for it inside the batch's transaction.
+    def _request_topics(self) -> Callable[[], Mapping[str, TopicInfo]]:
+        """Request the topic ids, and return a function that waits for them inside the batch's transaction.
 
         If the last response was late, wait here, before the transaction begins.
         """
         if self._kafka_is_slow:
             began_s = time.monotonic()
-            info = self._wait_for_kafka(self._kafka.request_topic())
+            topics = self._wait_for_kafka(self._kafka.request_topics())
             self._kafka_is_slow = time.monotonic() - began_s >= _KAFKA_IN_TRANSACTION_S
-            return lambda: info
-        response = self._kafka.request_topic(_KAFKA_IN_TRANSACTION_S)
+            return lambda: topics
+        response = self._kafka.request_topics(_KAFKA_IN_TRANSACTION_S)
 
-        def wait() -> TopicInfo:
+        def wait() -> Mapping[str, TopicInfo]:
             try:
                 return self._wait_for_kafka(response)
             except BrokerUnavailable:
@@ -206,13 +205,14 @@ class StoreWorker:
 
         return wait
 
-    def _read_stored_offsets(self, info: TopicInfo) -> Mapping[int, int]:
+    def _read_stored_offsets(self, topics: Mapping[str, TopicInfo]) -> Mapping[TopicPartition, int]:
         """Read the next offsets of all partitions, and return those that are stored.
 
         A partition without a stored offset will begin at its earliest offset.
         """
-        stored = self._store.next_offsets(info.topic_id, info.partitions)
-        new = info.partitions - stored.keys()
+        partitions = {TopicPartition(topic, number) for topic, info in topics.items() for number in info.partitions}
+        stored = self._store.next_offsets(_topic_ids(topics), partitions)
+        new = partitions - stored.keys()
         earliest = self._wait_for_kafka(lambda: self._kafka.earliest(new)) if new else {}
         self.stored_offsets = {**earliest, **stored}
         self._read_stored_at_s = time.monotonic() + _STORED_OFFSETS_S
@@ -330,16 +330,24 @@ class ConsumerRunner:
     def _execute_commands(self) -> None:
         for command in self._core.take_commands():
             match command:
-                case ResolveOffsets() | CommitBatch() | CheckTopic():
+                case ResolveOffsets() | CommitBatch() | CheckTopics():
                     self._worker.submit(command)
                 case Assign(next_offsets):
                     self._kafka.assign(next_offsets)
                     self._progress.on_assigned(next_offsets)
-                    self._log("partitions_assigned", next_offsets=next_offsets)
+                    self._log(
+                        "partitions_assigned", next_offsets={str(p): offset for p, offset in next_offsets.items()}
+                    )
                 case Seek(partition, next_offset):
                     self._kafka.seek(partition, next_offset)
                     self._progress.on_stored({partition: next_offset})
-                    self._log("fence_lost", logging.WARNING, partition=partition, next_offset=next_offset)
+                    self._log(
+                        "fence_lost",
+                        logging.WARNING,
+                        topic=partition.topic,
+                        partition=partition.partition,
+                        next_offset=next_offset,
+                    )
                 case CommitKafkaOffsets(next_offsets):
                     self._kafka.commit(next_offsets)
                     self._progress.on_stored(next_offsets)
@@ -357,13 +365,13 @@ class ConsumerRunner:
 
     def _poll_kafka(self) -> None:
         """Wait for records or, if none are wanted now, for the result of the store task."""
-        topic_id = self._core.topic_id
+        topic_ids = self._core.topic_ids
         if self._core.wants_records:
-            fetched = self._kafka.fetch(topic_id, self._core.fetch_limit, _POLL_S)
+            fetched = self._kafka.fetch(topic_ids, self._core.fetch_limit, _POLL_S)
         elif self._core.in_outage:
-            fetched = self._kafka.poll(topic_id, _POLL_PAUSED_S)
+            fetched = self._kafka.poll(topic_ids, _POLL_PAUSED_S)
         elif self._core.has_more:
-            fetched = self._kafka.poll(topic_id, 0)
+            fetched = self._kafka.poll(topic_ids, 0)
         else:
             self._take_result(_POLL_S)
             return
@@ -385,6 +393,10 @@ class ConsumerRunner:
         self._progress.on_error(failed)
         if self._exit_at_end and (repeated := self._progress.error()) is not None:
             self._core.on_fatal(repeated)
+
+
+def _topic_ids(topics: Mapping[str, TopicInfo]) -> dict[str, str]:
+    return {topic: info.topic_id for topic, info in topics.items()}
 
 
 def _rejected(batch: Batch, result: BatchResult) -> Iterator[bool]:

@@ -15,9 +15,9 @@ from tests.support.sending import Sender, uids
 from tests.support.tcp_proxy import Moment, TcpProxy
 
 
-def given(consumer: Consuming) -> set[int]:
-    """The partitions that a consumer was ever given."""
-    return {int(p) for event in consumer.events("partitions_assigned") for p in event["next_offsets"]}
+def assigned(consumer: Consuming) -> set[str]:
+    """Return every partition that was ever assigned to a consumer."""
+    return {p for event in consumer.events("partitions_assigned") for p in event["next_offsets"]}
 
 
 @pytest.mark.parametrize("members", [2, pytest.param(3, marks=pytest.mark.faults)])
@@ -32,7 +32,7 @@ def test_consumers_that_come_and_go_under_load_share_the_work_and_double_nothing
             if version < members:
                 others.append(running.enter_context(consuming(environ)))
             elif version == 2 * members:
-                assert eventually(lambda: all(given(other) for other in others), 20)
+                assert eventually(lambda: all(assigned(other) for other in others), 20)
                 assert others[0].stop() == 0
         wait_until_handled(sender.manifest, database)
         assert_all_accounted_for(sender.manifest, database, environ)
@@ -47,7 +47,7 @@ def test_a_dead_consumers_partitions_pass_to_another(
 ) -> None:
     with consuming(environ) as survivor, consuming(environ) as doomed:
         sender.send_orders(uids("order", 100))
-        assert eventually(lambda: bool(given(doomed)), 20)
+        assert eventually(lambda: bool(assigned(doomed)), 20)
         wait_until_handled(sender.manifest, database)
         doomed.kill()
         sender.send_orders(uids("order", 1000), version=2)
@@ -105,8 +105,8 @@ def test_a_partition_that_was_taken_and_given_back_in_an_outage_is_read_on(
             sender.send_orders(uids("order", 50), version=2)
             assert eventually(lambda: bool(consumer.events("retrying")), 10)
             with consuming(environ) as visitor:
-                assert eventually(lambda: bool(given(visitor)), 20)
-                visited = given(visitor)
+                assert eventually(lambda: bool(assigned(visitor)), 20)
+                visited = assigned(visitor)
                 assert visitor.stop() == 0
         assert visited
         sender.send_orders(uids("order", 50), version=3)

@@ -16,7 +16,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from orderlib import ConfigurationError, DatabaseUnavailable, decode_order
-from orderlib.ingestion.records import PreparedOrder
+from orderlib.ingestion.records import PreparedOrder, TopicPartition
 from orderlib.postgres import migrate as migrations
 from orderlib.postgres import queries
 from orderlib.postgres.connections import connect
@@ -138,7 +138,8 @@ def test_an_administrator_who_owns_the_database_need_not_be_a_superuser(server: 
         assert state(superuser) == wanted
     consumer = ConsumerStore(database.writer_url, "group", lambda: 0.0)
     consumer.check()
-    assert consumer.start_partitions("orders", "topic", {0: 3}) == {0: 3}
+    partition = TopicPartition("orders", 0)
+    assert consumer.start_partitions({"orders": "topic"}, {partition: 3}) == {partition: 3}
     consumer.close()
     order = decode_order(SAMPLE)
     with PostgresOrderRepository.connect(database.writer_url) as writer:

@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from orderlib import ConfigurationError
+from orderlib.ingestion.records import TopicPartition
 from orderlib.postgres import migrate as migrations
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
@@ -16,6 +17,9 @@ from orderlib.postgres.migrate import apply_migrations
 from orderlib.postgres.operations import set_consumer_group
 from tests.conftest import Database
 from tests.integration.test_migrations import bootstrap_it, connected
+
+TOPIC_IDS = {"orders": "topic"}
+PARTITIONS = [TopicPartition("orders", number) for number in range(3)]
 
 #: How the release before begins partitions, without having claimed its group.
 INSERT_OF_PREVIOUS_RELEASE = """
@@ -41,7 +45,7 @@ def test_one_of_the_groups_that_start_at_once_claims_the_database_and_the_others
         one = ledger(database, group)
         try:
             one.check()
-            one.start_partitions("orders", "topic", {0: 0})
+            one.start_partitions(TOPIC_IDS, {PARTITIONS[0]: 0})
         except ConfigurationError as refusal:
             return str(refusal)
         finally:
@@ -100,7 +104,7 @@ def test_a_database_with_offsets_of_two_groups_is_repaired_by_migrate(
     newer, older = ledger(empty_database, "newer"), ledger(empty_database, "older")
     newer.check()
     # Its own offset where it has one; elsewhere the lowest of the others: no record is skipped.
-    assert newer.next_offsets("topic", [0, 1]) == {0: 70, 1: 40}
+    assert newer.next_offsets(TOPIC_IDS, PARTITIONS) == {PARTITIONS[0]: 70, PARTITIONS[1]: 40}
     with pytest.raises(ConfigurationError, match="'newer', not 'older'"):
         older.check()
     newer.close()
@@ -110,15 +114,15 @@ def test_a_database_with_offsets_of_two_groups_is_repaired_by_migrate(
 def test_the_group_can_be_renamed_with_its_offsets(database: Database) -> None:
     first, second = ledger(database, "first"), ledger(database, "second")
     first.check()
-    first.start_partitions("orders", "topic", {0: 5, 1: 7})
+    first.start_partitions(TOPIC_IDS, {PARTITIONS[0]: 5, PARTITIONS[1]: 7})
     with connected(database.migrator_url) as migrator:
         set_consumer_group(migrator, "second")
     second.check()
-    assert second.next_offsets("topic", [0, 1]) == {0: 5, 1: 7}
+    assert second.next_offsets(TOPIC_IDS, PARTITIONS) == {PARTITIONS[0]: 5, PARTITIONS[1]: 7}
     with pytest.raises(ConfigurationError, match="'second', not 'first'"):
         first.check()
     with pytest.raises(ConfigurationError, match="'second', not 'first'"):
-        first.start_partitions("orders", "topic", {2: 0})
+        first.start_partitions(TOPIC_IDS, {PARTITIONS[2]: 0})
     first.close()
     second.close()
 

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from orderlib.errors import DatabaseUnavailable, FenceLost, OrderlibError
-from orderlib.ingestion.records import Batch, OffsetRange, Record, classify_record
+from orderlib.ingestion.records import Batch, OffsetRange, Record, TopicPartition, classify_record
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rows import pack_rows
@@ -24,6 +24,8 @@ from tests.support.sending import order
 from tests.support.tcp_proxy import CutConnection, TcpProxy
 
 TOPIC_ID = "topic-id"
+TOPIC_IDS = {"orders": TOPIC_ID}
+PARTITION = TopicPartition("orders", 0)
 
 #: What a server or a pooler says last: nothing, one error, several, or an error between other messages.
 LAST_WORDS = {
@@ -99,7 +101,7 @@ class Writer:
             record = Record(source=source, time=dt.datetime.now(dt.UTC), topic="orders", key=None, value=value)
             classified.append((record, classify_record(record, 8 << 20, pack_rows)))
         offset_range = OffsetRange(expected_offset=at, next_offset=at + len(values))
-        return Batch(topic="orders", topic_id=TOPIC_ID, ranges={0: offset_range}, classified=tuple(classified))
+        return Batch(topic_ids=TOPIC_IDS, ranges={PARTITION: offset_range}, classified=tuple(classified))
 
     def write(self) -> list[OrderlibError]:
         """Write the next batch as the consumer does; return the errors on the way."""
@@ -113,7 +115,7 @@ class Writer:
                 try:
                     ledger.check()
                     if at is None:
-                        at = ledger.start_partitions("orders", TOPIC_ID, {0: 0})[0]
+                        at = ledger.start_partitions(TOPIC_IDS, {PARTITION: 0})[PARTITION]
                     ledger.write(self.batch(at), lambda _: None)
                 except DatabaseUnavailable as exc:
                     errors.append(exc)
@@ -192,5 +194,5 @@ def test_an_idle_connection_that_was_lost_is_replaced_silently(refusing_table: D
                 "WHERE application_name = 'orderlib-consumer' AND datname = current_database()"
             ).fetchall()
             assert ended == [(True,)]
-            ledger.start_partitions("orders", TOPIC_ID, {0: 0})
+            ledger.start_partitions(TOPIC_IDS, {PARTITION: 0})
     ledger.close()

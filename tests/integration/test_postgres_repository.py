@@ -40,7 +40,7 @@ from orderlib import (
 )
 from orderlib.contract import unchecked
 from orderlib.errors import RejectedError
-from orderlib.ingestion.records import Batch, OffsetRange, Record, Reject
+from orderlib.ingestion.records import Batch, OffsetRange, Record, Reject, TopicPartition
 from orderlib.postgres import connections, queries
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rejects import redrive
@@ -104,7 +104,9 @@ class KafkaRecords:
         self._next_offsets: dict[int, int] = {}
 
     def begin(self, next_offset: int, *, partition: int = 0) -> None:
-        self._next_offsets |= self._store.start_partitions(self._topic, self._topic_id, {partition: next_offset})
+        key = TopicPartition(self._topic, partition)
+        started = self._store.start_partitions({self._topic: self._topic_id}, {key: next_offset})
+        self._next_offsets[partition] = started[key]
 
     def handle(self, *, partition: int = 0, error: RejectedError | None = None, value: bytes = b"{") -> None:
         offset = self._next_offsets[partition]
@@ -117,9 +119,10 @@ class KafkaRecords:
             value=value,
         )
         batch = Batch(
-            topic=self._topic,
-            topic_id=self._topic_id,
-            ranges={partition: OffsetRange(expected_offset=offset, next_offset=offset + 1)},
+            topic_ids={self._topic: self._topic_id},
+            ranges={
+                TopicPartition(self._topic, partition): OffsetRange(expected_offset=offset, next_offset=offset + 1)
+            },
             classified=() if error is None else ((record, Reject.of(record, error)),),
         )
         self._store.write(batch, lambda _: None)

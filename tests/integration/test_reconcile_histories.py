@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import orderlib
 from orderlib.ingestion.reconcile import Finding, Reconciliation, TopicState
-from orderlib.ingestion.records import Batch, OffsetRange, Record, classify_record
+from orderlib.ingestion.records import Batch, OffsetRange, Record, TopicPartition, classify_record
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.operations import reset_offsets
@@ -27,6 +27,7 @@ from tests.conftest import Database
 
 SAMPLE_ORDER = orderlib.decode_order(SAMPLE)
 GROUP, TOPIC, TOPIC_ID = "order-consumer", "orders", "BBBBBBBBBBBBBBBBBBBBBB"
+TOPIC_IDS = {TOPIC: TOPIC_ID}
 PARTITIONS = (0, 1)
 START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 SMALL_BYTES, USUAL_BYTES = 3_000, 8 * 2**20
@@ -74,14 +75,16 @@ class History:
         ledger = ConsumerStore(self.database.writer_url, GROUP, time.monotonic)
         try:
             ledger.check()
-            expected = ledger.start_partitions(TOPIC, TOPIC_ID, dict.fromkeys(PARTITIONS, 0))[partition]
+            of_topic = [TopicPartition(TOPIC, number) for number in PARTITIONS]
+            expected = ledger.start_partitions(TOPIC_IDS, dict.fromkeys(of_topic, 0))[of_topic[partition]]
             taken = [record for record in self.records[partition] if record.source.offset >= expected][:count]
             if not taken:
                 return
             batch = Batch(
-                topic=TOPIC,
-                topic_id=TOPIC_ID,
-                ranges={partition: OffsetRange(expected_offset=expected, next_offset=taken[-1].source.offset + 1)},
+                topic_ids=TOPIC_IDS,
+                ranges={
+                    of_topic[partition]: OffsetRange(expected_offset=expected, next_offset=taken[-1].source.offset + 1)
+                },
                 classified=tuple((record, classify_record(record, max_bytes, pack_rows)) for record in taken),
             )
             ledger.write(batch, lambda _: None)

@@ -10,7 +10,7 @@ import pytest
 
 from orderlib import Order, Outcome, decode_order, encode_order
 from orderlib.errors import Fault, MalformedJson
-from orderlib.ingestion.records import Batch, OffsetRange, PreparedOrder, Record, Reject
+from orderlib.ingestion.records import Batch, OffsetRange, PreparedOrder, Record, Reject, TopicPartition
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rejects import redrive
@@ -33,11 +33,11 @@ def keep_reject(database: Database, order: Order, offset: int) -> None:
     """Store a record as a reject, as a consumer would that could not read it."""
     record = Record(source=position(offset), time=TIME, topic="orders", key=None, value=encode_order(order))
     ledger = ConsumerStore(database.writer_url, "tests", lambda: 0.0)
-    ledger.start_partitions("orders", "topic", {0: offset})
+    partition = TopicPartition("orders", 0)
+    ledger.start_partitions({"orders": "topic"}, {partition: offset})
     batch = Batch(
-        topic="orders",
-        topic_id="topic",
-        ranges={0: OffsetRange(expected_offset=offset, next_offset=offset + 1)},
+        topic_ids={"orders": "topic"},
+        ranges={partition: OffsetRange(expected_offset=offset, next_offset=offset + 1)},
         classified=((record, Reject.of(record, REFUSAL)),),
     )
     ledger.write(batch, lambda _: None)

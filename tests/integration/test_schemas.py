@@ -9,6 +9,7 @@ from psycopg.conninfo import make_conninfo
 
 import orderlib
 from orderlib import ConfigurationError, OrderNotFound, Outcome
+from orderlib.ingestion.records import TopicPartition
 from orderlib.postgres.consumer_store import ConsumerStore
 from tests.conftest import Database, role_passwords
 from tests.support.repository_contract import an_order
@@ -65,11 +66,12 @@ def test_two_stores_in_one_database_do_not_mix(stores: tuple[Database, Database]
 
 def test_each_store_has_its_own_consumer_group_and_offsets(stores: tuple[Database, Database]) -> None:
     groups = ("orders-of-first", "orders-of-second")
+    partition = TopicPartition("orders", 0)
     for store, group, offset in zip(stores, groups, (5, 9), strict=True):
         consumer = ConsumerStore(store.writer_url, group, lambda: 0.0)
         try:
             consumer.check()
-            assert consumer.start_partitions("orders", "topic-id", {0: offset}) == {0: offset}
+            assert consumer.start_partitions({"orders": "topic-id"}, {partition: offset}) == {partition: offset}
         finally:
             consumer.close()
     with orderlib.connect(stores[0].reader_url) as one, orderlib.connect(stores[1].reader_url) as two:

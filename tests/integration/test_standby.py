@@ -16,6 +16,7 @@ from psycopg.conninfo import make_conninfo
 
 import orderlib
 from orderlib import AsyncPostgresOrderRepository, DatabaseUnavailable, Order, Outcome
+from orderlib.ingestion.records import TopicPartition
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.migrate import apply_migrations, create_roles
@@ -275,6 +276,7 @@ def test_a_write_on_a_standby_is_an_outage_that_ends_with_its_promotion(primary:
         standby.execute("SELECT pg_promote()")
         assert repository.save(order) is Outcome.STORED
         ledger.check()
-        assert ledger.start_partitions("orders", "AAAAAAAAAAAAAAAAAAAAAQ", {0: 0}) == {0: 0}
+        partition = TopicPartition("orders", 0)
+        assert ledger.start_partitions({"orders": "AAAAAAAAAAAAAAAAAAAAAQ"}, {partition: 0}) == {partition: 0}
         assert repository.status().replication_delay_s is None
         ledger.close()

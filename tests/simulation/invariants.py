@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from orderlib.ingestion.records import Batch, PreparedOrder, StoredVersion
 from orderlib.repository import Outcome
-from tests.simulation.kafka import CODES, KEYED_UIDS, TOO_LARGE, Fetched, Life
+from tests.simulation.kafka import CODES, KEYED_UIDS, TOO_LARGE, TOPIC, Fetched, Life
 
 #: The uids whose records are all in one partition.
 KEYED = {f"u{uid}" for uid in range(KEYED_UIDS)}
@@ -45,15 +45,15 @@ class Invariants:
         changes: Mapping[str, StoredVersion],
     ) -> None:
         """A batch is about to take effect."""
-        life = self.lives[batch.topic_id]
-        records: dict[int, list[Fetched]] = {partition: [] for partition in batch.ranges}
+        life = self.lives[batch.topic_ids[TOPIC]]
+        records: dict[int, list[Fetched]] = {partition.partition: [] for partition in batch.ranges}
         bad = 0
         for record, _ in batch.classified:
             assert isinstance(record, Fetched)
             records[record.source.partition].append(record)
             bad += record.entry.kind in CODES
-        for partition, offset_range in batch.ranges.items():
-            key = (batch.topic_id, partition)
+        for (_, partition), offset_range in batch.ranges.items():
+            key = (life.topic_id, partition)
             if self.handled[key] != offset_range.expected_offset:
                 raise InvariantViolation(f"{key} was handled up to {self.handled[key]}, and now {offset_range}")
             here = records[partition]

@@ -11,7 +11,7 @@ import attrs
 
 from orderlib import decode_order
 from orderlib.errors import Fault
-from orderlib.ingestion.records import PreparedOrder, Record, Reject
+from orderlib.ingestion.records import PreparedOrder, Record, Reject, TopicPartition
 from orderlib.repository import RecordPosition
 from orderlib.testing import SAMPLE
 
@@ -95,8 +95,8 @@ class Life:
         self.earliest = earliest
         self.logs: list[list[Entry | None]] = [[None] * start for start in earliest]
 
-    def ends(self) -> dict[int, int]:
-        return {partition: len(log) for partition, log in enumerate(self.logs)}
+    def ends(self) -> dict[TopicPartition, int]:
+        return {TopicPartition(TOPIC, number): len(log) for number, log in enumerate(self.logs)}
 
 
 class Group:

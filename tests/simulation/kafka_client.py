@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError
 from orderlib.ingestion.consumer_core import PartitionEof
+from orderlib.ingestion.records import TopicPartition
 from services.consumer.kafka_client import FetchFailed, GroupListener, KafkaClient, PollResult
 from services.kafka import TopicInfo
 from tests.simulation.invariants import InvariantViolation
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 class SimulatedKafka(KafkaClient):
     """The Kafka client of one simulated consumer."""
 
-    topic = TOPIC
     down = False
     unreachable = "Kafka does not answer"
 
@@ -33,23 +33,23 @@ class SimulatedKafka(KafkaClient):
         #: Changes of the assignment that the member has not received yet.
         self.inbox: list[tuple[str, int]] = []
         #: The partitions that the member believes to have.
-        self.assigned: set[int] = set()
+        self.assigned: set[TopicPartition] = set()
         #: The offset of the next record to fetch, by partition.
-        self._next_offsets: dict[int, int] = {}
+        self._next_offsets: dict[TopicPartition, int] = {}
         #: The log end that the last PartitionEof reported, by partition.
-        self._eof_offsets: dict[int, int] = {}
+        self._eof_offsets: dict[TopicPartition, int] = {}
         self.paused = False
         #: The group has removed this member, and the member does not know it.
         self.deaf = False
 
     # Requests to the cluster.
 
-    def describe(self) -> TopicInfo:
+    def describe(self) -> dict[str, TopicInfo]:
         if self._simulator.kafka_down:
             raise BrokerUnavailable("down")
-        return TopicInfo(topic_id=self._simulator.life.topic_id, partitions=frozenset(range(PARTITIONS)))
+        return {TOPIC: TopicInfo(topic_id=self._simulator.life.topic_id, partitions=frozenset(range(PARTITIONS)))}
 
-    def request_topic(self, timeout_s: float = 0.0) -> Callable[[], TopicInfo]:
+    def request_topics(self, timeout_s: float = 0.0) -> Callable[[], dict[str, TopicInfo]]:
         """Kafka answers at once, or when the caller begins to wait."""
         if self._rng.random() < 0.5:
             return self.describe
@@ -59,14 +59,14 @@ class SimulatedKafka(KafkaClient):
             return self.describe
         return lambda: early
 
-    def earliest(self, partitions: Iterable[int]) -> dict[int, int]:
-        return {partition: self._simulator.life.earliest[partition] for partition in partitions}
+    def earliest(self, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
+        return {partition: self._simulator.life.earliest[partition.partition] for partition in partitions}
 
-    def ends(self, partitions: Iterable[int]) -> dict[int, int]:
+    def ends(self, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
         ends = self._simulator.life.ends()
         return {partition: ends[partition] for partition in partitions}
 
-    def request_ends(self, partitions: Iterable[int]) -> Callable[[], Mapping[int, int] | None]:
+    def request_ends(self, partitions: Iterable[TopicPartition]) -> Callable[[], Mapping[TopicPartition, int] | None]:
         requested = tuple(partitions)
         return lambda: self.ends(requested)
 
@@ -75,12 +75,12 @@ class SimulatedKafka(KafkaClient):
     def join(self, listener: GroupListener) -> None:
         self._listener = listener
 
-    def fetch(self, topic_id: str | None, limit: int, timeout_s: float) -> list[PollResult]:
+    def fetch(self, topic_ids: Mapping[str, str], limit: int, timeout_s: float) -> list[PollResult]:
         if self.paused:
             raise InvariantViolation(f"{self._process.name} fetches although it is paused")
         if self.inbox and self._rng.random() < 0.5:
             self._receive()
-        found = self._fetch(topic_id, limit)
+        found = self._fetch(topic_ids, limit)
         self._receive()
         if self._simulator.refusing:
             self._simulator.refusing = False
@@ -89,16 +89,16 @@ class SimulatedKafka(KafkaClient):
             found.append(FetchFailed(None, error))
         return found
 
-    def poll(self, topic_id: str | None, timeout_s: float) -> list[PollResult]:
+    def poll(self, topic_ids: Mapping[str, str], timeout_s: float) -> list[PollResult]:
         self._receive()
         return []
 
-    def assign(self, next_offsets: Mapping[int, int]) -> None:
+    def assign(self, next_offsets: Mapping[TopicPartition, int]) -> None:
         if not next_offsets.keys() <= self.assigned - self._next_offsets.keys():
             raise InvariantViolation(f"{self._process.name} has {self.assigned}, and assigns {next_offsets}")
         self._next_offsets.update(next_offsets)
 
-    def seek(self, partition: int, next_offset: int) -> None:
+    def seek(self, partition: TopicPartition, next_offset: int) -> None:
         if partition not in self._next_offsets:
             raise InvariantViolation(f"{self._process.name} seeks in {partition}, which it does not have")
         self._next_offsets[partition] = next_offset
@@ -110,7 +110,7 @@ class SimulatedKafka(KafkaClient):
     def resume(self) -> None:
         self.paused = False
 
-    def commit(self, next_offsets: Mapping[int, int]) -> None:
+    def commit(self, next_offsets: Mapping[TopicPartition, int]) -> None:
         pass
 
     def close(self, timeout_s: float) -> bool:
@@ -122,7 +122,8 @@ class SimulatedKafka(KafkaClient):
             return
         assert self._listener is not None
         while self.inbox:
-            change, partition = self.inbox.pop(0)
+            change, number = self.inbox.pop(0)
+            partition = TopicPartition(TOPIC, number)
             if change == "assigned":
                 self.assigned.add(partition)
                 self._listener.on_partitions_assigned([partition])
@@ -131,16 +132,16 @@ class SimulatedKafka(KafkaClient):
                 self._next_offsets.pop(partition, None)
                 self._eof_offsets.pop(partition, None)
                 self._listener.on_partitions_revoked([partition])
-                self._simulator.group.released(self._process, partition)
+                self._simulator.group.released(self._process, number)
 
-    def _fetch(self, topic_id: str | None, limit: int) -> list[PollResult]:
+    def _fetch(self, topic_ids: Mapping[str, str], limit: int) -> list[PollResult]:
         """Return a few records of some partitions, and the partition ends that were reached."""
         found: list[PollResult] = []
         simulator, next_offsets, chance = self._simulator, self._next_offsets, self._rng.random
-        if simulator.kafka_down or topic_id is None:
+        if simulator.kafka_down or not topic_ids:
             return found
         for partition in shuffled(self._rng, list(next_offsets)):
-            next_offset, log = next_offsets[partition], simulator.life.logs[partition]
+            next_offset, log = next_offsets[partition], simulator.life.logs[partition.partition]
             end = len(log)
             if next_offset > end:
                 error = OrderlibError("Kafka does not hold this offset")
@@ -155,7 +156,7 @@ class SimulatedKafka(KafkaClient):
                 if len(found) >= limit:
                     stop = offset
                     break
-                found.append(fetched(topic_id, partition, offset, entry))
+                found.append(fetched(topic_ids[TOPIC], partition.partition, offset, entry))
             if stop > next_offset:
                 # The client's position is directly after a record. It passes a gap together with the next record.
                 while stop < end and stop > next_offset and log[stop - 1] is None:
@@ -167,7 +168,7 @@ class SimulatedKafka(KafkaClient):
         return found
 
 
-def shuffled(rng: Random, partitions: list[int]) -> list[int]:
+def shuffled(rng: Random, partitions: list[TopicPartition]) -> list[TopicPartition]:
     """The partitions in an order of chance: between partitions Kafka promises none."""
     if len(partitions) > 1:
         start = int(rng.random() * len(partitions))

@@ -16,7 +16,8 @@ from orderlib.errors import (
     TopicRecreated,
     TransientError,
 )
-from orderlib.ingestion.consumer_core import CheckTopic, CommitBatch, ConsumerCore, ResolveOffsets, Server
+from orderlib.ingestion.consumer_core import CheckTopics, CommitBatch, ConsumerCore, ResolveOffsets, Server
+from orderlib.ingestion.records import TopicPartition
 from services.consumer.health import Health, Metrics
 from services.consumer.runner import ConsumerRunner
 from services.program import EXIT_DONE, EXIT_FAILED, EXIT_SETUP
@@ -52,14 +53,16 @@ class Process:
 
     awaited = Server.POSTGRES
     #: No partition is stalled in a simulation, so the lag of other members does not matter.
-    stored_offsets: Mapping[int, int] = MappingProxyType({})
+    stored_offsets: Mapping[TopicPartition, int] = MappingProxyType({})
 
-    def __init__(self, simulator: Simulator, name: str, rng: Random, until: Mapping[int, int] | None) -> None:
+    def __init__(
+        self, simulator: Simulator, name: str, rng: Random, until: Mapping[TopicPartition, int] | None
+    ) -> None:
         self._simulator = simulator
         self.name = name
         self._rng = rng
         self.until = until
-        self.core = ConsumerCore(TOPIC, classified, rng, until)
+        self.core = ConsumerCore(classified, rng, until)
         self.stop_event = threading.Event()
         self.kafka = SimulatedKafka(simulator, self, rng)
         self.kafka.join(self.core)
@@ -143,7 +146,7 @@ class Process:
 
     # The store, as its loop sees it.
 
-    def submit(self, job: CommitBatch | ResolveOffsets | CheckTopic) -> None:
+    def submit(self, job: CommitBatch | ResolveOffsets | CheckTopics) -> None:
         self._simulator.note(self.name, job)
         if self.stop_event.is_set() and self._told_first:
             raise InvariantViolation(f"{self.name} was told to stop and began {job}")
@@ -169,44 +172,44 @@ class Process:
 
     # Jobs, as StoreWorker carries them out.
 
-    def _steps_of(self, job: ResolveOffsets | CommitBatch | CheckTopic) -> Steps:
+    def _steps_of(self, job: ResolveOffsets | CommitBatch | CheckTopics) -> Steps:
         match job:
             case ResolveOffsets(partitions):
                 return self._resolve(partitions)
-            case CheckTopic(partitions):
+            case CheckTopics(partitions):
                 return self._check_topic(partitions)
             case CommitBatch(batch):
                 return self._simulator.store.write(batch, self._request_topic_id())
 
     def _request_topic_id(self) -> Callable[[], str]:
-        response = self.kafka.request_topic()
-        return lambda: response().topic_id
+        response = self.kafka.request_topics()
+        return lambda: response()[TOPIC].topic_id
 
-    def _resolve(self, partitions: frozenset[int]) -> Steps:
-        topic_id = self.kafka.describe().topic_id
+    def _resolve(self, partitions: frozenset[TopicPartition]) -> Steps:
+        topic_id = self.kafka.describe()[TOPIC].topic_id
         yield Step.ASKING
         earliest = self.kafka.earliest(partitions)
-        next_offsets = yield from self._simulator.store.start_partitions(topic_id, earliest)
+        next_offsets = yield from self._simulator.store.start_partitions({TOPIC: topic_id}, earliest)
 
         def tell(core: ConsumerCore) -> None:
             self._on_topic_id(topic_id)
-            core.on_offsets_resolved(topic_id, next_offsets)
+            core.on_offsets_resolved({TOPIC: topic_id}, next_offsets)
 
         return tell
 
-    def _check_topic(self, partitions: frozenset[int]) -> Steps:
-        topic_id = self.kafka.describe().topic_id
+    def _check_topic(self, partitions: frozenset[TopicPartition]) -> Steps:
+        topic_id = self.kafka.describe()[TOPIC].topic_id
         yield Step.ASKING
-        next_offsets = self._simulator.store.next_offsets(topic_id, partitions)
+        next_offsets = self._simulator.store.next_offsets({TOPIC: topic_id}, partitions)
 
         def tell(core: ConsumerCore) -> None:
             self._on_topic_id(topic_id)
-            core.on_topic_checked(topic_id, next_offsets)
+            core.on_topics_checked({TOPIC: topic_id}, next_offsets)
 
         return tell
 
     def _on_topic_id(self, topic_id: str) -> None:
         """It hears the topic's id from Kafka, and must stop if that is another."""
-        known = self.core.topic_id
+        known = self.core.topic_ids.get(TOPIC)
         if known not in {None, topic_id}:
             self.on_fatal(TopicRecreated(f"topic {TOPIC} was recreated: its id is {topic_id}, it was {known}"))

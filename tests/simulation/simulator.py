@@ -162,7 +162,9 @@ class Simulator:
     def on_end_reached(self, process: Process) -> None:
         """It says that the ends it was given are handled."""
         self.fault("end reached")
-        behind = [p for p, end in (process.until or {}).items() if self.invariants.reached[self.life.topic_id, p] < end]
+        reached = self.invariants.reached
+        until = process.until or {}
+        behind = [p for p, end in until.items() if reached[self.life.topic_id, p.partition] < end]
         if behind and self.life.number == 0:
             raise InvariantViolation(f"{process.name} says that the end is reached, not so in {behind}")
 
@@ -287,7 +289,7 @@ class Simulator:
             if process.kafka.deaf:
                 self.note(process.name, "is back")
                 process.frozen = process.kafka.deaf = False
-                process.kafka.inbox = [("revoked", partition) for partition in sorted(process.kafka.assigned)]
+                process.kafka.inbox = [("revoked", partition.partition) for partition in sorted(process.kafka.assigned)]
                 self.group.join(process)
                 return
 

@@ -11,10 +11,18 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 from orderlib.errors import FenceLost, TopicRecreated, TransactionConflict
 from orderlib.ingestion.consumer_core import ConsumerCore
-from orderlib.ingestion.records import Batch, PreparedOrder, StoredVersion, WritePlan, plan_redrive, plan_writes
+from orderlib.ingestion.records import (
+    Batch,
+    PreparedOrder,
+    StoredVersion,
+    TopicPartition,
+    WritePlan,
+    plan_redrive,
+    plan_writes,
+)
 from orderlib.repository import Outcome, RecordPosition
 from tests.simulation.invariants import Invariants, Place
-from tests.simulation.kafka import CODES, REFUSED, Fetched
+from tests.simulation.kafka import CODES, REFUSED, TOPIC, Fetched
 
 
 class Bug(enum.Enum):
@@ -71,23 +79,30 @@ class Store:
         self.locks: dict[Row, object] = {}
         self.down = False
 
-    def next_offsets(self, topic_id: str, partitions: Iterable[int]) -> dict[int, int]:
-        return {p: self.offsets[topic_id, p] for p in partitions if (topic_id, p) in self.offsets}
+    def next_offsets(
+        self, topic_ids: Mapping[str, str], partitions: Iterable[TopicPartition]
+    ) -> dict[TopicPartition, int]:
+        rows = {partition: (topic_ids[partition.topic], partition.partition) for partition in partitions}
+        return {partition: self.offsets[row] for partition, row in rows.items() if row in self.offsets}
 
-    def start_partitions(self, topic_id: str, earliest: Mapping[int, int]) -> Generator[Step, None, dict[int, int]]:
-        """As ``ConsumerStore.begin``."""
-        if any((topic_id, partition) not in self.offsets for partition in earliest):
+    def start_partitions(
+        self, topic_ids: Mapping[str, str], earliest: Mapping[TopicPartition, int]
+    ) -> Generator[Step, None, dict[TopicPartition, int]]:
+        """As ``ConsumerStore.start_partitions``."""
+        if earliest.keys() - self.next_offsets(topic_ids, earliest).keys():
             yield Step.COMMITTING
-            for partition, offset in earliest.items():
-                self.offsets.setdefault((topic_id, partition), offset)
+            for (topic, number), offset in earliest.items():
+                self.offsets.setdefault((topic_ids[topic], number), offset)
             yield Step.ANSWERING
-        return self.next_offsets(topic_id, earliest)
+        return self.next_offsets(topic_ids, earliest)
 
     def write(self, batch: Batch, topic_id: Callable[[], str]) -> Steps:
         """As ``ConsumerStore.write``, with the consumer's look at the topic's id before COMMIT."""
-        transaction, key = object(), batch.topic_id
+        transaction = object()
         try:
-            yield from self._lock(transaction, [(key, partition) for partition in sorted(batch.ranges)])
+            yield from self._lock(
+                transaction, [(batch.topic_ids[topic], number) for topic, number in sorted(batch.ranges)]
+            )
             self._fence(batch)
             if self._bug is Bug.COMMIT_BEFORE_WRITE:
                 self._move_offsets(batch)
@@ -103,8 +118,8 @@ class Store:
             yield Step.WORKING
             yield from self._lock(transaction, [(uid,) for uid in changed])
             changes = self._changes(changed, read, after)
-            if self._bug is not Bug.NO_TOPIC_ID_CHECK and topic_id() != batch.topic_id:
-                raise TopicRecreated(f"{batch.topic_id} is now another")
+            if self._bug is not Bug.NO_TOPIC_ID_CHECK and topic_id() != batch.topic_ids[TOPIC]:
+                raise TopicRecreated(f"the topic id is no longer {batch.topic_ids}")
             yield Step.COMMITTING
             self._invariants.on_batch(batch, outcomes, self.orders, changes)
             self.orders.update(changes)
@@ -165,14 +180,14 @@ class Store:
     # Offsets.
 
     def _fence(self, batch: Batch) -> None:
-        there = self.next_offsets(batch.topic_id, batch.ranges)
+        there = self.next_offsets(batch.topic_ids, batch.ranges)
         lost = {p for p, offset_range in batch.ranges.items() if there[p] != offset_range.expected_offset}
         if lost and self._bug is not Bug.NO_FENCE:
             raise FenceLost(lost, there)
 
     def _move_offsets(self, batch: Batch) -> None:
-        for partition, offset_range in batch.ranges.items():
-            self.offsets[batch.topic_id, partition] = offset_range.next_offset
+        for (topic, number), offset_range in batch.ranges.items():
+            self.offsets[batch.topic_ids[topic], number] = offset_range.next_offset
 
     # Orders.
 

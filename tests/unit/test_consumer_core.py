@@ -32,7 +32,7 @@ from orderlib.ingestion.consumer_core import (
     TURN_BYTES,
     Assign,
     Breaker,
-    CheckTopic,
+    CheckTopics,
     Command,
     CommitBatch,
     CommitKafkaOffsets,
@@ -43,10 +43,12 @@ from orderlib.ingestion.consumer_core import (
     Resume,
     Seek,
 )
-from orderlib.ingestion.records import Batch, Headers, OffsetRange, PreparedOrder, Record, Reject
+from orderlib.ingestion.records import Batch, Headers, OffsetRange, PreparedOrder, Record, Reject, TopicPartition
 from orderlib.repository import RecordPosition
 
 TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+IDS = {"orders": "id"}
+P0, P1, P2 = (TopicPartition("orders", number) for number in range(3))
 
 
 def record(offset: int, partition: int = 0, value: bytes = b"", headers: Headers = ()) -> Record:
@@ -61,12 +63,12 @@ def refused(one: Record) -> PreparedOrder | Reject:
 class Driver:
     """A core, the time, and what it asked for since one last looked."""
 
-    def __init__(self, until: Mapping[int, int] | None = None) -> None:
-        self.core = ConsumerCore("orders", refused, Random(1), until)
+    def __init__(self, until: Mapping[TopicPartition, int] | None = None) -> None:
+        self.core = ConsumerCore(refused, Random(1), until)
         self.now_s = 0.0
 
     def end(self, partition: int, next_offset: int) -> None:
-        self.core.on_fetched([PartitionEof(partition, next_offset)])
+        self.core.on_fetched([PartitionEof(TopicPartition("orders", partition), next_offset)])
         self.core.classify(self.now_s)
 
     def fetch(self, *records: Record) -> None:
@@ -103,12 +105,13 @@ class Driver:
         return self.core.take_commands()
 
 
-def started(*partitions: int, until: Mapping[int, int] | None = None) -> Driver:
+def started(*numbers: int, until: Mapping[TopicPartition, int] | None = None) -> Driver:
     """A consumer that fetches these partitions from 0 on."""
     driver = Driver(until)
+    partitions = [TopicPartition("orders", number) for number in numbers]
     driver.core.on_partitions_assigned(partitions)
     assert driver.tick() == [ResolveOffsets(frozenset(partitions))]
-    driver.core.on_offsets_resolved("id", dict.fromkeys(partitions, 0))
+    driver.core.on_offsets_resolved(IDS, dict.fromkeys(partitions, 0))
     assert driver.core.take_commands() == [Assign(dict.fromkeys(partitions, 0))]
     return driver
 
@@ -121,7 +124,7 @@ def test_a_batch_closes_when_its_first_record_is_50_ms_old() -> None:
     driver.fetch(record(0))
     assert driver.tick(0.045) == []
     driver.fetch(record(1))
-    assert driver.write(0.01).ranges == {0: OffsetRange(expected_offset=0, next_offset=2)}
+    assert driver.write(0.01).ranges == {P0: OffsetRange(expected_offset=0, next_offset=2)}
 
 
 def test_a_batch_closes_at_2000_records_and_nothing_more_is_wanted() -> None:
@@ -165,19 +168,19 @@ def test_one_turn_classifies_a_bounded_amount_and_the_next_continues_in_order() 
     driver = started(0, 1)
     value = bytes(TURN_BYTES // 2)
     driver.core.on_fetched([record(offset, value=value) for offset in range(5)])
-    driver.core.on_fetched([PartitionEof(0, 7), record(0, 1, bytes(8 * TURN_BYTES)), record(1, 1)])
+    driver.core.on_fetched([PartitionEof(P0, 7), record(0, 1, bytes(8 * TURN_BYTES)), record(1, 1)])
     assert not driver.wants_records()
     turns = 0
     while driver.core.has_more:
         driver.core.classify(driver.now_s)
-        assert driver.core.assigned == {0, 1}
+        assert driver.core.assigned == {P0, P1}
         turns += 1
     assert turns == 4
     batch = driver.write()
     assert [one.source.offset for one, _ in batch.classified] == [0, 1, 2, 3, 4, 0, 1]
     assert batch.ranges == {
-        0: OffsetRange(expected_offset=0, next_offset=7),
-        1: OffsetRange(expected_offset=0, next_offset=2),
+        P0: OffsetRange(expected_offset=0, next_offset=7),
+        P1: OffsetRange(expected_offset=0, next_offset=2),
     }
 
 
@@ -187,40 +190,40 @@ def test_what_one_turn_left_is_in_the_next_batch_if_this_one_is_full() -> None:
     driver.core.classify(driver.now_s)
     assert not driver.core.has_more
     assert not driver.idle()
-    assert driver.write(0).ranges == {0: OffsetRange(expected_offset=0, next_offset=2_000)}
+    assert driver.write(0).ranges == {P0: OffsetRange(expected_offset=0, next_offset=2_000)}
     driver.core.classify(driver.now_s)
     driver.written()
-    assert driver.write().ranges == {0: OffsetRange(expected_offset=2_000, next_offset=2_001)}
+    assert driver.write().ranges == {P0: OffsetRange(expected_offset=2_000, next_offset=2_001)}
 
 
 def test_what_was_fetched_before_a_seek_or_a_rebalance_is_not_taken_after_it() -> None:
     driver = started(0, 1)
     driver.fetch(record(0, 0), record(0, 1))
     driver.write()
-    driver.core.on_fetched([record(1, 0), record(1, 1), PartitionEof(0, 9), PartitionEof(1, 9)])
-    driver.core.on_partitions_revoked([1])
-    assert driver.fail(FenceLost({0, 1}, {0: 0, 1: 0})) == [Seek(0, 0)]
-    driver.core.on_partitions_assigned([1])
+    driver.core.on_fetched([record(1, 0), record(1, 1), PartitionEof(P0, 9), PartitionEof(P1, 9)])
+    driver.core.on_partitions_revoked([P1])
+    assert driver.fail(FenceLost({P0, P1}, {P0: 0, P1: 0})) == [Seek(P0, 0)]
+    driver.core.on_partitions_assigned([P1])
     driver.tick()
-    driver.core.on_offsets_resolved("id", {1: 0})
+    driver.core.on_offsets_resolved(IDS, {P1: 0})
     driver.core.classify(driver.now_s)
-    assert driver.tick(MAX_AGE_S * 1.01) == [Assign({1: 0})]
+    assert driver.tick(MAX_AGE_S * 1.01) == [Assign({P1: 0})]
     assert driver.idle()
 
 
 def test_records_that_came_with_the_revocation_of_their_partition_are_not_taken_once_it_is_back() -> None:
     driver = started(0, 1)
-    driver.core.on_partitions_revoked([0])
-    driver.core.on_fetched([record(3, 0), PartitionEof(0, 9), record(0, 1)])
-    driver.core.on_partitions_assigned([0])
+    driver.core.on_partitions_revoked([P0])
+    driver.core.on_fetched([record(3, 0), PartitionEof(P0, 9), record(0, 1)])
+    driver.core.on_partitions_assigned([P0])
     driver.tick()
-    driver.core.on_offsets_resolved("id", {0: 0})
+    driver.core.on_offsets_resolved(IDS, {P0: 0})
     driver.core.take_commands()
     driver.core.classify(driver.now_s)
     driver.fetch(record(0, 0))
     assert driver.write().ranges == {
-        0: OffsetRange(expected_offset=0, next_offset=1),
-        1: OffsetRange(expected_offset=0, next_offset=1),
+        P0: OffsetRange(expected_offset=0, next_offset=1),
+        P1: OffsetRange(expected_offset=0, next_offset=1),
     }
 
 
@@ -241,8 +244,8 @@ def test_while_one_batch_is_written_the_next_is_collected_and_follows_it() -> No
     driver.write()
     driver.fetch(record(1))
     assert driver.tick(MAX_AGE_S) == []
-    assert driver.written() == [CommitKafkaOffsets({0: 1})]
-    assert driver.write().ranges == {0: OffsetRange(expected_offset=1, next_offset=2)}
+    assert driver.written() == [CommitKafkaOffsets({P0: 1})]
+    assert driver.write().ranges == {P0: OffsetRange(expected_offset=1, next_offset=2)}
 
 
 def test_gaps_are_part_of_a_batch_also_where_no_record_follows() -> None:
@@ -251,8 +254,8 @@ def test_gaps_are_part_of_a_batch_also_where_no_record_follows() -> None:
     driver.end(1, 3)
     batch = driver.write()
     assert batch.ranges == {
-        0: OffsetRange(expected_offset=0, next_offset=6),
-        1: OffsetRange(expected_offset=0, next_offset=3),
+        P0: OffsetRange(expected_offset=0, next_offset=6),
+        P1: OffsetRange(expected_offset=0, next_offset=3),
     }
     assert len(batch.classified) == 1
 
@@ -262,7 +265,7 @@ def test_a_position_that_is_not_further_changes_nothing() -> None:
     driver.end(0, 5)
     driver.end(0, 4)
     driver.end(1, 9)
-    assert driver.write().ranges == {0: OffsetRange(expected_offset=0, next_offset=5)}
+    assert driver.write().ranges == {P0: OffsetRange(expected_offset=0, next_offset=5)}
     driver.written()
     driver.end(0, 5)
     assert driver.tick(MAX_AGE_S) == []
@@ -279,37 +282,37 @@ def test_a_record_that_was_seen_already_is_passed_over() -> None:
 
 def test_partitions_are_located_together_and_fetched_from_where_the_store_is() -> None:
     driver = Driver()
-    driver.core.on_partitions_assigned([2])
-    driver.core.on_partitions_assigned([0])
+    driver.core.on_partitions_assigned([P2])
+    driver.core.on_partitions_assigned([P0])
     assert not driver.idle()
-    assert driver.tick() == [ResolveOffsets(frozenset({0, 2}))]
-    driver.core.on_offsets_resolved("id", {0: 7, 2: 9})
-    assert driver.core.take_commands() == [Assign({0: 7, 2: 9})]
-    assert driver.core.assigned == {0, 2}
+    assert driver.tick() == [ResolveOffsets(frozenset({P0, P2}))]
+    driver.core.on_offsets_resolved(IDS, {P0: 7, P2: 9})
+    assert driver.core.take_commands() == [Assign({P0: 7, P2: 9})]
+    assert driver.core.assigned == {P0, P2}
     assert driver.idle()
 
 
 def test_a_partition_that_was_taken_while_it_was_located_is_not_fetched() -> None:
     driver = Driver()
-    driver.core.on_partitions_assigned([0, 1])
+    driver.core.on_partitions_assigned([P0, P1])
     driver.tick()
-    driver.core.on_partitions_revoked([1])
-    driver.core.on_offsets_resolved("id", {0: 0, 1: 0})
-    assert driver.core.take_commands() == [Assign({0: 0})]
-    driver.core.on_partitions_assigned([1])
+    driver.core.on_partitions_revoked([P1])
+    driver.core.on_offsets_resolved(IDS, {P0: 0, P1: 0})
+    assert driver.core.take_commands() == [Assign({P0: 0})]
+    driver.core.on_partitions_assigned([P1])
     driver.tick()
-    driver.core.on_partitions_revoked([1])
-    driver.core.on_offsets_resolved("id", {1: 0})
+    driver.core.on_partitions_revoked([P1])
+    driver.core.on_offsets_resolved(IDS, {P1: 0})
     assert driver.core.take_commands() == []
 
 
 def test_records_of_a_partition_that_was_taken_are_dropped_and_those_of_others_kept() -> None:
     driver = started(0, 1)
     driver.fetch(record(0, 0), record(0, 1))
-    driver.core.on_partitions_revoked([0])
+    driver.core.on_partitions_revoked([P0])
     driver.fetch(record(1, 0))
     batch = driver.write()
-    assert batch.ranges == {1: OffsetRange(expected_offset=0, next_offset=1)}
+    assert batch.ranges == {P1: OffsetRange(expected_offset=0, next_offset=1)}
     assert [one.source.partition for one, _ in batch.classified] == [1]
 
 
@@ -317,7 +320,7 @@ def test_records_that_were_dropped_make_room_and_leave_no_age_behind() -> None:
     driver = started(0, 1)
     driver.fetch(record(0, value=bytes(2**24)))
     assert not driver.wants_records()
-    driver.core.on_partitions_revoked([0])
+    driver.core.on_partitions_revoked([P0])
     assert driver.wants_records()
     assert driver.tick(MAX_AGE_S) == []
     driver.fetch(record(0, 1))
@@ -329,20 +332,20 @@ def test_what_was_collected_of_others_is_not_made_to_wait_by_a_partition_that_wa
     driver = started(0, 1)
     driver.fetch(record(0, 0), record(0, 1))
     driver.now_s += MAX_AGE_S
-    driver.core.on_partitions_revoked([0])
+    driver.core.on_partitions_revoked([P0])
     driver.fetch(record(1, 1))
-    assert driver.write(0).ranges == {1: OffsetRange(expected_offset=0, next_offset=2)}
+    assert driver.write(0).ranges == {P1: OffsetRange(expected_offset=0, next_offset=2)}
 
 
 def test_a_partition_that_went_and_came_back_is_located_anew_once_the_batch_in_hand_is_written() -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
-    driver.core.on_partitions_revoked([0])
-    driver.core.on_partitions_assigned([0])
+    driver.core.on_partitions_revoked([P0])
+    driver.core.on_partitions_assigned([P0])
     assert driver.tick() == []
     assert driver.written() == []
-    assert driver.tick() == [ResolveOffsets(frozenset({0}))]
+    assert driver.tick() == [ResolveOffsets(frozenset({P0}))]
 
 
 def test_a_batch_whose_partition_was_taken_is_written_and_not_reported() -> None:
@@ -350,7 +353,7 @@ def test_a_batch_whose_partition_was_taken_is_written_and_not_reported() -> None
     driver.fetch(record(0))
     assert not driver.idle()
     driver.write()
-    driver.core.on_partitions_revoked([0])
+    driver.core.on_partitions_revoked([P0])
     assert not driver.idle()
     assert driver.written() == []
     assert driver.idle()
@@ -358,9 +361,9 @@ def test_a_batch_whose_partition_was_taken_is_written_and_not_reported() -> None
 
 def test_a_topic_with_another_id_stops_the_consumer() -> None:
     driver = started(0)
-    driver.core.on_partitions_assigned([1])
+    driver.core.on_partitions_assigned([P1])
     driver.tick()
-    driver.core.on_offsets_resolved("another id", {1: 0})
+    driver.core.on_offsets_resolved({"orders": "another id"}, {P1: 0})
     assert driver.core.take_commands() == []
     assert driver.stopped()
     assert isinstance(driver.core.error, TopicRecreated)
@@ -374,12 +377,12 @@ def test_a_lost_fence_goes_on_where_the_store_is_and_the_others_are_written_with
     driver.fetch(record(0, 0), record(0, 1))
     batch = driver.write()
     driver.fetch(record(1, 0), record(1, 1))
-    assert driver.fail(FenceLost({0}, {0: 5})) == [Seek(0, 5), CommitBatch(batch.without({0}))]
-    assert driver.written() == [CommitKafkaOffsets({1: 1})]
+    assert driver.fail(FenceLost({P0}, {P0: 5})) == [Seek(P0, 5), CommitBatch(batch.without({P0}))]
+    assert driver.written() == [CommitKafkaOffsets({P1: 1})]
     driver.fetch(record(5, 0))
     assert driver.write().ranges == {
-        0: OffsetRange(expected_offset=5, next_offset=6),
-        1: OffsetRange(expected_offset=1, next_offset=2),
+        P0: OffsetRange(expected_offset=5, next_offset=6),
+        P1: OffsetRange(expected_offset=1, next_offset=2),
     }
 
 
@@ -387,9 +390,9 @@ def test_a_stop_after_a_lost_fence_does_not_begin_the_rest_of_the_batch() -> Non
     driver = started(0, 1)
     driver.fetch(record(0, 0), record(0, 1))
     driver.write()
-    driver.core.on_failed(FenceLost({0}, {0: 5}), driver.now_s)
+    driver.core.on_failed(FenceLost({P0}, {P0: 5}), driver.now_s)
     driver.core.on_stop()
-    assert driver.core.take_commands() == [Seek(0, 5)]
+    assert driver.core.take_commands() == [Seek(P0, 5)]
     assert driver.core.stopped
 
 
@@ -398,16 +401,16 @@ def test_a_fence_that_our_own_lost_commit_moved_costs_nothing() -> None:
     driver.fetch(record(0))
     driver.write()
     driver.fetch(record(1))
-    assert driver.fail(FenceLost({0}, {0: 1})) == []
-    assert driver.write().ranges == {0: OffsetRange(expected_offset=1, next_offset=2)}
+    assert driver.fail(FenceLost({P0}, {P0: 1})) == []
+    assert driver.write().ranges == {P0: OffsetRange(expected_offset=1, next_offset=2)}
 
 
 def test_a_lost_fence_of_a_partition_that_was_taken_is_dropped() -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
-    driver.core.on_partitions_revoked([0])
-    assert driver.fail(FenceLost({0}, {0: 5})) == []
+    driver.core.on_partitions_revoked([P0])
+    assert driver.fail(FenceLost({P0}, {P0: 5})) == []
     assert driver.idle()
 
 
@@ -428,7 +431,7 @@ def test_an_outage_is_waited_out_in_growing_waits_and_the_same_batch_is_tried_ag
         assert driver.tick(pause.wait_s * 0.99) == []
         assert driver.tick(pause.wait_s * 0.02) == [CommitBatch(batch)]
     assert waits_s == sorted(waits_s)
-    assert driver.written() == [Resume(), CommitKafkaOffsets({0: 1})]
+    assert driver.written() == [Resume(), CommitKafkaOffsets({P0: 1})]
     assert driver.wants_records()
     driver.fetch(record(1))
     driver.write()
@@ -439,13 +442,13 @@ def test_an_outage_is_waited_out_in_growing_waits_and_the_same_batch_is_tried_ag
 
 def test_an_outage_at_the_start_is_waited_out_too() -> None:
     driver = Driver()
-    driver.core.on_partitions_assigned([0])
+    driver.core.on_partitions_assigned([P0])
     locate = driver.tick()
     [pause] = driver.fail(DatabaseUnavailable("away"))
     assert isinstance(pause, Pause)
     assert driver.tick(pause.wait_s) == locate
-    driver.core.on_offsets_resolved("id", {0: 3})
-    assert driver.core.take_commands() == [Resume(), Assign({0: 3})]
+    driver.core.on_offsets_resolved(IDS, {P0: 3})
+    assert driver.core.take_commands() == [Resume(), Assign({P0: 3})]
 
 
 def test_a_store_that_does_not_answer_is_an_outage_said_once() -> None:
@@ -457,7 +460,7 @@ def test_a_store_that_does_not_answer_is_an_outage_said_once() -> None:
     assert isinstance(pause, Pause)
     assert not driver.wants_records()
     assert driver.tick(STALL_S) == []
-    assert driver.written() == [Resume(), CommitKafkaOffsets({0: 1})]
+    assert driver.written() == [Resume(), CommitKafkaOffsets({P0: 1})]
 
 
 @pytest.mark.parametrize(
@@ -533,13 +536,13 @@ def test_told_to_stop_it_waits_for_the_batch_in_hand_and_begins_nothing() -> Non
     driver.fetch(record(1))
     driver.core.on_stop()
     assert (driver.wants_records(), driver.stopped()) == (False, False)
-    assert driver.written() == [CommitKafkaOffsets({0: 1})]
+    assert driver.written() == [CommitKafkaOffsets({P0: 1})]
     assert (driver.wants_records(), driver.stopped()) == (False, True)
     assert driver.tick(60) == []
 
 
 @pytest.mark.parametrize(
-    "error", [DatabaseUnavailable("away"), TransactionConflict("deadlock"), FenceLost({0}, {0: 5})]
+    "error", [DatabaseUnavailable("away"), TransactionConflict("deadlock"), FenceLost({P0}, {P0: 5})]
 )
 def test_told_to_stop_a_batch_that_failed_is_left_to_the_next(error: OrderlibError) -> None:
     driver = started(0)
@@ -582,31 +585,31 @@ def test_told_to_stop_with_records_collected_it_leaves_them_to_the_next() -> Non
 
 def test_told_to_stop_while_partitions_are_located_it_waits_for_the_answer() -> None:
     driver = Driver()
-    driver.core.on_partitions_assigned([0])
+    driver.core.on_partitions_assigned([P0])
     driver.tick()
     driver.core.on_stop()
     assert not driver.stopped()
-    driver.core.on_offsets_resolved("id", {0: 0})
+    driver.core.on_offsets_resolved(IDS, {P0: 0})
     assert driver.stopped()
     assert not driver.wants_records()
 
 
 def test_it_leaves_when_the_group_has_handled_everything_asked_for() -> None:
-    driver = started(0, until={0: 1, 1: 4})
+    driver = started(0, until={P0: 1, P1: 4})
     driver.fetch(record(0))
     driver.write()
     driver.written()
-    assert driver.tick(END_CHECK_S) == [CheckTopic(frozenset({0, 1}))]
-    driver.core.on_topic_checked("id", {0: 1, 1: 3})
+    assert driver.tick(END_CHECK_S) == [CheckTopics(frozenset({P0, P1}))]
+    driver.core.on_topics_checked(IDS, {P0: 1, P1: 3})
     assert driver.tick() == []
-    assert driver.tick(END_CHECK_S) == [CheckTopic(frozenset({0, 1}))]
-    driver.core.on_topic_checked("id", {0: 1, 1: 4})
+    assert driver.tick(END_CHECK_S) == [CheckTopics(frozenset({P0, P1}))]
+    driver.core.on_topics_checked(IDS, {P0: 1, P1: 4})
     assert driver.stopped()
     assert driver.core.error is None
 
 
 def test_the_ends_asked_for_are_not_looked_at_while_there_is_something_to_write() -> None:
-    driver = started(0, until={0: 1})
+    driver = started(0, until={P0: 1})
     driver.fetch(record(0))
     assert driver.tick() == []
     driver.write()
@@ -616,22 +619,22 @@ def test_the_ends_asked_for_are_not_looked_at_while_there_is_something_to_write(
 def test_with_nothing_to_do_it_looks_whether_the_topic_is_still_the_same() -> None:
     driver = started(0)
     assert driver.tick(TOPIC_CHECK_S * 0.49) == []
-    assert driver.tick(TOPIC_CHECK_S * 0.52) == [CheckTopic(frozenset())]
-    driver.core.on_topic_checked("id", {})
+    assert driver.tick(TOPIC_CHECK_S * 0.52) == [CheckTopics(frozenset())]
+    driver.core.on_topics_checked(IDS, {})
     assert driver.tick(TOPIC_CHECK_S * 0.49) == []
     driver.fetch(record(0))
     driver.write()
     driver.written()
     assert driver.tick(TOPIC_CHECK_S * 0.49) == []
-    assert driver.tick(TOPIC_CHECK_S * 0.52) == [CheckTopic(frozenset())]
-    driver.core.on_topic_checked("another id", {})
+    assert driver.tick(TOPIC_CHECK_S * 0.52) == [CheckTopics(frozenset())]
+    driver.core.on_topics_checked({"orders": "another id"}, {})
     assert driver.core.take_commands() == []
     assert driver.stopped()
     assert isinstance(driver.core.error, TopicRecreated)
 
 
 def test_without_partitions_it_still_surveys_for_those_that_starve() -> None:
-    assert Driver().tick(2 * TOPIC_CHECK_S) == [CheckTopic(frozenset())]
+    assert Driver().tick(2 * TOPIC_CHECK_S) == [CheckTopics(frozenset())]
 
 
 # The breaker.

@@ -64,7 +64,7 @@ def _example(cls: type[OrderlibError]) -> OrderlibError:
         case _ if issubclass(cls, OrderNotFound):
             return cls("uid-1")
         case _ if issubclass(cls, FenceLost):
-            return cls([2, 1], {1: 10, 2: 20})
+            return FenceLost([("orders", 2), ("orders", 1)], {("orders", 1): 10, ("orders", 2): 20})
         case _:
             return cls("some words")
 

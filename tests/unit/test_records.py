@@ -20,6 +20,7 @@ from orderlib.ingestion.records import (
     Record,
     Reject,
     StoredVersion,
+    TopicPartition,
     classify_record,
     may_redrive,
     plan_redrive,
@@ -173,14 +174,14 @@ def test_a_batch_without_some_partitions_has_the_records_of_the_others() -> None
     records = [
         Record(source=source(p, partition=p), time=TIME, topic="orders", key=None, value=SAMPLE) for p in range(3)
     ]
+    partitions = [TopicPartition("orders", number) for number in range(3)]
     batch = Batch(
-        topic="orders",
-        topic_id="first",
-        ranges={p: OffsetRange(expected_offset=p, next_offset=p + 1) for p in range(3)},
+        topic_ids={"orders": "first"},
+        ranges={p: OffsetRange(expected_offset=0, next_offset=1) for p in partitions},
         classified=tuple((record, classify_record(record, 10_000)) for record in records),
     )
-    rest = batch.without({0, 2})
-    assert rest.ranges == {1: batch.ranges[1]}
+    rest = batch.without({partitions[0], partitions[2]})
+    assert rest.ranges == {partitions[1]: batch.ranges[partitions[1]]}
     assert rest.classified == (batch.classified[1],)
 
 
