@@ -1,4 +1,4 @@
-"""The consumer from day to day: how it starts, what it says, what it keeps, how it leaves."""
+"""The consumer without faults: its start, log, metrics, stored data and exit."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_an_address_in_use_ends_it_with_2_and_one_line(environ: dict[str, str]) 
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_second_group_is_refused_a_database_that_has_one(
+def test_a_database_refuses_a_second_consumer_group(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(["order"])
@@ -82,7 +82,7 @@ def test_a_second_group_is_refused_a_database_that_has_one(
     assert next_offsets(database) == stood
 
 
-def test_it_exits_at_the_end_once_everything_is_stored(
+def test_exit_at_end_stops_it_once_everything_is_stored(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     for version in (1, 2, 3):
@@ -93,13 +93,13 @@ def test_it_exits_at_the_end_once_everything_is_stored(
     assert_all_accounted_for(sender.manifest, database, environ)
 
 
-def test_it_exits_at_the_end_of_an_empty_topic(environ: dict[str, str]) -> None:
+def test_exit_at_end_stops_it_on_an_empty_topic(environ: dict[str, str]) -> None:
     with consuming(environ, "--exit-at-end") as consumer:
         assert consumer.status(within_s=15) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_leaves_with_0_when_told_and_kafka_knows_how_far_it_was(
+def test_a_signal_stops_it_with_0(
     number: signal.Signals, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 100))
@@ -131,7 +131,7 @@ def test_a_right_that_is_revoked_stops_it_with_1_and_a_reason(
     assert_all_accounted_for(sender.manifest, database, environ)
 
 
-def test_silent_clients_of_its_health_server_keep_neither_probes_nor_its_end_waiting(environ: dict[str, str]) -> None:
+def test_silent_clients_of_its_health_server_delay_neither_probes_nor_its_exit(environ: dict[str, str]) -> None:
     with consuming(environ) as consumer:
         host, _, port = consumer.events("started")[0]["metrics"].rpartition(":")
         silent = [socket.create_connection((host, int(port))) for _ in range(20)]
@@ -144,7 +144,7 @@ def test_silent_clients_of_its_health_server_keep_neither_probes_nor_its_end_wai
             connection.close()
 
 
-def test_records_without_a_key_or_outside_of_keying_are_welcome(
+def test_records_without_a_key_or_in_another_partition_than_their_key_are_stored(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     for number, partition in enumerate([0, 1, 2, 1, 0]):
@@ -154,7 +154,9 @@ def test_records_without_a_key_or_outside_of_keying_are_welcome(
     assert_all_accounted_for(sender.manifest, database, environ)
 
 
-def test_a_reject_tells_why_without_telling_what(environ: dict[str, str], database: Database, sender: Sender) -> None:
+def test_a_reject_has_its_reasons_and_no_value_in_log_and_faults(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
     secret = "Secret-Street-7"
     content = json.loads(SAMPLE)
     content["delivery"]["address"] = secret
@@ -177,7 +179,7 @@ def test_a_reject_tells_why_without_telling_what(environ: dict[str, str], databa
     assert len(stored_rejects(database)) == 2
 
 
-def test_it_counts_what_became_of_each_record(environ: dict[str, str], database: Database, sender: Sender) -> None:
+def test_it_counts_the_outcome_of_each_record(environ: dict[str, str], database: Database, sender: Sender) -> None:
     sender.send_orders(uids("order", 100))
     with consuming(environ) as consumer:
         wait_until_handled(sender.manifest, database)
@@ -212,7 +214,7 @@ def test_its_lag_is_counted_for_each_partition(environ: dict[str, str], database
         assert consumer.stop() == 0
 
 
-def test_a_flood_of_slow_connections_and_a_lost_session_keep_neither_health_nor_orders_waiting(
+def test_a_flood_of_slow_connections_and_a_lost_session_delay_neither_health_nor_orders(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 30))

@@ -1,4 +1,4 @@
-"""What the fault tests share: a consumer's environment, and a sender to the same topic."""
+"""Fixtures of the fault tests: the environment of a consumer, and a sender to its topic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.sending import Sender
 
 @pytest.fixture
 def environ(environ: dict[str, str]) -> dict[str, str]:
-    """As for any test, with a group of its own, and a dead member noticed as soon as Kafka allows."""
+    """Like everywhere, with another group, and with the shortest session timeout that Kafka allows."""
     return {
         **environ,
         "ORDERS_CONSUMER_GROUP": f"consumers-{secrets.token_hex(6)}",
@@ -23,11 +23,11 @@ def environ(environ: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture
 def member(environ: dict[str, str]) -> dict[str, str]:
-    """For a consumer that its successor replaces in the group at once, however it ended."""
+    """Return the environment of a static member: the next one replaces it at once, even if it was killed."""
     return {**environ, "ORDERS_KAFKA_GROUP_INSTANCE_ID": "member"}
 
 
 @pytest.fixture
 def sender(sandbox: Sandbox, topic: str) -> Sender:
-    """A sender to the test's topic."""
+    """Return a sender to the topic of the test."""
     return Sender(sandbox.kafka.bootstrap_servers, topic)

@@ -1,4 +1,4 @@
-"""What administrators and poolers do to sessions: the consumer waits, `reconcile` works, the API answers."""
+"""Administrators and poolers end sessions: the consumer waits, `reconcile` works, the API responds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def administrator(database: Database) -> Iterator[psycopg.Connection]:
         yield connection
 
 
-def test_sessions_terminated_again_and_again_do_not_stop_the_consumer(
+def test_repeatedly_terminated_sessions_do_not_stop_the_consumer(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     with consuming(environ) as consumer, administrator(database) as connection:
@@ -68,7 +68,7 @@ def test_sessions_terminated_again_and_again_do_not_stop_the_consumer(
         ),
     ],
 )
-def test_a_database_that_takes_no_connections_for_a_while_is_an_outage(
+def test_a_database_that_accepts_no_connections_for_a_while_is_an_outage(
     close: str, reopen: str, code: str, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 10))
@@ -98,7 +98,7 @@ def test_a_database_that_takes_no_connections_for_a_while_is_an_outage(
             assert consumer.stop() == 0
 
 
-def test_time_limits_of_an_administrator_end_sessions_and_no_program(
+def test_time_limits_set_by_an_administrator_end_sessions_but_no_program(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     with administrator(database) as connection:
@@ -128,7 +128,7 @@ def sessions(database: Database, application_name: str) -> int:
         return int(number)
 
 
-def test_a_url_without_a_password_where_one_is_asked_for_is_a_configuration_error(
+def test_a_url_without_a_required_password_is_a_configuration_error(
     environ: dict[str, str], database: Database
 ) -> None:
     without = make_conninfo(database.writer_url, password="")

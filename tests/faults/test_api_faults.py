@@ -1,4 +1,4 @@
-"""The API while PostgreSQL restarts under load, and while clients keep it waiting for longer than a test run likes."""
+"""The API while PostgreSQL restarts under load, and with clients that are slow for a long time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODES: tuple[Literal["fast", "immediate"], ...] = ("fast", "immediate")
 
 
 @pytest.mark.faults
-def test_a_restart_under_load_gives_no_wrong_answer_and_ends_by_itself() -> None:
+def test_after_a_restart_under_load_the_api_recovers_and_no_response_was_wrong() -> None:
     server = PostgresServer()
     server.start()
     expected = orderlib.encode_order(SAMPLE)
@@ -79,7 +79,7 @@ def _prepared(server: PostgresServer) -> str:
 
 
 @pytest.mark.faults
-def test_who_does_not_send_its_request_in_time_is_closed(module_database: Database) -> None:
+def test_a_client_that_does_not_send_its_request_in_time_is_disconnected(module_database: Database) -> None:
     with (
         serving(settings_for(module_database.reader_url)) as api,
         clients(api, 20, HALF_A_REQUEST),
@@ -90,7 +90,7 @@ def test_who_does_not_send_its_request_in_time_is_closed(module_database: Databa
 
 
 @pytest.mark.faults
-def test_who_does_not_take_its_answers_is_closed(module_database: Database) -> None:
+def test_a_client_that_does_not_read_its_responses_is_disconnected(module_database: Database) -> None:
     with orderlib.connect(module_database.writer_url) as repository:
         repository.save_many(attrs.evolve(SAMPLE, order_uid=f"n-{n}", items=SAMPLE.items * 20) for n in range(100))
     request = b"GET /orders?limit=100 HTTP/1.1\r\nHost: localhost\r\n\r\n"

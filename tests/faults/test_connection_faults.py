@@ -1,4 +1,4 @@
-"""The way to PostgreSQL is cut, stalls or goes half-open; the consumer goes on by itself, and doubles nothing."""
+"""The connection to PostgreSQL is lost, stalls or is half open: the consumer recovers and duplicates nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.tcp_proxy import Moment, TcpProxy
         pytest.param(Moment.COMMITTED, id="between-commit-and-its-answer"),
     ],
 )
-def test_a_connection_cut_in_a_batch_neither_loses_nor_doubles_a_record(
+def test_a_connection_lost_in_a_batch_neither_loses_nor_duplicates_a_record(
     moment: Moment, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 300))
@@ -48,7 +48,7 @@ def test_a_connection_cut_in_a_batch_neither_loses_nor_doubles_a_record(
 
 
 @pytest.mark.faults
-def test_the_batch_of_a_commit_without_an_answer_is_not_written_again(
+def test_a_batch_whose_commit_response_was_lost_is_not_written_again(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 10))
@@ -69,7 +69,7 @@ def test_the_batch_of_a_commit_without_an_answer_is_not_written_again(
 
 
 def versions(database: Database) -> dict[str, tuple[object, ...]]:
-    """What tells one row of an order from a later one with the same content, for those of version 2."""
+    """Return what differs between two writes of the same content, for the orders of version 2."""
     with psycopg.connect(database.superuser_url) as connection:
         rows = connection.execute(
             "SELECT order_uid, xmin::text, source_offset, stored_at FROM orders WHERE track_number = 'TRACK2'"
@@ -77,7 +77,7 @@ def versions(database: Database) -> dict[str, tuple[object, ...]]:
         return {row[0]: row[1:] for row in rows}
 
 
-def test_a_stalled_database_is_reported_and_waited_for(
+def test_a_database_that_does_not_respond_is_an_outage(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     with (
@@ -99,7 +99,7 @@ def test_a_stalled_database_is_reported_and_waited_for(
 
 
 @pytest.mark.faults
-def test_a_consumer_whose_backends_are_terminated_again_and_again_goes_on(
+def test_a_consumer_whose_backends_are_terminated_repeatedly_continues(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     done = threading.Event()
@@ -127,7 +127,7 @@ def test_a_consumer_whose_backends_are_terminated_again_and_again_goes_on(
         assert consumer.stop() == 0
 
 
-def test_a_locked_table_is_waited_for_and_its_holder_left_alone(
+def test_the_consumer_waits_for_a_locked_table_and_does_not_terminate_the_holder(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     with consuming(environ) as consumer:
@@ -145,7 +145,7 @@ def test_a_locked_table_is_waited_for_and_its_holder_left_alone(
 
 
 @pytest.mark.faults
-def test_a_strangers_lock_on_the_fence_is_waited_for_and_its_holder_left_alone(
+def test_the_consumer_waits_for_a_foreign_lock_on_the_fence_and_does_not_terminate_the_holder(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     with consuming(environ) as consumer:
@@ -163,10 +163,10 @@ def test_a_strangers_lock_on_the_fence_is_waited_for_and_its_holder_left_alone(
 
 
 @pytest.mark.faults
-def test_a_frozen_consumer_that_holds_an_order_is_ended(
+def test_the_backend_of_a_frozen_consumer_that_locks_an_order_is_terminated(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
-    """Records of one order may be in two partitions, so that the fence of another does not meet it."""
+    """The records of an order may be in two partitions, and each partition has its own fence."""
     with consuming(environ) as consumer:
         sender.send_orders(["shared"])
         wait_until_handled(sender.manifest, database)
@@ -185,7 +185,7 @@ def test_a_frozen_consumer_that_holds_an_order_is_ended(
     "right",
     ["INSERT ON items", pytest.param("UPDATE (next_offset) ON consumer_offsets", marks=pytest.mark.faults)],
 )
-def test_a_right_taken_away_stops_the_consumer_with_nothing_rejected(
+def test_a_revoked_right_stops_the_consumer_and_rejects_nothing(
     right: str, member: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 10))

@@ -1,4 +1,4 @@
-"""PostgreSQL's disk is full: an outage, and no fault of any record."""
+"""A full disk of PostgreSQL is an outage, and rejects no record."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.faults
 
 @pytest.fixture
 def postgres() -> Iterator[PostgresServer]:
-    """A server of its own: without the small disk it would not start again."""
+    """Return a separate server, because it cannot start again without the small disk."""
     with PostgresServer() as server:
         yield server
 
@@ -62,7 +62,7 @@ def small_disk(postgres: PostgresServer) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """A file that leaves no room; how much there was is nobody's business."""
+    """Fill the disk with one file."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file:
         try:
@@ -73,7 +73,7 @@ def fill(disk: Path) -> Path:
     raise AssertionError("the disk has no end")
 
 
-def test_a_full_disk_is_waited_out_and_rejects_nothing(
+def test_a_full_disk_is_an_outage_and_rejects_nothing(
     small_disk: Path, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 100))
@@ -93,7 +93,7 @@ def test_a_full_disk_is_waited_out_and_rejects_nothing(
         assert consumer.stop() == 0
 
 
-def test_a_full_disk_does_not_keep_a_consumer_that_is_told_to_stop(
+def test_a_full_disk_does_not_delay_a_stop(
     small_disk: Path, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser, consuming(environ) as consumer:

@@ -1,4 +1,4 @@
-"""Partitions change hands: in order, in an outage, and behind the back of a consumer that is frozen."""
+"""Partitions move to other members: in a rebalance, in an outage, and while their consumer is frozen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def assigned(consumer: Consuming) -> set[str]:
 
 
 @pytest.mark.parametrize("members", [2, pytest.param(3, marks=pytest.mark.faults)])
-def test_consumers_that_come_and_go_under_load_share_the_work_and_double_nothing(
+def test_consumers_that_join_and_leave_under_load_share_the_work_and_duplicate_nothing(
     members: int, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     with ExitStack() as running:
@@ -42,7 +42,7 @@ def test_consumers_that_come_and_go_under_load_share_the_work_and_double_nothing
 
 
 @pytest.mark.faults
-def test_a_dead_consumers_partitions_pass_to_another(
+def test_the_partitions_of_a_killed_consumer_are_assigned_to_another(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     with consuming(environ) as survivor, consuming(environ) as doomed:
@@ -57,10 +57,10 @@ def test_a_dead_consumers_partitions_pass_to_another(
 
 
 @pytest.mark.faults
-def test_a_frozen_consumer_is_taken_over_from_and_does_no_harm_when_it_wakes(
+def test_a_frozen_consumer_is_replaced_and_does_no_harm_when_it_continues(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
-    """It holds the lock of its offset rows, in the middle of a COPY; only ending its backend frees them."""
+    """It holds the locks of its offset rows, in the middle of a COPY. Only the end of its backend releases them."""
     sender.send_orders(uids("order", 300))
     with (
         TcpProxy(database.writer_url) as between,
@@ -91,10 +91,10 @@ def test_a_frozen_consumer_is_taken_over_from_and_does_no_harm_when_it_wakes(
 
 
 @pytest.mark.faults
-def test_a_partition_that_was_taken_and_given_back_in_an_outage_is_read_on(
+def test_a_partition_revoked_and_assigned_again_in_an_outage_is_read(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
-    """Fetching is paused in an outage, and librdkafka keeps that in mind for a partition that goes and comes back."""
+    """Fetching is paused in an outage, and librdkafka keeps a partition paused that is revoked and assigned again."""
     sender.send_orders(uids("order", 50))
     with (
         TcpProxy(database.writer_url) as between,

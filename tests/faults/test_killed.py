@@ -1,4 +1,4 @@
-"""The consumer is killed, at any moment: what it had in hand is handled once, by its successor or by itself."""
+"""The consumer is killed at any moment: each record of its batch is handled once, by it or by the next consumer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.tcp_proxy import Moment, TcpProxy
         pytest.param(Moment.COMMITTED, id="after-commit", marks=pytest.mark.faults),
     ],
 )
-def test_a_consumer_killed_in_a_batch_leaves_it_to_its_successor(
+def test_the_batch_of_a_killed_consumer_is_handled_by_the_next(
     moment: Moment, member: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 300))

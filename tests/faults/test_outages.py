@@ -1,4 +1,4 @@
-"""PostgreSQL or Kafka is away: at the start, under load, for a moment or for longer. Servers of these tests' own."""
+"""PostgreSQL or Kafka is unavailable: at the start or under load. These tests have their own servers."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ WHERE application_name = 'orderlib-consumer' AND datname = current_database()
 
 @pytest.fixture(scope="module")
 def own_sandbox() -> Iterator[Sandbox]:
-    """Servers that a test may stop, as long as it starts them again."""
+    """Servers that a test may stop. It must start them again."""
     with running_sandbox() as running:
         yield running
 
 
 @pytest.fixture
 def database(own_sandbox: Sandbox) -> Database:
-    """A migrated database; its servers take it along."""
+    """A migrated database. It ends with its server."""
     database = make_database(own_sandbox)
     with connect(database.superuser_url, application_name="tests") as connection:
         create_roles(connection, role_passwords(database))
@@ -78,7 +78,7 @@ def environ(own_sandbox: Sandbox, database: Database, topic: str) -> dict[str, s
     }
 
 
-def test_a_crash_of_postgresql_under_load_is_waited_out(
+def test_a_crash_of_postgresql_under_load_is_an_outage(
     own_sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     with consuming(environ) as consumer:
@@ -98,7 +98,7 @@ def test_a_crash_of_postgresql_under_load_is_waited_out(
 
 
 @pytest.mark.faults
-def test_a_crash_of_kafka_under_load_is_waited_out(
+def test_a_crash_of_kafka_under_load_is_an_outage(
     own_sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     with consuming(environ) as consumer:
@@ -116,7 +116,7 @@ def test_a_crash_of_kafka_under_load_is_waited_out(
 
 @contextmanager
 def frozen(server: KafkaServer) -> Iterator[None]:
-    """Stop the server's process without its knowledge; its connections stay open."""
+    """Freeze the process of the server. Its connections stay open."""
     os.kill(server.pid, signal.SIGSTOP)
     try:
         yield
@@ -127,7 +127,7 @@ def frozen(server: KafkaServer) -> Iterator[None]:
 def test_a_frozen_kafka_keeps_no_transaction_open(
     own_sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
-    """More records are fetched before the freeze than one batch takes, so a transaction waits for Kafka."""
+    """More records than one batch are fetched before the freeze, so a transaction waits for Kafka."""
     sender.send_orders(uids("order", 8000))
     longest_s = 0.0
     with consuming(environ) as consumer, psycopg.connect(database.superuser_url, autocommit=True) as observer:
@@ -155,10 +155,8 @@ def test_a_frozen_kafka_keeps_no_transaction_open(
 
 
 @pytest.mark.faults
-def test_consumers_with_nothing_to_do_are_ready_again_after_a_crash_of_kafka(
-    own_sandbox: Sandbox, environ: dict[str, str]
-) -> None:
-    """One has read everything, the other has no partition: neither gets a record that would tell."""
+def test_idle_consumers_are_ready_again_after_a_crash_of_kafka(own_sandbox: Sandbox, environ: dict[str, str]) -> None:
+    """One has read everything, the other has no partition: neither gets a record that shows that Kafka is back."""
     environ = {**environ, "ORDERS_TOPIC": make_topic(own_sandbox, partitions=1)}
     with consuming(environ) as owner, consuming(environ) as spare:
         assert eventually(lambda: owner.ready and spare.ready, 10)
@@ -171,7 +169,7 @@ def test_consumers_with_nothing_to_do_are_ready_again_after_a_crash_of_kafka(
 
 
 @pytest.mark.parametrize("server", ["PostgreSQL", pytest.param("Kafka", marks=pytest.mark.faults)])
-def test_a_server_that_is_away_at_the_start_is_waited_for_and_named_once(
+def test_a_server_that_is_unreachable_at_the_start_is_named_once_and_waited_for(
     server: str, own_sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 50))
@@ -204,7 +202,7 @@ def is_listening(sandbox: Sandbox, server: str) -> bool:
 @pytest.mark.faults
 @pytest.mark.parametrize("server", ["PostgreSQL", "Kafka"])
 @pytest.mark.parametrize("when", ["at-the-start", "later"])
-def test_a_consumer_that_waits_for_a_server_leaves_when_told(
+def test_a_consumer_that_waits_for_a_server_can_be_stopped(
     server: str, when: str, own_sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     away = own_sandbox.postgres if server == "PostgreSQL" else own_sandbox.kafka

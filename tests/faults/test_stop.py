@@ -1,6 +1,6 @@
-"""Told to stop, however often and in whatever trouble, it leaves with 0 within 10 s; its successor finishes the work.
+"""A stop takes at most 10 s and exits with 0 in any situation. The next consumer finishes the work.
 
-Servers that are away are in test_outages.
+Stops while a server is unavailable are in test_outages.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def assert_another_continues(environ: dict[str, str], database: Database, sender
         assert successor.stop() == 0
 
 
-def test_a_half_open_connection_does_not_keep_the_consumer_from_leaving(
+def test_a_half_open_connection_does_not_delay_a_stop(
     member: dict[str, str], database: Database, sender: Sender
 ) -> None:
     with TcpProxy(database.writer_url) as between:
@@ -44,7 +44,7 @@ def test_a_half_open_connection_does_not_keep_the_consumer_from_leaving(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("statement", [pytest.param(TABLE, id="of-a-table"), pytest.param(FENCE, id="of-the-fence")])
-def test_a_wait_for_a_lock_does_not_keep_it(
+def test_a_wait_for_a_lock_does_not_delay_a_stop(
     statement: str, member: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 100))
@@ -58,7 +58,7 @@ def test_a_wait_for_a_lock_does_not_keep_it(
 
 
 @pytest.mark.faults
-def test_a_server_that_stops_answering_at_the_start_does_not_keep_it(
+def test_a_server_that_stops_responding_at_the_start_does_not_delay_a_stop(
     environ: dict[str, str], database: Database
 ) -> None:
     with TcpProxy(database.writer_url) as between:
@@ -72,7 +72,7 @@ def test_a_server_that_stops_answering_at_the_start_does_not_keep_it(
 
 @contextmanager
 def frozen_backends(database: Database) -> Iterator[None]:
-    """The consumer's backends stand still; root may do that to them."""
+    """Freeze the backends of the consumer. Only root may do that."""
     with psycopg.connect(database.superuser_url) as connection:
         rows = connection.execute("SELECT pid FROM pg_stat_activity WHERE usename = 'orders_writer'").fetchall()
     try:
@@ -86,7 +86,7 @@ def frozen_backends(database: Database) -> Iterator[None]:
 
 @pytest.mark.faults
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may stop another user's process")
-def test_a_frozen_backend_does_not_keep_it(member: dict[str, str], database: Database, sender: Sender) -> None:
+def test_a_frozen_backend_does_not_delay_a_stop(member: dict[str, str], database: Database, sender: Sender) -> None:
     sender.send_orders(uids("order", 100))
     with consuming(member) as consumer:
         wait_until_handled(sender.manifest, database)
@@ -99,7 +99,7 @@ def test_a_frozen_backend_does_not_keep_it(member: dict[str, str], database: Dat
 
 
 @pytest.mark.faults
-def test_load_and_a_rebalance_do_not_keep_it(environ: dict[str, str], database: Database, sender: Sender) -> None:
+def test_load_and_a_rebalance_do_not_delay_a_stop(environ: dict[str, str], database: Database, sender: Sender) -> None:
     for version in range(1, 6):
         sender.send_orders(uids("order", 2000), version)
     with consuming(environ) as first, consuming(environ) as second:

@@ -1,4 +1,4 @@
-"""The topic is not what it was: made again, emptied, rewound, full of gaps, full of odd records."""
+"""The topic is recreated, emptied, rewound, full of gaps or full of unusual records."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def recreate_topic_behind(consumer: Consuming, sandbox: Sandbox, admin: AdminCli
 
 
 @pytest.mark.parametrize("new_records", [0, pytest.param(500, marks=pytest.mark.faults)])
-def test_a_topic_made_again_stops_the_consumer_and_is_begun_at_its_earliest_record(
+def test_a_recreated_topic_stops_the_consumer_and_is_then_read_from_its_earliest_record(
     new_records: int, sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender, admin: AdminClient
 ) -> None:
-    """With more new records than the old topic had, a consumer could read on at its old offset and never notice."""
+    """With more new records than the old topic had, a consumer could continue at its old offset and not notice."""
     sender.send_orders(uids("old", 50))
     with consuming(environ) as consumer:
         wait_until_handled(sender.manifest, database)
@@ -75,10 +75,10 @@ def test_a_topic_made_again_stops_the_consumer_and_is_begun_at_its_earliest_reco
         assert successor.stop() == 0
 
 
-def test_a_topic_made_again_that_ends_where_the_old_one_did_stops_an_idle_consumer(
+def test_a_recreated_topic_with_the_same_log_end_stops_an_idle_consumer(
     sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender, admin: AdminClient
 ) -> None:
-    """Nothing is left to fetch and no offset is out of range, and yet every record is one that was never handled."""
+    """There is nothing to fetch and no offset is out of range, although no record of the new topic was handled."""
     sender.send_orders(uids("order", 50))
     with consuming(environ) as consumer:
         wait_until_handled(sender.manifest, database)
@@ -94,7 +94,7 @@ def test_a_topic_made_again_that_ends_where_the_old_one_did_stops_an_idle_consum
 
 
 @pytest.mark.faults
-def test_a_topic_that_is_gone_stops_the_consumer(
+def test_a_deleted_topic_stops_the_consumer(
     environ: dict[str, str], database: Database, sender: Sender, admin: AdminClient
 ) -> None:
     sender.send_orders(uids("order", 50))
@@ -125,7 +125,7 @@ def test_a_partition_added_to_the_topic_is_read_from_its_beginning(
     "while_running",
     [pytest.param(False, id="between-two-runs", marks=pytest.mark.faults), pytest.param(True, id="while-running")],
 )
-def test_rewound_offsets_are_followed_and_overwrite_nothing_newer(
+def test_the_consumer_follows_rewound_offsets_and_overwrites_nothing_newer(
     *, while_running: bool, member: dict[str, str], database: Database, sender: Sender
 ) -> None:
     def rewind() -> None:
@@ -154,10 +154,10 @@ def test_rewound_offsets_are_followed_and_overwrite_nothing_newer(
 
 
 @pytest.mark.faults
-def test_offsets_rewound_in_an_outage_are_followed_when_it_is_over(
+def test_the_consumer_follows_offsets_rewound_in_an_outage(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
-    """Fetching is paused when the fence tells; librdkafka must go on from where we say, not from where it paused."""
+    """Fetching is paused when the fence is lost. librdkafka must continue from the offset of the seek."""
     sender.send_orders(uids("order", 300))
     with (
         TcpProxy(database.writer_url) as between,
@@ -177,7 +177,7 @@ def test_offsets_rewound_in_an_outage_are_followed_when_it_is_over(
         assert consumer.stop() == 0
 
 
-def test_records_that_kafka_dropped_before_they_were_stored_stop_the_consumer(
+def test_records_that_kafka_deleted_before_they_were_stored_stop_the_consumer(
     member: dict[str, str], database: Database, sender: Sender, admin: AdminClient
 ) -> None:
     sender.send_orders(uids("order", 50))
@@ -197,7 +197,7 @@ def test_records_that_kafka_dropped_before_they_were_stored_stop_the_consumer(
 
 
 @pytest.mark.faults
-def test_a_group_without_offsets_begins_at_the_earliest_record_that_is_left(
+def test_a_group_without_offsets_begins_at_the_earliest_record(
     environ: dict[str, str], database: Database, sender: Sender, admin: AdminClient
 ) -> None:
     sender.send_orders(uids("gone", 90))
@@ -213,7 +213,7 @@ def test_a_group_without_offsets_begins_at_the_earliest_record_that_is_left(
     assert_all_accounted_for(sender.manifest, database, environ)
 
 
-def test_transactions_leave_gaps_that_are_passed_also_at_the_very_end(
+def test_gaps_left_by_transactions_are_passed_even_at_the_end(
     sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     transactional = Sender(sandbox.kafka.bootstrap_servers, sender.topic, transactional_id=f"sender-{sender.topic}")
@@ -235,7 +235,7 @@ def test_transactions_leave_gaps_that_are_passed_also_at_the_very_end(
 
 
 @pytest.mark.faults
-def test_an_open_transaction_is_waited_for_and_hides_nothing_behind_it(
+def test_records_after_an_open_transaction_wait_for_its_end_and_are_stored(
     sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     transactional = Sender(sandbox.kafka.bootstrap_servers, sender.topic, transactional_id=f"sender-{sender.topic}")
@@ -254,7 +254,7 @@ def test_an_open_transaction_is_waited_for_and_hides_nothing_behind_it(
 
 
 @pytest.mark.faults
-def test_a_compacted_topic_is_read_over_its_gaps(
+def test_the_gaps_of_a_compacted_topic_are_passed(
     make_topic: Callable[..., str], sandbox: Sandbox, environ: dict[str, str], database: Database
 ) -> None:
     topic = make_topic(
@@ -284,7 +284,7 @@ def test_a_compacted_topic_is_read_over_its_gaps(
     assert_all_accounted_for(sender.manifest, database, {**environ, "ORDERS_TOPIC": topic})
 
 
-def test_unkeyed_oversized_and_hostile_records_do_not_block_their_neighbours(
+def test_unkeyed_oversized_and_hostile_records_block_no_other_record(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 20))
@@ -303,7 +303,7 @@ def test_unkeyed_oversized_and_hostile_records_do_not_block_their_neighbours(
     assert_all_accounted_for(sender.manifest, database, environ)
 
 
-def test_header_names_that_are_no_text_stop_neither_a_good_nor_a_bad_record(
+def test_header_names_that_are_not_text_block_neither_a_valid_nor_an_invalid_record(
     sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_good(order("first"), key=None, partition=0)
@@ -333,7 +333,7 @@ def test_header_names_that_are_no_text_stop_neither_a_good_nor_a_bad_record(
         pytest.param(30, [("h", b"v")] * 99_000, id="many headers", marks=pytest.mark.faults),
     ],
 )
-def test_rejects_with_heavy_headers_are_kept_whole_in_little_memory(
+def test_rejects_with_large_headers_are_stored_completely_in_little_memory(
     count: int,
     headers: list[tuple[str, str | bytes | None]],
     sandbox: Sandbox,
@@ -366,7 +366,7 @@ def test_rejects_with_heavy_headers_are_kept_whole_in_little_memory(
     assert (kept, least) == (count, len(headers))
 
 
-def test_records_that_take_long_to_decode_keep_neither_health_nor_a_signal_waiting(
+def test_records_that_take_long_to_decode_delay_neither_health_nor_a_signal(
     sandbox: Sandbox, environ: dict[str, str], database: Database, topic: str
 ) -> None:
     sender = Sender(sandbox.kafka.bootstrap_servers, topic, compression_type="gzip", message_max_bytes=200_000_000)

@@ -1,4 +1,4 @@
-"""A partition that does not move is never silent: an unreadable record, a foreign member, a fenced one."""
+"""A partition without progress is always reported: an unreadable record, a foreign member, a replaced member."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def send_inflating(sandbox: Sandbox, topic: str) -> None:
 
 
 def reason_not_ready(consumer: Consuming) -> str:
-    """The body of /readyz; empty if it is ready."""
+    """Return the body of /readyz, or an empty text if the consumer is ready."""
     status, body = consumer.get("/readyz")
     return "" if status == 200 else body
 
@@ -104,7 +104,7 @@ def test_partitions_that_a_foreign_member_holds_are_named_with_their_lag(
         foreign.close()
 
 
-def test_a_static_member_that_another_one_replaced_stops_with_the_reason(
+def test_a_static_member_that_was_replaced_stops_with_the_reason(
     member: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 30))

@@ -1,4 +1,4 @@
-"""``python -m tests.simulation SEED``: replay one schedule, and tell what happens in it. ``--count``: run many."""
+"""``python -m tests.simulation SEED``: replay one schedule and print its events. With ``--count``, run many."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from tests.simulation.store import Bug
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status: 0 if every promise was kept."""
+    """Run the schedules. Return 0 if no invariant is violated."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description="Replay a schedule.")
     parser.add_argument("seed", type=int)
-    parser.add_argument("--count", type=int, help="run so many schedules from this seed on, without telling")
-    parser.add_argument("--bug", type=Bug, help=f"with a planted mistake: {', '.join(bug.value for bug in Bug)}")
+    parser.add_argument(
+        "--count", type=int, help="run this number of schedules, with this seed and the next ones, and print no events"
+    )
+    parser.add_argument("--bug", type=Bug, help=f"plant a bug: {', '.join(bug.value for bug in Bug)}")
     options = parser.parse_args(arguments)
     try:
         if options.count is None:
@@ -24,9 +26,9 @@ def main(arguments: list[str]) -> int:
         else:
             print(table(explore(options.seed, options.count, options.bug), options.count))
     except InvariantViolation as exc:
-        print(f"BROKEN: {exc}", *getattr(exc, "__notes__", ()), sep="\n")
+        print(f"VIOLATED: {exc}", *getattr(exc, "__notes__", ()), sep="\n")
         return 1
-    print("every promise was kept")
+    print("no invariant was violated")
     return 0
 
 

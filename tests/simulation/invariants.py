@@ -1,4 +1,4 @@
-"""What the consumer promises, checked from outside: by what the log holds, not by what the store says of itself."""
+"""The promises of the consumer, checked against the records in the log and not against the store's own data."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Place = tuple[str, int, int]
 
 
 class InvariantViolation(BaseException):
-    """The consumer did what it promised never to do. No ``except Exception`` of the program hides it."""
+    """The consumer broke a promise. A BaseException, so that no ``except Exception`` of the program hides it."""
 
 
 class Invariants:
-    """Told of every commit; raises InvariantViolation."""
+    """Receives every commit. Raises InvariantViolation."""
 
     def __init__(self, fault: Callable[[str], None]) -> None:
         self._fault = fault
         self.lives: dict[str, Life] = {}
         #: Next record to be handled, by topic id and partition; an operator's rewind sets it back.
         self.handled: dict[tuple[str, int], int] = {}
-        #: The furthest it ever was.
+        #: The highest value that it ever had.
         self.reached: dict[tuple[str, int], int] = {}
 
     def on_life(self, life: Life) -> None:
-        """The topic was made; it begins at its earliest records."""
+        """The topic was created or recreated. It begins at its earliest offsets."""
         self.lives[life.topic_id] = life
         for partition, earliest in enumerate(life.earliest):
             self.handled[life.topic_id, partition] = self.reached[life.topic_id, partition] = earliest
@@ -83,7 +83,7 @@ class Invariants:
         self.on_orders(before, changes)
 
     def on_orders(self, before: Mapping[str, StoredVersion], changes: Mapping[str, StoredVersion]) -> None:
-        """Orders are about to change: one that is keyed never goes back."""
+        """Orders are about to change: a keyed order never returns to an older version."""
         for uid, after in changes.items():
             old = before.get(uid)
             if old is None or uid not in KEYED or old == after:
@@ -103,11 +103,11 @@ class Invariants:
             self._fault("redrive beside a newer version")
 
     def on_rewind(self, topic_id: str, partition: int, next_offset: int) -> None:
-        """An operator moved an offset back: from there on everything is handled once more."""
+        """An operator moved an offset back: the records after it are handled again."""
         self.handled[topic_id, partition] = next_offset
 
     def all_handled(self, life: Life) -> bool:
-        """Whether nothing of the topic is left."""
+        """Return whether all records of the topic are handled."""
         return all(self.handled[life.topic_id, p] == len(log) for p, log in enumerate(life.logs))
 
     def check_end(
@@ -117,14 +117,14 @@ class Invariants:
         rejects: Mapping[Place, tuple[Fetched, Outcome | None]],
         offsets: Mapping[tuple[str, int], int],
     ) -> None:
-        """Everything is handled: is everything where it must be?"""
+        """All records are handled: check orders, rejects and offsets."""
         for partition, log in enumerate(life.logs):
             if offsets.get((life.topic_id, partition), life.earliest[partition]) != len(log):
                 raise InvariantViolation(f"the store stands at {offsets}, and the log ends are {life.ends()}")
         expected_rejects: dict[Place, str] = {}
         #: Content and offset of the last valid record in each partition, and of the redriven ones behind it.
         last: dict[str, dict[tuple[str, int], list[tuple[bytes, int]]]] = {}
-        #: What a rewind that the end of the topic's life cut short may have handled last.
+        #: Contents that a rewind may have written last, if the topic was recreated before it was complete.
         cut_short: defaultdict[str, set[bytes]] = defaultdict(set)
         for (topic_id, partition), reached in self.reached.items():
             for offset, entry in enumerate(self.lives[topic_id].logs[partition][:reached]):
@@ -142,9 +142,9 @@ class Invariants:
                 last.setdefault(uid, {})[topic_id, partition] = [*earlier, (content, offset)]
                 if self.handled[topic_id, partition] < reached:
                     cut_short[uid].add(content)
-        kept = {place: CODES[record.entry.kind] for place, (record, _) in rejects.items()}
-        if kept != expected_rejects:
-            raise InvariantViolation(f"rejects: {kept}, expected {expected_rejects}")
+        stored = {place: CODES[record.entry.kind] for place, (record, _) in rejects.items()}
+        if stored != expected_rejects:
+            raise InvariantViolation(f"rejects: {stored}, expected {expected_rejects}")
         if orders.keys() != last.keys():
             raise InvariantViolation(f"stored are {sorted(orders)}, expected {sorted(last)}")
         for uid, version in orders.items():
@@ -153,8 +153,8 @@ class Invariants:
                 raise InvariantViolation(f"{uid} has no source")
             candidates = last[uid]
             if len(candidates) > 1:
-                # Written from two partitions at once, a duplicate may put its source beside the other's content; and
-                # what was redriven in the past is not redriven once more when offsets are rewound.
+                # Two partitions may write at the same time: a duplicate then has its source beside the other content.
+                # And a reject that was redriven before a rewind is not redriven again after it.
                 contents = {content for at in candidates.values() for content, _ in at} | cut_short[uid]
                 holds = version.content_sha256 in contents
             else:
@@ -163,10 +163,10 @@ class Invariants:
             if not holds:
                 raise InvariantViolation(f"{uid} is {version}, expected one of {candidates}")
 
-    def on_settled(self, batch: Batch, before: Mapping[str, StoredVersion], after: Mapping[str, StoredVersion]) -> None:
-        """The contract once more in its plainest form, one record after the other: orders before the batch, and after.
+    def on_planned(self, batch: Batch, before: Mapping[str, StoredVersion], after: Mapping[str, StoredVersion]) -> None:
+        """Compare the orders after a batch with the contract in its simplest form: one record after the other.
 
-        A uid of several partitions has no such plain form.
+        That form does not exist for an order_uid in several partitions.
         """
         expected = {uid: (version.content_sha256, version.source) for uid, version in before.items()}
         for _, classified in batch.classified:
@@ -177,4 +177,4 @@ class Invariants:
                     expected[uid] = (classified.content_sha256, source)
         for uid, version in after.items():
             if uid in KEYED and (version.content_sha256, version.source) != expected[uid]:
-                raise InvariantViolation(f"{uid} becomes {version}, one by one it would be {expected[uid]}")
+                raise InvariantViolation(f"{uid} becomes {version}, one by one they would give {expected[uid]}")

@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 PARTITIONS = 3
 TOPIC = "orders"
 
-#: Each of these uids has one partition, uid modulo partitions; the others appear anywhere.
+#: Each of these uids has one partition, uid modulo partitions. The others may be in any partition.
 KEYED_UIDS = 5
 UIDS = 7
 
-#: What a record is. The too large ones hold a good order, and pass when they are redriven.
+#: The kinds of records. One that is too large contains a valid order, so a redrive accepts it.
 GOOD, HEAVY, POISON, REFUSED, TOO_LARGE = range(5)
 CODES = {POISON: "malformed_json", REFUSED: "refused_by_database", TOO_LARGE: "too_large"}
 
 _TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 _ARRIVALS = [PreparedOrder.of(attrs.evolve(decode_order(SAMPLE), order_uid=f"u{uid}")) for uid in range(UIDS)]
 _FAULTS = (Fault(path="$", expected="something else", found="this"),)
-#: Three of these close a batch.
+#: Three of these fill a batch.
 _HEAVY_VALUE = bytes(6 * 1024 * 1024)
 
 
@@ -42,17 +42,17 @@ class Entry(NamedTuple):
     uid: int
     content: int
     kind: int
-    #: Which life of the topic it is in; no two lives hold equal entries.
+    #: The number of the topic's life: each recreation begins a new one. No two lives have equal entries.
     life: int
 
 
 @attrs.frozen(kw_only=True, repr=False)
 class Fetched(Record):
-    """A record that knows what it is, so that nothing has to be decoded."""
+    """A record with its classification, so that nothing has to be decoded."""
 
     entry: Entry
     classified: PreparedOrder | Reject
-    #: What a redrive finds in it.
+    #: The result of a redrive.
     redriven: PreparedOrder | None
 
     def __repr__(self) -> str:
@@ -61,7 +61,7 @@ class Fetched(Record):
 
 @functools.cache
 def fetched(topic_id: str, partition: int, offset: int, entry: Entry) -> Fetched:
-    """The record as a consumer gets it who takes this for the topic's id."""
+    """Return the record that a consumer with this topic id gets."""
     source = RecordPosition(topic_id=topic_id, partition=partition, offset=offset)
     plain = Record(source=source, time=_TIME, topic=TOPIC, key=None, value=b"value")
     refused = entry.kind == REFUSED
@@ -87,7 +87,7 @@ def classified(record: Record) -> PreparedOrder | Reject:
 
 
 class Life:
-    """One life of the topic. An offset without an entry is a gap: a transaction's marker, or compacted away."""
+    """The topic between two recreations. An offset without an entry is a gap, left by a marker or by compaction."""
 
     def __init__(self, number: int, earliest: list[int]) -> None:
         self.number = number
@@ -100,7 +100,7 @@ class Life:
 
 
 class Group:
-    """Who holds which partition, and who shall. A process hears of it when it next polls."""
+    """The assignment of partitions, now and after the rebalance. A process learns it with its next poll."""
 
     def __init__(self, chance: Callable[[], float]) -> None:
         self._chance = chance
@@ -113,19 +113,19 @@ class Group:
         self.rebalance()
 
     def drop(self, process: Process) -> None:
-        """It left, died, or fell silent: its partitions go to the others."""
+        """Remove a member: its partitions go to the others."""
         self.members.remove(process)
         self.holders = [None if holder is process else holder for holder in self.holders]
         self.rebalance()
 
     def rebalance(self) -> None:
-        """Decide anew who shall have what, at random; a partition that stays is not touched."""
+        """Choose a random new assignment. A partition that stays with its member is not revoked."""
         members, chance = self.members, self._chance
         self._targets = [members[int(chance() * len(members))] if members else None for _ in range(PARTITIONS)]
         self.hand_over()
 
     def hand_over(self) -> None:
-        """Ask for what shall move; give what is free."""
+        """Revoke the partitions that move, and assign those that are free."""
         for partition, target in enumerate(self._targets):
             holder = self.holders[partition]
             if holder is target:
@@ -137,7 +137,7 @@ class Group:
                 target.kafka.inbox.append(("assigned", partition))
 
     def released(self, process: Process, partition: int) -> None:
-        """It has let go of the partition."""
+        """The process has released a revoked partition."""
         if self.holders[partition] is process:
             self.holders[partition] = None
             self.hand_over()

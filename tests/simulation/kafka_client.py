@@ -169,7 +169,7 @@ class SimulatedKafka(KafkaClient):
 
 
 def shuffled(rng: Random, partitions: list[TopicPartition]) -> list[TopicPartition]:
-    """The partitions in an order of chance: between partitions Kafka promises none."""
+    """Return the partitions in random order, because Kafka promises no order between partitions."""
     if len(partitions) > 1:
         start = int(rng.random() * len(partitions))
         return partitions[start:] + partitions[:start]

@@ -1,4 +1,4 @@
-"""One consumer process: the real core and the real loop; Kafka and the store around them are simulated."""
+"""One consumer process: the real core and the real runner, with a simulated Kafka and store."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 
 
 class MistakeError(Exception):
-    """A mistake in the program."""
+    """A bug in the program."""
 
 
 class SilentRunner(ConsumerRunner):
-    """A planted mistake: it leaves without a word."""
+    """A planted bug: it stops without a log line."""
 
     def _end(self) -> int:
         return EXIT_DONE
 
 
-#: Nobody reads them here, and they are slow to make.
+#: Shared, because they are slow to create and never read here.
 _METRICS = Metrics()
 
 
@@ -69,9 +69,9 @@ class Process:
         runner = SilentRunner if simulator.bug is Bug.SILENT_STOP else ConsumerRunner
         health = Health(self._clock)
         self._runner = runner(self.core, self.kafka, self, health, _METRICS, self._clock, self.stop_event, self._log)
-        #: Names and reasons of what it logged.
+        #: Names and reasons of its log events.
         self._logged: list[tuple[str, str]] = []
-        #: What it was told that no retry can help, in order.
+        #: The fatal errors that it received, in order.
         self._fatal: list[str] = []
         self._told_first = False
         self.job: Job | None = None
@@ -80,7 +80,7 @@ class Process:
         self.frozen = False
 
     def turn(self) -> None:
-        """One turn of its loop; the world hears if it was the last."""
+        """Run one turn of its loop."""
         if self.stop_event.is_set() and not self._fatal and not self.core.stopping:
             self._told_first = True
         status = self._runner.run_once()
@@ -89,7 +89,7 @@ class Process:
             self._simulator.leave(self)
 
     def _check_end(self, status: int) -> None:
-        """Exit status and log must tell how it ended."""
+        """Check that exit status and log have the reason of its end."""
         last = self._logged[-1] if self._logged else ("", "")
         by_itself = bool(self._fatal) and not self._told_first
         if status not in ({EXIT_FAILED, EXIT_SETUP} if by_itself else {EXIT_DONE}):
@@ -99,9 +99,9 @@ class Process:
                 raise InvariantViolation(f"{self.name} stopped because of {self._fatal}; its last line: {last}")
         elif self._told_first:
             if ("stopping", "") not in self._logged:
-                raise InvariantViolation(f"{self.name} was told to stop, and did not log it")
+                raise InvariantViolation(f"{self.name} was stopped, and did not log it")
         elif last != ("end_reached", ""):
-            raise InvariantViolation(f"{self.name} has left without a reason; its last line: {last}")
+            raise InvariantViolation(f"{self.name} has stopped without a reason; its last line: {last}")
         else:
             self._simulator.on_end_reached(self)
 
@@ -117,12 +117,12 @@ class Process:
             self._simulator.fault("seek after a lost fence")
 
     def on_fatal(self, error: OrderlibError | MistakeError) -> None:
-        """It is about to hear of this, and must stop."""
+        """The process receives a fatal error, and must stop."""
         self._fatal.append("unexpected MistakeError" if isinstance(error, MistakeError) else str(error))
         self._simulator.on_fatal(self, error)
 
     def advance(self) -> Step | None:
-        """Take the job in the store one step further; where it is then, ``None`` if it has ended."""
+        """Advance the store task by one step. Return its progress, or ``None`` if it has ended."""
         assert self.job is not None
         try:
             if self._simulator.store.down:
@@ -140,18 +140,18 @@ class Process:
         return None
 
     def finish(self, result: Told | OrderlibError | MistakeError) -> None:
-        """The job has ended so."""
+        """End the store task with this result."""
         self._simulator.note(self.name, "hears", result)
         self.job, self.result = None, result
 
-    # The store, as its loop sees it.
+    # The store, as its runner sees it.
 
     def submit(self, job: CommitBatch | ResolveOffsets | CheckTopics) -> None:
         self._simulator.note(self.name, job)
         if self.stop_event.is_set() and self._told_first:
-            raise InvariantViolation(f"{self.name} was told to stop and began {job}")
+            raise InvariantViolation(f"{self.name} was stopped and started {job}")
         if self.job is not None:
-            raise InvariantViolation(f"{self.name} has two jobs at once")
+            raise InvariantViolation(f"{self.name} has two store tasks at once")
         self.job = Job(self._steps_of(job))
 
     def take_result(self, timeout_s: float) -> Told | OrderlibError | MistakeError | None:
@@ -170,7 +170,7 @@ class Process:
     def abort(self) -> None:
         self._simulator.note(self.name, "abandons its batch")
 
-    # Jobs, as StoreWorker carries them out.
+    # Store tasks, as StoreWorker carries them out.
 
     def _steps_of(self, job: ResolveOffsets | CommitBatch | CheckTopics) -> Steps:
         match job:
@@ -209,7 +209,7 @@ class Process:
         return tell
 
     def _on_topic_id(self, topic_id: str) -> None:
-        """It hears the topic's id from Kafka, and must stop if that is another."""
+        """The process receives the topic id, and must stop if it has changed."""
         known = self.core.topic_ids.get(TOPIC)
         if known not in {None, topic_id}:
             self.on_fatal(TopicRecreated(f"topic {TOPIC} was recreated: its id is {topic_id}, it was {known}"))

@@ -1,4 +1,4 @@
-"""Many schedules, one after the other."""
+"""Run many schedules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from tests.simulation.store import Bug
 
 
 def explore(first_seed: int, count: int, bug: Bug | None = None) -> Counter[str]:
-    """Run so many schedules; in how many each fault occurred. What breaks says how to replay its schedule."""
+    """Run ``count`` schedules, and return in how many each fault occurred.
+
+    A violation has a note with the command that replays its schedule.
+    """
     faults: Counter[str] = Counter()
     for seed in range(first_seed, first_seed + count):
         simulator = Simulator(seed, bug)
@@ -25,5 +28,5 @@ def explore(first_seed: int, count: int, bug: Bug | None = None) -> Counter[str]
 
 
 def table(faults: Counter[str], count: int) -> str:
-    """The faults, the most frequent first."""
+    """Format the faults, the most frequent first."""
     return "\n".join(f"{occurred / count:8.2%}  {fault}" for fault, occurred in faults.most_common())

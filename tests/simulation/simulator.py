@@ -1,6 +1,7 @@
-"""A schedule: consumers, a topic, a store and whatever goes wrong between them, all decided by one seed.
+"""A schedule: consumers, a topic, a store and the faults between them, all decided by one seed.
 
-No threads, no time but our own. First chance rules for a while; then everything heals, is run to its end, and checked.
+There are no threads, and the clock is simulated. First, steps are random. Then all faults end, the consumers handle the
+rest, and the result is checked.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ from tests.simulation.kafka import (
 from tests.simulation.process import MistakeError, Process
 from tests.simulation.store import Bug, Job, Step, Store
 
-#: So many consumers at most.
+#: At most this number of consumers.
 PROCESSES = 3
 
-#: Steps of chance in a schedule, at least and in addition.
+#: A schedule has at least STEPS random steps, and fewer than MORE_STEPS in addition.
 STEPS, MORE_STEPS = 100, 150
 
-#: So many faults of those below are at work in one schedule.
+#: One schedule uses this number of kinds of faults.
 FAULTS_AT_ONCE = 5
 
-#: After everything has healed, so many rounds must be enough.
+#: After all faults have ended, this number of rounds must be enough.
 ROUNDS = 200
 
-#: What no retry can help, planted by the schedule.
+#: Fatal errors that a schedule causes.
 RIGHT_REVOKED = "permission denied for table items"
 NOT_AUTHORIZED = "Kafka: topic authorization failed"
 MISTAKE = "a mistake in the program"
 FATAL = {RIGHT_REVOKED, NOT_AUTHORIZED, MISTAKE}
 
-#: What may happen in a schedule, and is counted.
+#: Everything that may occur in a schedule and is counted.
 FAULTS = {
     *("COMMIT took effect late", "COMMIT without an answer", "Kafka down", "PostgreSQL down", "batch full"),
     *("blocker ended", "transaction conflict", "connection cut", "duplicate", "end reached", "fence lost", "frozen"),
@@ -67,7 +68,7 @@ FAULTS = {
         "right revoked",
         "waited to stop",
     ),
-    *("topic id differs", "topic made again", "two redrives at once", "version", "zombie", "zombie at the fence"),
+    *("topic id differs", "topic recreated", "two redrives at once", "version", "zombie", "zombie at the fence"),
 }
 
 _NAMES = {
@@ -88,12 +89,12 @@ class Simulator:
         self.rng = Random(seed)
         self._chance = self.rng.random
         self._tell = tell
-        #: What went wrong in this schedule.
+        #: The faults that occurred in this schedule.
         self.faults: set[str] = set()
         self.now_s = 0.0
         self.healing = False
         self.kafka_down = False
-        #: The writer may not write; Kafka refuses whoever fetches next.
+        #: The writer lacks a right; Kafka refuses the next fetch.
         self.revoked = False
         self.refusing = False
         self.bug = bug
@@ -101,7 +102,7 @@ class Simulator:
         self.store = Store(self.invariants, bug)
         self.group = Group(self._chance)
         self.processes: list[Process] = []
-        #: Transactions whose client is gone or has given up, and redrives.
+        #: Transactions whose client has ended or given up, and redrives.
         self.orphans: list[Job] = []
         self.redrives: list[Job] = []
         self._rewind_wanted = False
@@ -111,7 +112,7 @@ class Simulator:
             self._produce()
 
     def run(self) -> None:
-        """The whole schedule. Raises InvariantViolation."""
+        """Run the schedule. Raise InvariantViolation if the consumer breaks a promise."""
         for _ in range(1 + self._below(PROCESSES)):
             self._start()
         faults = [
@@ -126,7 +127,7 @@ class Simulator:
             self._kafka_outage,
             self._tell_to_stop,
             self._rebalance,
-            self._remake,
+            self._recreate_topic,
             self._rewind,
             self._redrive,
             self._break,
@@ -143,39 +144,39 @@ class Simulator:
     # What the processes call.
 
     def note(self, *words: object) -> None:
-        """For who watches a replay."""
+        """Print a line, in a replay."""
         if self._tell is not None:
             self._tell(f"{self.now_s:8.3f}  {' '.join(map(str, words))}")
 
     def fault(self, name: str, *words: object) -> None:
-        """Something went wrong, and is counted."""
+        """Count a fault."""
         self.faults.add(name)
         if self._tell is not None:
             self.note("!", name, *words)
 
     def leave(self, process: Process) -> None:
-        """It ends in good order; a job in hand may be left behind."""
+        """A process exits by itself. It may leave a store task behind."""
         self.note(process.name, "leaves")
         self._abandon(process)
         self._remove(process)
 
     def on_end_reached(self, process: Process) -> None:
-        """It says that the ends it was given are handled."""
+        """A process reports that it has reached the offsets to stop at."""
         self.fault("end reached")
         reached = self.invariants.reached
         until = process.until or {}
         behind = [p for p, end in until.items() if reached[self.life.topic_id, p.partition] < end]
         if behind and self.life.number == 0:
-            raise InvariantViolation(f"{process.name} says that the end is reached, not so in {behind}")
+            raise InvariantViolation(f"{process.name} reports that the end is reached, but not in {behind}")
 
     def on_fatal(self, process: Process, error: Exception) -> None:
-        """It hears of what no retry can help."""
+        """A process receives an error that a retry cannot correct."""
         if isinstance(error, TopicRecreated):
             self.fault("topic id differs")
         elif str(error) not in FATAL and self.life.number == 0:
             raise InvariantViolation(f"{process.name} cannot go on: {error!r}")
 
-    # The ordinary course.
+    # Steps without faults.
 
     def _below(self, bound: int) -> int:
         return int(self._chance() * bound)
@@ -190,7 +191,7 @@ class Simulator:
         return life
 
     def _produce(self) -> None:
-        """A few records, old contents among them, and gaps."""
+        """Append a few records, some with old contents, and gaps."""
         chance = self._chance
         for _ in range(1 + int(chance() * 4)):
             uid = _UIDS[int(chance() * len(_UIDS))]
@@ -236,7 +237,7 @@ class Simulator:
             self.fault("zombie at the fence" if process.kafka.deaf else "fence lost")
 
     def _end_blockers(self, process: Process) -> None:
-        """It waited for 5 s at a lock: whoever of our kind holds one is ended, and it tries again."""
+        """A process has waited 5 s for a lock: the other consumers' backends that hold locks are terminated."""
         self.now_s += 5
         ended = self.orphans[:]
         self._settle_orphans()
@@ -272,7 +273,7 @@ class Simulator:
         self.group.join(process)
 
     def _restore(self) -> None:
-        """One of the things that went wrong is over."""
+        """End one fault."""
         choice = self._chance()
         self.revoked = False
         if choice < 0.3:
@@ -293,10 +294,10 @@ class Simulator:
                 self.group.join(process)
                 return
 
-    # What goes wrong.
+    # Faults.
 
     def _abandon(self, process: Process) -> None:
-        """Nobody waits for its job any more. What of it has reached PostgreSQL may still go on."""
+        """The process no longer waits for its store task. PostgreSQL may still continue it."""
         job, process.job = process.job, None
         if job is None:
             return
@@ -306,7 +307,7 @@ class Simulator:
             job.steps.close()
 
     def _settle_orphans(self) -> None:
-        """Each is rolled back, or its COMMIT takes effect, if that was sent."""
+        """Roll abandoned transactions back, or let the COMMIT take effect if it was sent."""
         orphans, self.orphans = self.orphans, []
         for job in orphans:
             if job.step is Step.COMMITTING and self._chance() < 0.6:
@@ -320,13 +321,13 @@ class Simulator:
             self.group.drop(process)
 
     def _throw(self, process: Process, error: OrderlibError) -> None:
-        """The job under way fails, now."""
+        """The store task in progress fails now."""
         if process.job is not None:
             process.job.steps.close()
             process.finish(error)
 
     def _crash(self) -> None:
-        """SIGKILL at any step of a job, or between jobs."""
+        """SIGKILL at any step of a store task, or between tasks."""
         process = self._any_process()
         if process is None:
             return
@@ -341,7 +342,7 @@ class Simulator:
         self._remove(process)
 
     def _cut(self) -> None:
-        """The connection breaks."""
+        """The connection is lost."""
         process = self._any_process()
         if process is None or process.job is None or process.frozen:
             return
@@ -357,12 +358,12 @@ class Simulator:
             self._throw(process, TransactionConflict("deadlock"))
 
     def _stall(self) -> None:
-        """No answer for long, of whatever is under way."""
+        """Nothing responds for a long time."""
         self.fault("stall")
         self.now_s += 3 + 4 * self._chance()
 
     def _freeze(self) -> None:
-        """SIGSTOP, so long that the group goes on without it."""
+        """SIGSTOP, until the group has removed the process."""
         process = self._any_process()
         if process is not None and not process.frozen:
             in_transaction = process.job is not None and process.job.step is Step.WORKING
@@ -371,7 +372,7 @@ class Simulator:
             self._fall_silent(process)
 
     def _deafen(self) -> None:
-        """The group hears nothing of it and goes on; it works on all the same."""
+        """The group receives no heartbeat and removes the process, which continues to work."""
         process = self._any_process()
         if process is not None and not process.kafka.deaf:
             self.fault("zombie", process.name)
@@ -384,7 +385,7 @@ class Simulator:
             self.group.drop(process)
 
     def _lose(self) -> None:
-        """The group took everything from it without asking; it hears of that at once."""
+        """The group has removed the process, which learns it at once."""
         process = self._any_process()
         if process is not None and not process.kafka.deaf:
             self.fault("partitions lost", process.name)
@@ -415,16 +416,16 @@ class Simulator:
         self.fault("rebalance")
         self.group.rebalance()
 
-    def _remake(self) -> None:
-        """The topic is deleted and made again, with records already."""
+    def _recreate_topic(self) -> None:
+        """The topic is recreated, and has records at once."""
         if len(self.invariants.lives) < 3:
-            self.fault("topic made again")
+            self.fault("topic recreated")
             self.life = self._begin_life([0] * PARTITIONS)
             for _ in range(self._below(8)):
                 self._produce()
 
     def _rewind(self) -> None:
-        """An operator stops the group, and moves offsets back once nobody is in it. Zombies are not."""
+        """An operator stops the group and moves offsets back when it has no members. Zombies are no members."""
         if not self._rewind_wanted:
             self._rewind_wanted = True
             for process in self.group.members:
@@ -444,7 +445,7 @@ class Simulator:
         self._start()
 
     def _break(self) -> None:
-        """Something happens that no retry can help."""
+        """Cause an error that a retry cannot correct."""
         kind = self._below(3)
         process = self._any_process()
         if kind == 0:
@@ -466,7 +467,7 @@ class Simulator:
     # The end.
 
     def _heal(self) -> None:
-        """Everything recovers; everything must then be handled, and right."""
+        """End all faults. Then the consumers must handle everything correctly."""
         self.note("everything heals")
         self.healing, self.store.down, self.kafka_down, self._rewind_wanted = True, False, False, False
         self.revoked = self.refusing = False
@@ -487,7 +488,7 @@ class Simulator:
             while self.redrives:
                 self._advance_redrive(self.redrives[0])
         if any(process.kafka.paused for process in self.processes):
-            raise InvariantViolation("the outage is over, and somebody still pauses")
+            raise InvariantViolation("the outage is over, and a consumer is still paused")
         self._stop_all()
         self.invariants.check_end(self.life, self.store.orders, self.store.rejects, self.store.offsets)
 
@@ -508,4 +509,4 @@ class Simulator:
         for _ in range(3):
             self._round()
         if self.processes:
-            raise InvariantViolation(f"{[process.name for process in self.processes]} were told to stop, and go on")
+            raise InvariantViolation(f"{[process.name for process in self.processes]} did not stop")

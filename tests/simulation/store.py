@@ -1,7 +1,7 @@
-"""PostgreSQL as the consumer uses it, with the rules of ``ingest`` itself.
+"""A simulated PostgreSQL, with the real rules of ``orderlib.ingestion``.
 
-Whatever touches the store is a generator: at each ``yield`` anyone else may act, and anything may go wrong. Thrown into
-before its COMMIT it rolls back; closed after it, it has taken effect.
+Every operation is a generator. At each ``yield`` others may act and faults may occur. An operation that is closed
+before its COMMIT is rolled back.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.simulation.kafka import CODES, REFUSED, TOPIC, Fetched
 
 
 class Bug(enum.Enum):
-    """A mistake that the promises must find."""
+    """A bug that the invariants must find."""
 
     NO_FENCE = "no-fence"
     COMMIT_BEFORE_WRITE = "commit-before-write"
@@ -38,28 +38,28 @@ class Bug(enum.Enum):
 
 
 class Step(enum.Enum):
-    """How far a job is."""
+    """The progress of an operation."""
 
     ASKING = "asking"
     #: Another session holds a lock.
     WAITING = "waiting"
     #: In its transaction.
     WORKING = "working"
-    #: COMMIT is sent, and nobody knows.
+    #: COMMIT was sent, and may or may not have taken effect.
     COMMITTING = "committing"
-    #: COMMIT took effect, its answer is on the way.
+    #: COMMIT took effect, and its response has not arrived yet.
     ANSWERING = "answering"
 
 
 Told = Callable[[ConsumerCore], None]
 Steps = Generator[Step, None, Told | None]
-#: A row that can be locked: of an offset, of an order, of a reject.
+#: The key of a row that can be locked: an offset, an order or a reject.
 Row = tuple[str | int, ...]
 Rule = Callable[[Sequence[PreparedOrder], Mapping[str, StoredVersion]], WritePlan]
 
 
 class Job:
-    """What somebody does in the store, and how far it is."""
+    """An operation in the store, and its progress."""
 
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
@@ -74,7 +74,7 @@ class Store:
         self._bug = bug
         self.offsets: dict[tuple[str, int], int] = {}
         self.orders: dict[str, StoredVersion] = {}
-        #: With what a redrive came to.
+        #: With the outcome of a redrive.
         self.rejects: dict[Place, tuple[Fetched, Outcome | None]] = {}
         self.locks: dict[Row, object] = {}
         self.down = False
@@ -88,7 +88,7 @@ class Store:
     def start_partitions(
         self, topic_ids: Mapping[str, str], earliest: Mapping[TopicPartition, int]
     ) -> Generator[Step, None, dict[TopicPartition, int]]:
-        """As ``ConsumerStore.start_partitions``."""
+        """Like ``ConsumerStore.start_partitions``."""
         if earliest.keys() - self.next_offsets(topic_ids, earliest).keys():
             yield Step.COMMITTING
             for (topic, number), offset in earliest.items():
@@ -97,7 +97,7 @@ class Store:
         return self.next_offsets(topic_ids, earliest)
 
     def write(self, batch: Batch, topic_id: Callable[[], str]) -> Steps:
-        """As ``ConsumerStore.write``, with the consumer's look at the topic's id before COMMIT."""
+        """Like ``ConsumerStore.write``, with the check of the topic id before COMMIT."""
         transaction = object()
         try:
             yield from self._lock(
@@ -112,8 +112,8 @@ class Store:
             ]
             read = self.orders.copy()
             after = read.copy()
-            outcomes = self._store(prepared_orders, after, self._settle)
-            self._invariants.on_settled(batch, read, after)
+            outcomes = self._store(prepared_orders, after, self._plan)
+            self._invariants.on_planned(batch, read, after)
             changed = [uid for uid in sorted(after) if after[uid] is not read.get(uid)]
             yield Step.WORKING
             yield from self._lock(transaction, [(uid,) for uid in changed])
@@ -123,7 +123,7 @@ class Store:
             yield Step.COMMITTING
             self._invariants.on_batch(batch, outcomes, self.orders, changes)
             self.orders.update(changes)
-            self._keep_rejects(batch)
+            self._store_rejects(batch)
             self._move_offsets(batch)
         finally:
             self._unlock(transaction)
@@ -131,7 +131,7 @@ class Store:
         return ConsumerCore.on_batch_committed
 
     def redrive(self) -> Steps:
-        """As ``rejects.redrive``, of all rejects."""
+        """Like ``rejects.redrive``, for all rejects."""
         transaction = object()
         try:
             places = self._to_redrive()
@@ -191,7 +191,7 @@ class Store:
 
     # Orders.
 
-    def _settle(self, prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion]) -> WritePlan:
+    def _plan(self, prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion]) -> WritePlan:
         if self._bug is Bug.NO_SUPERSEDED_RULE:
             stored = {uid: _version(v.content_sha256, None) for uid, v in stored.items()}
         return plan_writes(prepared_orders, stored)
@@ -199,7 +199,7 @@ class Store:
     def _store(
         self, prepared_orders: Sequence[PreparedOrder], stored: dict[str, StoredVersion], rule: Rule
     ) -> list[Outcome]:
-        """As ``writing.store``: what is refused is found by halving, and sinks no neighbour."""
+        """Like ``writes.store``: refused orders are found by bisection, and the others are stored."""
         if not any(prepared_order.content_sha256 == b"!" for prepared_order in prepared_orders):
             plan = rule(prepared_orders, stored)
             for write in plan.writes:
@@ -215,11 +215,11 @@ class Store:
     def _changes(
         self, uids: Sequence[str], read: Mapping[str, StoredVersion], after: Mapping[str, StoredVersion]
     ) -> dict[str, StoredVersion]:
-        """What the statements do to the rows as they are now; somebody may have changed them since they were read."""
+        """Return the effect of the statements on the current rows, which may have changed since they were read."""
         changes = {}
         for uid in uids:
             if uid not in read and uid in self.orders:
-                raise TransactionConflict("somebody stored the same order meanwhile")
+                raise TransactionConflict("another transaction stored the same order meanwhile")
             version = after[uid]
             if uid in read and read[uid].content_sha256 == version.content_sha256:
                 version = _version(self.orders[uid].content_sha256, version.source)
@@ -228,7 +228,7 @@ class Store:
 
     # Rejects.
 
-    def _keep_rejects(self, batch: Batch) -> None:
+    def _store_rejects(self, batch: Batch) -> None:
         bad = [record for record, _ in batch.classified if isinstance(record, Fetched) and record.entry.kind in CODES]
         if self._bug is Bug.REJECT_SKIPPED:
             bad = [record for record in bad if record.entry.kind != REFUSED or len(batch.classified) == 1]

@@ -1,4 +1,4 @@
-"""The consumer's core through thousands of schedules made up by chance; ``python -m tests.simulation`` replays one."""
+"""Run the consumer through thousands of random schedules. ``python -m tests.simulation`` replays one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tests.simulation.schedules import explore, table
 from tests.simulation.simulator import FAULTS, Simulator
 from tests.simulation.store import Bug
 
-#: A planted mistake must be found in so many schedules.
+#: A planted bug must be found within this number of schedules.
 SCHEDULES_FOR_A_BUG = 2_000
 
 
 def any_seed() -> int:
-    """Another one in each run; pytest-randomly's seed, printed at the start, decides it."""
+    """Return another seed in each run. It follows from the seed that pytest-randomly prints at the start."""
     return random.getrandbits(32)
 
 
 @pytest.mark.parametrize("schedules", [4_000, pytest.param(10_000, marks=pytest.mark.faults)])
-def test_every_promise_is_kept_in_every_schedule_and_every_fault_occurs(
+def test_no_schedule_breaks_an_invariant_and_every_fault_occurs(
     schedules: int, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     seed = any_seed()
@@ -31,7 +31,7 @@ def test_every_promise_is_kept_in_every_schedule_and_every_fault_occurs(
         print(f"\n{schedules:,} schedules from seed {seed} on, and in how many each fault occurred:")
         print(table(faults, schedules))
     assert faults.keys() == FAULTS
-    # Only metrics that failed are logged past the simulator.
+    # Only a failure of metrics writes to the log; all else goes to the simulator.
     assert caplog.records == []
     assert min(faults.values()) >= schedules / 100
 
@@ -42,7 +42,7 @@ def test_a_planted_bug_is_found(bug: Bug) -> None:
         explore(any_seed(), SCHEDULES_FOR_A_BUG, bug)
 
 
-def test_what_is_found_can_be_replayed() -> None:
+def test_a_violation_can_be_replayed() -> None:
     with pytest.raises(InvariantViolation) as found:
         explore(any_seed(), SCHEDULES_FOR_A_BUG, Bug.NO_FENCE)
     replay = re.fullmatch(r"replay: python -m tests\.simulation (\d+) --bug no-fence", found.value.__notes__[0])

@@ -1,4 +1,4 @@
-"""What the consumer does next, event by event. ``tests.simulation`` tries the same at random."""
+"""The commands of ConsumerCore, event by event. ``tests.simulation`` tests random schedules of events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orderlib.errors import (
     TopicRecreated,
     TransactionConflict,
 )
-from orderlib.ingestion import consumer_core as consumption
+from orderlib.ingestion import consumer_core
 from orderlib.ingestion.consumer_core import (
     BREAKER_RECORDS,
     END_CHECK_S,
@@ -56,15 +56,15 @@ def record(offset: int, partition: int = 0, value: bytes = b"", headers: Headers
     return Record(source=source, time=TIME, topic="orders", key=None, value=value, headers=headers)
 
 
-def refused(one: Record) -> PreparedOrder | Reject:
+def rejected(one: Record) -> PreparedOrder | Reject:
     return Reject(record=one, code="malformed_json", faults=(), total_faults=0)
 
 
 class Driver:
-    """A core, the time, and what it asked for since one last looked."""
+    """A core with a clock."""
 
     def __init__(self, until: Mapping[TopicPartition, int] | None = None) -> None:
-        self.core = ConsumerCore(refused, Random(1), until)
+        self.core = ConsumerCore(rejected, Random(1), until)
         self.now_s = 0.0
 
     def end(self, partition: int, next_offset: int) -> None:
@@ -95,10 +95,10 @@ class Driver:
         return self.core.take_commands()
 
     def write(self, seconds: float = MAX_AGE_S * 1.01) -> Batch:
-        """The batch that is due now."""
-        [action] = self.tick(seconds)
-        assert isinstance(action, CommitBatch)
-        return action.batch
+        """Return the batch that is due now."""
+        [command] = self.tick(seconds)
+        assert isinstance(command, CommitBatch)
+        return command.batch
 
     def written(self) -> list[Command]:
         self.core.on_batch_committed()
@@ -106,7 +106,7 @@ class Driver:
 
 
 def started(*numbers: int, until: Mapping[TopicPartition, int] | None = None) -> Driver:
-    """A consumer that fetches these partitions from 0 on."""
+    """Return a consumer that fetches these partitions from offset 0."""
     driver = Driver(until)
     partitions = [TopicPartition("orders", number) for number in numbers]
     driver.core.on_partitions_assigned(partitions)
@@ -127,7 +127,7 @@ def test_a_batch_closes_when_its_first_record_is_50_ms_old() -> None:
     assert driver.write(0.01).ranges == {P0: OffsetRange(expected_offset=0, next_offset=2)}
 
 
-def test_a_batch_closes_at_2000_records_and_nothing_more_is_wanted() -> None:
+def test_a_batch_closes_at_2000_records_and_fetching_stops() -> None:
     driver = started(0)
     driver.fetch(*map(record, range(1_999)))
     assert driver.wants_records()
@@ -184,7 +184,7 @@ def test_one_turn_classifies_a_bounded_amount_and_the_next_continues_in_order() 
     }
 
 
-def test_what_one_turn_left_is_in_the_next_batch_if_this_one_is_full() -> None:
+def test_records_beyond_a_full_batch_are_in_the_next_batch() -> None:
     driver = started(0)
     driver.core.on_fetched(map(record, range(MAX_RECORDS + 1)))
     driver.core.classify(driver.now_s)
@@ -196,7 +196,7 @@ def test_what_one_turn_left_is_in_the_next_batch_if_this_one_is_full() -> None:
     assert driver.write().ranges == {P0: OffsetRange(expected_offset=2_000, next_offset=2_001)}
 
 
-def test_what_was_fetched_before_a_seek_or_a_rebalance_is_not_taken_after_it() -> None:
+def test_records_fetched_before_a_seek_or_a_rebalance_are_dropped() -> None:
     driver = started(0, 1)
     driver.fetch(record(0, 0), record(0, 1))
     driver.write()
@@ -211,7 +211,7 @@ def test_what_was_fetched_before_a_seek_or_a_rebalance_is_not_taken_after_it() -
     assert driver.idle()
 
 
-def test_records_that_came_with_the_revocation_of_their_partition_are_not_taken_once_it_is_back() -> None:
+def test_records_returned_with_the_revocation_of_their_partition_are_dropped_even_if_it_is_assigned_again() -> None:
     driver = started(0, 1)
     driver.core.on_partitions_revoked([P0])
     driver.core.on_fetched([record(3, 0), PartitionEof(P0, 9), record(0, 1)])
@@ -227,7 +227,7 @@ def test_records_that_came_with_the_revocation_of_their_partition_are_not_taken_
     }
 
 
-def test_fewer_records_are_fetched_at_once_where_they_are_large() -> None:
+def test_fewer_records_are_fetched_at_once_if_they_are_large() -> None:
     driver = started(0)
     assert driver.core.fetch_limit == 1
     driver.fetch(*[record(offset, value=bytes(1_000)) for offset in range(9)])
@@ -238,7 +238,7 @@ def test_fewer_records_are_fetched_at_once_where_they_are_large() -> None:
     assert driver.core.fetch_limit == 1
 
 
-def test_while_one_batch_is_written_the_next_is_collected_and_follows_it() -> None:
+def test_the_next_batch_fills_while_one_is_committed_and_follows_it() -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
@@ -248,7 +248,7 @@ def test_while_one_batch_is_written_the_next_is_collected_and_follows_it() -> No
     assert driver.write().ranges == {P0: OffsetRange(expected_offset=1, next_offset=2)}
 
 
-def test_gaps_are_part_of_a_batch_also_where_no_record_follows() -> None:
+def test_gaps_are_part_of_a_batch_even_if_no_record_follows() -> None:
     driver = started(0, 1)
     driver.fetch(record(5))
     driver.end(1, 3)
@@ -260,7 +260,7 @@ def test_gaps_are_part_of_a_batch_also_where_no_record_follows() -> None:
     assert len(batch.classified) == 1
 
 
-def test_a_position_that_is_not_further_changes_nothing() -> None:
+def test_a_partition_end_that_is_not_further_changes_nothing() -> None:
     driver = started(0)
     driver.end(0, 5)
     driver.end(0, 4)
@@ -271,7 +271,7 @@ def test_a_position_that_is_not_further_changes_nothing() -> None:
     assert driver.tick(MAX_AGE_S) == []
 
 
-def test_a_record_that_was_seen_already_is_passed_over() -> None:
+def test_a_record_that_was_fetched_before_is_skipped() -> None:
     driver = started(0)
     driver.fetch(record(0), record(1), record(0))
     assert [one.source.offset for one, _ in driver.write().classified] == [0, 1]
@@ -280,7 +280,7 @@ def test_a_record_that_was_seen_already_is_passed_over() -> None:
 # The group.
 
 
-def test_partitions_are_located_together_and_fetched_from_where_the_store_is() -> None:
+def test_offsets_are_resolved_together_and_partitions_are_fetched_from_their_stored_offsets() -> None:
     driver = Driver()
     driver.core.on_partitions_assigned([P2])
     driver.core.on_partitions_assigned([P0])
@@ -292,7 +292,7 @@ def test_partitions_are_located_together_and_fetched_from_where_the_store_is() -
     assert driver.idle()
 
 
-def test_a_partition_that_was_taken_while_it_was_located_is_not_fetched() -> None:
+def test_a_partition_revoked_while_its_offset_is_resolved_is_not_fetched() -> None:
     driver = Driver()
     driver.core.on_partitions_assigned([P0, P1])
     driver.tick()
@@ -306,7 +306,7 @@ def test_a_partition_that_was_taken_while_it_was_located_is_not_fetched() -> Non
     assert driver.core.take_commands() == []
 
 
-def test_records_of_a_partition_that_was_taken_are_dropped_and_those_of_others_kept() -> None:
+def test_a_revocation_drops_the_records_of_its_partition_and_keeps_the_others() -> None:
     driver = started(0, 1)
     driver.fetch(record(0, 0), record(0, 1))
     driver.core.on_partitions_revoked([P0])
@@ -316,7 +316,7 @@ def test_records_of_a_partition_that_was_taken_are_dropped_and_those_of_others_k
     assert [one.source.partition for one, _ in batch.classified] == [1]
 
 
-def test_records_that_were_dropped_make_room_and_leave_no_age_behind() -> None:
+def test_dropped_records_count_neither_for_the_size_nor_for_the_age_of_a_batch() -> None:
     driver = started(0, 1)
     driver.fetch(record(0, value=bytes(2**24)))
     assert not driver.wants_records()
@@ -328,7 +328,7 @@ def test_records_that_were_dropped_make_room_and_leave_no_age_behind() -> None:
     driver.write()
 
 
-def test_what_was_collected_of_others_is_not_made_to_wait_by_a_partition_that_was_taken() -> None:
+def test_a_revocation_does_not_delay_the_records_of_other_partitions() -> None:
     driver = started(0, 1)
     driver.fetch(record(0, 0), record(0, 1))
     driver.now_s += MAX_AGE_S
@@ -337,7 +337,7 @@ def test_what_was_collected_of_others_is_not_made_to_wait_by_a_partition_that_wa
     assert driver.write(0).ranges == {P1: OffsetRange(expected_offset=0, next_offset=2)}
 
 
-def test_a_partition_that_went_and_came_back_is_located_anew_once_the_batch_in_hand_is_written() -> None:
+def test_a_partition_revoked_and_assigned_again_is_resolved_after_the_batch_in_progress() -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
@@ -348,7 +348,7 @@ def test_a_partition_that_went_and_came_back_is_located_anew_once_the_batch_in_h
     assert driver.tick() == [ResolveOffsets(frozenset({P0}))]
 
 
-def test_a_batch_whose_partition_was_taken_is_written_and_not_reported() -> None:
+def test_a_batch_whose_partition_was_revoked_is_committed_but_not_to_kafka() -> None:
     driver = started(0)
     driver.fetch(record(0))
     assert not driver.idle()
@@ -359,7 +359,7 @@ def test_a_batch_whose_partition_was_taken_is_written_and_not_reported() -> None
     assert driver.idle()
 
 
-def test_a_topic_with_another_id_stops_the_consumer() -> None:
+def test_a_recreated_topic_stops_the_consumer() -> None:
     driver = started(0)
     driver.core.on_partitions_assigned([P1])
     driver.tick()
@@ -372,7 +372,7 @@ def test_a_topic_with_another_id_stops_the_consumer() -> None:
 # The fence.
 
 
-def test_a_lost_fence_goes_on_where_the_store_is_and_the_others_are_written_without_it() -> None:
+def test_after_a_lost_fence_its_partition_continues_at_the_stored_offset_and_the_others_are_committed() -> None:
     driver = started(0, 1)
     driver.fetch(record(0, 0), record(0, 1))
     batch = driver.write()
@@ -386,7 +386,7 @@ def test_a_lost_fence_goes_on_where_the_store_is_and_the_others_are_written_with
     }
 
 
-def test_a_stop_after_a_lost_fence_does_not_begin_the_rest_of_the_batch() -> None:
+def test_a_stop_after_a_lost_fence_does_not_commit_the_rest_of_the_batch() -> None:
     driver = started(0, 1)
     driver.fetch(record(0, 0), record(0, 1))
     driver.write()
@@ -396,7 +396,7 @@ def test_a_stop_after_a_lost_fence_does_not_begin_the_rest_of_the_batch() -> Non
     assert driver.core.stopped
 
 
-def test_a_fence_that_our_own_lost_commit_moved_costs_nothing() -> None:
+def test_a_fence_lost_to_a_commit_of_the_same_batch_causes_no_seek() -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
@@ -405,7 +405,7 @@ def test_a_fence_that_our_own_lost_commit_moved_costs_nothing() -> None:
     assert driver.write().ranges == {P0: OffsetRange(expected_offset=1, next_offset=2)}
 
 
-def test_a_lost_fence_of_a_partition_that_was_taken_is_dropped() -> None:
+def test_a_lost_fence_of_a_revoked_partition_is_ignored() -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
@@ -417,13 +417,13 @@ def test_a_lost_fence_of_a_partition_that_was_taken_is_dropped() -> None:
 # Errors.
 
 
-def test_an_outage_is_waited_out_in_growing_waits_and_the_same_batch_is_tried_again() -> None:
+def test_in_an_outage_the_same_batch_is_retried_with_growing_waits() -> None:
     driver = started(0)
     driver.fetch(record(0))
     batch = driver.write()
     waits_s = []
     for _ in range(6):
-        [pause] = driver.fail(DatabaseUnavailable("away"))
+        [pause] = driver.fail(DatabaseUnavailable("down"))
         assert isinstance(pause, Pause)
         waits_s.append(pause.wait_s)
         assert driver.core.in_outage
@@ -435,23 +435,23 @@ def test_an_outage_is_waited_out_in_growing_waits_and_the_same_batch_is_tried_ag
     assert driver.wants_records()
     driver.fetch(record(1))
     driver.write()
-    [pause] = driver.fail(DatabaseUnavailable("away"))
+    [pause] = driver.fail(DatabaseUnavailable("down"))
     assert isinstance(pause, Pause)
     assert pause.wait_s <= 2 * waits_s[0]
 
 
-def test_an_outage_at_the_start_is_waited_out_too() -> None:
+def test_an_outage_at_the_start_is_retried_too() -> None:
     driver = Driver()
     driver.core.on_partitions_assigned([P0])
-    locate = driver.tick()
-    [pause] = driver.fail(DatabaseUnavailable("away"))
+    resolve = driver.tick()
+    [pause] = driver.fail(DatabaseUnavailable("down"))
     assert isinstance(pause, Pause)
-    assert driver.tick(pause.wait_s) == locate
+    assert driver.tick(pause.wait_s) == resolve
     driver.core.on_offsets_resolved(IDS, {P0: 3})
     assert driver.core.take_commands() == [Resume(), Assign({P0: 3})]
 
 
-def test_a_store_that_does_not_answer_is_an_outage_said_once() -> None:
+def test_a_store_that_does_not_respond_is_an_outage_reported_once() -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
@@ -465,10 +465,10 @@ def test_a_store_that_does_not_answer_is_an_outage_said_once() -> None:
 
 @pytest.mark.parametrize(
     ("awaited", "kind"),
-    [(consumption.Server.KAFKA, BrokerUnavailable), (consumption.Server.POSTGRES, DatabaseUnavailable)],
+    [(consumer_core.Server.KAFKA, BrokerUnavailable), (consumer_core.Server.POSTGRES, DatabaseUnavailable)],
 )
-def test_the_reason_of_a_pause_names_the_server_that_does_not_answer(
-    awaited: consumption.Server, kind: type[OrderlibError]
+def test_the_reason_of_a_pause_names_the_server_that_does_not_respond(
+    awaited: consumer_core.Server, kind: type[OrderlibError]
 ) -> None:
     driver = started(0)
     driver.fetch(record(0))
@@ -481,7 +481,7 @@ def test_the_reason_of_a_pause_names_the_server_that_does_not_answer(
     assert str(pause.reason) == f"{awaited.value} has not answered for 2 s"
 
 
-def test_each_try_has_its_own_time_to_answer() -> None:
+def test_each_attempt_has_its_own_time_limit() -> None:
     driver = started(0)
     driver.tick(2 * STALL_S)
     driver.fetch(record(0))
@@ -492,7 +492,7 @@ def test_each_try_has_its_own_time_to_answer() -> None:
     assert driver.tick(STALL_S * 0.9) == []
 
 
-def test_two_transactions_that_met_are_tried_again_at_once() -> None:
+def test_a_transaction_conflict_is_retried_immediately() -> None:
     driver = started(0)
     driver.fetch(record(0))
     batch = driver.write()
@@ -504,7 +504,7 @@ def test_two_transactions_that_met_are_tried_again_at_once() -> None:
     "error",
     [ConfigurationError("no such right"), BreakerTripped("nearly all"), OrderlibError("never seen before")],
 )
-def test_what_no_retry_can_mend_stops_the_consumer(error: OrderlibError) -> None:
+def test_an_error_that_a_retry_cannot_correct_stops_the_consumer(error: OrderlibError) -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
@@ -514,7 +514,7 @@ def test_what_no_retry_can_mend_stops_the_consumer(error: OrderlibError) -> None
     assert driver.tick(60) == []
 
 
-def test_an_error_from_kafka_that_no_retry_can_help_stops_it_after_the_batch_in_hand() -> None:
+def test_a_fatal_error_of_kafka_stops_the_consumer_after_the_batch_in_progress() -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
@@ -529,7 +529,7 @@ def test_an_error_from_kafka_that_no_retry_can_help_stops_it_after_the_batch_in_
 # The end.
 
 
-def test_told_to_stop_it_waits_for_the_batch_in_hand_and_begins_nothing() -> None:
+def test_a_stop_waits_for_the_batch_in_progress_and_starts_nothing_new() -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
@@ -542,9 +542,9 @@ def test_told_to_stop_it_waits_for_the_batch_in_hand_and_begins_nothing() -> Non
 
 
 @pytest.mark.parametrize(
-    "error", [DatabaseUnavailable("away"), TransactionConflict("deadlock"), FenceLost({P0}, {P0: 5})]
+    "error", [DatabaseUnavailable("down"), TransactionConflict("deadlock"), FenceLost({P0}, {P0: 5})]
 )
-def test_told_to_stop_a_batch_that_failed_is_left_to_the_next(error: OrderlibError) -> None:
+def test_a_batch_that_fails_during_a_stop_is_not_retried(error: OrderlibError) -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
@@ -553,7 +553,7 @@ def test_told_to_stop_a_batch_that_failed_is_left_to_the_next(error: OrderlibErr
     assert driver.stopped()
 
 
-def test_told_to_stop_a_set_up_that_is_broken_is_said_all_the_same() -> None:
+def test_a_configuration_error_during_a_stop_is_reported() -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
@@ -564,8 +564,8 @@ def test_told_to_stop_a_set_up_that_is_broken_is_said_all_the_same() -> None:
     assert driver.stopped()
 
 
-@pytest.mark.parametrize("error", [DatabaseUnavailable("away"), TransactionConflict("deadlock")])
-def test_told_to_stop_before_the_next_try_it_leaves_at_once(error: OrderlibError) -> None:
+@pytest.mark.parametrize("error", [DatabaseUnavailable("down"), TransactionConflict("deadlock")])
+def test_a_stop_before_a_retry_takes_effect_at_once(error: OrderlibError) -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.write()
@@ -575,7 +575,7 @@ def test_told_to_stop_before_the_next_try_it_leaves_at_once(error: OrderlibError
     assert driver.tick(60) == []
 
 
-def test_told_to_stop_with_records_collected_it_leaves_them_to_the_next() -> None:
+def test_a_stop_drops_records_that_are_not_in_a_submitted_batch() -> None:
     driver = started(0)
     driver.fetch(record(0))
     driver.core.on_stop()
@@ -583,7 +583,7 @@ def test_told_to_stop_with_records_collected_it_leaves_them_to_the_next() -> Non
     assert driver.tick(MAX_AGE_S) == []
 
 
-def test_told_to_stop_while_partitions_are_located_it_waits_for_the_answer() -> None:
+def test_a_stop_waits_for_offsets_that_are_being_resolved() -> None:
     driver = Driver()
     driver.core.on_partitions_assigned([P0])
     driver.tick()
@@ -594,7 +594,7 @@ def test_told_to_stop_while_partitions_are_located_it_waits_for_the_answer() -> 
     assert not driver.wants_records()
 
 
-def test_it_leaves_when_the_group_has_handled_everything_asked_for() -> None:
+def test_it_stops_when_the_group_has_reached_the_offsets_to_stop_at() -> None:
     driver = started(0, until={P0: 1, P1: 4})
     driver.fetch(record(0))
     driver.write()
@@ -608,7 +608,7 @@ def test_it_leaves_when_the_group_has_handled_everything_asked_for() -> None:
     assert driver.core.error is None
 
 
-def test_the_ends_asked_for_are_not_looked_at_while_there_is_something_to_write() -> None:
+def test_the_offsets_to_stop_at_are_not_checked_while_there_are_records_to_commit() -> None:
     driver = started(0, until={P0: 1})
     driver.fetch(record(0))
     assert driver.tick() == []
@@ -616,7 +616,7 @@ def test_the_ends_asked_for_are_not_looked_at_while_there_is_something_to_write(
     assert driver.tick() == []
 
 
-def test_with_nothing_to_do_it_looks_whether_the_topic_is_still_the_same() -> None:
+def test_an_idle_consumer_checks_the_topic_ids() -> None:
     driver = started(0)
     assert driver.tick(TOPIC_CHECK_S * 0.49) == []
     assert driver.tick(TOPIC_CHECK_S * 0.52) == [CheckTopics(frozenset())]
@@ -633,7 +633,7 @@ def test_with_nothing_to_do_it_looks_whether_the_topic_is_still_the_same() -> No
     assert isinstance(driver.core.error, TopicRecreated)
 
 
-def test_without_partitions_it_still_surveys_for_those_that_starve() -> None:
+def test_a_consumer_without_partitions_checks_the_topics_too() -> None:
     assert Driver().tick(2 * TOPIC_CHECK_S) == [CheckTopics(frozenset())]
 
 

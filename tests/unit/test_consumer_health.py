@@ -1,4 +1,4 @@
-"""What the consumer's health server answers, by a clock that the test turns."""
+"""The responses of the consumer's health server, with a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Clock:
 
 @attrs.define
 class Probe:
-    """A server with its health, and whoever asks it."""
+    """A health server, its health, and a client."""
 
     health: Health
     clock: Clock
@@ -58,7 +58,7 @@ def test_a_consumer_that_starts_is_live_and_not_ready(probe: Probe) -> None:
     assert probe.get("/readyz") == (503, "starting\n")
 
 
-def test_a_consumer_in_an_outage_is_live_and_tells_why_it_is_not_ready(probe: Probe) -> None:
+def test_a_consumer_in_an_outage_is_live_and_not_ready_with_a_reason(probe: Probe) -> None:
     probe.health.not_ready = "PostgreSQL: gone"
     assert probe.get("/livez")[0] == 200
     assert probe.get("/readyz") == (503, "PostgreSQL: gone\n")
@@ -74,7 +74,7 @@ def test_a_loop_that_does_not_turn_for_thirty_seconds_is_neither_live_nor_ready(
     assert probe.get("/livez")[0] == probe.get("/readyz")[0] == 200
 
 
-def test_a_flood_of_slow_connections_takes_few_file_descriptors_and_no_prober_waits(probe: Probe) -> None:
+def test_a_flood_of_slow_connections_takes_few_file_descriptors_and_delays_no_probe(probe: Probe) -> None:
     this_process = psutil.Process()
     before = this_process.num_fds()
     host, port = probe.address.host, probe.address.port
@@ -84,14 +84,14 @@ def test_a_flood_of_slow_connections_takes_few_file_descriptors_and_no_prober_wa
             with suppress(OSError):
                 client.sendall(b"GET /livez HTTP/1.1\r\nX-Slow: ")
         assert probe.get("/livez") == (200, "ok\n")
-        # The other half of each connection is the flood's own.
+        # The client's end of each connection is in this process, too.
         assert eventually(lambda: this_process.num_fds() - before - len(flood) <= MAX_CONNECTIONS + 1, 20)
         began_s = this_process.cpu_times().user
         assert probe.get("/metrics")[0] == 200
         assert this_process.cpu_times().user - began_s < 1
 
 
-def test_a_connection_ends_after_a_few_seconds_however_busy_its_client_is(probe: Probe) -> None:
+def test_a_connection_is_closed_after_a_few_seconds_even_if_its_client_is_sending(probe: Probe) -> None:
     with socket.create_connection((probe.address.host, probe.address.port), timeout=3 * CONNECTION_S) as slow:
         slow.sendall(b"GET /livez HTTP/1.1\r\n")
 
@@ -112,16 +112,16 @@ def test_it_listens_on_an_ipv6_address() -> None:
         assert Probe(health, Clock(), server.address).get("/livez")[0] == 200
 
 
-def test_it_does_not_ask_a_resolver_for_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_does_not_look_up_its_own_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*_: object) -> str:
-        raise AssertionError("asked for a name")
+        raise AssertionError("looked up a name")
 
     monkeypatch.setattr(socket, "getfqdn", slow)
     with HealthServer(Address(host="0.0.0.0", port=0), Health(Clock()), Metrics()):  # noqa: S104
         pass
 
 
-def test_a_record_from_the_future_took_no_time_and_the_sum_never_falls() -> None:
+def test_a_record_from_the_future_counts_as_0_seconds_and_the_sum_never_decreases() -> None:
     metrics = Metrics()
     metrics.end_to_end.observe([-3e9, 2.0, -1.0])
     text = generate_latest(metrics.registry).decode()
@@ -130,7 +130,7 @@ def test_a_record_from_the_future_took_no_time_and_the_sum_never_falls() -> None
     assert 'orders_end_to_end_seconds_bucket{le="0.01"} 2.0' in text
 
 
-def test_monitoring_that_fails_is_logged_and_stops_nothing() -> None:
+def test_a_failure_of_monitoring_is_logged_and_stops_nothing() -> None:
     with capture_logs() as logged, never_fatal("metrics"):
         int("a secret")
     assert [line["event"] for line in logged] == ["monitoring_failed"]
