@@ -8,11 +8,11 @@ import datetime as dt
 import enum
 from collections import Counter
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
-from typing import Protocol, TypedDict, TypeVar, Unpack
+from typing import Any, Protocol, TypedDict, TypeVar, Unpack
 
 import attrs
 
-from orderlib.contract import fits_postgres
+from orderlib.contract import fits_postgres, within_utc_years
 from orderlib.errors import Fault, InvalidQuery
 from orderlib.models import Order
 
@@ -61,6 +61,13 @@ class Direction(enum.StrEnum):
     NEWER = "newer"
 
 
+def _in_utc(time: Any) -> Any:
+    """Return a time in UTC, because PostgreSQL refuses offsets of 16 hours or more. Validators refuse other values."""
+    if isinstance(time, dt.datetime) and time.utcoffset() is not None and within_utc_years(time):
+        return time.astimezone(dt.UTC)
+    return time
+
+
 @attrs.frozen(kw_only=True)
 class Cursor:
     """A position in the list of orders: that of an order, which the page after it does not repeat.
@@ -70,13 +77,15 @@ class Cursor:
     """
 
     #: When the order was stored for the first time; UTC.
-    first_stored_at: dt.datetime
+    first_stored_at: dt.datetime = attrs.field(converter=_in_utc)
     #: Breaks ties.
     order_uid: str
 
     def __attrs_post_init__(self) -> None:
         if checked_type("first_stored_at", self.first_stored_at, dt.datetime).utcoffset() is None:
             raise ValueError("first_stored_at must have an offset")
+        if not within_utc_years(self.first_stored_at):
+            raise ValueError("first_stored_at must be in years 0001 to 9999 in UTC")
         if not fits_postgres(checked_type("order_uid", self.order_uid, str)):
             raise ValueError("order_uid must not contain NUL or lone surrogates")
 
@@ -237,8 +246,8 @@ class ListQuery:
     limit: int = attrs.field(default=PAGE_SIZE)
     customer_id: str | None = attrs.field(default=None)
     track_number: str | None = attrs.field(default=None)
-    since: dt.datetime | None = attrs.field(default=None)
-    until: dt.datetime | None = attrs.field(default=None)
+    since: dt.datetime | None = attrs.field(default=None, converter=_in_utc)
+    until: dt.datetime | None = attrs.field(default=None, converter=_in_utc)
 
     @cursor.validator
     def _check_cursor(self, _attribute: object, cursor: object) -> None:
@@ -254,8 +263,13 @@ class ListQuery:
     @since.validator
     @until.validator
     def _check_time(self, attribute: attrs.Attribute[dt.datetime | None], value: object) -> None:
-        if value is not None and checked_type(attribute.name, value, dt.datetime).utcoffset() is None:
+        if value is None:
+            return
+        time = checked_type(attribute.name, value, dt.datetime)
+        if time.utcoffset() is None:
             raise InvalidQuery(f"{attribute.name}: expected a time with an offset, found one without")
+        if not within_utc_years(time):
+            raise InvalidQuery(f"{attribute.name}: expected a time in years 0001 to 9999 in UTC, found another one")
 
     @limit.validator
     def _check_limit(self, _attribute: object, limit: int) -> None:

@@ -342,9 +342,22 @@ class RepositoryContract:
         # An update does not move an order.
         repository.save(an_order("a", 1, customer_id="odd"))
         since, until = (stored(repository, uid).first_stored_at for uid in "bd")
-        elsewhere = dt.timezone(dt.timedelta(hours=-9))
         assert uids(repository.list_orders(since=since).orders) == ["d", "c", "b"]
-        assert uids(repository.list_orders(since=since.astimezone(elsewhere)).orders) == ["d", "c", "b"]
+        for offset in (
+            dt.timedelta(hours=-9),
+            dt.timedelta(hours=20, minutes=12),
+            dt.timedelta(hours=-23, minutes=-59),
+        ):
+            elsewhere = since.astimezone(dt.timezone(offset))
+            assert uids(repository.list_orders(since=elsewhere).orders) == ["d", "c", "b"]
+            cursor = Cursor(first_stored_at=elsewhere, order_uid="b")
+            assert uids(repository.list_orders(cursor=cursor).orders) == ["a"]
+        for text in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:00:00-14:00"):
+            outside = dt.datetime.fromisoformat(text)
+            with pytest.raises(InvalidQuery, match="since: expected a time in years 0001 to 9999"):
+                repository.list_orders(since=outside)
+            with pytest.raises(ValueError, match="years 0001 to 9999"):
+                Cursor(first_stored_at=outside, order_uid="b")
         assert uids(repository.list_orders(until=until).orders) == ["c", "b", "a"]
         assert uids(repository.list_orders(since=since, until=until, customer_id="even").orders) == ["b"]
         assert uids(repository.list_orders(since=since, until=until, track_number="t").orders) == ["c", "b"]
