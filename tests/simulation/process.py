@@ -157,7 +157,7 @@ class Process:
     def take_result(self, timeout_s: float) -> Told | OrderlibError | MistakeError | None:
         if timeout_s:
             self._simulator.fault("waited to stop" if self.core.stopping else "batch full")
-            # While it waits, its job goes on.
+            # While it waits, its store task advances.
             while self.job is not None and self._rng.random() < 0.5:
                 self.advance()
         result, self.result = self.result, None

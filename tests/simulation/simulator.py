@@ -59,7 +59,7 @@ FAULTS = {
     ),
     *("killed before COMMIT", "killed between batches", "killed in COMMIT", "offsets rewound", "partitions lost"),
     *("poison", "rebalance", "redrive", "redrive beside a newer version", "refused by PostgreSQL"),
-    *("seek after a lost fence", "stall", "superseded", "told to stop", "told to stop in a batch", "too large"),
+    *("seek after a lost fence", "stall", "superseded", "stopped", "stopped in a batch", "too large"),
     *(
         "no answer while it stops",
         "batch aborted",
@@ -174,7 +174,7 @@ class Simulator:
         if isinstance(error, TopicRecreated):
             self.fault("topic id differs")
         elif str(error) not in FATAL and self.life.number == 0:
-            raise InvariantViolation(f"{process.name} cannot go on: {error!r}")
+            raise InvariantViolation(f"{process.name} stops because of {error!r}")
 
     # Steps without faults.
 
@@ -409,7 +409,7 @@ class Simulator:
     def _tell_to_stop(self) -> None:
         process = self._any_process()
         if process is not None and not process.stop_event.is_set():
-            self.fault("told to stop in a batch" if process.job is not None else "told to stop", process.name)
+            self.fault("stopped in a batch" if process.job is not None else "stopped", process.name)
             process.stop_event.set()
 
     def _rebalance(self) -> None:

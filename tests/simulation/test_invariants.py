@@ -47,7 +47,7 @@ def test_a_violation_can_be_replayed() -> None:
         explore(any_seed(), SCHEDULES_FOR_A_BUG, Bug.NO_FENCE)
     replay = re.fullmatch(r"replay: python -m tests\.simulation (\d+) --bug no-fence", found.value.__notes__[0])
     assert replay is not None
-    told: list[str] = []
+    events: list[str] = []
     with pytest.raises(InvariantViolation, match=re.escape(str(found.value))):
-        Simulator(int(replay[1]), Bug.NO_FENCE, told.append).run()
-    assert told
+        Simulator(int(replay[1]), Bug.NO_FENCE, events.append).run()
+    assert events
