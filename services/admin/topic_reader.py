@@ -1,4 +1,4 @@
-"""The topic, read outside of any group: where it begins and ends, and its records."""
+"""Read a topic outside of any consumer group: its earliest offsets, its log ends, its records."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from services.kafka import REQUEST_TIMEOUT_S, SILENT, Cluster, record_of
 from services.kafka_errors import NO_GROUP_RIGHT, PARTITION_EOF, translate, translated_errors
 from services.settings import KafkaSettings
 
-#: Records taken from librdkafka at once; it waits for so many until the turn is over.
-_AT_ONCE = 500
-_TURN_S = 0.1
+#: What librdkafka may fetch ahead: in KiB in total, in bytes for each partition and for each request. A larger record
+#: is fetched alone. These limits bound memory if records are large.
+_QUEUE_KIB = 4 * 1024
+_PARTITION_FETCH_BYTES = 512 * 1024
+_REQUEST_FETCH_BYTES = 2 * 1024 * 1024
+
+#: At most this many records are taken from that queue at a time.
+_MAX_MESSAGES = 500
+_POLL_S = 0.1
 
 
 class TopicReader:
-    """A topic to look at. Raises ConfigurationError if there is none, BrokerUnavailable if Kafka does not answer."""
+    """A topic to read.
+
+    Raises ConfigurationError if the topic does not exist, and BrokerUnavailable if Kafka does not answer.
+    """
 
     def __init__(self, settings: KafkaSettings) -> None:
         self.topic = settings.topic
@@ -31,17 +40,17 @@ class TopicReader:
         self.topic_id = found.topic_id
 
     def earliest(self) -> dict[int, int]:
-        """The earliest offset that each partition still holds."""
+        """Return the earliest offset that each partition still has."""
         return self.cluster.earliest(self.topic, self.partitions)
 
     def ends(self) -> dict[int, int]:
-        """The log end of each partition."""
+        """Return the log end of each partition."""
         return self.cluster.ends(self.topic, self.partitions)
 
     def is_compacted(self) -> bool:
-        """Return whether Kafka compacts the topic: any record before the log end may be missing then.
+        """Return whether Kafka compacts the topic, so that any record before the log end may be missing.
 
-        Without the right to describe the topic's configuration, assume that it does not.
+        Without the right to describe the topic's configuration, return False.
         """
         resource = ConfigResource(ResourceType.TOPIC, self.topic)
         try:
@@ -53,13 +62,13 @@ class TopicReader:
         return "compact" in str(found["cleanup.policy"].value)
 
     def at_time(self, timestamp_ms: int) -> dict[int, int]:
-        """The first offset of each partition at this time or later; its log end where there is none."""
+        """Return the first offset of each partition at or after this time, or its log end if there is none."""
         ends = self.ends()
         found = self.cluster.offsets(self.topic, self.partitions, OffsetSpec.for_timestamp(timestamp_ms))
         return {partition: offset if offset >= 0 else ends[partition] for partition, offset in found.items()}
 
     def records(self, first: Mapping[int, int], until: Mapping[int, int]) -> Iterator[Record]:
-        """The committed records from the first offsets up to, not including, the others."""
+        """Yield the committed records from the offsets in ``first`` up to, not including, those in ``until``."""
         ends = self.ends()
         open_until = {
             partition: min(until[partition], ends[partition])
@@ -70,11 +79,16 @@ class TopicReader:
             return
         consumer = Consumer(
             {
+                "queued.max.messages.kbytes": _QUEUE_KIB,
+                "fetch.message.max.bytes": _PARTITION_FETCH_BYTES,
+                "fetch.max.bytes": _REQUEST_FETCH_BYTES,
+                # A full queue is soon empty. The default would wait for a second.
+                "fetch.queue.backoff.ms": 2,
                 **self._settings.client_properties(),
-                "group.id": "orderlib-admin",  # never joined: partitions are assigned by hand
+                "group.id": "orderlib-admin",  # required, but not joined: the partitions are assigned by ``assign``
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
-                # All records to read are there already; the end of a partition is reported after an empty answer.
+                # All records exist already. librdkafka reports the end of a partition after an empty response.
                 "fetch.wait.max.ms": 10,
                 "isolation.level": "read_committed",
                 "auto.offset.reset": "error",
@@ -92,7 +106,10 @@ class TopicReader:
         answered_at_s = time.monotonic()
         while open_until:
             with translated_errors():
-                messages = consumer.consume(_AT_ONCE, _TURN_S)
+                # Wait for one message, then take those that are fetched already: waiting for more would exceed the
+                # limit of the queue.
+                messages = consumer.consume(1, _POLL_S)
+                messages += consumer.consume(_MAX_MESSAGES, 0) if messages else []
             if messages:
                 answered_at_s = time.monotonic()
             elif time.monotonic() - answered_at_s > REQUEST_TIMEOUT_S:
@@ -100,7 +117,7 @@ class TopicReader:
             for message in messages:
                 partition, offset, error = message.partition(), message.offset(), message.error()
                 if error is not None and error.code() == NO_GROUP_RIGHT:
-                    continue  # librdkafka looks for the group's coordinator, which nothing here needs
+                    continue  # librdkafka asks for the coordinator of the group, which is not needed here
                 if error is not None and error.code() != PARTITION_EOF:
                     raise translate(error, message)
                 if partition not in open_until or offset is None:

@@ -30,7 +30,8 @@ def rows(command: str, environ: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def publish(environ: Mapping[str, str], *values: bytes, partition: int = 0, timestamp_ms: int = 0) -> None:
     """Send records to one partition."""
-    producer = Producer({"bootstrap.servers": environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"]})
+    settings = {"bootstrap.servers": environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"], "message.max.bytes": 9_000_000}
+    producer = Producer(settings)
     for value in values:
         producer.produce(environ["ORDERS_TOPIC"], value, partition=partition, timestamp=timestamp_ms)
     assert producer.flush(30) == 0
@@ -189,6 +190,18 @@ def test_many_huge_rejects_are_redriven_in_little_memory(
     [outcomes] = json.loads((tmp_path / "redriven").read_text())
     assert (outcomes["rejected"], outcomes["stored"]) == (26, 1)
     assert peak - small < 100 * 2**20
+
+
+def test_reconcile_reads_large_records_in_little_memory(environ: dict[str, str], tmp_path: Path) -> None:
+    publish(environ, SAMPLE)
+    succeed("consumer --exit-at-end", environ)
+    small = peak_bytes("admin reconcile", environ, tmp_path / "small")
+    for _ in range(5):
+        publish(environ, *[b"x" * 8_000_000] * 5)
+    succeed("consumer --exit-at-end", environ)
+    peak = peak_bytes("admin reconcile --json", environ, tmp_path / "proof")
+    assert json.loads((tmp_path / "proof").read_text())["counts"]["rejects"] == 25
+    assert peak - small < 80 * 2**20
 
 
 def test_nothing_in_a_reject_reaches_the_terminal_as_a_control_character(environ: dict[str, str]) -> None:
