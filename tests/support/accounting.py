@@ -78,9 +78,9 @@ def stored_orders(database: Database) -> dict[str, dict[str, Any]]:
             items = orders[row.pop("order_uid")].setdefault("items", [])
             assert row.pop("line") == len(items)
             items.append(row)
-    kept_for_us = ("content_sha256", "first_stored_at", "stored_at")
+    store_columns = ("content_sha256", "version", "first_stored_at", "stored_at")
     for row in orders.values():
-        for name in [name for name in row if name in kept_for_us or name.startswith("source_")]:
+        for name in [name for name in row if name in store_columns or name.startswith("source_")]:
             del row[name]
     return orders
 
