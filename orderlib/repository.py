@@ -62,10 +62,16 @@ class Direction(enum.StrEnum):
 
 
 def _in_utc(time: Any) -> Any:
-    """Return a time in UTC, because PostgreSQL refuses offsets of 16 hours or more. Validators refuse other values."""
-    if isinstance(time, dt.datetime) and time.utcoffset() is not None and within_utc_years(time):
+    """Return a time in UTC, because PostgreSQL refuses offsets of 16 hours or more. Validators refuse other values.
+
+    A time whose UTC year is 0 or 10000 becomes the first or the last one that a datetime can be.
+    """
+    if not isinstance(time, dt.datetime) or time.utcoffset() is None:
+        return time
+    if within_utc_years(time):
         return time.astimezone(dt.UTC)
-    return time
+    limit = dt.datetime.min if time.year == 1 else dt.datetime.max  # noqa: DTZ901  UTC follows
+    return limit.replace(tzinfo=dt.UTC)
 
 
 @attrs.frozen(kw_only=True)
@@ -84,8 +90,6 @@ class Cursor:
     def __attrs_post_init__(self) -> None:
         if checked_type("first_stored_at", self.first_stored_at, dt.datetime).utcoffset() is None:
             raise ValueError("first_stored_at must have an offset")
-        if not within_utc_years(self.first_stored_at):
-            raise ValueError("first_stored_at must be in years 0001 to 9999 in UTC")
         if not fits_postgres(checked_type("order_uid", self.order_uid, str)):
             raise ValueError("order_uid must not contain NUL or lone surrogates")
 
@@ -265,11 +269,8 @@ class ListQuery:
     def _check_time(self, attribute: attrs.Attribute[dt.datetime | None], value: object) -> None:
         if value is None:
             return
-        time = checked_type(attribute.name, value, dt.datetime)
-        if time.utcoffset() is None:
+        if checked_type(attribute.name, value, dt.datetime).utcoffset() is None:
             raise InvalidQuery(f"{attribute.name}: expected a time with an offset, found one without")
-        if not within_utc_years(time):
-            raise InvalidQuery(f"{attribute.name}: expected a time in years 0001 to 9999 in UTC, found another one")
 
     @limit.validator
     def _check_limit(self, _attribute: object, limit: int) -> None:

@@ -32,6 +32,7 @@ SAMPLE_ORDER = orderlib.decode_order(SAMPLE)
 CANNOT_BE_PROVED = {
     ("consumer_offsets", "updated_at"): "the clock of a batch: Kafka does not know it",
     ("orders", "first_stored_at"): "the clock of a batch: only its order with stored_at is known",
+    ("orders", "version"): "counts the changes of an order, of which the topic may hold only the last ones",
     ("orders", "stored_at"): "the clock of a batch: only its order with first_stored_at is known",
     ("rejects", "rejected_at"): "the clock of a batch: only its order with redriven_at is known",
     ("rejects", "redriven_at"): "the clock of a redrive: only its order with rejected_at is known",

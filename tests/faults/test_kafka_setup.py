@@ -134,7 +134,7 @@ def test_a_broker_without_topic_ids_is_refused(
     description.topic_id = Uuid(0, 0)
     future: Future[TopicDescription] = Future()
     future.set_result(description)
-    monkeypatch.setattr(cluster, "ask_description", lambda _: future)
+    monkeypatch.setattr(cluster, "request_description", lambda _: future)
     with pytest.raises(ConfigurationError, match="has no topic ids"):
         cluster.describe(secure_topic)
 

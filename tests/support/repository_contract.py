@@ -352,12 +352,6 @@ class RepositoryContract:
             assert uids(repository.list_orders(since=elsewhere).orders) == ["d", "c", "b"]
             cursor = Cursor(first_stored_at=elsewhere, order_uid="b")
             assert uids(repository.list_orders(cursor=cursor).orders) == ["a"]
-        for text in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:00:00-14:00"):
-            outside = dt.datetime.fromisoformat(text)
-            with pytest.raises(InvalidQuery, match="since: expected a time in years 0001 to 9999"):
-                repository.list_orders(since=outside)
-            with pytest.raises(ValueError, match="years 0001 to 9999"):
-                Cursor(first_stored_at=outside, order_uid="b")
         assert uids(repository.list_orders(until=until).orders) == ["c", "b", "a"]
         assert uids(repository.list_orders(since=since, until=until, customer_id="even").orders) == ["b"]
         assert uids(repository.list_orders(since=since, until=until, track_number="t").orders) == ["c", "b"]
