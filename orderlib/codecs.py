@@ -108,7 +108,7 @@ def decode_order(data: bytes) -> Order:
     """Return the order in a JSON text.
 
     * Types are strict: ``"99"``, ``1.0`` and ``true`` are not integers; no value may be null.
-    * Unknown fields are ignored, whatever they contain, so that producers may add fields before consumers know them.
+    * Unknown fields with any content are ignored, so that producers may add fields before consumers know them.
     * For a repeated key the last value counts.
 
     Raises:

@@ -121,7 +121,7 @@ def _to_tuple(items: Iterable[Item]) -> tuple[Item, ...]:
 class Order:
     """An order, as a shop publishes it. orderlib reads it back with every known field equal.
 
-    Two orders are equal if their content is: times compare as instants, whatever their offsets.
+    Two orders are equal if their content is: times compare as instants, with any offsets.
     """
 
     #: Id of the order: the key in Kafka, in the tables and in URLs.

@@ -145,7 +145,7 @@ def _is_fatal(exc: BaseException | None) -> bool:
 def translated_errors(connection: HasPGconn | None = None) -> Iterator[None]:
     """Raise the library's error, ``from`` psycopg's, for an error of the block.
 
-    Pass the connection that the block uses. If it was lost, the error is an outage, whatever its class: psycopg then
+    Pass the connection that the block uses. If it was lost, an error of any class is an outage: psycopg then
     takes the server's last message for the answer to another request.
     """
     try:
