@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from types import TracebackType
 from typing import ClassVar, NoReturn, Self, TypeVar, Unpack
 
-import attrs
 from psycopg import waiting
 from psycopg.abc import PQGen
 
@@ -21,13 +20,12 @@ from orderlib.ingestion.records import PreparedOrder
 from orderlib.models import Order
 from orderlib.postgres.migrate import require_schema
 from orderlib.postgres.pool import READ_ERRORS, WRITE_ERRORS, Call, Pool, Session, bounded
-from orderlib.postgres.reads import ReadQueries
+from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import Save
 from orderlib.repository import (
     FIRST_POLL_S,
     LONGEST_POLL_S,
-    STREAM_SIZE,
     Filters,
     ListOptions,
     ListQuery,
@@ -238,15 +236,10 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
         call = Call(self._pool)
         session = await self._session(call)
         try:
-            begin = True
-            while True:
-                page = await _run(session, session.read_queries.page(query, STREAM_SIZE, begin=begin), call)
+            reader = PageReader(session.read_queries, query)
+            while (page := await _run(session, reader.next_page(), call)) is not None:
                 yield page
                 call = Call(self._pool)
-                if page.next_cursor is None:
-                    break
-                begin, query = False, attrs.evolve(query, cursor=page.next_cursor)
-            await _run(session, session.read_queries.end(), call)
         except READ_ERRORS as exc:
             raise call.read_error(session, exc) from exc
         finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import attrs
 from psycopg.abc import PQGen
 
 from orderlib.contract import fits_postgres
@@ -19,6 +20,7 @@ from orderlib.repository import (
     COUNT_LIMIT,
     MAX_PAGE_ITEMS,
     STORED_RECENTLY,
+    STREAM_SIZE,
     Direction,
     ListQuery,
     Outcome,
@@ -34,6 +36,9 @@ from orderlib.repository import (
 
 _BEGIN: Statement = (queries.BEGIN_READ, ())
 _COMMIT: Statement = (queries.COMMIT, ())
+
+#: How many items ``PageReader`` expects on a page at most.
+_WANTED_ITEMS = MAX_PAGE_ITEMS * 4 // 5
 
 #: How often an order may change while a read in a caller's transaction reads it.
 _ATTEMPTS = 10
@@ -118,9 +123,9 @@ class ReadQueries:
         else:
             raise _changing()
         if len(items) == MAX_PAGE_ITEMS:
-            # Items of the last order may be missing, so leave it out. The first order is complete: no order has so
-            # many items.
-            shown = shown[: uids.index(items[-1][0])]
+            # The last order may be incomplete: read only as many orders as were complete. Each has at most 1,000 items.
+            complete = len({row[0] for row in items}) - 1
+            return (yield from self.page(query, complete, begin=begin and end, end=end))
         stored = list(map(_stored_order, orders_from_rows(shown, items), shown))
         next_cursor = stored[-1].cursor if len(joined) > len(shown) else None
         if query.direction is Direction.NEWER:
@@ -160,8 +165,9 @@ class ReadQueries:
         return rows
 
     def end(self) -> PQGen[None]:
-        """End the snapshot of ``page``."""
-        yield from self._pipeline(_COMMIT)
+        """End the snapshot of ``page``. A caller's transaction goes on."""
+        if not self._in_transaction:
+            yield from self._pipeline(_COMMIT)
 
     def status(self) -> PQGen[Stats]:
         """See ``OrderRepository.status``."""
@@ -218,6 +224,29 @@ class ReadQueries:
         before, after = (_BEGIN,) * begin, (_COMMIT,) * end
         rows = yield from self._wire.pipeline(*before, *statements, *after)
         return rows[len(before) : len(before) + len(statements)]
+
+
+class PageReader:
+    """All pages of a query from one snapshot, in sequence, each with so few orders that their items fit."""
+
+    def __init__(self, read_queries: ReadQueries, query: ListQuery) -> None:
+        self._read_queries = read_queries
+        self._query = query
+        self._limit = STREAM_SIZE
+        self._begun = self._ended = False
+
+    def next_page(self) -> PQGen[Page | None]:
+        """Return the next page. After the last one, end the snapshot and return ``None``."""
+        if self._ended:
+            yield from self._read_queries.end()
+            return None
+        page = yield from self._read_queries.page(self._query, self._limit, begin=not self._begun)
+        self._begun, self._ended = True, page.next_cursor is None
+        self._query = attrs.evolve(self._query, cursor=page.next_cursor)
+        items = sum(len(stored.order.items) for stored in page.orders)
+        # A page with too many items is read twice, so leave a margin.
+        self._limit = max(1, min(STREAM_SIZE, len(page.orders) * _WANTED_ITEMS // max(1, items)))
+        return page
 
 
 def _changing() -> TransactionConflict:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator, Iterable
 from types import TracebackType
 from typing import ClassVar, NoReturn, Self, TypeVar, Unpack
 
-import attrs
 from psycopg.abc import PQGen
 
 from orderlib.errors import DatabaseUnavailable, OrderNotFound
@@ -18,13 +17,12 @@ from orderlib.ingestion.records import PreparedOrder
 from orderlib.models import Order
 from orderlib.postgres.migrate import require_schema
 from orderlib.postgres.pool import READ_ERRORS, WRITE_ERRORS, Call, Pool, Session, ThreadWaiter
-from orderlib.postgres.reads import ReadQueries
+from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import Save
 from orderlib.repository import (
     FIRST_POLL_S,
     LONGEST_POLL_S,
-    STREAM_SIZE,
     Filters,
     ListOptions,
     ListQuery,
@@ -191,16 +189,11 @@ class PostgresOrderRepository(OrderRepositoryBase):
         call = Call(self._pool)
         session = self._session(call)
         try:
-            begin = True
-            while True:
-                page = session.wait(session.read_queries.page(query, STREAM_SIZE, begin=begin))
+            reader = PageReader(session.read_queries, query)
+            while (page := session.wait(reader.next_page())) is not None:
                 yield page
-                if page.next_cursor is None:
-                    break
-                begin, query = False, attrs.evolve(query, cursor=page.next_cursor)
                 call = Call(self._pool)
                 session.deadline = call.deadline
-            session.wait(session.read_queries.end())
         except READ_ERRORS as exc:
             raise call.read_error(session, exc) from exc
         finally:

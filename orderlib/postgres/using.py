@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any, ClassVar, TypeVar
 
-import attrs
 import psycopg
 from psycopg.abc import PQGen
 from psycopg.pq import PipelineStatus, TransactionStatus
@@ -17,12 +16,11 @@ from orderlib.ingestion.records import PreparedOrder
 from orderlib.postgres import queries
 from orderlib.postgres.async_repository import AsyncOrderRepositoryBase
 from orderlib.postgres.errors import translated_errors
-from orderlib.postgres.reads import ReadQueries
+from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.repository import OrderRepositoryBase
 from orderlib.postgres.wire import Wire
 from orderlib.postgres.writes import accepted
 from orderlib.repository import (
-    STREAM_SIZE,
     AsyncOrderRepository,
     ListQuery,
     OrderRepository,
@@ -81,12 +79,9 @@ class CallerOrderRepository(OrderRepositoryBase):
 
     def _pages(self, query: ListQuery) -> Generator[Page, None, None]:
         self._run(_require_one_snapshot(self._wire))
-        while True:
-            page = self._run(self._read_queries.page(query, STREAM_SIZE))
+        reader = PageReader(self._read_queries, query)
+        while (page := self._run(reader.next_page())) is not None:
             yield page
-            if page.next_cursor is None:
-                return
-            query = attrs.evolve(query, cursor=page.next_cursor)
 
     def _run(self, steps: PQGen[T]) -> T:
         connection = self._connection
@@ -121,12 +116,9 @@ class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
 
     async def _pages(self, query: ListQuery) -> AsyncGenerator[Page, None]:
         await self._run(_require_one_snapshot(self._wire))
-        while True:
-            page = await self._run(self._read_queries.page(query, STREAM_SIZE))
+        reader = PageReader(self._read_queries, query)
+        while (page := await self._run(reader.next_page())) is not None:
             yield page
-            if page.next_cursor is None:
-                return
-            query = attrs.evolve(query, cursor=page.next_cursor)
 
     async def _run(self, steps: PQGen[T]) -> T:
         connection = self._connection

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import LiteralString, TypeVar
 
 import attrs
 import psycopg
@@ -638,16 +638,26 @@ def test_a_page_is_read_along_its_index_and_never_sorted(
     module_database: Database, direction: Direction, cursor: bool, customer: bool, track: bool, index: str, times: bool
 ) -> None:
     """A page costs the same for any number of orders. A period limits the part of the index that is read."""
-    with psycopg.connect(module_database.superuser_url, autocommit=True) as superuser:
-        superuser.execute("SET enable_seqscan = off")
-        superuser.execute("SET enable_sort = off")
-        statement = sql.SQL(
-            queries.list_orders(direction, cursor=cursor, customer=customer, track=track, since=times, until=times)
-        )
-        plan = [line for (line,) in superuser.execute(sql.SQL("EXPLAIN (GENERIC_PLAN) ") + statement)]
+    statement = queries.list_orders(direction, cursor=cursor, customer=customer, track=track, since=times, until=times)
+    plan = plan_by_index(module_database, statement)
     assert any(f"using {index} on orders" in line for line in plan), plan
     assert not any("Sort" in line for line in plan), plan
     if times:
         [condition] = [line for line in plan if "Index Cond" in line and "first_stored_at" in line]
         assert "first_stored_at >=" in condition, plan
         assert "first_stored_at < $" in condition, plan
+
+
+def test_the_items_of_a_page_are_read_along_their_index_and_never_sorted(module_database: Database) -> None:
+    """With a sort, each page of a stream would scan the whole table until it has statistics."""
+    plan = plan_by_index(module_database, queries.GET_ITEMS_OF_PAGE)
+    assert any("using items_pkey on items" in line for line in plan), plan
+    assert not any("Sort" in line for line in plan), plan
+
+
+def plan_by_index(database: Database, statement: LiteralString) -> list[str]:
+    """The plan of a statement if an index serves its conditions and its order."""
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        superuser.execute("SET enable_seqscan = off")
+        superuser.execute("SET enable_sort = off")
+        return [line for (line,) in superuser.execute(sql.SQL("EXPLAIN (GENERIC_PLAN) ") + sql.SQL(statement))]
