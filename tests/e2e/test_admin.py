@@ -19,7 +19,8 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 from orderlib.testing import SAMPLE
 from services.admin.rejects import SHOWN_BYTES
 from tests.conftest import Database
-from tests.support.programs import ROOT, peak_bytes, run, running, succeed, wait_for
+from tests.support import ROOT
+from tests.support.programs import peak_bytes, run, running, succeed, wait_for
 
 
 def rows(command: str, environ: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -42,16 +43,7 @@ def run_on_a_terminal(command: str, environ: Mapping[str, str], typed: str) -> s
     controller, terminal = pty.openpty()
     try:
         os.write(controller, f"{typed}\n".encode())
-        return subprocess.run(
-            [sys.executable, "-m", "services.admin", *command.split()],
-            env=dict(environ),
-            cwd=ROOT,
-            stdin=terminal,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        return run(f"admin {command}", environ, stdin=terminal)
     finally:
         os.close(controller)
         os.close(terminal)

@@ -32,7 +32,8 @@ from orderlib.testing import SAMPLE as SAMPLE_JSON
 from services.api.asgi import HEALTH_CONNECTIONS
 from services.api.request_metrics import SECURITY_HEADERS
 from tests.conftest import Database, role_passwords
-from tests.support.api_process import HALF_A_REQUEST, ROOT, Answer, Service, clients, eventually, serving, settings_for
+from tests.support import ROOT
+from tests.support.api_process import HALF_A_REQUEST, Answer, Service, clients, eventually, serving, settings_for
 from tests.support.tcp_proxy import TcpProxy
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)

@@ -246,6 +246,7 @@ def test_a_flood_of_slow_connections_and_a_lost_session_delay_neither_health_nor
 def test_a_member_without_partitions_is_ready(environ: dict[str, str], make_topic: Callable[..., str]) -> None:
     environ = {**environ, "ORDERS_TOPIC": make_topic(1)}
     with consuming(environ) as owner, consuming(environ) as spare:
+        assert eventually(lambda: any(each.events("partitions_assigned") for each in (owner, spare)), 10)
         assert eventually(lambda: owner.ready and spare.ready, 10)
         assert sum(len(consumer.events("partitions_assigned")) for consumer in (owner, spare)) == 1
         assert owner.stop() == spare.stop() == 0

@@ -20,7 +20,8 @@ from sandbox import Sandbox
 from services.admin.output import count_of
 from services.sender.generate import make_order
 from tests.conftest import Database, drop_database, make_database
-from tests.support.programs import ROOT, peak_bytes, run, succeed, wait_for
+from tests.support import ROOT
+from tests.support.programs import peak_bytes, run, succeed, wait_for
 
 SAMPLE_ORDER = orderlib.decode_order(SAMPLE)
 

@@ -23,7 +23,8 @@ import orderlib
 from orderlib.errors import RejectedError
 from orderlib.testing import SAMPLE
 from tests.conftest import Database
-from tests.support.programs import ROOT, events, run, running, succeed, wait_for
+from tests.support import ROOT
+from tests.support.programs import events, run, running, succeed, wait_for
 
 
 def acknowledged(manifest: Path) -> list[dict[str, object]]:

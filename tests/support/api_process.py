@@ -20,7 +20,7 @@ from typing import Any
 import attrs
 import psutil
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 #: The first part of a request; the client then sends nothing more.
 HALF_A_REQUEST = b"GET /orders/x HTTP/1.1\r\nHost: localhost\r\nX-Half: "

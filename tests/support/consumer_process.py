@@ -16,7 +16,8 @@ from typing import Any
 
 import attrs
 
-from tests.support.api_process import ROOT, eventually, get_page
+from tests.support.api_process import eventually, get_page
+from tests.support.fork_server import Process, start
 
 #: The longest that a consumer may take to leave.
 STOPS_WITHIN_S = 10.0
@@ -26,7 +27,7 @@ STOPS_WITHIN_S = 10.0
 class Consuming:
     """A running ``services.consumer``."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     stderr: Path
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
@@ -77,7 +78,7 @@ class Consuming:
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.5)
         assert self.process.poll() is not None, f"still there {STOPS_WITHIN_S:g} s after SIGTERM"
-        return self.process.returncode
+        return self.process.wait()
 
 
 @contextmanager
@@ -85,9 +86,8 @@ def consuming(environ: Mapping[str, str], *arguments: str) -> Iterator[Consuming
     """``python -m services.consumer`` with these settings, past its configuration; gone at the end."""
     with tempfile.TemporaryDirectory() as folder:
         stderr = Path(folder) / "stderr"
-        command = [sys.executable, "-m", "services.consumer", *arguments]
         with stderr.open("wb") as log:
-            process = subprocess.Popen(command, env=environ, stderr=log, cwd=ROOT)
+            process = start(["consumer", *arguments], environ, stderr=log.fileno())
         consumer = Consuming(process, stderr)
         try:
             assert eventually(lambda: process.poll() is not None or bool(consumer.events("started")), 20)

@@ -1,4 +1,4 @@
-"""Our programs, run as anybody would run them."""
+"""Run the programs as processes."""
 
 from __future__ import annotations
 
@@ -9,33 +9,38 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import psutil
 
+from tests.support import ROOT
+from tests.support.fork_server import Process, start
+
 T = TypeVar("T")
 
-ROOT = Path(__file__).parents[2]
 PROGRAM_WITHIN_S = 60.0
 
 
-def run(program: str, environ: Mapping[str, str], *, stdin: bytes | None = None) -> subprocess.CompletedProcess[str]:
-    """Run ``services.PROGRAM``, with its arguments after blanks, to its end."""
-    name, *arguments = program.split()
-    done = subprocess.run(
-        [sys.executable, "-m", f"services.{name}", *arguments],
-        env=dict(environ),
-        cwd=ROOT,
-        input=stdin,
-        capture_output=True,
-        timeout=PROGRAM_WITHIN_S,
-        check=False,
-    )
-    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+def run(program: str, environ: Mapping[str, str], *, stdin: bytes | int = b"") -> subprocess.CompletedProcess[str]:
+    """Run ``services.PROGRAM ARGUMENTS`` to its end. ``stdin`` is its input, or a file descriptor."""
+    with TemporaryFile() as source, TemporaryFile() as stdout, TemporaryFile() as stderr:
+        if isinstance(stdin, bytes):
+            source.write(stdin)
+            source.seek(0)
+            stdin = source.fileno()
+        process = start(program.split(), environ, stdin=stdin, stdout=stdout.fileno(), stderr=stderr.fileno())
+        try:
+            status = process.wait(PROGRAM_WITHIN_S)
+        finally:
+            process.kill()
+        stdout.seek(0)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(program, status, stdout.read().decode(), stderr.read().decode())
 
 
-def succeed(program: str, environ: Mapping[str, str], *, stdin: bytes | None = None) -> str:
-    """As ``run``; its stdout, once it has ended with 0."""
+def succeed(program: str, environ: Mapping[str, str], *, stdin: bytes | int = b"") -> str:
+    """Run a program like ``run``, and return its stdout. Fail unless it exits with 0."""
     done = run(program, environ, stdin=stdin)
     assert done.returncode == 0, f"{program} ended with {done.returncode}:\n{done.stderr}"
     return done.stdout
@@ -60,13 +65,10 @@ def peak_bytes(program: str, environ: Mapping[str, str], stdout: Path) -> int:
 
 
 @contextmanager
-def running(program: str, environ: Mapping[str, str], log_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(program: str, environ: Mapping[str, str], log_path: Path) -> Iterator[Process]:
     """Run ``services.PROGRAM`` meanwhile, its log going to a file; killed at the end if it still runs."""
-    name, *arguments = program.split()
     with log_path.open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"services.{name}", *arguments], env=dict(environ), cwd=ROOT, stdout=log, stderr=log
-        )
+        process = start(program.split(), environ, stdout=log.fileno(), stderr=log.fileno())
     try:
         yield process
     finally:

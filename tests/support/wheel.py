@@ -12,7 +12,7 @@ from pathlib import Path
 import attrs
 from packaging.requirements import Requirement
 
-from tests.support.programs import ROOT
+from tests.support import ROOT
 
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 

@@ -6,8 +6,6 @@ import datetime as dt
 import itertools
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import unicodedata
 from collections import Counter
@@ -31,6 +29,7 @@ from services.sender.feed import CATCH_UP_S, MAX_WARNINGS, RateLimiter, lines, w
 from services.sender.generate import make_order, make_values
 from services.sender.publish import order_uid_of
 from services.sender.wait import SentRecords
+from tests.support.fork_server import start
 
 NOW = dt.datetime(2026, 11, 23, 12, 30, 15, 123456, tzinfo=dt.UTC)
 
@@ -368,17 +367,17 @@ def test_a_file_whose_first_line_is_not_an_order_is_refused_before_sending(first
 def send(*arguments: str, stdin: IO[bytes] | None = None, stdout: IO[bytes] | None = None) -> CompletedProcess[str]:
     """Run the sender without a Kafka."""
     environ = {**os.environ, "ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}
-    return subprocess.run(
-        [sys.executable, "-m", "services.sender", *arguments],
-        env=environ,
-        cwd=Path(__file__).parents[2],
-        stdin=stdin or subprocess.DEVNULL,
-        stdout=stdout or subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    with tempfile.TemporaryFile() as stderr:
+        process = start(
+            ["sender", *arguments],
+            environ,
+            stdin=None if stdin is None else stdin.fileno(),
+            stdout=None if stdout is None else stdout.fileno(),
+            stderr=stderr.fileno(),
+        )
+        status = process.wait(60)
+        stderr.seek(0)
+        return CompletedProcess(arguments, status, stderr=stderr.read().decode())
 
 
 class Reads:
