@@ -97,9 +97,10 @@ class KafkaClient(Protocol):
         """
 
     def fetch(self, topic_ids: Mapping[str, str], limit: int, timeout_s: float) -> Sequence[PollResult]:
-        """Return the next records and other events, at most ``limit`` messages, in the order of each partition.
+        """Return the records and other events that are ready, at most ``limit`` messages, in the order of a partition.
 
-        Return fewer, or none, after ``timeout_s``. ``topic_ids`` has the topic ids for the positions of the records.
+        Wait for the first one for at most ``timeout_s``, and for no other. ``topic_ids`` has the topic ids for the
+        positions of the records.
         Records of aborted transactions are left out. At the end of a partition there is one PartitionEof, with the
         offset after any gap. For an offset that Kafka no longer has there is a FetchFailed that is not transient:
         records are never skipped.

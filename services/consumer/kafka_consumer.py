@@ -137,9 +137,13 @@ class KafkaConsumer(KafkaClient):
         self._consumer.subscribe(self._topics, on_assign=on_assign, on_revoke=on_revoke, on_lost=on_revoke)
 
     def fetch(self, topic_ids: Mapping[str, str], limit: int, timeout_s: float) -> list[PollResult]:
-        """Return the next records and other events, at most ``limit`` messages."""
+        """Return the records and other events that are ready, at most ``limit`` messages. Wait for the first one."""
+        # consume() with a timeout would wait until there are as many as the limit.
         with translated_errors():
-            messages = self._consumer.consume(limit, timeout_s)
+            first = self._consumer.poll(timeout_s)
+            messages = [] if first is None else [first]
+            if messages and limit > 1:
+                messages += self._consumer.consume(limit - 1, 0)
         return [*self._take_fatal(), *(self._convert(message, topic_ids) for message in messages)]
 
     def poll(self, topic_ids: Mapping[str, str], timeout_s: float) -> list[PollResult]:

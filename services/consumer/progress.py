@@ -108,6 +108,10 @@ class Progress:
             self._requested_ends = self._kafka.request_ends(self._next_offsets)
         self._publish(assigned)
 
+    def lag(self, partitions: Iterable[TopicPartition]) -> int:
+        """Return the lag of these partitions together, as last measured."""
+        return sum(self._lag.get(partition, 0) for partition in partitions)
+
     def error(self) -> OrderlibError | None:
         """Return an error that repeats without progress or that reports an unreadable record, or ``None``."""
         for known in self._errors.values():

@@ -52,9 +52,14 @@ from services.program import EXIT_DONE, EXIT_FAILED, EXIT_SETUP, event
 
 T = TypeVar("T")
 
-#: One wait for Kafka or for the store lasts this long, because the runner must then check the other one.
+#: The longest wait for the next record, or for the result of the store while the open batch is full.
 _POLL_S = 0.02
+#: The longest wait for the store while the open batch can take more records: they are collected this often.
+_COLLECT_S = 0.005
 _POLL_PAUSED_S = 0.1
+
+#: How often offsets are committed to Kafka, for lag tools.
+_KAFKA_COMMIT_S = 1.0
 
 #: A transaction waits this long for Kafka, because it holds locks and a snapshot meanwhile.
 _KAFKA_IN_TRANSACTION_S = 2.0
@@ -251,6 +256,11 @@ class ConsumerRunner:
     _stop_requested: bool = attrs.field(default=False, init=False)
     _stop_by_s: float | None = attrs.field(default=None, init=False)
     _progress: Progress = attrs.field(init=False)
+    #: The last fetch returned as many messages as it may, so there are probably more.
+    _more_ready: bool = attrs.field(default=False, init=False)
+    #: Not committed to Kafka yet.
+    _kafka_offsets: dict[TopicPartition, int] = attrs.field(factory=dict, init=False)
+    _commit_to_kafka_at_s: float = attrs.field(default=0.0, init=False)
     _fetched: bool = attrs.field(default=False, init=False)
     _lacks_right: bool = attrs.field(default=False, init=False)
 
@@ -268,15 +278,17 @@ class ConsumerRunner:
         try:
             self._health.heartbeat()
             self._check_stop_event()
-            self._take_result(0)
+            self._take_result(self._wait_for_store_s)
+            # Before the next fetch: a seek must take effect before other records of its partition arrive.
+            self._execute_commands()
+            if not self._core.stopped:
+                self._poll_kafka()
             self._core.classify(self._clock())
             self._core.on_tick(self._clock(), self._worker.awaited)
             self._execute_commands()
+            self._commit_to_kafka()
             with never_fatal("lag"):
-                in_outage = self._core.in_outage or self._kafka.down
-                self._progress.update(self._core.assigned, self._worker.stored_offsets, in_outage=in_outage)
-            if not self._core.stopped:
-                self._poll_kafka()
+                self._update_progress()
         except OrderlibError as exc:
             self._core.on_fatal(exc)
         except Exception as exc:  # noqa: BLE001  a bug: the state is unknown
@@ -334,6 +346,8 @@ class ConsumerRunner:
                     self._worker.submit(command)
                 case Assign(next_offsets):
                     self._kafka.assign(next_offsets)
+                    # The member that had them before may have left without its last commit to Kafka.
+                    self._kafka_offsets.update(next_offsets)
                     self._progress.on_assigned(next_offsets)
                     self._log(
                         "partitions_assigned", next_offsets={str(p): offset for p, offset in next_offsets.items()}
@@ -349,7 +363,7 @@ class ConsumerRunner:
                         next_offset=next_offset,
                     )
                 case CommitKafkaOffsets(next_offsets):
-                    self._kafka.commit(next_offsets)
+                    self._kafka_offsets.update(next_offsets)
                     self._progress.on_stored(next_offsets)
                 case Pause(reason, wait_s):
                     self._kafka.pause()
@@ -363,23 +377,50 @@ class ConsumerRunner:
         if not self._core.stopping and not self._core.in_outage:
             self._health.not_ready = self._kafka.unreachable if self._kafka.down else self._progress.fault()
 
+    @property
+    def _wait_for_store_s(self) -> float:
+        """Return how long to wait for the store: while it works, no record can be committed before its result."""
+        if not self._core.busy or self._core.in_outage or self._core.has_more:
+            return 0
+        if self._core.wants_records:
+            return 0 if self._more_ready else _COLLECT_S
+        return _POLL_S
+
     def _poll_kafka(self) -> None:
-        """Wait for records or, if none are wanted now, for the result of the store task."""
+        """Take the records that are ready. Wait for the next one if there is nothing else to do."""
         topic_ids = self._core.topic_ids
         if self._core.wants_records:
-            fetched = self._kafka.fetch(topic_ids, self._core.fetch_limit, _POLL_S)
+            limit = self._core.fetch_limit
+            fetched = self._kafka.fetch(topic_ids, limit, _POLL_S if self._core.starved else 0)
+            self._more_ready = len(fetched) >= limit
         elif self._core.in_outage:
             fetched = self._kafka.poll(topic_ids, _POLL_PAUSED_S)
         elif self._core.has_more:
             fetched = self._kafka.poll(topic_ids, 0)
         else:
-            self._take_result(_POLL_S)
             return
         self._fetched = self._fetched or any(isinstance(item, Record) for item in fetched)
         self._core.on_fetched([item for item in fetched if not isinstance(item, FetchFailed)])
         for item in fetched:
             if isinstance(item, FetchFailed):
                 self._on_fetch_failed(item)
+
+    def _update_progress(self) -> None:
+        in_outage = self._core.in_outage or self._kafka.down
+        assigned = self._core.assigned
+        self._progress.update(assigned, self._worker.stored_offsets, in_outage=in_outage)
+        self._core.on_lag(self._progress.lag(assigned))
+
+    def _commit_to_kafka(self) -> None:
+        """Commit offsets to Kafka, if it is time or if the consumer stops."""
+        now_s = self._clock()
+        if self._kafka_offsets and (now_s >= self._commit_to_kafka_at_s or self._core.stopped):
+            # The other partitions are of other members now.
+            own = {p: self._kafka_offsets[p] for p in self._kafka_offsets.keys() & self._core.assigned}
+            self._kafka_offsets.clear()
+            self._commit_to_kafka_at_s = now_s + _KAFKA_COMMIT_S
+            if own:
+                self._kafka.commit(own)
 
     def _on_fetch_failed(self, failed: FetchFailed) -> None:
         """Continue if the error is transient, because the client retries by itself; else stop."""

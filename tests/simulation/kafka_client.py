@@ -7,7 +7,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError
-from orderlib.ingestion.consumer_core import PartitionEof
+from orderlib.ingestion.consumer_core import MAX_RECORDS, PartitionEof
 from orderlib.ingestion.records import TopicPartition
 from services.consumer.kafka_client import FetchFailed, GroupListener, KafkaClient, PollResult
 from services.kafka import TopicInfo
@@ -67,8 +67,12 @@ class SimulatedKafka(KafkaClient):
         return {partition: ends[partition] for partition in partitions}
 
     def request_ends(self, partitions: Iterable[TopicPartition]) -> Callable[[], Mapping[TopicPartition, int] | None]:
-        requested = tuple(partitions)
-        return lambda: self.ends(requested)
+        """The lag only decides how long a batch may fill, so a wrong one must be harmless."""
+        ends = self.ends(partitions)
+        if not self._simulator.healing and self._rng.random() < 0.2:
+            self._simulator.fault("wrong lag")
+            ends = {partition: end + MAX_RECORDS + 1 for partition, end in ends.items()}
+        return lambda: ends
 
     # Membership.
 

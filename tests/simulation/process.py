@@ -156,7 +156,8 @@ class Process:
 
     def take_result(self, timeout_s: float) -> Told | OrderlibError | MistakeError | None:
         if timeout_s:
-            self._simulator.fault("waited to stop" if self.core.stopping else "batch full")
+            filling = "collected while the store works" if self.core.wants_records else "batch full"
+            self._simulator.fault("waited to stop" if self.core.stopping else filling)
             # While it waits, its store task advances.
             while self.job is not None and self._rng.random() < 0.5:
                 self.advance()

@@ -48,6 +48,7 @@ FATAL = {RIGHT_REVOKED, NOT_AUTHORIZED, MISTAKE}
 #: Everything that may occur in a schedule and is counted.
 FAULTS = {
     *("COMMIT took effect late", "COMMIT without an answer", "Kafka down", "PostgreSQL down", "batch full"),
+    *("collected while the store works", "wrong lag"),
     *("blocker ended", "transaction conflict", "connection cut", "duplicate", "end reached", "fence lost", "frozen"),
     *(
         "frozen in its transaction",

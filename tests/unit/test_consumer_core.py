@@ -25,7 +25,7 @@ from orderlib.ingestion.consumer_core import (
     END_CHECK_S,
     FETCH_BYTES,
     FETCH_RECORDS,
-    MAX_AGE_S,
+    FILL_S,
     MAX_RECORDS,
     STALL_S,
     TOPIC_CHECK_S,
@@ -94,9 +94,9 @@ class Driver:
         self.core.on_failed(error, self.now_s)
         return self.core.take_commands()
 
-    def write(self, seconds: float = MAX_AGE_S * 1.01) -> Batch:
+    def write(self) -> Batch:
         """Return the batch that is due now."""
-        [command] = self.tick(seconds)
+        [command] = self.tick()
         assert isinstance(command, CommitBatch)
         return command.batch
 
@@ -105,7 +105,7 @@ class Driver:
         return self.core.take_commands()
 
 
-def started(*numbers: int, until: Mapping[TopicPartition, int] | None = None) -> Driver:
+def started(*numbers: int, until: Mapping[TopicPartition, int] | None = None, lag: int = 0) -> Driver:
     """Return a consumer that fetches these partitions from offset 0."""
     driver = Driver(until)
     partitions = [TopicPartition("orders", number) for number in numbers]
@@ -113,39 +113,63 @@ def started(*numbers: int, until: Mapping[TopicPartition, int] | None = None) ->
     assert driver.tick() == [ResolveOffsets(frozenset(partitions))]
     driver.core.on_offsets_resolved(IDS, dict.fromkeys(partitions, 0))
     assert driver.core.take_commands() == [Assign(dict.fromkeys(partitions, 0))]
+    driver.core.on_lag(lag)
     return driver
 
 
 # Batches.
 
 
-def test_a_batch_closes_when_its_first_record_is_50_ms_old() -> None:
+def test_a_batch_closes_at_once_if_the_store_is_idle_and_the_next_one_when_the_store_is_idle_again() -> None:
     driver = started(0)
     driver.fetch(record(0))
+    assert driver.write().ranges == {P0: OffsetRange(expected_offset=0, next_offset=1)}
+    driver.fetch(record(1))
+    driver.fetch(record(2))
+    assert driver.tick() == []
+    driver.written()
+    assert driver.write().ranges == {P0: OffsetRange(expected_offset=1, next_offset=3)}
+
+
+def test_with_a_lag_of_more_than_a_batch_the_store_waits_50_ms_for_a_full_one() -> None:
+    driver = started(0, lag=MAX_RECORDS + 1)
+    driver.fetch(record(0))
+    assert driver.core.starved
     assert driver.tick(0.045) == []
     driver.fetch(record(1))
-    assert driver.write(0.01).ranges == {P0: OffsetRange(expected_offset=0, next_offset=2)}
+    [command] = driver.tick(0.01)
+    assert isinstance(command, CommitBatch)
+    assert command.batch.ranges == {P0: OffsetRange(expected_offset=0, next_offset=2)}
+
+
+def test_without_that_lag_a_batch_that_fills_closes_at_once() -> None:
+    driver = started(0, lag=MAX_RECORDS + 1)
+    driver.fetch(record(0))
+    assert driver.tick() == []
+    driver.core.on_lag(MAX_RECORDS)
+    assert not driver.core.starved
+    assert driver.write().ranges == {P0: OffsetRange(expected_offset=0, next_offset=1)}
 
 
 def test_a_batch_closes_at_2000_records_and_fetching_stops() -> None:
-    driver = started(0)
+    driver = started(0, lag=MAX_RECORDS + 1)
     driver.fetch(*map(record, range(1_999)))
     assert driver.wants_records()
     assert driver.tick() == []
     driver.fetch(record(1_999))
     assert not driver.wants_records()
-    assert len(driver.write(0).classified) == 2_000
+    assert len(driver.write().classified) == 2_000
     assert driver.wants_records()
 
 
 def test_a_batch_closes_at_16_mib() -> None:
-    driver = started(0)
+    driver = started(0, lag=MAX_RECORDS + 1)
     driver.fetch(record(0, value=bytes(2**24 - 1)))
     assert driver.wants_records()
     assert driver.tick() == []
     driver.fetch(record(1, value=b"1"))
     assert not driver.wants_records()
-    assert len(driver.write(0).classified) == 2
+    assert len(driver.write().classified) == 2
 
 
 @pytest.mark.parametrize(
@@ -161,7 +185,7 @@ def test_headers_count_towards_the_size_of_a_batch(headers: Headers, records_in_
     driver = started(0)
     for offset in range(100):
         driver.fetch(record(offset, headers=headers))
-    assert len(driver.write(0).classified) == records_in_batch
+    assert len(driver.write().classified) == records_in_batch
 
 
 def test_one_turn_classifies_a_bounded_amount_and_the_next_continues_in_order() -> None:
@@ -190,7 +214,7 @@ def test_records_beyond_a_full_batch_are_in_the_next_batch() -> None:
     driver.core.classify(driver.now_s)
     assert not driver.core.has_more
     assert not driver.idle()
-    assert driver.write(0).ranges == {P0: OffsetRange(expected_offset=0, next_offset=2_000)}
+    assert driver.write().ranges == {P0: OffsetRange(expected_offset=0, next_offset=2_000)}
     driver.core.classify(driver.now_s)
     driver.written()
     assert driver.write().ranges == {P0: OffsetRange(expected_offset=2_000, next_offset=2_001)}
@@ -207,7 +231,7 @@ def test_records_fetched_before_a_seek_or_a_rebalance_are_dropped() -> None:
     driver.tick()
     driver.core.on_offsets_resolved(IDS, {P1: 0})
     driver.core.classify(driver.now_s)
-    assert driver.tick(MAX_AGE_S * 1.01) == [Assign({P1: 0})]
+    assert driver.tick() == [Assign({P1: 0})]
     assert driver.idle()
 
 
@@ -243,7 +267,7 @@ def test_the_next_batch_fills_while_one_is_committed_and_follows_it() -> None:
     driver.fetch(record(0))
     driver.write()
     driver.fetch(record(1))
-    assert driver.tick(MAX_AGE_S) == []
+    assert driver.tick() == []
     assert driver.written() == [CommitKafkaOffsets({P0: 1})]
     assert driver.write().ranges == {P0: OffsetRange(expected_offset=1, next_offset=2)}
 
@@ -268,7 +292,7 @@ def test_a_partition_end_that_is_not_further_changes_nothing() -> None:
     assert driver.write().ranges == {P0: OffsetRange(expected_offset=0, next_offset=5)}
     driver.written()
     driver.end(0, 5)
-    assert driver.tick(MAX_AGE_S) == []
+    assert driver.tick() == []
 
 
 def test_a_record_that_was_fetched_before_is_skipped() -> None:
@@ -317,24 +341,24 @@ def test_a_revocation_drops_the_records_of_its_partition_and_keeps_the_others() 
 
 
 def test_dropped_records_count_neither_for_the_size_nor_for_the_age_of_a_batch() -> None:
-    driver = started(0, 1)
+    driver = started(0, 1, lag=MAX_RECORDS + 1)
     driver.fetch(record(0, value=bytes(2**24)))
     assert not driver.wants_records()
     driver.core.on_partitions_revoked([P0])
     assert driver.wants_records()
-    assert driver.tick(MAX_AGE_S) == []
+    assert driver.tick(FILL_S) == []
     driver.fetch(record(0, 1))
     assert driver.tick() == []
-    driver.write()
+    assert len(driver.tick(FILL_S * 1.01)) == 1
 
 
 def test_a_revocation_does_not_delay_the_records_of_other_partitions() -> None:
-    driver = started(0, 1)
+    driver = started(0, 1, lag=MAX_RECORDS + 1)
     driver.fetch(record(0, 0), record(0, 1))
-    driver.now_s += MAX_AGE_S
+    driver.now_s += FILL_S
     driver.core.on_partitions_revoked([P0])
     driver.fetch(record(1, 1))
-    assert driver.write(0).ranges == {P1: OffsetRange(expected_offset=0, next_offset=2)}
+    assert driver.write().ranges == {P1: OffsetRange(expected_offset=0, next_offset=2)}
 
 
 def test_a_partition_revoked_and_assigned_again_is_resolved_after_the_batch_in_progress() -> None:
@@ -580,7 +604,7 @@ def test_a_stop_drops_records_that_are_not_in_a_submitted_batch() -> None:
     driver.fetch(record(0))
     driver.core.on_stop()
     assert driver.stopped()
-    assert driver.tick(MAX_AGE_S) == []
+    assert driver.tick() == []
 
 
 def test_a_stop_waits_for_offsets_that_are_being_resolved() -> None:
@@ -611,7 +635,6 @@ def test_it_stops_when_the_group_has_reached_the_offsets_to_stop_at() -> None:
 def test_the_offsets_to_stop_at_are_not_checked_while_there_are_records_to_commit() -> None:
     driver = started(0, until={P0: 1})
     driver.fetch(record(0))
-    assert driver.tick() == []
     driver.write()
     assert driver.tick() == []
 
