@@ -7,12 +7,14 @@ that it uses.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime as dt
 import re
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +37,11 @@ from services.sender.generate import make_order
 
 #: Orders in a transaction of raw COPY: the largest batch of the consumer.
 BATCH_ORDERS = 2_000
+
+#: Loads at which the latency is measured, in orders/s.
+LOADS = (1, 100, 1_000, 5_000)
+#: Orders that wait at full speed: two batches.
+WAITING_ORDERS = 4_000
 
 TABLES = ("orders", "delivery", "payment", "items")
 
@@ -281,47 +288,123 @@ def several_consumers(bench: IngestBench) -> list[Figure]:
     return figures
 
 
+@attrs.frozen(kw_only=True)
+class Latencies:
+    """How long single orders took while others were sent, in seconds, and how many orders were handled a second."""
+
+    readable_s: list[float]
+    acknowledged_s: list[float]
+    orders_per_s: float
+
+    def figures(self, load: str) -> list[Figure]:
+        """Return the figures of this load."""
+        limits: tuple[float | None, float | None] = (15, 40) if load == "1,000 orders/s" else (None, None)
+        return [
+            Figure(
+                f"{load}: sent to readable, median", 1000 * _quantile(self.readable_s, 0.5), "ms", at_most=limits[0]
+            ),
+            Figure(f"{load}: sent to readable, p99", 1000 * _quantile(self.readable_s, 0.99), "ms", at_most=limits[1]),
+            Figure(f"{load}: sent to acknowledged by Kafka, median", 1000 * _quantile(self.acknowledged_s, 0.5), "ms"),
+            Figure(f"{load}: handled", self.orders_per_s, "orders/s"),
+        ]
+
+
+def _quantile(values: list[float], fraction: float) -> float:
+    return sorted(values)[int(len(values) * fraction)]
+
+
 def latency(bench: IngestBench, seconds: int) -> list[Figure]:
-    """Measure the time from sending an order until a reader that polls finds it, at a load of 1,000 orders/s."""
-    _print_progress("latency at 1,000 orders/s")
+    """Measure the time from sending an order until a reader finds it, at several loads and at full speed."""
+    figures = []
+    for per_s in LOADS:
+        _print_progress(f"latency at {per_s:,} orders/s")
+        figures += measure_latency(bench, per_s, seconds).figures(f"{per_s:,} orders/s")
+    _print_progress("latency at full speed")
+    return figures + measure_latency(bench, None, seconds).figures("full speed")
+
+
+def measure_latency(bench: IngestBench, per_s: int | None, seconds: int) -> Latencies:
+    """Send orders at a rate, and measure single ones among them. ``None`` is full speed: the consumer is never idle.
+
+    For full speed, ``WAITING_ORDERS`` orders wait at any time. The latency is then the time to handle these.
+    """
     bench.empty()
-    environ = bench.environ
-    rng = Random(5)
-    producer = Producer(
+    bench = attrs.evolve(bench, environ={**bench.environ, "ORDERS_TOPIC": f"latency-{per_s}-{time.time_ns()}"})
+    _admin(bench.environ, "topics")
+    measured: tuple[list[float], list[float]] = ([], [])
+    with (
+        running(bench.environ, "services.consumer"),
+        orderlib.connect(bench.environ["ORDERS_READER_URL"]) as repository,
+    ):
+        probe = _Probe(bench.environ, repository)
+        # The first order is readable when the consumer has joined its group.
+        probe.measure()
+        ended = threading.Event()
+        sending = threading.Thread(target=_send_at, args=(bench, per_s, ended))
+        sending.start()
+        time.sleep(2)
+        began_s, first = time.monotonic(), bench.handled()
+        pause_s = 1 if per_s == 1 else 0.01
+        while time.monotonic() < began_s + seconds and (sending.is_alive() or per_s == 1):
+            # At a random time: otherwise each order would be sent at the beginning of a transaction.
+            time.sleep(probe.rng.uniform(0, 2 * pause_s))
+            for values, value in zip(measured, probe.measure(), strict=True):
+                values.append(value)
+        orders_per_s = (bench.handled() - first) / (time.monotonic() - began_s)
+        ended.set()
+        sending.join()
+    return Latencies(readable_s=measured[0], acknowledged_s=measured[1], orders_per_s=orders_per_s)
+
+
+class _Probe:
+    """Measures single orders."""
+
+    def __init__(self, environ: Mapping[str, str], repository: orderlib.OrderRepository) -> None:
+        self.rng = Random(5)
+        self._topic = environ["ORDERS_TOPIC"]
+        self._producer = _producer(environ)
+        self._repository = repository
+
+    def measure(self) -> tuple[float, float]:
+        """Send an order. Return the seconds until a reader that polls finds it, and until Kafka acknowledged it."""
+        order = make_order(self.rng, _utc_now)
+        acknowledged_s: list[float] = []
+        sent_s = time.monotonic()
+        self._producer.produce(
+            self._topic,
+            orderlib.encode_order(order),
+            key=order.order_uid,
+            on_delivery=lambda *_: acknowledged_s.append(time.monotonic()),
+        )
+        while True:
+            self._producer.poll(0.001)
+            with contextlib.suppress(orderlib.OrderNotFound):
+                self._repository.content_sha256(order.order_uid)
+                readable_s = time.monotonic()
+                self._producer.flush()
+                return readable_s - sent_s, acknowledged_s[0] - sent_s
+
+
+def _send_at(bench: IngestBench, per_s: int | None, ended: threading.Event) -> None:
+    """Send the orders evenly, or as fast as they are handled, until all are sent or ``ended``."""
+    values = [(order.order_uid, orderlib.encode_order(order)) for order in bench.orders] if per_s != 1 else []
+    producer = _producer(bench.environ)
+    began_s, sent = time.monotonic(), 0
+    while sent < len(values) and not ended.wait(0.005):
+        due = bench.handled() + WAITING_ORDERS if per_s is None else per_s * (time.monotonic() - began_s)
+        until = int(due)
+        for uid, value in values[sent:until]:
+            producer.produce(bench.environ["ORDERS_TOPIC"], value, key=uid)
+        sent = max(sent, min(until, len(values)))
+        producer.poll(0)
+    producer.flush()
+
+
+def _producer(environ: Mapping[str, str]) -> Producer:
+    """Return a producer with the defaults of the sender."""
+    return Producer(
         {"bootstrap.servers": environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"], "linger.ms": 5, "acks": "all"}, logger=SILENT
     )
-    latencies_s = []
-    with (
-        running({**environ, "ORDERS_METRICS_BIND": "127.0.0.1:0"}, "services.consumer"),
-        orderlib.connect(environ["ORDERS_READER_URL"]) as repository,
-    ):
-        wait(lambda: bench.handled() >= len(bench.orders))
-        with running(environ, "services.sender", "--count", "1000000", "--rate", "1000"):
-            until_s = time.monotonic() + seconds
-            time.sleep(2)
-            while time.monotonic() < until_s:
-                order = make_order(rng, _utc_now)
-                sent_s = time.monotonic()
-                producer.produce(environ["ORDERS_TOPIC"], orderlib.encode_order(order), key=order.order_uid)
-                producer.poll(0)
-                while True:
-                    try:
-                        repository.content_sha256(order.order_uid)
-                        break
-                    except orderlib.OrderNotFound:
-                        producer.poll(0.001)
-                latencies_s.append(time.monotonic() - sent_s)
-        producer.flush()
-    latencies_s.sort()
-    return [
-        Figure("sent to readable at 1,000 orders/s, median", 1000 * statistics.median(latencies_s), "ms"),
-        Figure(
-            "sent to readable at 1,000 orders/s, p99",
-            1000 * latencies_s[int(len(latencies_s) * 0.99)],
-            "ms",
-            at_most=200,
-        ),
-    ]
 
 
 def memory(bench: IngestBench, lags: tuple[int, int]) -> list[Figure]:
