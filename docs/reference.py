@@ -23,7 +23,7 @@ import attrs
 import orderlib
 import orderlib.testing
 import orderlib.testing.strategies
-from orderlib.contract import describe, rule_of, rules_of
+from orderlib.contract import describe, described, rule_of, rules_of
 
 PAGE = Path(__file__).with_name("reference.md")
 MODULES = (orderlib, orderlib.testing, orderlib.testing.strategies)
@@ -35,7 +35,9 @@ Made by `make docs` from the docstrings; never edited. [Use the library](use-the
 
 _MODELS = (orderlib.Order, orderlib.Delivery, orderlib.Payment, orderlib.Item)
 #: ``#:`` lines, and the name below them with its type.
-_DESCRIBED = re.compile(r"((?:^ *#: .*\n)+) *(?:self\.)?((\w+)(?:: .+?)?)(?: = .*)?$", re.MULTILINE)
+_COMMENT = re.compile(r"((?:^ *#: .*\n)+) *(?:self\.)?((\w+)(?:: .+?)?)(?: = .*)?$", re.MULTILINE)
+#: The fields of a model follow, with their rules.
+_ATTRIBUTES = "\n\nAttributes:\n"
 _SAME_PROMISE = re.compile(r"See ``(\w+)\.\w+``\.")
 #: Longer signatures are broken; ruff allows 120, and four more may stand before one.
 _LINE_CHARS = 116
@@ -73,29 +75,30 @@ def _entry(module: ModuleType, name: str) -> Iterator[str]:
         own_init = "def __init__" in inspect.getsource(value)
         made = "\n" + textwrap.indent(_signature("__init__", value.__init__), "    ") if own_init else " ..."
         yield _code(f"class {name}({bases}):{made}" if bases else f"class {name}:{made}")
-        yield f"{_promise(name, value)}\n"
+        yield f"{_promise(name, value).partition(_ATTRIBUTES)[0]}\n"
         yield from _fields(value)
         yield from _methods(value)
     elif callable(value):
         yield _code(_signature(name, value))
         yield f"{_promise(name, value)}\n"
     else:
-        promise, typed = _described(module)[name]
+        promise, typed = _comments(module)[name]
         yield _code(typed)
         yield f"{promise}\n"
 
 
 def _fields(cls: type) -> Iterator[str]:
-    described = _described(cls)
+    comments = _comments(cls)
     if issubclass(cls, enum.Enum):
-        lines = [f"- `{member.name}`: {described[member.name][0]}" for member in cls if described]
+        lines = [f"- `{member.name}`: {comments[member.name][0]}" for member in cls if comments]
         lines = lines or [", ".join(f"`{member.name}`" for member in cls)]
     elif cls in _MODELS:
+        _, texts = described(cls)
         rules = {field.name: rule_of(field) for field in rules_of(cls).fields}
-        lines = [f"- `{name}`, `{describe(rule)}`: {described[name][0]}" for name, rule in rules.items()]
+        lines = [f"- `{name}`, `{describe(rule)}`: {texts[name]}" for name, rule in rules.items()]
     else:
-        names = [field.name for field in attrs.fields(cls)] if attrs.has(cls) else list(described)
-        lines = [f"- `{described[name][1]}`: {described[name][0]}" for name in names if not name.startswith("_")]
+        names = [field.name for field in attrs.fields(cls)] if attrs.has(cls) else list(comments)
+        lines = [f"- `{comments[name][1]}`: {comments[name][0]}" for name in names if not name.startswith("_")]
     if lines:
         yield "\n".join(lines) + "\n"
 
@@ -117,11 +120,11 @@ def _methods(cls: type) -> Iterator[str]:
         yield f"As in `{protocol}`: {', '.join(names)}.\n"
 
 
-def _described(source: type | ModuleType) -> dict[str, tuple[str, str]]:
+def _comments(source: type | ModuleType) -> dict[str, tuple[str, str]]:
     """By name: what its ``#:`` lines say, and the name with its type."""
     return {
         name: (" ".join(line.strip().removeprefix("#: ") for line in lines.splitlines()).replace("``", "`"), typed)
-        for lines, typed, name in _DESCRIBED.findall(inspect.getsource(source))
+        for lines, typed, name in _COMMENT.findall(inspect.getsource(source))
     }
 
 

@@ -12,7 +12,7 @@ import datetime as dt
 import functools
 import inspect
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import attrs
@@ -360,11 +360,32 @@ def json_schema(
 ) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
     """Return the JSON Schemas (2020-12) of the classes, and the components that they refer to by ``ref_template``."""
     schemas, components = msgspec.json.schema_components(classes, ref_template=ref_template)
-    for component in components.values():
-        component["description"] = inspect.cleandoc(component["description"])
-        for part in component.get("properties", {}).values():
-            if part.get("type") != "string" or "format" in part:
-                continue
-            form = _FORMS.get(part.get("pattern"))
-            part.update(form.json_schema() if form else {"pattern": r"^[^\x00]*$"})
+    for model in {part for cls in classes for part in _parts(cls)}:
+        component = components[model.__name__]
+        component["description"], fields = described(model)
+        for name, schema in component["properties"].items():
+            schema["description"] = fields[name]
+            if schema.get("type") == "string" and "format" not in schema:
+                form = _FORMS.get(schema.get("pattern"))
+                schema.update(form.json_schema() if form else {"pattern": r"^[^\x00]*$"})
     return schemas, components
+
+
+def _parts(model: type) -> Iterator[type]:
+    """Yield a model and the models in its fields."""
+    yield model
+    for field in rules_of(model).fields:
+        rule = rule_of(field)
+        part = rule.item_type if isinstance(rule, VarTupleType) else rule
+        if isinstance(part, DataclassType):
+            yield from _parts(part.cls)
+
+
+#: A line of the ``Attributes`` section of a docstring, with the lines that continue it.
+_ATTRIBUTE = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
+
+
+def described(model: type) -> tuple[str, dict[str, str]]:
+    """Return what a model is, and what each of its fields is, from its docstring."""
+    summary, _, attributes = inspect.cleandoc(model.__doc__ or "").partition("\n\nAttributes:\n")
+    return summary, {name: " ".join(text.split()) for name, text in _ATTRIBUTE.findall(attributes)}

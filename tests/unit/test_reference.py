@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pydoc
 import re
 from types import ModuleType
 
+import attrs
 import pytest
 
 from docs.reference import MODULES, PAGE, make_page, public_names
-from orderlib import errors
+from orderlib import Delivery, Item, Order, Payment, errors, json_schema
+from services.api.openapi import document
 
 
 def test_the_reference_is_as_the_docstrings_make_it() -> None:
@@ -47,6 +50,18 @@ def test_a_promised_function_has_an_entry_with_its_signature_and_its_promise(nam
     assert signature.startswith(f"def {name}(")
     assert "->" in signature
     assert promise.endswith(".")
+
+
+@pytest.mark.parametrize("model", [Order, Delivery, Payment, Item], ids=lambda model: model.__name__)
+def test_help_json_schema_and_openapi_say_what_every_field_is(model: type[attrs.AttrsInstance]) -> None:
+    shown = " ".join(pydoc.render_doc(model, renderer=pydoc.plaintext).replace("|", " ").split())  # type: ignore[attr-defined]  # typeshed lacks it
+    in_openapi = document()["components"]["schemas"][model.__name__]["properties"]
+    in_json_schema = json_schema()["$defs"][model.__name__]["properties"]
+    for field in attrs.fields(model):
+        text = in_json_schema[field.name]["description"]
+        assert len(text) > 3, field
+        assert f"{field.name}: {text}" in shown
+        assert in_openapi[field.name]["description"] == text
 
 
 def test_every_error_is_public_and_drawn_in_the_tree() -> None:
