@@ -46,7 +46,9 @@ from orderlib.repository import (
     Direction,
     Filters,
     ListOptions,
+    Match,
     OrderRepository,
+    OrderSummary,
     Outcome,
     Page,
     PositionState,
@@ -54,6 +56,7 @@ from orderlib.repository import (
     Stats,
     StoredOrder,
 )
+from orderlib.search import SearchField
 
 __version__ = "0.1.0"
 
@@ -76,9 +79,11 @@ __all__ = [
     "Item",
     "ListOptions",
     "MalformedJson",
+    "Match",
     "Order",
     "OrderNotFound",
     "OrderRepository",
+    "OrderSummary",
     "OrderlibError",
     "Outcome",
     "Page",
@@ -89,6 +94,7 @@ __all__ = [
     "RefusedByDatabase",
     "RejectNotFound",
     "RejectedError",
+    "SearchField",
     "Stats",
     "StoredOrder",
     "TooLarge",

@@ -15,6 +15,7 @@ import attrs
 from orderlib.contract import fits_postgres, within_utc_years
 from orderlib.errors import Fault, InvalidQuery
 from orderlib.models import Order
+from orderlib.search import SearchField, lower_ascii, phone_digits
 
 T = TypeVar("T")
 
@@ -130,9 +131,6 @@ class RecordPosition:
         )
 
 
-#: PostgreSQL limits a row and a value to 1 GiB.
-
-
 @attrs.frozen(kw_only=True)
 class StoredOrder:
     """An order with its times and its digest."""
@@ -155,6 +153,19 @@ class StoredOrder:
         """The order's position in the list."""
         return Cursor(first_stored_at=self.first_stored_at, order_uid=self.order.order_uid)
 
+    @property
+    def summary(self) -> OrderSummary:
+        """The order as a list shows it."""
+        return OrderSummary(
+            order_uid=self.order.order_uid,
+            customer_id=self.order.customer_id,
+            track_number=self.order.track_number,
+            items=len(self.order.items),
+            amount=self.order.payment.amount,
+            currency=self.order.payment.currency,
+            first_stored_at=self.first_stored_at,
+        )
+
 
 @attrs.frozen(kw_only=True)
 class Page:
@@ -164,6 +175,36 @@ class Page:
     orders: tuple[StoredOrder, ...]
     #: Continues in the same direction; ``None`` on the last page.
     next_cursor: Cursor | None
+
+
+@attrs.frozen(kw_only=True)
+class OrderSummary:
+    """An order in a list, without its delivery and its items. Its repr shows no personal data."""
+
+    #: The id of the order.
+    order_uid: str
+    #: The shop's id of the customer.
+    customer_id: str = attrs.field(repr=False)
+    #: The track number.
+    track_number: str = attrs.field(repr=False)
+    #: How many items it has.
+    items: int
+    #: The total paid, in minor units of the currency.
+    amount: int
+    #: The currency of the amount.
+    currency: str
+    #: When an order of this order_uid was stored for the first time; UTC.
+    first_stored_at: dt.datetime
+
+
+@attrs.frozen(kw_only=True)
+class Match:
+    """An order that ``find`` has found, and why."""
+
+    #: The current version.
+    order: OrderSummary
+    #: The fields that match, at least one.
+    fields: tuple[SearchField, ...]
 
 
 class RecordState(enum.StrEnum):
@@ -219,6 +260,10 @@ class Filters(TypedDict, total=False):
     customer_id: str | None
     #: Only orders with exactly this track_number.
     track_number: str | None
+    #: Only orders whose phone number has exactly these digits. Other characters of both do not count.
+    phone: str | None
+    #: Only orders with this e-mail address. The case of the letters A to Z does not count.
+    email: str | None
     #: Only orders whose ``first_stored_at`` is this time or later. The time needs an offset.
     since: dt.datetime | None
     #: Only orders whose ``first_stored_at`` is before this time. The time needs an offset.
@@ -237,12 +282,20 @@ class ListOptions(Filters, total=False):
     limit: int
 
 
+def _digits(phone: Any) -> Any:
+    return phone_digits(phone) if isinstance(phone, str) else phone
+
+
+def _lower(email: Any) -> Any:
+    return lower_ascii(email) if isinstance(email, str) and fits_postgres(email) else email
+
+
 @attrs.frozen(kw_only=True)
 class ListQuery:
     """The arguments of ``list_orders`` with their defaults, checked: what an implementation reads.
 
-    Raises InvalidQuery for a limit outside its bounds or a time without an offset, and TypeError for an argument
-    of another type.
+    Raises InvalidQuery for a limit outside its bounds, a time without an offset or a phone number without digits, and
+    TypeError for an argument of another type.
     """
 
     cursor: Cursor | None = attrs.field(default=None)
@@ -250,6 +303,10 @@ class ListQuery:
     limit: int = attrs.field(default=PAGE_SIZE)
     customer_id: str | None = attrs.field(default=None)
     track_number: str | None = attrs.field(default=None)
+    #: Its digits.
+    phone: str | None = attrs.field(default=None, converter=_digits, repr=False)
+    #: In small letters.
+    email: str | None = attrs.field(default=None, converter=_lower, repr=False)
     since: dt.datetime | None = attrs.field(default=None, converter=_in_utc)
     until: dt.datetime | None = attrs.field(default=None, converter=_in_utc)
 
@@ -260,9 +317,13 @@ class ListQuery:
 
     @customer_id.validator
     @track_number.validator
+    @phone.validator
+    @email.validator
     def _check_filter(self, attribute: attrs.Attribute[str | None], value: object) -> None:
         if value is not None:
             checked_type(attribute.name, value, str)
+        if attribute.name == "phone" and value == "":
+            raise InvalidQuery("phone: expected digits, found none")
 
     @since.validator
     @until.validator
@@ -274,10 +335,7 @@ class ListQuery:
 
     @limit.validator
     def _check_limit(self, _attribute: object, limit: int) -> None:
-        if type(limit) is not int:
-            raise TypeError(f"limit must be an int, not {type(limit).__name__}")
-        if not 1 <= limit <= MAX_PAGE_SIZE:
-            raise InvalidQuery(f"limit: expected 1 to {MAX_PAGE_SIZE}, found {limit}")
+        check_limit(limit)
 
 
 class OrderRepository(Protocol):
@@ -319,7 +377,18 @@ class OrderRepository(Protocol):
 
         Updates never move an order, so following ``next_cursor`` shows each order once. Filters are exact, and an order
         must match all of them. A page of very large orders ends early, before 5,000 items, and has a ``next_cursor``.
-        Raises InvalidQuery for a limit outside 1 to 100 and for a time without an offset.
+        Raises InvalidQuery for a limit outside 1 to 100, a time without an offset and a phone number without digits.
+        """
+        ...
+
+    def find(self, text: str, *, limit: int = PAGE_SIZE) -> tuple[Match, ...]:
+        """Return the orders that a text identifies, newest ``first_stored_at`` first, with the fields that match.
+
+        The text is a complete order_uid in any case, the URL of an order's page, a track number, a customer_id, a phone
+        number in any format (only its digits count), an e-mail address in any case, or the rid of an item. If nothing
+        of these matches, it is the beginning of an order_uid in any case; these orders are sorted by order_uid. White
+        space around the text does not count. At most ``limit`` orders, 1 to 100; to know whether there are more, ask
+        for one more. Raises InvalidQuery for another limit.
         """
         ...
 
@@ -399,6 +468,10 @@ class AsyncOrderRepository(Protocol):
         """See ``OrderRepository.list_orders``."""
         ...
 
+    async def find(self, text: str, *, limit: int = PAGE_SIZE) -> tuple[Match, ...]:
+        """See ``OrderRepository.find``."""
+        ...
+
     def stream(self, **filters: Unpack[Filters]) -> AsyncGenerator[StoredOrder, None]:
         """See ``OrderRepository.stream``. To end it early, await ``aclose`` of the iterator."""
         ...
@@ -433,6 +506,14 @@ def checked_type(name: str, value: object, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
     return value
+
+
+def check_limit(limit: int) -> None:
+    """Raise InvalidQuery for a limit outside 1 to 100, and TypeError for a value of another type."""
+    if type(limit) is not int:
+        raise TypeError(f"limit must be an int, not {type(limit).__name__}")
+    if not 1 <= limit <= MAX_PAGE_SIZE:
+        raise InvalidQuery(f"limit: expected 1 to {MAX_PAGE_SIZE}, found {limit}")
 
 
 def is_position(topic: str, partition: int, offset: int) -> bool:

@@ -26,15 +26,18 @@ from orderlib.postgres.writes import Save
 from orderlib.repository import (
     FIRST_POLL_S,
     LONGEST_POLL_S,
+    PAGE_SIZE,
     Filters,
     ListOptions,
     ListQuery,
+    Match,
     Outcome,
     Page,
     PositionState,
     RecordState,
     Stats,
     StoredOrder,
+    check_limit,
     checked_uids,
 )
 
@@ -83,6 +86,11 @@ class AsyncOrderRepositoryBase(ABC):
         """See ``OrderRepository.list_orders``."""
         query = ListQuery(**options)
         return await self._read(lambda read_queries: read_queries.list_orders(query))
+
+    async def find(self, text: str, *, limit: int = PAGE_SIZE) -> tuple[Match, ...]:
+        """See ``OrderRepository.find``."""
+        check_limit(limit)
+        return await self._read(lambda read_queries: read_queries.find(text, limit))
 
     def stream(self, **filters: Unpack[Filters]) -> AsyncGenerator[StoredOrder, None]:
         """See ``OrderRepository.stream``."""

@@ -16,6 +16,7 @@ from orderlib.postgres.rows import (
     STORE_COLUMNS,
 )
 from orderlib.repository import Direction
+from orderlib.search import SearchField
 
 #: The settings that can change what this SQL means or stores, with the values that it is written for. This is the
 #: result of a review of every setting of PostgreSQL 18 that a session may change. The others only choose plans, write
@@ -158,7 +159,19 @@ _DIRECTIONS: dict[Direction, tuple[LiteralString, LiteralString]] = {
 
 
 #: The parameters of the filters of a list: the first ones after the limit, or after the limit and the cursor.
-_FILTER_PARAMETERS: tuple[LiteralString, ...] = ("$2", "$3", "$4", "$5", "$6", "$7")
+_FILTER_PARAMETERS: tuple[LiteralString, ...] = ("$2", "$3", "$4", "$5", "$6", "$7", "$8", "$9")
+
+#: The orders with a phone number, an e-mail address or an item. ``regexp_replace`` and ``lower`` do what
+#: ``orderlib.search`` does with the parameter, and are expressions of indexes. "C" is the same in each database: only A
+#: to Z have two cases. An array is read along the primary key of orders, however little the planner knows.
+_OF_PHONE: LiteralString = """
+o.order_uid = ANY(ARRAY(
+    SELECT f.order_uid FROM delivery f WHERE regexp_replace(f.phone COLLATE "C", '[^0-9]+', '', 'g') = {}))
+"""
+_OF_EMAIL: LiteralString = """
+o.order_uid = ANY(ARRAY(SELECT f.order_uid FROM delivery f WHERE lower(f.email COLLATE "C") = {}))
+"""
+_OF_RID: LiteralString = """o.order_uid = ANY(ARRAY(SELECT f.order_uid FROM items f WHERE f.rid COLLATE "C" = {}))"""
 
 
 def list_orders(
@@ -167,6 +180,8 @@ def list_orders(
     cursor: bool,
     customer: bool = False,
     track: bool = False,
+    phone: bool = False,
+    email: bool = False,
     since: bool = False,
     until: bool = False,
 ) -> LiteralString:
@@ -179,15 +194,57 @@ def list_orders(
     numbers = iter(_FILTER_PARAMETERS[2 if cursor else 0 :])
     of_customer = f" AND o.customer_id = {next(numbers)}" if customer else ""
     of_track = f" AND o.track_number = {next(numbers)}" if track else ""
+    of_phone = f" AND {_OF_PHONE.format(next(numbers))}" if phone else ""
+    of_email = f" AND {_OF_EMAIL.format(next(numbers))}" if email else ""
     from_time = f" AND o.first_stored_at >= {next(numbers)}::timestamptz" if since else ""
     before_time = f" AND o.first_stored_at < {next(numbers)}::timestamptz" if until else ""
     return f"""
 SELECT {_ORDER_COLUMNS}
 FROM orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)
-WHERE true{after}{of_customer}{of_track}{from_time}{before_time}
+WHERE true{after}{of_customer}{of_track}{of_phone}{of_email}{from_time}{before_time}
 ORDER BY o.first_stored_at {sort}, o.order_uid {sort} LIMIT $1
 """
 
+
+#: The newest orders that match a complete value $1, at most $2, for each field of a search.
+FIND: dict[SearchField, LiteralString] = {
+    field: f"""
+SELECT o.order_uid, o.first_stored_at FROM orders o
+WHERE {condition}
+ORDER BY o.first_stored_at DESC, o.order_uid DESC LIMIT $2
+"""
+    for field, condition in (
+        (SearchField.TRACK_NUMBER, "o.track_number = $1"),
+        (SearchField.CUSTOMER_ID, "o.customer_id = $1"),
+        (SearchField.PHONE, _OF_PHONE.format("$1")),
+        (SearchField.EMAIL, _OF_EMAIL.format("$1")),
+        (SearchField.RID, _OF_RID.format("$1")),
+    )
+}
+
+#: The orders whose order_uid in small letters is $1 or begins with it: from $1 until before $2, at most $3 of each
+#: statement. The first one also finds other order_uids whose beginning has small letters, the second one those with a
+#: capital letter anywhere. So most order_uids need no index besides the primary key.
+FIND_ORDER_UIDS: tuple[LiteralString, ...] = (
+    """
+SELECT order_uid, first_stored_at FROM orders
+WHERE order_uid >= $1 AND order_uid < $2 ORDER BY order_uid LIMIT $3
+""",
+    """
+SELECT order_uid, first_stored_at FROM orders
+WHERE lower(order_uid) >= $1 AND lower(order_uid) < $2 AND order_uid <> lower(order_uid)
+ORDER BY lower(order_uid) LIMIT $3
+""",
+)
+
+#: These orders as a list shows them.
+GET_SUMMARIES: LiteralString = """
+SELECT o.order_uid, o.customer_id, o.track_number, i.number, p.amount, p.currency, o.first_stored_at
+FROM orders o
+JOIN payment p USING (order_uid)
+JOIN (SELECT order_uid, count(*) AS number FROM items WHERE order_uid = ANY($1) GROUP BY order_uid) i USING (order_uid)
+WHERE o.order_uid = ANY($1) AND p.order_uid = ANY($1)
+"""
 
 #: The time of the newest order, the number of orders of the last $2, and the rejects by code. Each count stops at $1.
 NEWEST_ORDER_TIME: LiteralString = """

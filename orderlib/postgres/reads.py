@@ -5,6 +5,7 @@ A read sees one snapshot. BEGIN, the statements and COMMIT are sent in one packe
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable
 
 import attrs
@@ -23,6 +24,8 @@ from orderlib.repository import (
     STREAM_SIZE,
     Direction,
     ListQuery,
+    Match,
+    OrderSummary,
     Outcome,
     Page,
     PositionState,
@@ -33,6 +36,7 @@ from orderlib.repository import (
     checked_type,
     is_position,
 )
+from orderlib.search import SearchField, SearchText
 
 _BEGIN: Statement = (queries.BEGIN_READ, ())
 _COMMIT: Statement = (queries.COMMIT, ())
@@ -96,7 +100,8 @@ class ReadQueries:
 
     def page(self, query: ListQuery, limit: int, *, begin: bool = False, end: bool = False) -> PQGen[Page]:
         """Return a page of at most ``limit`` orders. Several pages between ``begin`` and ``end`` see one snapshot."""
-        texts = [text for text in (query.customer_id, query.track_number) if text is not None]
+        filters = (query.customer_id, query.track_number, query.phone, query.email)
+        texts = [text for text in filters if text is not None]
         if not all(map(fits_postgres, texts)):
             return Page(orders=(), next_cursor=None)
         times = [time for time in (query.since, query.until) if time is not None]
@@ -106,6 +111,8 @@ class ReadQueries:
             cursor=cursor is not None,
             customer=query.customer_id is not None,
             track=query.track_number is not None,
+            phone=query.phone is not None,
+            email=query.email is not None,
             since=query.since is not None,
             until=query.until is not None,
         )
@@ -131,6 +138,43 @@ class ReadQueries:
         if query.direction is Direction.NEWER:
             stored.reverse()
         return Page(orders=tuple(stored), next_cursor=next_cursor)
+
+    def find(self, text: str, limit: int) -> PQGen[tuple[Match, ...]]:
+        """See ``OrderRepository.find``. The caller has checked the limit."""
+        search = SearchText.parse(checked_type("text", text, str))
+        if search is None:
+            return ()
+        parameters = {
+            SearchField.TRACK_NUMBER: search.text,
+            SearchField.CUSTOMER_ID: search.text,
+            SearchField.PHONE: search.phone,
+            SearchField.EMAIL: search.email,
+            SearchField.RID: search.text,
+        }
+        used = {field: value for field, value in parameters.items() if value is not None}
+        statements: list[Statement] = [(queries.FIND[field], [value, limit]) for field, value in used.items()]
+        if search.order_uid is not None:
+            # No order_uid has a character as high as ``~``.
+            bounds = [search.order_uid, search.order_uid + "~", limit]
+            statements += [(statement, bounds) for statement in queries.FIND_ORDER_UIDS]
+        found = yield from self._pipeline(*statements, begin=True)
+        unsorted_by_uid = {row for rows in found[len(used) :] for row in rows}
+        by_uid = sorted(unsorted_by_uid, key=lambda row: (row[0].lower(), row[0]))[:limit]
+        exact = [row for row in by_uid if row[0].lower() == search.order_uid]
+        times: dict[str, dt.datetime] = {}
+        fields: dict[str, list[SearchField]] = {}
+        for field, rows in zip((SearchField.ORDER_UID, *used), (exact, *found[: len(used)]), strict=True):
+            for order_uid, time in rows:
+                times[order_uid] = time
+                fields.setdefault(order_uid, []).append(field)
+        uids = sorted(times, key=lambda uid: (times[uid], uid), reverse=True)[:limit]
+        if not uids:
+            uids = [row[0] for row in by_uid]
+            fields = {uid: [SearchField.ORDER_UID_PREFIX] for uid in uids}
+        [rows] = yield from self._pipeline((queries.GET_SUMMARIES, [uids]), end=True)
+        names = [field.name for field in attrs.fields(OrderSummary)]
+        summaries = {row[0]: OrderSummary(**dict(zip(names, row, strict=True))) for row in rows}
+        return tuple(Match(order=summaries[uid], fields=tuple(fields[uid])) for uid in uids if uid in summaries)
 
     def position_state(self, topic: str, partition: int, offset: int) -> PQGen[PositionState]:
         """See ``OrderRepository.position_state``."""

@@ -25,6 +25,7 @@ Method = Literal[
     "get_many",
     "content_sha256",
     "list_orders",
+    "find",
     "stream",
     "position_state",
     "wait_until_handled",

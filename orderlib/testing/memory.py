@@ -16,8 +16,10 @@ from orderlib.errors import DatabaseUnavailable, OrderlibError
 from orderlib.models import Order
 from orderlib.repository import (
     FIRST_POLL_S,
+    PAGE_SIZE,
     Filters,
     ListOptions,
+    Match,
     Outcome,
     Page,
     PositionState,
@@ -97,6 +99,10 @@ class MemoryOrderRepository:
     def list_orders(self, **options: Unpack[ListOptions]) -> Page:
         """See ``OrderRepository.list_orders``."""
         return self._call("list_orders", lambda: self._store.list_orders(**options))
+
+    def find(self, text: str, *, limit: int = PAGE_SIZE) -> tuple[Match, ...]:
+        """See ``OrderRepository.find``."""
+        return self._call("find", lambda: self._store.find(text, limit))
 
     def stream(self, **filters: Unpack[Filters]) -> Generator[StoredOrder, None, None]:
         """See ``OrderRepository.stream``."""
@@ -189,6 +195,10 @@ class AsyncMemoryOrderRepository:
     async def list_orders(self, **options: Unpack[ListOptions]) -> Page:
         """See ``AsyncOrderRepository.list_orders``."""
         return await self._call("list_orders", lambda: self._store.list_orders(**options))
+
+    async def find(self, text: str, *, limit: int = PAGE_SIZE) -> tuple[Match, ...]:
+        """See ``AsyncOrderRepository.find``."""
+        return await self._call("find", lambda: self._store.find(text, limit))
 
     def stream(self, **filters: Unpack[Filters]) -> AsyncGenerator[StoredOrder, None]:
         """See ``AsyncOrderRepository.stream``."""

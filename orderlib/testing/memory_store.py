@@ -19,16 +19,19 @@ from orderlib.repository import (
     Filters,
     ListOptions,
     ListQuery,
+    Match,
     Outcome,
     Page,
     PositionState,
     RecordState,
     Stats,
     StoredOrder,
+    check_limit,
     checked_type,
     checked_uids,
     is_position,
 )
+from orderlib.search import SearchField, SearchText, lower_ascii, phone_digits
 
 
 class MemoryStore:
@@ -73,6 +76,20 @@ class MemoryStore:
         page = matching[: query.limit]
         next_cursor = page[-1].cursor if len(matching) > query.limit else None
         return Page(orders=tuple(page if is_older else page[::-1]), next_cursor=next_cursor)
+
+    def find(self, text: str, limit: int) -> tuple[Match, ...]:
+        """See ``OrderRepository.find``."""
+        check_limit(limit)
+        search = SearchText.parse(checked_type("text", text, str))
+        with self._lock:
+            listed = sorted(self._stored.values(), key=lambda stored: _position(stored.cursor), reverse=True)
+        found = [(stored, fields) for stored in listed if search and (fields := _matching(stored.order, search))]
+        if search and search.order_uid and not found:
+            prefix = search.order_uid
+            listed.sort(key=lambda stored: stored.order.order_uid.lower())
+            begin = [stored for stored in listed if stored.order.order_uid.lower().startswith(prefix)]
+            found = [(stored, (SearchField.ORDER_UID_PREFIX,)) for stored in begin]
+        return tuple(Match(order=stored.summary, fields=fields) for stored, fields in found[:limit])
 
     def stream(self, **filters: Unpack[Filters]) -> Generator[StoredOrder, None, None]:
         """See ``OrderRepository.stream``."""
@@ -156,9 +173,24 @@ def _matches(stored: StoredOrder, query: ListQuery) -> bool:
     return (
         query.customer_id in {None, stored.order.customer_id}
         and query.track_number in {None, stored.order.track_number}
+        and query.phone in {None, phone_digits(stored.order.delivery.phone)}
+        and query.email in {None, lower_ascii(stored.order.delivery.email)}
         and (query.since is None or query.since <= stored.first_stored_at)
         and (query.until is None or query.until > stored.first_stored_at)
     )
+
+
+def _matching(order: Order, search: SearchText) -> tuple[SearchField, ...]:
+    """Return the fields that match a search completely."""
+    matches = {
+        SearchField.ORDER_UID: order.order_uid.lower() == search.order_uid,
+        SearchField.TRACK_NUMBER: order.track_number == search.text,
+        SearchField.CUSTOMER_ID: order.customer_id == search.text,
+        SearchField.PHONE: phone_digits(order.delivery.phone) == search.phone,
+        SearchField.EMAIL: lower_ascii(order.delivery.email) == search.email,
+        SearchField.RID: any(item.rid == search.text for item in order.items),
+    }
+    return tuple(field for field, is_match in matches.items() if is_match)
 
 
 def _position(cursor: Cursor) -> tuple[dt.datetime, str]:

@@ -19,12 +19,14 @@ from orderlib import (
     Cursor,
     Direction,
     Item,
+    Match,
     Order,
     OrderNotFound,
     OrderRepository,
     Outcome,
     PositionState,
     RecordState,
+    SearchField,
     StoredOrder,
     content_sha256,
     decode_order,
@@ -60,6 +62,12 @@ def versions_in(order: Order) -> set[int]:
     """The versions that the parts of ``an_order`` are of; more than one is a mixture."""
     of_items = {item.price for item in order.items}
     return {order.sm_id, int(order.delivery.name.removeprefix("version ")), order.payment.amount, *of_items}
+
+
+def reached_at(order_uid: str, phone: str, email: str, *, customer_id: str = "c") -> Order:
+    """An order with this phone number and e-mail address."""
+    delivery = attrs.evolve(SAMPLE_ORDER.delivery, phone=phone, email=email)
+    return attrs.evolve(an_order(order_uid, customer_id=customer_id), delivery=delivery)
 
 
 def stored(repository: OrderRepository, order_uid: str) -> StoredOrder:
@@ -418,6 +426,107 @@ class RepositoryContract:
         with pytest.raises(TypeError, match="unexpected keyword"):
             repository.list_orders(**filters)
 
+    def test_phone_and_email_are_filters_in_any_format(self, repository: OrderRepository) -> None:
+        for uid, phone, email, customer_id in (
+            ("a", "+49 (30) 12-34", "Ada@Example.org", "one"),
+            ("b", "tel 0049 30 1234", "", "one"),
+            ("c", "4930-1234", "ada@example.ORG", "two"),
+            ("d", "none", "\N{LATIN SMALL LETTER A WITH DIAERESIS}da@example.org", "two"),
+        ):
+            repository.save(reached_at(uid, phone, email, customer_id=customer_id))
+        assert uids(repository.list_orders(phone="49/30/1234").orders) == ["c", "a"]
+        assert uids(repository.list_orders(phone="49301234", customer_id="one").orders) == ["a"]
+        assert uids(repository.list_orders(email="ADA@EXAMPLE.ORG").orders) == ["c", "a"]
+        assert uids(repository.list_orders(email="").orders) == ["b"]
+        assert repository.list_orders(email="\N{LATIN CAPITAL LETTER A WITH DIAERESIS}da@example.org").orders == ()
+        assert repository.list_orders(phone="49301234", email="").orders == ()
+        for unknown in ("4930123", "ada@example.or", "a\0b", "\ud800", "%"):
+            assert repository.list_orders(email=unknown).orders == ()
+        first = repository.list_orders(phone="49301234", limit=1)
+        assert uids(first.orders) == ["c"]
+        assert uids(repository.list_orders(phone="49301234", cursor=first.next_cursor, limit=1).orders) == ["a"]
+        newer = repository.list_orders(phone="49301234", limit=1, direction=Direction.NEWER)
+        assert uids(newer.orders) == ["a"]
+        assert newer.next_cursor is not None
+
+    @pytest.mark.parametrize("phone", ["", "none", "+ ()"])
+    def test_a_phone_number_without_digits_is_an_invalid_query(self, repository: OrderRepository, phone: str) -> None:
+        with pytest.raises(InvalidQuery, match="phone: expected digits, found none"):
+            repository.list_orders(phone=phone)
+
+    # Search
+
+    def test_an_order_is_found_by_everything_that_identifies_it(self, repository: OrderRepository) -> None:
+        repository.save(
+            attrs.evolve(
+                reached_at("b563FEB7-test", "+49 (30) 12-34", "Ada@Example.org", customer_id="C 1"),
+                track_number="T/1",
+                items=[attrs.evolve(SAMPLE_ORDER.items[0], rid=rid) for rid in ("r-1", "r-2", "r-2")],
+            )
+        )
+        repository.save(an_order("other", customer_id="C 2", track_number="T/2"))
+        found = stored(repository, "b563FEB7-test").summary
+        for text, field in (
+            ("b563FEB7-test", SearchField.ORDER_UID),
+            ("  B563feb7-TEST\n", SearchField.ORDER_UID),
+            ("https://orders.example:8443/a/orders/b563FEB7-test?format=json#top", SearchField.ORDER_UID),
+            ("/orders/b563FEB7%2Dtest", SearchField.ORDER_UID),
+            ("b563f", SearchField.ORDER_UID_PREFIX),
+            ("B", SearchField.ORDER_UID_PREFIX),
+            ("T/1", SearchField.TRACK_NUMBER),
+            ("C 1", SearchField.CUSTOMER_ID),
+            ("49301234", SearchField.PHONE),
+            ("tel: +49-30.1234", SearchField.PHONE),
+            ("ada@EXAMPLE.org", SearchField.EMAIL),
+            ("r-2", SearchField.RID),
+        ):
+            assert repository.find(text) == (Match(order=found, fields=(field,)),), text
+        for text in (
+            *STRANGE_UIDS,
+            " ",
+            "563FEB7",
+            "T/",
+            "c 1",
+            "4930123",
+            "301234",
+            "ada@example",
+            "R-1",
+            "%",
+            "b_63",
+        ):
+            assert repository.find(text) == (), text
+
+    def test_several_matches_are_the_newest_with_every_reason(self, repository: OrderRepository) -> None:
+        repository.save(an_order("a", customer_id="x"))
+        repository.save(an_order("b", customer_id="x", track_number="x"))
+        repository.save(reached_at("c", "1", "X"))
+        repository.save(an_order("X"))
+        repository.save(an_order("xy"))
+        found = [(match.order.order_uid, list(match.fields)) for match in repository.find("x")]
+        assert found == [
+            ("X", ["order_uid"]),
+            ("c", ["email"]),
+            ("b", ["track_number", "customer_id"]),
+            ("a", ["customer_id"]),
+        ]
+        assert [match.order.order_uid for match in repository.find("x", limit=3)] == ["X", "c", "b"]
+        # A replaced order matches by its current version.
+        repository.save(an_order("a", 2, customer_id="y"))
+        assert [match.order.order_uid for match in repository.find("x")] == ["X", "c", "b"]
+
+    def test_a_beginning_counts_only_if_no_complete_value_matches(self, repository: OrderRepository) -> None:
+        for uid in ("AB", "abc", "aBd", "ab-", "b"):
+            repository.save(an_order(uid, customer_id="abc-shop"))
+        assert [match.order.order_uid for match in repository.find("ab")] == ["AB"]
+        assert [match.order.order_uid for match in repository.find("A", limit=3)] == ["AB", "ab-", "abc"]
+        assert [match.order.order_uid for match in repository.find("abc")] == ["abc"]
+        assert len(repository.find("abc-shop")) == 5
+
+    @pytest.mark.parametrize("limit", [0, 101])
+    def test_a_search_has_the_limits_of_the_list(self, repository: OrderRepository, limit: int) -> None:
+        with pytest.raises(InvalidQuery, match="limit: expected 1 to 100"):
+            repository.find("a", limit=limit)
+
     # Arguments of other types
 
     @pytest.mark.parametrize("value", [None, 5, b"SECRET", ["SECRET"], 1.5, SAMPLE_ORDER])
@@ -429,6 +538,7 @@ class RepositoryContract:
         calls: list[tuple[Callable[[], object], str]] = [
             (lambda: repository.get(value), f"order_uid must be a str, not {kind}"),
             (lambda: repository.content_sha256(value), f"order_uid must be a str, not {kind}"),
+            (lambda: repository.find(value), f"text must be a str, not {kind}"),
             (lambda: repository.get_many([value]), f"order_uid must be a str, not {kind}"),
             (lambda: repository.get_many(iter(["a", value])), f"order_uid must be a str, not {kind}"),
         ]
@@ -436,6 +546,8 @@ class RepositoryContract:
             calls += [
                 (lambda: repository.list_orders(customer_id=value), f"customer_id must be a str, not {kind}"),
                 (lambda: repository.list_orders(track_number=value), f"track_number must be a str, not {kind}"),
+                (lambda: repository.list_orders(phone=value), f"phone must be a str, not {kind}"),
+                (lambda: repository.list_orders(email=value), f"email must be a str, not {kind}"),
                 (lambda: repository.list_orders(cursor=value), f"cursor must be a Cursor, not {kind}"),
                 (lambda: repository.list_orders(since=value), f"since must be a datetime, not {kind}"),
                 (lambda: repository.list_orders(until=value), f"until must be a datetime, not {kind}"),
@@ -519,7 +631,9 @@ class StreamContract:
         assert uids(tuple(repository.stream(customer_id="one"))) == ["b", "a"]
         assert uids(tuple(repository.stream(track_number="x"))) == ["d", "c", "a"]
         assert uids(tuple(repository.stream(customer_id="one", track_number="x"))) == ["a"]
-        assert uids(tuple(repository.stream(customer_id=None, track_number=None))) == ["d", "c", "b", "a"]
+        repository.save(reached_at("e", "+1 23", "E@e"))
+        assert uids(tuple(repository.stream(phone="123", email="e@E"))) == ["e"]
+        assert uids(tuple(repository.stream(customer_id=None, track_number=None))) == ["e", "d", "c", "b", "a"]
 
     def test_a_wrong_filter_is_refused_before_the_iteration(self, repository: OrderRepository) -> None:
         wrong: list[dict[str, Any]] = [{"customer": "c"}, {"limit": "c"}, {"customer_id": 5}]

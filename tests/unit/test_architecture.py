@@ -28,15 +28,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "contract": {"errors"},
     "models": {"contract", "errors"},
     "codecs": {"models", "contract", "errors"},
-    "repository": {"models", "contract", "errors"},
+    "search": {"contract"},
+    "repository": {"search", "models", "contract", "errors"},
     "ingestion": {"codecs", "repository", "models", "errors"},
-    "postgres": {"ingestion", "codecs", "repository", "models", "contract", "errors"},
-    "testing": {"ingestion", "codecs", "repository", "models", "contract", "errors"},
+    "postgres": {"ingestion", "codecs", "repository", "search", "models", "contract", "errors"},
+    "testing": {"ingestion", "codecs", "repository", "search", "models", "contract", "errors"},
     # What programs start with, and `python -m orderlib`.
     "commands": {"postgres", "errors"},
     "__main__": {"commands"},
     # The package itself: the public names.
-    "": {"postgres", "codecs", "repository", "models", "errors"},
+    "": {"postgres", "codecs", "repository", "search", "models", "errors"},
 }
 
 #: Foreign libraries, and the only places that may import them.

@@ -144,6 +144,7 @@ def call_method(repository: OrderRepository, method: str) -> object:
         "get_many": lambda: repository.get_many(["a"]),
         "content_sha256": lambda: repository.content_sha256("a"),
         "list_orders": repository.list_orders,
+        "find": lambda: repository.find("a"),
         "stream": lambda: list(repository.stream()),
         "position_state": lambda: repository.position_state("orders", 0, 0),
         "wait_until_handled": lambda: repository.wait_until_handled("orders", 0, 0, timeout_s=0),

@@ -84,7 +84,7 @@ def _value(hint: Any, name: str, order: Order) -> Any:
         return {_value(arguments[0], name, order): 1 if len(arguments) < 2 else _value(arguments[1], name, order)}
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return next(iter(hint))
-    plain = {str: "text", int: 1, float: 0.5, bool: True, dt.datetime: dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}
+    plain = {str: "text 1", int: 1, float: 0.5, bool: True, dt.datetime: dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}
     if hint in plain:
         return plain[hint]
     return SECRET if name in {"container", "headers"} else None

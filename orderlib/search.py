@@ -1,0 +1,82 @@
+"""What the text of a search can mean: the fields that it may match, and how each is compared.
+
+Comparisons are the same in PostgreSQL, in any database and locale, and in memory: letters of ASCII match in any case,
+and only the digits of a phone number count.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from urllib.parse import unquote
+
+import attrs
+
+from orderlib.contract import fits_postgres
+
+
+class SearchField(enum.StrEnum):
+    """Why an order matches a search."""
+
+    #: The text is its order_uid, in any case, or the URL of its page.
+    ORDER_UID = "order_uid"
+    #: Its order_uid begins with the text, in any case.
+    ORDER_UID_PREFIX = "order_uid_prefix"
+    #: The text is its track number.
+    TRACK_NUMBER = "track_number"
+    #: The text is its customer_id.
+    CUSTOMER_ID = "customer_id"
+    #: The text has the digits of its phone number.
+    PHONE = "phone"
+    #: The text is its e-mail address, in any case.
+    EMAIL = "email"
+    #: The text is the rid of one of its items.
+    RID = "rid"
+
+
+#: The path of a URL as it is copied from a browser: of the page or the JSON of an order.
+_ORDER_URL = re.compile(r"\S*/orders/([^/?#\s]+)\S*")
+_ORDER_UID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_NO_DIGITS = re.compile("[^0-9]+")
+#: The words of a phone number.
+_PHONE_WORDS = re.compile(r"\b(?:tel|phone|mobile|fax|ext|x)\b", re.IGNORECASE)
+
+
+def phone_digits(text: str) -> str:
+    """Return the digits 0 to 9 of a text."""
+    return _NO_DIGITS.sub("", text)
+
+
+def lower_ascii(text: str) -> str:
+    """Return a text with small letters for A to Z. Other letters stay as they are."""
+    return text.encode().lower().decode()
+
+
+@attrs.frozen
+class SearchText:
+    """The text of a search, as each field is compared with it. Its repr shows no text."""
+
+    #: Without white space around it.
+    text: str = attrs.field(repr=False)
+    #: An order_uid or its beginning, in small letters; ``None`` if no order_uid can begin like that.
+    order_uid: str | None = attrs.field(repr=False)
+    #: The digits of a phone number; ``None`` if the text has none or is no phone number.
+    phone: str | None = attrs.field(repr=False)
+    #: In small letters.
+    email: str = attrs.field(repr=False)
+
+    @classmethod
+    def parse(cls, text: str) -> SearchText | None:
+        """Return a search, or ``None`` for a text that no field can have: an empty one, for example."""
+        text = text.strip()
+        if not text or not fits_postgres(text):
+            return None
+        url = _ORDER_URL.fullmatch(text)
+        order_uid = unquote(url[1]) if url else text
+        has_words = any(map(str.isalpha, _PHONE_WORDS.sub("", text)))
+        return cls(
+            text=text,
+            order_uid=order_uid.lower() if _ORDER_UID.fullmatch(order_uid) else None,
+            phone=None if has_words else phone_digits(text) or None,
+            email=lower_ascii(text),
+        )
