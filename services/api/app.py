@@ -25,6 +25,7 @@ from services.api.pages import Pages, StaticResource
 from services.api.parameters import ParametersMiddleware
 from services.api.records import RecordResource
 from services.api.request_metrics import RequestMetricsMiddleware
+from services.api.search import SearchResource
 from services.settings import ApiSettings
 
 #: What an ASGI server calls an application with.
@@ -37,6 +38,7 @@ ROUTES = (
     "/",
     "/orders",
     "/orders/{order_uid}",
+    "/search",
     "/records/{topic}/{partition}/{offset}",
     "/static/{name}",
     "/openapi.json",
@@ -115,6 +117,7 @@ def create_app(
         HomeResource(reader, pages),
         OrdersResource(reader, pages),
         OrderResource(reader, pages),
+        SearchResource(reader, pages),
         RecordResource(reader),
         StaticResource(pages),
         OpenApiResource(),

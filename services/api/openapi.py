@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import falcon
 import msgspec
 from falcon.asgi import Request, Response
@@ -11,10 +12,11 @@ from falcon.asgi import Request, Response
 import orderlib
 from orderlib.contract import json_schema
 from orderlib.errors import REJECT_CODES
-from orderlib.models import Order
-from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, RecordState
+from orderlib.models import Delivery, Order, Payment
+from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, OrderSummary, RecordState
+from orderlib.search import SearchField
 from services.api.error_handlers import PROBLEM_JSON
-from services.api.parameters import FILTERS, PERIOD
+from services.api.parameters import MAX_SEARCH_CHARS, ORDER_FILTERS, PERIOD
 from services.api.records import MAX_OFFSET, MAX_PARTITION, MAX_WAIT_S, TOPIC_PATTERN
 
 _JSON = falcon.MEDIA_JSON
@@ -51,6 +53,8 @@ def document() -> dict[str, Any]:
     """Return the OpenAPI 3.1 document."""
     (order,), schemas = json_schema(Order)
     fields = schemas[Order.__name__]["properties"]
+    delivery_fields = schemas[Delivery.__name__]["properties"]
+    payment_fields = schemas[Payment.__name__]["properties"]
     headers = {
         "ETag": {"description": "SHA-256 of the order's canonical JSON.", "schema": {"type": "string"}},
         "Cache-Control": {"schema": {"type": "string"}},
@@ -97,12 +101,13 @@ def document() -> dict[str, Any]:
         "description": "`json` returns JSON to a browser, too.",
         "schema": {"type": "string", "enum": ["json"]},
     }
+    limit = {
+        "name": "limit",
+        "description": "How many orders to return at most.",
+        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": PAGE_SIZE},
+    }
     query = [
-        {
-            "name": "limit",
-            "description": "How many orders to return at most.",
-            "schema": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": PAGE_SIZE},
-        },
+        limit,
         {
             "name": "cursor",
             "description": ("`next_cursor` of the previous page. Its text is opaque."),
@@ -110,8 +115,18 @@ def document() -> dict[str, Any]:
         },
         *(
             {"name": name, "description": f"Return only orders with exactly this `{name}`.", "schema": fields[name]}
-            for name in FILTERS
+            for name in ORDER_FILTERS
         ),
+        {
+            "name": "phone",
+            "description": "Return only orders whose phone number has exactly these digits. Nothing else of it counts.",
+            "schema": {**delivery_fields["phone"], "pattern": "[0-9]"},
+        },
+        {
+            "name": "email",
+            "description": "Return only orders with this e-mail address, in any case of the letters A to Z.",
+            "schema": delivery_fields["email"],
+        },
         *(
             {
                 "name": name,
@@ -121,6 +136,22 @@ def document() -> dict[str, Any]:
             for name, meaning in zip(PERIOD, ("at this time or later", "before this time"), strict=True)
         ),
     ]
+    search = {
+        "200": {
+            "description": "What was found, as JSON or as an HTML page.",
+            "headers": {name: headers[name] for name in ("Cache-Control", "Vary")},
+            "content": {
+                _JSON: {"schema": {"$ref": "#/components/schemas/Matches"}},
+                "text/html": {"schema": {"type": "string"}},
+            },
+        },
+        "303": {
+            "description": "Only for a page: one order matches, and `Location` has its URL.",
+            "headers": {"Location": {"schema": {"type": "string"}}},
+        },
+        "400": _BAD_REQUEST,
+        **_PROBLEMS,
+    }
     position: list[dict[str, Any]] = [
         {"name": "topic", "schema": {"type": "string", "pattern": TOPIC_PATTERN}},
         {"name": "partition", "schema": {"type": "integer", "minimum": 0, "maximum": MAX_PARTITION}},
@@ -190,6 +221,33 @@ def document() -> dict[str, Any]:
                 },
                 "head": {"operationId": "headOrders", "summary": "Return the headers of the list", "responses": many},
             },
+            "/search": {
+                "parameters": [
+                    {
+                        "name": "q",
+                        "in": "query",
+                        "required": True,
+                        "description": (
+                            "A complete order_uid in any case, the URL of an order, a track number, a customer_id, a "
+                            "phone number in any format, an e-mail address in any case, or the rid of an item. If "
+                            "nothing of these matches: the beginning of an order_uid."
+                        ),
+                        "schema": {"type": "string", "maxLength": MAX_SEARCH_CHARS, "pattern": r"\S"},
+                    },
+                    {"in": "query", "required": False, **limit},
+                    as_json,
+                ],
+                "get": {
+                    "operationId": "search",
+                    "summary": "Find orders by what identifies them",
+                    "description": (
+                        "The newest orders that match, with the reasons. Orders whose order_uid begins with the text "
+                        "are sorted by it."
+                    ),
+                    "responses": search,
+                },
+                "head": {"operationId": "headSearch", "summary": "Return the headers of a search", "responses": search},
+            },
             "/records/{topic}/{partition}/{offset}": {
                 "parameters": [
                     *({"in": "path", "required": True, **parameter} for parameter in position),
@@ -249,6 +307,32 @@ def document() -> dict[str, Any]:
                         "next_cursor": {
                             "type": ["string", "null"],
                             "description": "Continues the list in the same direction; null on the last page.",
+                        },
+                    },
+                },
+                "Matches": {
+                    "type": "object",
+                    "required": ["matches"],
+                    "properties": {
+                        "matches": {
+                            "type": "array",
+                            "maxItems": MAX_PAGE_SIZE,
+                            "items": {
+                                "type": "object",
+                                "required": [field.name for field in attrs.fields(OrderSummary)] + ["fields"],
+                                "properties": {
+                                    **{name: fields[name] for name in ("order_uid", "customer_id", "track_number")},
+                                    "items": {"type": "integer", "minimum": 1, "description": "How many it has."},
+                                    **{name: payment_fields[name] for name in ("amount", "currency")},
+                                    "first_stored_at": {"type": "string", "format": "date-time"},
+                                    "fields": {
+                                        "type": "array",
+                                        "minItems": 1,
+                                        "description": "Why the order matches.",
+                                        "items": {"enum": list(SearchField)},
+                                    },
+                                },
+                            },
                         },
                     },
                 },

@@ -10,11 +10,19 @@ from falcon.asgi import Request, Response
 
 from orderlib.codecs import encode_order
 from orderlib.errors import InvalidQuery
-from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, AsyncOrderRepository, Cursor, Direction, ListOptions, Page
+from orderlib.repository import PAGE_SIZE, AsyncOrderRepository, Cursor, Direction, ListOptions, Page
 from services.api.deadline import with_deadline
 from services.api.negotiation import known_etags, prefers_page, require_acceptable
 from services.api.pages import Pages
-from services.api.parameters import FILTERS, PERIOD, bad_parameter, single_parameter, text_parameter, time_parameter
+from services.api.parameters import (
+    FILTERS,
+    PERIOD,
+    bad_parameter,
+    limit_parameter,
+    single_parameter,
+    text_parameter,
+    time_parameter,
+)
 
 _REVALIDATE = "private, no-cache"
 
@@ -70,14 +78,17 @@ class OrdersResource:
     async def on_get(self, req: Request, resp: Response) -> None:
         """Return a page of orders; JSON costs two queries."""
         require_acceptable(req)
-        limit = _limit(req)
+        limit = limit_parameter(req)
         cursor, direction = _cursor(req)
+        texts = {name: text_parameter(req, name) for name in FILTERS}
         options: ListOptions = {
             "cursor": cursor,
             "direction": direction,
             "limit": limit,
-            "customer_id": text_parameter(req, "customer_id"),
-            "track_number": text_parameter(req, "track_number"),
+            "customer_id": texts["customer_id"],
+            "track_number": texts["track_number"],
+            "phone": texts["phone"],
+            "email": texts["email"],
             "since": time_parameter(req, "since"),
             "until": time_parameter(req, "until"),
         }
@@ -99,9 +110,9 @@ class OrdersResource:
             is_top=cursor is None,
             newer=newer and _link(newer, options),
             older=older and _link(older, options),
-            customer_id=options["customer_id"],
-            track_number=options["track_number"],
-            query="",
+            filters=texts,
+            # The search box keeps what the list was found by.
+            query=next(filter(None, texts.values()), ""),
         )
 
     on_head = on_get
@@ -138,19 +149,12 @@ def _link(cursor: str, options: ListOptions) -> str:
         "limit": options["limit"] if options["limit"] != PAGE_SIZE else None,
         "customer_id": options["customer_id"],
         "track_number": options["track_number"],
+        "phone": options["phone"],
+        "email": options["email"],
         "since": options["since"] and options["since"].isoformat(),
         "until": options["until"] and options["until"].isoformat(),
     }
     return f"/orders?{urlencode({name: value for name, value in parameters.items() if value is not None})}"
-
-
-def _limit(req: Request) -> int:
-    text = single_parameter(req, "limit")
-    if text is None:
-        return PAGE_SIZE
-    if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= MAX_PAGE_SIZE):
-        raise bad_parameter("limit", f"an integer from 1 to {MAX_PAGE_SIZE}", "another value")
-    return int(text)
 
 
 def _cursor(req: Request) -> tuple[Cursor | None, Direction]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import jinja2
 from falcon.asgi import Request, Response
 
 from orderlib.repository import COUNT_LIMIT
-from services.api.parameters import SEARCH_FIELDS, text_rule
+from services.api.parameters import MAX_SEARCH_CHARS
 
 _HERE = Path(__file__).parent
 
@@ -31,6 +32,10 @@ _DECIMALS = {
 }
 
 
+#: A list shows this many characters of a value at most.
+MAX_SHOWN_CHARS = 32
+
+
 def money(minor_units: int, currency: str) -> str:
     """Format an amount: ``1,817.00 USD``."""
     decimals = _DECIMALS.get(currency, 2)
@@ -43,6 +48,27 @@ def moment(time: dt.datetime | int) -> str:
     """Format a time, or Unix seconds, in UTC: ``26 Nov 2021, 06:22 UTC``."""
     time = _utc(time)
     return f"{time.day} {time:%b} {time.year:04}, {time:%H:%M} UTC"
+
+
+def exact_moment(time: dt.datetime | int) -> str:
+    """Format a time, or Unix seconds, in UTC to the second: ``26 Nov 2021, 06:22:19 UTC``."""
+    time = _utc(time)
+    return f"{time.day} {time:%b} {time.year:04}, {time:%H:%M:%S} UTC"
+
+
+def ago(time: dt.datetime, now: dt.datetime) -> str:
+    """Format a past time for a list: ``12 s ago`` or, after a day, ``26 Nov 2021``."""
+    time = _utc(time)
+    if now - time < dt.timedelta(days=1):
+        return f"{duration(now - time)} ago"
+    return f"{time.day} {time:%b} {time.year:04}"
+
+
+def shortened(text: str) -> str:
+    """Return the beginning and the end of a text that is longer than ``MAX_SHOWN_CHARS``."""
+    if len(text) <= MAX_SHOWN_CHARS:
+        return text
+    return f"{text[: MAX_SHOWN_CHARS - 9]}…{text[-8:]}"
 
 
 def machine_time(time: dt.datetime | int) -> str:
@@ -70,10 +96,15 @@ def counted(number: int) -> str:
     return f"{number:,}{' or more' if number >= COUNT_LIMIT else ''}"
 
 
+def _utc_now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
+
+
 class Pages:
     """Render the templates beside this file. Every value in them is escaped."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], dt.datetime] = _utc_now) -> None:
+        self._clock = clock
         self.static = {path.name: path.read_bytes() for path in sorted((_HERE / "static").iterdir())}
         version = hashlib.sha256(b"".join(self.static.values())).hexdigest()[:12]
         self._templates = jinja2.Environment(
@@ -84,16 +115,24 @@ class Pages:
             lstrip_blocks=True,
         )
         self._templates.globals["static_version"] = version
-        self._templates.globals["search_max_chars"] = max(text_rule(name).max_length or 0 for name in SEARCH_FIELDS)
+        self._templates.globals["search_max_chars"] = MAX_SEARCH_CHARS
+        self._templates.globals["max_shown_chars"] = MAX_SHOWN_CHARS
         self._templates.filters.update(
-            money=money, moment=moment, machine_time=machine_time, duration=duration, counted=counted
+            money=money,
+            moment=moment,
+            exact_moment=exact_moment,
+            ago=ago,
+            machine_time=machine_time,
+            duration=duration,
+            counted=counted,
+            shortened=shortened,
         )
 
     def show(self, resp: Response, template: str, **shown: Any) -> None:
         """Answer with a page that no cache may store: it may show personal data."""
         resp.content_type = falcon.MEDIA_HTML
         resp.set_header("Cache-Control", "no-store")
-        resp.text = self._templates.get_template(template).render(shown)
+        resp.text = self._templates.get_template(template).render(shown, now=self._clock())
 
 
 class StaticResource:

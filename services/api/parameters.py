@@ -12,14 +12,17 @@ from msgspec.inspect import StrType
 
 from orderlib.contract import Validator, rule_of, rules_of
 from orderlib.errors import InvalidOrder, InvalidQuery
-from orderlib.models import Order
+from orderlib.models import Delivery, Order
+from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE
 
-#: The fields of an order that ``/orders`` filters by. The names of the parameters are the same.
-FILTERS = ("customer_id", "track_number")
+#: The fields that ``/orders`` filters by: of an order and of its delivery. The names of the parameters are the same.
+ORDER_FILTERS = ("customer_id", "track_number")
+DELIVERY_FILTERS = ("phone", "email")
+FILTERS = (*ORDER_FILTERS, *DELIVERY_FILTERS)
 #: The period in which the orders of ``/orders`` were first stored.
 PERIOD = ("since", "until")
-#: The fields that the start page searches.
-SEARCH_FIELDS = ("order_uid", *FILTERS)
+#: The longest text of a search. No field that it searches is longer, but the URL of an order may be.
+MAX_SEARCH_CHARS = 2_000
 
 
 class ParametersMiddleware:
@@ -50,14 +53,15 @@ def bad_parameter(name: str, expected: str, found: str) -> InvalidQuery:
 
 
 def text_rule(field_name: str) -> StrType:
-    """Return the contract's rule for a text field of an order."""
-    [rule] = [rule_of(field) for field in rules_of(Order).fields if field.name == field_name]
+    """Return the contract's rule for a text field of an order or of its delivery."""
+    model = Delivery if field_name in DELIVERY_FILTERS else Order
+    [rule] = [rule_of(field) for field in rules_of(model).fields if field.name == field_name]
     assert isinstance(rule, StrType)
     return rule
 
 
 def text_parameter(req: Request, name: str) -> str | None:
-    """Return a parameter that is named like a field of an order, or None. Raise InvalidQuery if it breaks the rule."""
+    """Return a parameter that is named like a filter, or None. Raise InvalidQuery if it breaks the rule."""
     text = single_parameter(req, name)
     if text is None:
         return None
@@ -84,6 +88,16 @@ def time_parameter(req: Request, name: str) -> dt.datetime | None:
         return _decode_time(text)
     except msgspec.ValidationError as exc:
         raise bad_parameter(name, "a time such as 2026-01-31T12:00:00Z", "another text") from exc
+
+
+def limit_parameter(req: Request) -> int:
+    """Return the parameter ``limit``, or its default."""
+    text = single_parameter(req, "limit")
+    if text is None:
+        return PAGE_SIZE
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= MAX_PAGE_SIZE):
+        raise bad_parameter("limit", f"an integer from 1 to {MAX_PAGE_SIZE}", "another value")
+    return int(text)
 
 
 def single_parameter(req: Request, name: str) -> str | None:

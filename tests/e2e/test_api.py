@@ -382,7 +382,10 @@ def test_the_log_has_no_personal_data(guarded: Service, store: orderlib.Postgres
     store.save(order("logged", delivery=private, customer_id="customer-of-log"))
     token = bearer("secret-1")
     guarded.get("/orders?customer_id=customer-of-log", token)
-    guarded.get("/?q=Ludmila%20Privat", token)
+    guarded.get("/search?q=Ludmila%20Privat", token)
+    guarded.page("/search?q=l@privat.example")
+    guarded.get("/search?q=l@privat.example&limit=Ludmila", token)
+    guarded.get("/orders?email=l@privat.example", token)
     guarded.get("/orders/Ludmila", token)
     answer = guarded.get("/orders/logged", token)
     assert "Ludmila" in answer.text
@@ -445,29 +448,63 @@ def test_an_order_is_escaped_on_every_page(api: Service, store: orderlib.Postgre
         )
     )
     quoted = "%22%3E%3Cscript%3Ealert(1)%3C/script%3E%26amp;"
-    for path in ("/orders/evil", f"/orders?customer_id={quoted}", f"/orders?track_number={quoted}", f"/?q={quoted}x"):
+    for path in (
+        "/orders/evil",
+        f"/orders?customer_id={quoted}",
+        f"/orders?track_number={quoted}",
+        f"/search?q={quoted}x",
+    ):
         page = api.page(path).text
         assert "alert(1)" in page
         assert "<script" not in page
         assert '"><script' not in page
 
 
-def test_a_search_finds_an_order_a_track_number_or_a_customer(
+def test_a_search_answers_with_the_matches_and_their_reasons(
     api: Service, store: orderlib.PostgresOrderRepository
 ) -> None:
-    store.save(order("look-up", track_number="Look/Up&1", customer_id="Look Ü"))
-    for query, place in [
-        ("look-up", "/orders/look-up"),
-        ("%20look-up%20", "/orders/look-up"),
-        ("Look/Up%261", "/orders?track_number=Look%2FUp%261"),
-        ("Look%20%C3%9C", "/orders?customer_id=Look+%C3%9C"),
-    ]:
-        answer = api.page(f"/?q={query}")
-        assert (answer.status, answer.headers["Location"]) == (303, place)
-        assert "look-up" in api.page(place).text
-    missing = api.page("/?q=nobody%20at%20all")
-    assert missing.status == 404
+    store.save(order("look-up", customer_id="Look Ü", delivery=attrs.evolve(SAMPLE.delivery, phone="+1 (555) 0100")))
+    store.save(order("look-up-2", track_number="15550100"))
+    answer = api.get("/search?q=1-555-0100")
+    assert answer.headers["Cache-Control"] == "no-store"
+    [match] = answer.json["matches"]
+    assert (match["order_uid"], match["fields"]) == ("look-up", ["phone"])
+    assert [(m["order_uid"], m["fields"]) for m in api.get("/search?q=15550100").json["matches"]] == [
+        ("look-up-2", ["track_number"]),
+        ("look-up", ["phone"]),
+    ]
+    assert len(api.get("/search?q=LOOK&limit=1").json["matches"]) == 1
+    assert api.get("/search?q=nobody%20at%20all").json == {"matches": []}
+    for query in ("", "?q=", "?q=%20", "?q=a&limit=0", "?q=" + "a" * 2001):
+        assert api.get("/search" + query).status == 400
+
+
+def test_the_search_page_opens_a_single_match_and_shows_several(
+    api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    store.save(order("open-1:a", customer_id="Open Ü"))
+    answer = api.page("/search?q=%20open%20%C3%9C")
+    assert answer.status == 200
+    answer = api.page("/search?q=Open%20%C3%9C%20")
+    assert (answer.status, answer.headers["Location"]) == (303, "/orders/open-1:a")
+    assert answer.headers["Cache-Control"] == "no-store"
+    store.save(order("open-2", customer_id="Open Ü"))
+    several = api.page("/search?q=Open%20%C3%9C")
+    assert (several.status, several.headers["Cache-Control"]) == (200, "no-store")
+    assert "open-1:a" in several.text
+    assert "open-2" in several.text
+    missing = api.page("/search?q=nobody%20at%20all")
+    assert (missing.status, missing.headers["Cache-Control"]) == (200, "no-store")
     assert "nobody at all" in missing.text
+
+
+def test_orders_are_listed_by_phone_and_email(api: Service, store: orderlib.PostgresOrderRepository) -> None:
+    store.save(order("reach-1", delivery=attrs.evolve(SAMPLE.delivery, phone="+7 (999) 1", email="Reach@x.example")))
+    for query in ("phone=79991", "phone=%2B7%20999-1", "email=reach@X.example", "phone=79991&email=REACH@x.example"):
+        found = api.get(f"/orders?{query}").json["orders"]
+        assert [order["order_uid"] for order in found] == ["reach-1"], query
+        assert "reach-1" in api.page(f"/orders?{query}").text
+    assert api.get("/orders?phone=none").json["detail"] == "phone: expected digits, found none."
 
 
 def test_the_status_strip_counts_new_orders_and_rejects(api: Service) -> None:

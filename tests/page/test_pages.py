@@ -76,17 +76,44 @@ def test_an_order_is_found_by_its_uid(
     assert "26 Nov 2021, 06:22 UTC" in one(browser, "main").text
 
 
-@pytest.mark.parametrize("query", ["T/rack & 1", "Kund\N{LATIN SMALL LETTER O WITH DIAERESIS} 1"])
-def test_orders_are_found_by_track_number_or_customer(
-    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, query: str
+def test_one_match_opens_the_order_whatever_it_is_found_by(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
 ) -> None:
-    store.save(order("page-2", track_number="T/rack & 1", customer_id="Kund\N{LATIN SMALL LETTER O WITH DIAERESIS} 1"))
+    store.save(
+        order(
+            "Found-by-1",
+            track_number="T/rack & 1",
+            customer_id="Kund\N{LATIN SMALL LETTER O WITH DIAERESIS} 1",
+            delivery=attrs.evolve(SAMPLE.delivery, phone="+49 (30) 901820", email="Ada@Found.example"),
+            items=[attrs.evolve(SAMPLE.items[0], rid="rid/found")],
+        )
+    )
+    for text in (
+        *("found-by-1", "FOUND-B", f"http://{api.address}/orders/Found-by-1?format=json", "T/rack & 1"),
+        *("Kund\N{LATIN SMALL LETTER O WITH DIAERESIS} 1", "49/30/901820", "ada@found.EXAMPLE", "rid/found"),
+    ):
+        browser.get(f"http://{api.address}/")
+        search(browser, text)
+        assert path_of(browser) == "/orders/Found-by-1", text
+
+
+def test_several_matches_are_listed_with_the_reason_of_each(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    for n in range(25):
+        store.save(order(f"several-{n:02}", delivery=attrs.evolve(SAMPLE.delivery, phone="030/77")))
+    store.save(order("several", customer_id="03077"))
     browser.get(f"http://{api.address}/")
-    search(browser, query)
-    assert query in one(browser, "h1").text
-    assert texts(browser, "tbody th") == ["page-2"]
-    click(browser, "tbody a")
-    assert path_of(browser) == "/orders/page-2"
+    search(browser, "03077")
+    assert one(browser, "h1").text == "More than 20 orders match 03077"
+    assert one(browser, "#q").get_attribute("value") == "03077"
+    assert texts(browser, "tbody th")[:2] == ["several", "several-24"]
+    assert texts(browser, ".reason")[:2] == ["customer", "phone"]
+    assert len(texts(browser, "tbody th")) == 20
+    browser.find_element(By.LINK_TEXT, "All orders with this phone").click()
+    assert path_of(browser) == "/orders?phone=03077"
+    assert texts(browser, "tbody th")[0] == "several-24"
+    assert one(browser, "#q").get_attribute("value") == "03077"
 
 
 def test_a_search_without_result_shows_that_and_can_be_corrected(
@@ -96,6 +123,7 @@ def test_a_search_without_result_shows_that_and_can_be_corrected(
     browser.get(f"http://{api.address}/")
     search(browser, "page-4")
     assert one(browser, "h1").text == "Nothing found"
+    assert "a phone number" in one(browser, "main").text
     assert one(browser, "#q").get_attribute("value") == "page-4"
     search(browser, "page-3")
     assert one(browser, "h1").text == "Order page-3"
@@ -186,7 +214,7 @@ def test_a_link_leads_to_the_same_json_that_programs_get(
 def test_the_pages_can_be_used_with_the_keyboard_only(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
 ) -> None:
-    store.save(order("keys-1", customer_id="keys"))
+    store.save_many([order("keys-1", customer_id="keys"), order("keys-2", customer_id="keys")])
     browser.get(f"http://{api.address}/")
 
     def press(key: str) -> WebElement:
@@ -204,14 +232,14 @@ def test_the_pages_can_be_used_with_the_keyboard_only(
     assert press(Keys.TAB).text == "Find"
     with page_change(browser):
         press(Keys.ENTER)
-    assert texts(browser, "tbody th") == ["keys-1"]
+    assert texts(browser, "tbody th") == ["keys-2", "keys-1"]
     # Past the header, the next stop is the order.
     press(Keys.TAB).send_keys(Keys.ENTER)
     link = press(Keys.TAB)
-    assert link.text == "keys-1"
+    assert link.text == "keys-2"
     with page_change(browser):
         link.send_keys(Keys.ENTER)
-    assert one(browser, "h1").text == "Order keys-1"
+    assert one(browser, "h1").text == "Order keys-2"
 
 
 def longest() -> Order:
@@ -231,7 +259,7 @@ def longest() -> Order:
 
 @pytest.mark.parametrize("size", [WIDE, (800, 900), PHONE])
 @pytest.mark.parametrize(
-    "path", ["/", "/orders/" + "W" * 128, f"/orders/{SAMPLE.order_uid}", "/orders?limit=100", "/?q=x"]
+    "path", ["/", "/orders/" + "W" * 128, f"/orders/{SAMPLE.order_uid}", "/orders?limit=100", "/search?q=x"]
 )
 def test_no_page_is_wider_than_the_window(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, size: tuple[int, int], path: str
@@ -269,7 +297,7 @@ return [...document.querySelectorAll("body *")]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("path", ["/", f"/orders/{SAMPLE.order_uid}", "/?q=nothing", "/orders/nobody"])
+@pytest.mark.parametrize("path", ["/", f"/orders/{SAMPLE.order_uid}", "/search?q=nothing", "/orders/nobody"])
 def test_every_text_has_enough_contrast(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, scheme: str, path: str
 ) -> None:
@@ -282,7 +310,7 @@ def test_every_text_has_enough_contrast(
     assert browser.execute_script(CONTRASTS) == []
 
 
-@pytest.mark.parametrize("path", ["/", f"/orders/{SAMPLE.order_uid}", "/orders", "/?q=nothing", "/nowhere"])
+@pytest.mark.parametrize("path", ["/", f"/orders/{SAMPLE.order_uid}", "/orders", "/search?q=nothing", "/nowhere"])
 def test_a_screen_reader_finds_landmarks_headings_and_tables(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, path: str
 ) -> None:
