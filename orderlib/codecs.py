@@ -12,7 +12,7 @@ import itertools
 import operator
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -21,13 +21,16 @@ import msgspec
 from cattrs import BaseConverter
 from msgspec.inspect import DataclassType, Type, VarTupleType
 
-from orderlib.contract import M, Validator, rules_of
+from orderlib.contract import M, Validator, rule_of, rules_of
 from orderlib.contract import json_schema as schemas_of
 from orderlib.errors import Fault, MalformedJson
 from orderlib.models import MAX_ITEMS, Delivery, Item, Order, Payment
 
 # msgspec decodes an order in one pass in C. It stops at the first fault, and it cannot check every rule. If it fails,
 # or if a rule is left to check, `_full_report` validates the record again, finds every fault, and decides.
+#
+# The consumer's decoder also stops at the first unknown field. So a record without unknown fields costs nothing more.
+# Other records are decoded again without that rule, and `unknown_fields` opens the objects of the order one by one.
 #
 # Canonical JSON is encoded from structs with the fields and rules of the models. msgspec would encode a model's fields
 # sorted by name: it follows the slots of a class, and CPython sorts slots. The consumer decodes records straight into
@@ -55,7 +58,7 @@ class _HasTime(Protocol):
     def date_created(self) -> dt.datetime: ...
 
 
-T = TypeVar("T", bound=_HasTime)
+T = TypeVar("T")
 
 
 @functools.cache
@@ -64,7 +67,11 @@ def _struct(model: type[attrs.AttrsInstance]) -> Any:
     hints = typing.get_type_hints(model, include_extras=True)
     fields = [(field.name, _with_structs(hints[field.name])) for field in attrs.fields(model)]
     return msgspec.defstruct(
-        f"Canonical{model.__name__}", fields, namespace={"__repr__": _repr_without_values}, gc=False
+        f"Canonical{model.__name__}",
+        fields,
+        namespace={"__repr__": _repr_without_values},
+        gc=False,
+        forbid_unknown_fields=True,
     )
 
 
@@ -100,7 +107,9 @@ _payment_values = operator.attrgetter(*_names(Payment))
 _item_values = operator.attrgetter(*_names(Item))
 
 _encoder = msgspec.json.Encoder()
+_sorting_encoder = msgspec.json.Encoder(order="deterministic")
 _decoder = msgspec.json.Decoder(Order)
+#: Refuses unknown fields.
 _canonical_decoder: msgspec.json.Decoder[CanonicalOrder] = msgspec.json.Decoder(_OrderStruct)
 
 
@@ -108,7 +117,8 @@ def decode_order(data: bytes) -> Order:
     """Return the order in a JSON text.
 
     * Types are strict: ``"99"``, ``1.0`` and ``true`` are not integers; no value may be null.
-    * Unknown fields with any content are ignored, so that producers may add fields before consumers know them.
+    * Unknown fields may have any content, so that producers may add fields before consumers know them. The order does
+      not have them: to store them, too, pass the text to ``save`` as ``original``.
     * For a repeated key the last value counts.
 
     Raises:
@@ -116,17 +126,28 @@ def decode_order(data: bytes) -> Order:
         InvalidOrder: well-formed, but not an order; ``faults`` has every fault in document order.
         TypeError: not bytes.
     """
-    return _decode(data, _decoder)
+    _require_text(data)
+    return _decode(data)
 
 
-def decode_canonical(data: bytes) -> CanonicalOrder:
-    """Return the order in a JSON text in canonical form. Accept and refuse the same texts as ``decode_order``."""
-    order = _decode(data, _canonical_decoder)
-    order.date_created = order.date_created.astimezone(dt.UTC)
-    return order
+def decode_canonical(data: bytes) -> tuple[CanonicalOrder, bytes]:
+    """Return the order in a JSON text in canonical form, and its unknown fields as ``digest`` takes them.
+
+    Accept and refuse the same texts as ``decode_order``.
+    """
+    _require_text(data)
+    try:
+        order = _canonical_decoder.decode(data)
+        if not _needs_report(data, order):
+            order.date_created = order.date_created.astimezone(dt.UTC)
+            return order, b""
+    except (msgspec.DecodeError, RecursionError):
+        pass
+    return canonical_form(_decode(data)), _with_complete_stack(_unknown_text, data)
 
 
-def _decode(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+def _require_text(data: bytes) -> None:
+    """Raise MalformedJson for bytes that are not UTF-8 or nest too deep."""
     if not isinstance(data, bytes):
         raise TypeError(f"an order is decoded from bytes, not from {type(data).__name__}")
     if not data.isascii():
@@ -137,15 +158,21 @@ def _decode(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     # Count first: only a large record has more brackets than that.
     if data.count(b"[") + data.count(b"{") > MAX_NESTING and _is_too_deep(data):
         raise _malformed(f"more than {MAX_NESTING:,} levels of nesting")
-    order: T | None
+
+
+def _decode(data: bytes) -> Order:
     try:
-        order = decoder.decode(data)
+        order = _decoder.decode(data)
+        if not _needs_report(data, order):
+            return order
     except (msgspec.DecodeError, RecursionError):
-        order = None
-    # msgspec accepts U+0000, and it does not check the year of a time in UTC.
-    if order is None or (b"\\" in data and b"\\u0000" in data) or not 1 < order.date_created.year < 9999:
-        return msgspec.convert(_full_report(data), decoder.type)
-    return order
+        pass
+    return msgspec.convert(_with_complete_stack(_full_report, data), Order)
+
+
+def _needs_report(data: bytes, order: _HasTime) -> bool:
+    """Return whether a rule is left to check: msgspec accepts U+0000, and any year of a time in UTC."""
+    return (b"\\" in data and b"\\u0000" in data) or not 1 < order.date_created.year < 9999
 
 
 def encode_order(order: Order) -> bytes:
@@ -157,7 +184,11 @@ def encode_order(order: Order) -> bytes:
 
 
 def content_sha256(order: Order) -> bytes:
-    """Return the SHA-256 of an order's canonical JSON, 32 bytes. It is equal exactly if the content is equal."""
+    """Return the SHA-256 of an order's canonical JSON, 32 bytes. It is equal exactly if the orders are equal.
+
+    A repository returns the same digest for a stored order, unless the order has an original: that digest covers the
+    unknown fields, too.
+    """
     return digest(canonical_form(order))
 
 
@@ -202,9 +233,12 @@ def canonical_form(order: Order) -> CanonicalOrder:
     return canonical
 
 
-def digest(canonical: CanonicalOrder) -> bytes:
-    """Return ``content_sha256`` of an order in canonical form."""
-    return hashlib.sha256(_encoder.encode(canonical)).digest()
+def digest(canonical: CanonicalOrder, unknown: bytes = b"") -> bytes:
+    """Return the digest of an order in canonical form and of its unknown fields, as ``decode_canonical`` returns them.
+
+    Without unknown fields it is ``content_sha256`` of the order.
+    """
+    return hashlib.sha256(_encoder.encode(canonical) + unknown).digest()
 
 
 def _structure(data: object, cls: type[M]) -> M:
@@ -214,24 +248,27 @@ def _structure(data: object, cls: type[M]) -> M:
     return msgspec.convert(plain, cls)
 
 
+def _with_complete_stack(function: Callable[[bytes], T], data: bytes) -> T:
+    """Call a function that msgspec may end with RecursionError.
+
+    msgspec uses a level of Python's recursion limit for each level of the text. A new thread has all of them.
+    """
+    try:
+        return function(data)
+    except RecursionError:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(function, data).result()
+
+
 def _full_report(data: bytes) -> object:
     """Return the order in a JSON text as plain data, or raise every fault."""
-    try:
-        return _validate_text(data)
-    except RecursionError:
-        # msgspec uses a level of Python's recursion limit for each level of the text. A new thread has all of them.
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(_validate_text, data).result()
-
-
-def _validate_text(data: bytes) -> object:
     try:
         return _validate(data)
     except msgspec.DecodeError:
         # msgspec refuses an escaped lone surrogate as malformed, also in an unknown field. JSON's grammar allows it. As
         # U+0000 it stays invalid in a known field, and it does not matter in an unknown one.
         try:
-            return _validate(_without_lone_surrogates(data))
+            return _validate(_with_escaped_nul(_UNREADABLE, data))
         except msgspec.DecodeError as exc:
             raise _malformed(str(exc).removeprefix("JSON is malformed: ")) from exc
 
@@ -243,26 +280,80 @@ def _validate(data: bytes) -> object:
     return plain
 
 
-#: A high surrogate without a low one after it, or a low one without a high one before it. The text has no escaped
-#: backslash.
-_LONE_SURROGATE = re.compile(
-    r"""\\u[dD] (?: [89abAB][0-9a-fA-F]{2} (?! \\u[dD][c-fC-F][0-9a-fA-F]{2} )
-                  | (?<! \\u[dD][89abAB][0-9a-fA-F]{2} \\u[dD] ) [c-fC-F][0-9a-fA-F]{2} )""",
-    re.VERBOSE,
-)
+#: The digits of U+0000, of a high surrogate without a low one after it, or of a low one without a high one before it.
+#: The text has no escaped backslash.
+_UNREADABLE_DIGITS = r"""
+    0000 | [dD] (?: [89abAB][0-9a-fA-F]{2} (?! \\u[dD][c-fC-F][0-9a-fA-F]{2} )
+                  | (?<! \\u[dD][89abAB][0-9a-fA-F]{2} \\u[dD] ) [c-fC-F][0-9a-fA-F]{2} )
+"""
+_UNREADABLE = re.compile(rf"\\u (?: {_UNREADABLE_DIGITS} )", re.VERBOSE)
+_BEFORE_UNREADABLE_DIGITS = re.compile(rf"\\u (?= {_UNREADABLE_DIGITS} )", re.VERBOSE)
+
+#: Some escapes and the text between them. It never ends within an escape or between two surrogates.
+_ESCAPES = re.compile(r"(?s: \\u[dD][89abAB]..\\u[dD][c-fC-F].. | \\u.{4} | \\. | \\ | [^\\]+ ){1,1000}", re.VERBOSE)
 
 
-def _without_lone_surrogates(data: bytes) -> bytes:
-    """Return the text with U+0000 in place of each lone surrogate. Raise MalformedJson for a text with a raw NUL."""
+def _with_escaped_nul(pattern: re.Pattern[str], data: bytes) -> bytes:
+    r"""Return the text with ``\u0000`` in place of each match. Raise MalformedJson for a text with a raw NUL."""
     if b"\0" in data:
         raise _malformed("a control character")
     # A NUL replaces each escaped backslash for a moment, so that every other backslash begins an escape. The regular
-    # expression needs ten times less memory on a str than on bytes.
+    # expressions need ten times less memory on a str than on bytes, and few matches at a time need less.
     text = data.replace(rb"\\", b"\0").decode("latin-1")
-    return _LONE_SURROGATE.sub(r"\\u0000", text).encode("latin-1").replace(b"\0", rb"\\")
+    parts = (pattern.sub(r"\\u0000", part[0]).encode("latin-1") for part in _ESCAPES.finditer(text))
+    return b"".join(parts).replace(b"\0", rb"\\")
+
+
+def unknown_fields(data: bytes) -> dict[str, dict[str, msgspec.Raw]]:
+    """Return the unknown fields of an order: by the path of the object that has them, then by name. Values are JSON.
+
+    The text must be one that ``decode_order`` accepts. In names and values, U+0000 stands for U+0000 or a lone
+    surrogate, and the four hexadecimal digits behind it say which.
+    """
+    if b"\\u" in data:
+        # Otherwise msgspec could not read it, or two different names would be equal.
+        data = _with_escaped_nul(_BEFORE_UNREADABLE_DIGITS, data)
+    found: dict[str, dict[str, msgspec.Raw]] = {}
+    _find_unknown(_OBJECT.decode(data), Order, "$", found)
+    return found
+
+
+def _find_unknown(
+    fields: dict[str, msgspec.Raw], model: Hashable, path: str, found: dict[str, dict[str, msgspec.Raw]]
+) -> None:
+    """Add the unknown ones of these fields and of their parts to ``found``. Remove the known ones from ``fields``."""
+    for name, (part, is_array) in _layout(model).items():
+        value = fields.pop(name, None)
+        if part is None or value is None:
+            continue
+        if is_array:
+            for index, item in enumerate(_OBJECTS.decode(value)):
+                _find_unknown(item, part, f"{path}.{name}[{index}]", found)
+        else:
+            _find_unknown(_OBJECT.decode(value), part, f"{path}.{name}", found)
+    if fields:
+        found[path] = fields
+
+
+@functools.cache
+def _layout(model: Hashable) -> Mapping[str, tuple[Hashable, bool]]:
+    """Return a model's fields by name: the model of its value, if it has one, and whether it is an array of them."""
+    layout = {}
+    for field in rules_of(model).fields:
+        rule = rule_of(field)
+        part = rule.item_type if isinstance(rule, VarTupleType) else rule
+        layout[field.encode_name] = part.cls if isinstance(part, DataclassType) else None, part is not rule
+    return layout
+
+
+def _unknown_text(data: bytes) -> bytes:
+    """Return the unknown fields as JSON without whitespace, sorted by name; nothing if there are none."""
+    found = unknown_fields(data)
+    return msgspec.json.format(_sorting_encoder.encode(found), indent=-1) if found else b""
 
 
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_OBJECTS = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
 _TEXT = msgspec.json.Decoder(str)
 #: Opens an array up to one element above the limit, and skips the others without using memory for them.
 _ARRAY = msgspec.json.Decoder(

@@ -141,12 +141,15 @@ class StoredOrder:
     first_stored_at: dt.datetime
     #: When the current version was stored; UTC.
     stored_at: dt.datetime
-    #: ``orderlib.content_sha256`` of the current version, as stored beside it: 32 bytes.
+    #: Identifies the content of the current version: 32 bytes. Without an original it is ``orderlib.content_sha256`` of
+    #: the order; with one it covers the unknown fields, too.
     content_sha256: bytes
     #: Counts the versions of this order_uid from 1; each change of the content is one.
     version: int
     #: The Kafka record that last confirmed the content; ``None`` for an order saved from Python.
     position: RecordPosition | None
+    #: Whether it was sent with fields that orderlib does not know; ``original`` returns them.
+    has_original: bool = False
 
     @property
     def cursor(self) -> Cursor:
@@ -348,7 +351,7 @@ class OrderRepository(Protocol):
     """
 
     def get(self, order_uid: str) -> Order:
-        """Return the current version of an order, exactly as it was saved. Raises OrderNotFound."""
+        """Return the current version of an order, equal to what was saved. Raises OrderNotFound."""
         ...
 
     def get_stored(self, order_uid: str) -> StoredOrder:
@@ -369,6 +372,14 @@ class OrderRepository(Protocol):
         """Return the stored digest of the current version without reading the order (see ``StoredOrder``).
 
         Raises OrderNotFound.
+        """
+        ...
+
+    def original(self, order_uid: str) -> bytes | None:
+        """Return the JSON text of the current version, byte for byte as it was sent.
+
+        It is kept for an order with fields that orderlib does not know; for others return ``None``: the order is equal
+        to what was sent. Raises OrderNotFound.
         """
         ...
 
@@ -427,8 +438,13 @@ class OrderRepository(Protocol):
         """
         ...
 
-    def save(self, order: Order) -> Outcome:
-        """Store an order in one transaction: STORED or DUPLICATE. It raises what ``save_many`` raises."""
+    def save(self, order: Order, *, original: bytes | None = None) -> Outcome:
+        """Store an order in one transaction: STORED or DUPLICATE. It raises what ``save_many`` raises.
+
+        ``original`` is the JSON text that the order was decoded from. If it has unknown fields, they are part of the
+        content, and the text is stored for ``original``. Raises ValueError if it is the text of another order, and what
+        ``decode_order`` raises.
+        """
         ...
 
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
@@ -464,6 +480,10 @@ class AsyncOrderRepository(Protocol):
         """See ``OrderRepository.content_sha256``."""
         ...
 
+    async def original(self, order_uid: str) -> bytes | None:
+        """See ``OrderRepository.original``."""
+        ...
+
     async def list_orders(self, **options: Unpack[ListOptions]) -> Page:
         """See ``OrderRepository.list_orders``."""
         ...
@@ -492,7 +512,7 @@ class AsyncOrderRepository(Protocol):
         """See ``OrderRepository.check``."""
         ...
 
-    async def save(self, order: Order) -> Outcome:
+    async def save(self, order: Order, *, original: bytes | None = None) -> Outcome:
         """See ``OrderRepository.save``."""
         ...
 

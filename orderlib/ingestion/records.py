@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import attrs
 
-from orderlib.codecs import CanonicalOrder, canonical_form, decode_canonical, digest
+from orderlib.codecs import CanonicalOrder, canonical_form, decode_canonical, decode_order, digest
 from orderlib.errors import Fault, MalformedJson, RejectedError, TooLarge
 from orderlib.models import Order
 from orderlib.repository import Outcome, RecordPosition
@@ -105,7 +105,7 @@ def record_time(timestamp_ms: int) -> dt.datetime:
 class PackedRows:
     """An order's rows in the binary format of PostgreSQL's COPY, one field for each table."""
 
-    #: Without the last three columns (times and version): they are known only in the transaction.
+    #: Without the last four columns, which ``pack_version`` adds in the transaction.
     order: bytes
     delivery: bytes
     payment: bytes
@@ -132,6 +132,8 @@ class PreparedOrder:
     order_uid: str
     content_sha256: bytes
     rows: PackedRows = attrs.field(repr=False, eq=False)
+    #: The JSON text of the order if it has unknown fields, otherwise ``None``.
+    original: bytes | None = attrs.field(default=None, repr=_size)
     #: The record's position and time. Both are ``None`` for an order that was saved from Python.
     source: RecordPosition | None = None
     time: dt.datetime | None = None
@@ -145,17 +147,53 @@ class PreparedOrder:
         *,
         pack_rows: PackRows = pack_no_rows,
     ) -> PreparedOrder:
-        """Prepare an order. Without a position it is one that is saved from Python."""
-        return cls.of_canonical(canonical_form(order), source, time, pack_rows)
+        """Prepare an order without unknown fields. Without a position it is one that is saved from Python."""
+        return cls._of_canonical(canonical_form(order), source, time, pack_rows)
 
     @classmethod
-    def of_canonical(
-        cls, order: CanonicalOrder, source: RecordPosition | None, time: dt.datetime | None, pack_rows: PackRows
+    def of_text(
+        cls,
+        text: bytes,
+        source: RecordPosition | None = None,
+        time: dt.datetime | None = None,
+        *,
+        pack_rows: PackRows = pack_no_rows,
     ) -> PreparedOrder:
-        """Prepare an order in canonical form."""
-        sha256 = digest(order)
-        rows = pack_rows(order, sha256, source, time)
-        return cls(order_uid=order.order_uid, content_sha256=sha256, rows=rows, source=source, time=time)
+        """Prepare the order in a JSON text, with its unknown fields. Raises the errors of ``decode_order``."""
+        order, unknown = decode_canonical(text)
+        if not unknown:
+            return cls._of_canonical(order, source, time, pack_rows)
+        return cls._of_canonical(order, source, time, pack_rows, unknown, text)
+
+    @classmethod
+    def _of_canonical(
+        cls,
+        order: CanonicalOrder,
+        source: RecordPosition | None,
+        time: dt.datetime | None,
+        pack_rows: PackRows,
+        unknown: bytes = b"",
+        original: bytes | None = None,
+    ) -> PreparedOrder:
+        sha256 = digest(order, unknown)
+        return cls(
+            order_uid=order.order_uid,
+            content_sha256=sha256,
+            rows=pack_rows(order, sha256, source, time),
+            original=original,
+            source=source,
+            time=time,
+        )
+
+
+def prepared(order: Order, original: bytes | None, *, pack_rows: PackRows = pack_no_rows) -> PreparedOrder:
+    """Prepare an order that is saved from Python, with its JSON text if there is one (see ``OrderRepository.save``)."""
+    prepared_order = PreparedOrder.of(order, pack_rows=pack_rows)
+    if original is None:
+        return prepared_order
+    if decode_order(original) != order:
+        raise ValueError("original must be the JSON text of the order that is saved")
+    return PreparedOrder.of_text(original, pack_rows=pack_rows)
 
 
 @attrs.frozen(kw_only=True)
@@ -194,7 +232,7 @@ def classify_record(record: Record, max_bytes: int, pack_rows: PackRows = pack_n
         if len(value) > max_bytes:
             found = f"{len(value):,} bytes"
             raise TooLarge([Fault(path="$", expected=f"at most {max_bytes:,} bytes", found=found)])
-        return PreparedOrder.of_canonical(decode_canonical(value), record.source, record.time, pack_rows)
+        return PreparedOrder.of_text(value, record.source, record.time, pack_rows=pack_rows)
     except RejectedError as error:
         return Reject.of(record, error)
 

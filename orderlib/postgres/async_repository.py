@@ -16,7 +16,7 @@ from psycopg import waiting
 from psycopg.abc import PQGen
 
 from orderlib.errors import DatabaseUnavailable, OrderNotFound
-from orderlib.ingestion.records import PreparedOrder
+from orderlib.ingestion.records import PreparedOrder, prepared
 from orderlib.models import Order
 from orderlib.postgres.migrate import require_schema
 from orderlib.postgres.pool import READ_ERRORS, WRITE_ERRORS, Call, Pool, Session, bounded
@@ -82,6 +82,10 @@ class AsyncOrderRepositoryBase(ABC):
         """See ``OrderRepository.content_sha256``."""
         return await self._read(lambda read_queries: read_queries.content_sha256(order_uid))
 
+    async def original(self, order_uid: str) -> bytes | None:
+        """See ``OrderRepository.original``."""
+        return await self._read(lambda read_queries: read_queries.original(order_uid))
+
     async def list_orders(self, **options: Unpack[ListOptions]) -> Page:
         """See ``OrderRepository.list_orders``."""
         query = ListQuery(**options)
@@ -136,9 +140,9 @@ class AsyncOrderRepositoryBase(ABC):
             await self.get(".")
         return delay_s
 
-    async def save(self, order: Order) -> Outcome:
+    async def save(self, order: Order, *, original: bytes | None = None) -> Outcome:
         """See ``OrderRepository.save``."""
-        [outcome] = await self.save_many([order])
+        [outcome] = await self._save([prepared(order, original, pack_rows=pack_rows)])
         return outcome
 
     async def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:

@@ -42,6 +42,7 @@ RIGHTS: Mapping[str, Mapping[str, tuple[LiteralString, ...]]] = {
     "delivery": {WRITER: ("SELECT", "INSERT"), READER: ("SELECT",)},
     "payment": {WRITER: ("SELECT", "INSERT"), READER: ("SELECT",)},
     "items": {WRITER: ("SELECT", "INSERT"), READER: ("SELECT",)},
+    "order_originals": {WRITER: ("SELECT", "INSERT"), READER: ("SELECT",)},
     "consumer_groups": {WRITER: ("SELECT", "INSERT"), READER: ("SELECT",)},
     "consumer_offsets": {WRITER: ("SELECT", "INSERT", "UPDATE (next_offset, updated_at)"), READER: ("SELECT",)},
     "rejects": {
@@ -70,7 +71,7 @@ def _table_rights(role: str, tables: Collection[str]) -> tuple[tuple[str, str], 
 
 #: The rights that a program checks when it starts: (table, right).
 WRITER_RIGHTS = _table_rights(WRITER, RIGHTS)
-READER_RIGHTS = _table_rights(READER, {"orders", "delivery", "payment", "items"})
+READER_RIGHTS = _table_rights(READER, {"orders", "delivery", "payment", "items", "order_originals"})
 
 #: How long `bootstrap`, and each migration of `migrate`, waits for a lock before it fails.
 LOCK_WITHIN_S = 60.0

@@ -95,7 +95,7 @@ _CONTENT_COLUMNS: LiteralString = (
 )
 _ORDER_COLUMNS: LiteralString = (
     f"{_CONTENT_COLUMNS}, o.stored_at, o.content_sha256, o.first_stored_at, o.version, "
-    "o.source_topic_id, o.source_partition, o.source_offset"
+    "o.source_topic_id, o.source_partition, o.source_offset, o.has_original"
 )
 _ITEM_COLUMNS: LiteralString = f"order_uid, {_columns(ITEM_COLUMNS)}"
 
@@ -150,6 +150,12 @@ ORDER BY record_offset LIMIT $5::bigint
 
 #: The content digest of an order: one primary key lookup.
 GET_CONTENT_SHA256: LiteralString = "SELECT content_sha256 FROM orders WHERE order_uid = $1"
+
+#: The original of an order; null if it has none.
+GET_ORIGINAL: LiteralString = """
+SELECT r.value FROM orders o LEFT JOIN order_originals r ON r.order_uid = o.order_uid AND r.order_uid = $1
+WHERE o.order_uid = $1
+"""
 
 #: How a page continues from its cursor, and the sort order, for each direction.
 _DIRECTIONS: dict[Direction, tuple[LiteralString, LiteralString]] = {
@@ -297,7 +303,7 @@ SEQSCAN: LiteralString = "SELECT current_setting('enable_seqscan')"
 DISABLE_SEQSCAN: LiteralString = "SET LOCAL enable_seqscan = off"
 RESTORE_SEQSCAN: LiteralString = "SELECT set_config('enable_seqscan', $1, true)"
 
-#: Delete the versions that new ones replace; delivery, payment and items are deleted with them.
+#: Delete the versions that new ones replace; delivery, payment, items and the original are deleted with them.
 DELETE_ORDERS: LiteralString = "DELETE FROM orders WHERE order_uid = ANY($1::text[])"
 
 COPY_ORDERS: LiteralString = f"""
@@ -306,6 +312,7 @@ COPY orders ({_columns(ORDER_COLUMNS)}, {_columns(STORE_COLUMNS)}) FROM STDIN (F
 COPY_DELIVERY: LiteralString = f"COPY delivery (order_uid, {_columns(DELIVERY_COLUMNS)}) FROM STDIN (FORMAT BINARY)"
 COPY_PAYMENT: LiteralString = f"COPY payment (order_uid, {_columns(PAYMENT_COLUMNS)}) FROM STDIN (FORMAT BINARY)"
 COPY_ITEMS: LiteralString = f"COPY items (order_uid, line, {_columns(ITEM_COLUMNS)}) FROM STDIN (FORMAT BINARY)"
+COPY_ORIGINALS: LiteralString = "COPY order_originals (order_uid, value) FROM STDIN (FORMAT BINARY)"
 
 #: A duplicate changes only the source: the position that last confirmed the content.
 MOVE_SOURCES: LiteralString = """
@@ -662,7 +669,7 @@ WHERE topic_id = %(topic_id)s AND partition = %(partition)s AND record_offset = 
 COUNT_OLD_REJECTS: LiteralString = "SELECT count(*) FROM rejects WHERE rejected_at < now() - %(age)s::interval"
 PURGE_REJECTS: LiteralString = "DELETE FROM rejects WHERE rejected_at < now() - %(age)s::interval"
 
-#: Erase an order with its delivery, payment and items, and the rejects whose key is its order_uid.
+#: Erase an order with its delivery, payment, items and original, and the rejects whose key is its order_uid.
 FORGET_ORDER: LiteralString = "DELETE FROM orders WHERE order_uid = %(order_uid)s"
 FORGET_REJECTS: LiteralString = "DELETE FROM rejects WHERE key = convert_to(%(order_uid)s, 'UTF8')"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable
+from typing import Any, LiteralString
 
 import attrs
 from psycopg.abc import PQGen
@@ -85,14 +86,21 @@ class ReadQueries:
 
     def content_sha256(self, order_uid: str) -> PQGen[bytes]:
         """See ``OrderRepository.content_sha256``."""
+        return self._value(queries.GET_CONTENT_SHA256, order_uid)
+
+    def original(self, order_uid: str) -> PQGen[bytes | None]:
+        """See ``OrderRepository.original``."""
+        return self._value(queries.GET_ORIGINAL, order_uid)
+
+    def _value(self, statement: LiteralString, order_uid: str) -> PQGen[Any]:
+        """Return what a statement selects for an order. Raises OrderNotFound."""
         if not fits_postgres(checked_type("order_uid", order_uid, str)):
             raise OrderNotFound(order_uid)
-        [rows] = yield from self._wire.pipeline((queries.GET_CONTENT_SHA256, [order_uid]))
+        [rows] = yield from self._wire.pipeline((statement, [order_uid]))
         if not rows:
             raise OrderNotFound(order_uid)
-        [(sha256,)] = rows
-        assert isinstance(sha256, bytes)
-        return sha256
+        [(value,)] = rows
+        return value
 
     def list_orders(self, query: ListQuery) -> PQGen[Page]:
         """See ``OrderRepository.list_orders``."""
@@ -298,12 +306,13 @@ def _changing() -> TransactionConflict:
 
 
 def _stored_order(order: Order, joined: Row) -> StoredOrder:
-    stored_at, content_sha256, first_stored_at, version, topic_id, partition, offset = joined[JOINED_WIDTH:]
+    stored_at, sha256, first_stored_at, version, topic_id, partition, offset, has_original = joined[JOINED_WIDTH:]
     return StoredOrder(
         order=order,
         first_stored_at=first_stored_at,
         stored_at=stored_at,
-        content_sha256=content_sha256,
+        content_sha256=sha256,
         version=version,
+        has_original=has_original,
         position=RecordPosition(topic_id=topic_id, partition=partition, offset=offset) if topic_id else None,
     )

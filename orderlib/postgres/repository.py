@@ -13,7 +13,7 @@ from typing import ClassVar, NoReturn, Self, TypeVar, Unpack
 from psycopg.abc import PQGen
 
 from orderlib.errors import DatabaseUnavailable, OrderNotFound
-from orderlib.ingestion.records import PreparedOrder
+from orderlib.ingestion.records import PreparedOrder, prepared
 from orderlib.models import Order
 from orderlib.postgres.migrate import require_schema
 from orderlib.postgres.pool import READ_ERRORS, WRITE_ERRORS, Call, Pool, Session, ThreadWaiter
@@ -79,6 +79,10 @@ class OrderRepositoryBase(ABC):
         """See ``OrderRepository.content_sha256``."""
         return self._read(lambda read_queries: read_queries.content_sha256(order_uid))
 
+    def original(self, order_uid: str) -> bytes | None:
+        """See ``OrderRepository.original``."""
+        return self._read(lambda read_queries: read_queries.original(order_uid))
+
     def list_orders(self, **options: Unpack[ListOptions]) -> Page:
         """See ``OrderRepository.list_orders``."""
         query = ListQuery(**options)
@@ -132,9 +136,9 @@ class OrderRepositoryBase(ABC):
             self.get(".")
         return delay_s
 
-    def save(self, order: Order) -> Outcome:
+    def save(self, order: Order, *, original: bytes | None = None) -> Outcome:
         """See ``OrderRepository.save``."""
-        [outcome] = self.save_many([order])
+        [outcome] = self._save([prepared(order, original, pack_rows=pack_rows)])
         return outcome
 
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:

@@ -46,6 +46,7 @@ STORE_COLUMNS = (
     "first_stored_at",
     "stored_at",
     "version",
+    "has_original",
 )
 #: The columns of ``orders`` that hold a time of the order.
 ORDER_TIMES = tuple(
@@ -112,6 +113,7 @@ _NULL = _length(-1)
 #: The first argument of each is the length in bytes.
 _bigint = struct.Struct("!iq").pack
 _integer = struct.Struct("!ii").pack
+_boolean = struct.Struct("!i?").pack
 _field_count = struct.Struct("!h").pack
 
 
@@ -162,6 +164,7 @@ _ORDER_HEAD = _field_count(len(ORDER_COLUMNS) + len(STORE_COLUMNS))
 _DELIVERY_HEAD = _field_count(1 + len(DELIVERY_COLUMNS))
 _PAYMENT_HEAD = _field_count(1 + len(PAYMENT_COLUMNS))
 _ITEM_HEAD = _field_count(2 + len(ITEM_COLUMNS))
+_ORIGINAL_HEAD = _field_count(2)
 
 
 def pack_rows(
@@ -185,9 +188,15 @@ def pack_rows(
     )
 
 
-def pack_version(first_stored_at: dt.datetime, stored_at: dt.datetime, number: int) -> bytes:
-    """Pack the last three columns of ``orders``, which are known only in the transaction."""
-    return _timestamptz(first_stored_at) + _timestamptz(stored_at) + _bigint(8, number)
+def original_row(order_uid: str, value: bytes) -> Iterator[bytes]:
+    """Yield the binary row of an original in parts, so that a large value is not copied."""
+    yield _ORIGINAL_HEAD + _text(order_uid) + _length(len(value))
+    yield value
+
+
+def pack_version(first_stored_at: dt.datetime, stored_at: dt.datetime, number: int, has_original: bool) -> bytes:
+    """Pack the last four columns of ``orders``; most of them are known only in the transaction."""
+    return _timestamptz(first_stored_at) + _timestamptz(stored_at) + _bigint(8, number) + _boolean(1, has_original)
 
 
 _REJECT_HEAD = _field_count(10)

@@ -20,7 +20,7 @@ from orderlib.ingestion.records import PreparedOrder, StoredVersion, WritePlan, 
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
 from orderlib.postgres.errors import translate
-from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, Row, pack_version
+from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, Row, original_row, pack_version
 from orderlib.postgres.wire import Statement, Wire
 from orderlib.repository import Outcome, RecordPosition
 
@@ -176,13 +176,15 @@ def _text_array(order_uids: Iterable[str]) -> str:
 
 def _copy_orders(wire: Wire, plan: WritePlan, stored: Mapping[str, StoredVersion], now: dt.datetime) -> PQGen[None]:
     def order_row(write: PreparedOrder, number: int) -> bytes:
-        version = stored.get(write.order_uid)
+        version, has_original = stored.get(write.order_uid), write.original is not None
         if version is None or version.first_stored_at is None:
-            return write.rows.order + (first if number == 1 else pack_version(now, now, number))
+            if number == 1 and not has_original:
+                return write.rows.order + first
+            return write.rows.order + pack_version(now, now, number, has_original)
         first_stored_at = version.first_stored_at
-        return write.rows.order + pack_version(first_stored_at, max(now, first_stored_at), number)
+        return write.rows.order + pack_version(first_stored_at, max(now, first_stored_at), number, has_original)
 
-    first = pack_version(now, now, 1)
+    first = pack_version(now, now, 1, False)
     # Sorted, so that two writers lock the same orders in the same sequence and cannot deadlock.
     numbered = sorted(zip(plan.writes, plan.numbers, strict=True), key=lambda pair: pair[0].order_uid)
     writes = [write for write, _ in numbered]
@@ -190,6 +192,10 @@ def _copy_orders(wire: Wire, plan: WritePlan, stored: Mapping[str, StoredVersion
     yield from _copy(wire, queries.COPY_DELIVERY, [write.rows.delivery for write in writes])
     yield from _copy(wire, queries.COPY_PAYMENT, [write.rows.payment for write in writes])
     yield from _copy(wire, queries.COPY_ITEMS, [write.rows.items for write in writes])
+    originals = [(write.order_uid, write.original) for write in writes if write.original is not None]
+    if originals:
+        rows = itertools.starmap(original_row, originals)
+        yield from _copy(wire, queries.COPY_ORIGINALS, itertools.chain.from_iterable(rows))
 
 
 def _copy(wire: Wire, statement: LiteralString, rows: Iterable[bytes]) -> PQGen[None]:

@@ -24,6 +24,7 @@ Method = Literal[
     "get_stored",
     "get_many",
     "content_sha256",
+    "original",
     "list_orders",
     "find",
     "stream",

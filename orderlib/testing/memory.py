@@ -96,6 +96,10 @@ class MemoryOrderRepository:
         """See ``OrderRepository.content_sha256``."""
         return self._call("content_sha256", lambda: self._store.content_sha256(order_uid))
 
+    def original(self, order_uid: str) -> bytes | None:
+        """See ``OrderRepository.original``."""
+        return self._call("original", lambda: self._store.original(order_uid))
+
     def list_orders(self, **options: Unpack[ListOptions]) -> Page:
         """See ``OrderRepository.list_orders``."""
         return self._call("list_orders", lambda: self._store.list_orders(**options))
@@ -137,9 +141,9 @@ class MemoryOrderRepository:
         """See ``OrderRepository.check``."""
         return self._call("check", self._store.check)
 
-    def save(self, order: Order) -> Outcome:
+    def save(self, order: Order, *, original: bytes | None = None) -> Outcome:
         """See ``OrderRepository.save``."""
-        return self._call("save", lambda: self._store.save(order))
+        return self._call("save", lambda: self._store.save(order, original=original))
 
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
         """See ``OrderRepository.save_many``."""
@@ -192,6 +196,10 @@ class AsyncMemoryOrderRepository:
         """See ``AsyncOrderRepository.content_sha256``."""
         return await self._call("content_sha256", lambda: self._store.content_sha256(order_uid))
 
+    async def original(self, order_uid: str) -> bytes | None:
+        """See ``AsyncOrderRepository.original``."""
+        return await self._call("original", lambda: self._store.original(order_uid))
+
     async def list_orders(self, **options: Unpack[ListOptions]) -> Page:
         """See ``AsyncOrderRepository.list_orders``."""
         return await self._call("list_orders", lambda: self._store.list_orders(**options))
@@ -234,9 +242,9 @@ class AsyncMemoryOrderRepository:
         """See ``AsyncOrderRepository.check``."""
         return await self._call("check", self._store.check)
 
-    async def save(self, order: Order) -> Outcome:
+    async def save(self, order: Order, *, original: bytes | None = None) -> Outcome:
         """See ``AsyncOrderRepository.save``."""
-        return await self._call("save", lambda: self._store.save(order))
+        return await self._call("save", lambda: self._store.save(order, original=original))
 
     async def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
         """See ``AsyncOrderRepository.save_many``."""

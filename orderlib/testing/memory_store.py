@@ -5,11 +5,11 @@ from __future__ import annotations
 import datetime as dt
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Unpack
 
 from orderlib.errors import REJECT_CODES, OrderNotFound
-from orderlib.ingestion.records import PreparedOrder, StoredVersion, plan_writes
+from orderlib.ingestion.records import PreparedOrder, StoredVersion, plan_writes, prepared
 from orderlib.models import Order
 from orderlib.repository import (
     COUNT_LIMIT,
@@ -42,6 +42,7 @@ class MemoryStore:
         self._lock = threading.Lock()
         self._stored: dict[str, StoredOrder] = {}
         self._versions: dict[str, StoredVersion] = {}
+        self._originals: dict[str, bytes | None] = {}
         self._position_states: dict[tuple[str, int, int], PositionState] = {}
 
     def get(self, order_uid: str) -> Order:
@@ -65,6 +66,13 @@ class MemoryStore:
     def content_sha256(self, order_uid: str) -> bytes:
         """See ``OrderRepository.content_sha256``."""
         return self.get_stored(order_uid).content_sha256
+
+    def original(self, order_uid: str) -> bytes | None:
+        """See ``OrderRepository.original``."""
+        with self._lock:
+            if checked_type("order_uid", order_uid, str) not in self._stored:
+                raise OrderNotFound(order_uid)
+            return self._originals.get(order_uid)
 
     def list_orders(self, **options: Unpack[ListOptions]) -> Page:
         """See ``OrderRepository.list_orders``."""
@@ -128,15 +136,17 @@ class MemoryStore:
             replication_delay_s=None,
         )
 
-    def save(self, order: Order) -> Outcome:
+    def save(self, order: Order, *, original: bytes | None = None) -> Outcome:
         """See ``OrderRepository.save``."""
-        [outcome] = self.save_many([order])
+        [outcome] = self._save([order], [prepared(order, original)])
         return outcome
 
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
         """See ``OrderRepository.save_many``."""
         orders = list(orders)
-        prepared_orders = [PreparedOrder.of(order) for order in orders]
+        return self._save(orders, [PreparedOrder.of(order) for order in orders])
+
+    def _save(self, orders: Iterable[Order], prepared_orders: Sequence[PreparedOrder]) -> Counter[Outcome]:
         contents = {
             prepared_order.content_sha256: order for prepared_order, order in zip(prepared_orders, orders, strict=True)
         }
@@ -155,7 +165,9 @@ class MemoryStore:
                     content_sha256=prepared_order.content_sha256,
                     version=number,
                     position=None,
+                    has_original=prepared_order.original is not None,
                 )
+                self._originals[uid] = prepared_order.original
                 self._versions[uid] = StoredVersion(
                     content_sha256=prepared_order.content_sha256,
                     source=None,

@@ -298,6 +298,7 @@ CALLS: dict[str, Callable[[PostgresOrderRepository], object]] = {
     "get": lambda repository: repository.get(UID),
     "get_many": lambda repository: repository.get_many([UID]),
     "content_sha256": lambda repository: repository.content_sha256(UID),
+    "original": lambda repository: repository.original(UID),
     "list_orders": lambda repository: repository.list_orders(),
     "status": lambda repository: repository.status(),
     "save": lambda repository: repository.save(SAMPLE),

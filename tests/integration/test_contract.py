@@ -211,6 +211,7 @@ def test_the_columns_and_their_checks_are_those_of_the_contract(
                 "first_stored_at",
                 "stored_at",
                 "version",
+                "has_original",
             },
         ),
         ("delivery", Delivery, {"order_uid"}),

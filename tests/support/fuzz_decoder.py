@@ -132,7 +132,7 @@ def order_or_error(decode: Callable[[bytes], Order], data: bytes) -> Order | Inv
 def consumer_agrees(found: Order | InvalidOrder | MalformedJson, data: bytes) -> bool:
     """Return whether the consumer decodes the same order, or raises an error with the same report."""
     try:
-        canonical = decode_canonical(data)
+        canonical, _ = decode_canonical(data)
     except (InvalidOrder, MalformedJson) as error:
         return comparable(error) == comparable(found)
     return isinstance(found, Order) and digest(canonical) == content_sha256(found)

@@ -30,6 +30,7 @@ from orderlib import (
     StoredOrder,
     content_sha256,
     decode_order,
+    encode_order,
 )
 from orderlib.errors import REJECT_CODES, Fault, InvalidOrder, InvalidQuery, RejectedError
 from orderlib.repository import STREAM_SIZE
@@ -56,6 +57,11 @@ def an_order(
         payment=attrs.evolve(SAMPLE_ORDER.payment, amount=version),
         items=[attrs.evolve(item, chrt_id=line, price=version) for line in range(items)],
     )
+
+
+def with_unknown(order_uid: str, value: bytes) -> bytes:
+    """The JSON text of ``an_order`` with an unknown field of this value."""
+    return encode_order(an_order(order_uid))[:-1] + b', "later": ' + value + b"}"
 
 
 def versions_in(order: Order) -> set[int]:
@@ -115,6 +121,51 @@ class RepositoryContract:
                 repository.get_stored(order_uid)
             with pytest.raises(OrderNotFound):
                 repository.content_sha256(order_uid)
+            with pytest.raises(OrderNotFound):
+                repository.original(order_uid)
+
+    def test_the_text_of_an_order_with_unknown_fields_is_kept_byte_for_byte(self, repository: OrderRepository) -> None:
+        large = b'"' + b"x" * 5_000_000 + b'"'
+        for text in (with_unknown("a", b"null"), with_unknown("b", rb'"\ud800\u0000"'), with_unknown("c", large)):
+            order = decode_order(text)
+            assert repository.save(order, original=text) is Outcome.STORED
+            assert repository.get(order.order_uid) == order
+            assert repository.original(order.order_uid) == text
+            assert repository.get_stored(order.order_uid).has_original
+        assert [found.has_original for found in repository.list_orders().orders] == [True] * 3
+
+    def test_an_order_without_unknown_fields_has_no_original(self, repository: OrderRepository) -> None:
+        assert repository.save(SAMPLE_ORDER, original=SAMPLE) is Outcome.STORED
+        assert repository.original(SAMPLE_ORDER.order_uid) is None
+        assert stored(repository, SAMPLE_ORDER.order_uid) == repository.get_stored(SAMPLE_ORDER.order_uid)
+        assert not stored(repository, SAMPLE_ORDER.order_uid).has_original
+        assert repository.content_sha256(SAMPLE_ORDER.order_uid) == content_sha256(SAMPLE_ORDER)
+
+    def test_unknown_fields_are_part_of_the_content(self, repository: OrderRepository) -> None:
+        """Of equal content the text that came first is kept. The text of a replaced version is removed."""
+        order = an_order("a")
+        first, respelled, other = (with_unknown("a", value) for value in (b"[1]", b" [ 1 ]", b"[2]"))
+        saved: list[tuple[bytes | None, Outcome, bytes | None, int]] = [
+            (first, Outcome.STORED, first, 1),
+            (respelled, Outcome.DUPLICATE, first, 1),
+            (other, Outcome.STORED, other, 2),
+            (None, Outcome.STORED, None, 3),
+            (first, Outcome.STORED, first, 4),
+        ]
+        for text, outcome, original, version in saved:
+            assert repository.save(order, original=text) is outcome
+            assert (repository.original("a"), repository.get_stored("a").version) == (original, version)
+        assert repository.content_sha256("a") == repository.get_stored("a").content_sha256 != content_sha256(order)
+
+    def test_the_text_of_another_order_is_refused(self, repository: OrderRepository) -> None:
+        with pytest.raises(ValueError, match="original"):
+            repository.save(an_order("a", 1), original=with_unknown("a", b"1"))
+        with pytest.raises(RejectedError):
+            repository.save(an_order("a"), original=b"{}")
+        with pytest.raises(TypeError):
+            repository.save(an_order("a"), original="{}")  # type: ignore[arg-type]
+        with pytest.raises(OrderNotFound):
+            repository.get("a")
 
     def test_one_text_is_not_taken_for_several_order_uids(self, repository: OrderRepository) -> None:
         repository.save(an_order("a"))

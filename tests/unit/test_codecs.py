@@ -93,7 +93,8 @@ def test_equal_orders_have_the_same_canonical_json_whatever_their_original_json(
     again = decode_order(written)
     assert again == order
     assert encode_order(again) == encode_order(order)
-    assert content_sha256(again) == content_sha256(order) == digest(decode_canonical(written))
+    canonical, _unknown = decode_canonical(written)
+    assert content_sha256(again) == content_sha256(order) == digest(canonical)
 
 
 def test_the_canonical_form_has_the_fields_of_the_models() -> None:

@@ -143,6 +143,7 @@ def call_method(repository: OrderRepository, method: str) -> object:
         "get_stored": lambda: repository.get_stored("a"),
         "get_many": lambda: repository.get_many(["a"]),
         "content_sha256": lambda: repository.content_sha256("a"),
+        "original": lambda: repository.original("a"),
         "list_orders": repository.list_orders,
         "find": lambda: repository.find("a"),
         "stream": lambda: list(repository.stream()),

@@ -139,6 +139,7 @@ OF_THE_STORE = {
     "first_stored_at": "timestamptz",
     "stored_at": "timestamptz",
     "version": "bigint",
+    "has_original": "boolean",
 }
 MOMENTS = st.datetimes(timezones=st.just(dt.UTC))
 Place = tuple[str, int, int, dt.datetime]
@@ -176,13 +177,22 @@ def written_by_psycopg(part: str | None, statement: str, values: Mapping[str, ob
     MOMENTS,
     MOMENTS,
     st.integers(1, 2**63 - 1),
+    st.booleans(),
 )
-@example(LEAST, bytes(32), None, FIRST, FIRST, 1)
-@example(MOST, b"\xff" * 32, ("", 2**31 - 1, 2**63 - 1, LAST), LAST, LAST, 2**63 - 1)
-@example(attrs.evolve(SAMPLE_ORDER, date_created=BEFORE_2000), bytes(32), ("id", 0, 0, FIRST), BEFORE_2000, LAST, 2)
+@example(LEAST, bytes(32), None, FIRST, FIRST, 1, False)
+@example(MOST, b"\xff" * 32, ("", 2**31 - 1, 2**63 - 1, LAST), LAST, LAST, 2**63 - 1, True)
+@example(
+    attrs.evolve(SAMPLE_ORDER, date_created=BEFORE_2000), bytes(32), ("id", 0, 0, FIRST), BEFORE_2000, LAST, 2, False
+)
 @settings(max_examples=50)
 def test_packed_rows_equal_those_of_psycopg(
-    order: Order, sha256: bytes, source: Place | None, first_stored_at: dt.datetime, stored_at: dt.datetime, number: int
+    order: Order,
+    sha256: bytes,
+    source: Place | None,
+    first_stored_at: dt.datetime,
+    stored_at: dt.datetime,
+    number: int,
+    has_original: bool,
 ) -> None:
     topic_id, partition, offset, time = source or (None, None, None, None)
     of_order = {
@@ -195,6 +205,7 @@ def test_packed_rows_equal_those_of_psycopg(
         "first_stored_at": first_stored_at,
         "stored_at": stored_at,
         "version": number,
+        "has_original": has_original,
     }
 
     def of_part(part: object, names: tuple[str, ...]) -> dict[str, object]:
@@ -202,7 +213,7 @@ def test_packed_rows_equal_those_of_psycopg(
 
     position = None if source is None else RecordPosition(topic_id=source[0], partition=source[1], offset=source[2])
     rows = pack_rows(canonical_form(order), sha256, position, time)
-    assert rows.order + pack_version(first_stored_at, stored_at, number) == written_by_psycopg(
+    assert rows.order + pack_version(first_stored_at, stored_at, number, has_original) == written_by_psycopg(
         None, queries.COPY_ORDERS, of_order
     )
     for name, made, statement, names in (
