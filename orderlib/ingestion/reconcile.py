@@ -7,6 +7,7 @@ partition by offset, and then the orders of the same snapshot. Then ``findings``
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import hashlib
 from collections import Counter
@@ -14,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
-from orderlib.codecs import content_sha256
-from orderlib.errors import REJECT_CODES, Fault, RefusedByDatabase, TooLarge
+from orderlib.codecs import content_sha256, decode_order
+from orderlib.errors import REJECT_CODES, Fault, RefusedByDatabase, RejectedError, TooLarge
 from orderlib.ingestion.records import PreparedOrder, Record, Reject
 from orderlib.models import Order
 from orderlib.repository import Outcome, RecordPosition
@@ -112,6 +113,26 @@ class SnapshotReject:
 
 
 @attrs.frozen(kw_only=True)
+class SnapshotOriginal:
+    """A row of ``order_originals``: digests only."""
+
+    value_sha256: bytes
+    #: The digest of its known fields, and that of all its content; ``None`` if it is not an order with unknown fields.
+    known_sha256: bytes | None
+    content_sha256: bytes | None
+
+    @classmethod
+    def of(cls, value: bytes) -> SnapshotOriginal:
+        """Return the digests of an original."""
+        known = content = None
+        with contextlib.suppress(RejectedError):
+            prepared_order = PreparedOrder.of_text(value)
+            if prepared_order.original is not None:
+                known, content = content_sha256(decode_order(value)), prepared_order.content_sha256
+        return cls(value_sha256=hashlib.sha256(value).digest(), known_sha256=known, content_sha256=content)
+
+
+@attrs.frozen(kw_only=True)
 class SnapshotOrder:
     """A stored order."""
 
@@ -127,6 +148,9 @@ class SnapshotOrder:
     stored_at: dt.datetime | None
     #: Whether ``first_stored_at`` is not after ``stored_at``, and neither is in the future.
     times_in_order: bool
+    #: The column ``has_original``, and the row that it announces.
+    has_original: bool
+    original: SnapshotOriginal | None
 
 
 @attrs.frozen(kw_only=True)
@@ -135,6 +159,8 @@ class _Version:
 
     offset: int
     content_sha256: bytes
+    #: The digest without unknown fields, as earlier releases stored it.
+    known_sha256: bytes
     time: dt.datetime
     #: How the reject at this position was redriven; ``None`` where there is no reject.
     redriven: str | None = None
@@ -171,6 +197,8 @@ class Reconciliation:
         self._versions: dict[str, dict[int, _Version]] = {}
         #: Valid records with a reject that no redrive has stored, by order_uid.
         self._unsettled: dict[str, dict[tuple[int, int], _Version]] = {}
+        #: SHA-256 of the values of all records with unknown fields.
+        self._originals: set[bytes] = set()
         self._findings: list[Finding] = []
         #: Findings beyond ``MAX_FINDINGS``, which ``findings`` does not yield.
         self.unlisted = 0
@@ -240,6 +268,8 @@ class Reconciliation:
         """Add a record below the stored offset, and its classification by the rules of this release."""
         self.counts["records"] += 1
         position = record.source
+        if isinstance(classified, PreparedOrder) and classified.original is not None:
+            self._originals.add(hashlib.sha256(classified.original).digest())
         reject = self._rejects.pop((position.partition, position.offset), None)
         if reject is not None:
             self.counts["rejects"] += 1
@@ -310,10 +340,12 @@ class Reconciliation:
         """Compare the outcome of a redrive with the previous valid record, the only one that it can replace."""
         before = self._versions.get(classified.order_uid, {}).get(position.partition)
         is_same = before is not None and before.content_sha256 == version.content_sha256
+        # Earlier releases ignored unknown fields.
+        may_be_same = before is not None and before.known_sha256 == version.known_sha256
         if version.redriven == Outcome.STORED and is_same:
             self._find("redriven as stored, but its content was already stored", position, classified.order_uid)
         is_complete = not self._topic.is_compacted and self._first[position.partition] == 0
-        if version.redriven == Outcome.DUPLICATE and not is_same and (before is not None or is_complete):
+        if version.redriven == Outcome.DUPLICATE and not may_be_same and (before is not None or is_complete):
             self._find("redriven as duplicate, but its content was not stored before", position, classified.order_uid)
 
     def _add_version(self, classified: PreparedOrder, position: RecordPosition, version: _Version) -> None:
@@ -338,8 +370,9 @@ class Reconciliation:
                 position,
                 uid,
             )
-        elif content_sha256(stored.order) != stored.content_sha256:
-            self._find("its content does not match content_sha256", position, uid)
+        elif not _matches_digest(stored, content_sha256(stored.order)):
+            self._find("its content does not match content_sha256, or its original is missing", position, uid)
+        self._check_original(stored, position)
         if not stored.times_in_order:
             self._find(
                 "its first_stored_at is later than its stored_at, or one of them is not a possible time", position, uid
@@ -354,6 +387,21 @@ class Reconciliation:
         else:
             self._check_source(stored, position, versions, unsettled)
         self._check_redriven_at(stored, versions)
+
+    def _check_original(self, stored: SnapshotOrder, position: RecordPosition | None) -> None:
+        original, uid = stored.original, stored.order_uid
+        if stored.has_original != (original is not None):
+            self._find("has_original does not say whether it has an original", position, uid)
+        if original is None:
+            return
+        self.counts["originals"] += 1
+        if original.value_sha256 in self._originals:
+            return
+        # Of records with the same content, the original is that of the first one.
+        if position is None or self._topic.is_compacted or any(self._first.values()):
+            self._cannot_prove("originals of records that were not read", position, uid)
+        else:
+            self._find("its original is not the value of a record", position, uid)
 
     def _check_saved(self, stored: SnapshotOrder, versions: Mapping[int, _Version]) -> None:
         """Report an order without a source. Its content cannot be compared with anything."""
@@ -396,6 +444,12 @@ class Reconciliation:
                 self._cannot_prove(f"{what}: the topic is compacted", position, uid)
             else:
                 self._find(what, position, uid)
+        elif (
+            stored.original is None
+            and expected.content_sha256 != stored.content_sha256 == expected.known_sha256
+            and _is_same_time(stored.source_time, expected.time)
+        ):
+            self._cannot_prove("stored by an earlier release without the unknown fields of its record", position, uid)
         elif expected.content_sha256 != stored.content_sha256:
             self._find("differs from the record at its source", position, uid)
         elif not _is_same_time(stored.source_time, expected.time):
@@ -421,7 +475,7 @@ class Reconciliation:
                 )
 
     def on_orphan(self, table: str, order_uid: str) -> None:
-        """Add a row of delivery, payment or items whose order is not stored."""
+        """Add a row of another table whose order is not stored."""
         self._find(f"{table} has a row of this order, but the order is not stored", order_uid=order_uid)
 
     # Results
@@ -498,6 +552,12 @@ def _sha256(data: bytes | None) -> bytes | None:
     return None if data is None else hashlib.sha256(data).digest()
 
 
+def _matches_digest(stored: SnapshotOrder, known_sha256: bytes) -> bool:
+    if stored.original is None:
+        return known_sha256 == stored.content_sha256
+    return stored.original.known_sha256 == known_sha256 and stored.original.content_sha256 == stored.content_sha256
+
+
 def _is_same_time(stored: dt.datetime | None, time: dt.datetime) -> bool:
     return stored is not None and abs(stored - time) < _TIME_TOLERANCE
 
@@ -508,6 +568,11 @@ def _version(
     return _Version(
         offset=record.source.offset,
         content_sha256=classified.content_sha256,
+        known_sha256=(
+            classified.content_sha256
+            if classified.original is None
+            else content_sha256(decode_order(classified.original))
+        ),
         time=record.time,
         redriven=redriven,
         redriven_at=redriven_at,

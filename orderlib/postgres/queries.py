@@ -719,7 +719,8 @@ SELECT {", ".join(_readable(f"o.{name}") if name in ORDER_TIMES else f"o.{name}"
     {_columns(DELIVERY_COLUMNS, "d.")}, {_columns(PAYMENT_COLUMNS, "p.")},
     o.content_sha256, o.source_topic_id, o.source_partition, o.source_offset, {_readable("o.source_time")},
     {_readable("o.stored_at")},
-    isfinite(o.first_stored_at) AND o.first_stored_at <= o.stored_at AND o.stored_at < now() + interval '1 day'
+    isfinite(o.first_stored_at) AND o.first_stored_at <= o.stored_at AND o.stored_at < now() + interval '1 day',
+    o.has_original
 FROM orders o LEFT JOIN delivery d USING (order_uid) LEFT JOIN payment p USING (order_uid)
 """
 
@@ -728,11 +729,17 @@ SNAPSHOT_ITEMS: LiteralString = f"""
 SELECT {_ITEM_COLUMNS}, line FROM items WHERE order_uid = ANY($1) ORDER BY order_uid, line
 """
 
-#: Rows of delivery, payment and items without an order. Foreign keys forbid them.
+#: The originals of some orders.
+SNAPSHOT_ORIGINALS: LiteralString = "SELECT order_uid, value FROM order_originals WHERE order_uid = ANY($1)"
+
+#: Rows of the other tables without an order. Foreign keys forbid them.
 SNAPSHOT_ORPHANS: LiteralString = """
 SELECT 'delivery', d.order_uid FROM delivery d LEFT JOIN orders o USING (order_uid) WHERE o.order_uid IS NULL
 UNION
 SELECT 'payment', p.order_uid FROM payment p LEFT JOIN orders o USING (order_uid) WHERE o.order_uid IS NULL
 UNION
 SELECT 'items', i.order_uid FROM items i LEFT JOIN orders o USING (order_uid) WHERE o.order_uid IS NULL
+UNION
+SELECT 'order_originals', r.order_uid FROM order_originals r LEFT JOIN orders o USING (order_uid)
+WHERE o.order_uid IS NULL
 """

@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 
-from orderlib.ingestion.reconcile import SnapshotOffset, SnapshotOrder, SnapshotReject
+from orderlib.ingestion.reconcile import SnapshotOffset, SnapshotOrder, SnapshotOriginal, SnapshotReject
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, connect
 from orderlib.postgres.errors import translated_errors
@@ -77,16 +77,19 @@ class Snapshot:
                 with psycopg.RawCursor(self._connection) as items_cursor:
                     for row in items_cursor.execute(queries.SNAPSHOT_ITEMS, [list(items)]):
                         items[row[0]].append(row)
+                    # One value at a time: each may be as large as a record.
+                    stream = items_cursor.stream(queries.SNAPSHOT_ORIGINALS, [list(items)], binary=True)
+                    originals = {uid: SnapshotOriginal.of(value) for uid, value in stream}
                 for row in rows:
-                    yield _order(row, items[row[0]])
+                    yield _order(row, items[row[0]], originals.get(row[0]))
 
     def orphans(self) -> Iterator[tuple[str, str]]:
-        """Yield (table, order_uid) of each row of delivery, payment or items whose order is not stored."""
+        """Yield (table, order_uid) of each row of another table whose order is not stored."""
         yield from self._connection.execute(queries.SNAPSHOT_ORPHANS)
 
 
-def _order(row: tuple[Any, ...], items: list[tuple[object, ...]]) -> SnapshotOrder:
-    sha256, topic_id, partition, offset, source_time, stored_at, times_in_order = row[_STORE]
+def _order(row: tuple[Any, ...], items: list[tuple[object, ...]], original: SnapshotOriginal | None) -> SnapshotOrder:
+    sha256, topic_id, partition, offset, source_time, stored_at, times_in_order, has_original = row[_STORE]
     is_complete = None not in row[_CONTENT] and items and [item[-1] for item in items] == list(range(len(items)))
     return SnapshotOrder(
         order_uid=row[0],
@@ -98,6 +101,8 @@ def _order(row: tuple[Any, ...], items: list[tuple[object, ...]]) -> SnapshotOrd
         source_time=source_time,
         stored_at=stored_at,
         times_in_order=times_in_order,
+        has_original=has_original,
+        original=original,
     )
 
 

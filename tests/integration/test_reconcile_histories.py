@@ -40,6 +40,10 @@ def value(kind: str, uid: str, content: int) -> bytes | None:
     match kind:
         case "null":
             return None
+        case "unknown":
+            return text[:-1] + b', "later": 1}'
+        case "unknown, otherwise":
+            return text[:-1] + b',"later":1}'
         case "bad" | "large and bad":
             return text.replace(b'"USD"', b'"usd"')
         case _:
@@ -141,7 +145,9 @@ class History:
         return list(proof.findings())
 
 
-KINDS = st.sampled_from(["order", "order", "order", "large", "large", "bad", "large and bad", "null"])
+KINDS = st.sampled_from(
+    ["order", "order", "order", "large", "large", "unknown", "unknown, otherwise", "bad", "large and bad", "null"]
+)
 UIDS = st.sampled_from(["a", "b"])
 ACTIONS = st.one_of(
     st.tuples(st.just("produce"), st.sampled_from(PARTITIONS), KINDS, UIDS, st.integers(0, 2), st.integers(0, 1)),
