@@ -32,6 +32,8 @@ class BatchResult:
     outcomes: Counter[Outcome]
     #: All rejects of the batch, including those that only PostgreSQL refused.
     rejects: tuple[Reject, ...]
+    #: How many records have unknown fields.
+    with_unknown_fields: int
     #: Seconds by step: fence, orders, rejects, check, commit.
     seconds: Mapping[str, float]
 
@@ -245,7 +247,8 @@ def _write_orders(connection: Connection, batch: Batch) -> BatchResult:
             if isinstance(result, RefusedByDatabase)
         ]
     outcomes[Outcome.REJECTED] = len(rejects)
-    return BatchResult(outcomes=outcomes, rejects=tuple(rejects), seconds={})
+    with_unknown_fields = sum(prepared_order.original is not None for prepared_order in prepared_orders)
+    return BatchResult(outcomes=outcomes, rejects=tuple(rejects), with_unknown_fields=with_unknown_fields, seconds={})
 
 
 #: Small parts of rows are joined up to this size before they are sent.

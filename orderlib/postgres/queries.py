@@ -732,6 +732,9 @@ SELECT {_ITEM_COLUMNS}, line FROM items WHERE order_uid = ANY($1) ORDER BY order
 #: The originals of some orders.
 SNAPSHOT_ORIGINALS: LiteralString = "SELECT order_uid, value FROM order_originals WHERE order_uid = ANY($1)"
 
+#: Every original, with the time when its version was stored.
+ALL_ORIGINALS: LiteralString = "SELECT o.stored_at, r.value FROM orders o JOIN order_originals r USING (order_uid)"
+
 #: Rows of the other tables without an order. Foreign keys forbid them.
 SNAPSHOT_ORPHANS: LiteralString = """
 SELECT 'delivery', d.order_uid FROM delivery d LEFT JOIN orders o USING (order_uid) WHERE o.order_uid IS NULL

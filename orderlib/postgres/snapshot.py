@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,6 +83,11 @@ class Snapshot:
                     originals = {uid: SnapshotOriginal.of(value) for uid, value in stream}
                 for row in rows:
                     yield _order(row, items[row[0]], originals.get(row[0]))
+
+    def originals(self) -> Iterator[tuple[dt.datetime, bytes]]:
+        """Yield each original with the time when its order was stored, one at a time."""
+        with self._connection.cursor() as cursor:
+            yield from cursor.stream(queries.ALL_ORIGINALS, binary=True)
 
     def orphans(self) -> Iterator[tuple[str, str]]:
         """Yield (table, order_uid) of each row of another table whose order is not stored."""

@@ -1,4 +1,4 @@
-"""``get`` and ``forget``: print or erase one order."""
+"""``get``, ``original`` and ``forget``: print or erase one order."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("order_uid", metavar="UID", help="an order_uid; write -- before one that begins with a hyphen")
     parser.set_defaults(command=_get)
     parser = commands.add_parser(
+        "original",
+        help="print an order as it was sent",
+        description="Print the JSON text of an order byte for byte as it was sent, without a line end of its own "
+        "(ORDERS_READER_URL). Only an order with fields that orderlib does not know has one; exit status 1 if it has "
+        "none. On a terminal, control characters are escaped.",
+    )
+    parser.add_argument("order_uid", metavar="UID", help="an order_uid; write -- before one that begins with a hyphen")
+    parser.set_defaults(command=_original)
+    parser = commands.add_parser(
         "forget",
         help="erase an order",
         description="Erase an order with its delivery, payment and items, and the rejects that have its order_uid as "
@@ -46,6 +55,17 @@ def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     text = orderlib.encode_order(order) + b"\n"
     # Programs get the canonical bytes. A terminal would interpret control characters in them.
     sys.stdout.buffer.write(printable(text.decode()).encode() if sys.stdout.isatty() else text)
+    return EXIT_DONE
+
+
+def _original(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    url = database_url(environ, "ORDERS_READER_URL")
+    with orderlib.connect(url, application_name=APPLICATION_NAME, max_connections=1) as repository:
+        original = repository.original(options.order_uid)
+    if original is None:
+        print("error: this order has no unknown fields, so no original is kept: use `get`", file=sys.stderr)
+        return EXIT_FAILED
+    sys.stdout.buffer.write(printable(original.decode()).encode() if sys.stdout.isatty() else original)
     return EXIT_DONE
 
 

@@ -46,7 +46,7 @@ _PROBLEMS = {
     ),
 }
 _BAD_REQUEST = _problem("A parameter is unknown, repeated or invalid.")
-_NOT_FOUND = _problem("No order has this order_uid.")
+_NOT_FOUND = _problem("No order has this order_uid, or with `format=original`: it has no original.")
 
 
 def document() -> dict[str, Any]:
@@ -56,7 +56,7 @@ def document() -> dict[str, Any]:
     delivery_fields = schemas[Delivery.__name__]["properties"]
     payment_fields = schemas[Payment.__name__]["properties"]
     headers = {
-        "ETag": {"description": "SHA-256 of the order's canonical JSON.", "schema": {"type": "string"}},
+        "ETag": {"description": "Identifies the content.", "schema": {"type": "string"}},
         "Cache-Control": {"schema": {"type": "string"}},
         "Vary": {"schema": {"type": "string"}},
     }
@@ -100,6 +100,13 @@ def document() -> dict[str, Any]:
         "in": "query",
         "description": "`json` returns JSON to a browser, too.",
         "schema": {"type": "string", "enum": ["json"]},
+    }
+    order_format = {
+        **as_json,
+        "description": "`json` returns JSON to a browser, too. `original` returns the order byte for byte as it was "
+        "sent, with the SHA-256 of these bytes as ETag. Only an order with fields that this service does not know has "
+        "an original; for others the answer is 404.",
+        "schema": {"type": "string", "enum": ["json", "original"]},
     }
     limit = {
         "name": "limit",
@@ -207,7 +214,7 @@ def document() -> dict[str, Any]:
         "security": [{"bearer": []}, {"basic": []}],
         "paths": {
             "/orders/{order_uid}": {
-                "parameters": [order_uid, if_none_match, as_json],
+                "parameters": [order_uid, if_none_match, order_format],
                 "get": {"operationId": "getOrder", "summary": "Return an order", "responses": one},
                 "head": {"operationId": "headOrder", "summary": "Return the headers of an order", "responses": one},
             },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from urllib.parse import urlencode
 
 import falcon
@@ -42,11 +43,15 @@ class OrderResource:
     @with_deadline
     async def on_get(self, req: Request, resp: Response, order_uid: str) -> None:
         """Return the order, or 304 if the client has the current version; a 304 costs one read by primary key."""
+        if req.params.get("format") == "original":
+            await self._show_original(req, resp, order_uid)
+            return
         require_acceptable(req)
         if prefers_page(req):
-            order = await self._reader.get(order_uid)
+            stored = await self._reader.get_stored(order_uid)
             req.context.order_uid = order_uid
-            self._pages.show(resp, "order.html", order=order, query="")
+            has_original = stored.has_original
+            self._pages.show(resp, "order.html", order=stored.order, has_original=has_original, query="")
             return
         resp.set_header("Cache-Control", _REVALIDATE)
         if known := known_etags(req):
@@ -61,6 +66,24 @@ class OrderResource:
         resp.set_header("ETag", f'"{stored.content_sha256.hex()}"')
         resp.content_type = falcon.MEDIA_JSON
         resp.data = encode_order(stored.order)
+
+    async def _show_original(self, req: Request, resp: Response, order_uid: str) -> None:
+        """Return the order byte for byte as it was sent. The ETag is the SHA-256 of these bytes."""
+        original = await self._reader.original(order_uid)
+        req.context.order_uid = order_uid
+        if original is None:
+            raise falcon.HTTPNotFound(
+                description="This order has no unknown fields, so no original is kept: its JSON has everything that "
+                "was sent."
+            )
+        resp.set_header("Cache-Control", _REVALIDATE)
+        etag = hashlib.sha256(original).hexdigest()
+        resp.set_header("ETag", f'"{etag}"')
+        if (known := known_etags(req)) and (etag in known or "*" in known):
+            resp.status = falcon.HTTP_NOT_MODIFIED
+            return
+        resp.content_type = falcon.MEDIA_JSON
+        resp.data = original
 
     on_head = on_get
 

@@ -70,6 +70,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.records = Count("orders_records", "Records handled", ["outcome"], registry=self.registry)
         self.rejects = Count("orders_rejects", "Records rejected", ["code"], registry=self.registry)
+        self.unknown_fields = Count(
+            "orders_unknown_fields", "Records with fields that orderlib does not know", registry=self.registry
+        )
         self.batch_records = Histogram(
             "orders_batch_records",
             "Records in a committed batch",

@@ -227,6 +227,7 @@ class StoreWorker:
         for outcome, count in result.outcomes.items():
             self._metrics.records.labels(outcome).inc(count)
         self._metrics.count_rejects(Counter(reject.code for reject in result.rejects))
+        self._metrics.unknown_fields.inc(result.with_unknown_fields)
         self._metrics.batch_records.observe(len(batch.classified))
         for step, seconds in result.seconds.items():
             self._metrics.batch_seconds.labels(step).observe(seconds)

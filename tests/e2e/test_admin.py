@@ -345,3 +345,23 @@ def test_reset_to_a_time_accepts_every_representable_time(environ: dict[str, str
     succeed("consumer --exit-at-end", environ)
     [moved] = rows(f"offsets reset --to-time {time} --partition 0", environ)
     assert moved["new_next_offset"] == offset
+
+
+def test_unknown_fields_are_kept_named_and_proved(environ: dict[str, str]) -> None:
+    secret = b'{"card": "4111"}'
+    text = SAMPLE.strip().replace(b'"sm_id"', b'"gift wrap\\u001b": %b, "sm_id"' % secret)
+    text = text.replace(b'"chrt_id"', b'"colour" : 1e400, "chrt_id"')
+    publish(environ, text, SAMPLE.replace(b"b563feb7b2b84b6test", b"plain"))
+    succeed("consumer --exit-at-end", environ)
+    assert succeed("admin original b563feb7b2b84b6test", environ) == text.decode()
+    missing = run("admin original plain", environ)
+    assert (missing.returncode, missing.stdout, "no unknown fields" in missing.stderr) == (1, "", True)
+    found = {row["path"]: row["orders"] for row in rows("drift", environ)}
+    assert found == {'$["gift wrap\\u001b"]': 1, "$.items[*].colour": 1}
+    shown = run("admin drift", environ)
+    assert "4111" not in shown.stdout
+    assert "\x1b" not in shown.stdout
+    reconciled = json.loads(succeed("admin reconcile --json", environ))
+    assert (reconciled["holds"], reconciled["not_proved"], reconciled["counts"]["originals"]) == (True, [], 1)
+    succeed("admin forget b563feb7b2b84b6test --yes", environ)
+    assert rows("drift", environ) == []

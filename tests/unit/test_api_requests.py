@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import html
 import json
 import re
@@ -322,6 +323,24 @@ def test_the_etag_of_an_order_is_the_stored_digest_for_200_and_304(application: 
     for headers, status in [([], 200), ([(b"if-none-match", b"*")], 304), ([(b"if-none-match", etag.encode())], 304)]:
         answer = attrs.evolve(application, app=app).send(path, headers=with_token(*headers))
         assert (answer.status, answer.headers["etag"]) == (status, etag)
+
+
+def test_an_order_with_unknown_fields_is_returned_as_it_was_sent(application: Application) -> None:
+    repository = MemoryOrderRepository()
+    text = orderlib.encode_order(ORDER)[:-1] + b' , "later": 1e400}'
+    repository.save(ORDER, original=text)
+    served, path = attrs.evolve(application, app=application_over(repository)), f"/orders/{ORDER.order_uid}"
+    answer = served.send(path, b"format=original", with_token((b"accept", b"text/html")))
+    etag = f'"{hashlib.sha256(text).hexdigest()}"'
+    assert (answer.status, answer.body, answer.headers["etag"]) == (200, text, etag)
+    assert answer.headers["content-type"] == "application/json"
+    known = with_token((b"if-none-match", etag.encode()))
+    assert served.send(path, b"format=original", known).status == 304
+    assert b"format=original" in served.send(path, b"", with_token((b"accept", b"text/html"))).body
+    repository.save(attrs.evolve(ORDER, entry="other"))
+    missing = served.send(path, b"format=original", known)
+    assert (missing.status, b"no unknown fields" in missing.body) == (404, True)
+    assert b"format=original" not in served.send(path, b"", with_token((b"accept", b"text/html"))).body
 
 
 @pytest.mark.parametrize(
