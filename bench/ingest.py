@@ -61,7 +61,7 @@ class IngestBench:
     def empty(self) -> None:
         """Delete everything stored, the offsets too, and run a checkpoint so that none is due while measuring."""
         with psycopg.connect(self.superuser_url, autocommit=True) as connection:
-            connection.execute("TRUNCATE orders, delivery, payment, items, rejects, consumer_offsets")
+            connection.execute("TRUNCATE orders, delivery, payment, items, order_originals, rejects, consumer_offsets")
             connection.execute("CHECKPOINT")
 
     def rewind(self) -> None:
@@ -99,7 +99,7 @@ class IngestBench:
                 stack.enter_context(running(environ, "services.consumer"))
             wait(lambda: all(metric(port, "orders_lag_records") for port in ports))
             with psycopg.connect(self.superuser_url, autocommit=True) as connection:
-                connection.execute("TRUNCATE orders, delivery, payment, items, rejects")
+                connection.execute("TRUNCATE orders, delivery, payment, items, order_originals, rejects")
                 connection.execute("UPDATE consumer_offsets SET next_offset = 0")
                 connection.execute("CHECKPOINT")
             _produce(self.environ, ((order.order_uid, orderlib.encode_order(order)) for order in self.orders[:100]))
