@@ -96,7 +96,7 @@ def _control() -> socket.socket:
     control, remote = socket.socketpair()
     with remote:
         server = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(remote.fileno())],
+            [sys.executable, "-c", f"from {__name__} import serve; serve({remote.fileno()})"],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             pass_fds=[remote.fileno()],
@@ -110,8 +110,9 @@ def _control() -> socket.socket:
     return control
 
 
-def _serve(control: socket.socket) -> None:
+def serve(control_fd: int) -> None:
     """Fork a program for each request until the connection ends. Return only in a forked process, which runs one."""
+    control = socket.socket(fileno=control_fd)
     for program in PROGRAMS:
         importlib.import_module(f"services.{program}.__main__")
         # Python warns if it runs a module that is already imported.
@@ -160,7 +161,3 @@ def _become(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     program, *rest = arguments
     sys.argv = [program, *rest]
     runpy.run_module(f"services.{program}", run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])))
