@@ -6,6 +6,7 @@ import base64
 import binascii
 import datetime as dt
 import enum
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from typing import Any, Protocol, TypedDict, TypeVar, Unpack
@@ -35,6 +36,8 @@ STREAM_SIZE = 500
 #: ``wait_until_handled`` asks again after this time at first, and less and less often up to the second.
 FIRST_POLL_S = 0.005
 LONGEST_POLL_S = 0.1
+#: How long its last query may take, after the timeout.
+_LAST_QUERY_S = 0.5
 
 #: The period of ``Stats.stored_recently``.
 STORED_RECENTLY = dt.timedelta(minutes=5)
@@ -341,6 +344,33 @@ class ListQuery:
         check_limit(limit)
 
 
+class Polling:
+    """When ``wait_until_handled`` queries the state of a record: less and less often, until its timeout."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._deadline_s = time.monotonic() + timeout_s
+        self._pause_s = FIRST_POLL_S
+
+    @property
+    def remaining_s(self) -> float:
+        """How long it may still wait."""
+        return max(0.0, self._deadline_s - time.monotonic())
+
+    @property
+    def query_limit_s(self) -> float:
+        """How long the next query may take: also the last one needs some time."""
+        return max(_LAST_QUERY_S, self.remaining_s)
+
+    def ends_with(self, state: PositionState) -> bool:
+        """Return whether this state is the result."""
+        return state.state in {RecordState.HANDLED, RecordState.REJECTED} or not self.remaining_s
+
+    def next_pause_s(self) -> float:
+        """Return how long to wait before the next query."""
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, LONGEST_POLL_S)
+        return min(pause_s, self.remaining_s)
+
+
 class OrderRepository(Protocol):
     """Stores and returns complete orders.
 
@@ -423,7 +453,7 @@ class OrderRepository(Protocol):
 
         An order that was sent there can be read afterwards, unless a later record has replaced it. After ``timeout_s``
         seconds return the last state: WAITING, or UNKNOWN before a consumer has begun to read the partition. An outage
-        that lasts until then raises DatabaseUnavailable.
+        that lasts until then raises DatabaseUnavailable, at most half a second later.
         """
         ...
 

@@ -24,8 +24,6 @@ from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import Save
 from orderlib.repository import (
-    FIRST_POLL_S,
-    LONGEST_POLL_S,
     PAGE_SIZE,
     Filters,
     ListOptions,
@@ -33,8 +31,8 @@ from orderlib.repository import (
     Match,
     Outcome,
     Page,
+    Polling,
     PositionState,
-    RecordState,
     Stats,
     StoredOrder,
     check_limit,
@@ -54,8 +52,8 @@ class AsyncOrderRepositoryBase(ABC):
     _reconnects: ClassVar[bool] = True
 
     @abstractmethod
-    async def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
-        """Run a read, and translate its errors."""
+    async def _read(self, read: Callable[[ReadQueries], PQGen[T]], _timeout_s: float | None = None, /) -> T:
+        """Run a read, and translate its errors. ``_timeout_s`` may shorten the limit of the call, if it has one."""
 
     @abstractmethod
     async def _save(self, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:
@@ -113,19 +111,18 @@ class AsyncOrderRepositoryBase(ABC):
 
     async def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
         """See ``OrderRepository.wait_until_handled``."""
-        deadline, wait_s = time.monotonic() + timeout_s, FIRST_POLL_S
+        polling = Polling(timeout_s)
         while True:
-            remaining_s = deadline - time.monotonic()
             try:
-                state = await self.position_state(topic, partition, offset)
-            except DatabaseUnavailable:
-                if remaining_s <= 0 or not self._reconnects:
-                    raise
-            else:
-                if remaining_s <= 0 or state.state in {RecordState.HANDLED, RecordState.REJECTED}:
+                state = await self._read(
+                    lambda read_queries: read_queries.position_state(topic, partition, offset), polling.query_limit_s
+                )
+                if polling.ends_with(state):
                     return state
-            await asyncio.sleep(min(wait_s, max(0.0, remaining_s)))
-            wait_s = min(2 * wait_s, LONGEST_POLL_S)
+            except DatabaseUnavailable:
+                if not self._reconnects or not polling.remaining_s:
+                    raise
+            await asyncio.sleep(polling.next_pause_s())
 
     async def status(self) -> Stats:
         """See ``OrderRepository.status``."""
@@ -219,8 +216,8 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
     ) -> None:
         await self.close()
 
-    async def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
-        call = Call(self._pool)
+    async def _read(self, read: Callable[[ReadQueries], PQGen[T]], timeout_s: float | None = None, /) -> T:
+        call = Call(self._pool, timeout_s)
         while True:
             session = await self._session(call)
             try:

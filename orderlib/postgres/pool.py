@@ -366,11 +366,12 @@ class Pool:
 
 
 class Call:
-    """One call: its deadline, and whether to repeat it after an error."""
+    """One call: its deadline, and whether to repeat it after an error. ``timeout_s`` may shorten that of the pool."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, timeout_s: float | None = None) -> None:
         self._pool = pool
-        self.deadline = time.monotonic() + pool.timeout_s
+        self._timeout_s = pool.timeout_s if timeout_s is None else min(pool.timeout_s, timeout_s)
+        self.deadline = time.monotonic() + self._timeout_s
         self._repeated = False
         self._conflicts = 0
         self._backoff = Backoff(_RNG, first_s=0.01, max_s=0.5)
@@ -397,7 +398,7 @@ class Call:
     ) -> OrderlibError:
         """Return the library's error for a failed read."""
         if isinstance(error, DeadlineExceeded):
-            return DatabaseUnavailable(f"PostgreSQL: no answer within {self._pool.timeout_s:g} s")
+            return DatabaseUnavailable(f"PostgreSQL: no answer within {self._timeout_s:g} s")
         return translate(error, session, writing=False)
 
     def wait_before_retry_s(self, session: Session, error: psycopg.Error | OrderlibError, *, committing: bool) -> float:
@@ -419,7 +420,7 @@ class Call:
         """Return the library's error for a failed write. Its message says whether the orders may be stored."""
         timed_out = isinstance(error, DeadlineExceeded)
         translated = translate(error, session) if isinstance(error, psycopg.Error) else error
-        reason = f"PostgreSQL: no answer within {self._pool.timeout_s:g} s" if timed_out else str(translated)
+        reason = f"PostgreSQL: no answer within {self._timeout_s:g} s" if timed_out else str(translated)
         if committing and session.is_lost(error):
             return DatabaseUnavailable(f"{reason}; whether the orders are stored is unknown; saving them again is safe")
         return DatabaseUnavailable(f"{reason}; nothing was stored") if timed_out else translated
@@ -427,7 +428,7 @@ class Call:
     def may_repeat_read(self, session: Session, error: Exception) -> bool:
         """Return whether to repeat a read on another session after this error."""
         # Not if statement_timeout cancelled the statement: then there is no time left.
-        is_early = time.monotonic() < self.deadline - (1 - _STATEMENT_SHARE) * self._pool.timeout_s
+        is_early = time.monotonic() < self.deadline - (1 - _STATEMENT_SHARE) * self._timeout_s
         if is_early and not self._repeated and any(map(_is_repeatable, _sqlstates(error))):
             self._repeated = True
             return True

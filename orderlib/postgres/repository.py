@@ -21,8 +21,6 @@ from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import Save
 from orderlib.repository import (
-    FIRST_POLL_S,
-    LONGEST_POLL_S,
     PAGE_SIZE,
     Filters,
     ListOptions,
@@ -30,8 +28,8 @@ from orderlib.repository import (
     Match,
     Outcome,
     Page,
+    Polling,
     PositionState,
-    RecordState,
     Stats,
     StoredOrder,
     check_limit,
@@ -51,8 +49,8 @@ class OrderRepositoryBase(ABC):
     _reconnects: ClassVar[bool] = True
 
     @abstractmethod
-    def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
-        """Run a read, and translate its errors."""
+    def _read(self, read: Callable[[ReadQueries], PQGen[T]], _timeout_s: float | None = None, /) -> T:
+        """Run a read, and translate its errors. ``_timeout_s`` may shorten the limit of the call, if it has one."""
 
     @abstractmethod
     def _save(self, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:
@@ -109,19 +107,18 @@ class OrderRepositoryBase(ABC):
 
     def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
         """See ``OrderRepository.wait_until_handled``."""
-        deadline, wait_s = time.monotonic() + timeout_s, FIRST_POLL_S
+        polling = Polling(timeout_s)
         while True:
-            remaining_s = deadline - time.monotonic()
             try:
-                state = self.position_state(topic, partition, offset)
-            except DatabaseUnavailable:
-                if remaining_s <= 0 or not self._reconnects:
-                    raise
-            else:
-                if remaining_s <= 0 or state.state in {RecordState.HANDLED, RecordState.REJECTED}:
+                state = self._read(
+                    lambda read_queries: read_queries.position_state(topic, partition, offset), polling.query_limit_s
+                )
+                if polling.ends_with(state):
                     return state
-            time.sleep(min(wait_s, max(0.0, remaining_s)))
-            wait_s = min(2 * wait_s, LONGEST_POLL_S)
+            except DatabaseUnavailable:
+                if not self._reconnects or not polling.remaining_s:
+                    raise
+            time.sleep(polling.next_pause_s())
 
     def status(self) -> Stats:
         """See ``OrderRepository.status``."""
@@ -212,8 +209,8 @@ class PostgresOrderRepository(OrderRepositoryBase):
             # An iteration that did not reach its end leaves a transaction open, and the pool closes the session.
             self._pool.give_back(session)
 
-    def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
-        call = Call(self._pool)
+    def _read(self, read: Callable[[ReadQueries], PQGen[T]], timeout_s: float | None = None, /) -> T:
+        call = Call(self._pool, timeout_s)
         while True:
             session = self._session(call)
             try:

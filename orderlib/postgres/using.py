@@ -66,7 +66,7 @@ class CallerOrderRepository(OrderRepositoryBase):
         self._wire = Wire(connection.pgconn, keeps_statements=False)
         self._read_queries = ReadQueries(self._wire, in_transaction=True)
 
-    def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
+    def _read(self, read: Callable[[ReadQueries], PQGen[T]], _timeout_s: float | None = None, /) -> T:
         return self._run(read(self._read_queries))
 
     def _save(self, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:
@@ -103,7 +103,7 @@ class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
         self._wire = Wire(connection.pgconn, keeps_statements=False)
         self._read_queries = ReadQueries(self._wire, in_transaction=True)
 
-    async def _read(self, read: Callable[[ReadQueries], PQGen[T]]) -> T:
+    async def _read(self, read: Callable[[ReadQueries], PQGen[T]], _timeout_s: float | None = None, /) -> T:
         return await self._run(read(self._read_queries))
 
     async def _save(self, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:

@@ -15,15 +15,14 @@ from typing import TypeVar, Unpack
 from orderlib.errors import DatabaseUnavailable, OrderlibError
 from orderlib.models import Order
 from orderlib.repository import (
-    FIRST_POLL_S,
     PAGE_SIZE,
     Filters,
     ListOptions,
     Match,
     Outcome,
     Page,
+    Polling,
     PositionState,
-    RecordState,
     Stats,
     StoredOrder,
 )
@@ -31,8 +30,6 @@ from orderlib.testing.failures import ANSWER_LOST, WRITES, Failure, Failures, Me
 from orderlib.testing.memory_store import MemoryStore
 
 T = TypeVar("T")
-
-_FINAL = {RecordState.HANDLED, RecordState.REJECTED}
 
 
 def _utc_now() -> dt.datetime:
@@ -126,10 +123,10 @@ class MemoryOrderRepository:
 
     def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
         """See ``OrderRepository.wait_until_handled``."""
-        deadline = time.monotonic() + timeout_s
+        polling = Polling(timeout_s)
         state = self._call("wait_until_handled", lambda: self._store.position_state(topic, partition, offset))
-        while state.state not in _FINAL and (remaining_s := deadline - time.monotonic()) > 0:
-            time.sleep(min(FIRST_POLL_S, remaining_s))
+        while not polling.ends_with(state):
+            time.sleep(polling.next_pause_s())
             state = self._store.position_state(topic, partition, offset)
         return state
 
@@ -227,10 +224,10 @@ class AsyncMemoryOrderRepository:
 
     async def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
         """See ``AsyncOrderRepository.wait_until_handled``."""
-        deadline = time.monotonic() + timeout_s
+        polling = Polling(timeout_s)
         state = await self._call("wait_until_handled", lambda: self._store.position_state(topic, partition, offset))
-        while state.state not in _FINAL and (remaining_s := deadline - time.monotonic()) > 0:
-            await asyncio.sleep(min(FIRST_POLL_S, remaining_s))
+        while not polling.ends_with(state):
+            await asyncio.sleep(polling.next_pause_s())
             state = self._store.position_state(topic, partition, offset)
         return state
 

@@ -453,6 +453,20 @@ def test_a_wait_whose_outage_lasts_is_unavailable(emptied: Database, records: Ka
             repository.wait_until_handled("orders", 0, 0, timeout_s=0.5)
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_wait_without_an_answer_ends_at_its_own_timeout(
+    emptied: Database, records: KafkaRecords, is_async: bool
+) -> None:
+    records.begin(0)
+    with TcpProxy(emptied.reader_url) as proxy, pool(proxy.url, is_async=is_async, timeout_s=60) as repository:
+        assert repository.position_state("orders", 0, 0) == WAITING
+        proxy.freeze()
+        started_s = time.monotonic()
+        with pytest.raises(DatabaseUnavailable):
+            repository.wait_until_handled("orders", 0, 0, timeout_s=0.2)
+        assert time.monotonic() - started_s < 30, "it waited as long as a call may take"
+
+
 def test_a_wait_on_a_lost_connection_of_the_caller_ends_at_once(emptied: Database, records: KafkaRecords) -> None:
     records.begin(0)
     with psycopg.connect(emptied.reader_url) as connection, psycopg.connect(emptied.superuser_url) as superuser:
@@ -467,14 +481,14 @@ def test_a_wait_on_a_lost_connection_of_the_caller_ends_at_once(emptied: Databas
 
 
 @contextlib.contextmanager
-def pool(url: str, *, is_async: bool) -> Iterator[OrderRepository]:
-    """A repository with its own pool, and 1 second for each call."""
+def pool(url: str, *, is_async: bool, timeout_s: float = 1) -> Iterator[OrderRepository]:
+    """A repository with its own pool, and this time for each call."""
     if not is_async:
-        with connect(url, timeout_s=1) as repository:
+        with connect(url, timeout_s=timeout_s) as repository:
             yield repository
         return
     with event_loop() as run:
-        async_repository = AsyncPostgresOrderRepository(url, timeout_s=1)
+        async_repository = AsyncPostgresOrderRepository(url, timeout_s=timeout_s)
         yield over_asyncio(async_repository, run)
         run(async_repository.close())
 
