@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import attrs
 import pytest
 
 import orderlib
@@ -172,11 +171,3 @@ def public_names() -> Iterator[tuple[str, object]]:
 @pytest.mark.parametrize(("name", "value"), list(public_names()), ids=[name for name, _ in public_names()])
 def test_every_public_name_says_what_it_promises(name: str, value: object) -> None:
     assert inspect.getdoc(value), name
-
-
-@pytest.mark.parametrize("model", [orderlib.Order, orderlib.Delivery, orderlib.Payment, orderlib.Item])
-def test_every_field_of_a_model_says_what_it_is(model: type[attrs.AttrsInstance]) -> None:
-    lines = inspect.getsource(model).splitlines()
-    for field in attrs.fields(model):
-        [at] = [number for number, line in enumerate(lines) if line.startswith(f"    {field.name}: ")]
-        assert lines[at - 1].startswith("    #: "), field.name
