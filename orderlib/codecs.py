@@ -21,7 +21,7 @@ import msgspec
 from cattrs import BaseConverter
 from msgspec.inspect import DataclassType, Type, VarTupleType
 
-from orderlib.contract import M, Validator, rule_of, rules_of
+from orderlib.contract import M, Validator, defaults_of, rule_of, rules_of
 from orderlib.contract import json_schema as schemas_of
 from orderlib.errors import Fault, MalformedJson
 from orderlib.models import MAX_ITEMS, Delivery, Item, Order, Payment
@@ -65,13 +65,14 @@ T = TypeVar("T")
 def _struct(model: type[attrs.AttrsInstance]) -> Any:
     """Return the struct class of a model; ``Any``, because a type checker cannot know a class made at run time."""
     hints = typing.get_type_hints(model, include_extras=True)
-    fields = [(field.name, _with_structs(hints[field.name])) for field in attrs.fields(model)]
+    fields = [(field.name, _with_structs(hints[field.name]), field.default) for field in rules_of(model).fields]
     return msgspec.defstruct(
         f"Canonical{model.__name__}",
         fields,
         namespace={"__repr__": _repr_without_values},
         gc=False,
         forbid_unknown_fields=True,
+        omit_defaults=True,
     )
 
 
@@ -101,6 +102,11 @@ _DeliveryStruct = _struct(Delivery)
 _PaymentStruct = _struct(Payment)
 _ItemStruct = _struct(Item)
 
+#: The optional fields of each part of an order, with their defaults.
+_ORDER_DEFAULTS, _DELIVERY_DEFAULTS, _PAYMENT_DEFAULTS, _ITEM_DEFAULTS = (
+    defaults_of(model) for model in (Order, Delivery, Payment, Item)
+)
+
 _order_values = operator.attrgetter(*_names(Order))
 _delivery_values = operator.attrgetter(*_names(Delivery))
 _payment_values = operator.attrgetter(*_names(Payment))
@@ -117,6 +123,7 @@ def decode_order(data: bytes) -> Order:
     """Return the order in a JSON text.
 
     * Types are strict: ``"99"``, ``1.0`` and ``true`` are not integers; no value may be null.
+    * An optional field that is missing has its default.
     * Unknown fields may have any content, so that producers may add fields before consumers know them. The order does
       not have them: to store them, too, pass the text to ``save`` as ``original``.
     * For a repeated key the last value counts.
@@ -140,7 +147,7 @@ def decode_canonical(data: bytes) -> tuple[CanonicalOrder, bytes]:
         order = _canonical_decoder.decode(data)
         if not _needs_report(data, order):
             order.date_created = order.date_created.astimezone(dt.UTC)
-            return order, b""
+            return _share_defaults(order), b""
     except (msgspec.DecodeError, RecursionError):
         pass
     return canonical_form(_decode(data)), _with_complete_stack(_unknown_text, data)
@@ -178,6 +185,7 @@ def _needs_report(data: bytes, order: _HasTime) -> bool:
 def encode_order(order: Order) -> bytes:
     """Return the canonical JSON of an order: the models' field order, no whitespace, UTF-8, the time in UTC with ``Z``.
 
+    An optional field that equals its default is omitted.
     Equal orders give equal bytes, and ``decode_order`` returns an equal order.
     """
     return _encoder.encode(canonical_form(order))
@@ -230,7 +238,23 @@ def canonical_form(order: Order) -> CanonicalOrder:
     canonical.delivery = _DeliveryStruct(*_delivery_values(order.delivery))
     canonical.payment = _PaymentStruct(*_payment_values(order.payment))
     canonical.items = [_ItemStruct(*_item_values(item)) for item in order.items]
-    return canonical
+    return _share_defaults(canonical)
+
+
+def _share_defaults(order: CanonicalOrder) -> CanonicalOrder:
+    """Put the default itself in place of each equal value: msgspec omits a field only if it is the same object."""
+    parts = (
+        (_ORDER_DEFAULTS, [order]),
+        (_DELIVERY_DEFAULTS, [order.delivery]),
+        (_PAYMENT_DEFAULTS, [order.payment]),
+        (_ITEM_DEFAULTS, order.items),
+    )
+    for defaults, structs in parts:
+        for name, default in defaults.items():
+            for struct in structs:
+                if getattr(struct, name) == default:
+                    setattr(struct, name, default)
+    return order
 
 
 def digest(canonical: CanonicalOrder, unknown: bytes = b"") -> bytes:

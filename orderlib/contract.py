@@ -122,6 +122,11 @@ def rules_of(cls: Hashable) -> DataclassType:
     return info
 
 
+def defaults_of(cls: Hashable) -> dict[str, Any]:
+    """Return the default of each optional field of a class."""
+    return {field.name: field.default for field in rules_of(cls).fields if not field.required}
+
+
 def rule_of(field: Field) -> Type:
     """Return the rule on a field, without the wrapper that msgspec puts around a type with a description."""
     rule = field.type
@@ -197,7 +202,10 @@ class Validator:
                 raise NotImplementedError(f"the contract has no rule of kind {rule}")
 
     def validate_fields(self, value: Mapping[str, object], rule: DataclassType, path: str) -> object:
-        """Validate the known fields of an object in its own order, then the missing ones. Ignore unknown fields."""
+        """Validate the known fields of an object in its own order, then the missing ones. Ignore unknown fields.
+
+        An optional field that is missing stays missing: its value is the default.
+        """
         known = {field.encode_name: field for field in rule.fields}
         plain = {
             name: self.validate(part, rule_of(known[name]), f"{path}.{name}")
@@ -205,7 +213,7 @@ class Validator:
             if name in known
         }
         for name, field in known.items():
-            if name not in plain:
+            if field.required and name not in plain:
                 self.validate(NOTHING, rule_of(field), f"{path}.{name}")
         return plain
 

@@ -6,6 +6,9 @@ Money is in minor units of the payment's currency, never a float. Times have an 
 
 JSON Schema, OpenAPI and the reference take the description of each field from the ``Attributes`` section of its class.
 
+Every field is required, except those with a default. A field that is added later has one, and is declared last in its
+class. Canonical JSON omits a field that equals its default, so it stays the same for every order without the field.
+
 The classes are final. Their reprs show no personal data; ``orderlib.order_to_plain`` shows every field.
 """
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import attrs
 import hypothesis
@@ -19,6 +22,9 @@ from orderlib.postgres.migrate import apply_migrations, create_roles
 from sandbox import Sandbox, running_sandbox
 
 ROOT = Path(__file__).parent.parent
+
+#: The sandbox's settings as JSON, for a run of tests inside a test.
+SHARED_SANDBOX = "TESTS_SANDBOX"
 
 # On a busy machine, slow examples must not fail a test.
 hypothesis.settings.register_profile(
@@ -37,7 +43,10 @@ def _hide_callers_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def sandbox() -> Iterator[Sandbox]:
-    """PostgreSQL and Kafka, for all tests of the run."""
+    """PostgreSQL and Kafka, for all tests of the run. A run inside a test has the servers of that test."""
+    if SHARED_SANDBOX in os.environ:
+        yield cast(Sandbox, SimpleNamespace(environ=json.loads(os.environ[SHARED_SANDBOX])))
+        return
     with running_sandbox() as running:
         # A commit survives a crash of PostgreSQL without fsync, too; only a power failure needs it.
         with psycopg.connect(running.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as connection:
@@ -138,7 +147,7 @@ def module_database(sandbox: Sandbox, _template: str) -> Iterator[Database]:
 @pytest.fixture
 def make_topic(sandbox: Sandbox) -> Iterator[Callable[..., str]]:
     """A function that creates topics. They are deleted after the test."""
-    admin = AdminClient({"bootstrap.servers": sandbox.kafka.bootstrap_servers})
+    admin = AdminClient({"bootstrap.servers": sandbox.environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"]})
     created: list[str] = []
 
     def make(partitions: int = 3, **config: str) -> str:
@@ -170,7 +179,7 @@ def environ(sandbox: Sandbox, database: Database, topic: str) -> dict[str, str]:
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("ORDERS_")},
         **database.environ(),
-        "ORDERS_KAFKA_BOOTSTRAP_SERVERS": sandbox.kafka.bootstrap_servers,
+        "ORDERS_KAFKA_BOOTSTRAP_SERVERS": sandbox.environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"],
         "ORDERS_TOPIC": topic,
         # The minimum that the broker allows, so that it detects a killed consumer sooner.
         "ORDERS_KAFKA_SESSION_TIMEOUT_MS": "6000",

@@ -101,6 +101,7 @@ class _Place:
     key: str | int
     rule: Type
     path: str
+    is_required: bool = True
 
     @property
     def value(self) -> Any:
@@ -119,7 +120,7 @@ def break_order(order: Order, kind: FaultKind, rng: Random) -> BadRecord:
     rng.shuffle(places)
     for place in places:
         if kind is FaultKind.MISSING:
-            if not isinstance(place.key, str):
+            if not isinstance(place.key, str) or not place.is_required:
                 continue
             del place.container[place.key]
         else:
@@ -134,7 +135,10 @@ def break_order(order: Order, kind: FaultKind, rng: Random) -> BadRecord:
 
 def _places(container: Any, rule: DataclassType, path: str) -> Iterator[_Place]:
     for field in rule.fields:
-        place = _Place(container, field.name, rule_of(field), f"{path}.{field.name}")
+        if not field.required:
+            # Canonical JSON omits a default.
+            container.setdefault(field.name, field.default)
+        place = _Place(container, field.name, rule_of(field), f"{path}.{field.name}", field.required)
         yield place
         match place.rule:
             case DataclassType():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 
 from hypothesis import strategies as st
-from msgspec.inspect import DataclassType, DateTimeType, IntType, StrType, Type, VarTupleType
+from msgspec.inspect import DataclassType, DateTimeType, Field, IntType, StrType, Type, VarTupleType
 
 from orderlib.contract import M, rule_of, rules_of, within_utc_years
 from orderlib.models import Delivery, Item, Order, Payment
@@ -64,5 +64,10 @@ def values(rule: Type, *, max_items: int = 3) -> st.SearchStrategy[object]:
 
 
 def _instances(cls: type[M], max_items: int) -> st.SearchStrategy[M]:
-    fields = {field.name: values(rule_of(field), max_items=max_items) for field in rules_of(cls).fields}
+    fields = {field.name: _field(field, max_items) for field in rules_of(cls).fields}
     return st.builds(cls, **fields)
+
+
+def _field(field: Field, max_items: int) -> st.SearchStrategy[object]:
+    any_value = values(rule_of(field), max_items=max_items)
+    return any_value if field.required else any_value | st.just(field.default)

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import falcon
 import jinja2
 from falcon.asgi import Request, Response
 
+from orderlib.contract import defaults_of
 from orderlib.repository import COUNT_LIMIT
 from services.api.parameters import MAX_SEARCH_CHARS
 
@@ -100,6 +102,11 @@ def _utc_now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
 
 
+def optional_facts(part: attrs.AttrsInstance) -> dict[str, object]:
+    """Return the values of a part's optional fields by label, which the templates do not name: ``Gift note``."""
+    return {name.replace("_", " ").capitalize(): getattr(part, name) for name in defaults_of(type(part))}
+
+
 class Pages:
     """Render the templates beside this file. Every value in them is escaped."""
 
@@ -126,6 +133,7 @@ class Pages:
             duration=duration,
             counted=counted,
             shortened=shortened,
+            optional_facts=optional_facts,
         )
 
     def show(self, resp: Response, template: str, **shown: Any) -> None:

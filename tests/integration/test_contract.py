@@ -158,21 +158,27 @@ def test_what_is_stored_is_read_back_exactly_as_it_was_sent(
 # The schema
 
 
-def contract_columns(model: type[attrs.AttrsInstance]) -> list[tuple[str, str, str]]:
-    """Name, type and condition of each column that the contract asks for, as SQL."""
-    return [
-        (field.name, column_type(rule_of(field)), check_clause(field.name, rule_of(field)))
+def contract_columns(model: type[attrs.AttrsInstance]) -> dict[str, sql.Composable]:
+    """The definition of each column that the contract asks for, by name. An optional field has a default."""
+    return {
+        field.name: sql.SQL("{} {} NOT NULL {} CHECK ({})").format(
+            sql.Identifier(field.name),
+            sql.SQL(column_type(rule_of(field))),
+            sql.SQL("") if field.required else sql.SQL("DEFAULT {}").format(sql.Literal(field.default)),
+            sql.SQL(check_clause(field.name, rule_of(field))),
+        )
         for field in rules_of(model).fields
         if isinstance(rule_of(field), StrType | IntType | DateTimeType)
-    ]
+    }
 
 
 _COLUMNS = """
-    SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull FROM pg_attribute a
+    SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, pg_get_expr(d.adbin, d.adrelid)
+    FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
     WHERE a.attrelid = %s::regclass AND a.attname = ANY(%s) ORDER BY a.attname
 """
 _CHECKS = """
-    SELECT a.attname, pg_get_constraintdef(c.oid) FROM pg_constraint c
+    SELECT a.attname, replace(pg_get_constraintdef(c.oid), ' NOT VALID', '') FROM pg_constraint c
     JOIN pg_attribute a ON a.attrelid = c.conrelid AND c.conkey = ARRAY[a.attnum]
     WHERE c.conrelid = %s::regclass AND c.contype = 'c' AND a.attname = ANY(%s) ORDER BY 1, 2
 """
@@ -183,13 +189,10 @@ def test_the_columns_and_their_checks_are_those_of_the_contract(
     module_database: Database, table: str, model: type[attrs.AttrsInstance]
 ) -> None:
     columns = contract_columns(model)
-    names = [name for name, _, _ in columns]
+    names = list(columns)
     with psycopg.connect(module_database.superuser_url) as superuser:
-        definitions = [
-            sql.SQL("{} {} NOT NULL CHECK ({})").format(sql.Identifier(name), sql.SQL(type_name), sql.SQL(condition))
-            for name, type_name, condition in columns
-        ]
-        superuser.execute(sql.SQL("CREATE TEMPORARY TABLE contract ({})").format(sql.SQL(", ").join(definitions)))
+        definitions = sql.SQL(", ").join(columns.values())
+        superuser.execute(sql.SQL("CREATE TEMPORARY TABLE contract ({})").format(definitions))
         for question in (_COLUMNS, _CHECKS):
             asked_of_the_contract = superuser.execute(question, ["pg_temp.contract", names]).fetchall()
             assert len(asked_of_the_contract) == len(names)
@@ -227,7 +230,7 @@ def test_a_table_has_the_fields_of_its_model_and_what_the_store_adds(
             "SELECT column_name FROM information_schema.columns WHERE table_schema = 'public' AND table_name = %s",
             [table],
         )
-        assert {name for (name,) in found} == {name for name, _, _ in contract_columns(model)} | added
+        assert {name for (name,) in found} == contract_columns(model).keys() | added
 
 
 def test_the_columns_of_the_store_have_checks_too(writer: psycopg.Connection) -> None:

@@ -28,6 +28,7 @@ class Place:
     model: type[attrs.AttrsInstance]
     name: str
     rule: Type
+    is_required: bool = True
 
     def __str__(self) -> str:
         return f"{self.part or 'order'}.{self.name}"
@@ -59,7 +60,7 @@ class Place:
 
 
 PLACES = [
-    Place(part, model, field.name, rule_of(field))
+    Place(part, model, field.name, rule_of(field), field.required)
     for part, model in ((None, Order), ("delivery", Delivery), ("payment", Payment), ("items", Item))
     for field in rules_of(model).fields
     if isinstance(rule_of(field), StrType | IntType | DateTimeType)
