@@ -102,10 +102,14 @@ _DeliveryStruct = _struct(Delivery)
 _PaymentStruct = _struct(Payment)
 _ItemStruct = _struct(Item)
 
-#: The optional fields of each part of an order, with their defaults.
-_ORDER_DEFAULTS, _DELIVERY_DEFAULTS, _PAYMENT_DEFAULTS, _ITEM_DEFAULTS = (
-    defaults_of(model) for model in (Order, Delivery, Payment, Item)
+_PARTS: tuple[tuple[type[attrs.AttrsInstance], Callable[[CanonicalOrder], Sequence[object]]], ...] = (
+    (Order, lambda order: (order,)),
+    (Delivery, lambda order: (order.delivery,)),
+    (Payment, lambda order: (order.payment,)),
+    (Item, lambda order: order.items),
 )
+#: The structs of an order that have optional fields, and their defaults. Others cost nothing.
+_WITH_DEFAULTS = [(structs_of, defaults) for model, structs_of in _PARTS if (defaults := defaults_of(model))]
 
 _order_values = operator.attrgetter(*_names(Order))
 _delivery_values = operator.attrgetter(*_names(Delivery))
@@ -243,15 +247,9 @@ def canonical_form(order: Order) -> CanonicalOrder:
 
 def _share_defaults(order: CanonicalOrder) -> CanonicalOrder:
     """Put the default itself in place of each equal value: msgspec omits a field only if it is the same object."""
-    parts = (
-        (_ORDER_DEFAULTS, [order]),
-        (_DELIVERY_DEFAULTS, [order.delivery]),
-        (_PAYMENT_DEFAULTS, [order.payment]),
-        (_ITEM_DEFAULTS, order.items),
-    )
-    for defaults, structs in parts:
-        for name, default in defaults.items():
-            for struct in structs:
+    for structs_of, defaults in _WITH_DEFAULTS:
+        for struct in structs_of(order):
+            for name, default in defaults.items():
                 if getattr(struct, name) == default:
                     setattr(struct, name, default)
     return order
