@@ -78,7 +78,7 @@ def stored_orders(database: Database) -> dict[str, dict[str, Any]]:
             items = orders[row.pop("order_uid")].setdefault("items", [])
             assert row.pop("line") == len(items)
             items.append(row)
-    store_columns = ("content_sha256", "version", "first_stored_at", "stored_at")
+    store_columns = ("content_sha256", "version", "first_stored_at", "stored_at", "has_original")
     for row in orders.values():
         for name in [name for name in row if name in store_columns or name.startswith("source_")]:
             del row[name]
