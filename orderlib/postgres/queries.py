@@ -4,7 +4,7 @@ Written to run unchanged with the tables distributed by ``order_uid`` on Citus: 
 ``order_uid``, and no temporary table is joined.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import LiteralString
 
 from orderlib.postgres.rows import (
@@ -613,15 +613,45 @@ FROM unnest(%(tables)s::text[], %(rights)s::text[]) AS n (table_name, table_righ
 WHERE NOT has_table_privilege(n.table_name, n.table_right)
 """
 
-#: Rejects, oldest first, without the content of the records.
-LIST_REJECTS: LiteralString = """
-SELECT topic, partition, record_offset, topic_id, record_time, code, faults -> 'total',
-       faults -> 'first' -> 0 ->> 'path', rejected_at, redriven_at, redrive_outcome
-FROM rejects
-WHERE (%(code)s::text IS NULL OR code = %(code)s) AND (NOT %(waiting)s OR redrive_outcome IS NULL)
-ORDER BY rejected_at, topic_id, partition, record_offset
-LIMIT %(limit)s
+#: The conditions of a list of rejects, each with the parameter that it takes. A flag takes none.
+_REJECT_CONDITIONS: dict[str, LiteralString] = {
+    "code": "code = {}",
+    "key": "key = {}::bytea",
+    "since": "rejected_at >= {}::timestamptz",
+    "until": "rejected_at < {}::timestamptz",
+}
+_NUMBERS: tuple[LiteralString, ...] = ("$1", "$2", "$3", "$4", "$5", "$6", "$7", "$8", "$9")
+
+
+def list_rejects(filters: Collection[str], *, waiting: bool, cursor: bool, oldest_first: bool) -> LiteralString:
+    """Return the query for a page of rejects, without the content of the records.
+
+    Its parameters are those of the filters in the sequence given, the four of the cursor, and the limit.
+    """
+    numbers = iter(_NUMBERS)
+    comparison, sort = _DIRECTIONS[Direction.NEWER if oldest_first else Direction.OLDER]
+    where = _reject_conditions(filters, numbers, waiting=waiting)
+    if cursor:
+        place: LiteralString = (
+            f"{next(numbers)}::timestamptz, {next(numbers)}, {next(numbers)}::integer, {next(numbers)}::bigint"
+        )
+        where = f"{where} AND (rejected_at, topic_id, partition, record_offset) {comparison} ({place})"
+    return f"""
+SELECT topic, partition, record_offset, topic_id, record_time, code, faults, rejected_at, redriven_at, redrive_outcome
+FROM rejects WHERE {where}
+ORDER BY rejected_at {sort}, topic_id {sort}, partition {sort}, record_offset {sort} LIMIT {next(numbers)}
 """
+
+
+def count_rejects(filters: Collection[str], *, waiting: bool) -> LiteralString:
+    """Return the query for the number of rejects. Its parameters are those of the filters in the sequence given."""
+    return f"SELECT count(*) FROM rejects WHERE {_reject_conditions(filters, iter(_NUMBERS), waiting=waiting)}"
+
+
+def _reject_conditions(filters: Collection[str], numbers: Iterator[LiteralString], *, waiting: bool) -> LiteralString:
+    conditions = [_REJECT_CONDITIONS[name].format(next(numbers)) for name in filters]
+    return " AND ".join([*conditions, "redrive_outcome IS NULL" if waiting else "true"])
+
 
 #: One reject, with the first bytes and the size of each part that may be large.
 GET_REJECT: LiteralString = """

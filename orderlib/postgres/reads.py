@@ -16,6 +16,7 @@ from orderlib.contract import fits_postgres
 from orderlib.errors import REJECT_CODES, Fault, OrderNotFound, TransactionConflict
 from orderlib.models import Order
 from orderlib.postgres import queries
+from orderlib.postgres.reject_list import RejectPage, RejectPlace, RejectQuery, RejectSummary
 from orderlib.postgres.rows import JOINED_WIDTH, Row, order_from_rows, orders_from_rows
 from orderlib.postgres.wire import Statement, Wire
 from orderlib.repository import (
@@ -199,9 +200,31 @@ class ReadQueries:
         return PositionState(
             state=RecordState.REJECTED,
             code=code,
-            faults=tuple(Fault(**fault) for fault in faults["first"]),
-            total_faults=faults["total"],
+            **_faults(faults),
         )
+
+    def list_rejects(self, query: RejectQuery) -> PQGen[RejectPage]:
+        """Return a page of the list of rejects."""
+        filters = _reject_filters(query)
+        cursor = query.cursor
+        statement = queries.list_rejects(
+            filters, waiting=query.waiting, cursor=cursor is not None, oldest_first=query.oldest_first
+        )
+        place = [cursor.rejected_at, cursor.topic_id, cursor.partition, cursor.offset] if cursor else []
+        # One more than the page, to know whether there is a next page.
+        [rows] = yield from self._wire.pipeline((statement, [*filters.values(), *place, query.limit + 1]))
+        rejects = tuple(map(_reject_summary, rows[: query.limit]))
+        return RejectPage(
+            rejects=rejects, next_cursor=rejects[-1].cursor if rejects and len(rows) > query.limit else None
+        )
+
+    def count_rejects(self, query: RejectQuery) -> PQGen[int]:
+        """Return how many rejects match the filters of a query."""
+        filters = _reject_filters(query)
+        statement = queries.count_rejects(filters, waiting=query.waiting)
+        [[(count,)]] = yield from self._wire.pipeline((statement, list(filters.values())))
+        assert isinstance(count, int)
+        return count
 
     def next_offsets(self, topic_id: str) -> PQGen[dict[int, int]]:
         """See ``PositionReader.next_offsets``."""
@@ -303,6 +326,29 @@ class PageReader:
 
 def _changing() -> TransactionConflict:
     return TransactionConflict("other writers keep replacing these orders")
+
+
+def _faults(faults: dict[str, Any]) -> dict[str, Any]:
+    return {"faults": tuple(Fault(**fault) for fault in faults["first"]), "total_faults": faults["total"]}
+
+
+def _reject_filters(query: RejectQuery) -> dict[str, object]:
+    filters = {"code": query.code, "key": query.key, "since": query.since, "until": query.until}
+    return {name: value for name, value in filters.items() if value is not None}
+
+
+def _reject_summary(row: Row) -> RejectSummary:
+    topic, partition, offset, topic_id, record_time, code, faults, rejected_at, redriven_at, redrive_outcome = row
+    return RejectSummary(
+        place=RejectPlace(topic=topic, partition=partition, offset=offset),
+        topic_id=topic_id,
+        record_time=record_time,
+        code=code,
+        **_faults(faults),
+        rejected_at=rejected_at,
+        redriven_at=redriven_at,
+        redrive_outcome=redrive_outcome,
+    )
 
 
 def _stored_order(order: Order, joined: Row) -> StoredOrder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -13,45 +12,19 @@ from psycopg.rows import dict_row
 from orderlib.errors import RejectNotFound, TransactionConflict
 from orderlib.ingestion.records import PreparedOrder, Record, classify_record, plan_redrive
 from orderlib.postgres import queries
+from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
 from orderlib.postgres.connections import Connection
 from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.reads import ReadQueries
+from orderlib.postgres.reject_list import RejectPage, RejectPlace, RejectQuery
 from orderlib.postgres.rows import pack_rows
+from orderlib.postgres.wire import Wire
 from orderlib.postgres.writes import store
 from orderlib.repository import Outcome, RecordPosition
 
 #: One transaction redrives rejects up to this number and size, but at least one. The consumer waits for it.
 _REDRIVE_RECORDS = 100
 _REDRIVE_BYTES = 8 * 1024 * 1024
-
-
-@attrs.frozen(kw_only=True)
-class RejectPlace:
-    """The position of a reject with the name of its topic: ``TOPIC/PARTITION/OFFSET``."""
-
-    topic: str
-    partition: int
-    offset: int
-
-    def __str__(self) -> str:
-        return f"{self.topic}/{self.partition}/{self.offset}"
-
-
-@attrs.frozen(kw_only=True)
-class RejectSummary:
-    """A reject without the content of its record."""
-
-    place: RejectPlace
-    topic_id: str
-    #: The record's own time; UTC.
-    record_time: dt.datetime
-    code: str
-    #: The number of faults, and the path of the first.
-    faults: int
-    first_path: str
-    rejected_at: dt.datetime
-    #: Both ``None`` until it was redriven.
-    redriven_at: dt.datetime | None
-    redrive_outcome: str | None
 
 
 @attrs.frozen
@@ -68,18 +41,19 @@ class Prefix:
         return len(self.content) == self.size_bytes
 
 
-def list_rejects(connection: Connection, *, code: str | None, waiting: bool, limit: int) -> list[RejectSummary]:
-    """Return the oldest rejects: all, those with one code, or only those that were never redriven."""
+class RejectReader(AsyncPostgresOrderRepository):
+    """A repository for asyncio that also lists rejects. It needs the rights of the reader."""
+
+    async def list_rejects(self, query: RejectQuery) -> RejectPage:
+        """Return a page of the list of rejects."""
+        return await self._read(lambda read_queries: read_queries.list_rejects(query))
+
+
+def list_rejects(connection: Connection, query: RejectQuery) -> tuple[RejectPage, int]:
+    """Return a page of the list of rejects, and how many match in total."""
+    reads = ReadQueries(Wire(connection.pgconn, keeps_statements=False))
     with translated_errors(connection):
-        rows = connection.execute(queries.LIST_REJECTS, {"code": code, "waiting": waiting, "limit": limit}).fetchall()
-    names = [field.name for field in attrs.fields(RejectSummary)]
-    return [
-        RejectSummary(
-            place=RejectPlace(topic=topic, partition=partition, offset=offset),
-            **dict(zip(names[1:], rest, strict=True)),
-        )
-        for topic, partition, offset, *rest in rows
-    ]
+        return connection.wait(reads.list_rejects(query)), connection.wait(reads.count_rejects(query))
 
 
 def get_reject(connection: Connection, place: RejectPlace, max_bytes: int) -> Iterator[dict[str, Any]]:

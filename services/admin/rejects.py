@@ -7,6 +7,7 @@ import base64
 import codecs
 import datetime as dt
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ from collections.abc import Mapping
 from orderlib.errors import REJECT_CODES
 from orderlib.postgres.connections import connect
 from orderlib.postgres.operations import count_old_rejects, purge_rejects
-from orderlib.postgres.rejects import Prefix, RejectPlace, get_reject, list_rejects, redrive
+from orderlib.postgres.reject_list import RejectPlace, RejectQuery
+from orderlib.postgres.rejects import Prefix, get_reject, list_rejects, redrive
 from orderlib.repository import Outcome
 from services.admin.output import (
     Progress,
@@ -26,6 +28,7 @@ from services.admin.output import (
     print_result,
     print_table,
     printable,
+    rfc3339_time,
 )
 from services.admin.schema import APPLICATION_NAME, Commands, connected
 from services.program import EXIT_DONE, EXIT_FAILED
@@ -45,8 +48,13 @@ def add_commands(commands: Commands) -> None:
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
-    listing = actions.add_parser("list", help="list the oldest rejects (ORDERS_DATABASE_URL)")
+    listing = actions.add_parser("list", help="list rejects, newest first (ORDERS_DATABASE_URL)")
+    listing.add_argument("--oldest", action="store_true", help="list the oldest rejects first")
+    listing.add_argument(
+        "--since", metavar="TIME", type=rfc3339_time, help="only rejects of this time or later, with an offset"
+    )
     listing.add_argument("--code", choices=REJECT_CODES, help="only rejects with this code")
+    listing.add_argument("--key", metavar="TEXT", help="only rejects of records with this key, usually an order_uid")
     listing.add_argument("--waiting", action="store_true", help="only rejects that were never redriven")
     listing.add_argument(
         "--limit", metavar="N", type=positive, default=50, help="the largest number of rejects to list (%(default)s)"
@@ -106,22 +114,33 @@ def _age(text: str) -> dt.timedelta:
 
 
 def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    query = RejectQuery(
+        code=options.code,
+        # Bytes on the command line that are not UTF-8 stay those bytes.
+        key=None if options.key is None else os.fsencode(options.key),
+        since=options.since,
+        waiting=options.waiting,
+        oldest_first=options.oldest,
+        limit=options.limit,
+    )
     with connected(environ, "ORDERS_DATABASE_URL") as connection:
-        found = list_rejects(connection, code=options.code, waiting=options.waiting, limit=options.limit)
+        page, total = list_rejects(connection, query)
     rows = [
         {
             "place": str(reject.place),
             "code": reject.code,
-            "faults": reject.faults,
-            "first_path": reject.first_path,
+            "faults": reject.total_faults,
+            "first_path": reject.faults[0].path if reject.faults else None,
             "record_time": reject.record_time,
             "rejected_at": reject.rejected_at,
             "redriven_at": reject.redriven_at,
             "redrive_outcome": reject.redrive_outcome,
         }
-        for reject in found
+        for reject in page.rejects
     ]
     print_table(rows, as_json=options.json)
+    if not options.json:
+        print(f"{len(rows):,} of {count_of(total, 'reject')}")
     return EXIT_DONE
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote_from_bytes
 
 import falcon.asgi
@@ -24,6 +24,7 @@ from services.api.orders import OrderResource, OrdersResource
 from services.api.pages import Pages, StaticResource
 from services.api.parameters import ParametersMiddleware
 from services.api.records import RecordResource
+from services.api.rejects import RejectReader, RejectsResource
 from services.api.request_metrics import RequestMetricsMiddleware
 from services.api.search import SearchResource
 from services.settings import ApiSettings
@@ -39,6 +40,7 @@ ROUTES = (
     "/orders",
     "/orders/{order_uid}",
     "/search",
+    "/rejects",
     "/records/{topic}/{partition}/{offset}",
     "/static/{name}",
     "/openapi.json",
@@ -103,8 +105,12 @@ class MetricsResource:
         resp.data = generate_latest(self._registry)
 
 
+class Reader(AsyncOrderRepository, RejectReader, Protocol):
+    """What the API reads from."""
+
+
 def create_app(
-    reader: AsyncOrderRepository,
+    reader: Reader,
     settings: ApiSettings,
     metrics: Metrics,
     make_id: Callable[[], str],
@@ -118,6 +124,7 @@ def create_app(
         OrdersResource(reader, pages),
         OrderResource(reader, pages),
         SearchResource(reader, pages),
+        RejectsResource(reader, pages),
         RecordResource(reader),
         StaticResource(pages),
         OpenApiResource(),

@@ -13,7 +13,7 @@ import orderlib
 from orderlib.contract import json_schema
 from orderlib.errors import REJECT_CODES
 from orderlib.models import Delivery, Order, Payment
-from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, OrderSummary, RecordState
+from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, OrderSummary, Outcome, RecordState
 from orderlib.search import SearchField
 from services.api.error_handlers import PROBLEM_JSON
 from services.api.parameters import MAX_SEARCH_CHARS, ORDER_FILTERS, PERIOD
@@ -44,6 +44,19 @@ _PROBLEMS = {
         "The database does not answer, or the service is not configured correctly.",
         Retry_After="Seconds to wait before the next try.",
     ),
+}
+_FAULTS = {
+    "type": "array",
+    "description": "The first faults of a rejected record, without its values.",
+    "items": {
+        "type": "object",
+        "required": ["path", "expected", "found"],
+        "properties": {
+            "path": {"type": "string", "description": "JSON path; `$` is the record itself."},
+            "expected": {"type": "string", "description": "The rule."},
+            "found": {"type": "string", "description": "The kind of value that was found."},
+        },
+    },
 }
 _BAD_REQUEST = _problem("A parameter is unknown, repeated or invalid.")
 _NOT_FOUND = _problem("No order has this order_uid, or with `format=original`: it has no original.")
@@ -159,6 +172,39 @@ def document() -> dict[str, Any]:
         "400": _BAD_REQUEST,
         **_PROBLEMS,
     }
+    rejects = {
+        "200": {
+            "description": "One page of the list, newest reject first.",
+            "headers": {name: headers[name] for name in ("Cache-Control", "Vary")},
+            "content": {
+                _JSON: {"schema": {"$ref": "#/components/schemas/RejectList"}},
+                "text/html": {"schema": {"type": "string"}},
+            },
+        },
+        "400": _BAD_REQUEST,
+        **_PROBLEMS,
+    }
+    reject_query: list[dict[str, Any]] = [
+        limit,
+        {
+            "name": "cursor",
+            "description": "`next_cursor` of the previous page. Its text is opaque.",
+            "schema": {"type": "string", "minLength": 1},
+        },
+        {
+            "name": "code",
+            "description": "Return only rejects with this code.",
+            "schema": {"type": "string", "enum": list(REJECT_CODES)},
+        },
+        *(
+            {
+                "name": name,
+                "description": f"Return only records that were rejected {meaning}.",
+                "schema": {"type": "string", "format": "date-time"},
+            }
+            for name, meaning in zip(PERIOD, ("at this time or later", "before this time"), strict=True)
+        ),
+    ]
     position: list[dict[str, Any]] = [
         {"name": "topic", "schema": {"type": "string", "pattern": TOPIC_PATTERN}},
         {"name": "partition", "schema": {"type": "integer", "minimum": 0, "maximum": MAX_PARTITION}},
@@ -255,6 +301,23 @@ def document() -> dict[str, Any]:
                 },
                 "head": {"operationId": "headSearch", "summary": "Return the headers of a search", "responses": search},
             },
+            "/rejects": {
+                "parameters": [
+                    as_json,
+                    *({"in": "query", "required": False, **parameter} for parameter in reject_query),
+                ],
+                "get": {
+                    "operationId": "listRejects",
+                    "summary": "List refused records, newest first",
+                    "description": "Positions, times, codes and faults. Never a key, a value or a header.",
+                    "responses": rejects,
+                },
+                "head": {
+                    "operationId": "headRejects",
+                    "summary": "Return the headers of the list of rejects",
+                    "responses": rejects,
+                },
+            },
             "/records/{topic}/{partition}/{offset}": {
                 "parameters": [
                     *({"in": "path", "required": True, **parameter} for parameter in position),
@@ -343,6 +406,39 @@ def document() -> dict[str, Any]:
                         },
                     },
                 },
+                "RejectList": {
+                    "type": "object",
+                    "required": ["rejects", "next_cursor"],
+                    "properties": {
+                        "rejects": {
+                            "type": "array",
+                            "maxItems": MAX_PAGE_SIZE,
+                            "items": {"$ref": "#/components/schemas/Reject"},
+                        },
+                        "next_cursor": {
+                            "type": ["string", "null"],
+                            "description": "Continues the list; null on the last page.",
+                        },
+                    },
+                },
+                "Reject": {
+                    "type": "object",
+                    "properties": {
+                        **{parameter["name"]: parameter["schema"] for parameter in position},
+                        "topic_id": {"type": "string"},
+                        "record_time": {"type": "string", "format": "date-time"},
+                        "code": {"enum": list(REJECT_CODES)},
+                        "faults": _FAULTS,
+                        "total_faults": {"type": "integer", "minimum": 0},
+                        "rejected_at": {"type": "string", "format": "date-time"},
+                        "redriven_at": {
+                            "type": ["string", "null"],
+                            "format": "date-time",
+                            "description": "Null until the first redrive.",
+                        },
+                        "redrive_outcome": {"enum": [*Outcome, None]},
+                    },
+                },
                 "RecordState": {
                     "type": "object",
                     "required": ["state", "code", "faults", "total_faults"],
@@ -355,19 +451,7 @@ def document() -> dict[str, Any]:
                             ),
                         },
                         "code": {"enum": [*REJECT_CODES, None], "description": "Why it was rejected."},
-                        "faults": {
-                            "type": "array",
-                            "description": "The first faults of a rejected record, without its values.",
-                            "items": {
-                                "type": "object",
-                                "required": ["path", "expected", "found"],
-                                "properties": {
-                                    "path": {"type": "string", "description": "JSON path; `$` is the record itself."},
-                                    "expected": {"type": "string", "description": "The rule."},
-                                    "found": {"type": "string", "description": "The kind of value that was found."},
-                                },
-                            },
-                        },
+                        "faults": _FAULTS,
                         "total_faults": {"type": "integer", "minimum": 0},
                     },
                 },

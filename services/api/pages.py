@@ -136,6 +136,10 @@ class Pages:
             optional_facts=optional_facts,
         )
 
+    def now(self) -> dt.datetime:
+        """Return the time that the pages show times relative to."""
+        return self._clock()
+
     def show(self, resp: Response, template: str, **shown: Any) -> None:
         """Answer with a page that no cache may store: it may show personal data."""
         resp.content_type = falcon.MEDIA_HTML

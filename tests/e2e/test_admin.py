@@ -122,12 +122,20 @@ def test_rejects_are_listed_redriven_and_purged_as_the_options_select(environ: d
     def places(arguments: str) -> list[str]:
         return [row["place"] for row in rows(f"rejects list {arguments}", environ)]
 
-    assert places("") == [f"{topic}/0/{offset}" for offset in range(3)]
-    assert places("--code malformed_json") == [f"{topic}/0/0", f"{topic}/0/2"]
-    assert places("--limit 1") == [f"{topic}/0/0"]
+    assert places("--oldest") == [f"{topic}/0/{offset}" for offset in range(3)]
+    assert places("") == [f"{topic}/0/{offset}" for offset in (2, 1, 0)]
+    assert places("--code malformed_json") == [f"{topic}/0/2", f"{topic}/0/0"]
+    assert places("--limit 1") == [f"{topic}/0/2"]
+    assert succeed("admin rejects list --limit 2 --code malformed_json", environ).endswith("\n2 of 2 rejects\n")
+    assert succeed("admin rejects list --limit 1", environ).endswith("\n1 of 3 rejects\n")
+    assert places("--since 2100-01-01T00:00:00Z") == places("--key nobody") == []
+    assert len(places("--since 2020-01-01T00:00:00Z")) == 3
+    with psycopg.connect(environ["ORDERS_BOOTSTRAP_URL"]) as connection:
+        connection.execute("UPDATE rejects SET key = convert_to('Ключ', 'UTF8') WHERE record_offset = 1")
+    assert places("--key Ключ") == [f"{topic}/0/1"]
     [one] = rows(f"rejects redrive {topic}/0/1", environ)
     assert (one["rejected"], sum(one.values())) == (1, 1)
-    assert places("--waiting") == [f"{topic}/0/0", f"{topic}/0/2"]
+    assert places("--waiting") == [f"{topic}/0/2", f"{topic}/0/0"]
     [others] = rows("rejects redrive --all", environ)
     assert sum(others.values()) == others["rejected"]
     missing = run(f"admin rejects show {topic}/0/9", environ)

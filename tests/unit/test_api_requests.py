@@ -21,9 +21,10 @@ from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
 import orderlib
-from orderlib.repository import AsyncOrderRepository
+from orderlib.postgres.reject_list import RejectPage, RejectQuery
 from orderlib.testing import SAMPLE, MemoryOrderRepository
 from services.api.app import METRICS_ROUTE, ROUTES, Api, create_app
+from services.api.app import Reader as ApiReader
 from services.api.metrics import Metrics
 from services.api.pages import Pages
 from services.api.request_metrics import SECURITY_HEADERS
@@ -39,9 +40,13 @@ Headers = list[tuple[bytes, bytes]]
 
 @attrs.frozen
 class Reader:
-    """The in-memory repository for asyncio."""
+    """The in-memory repository for asyncio, without rejects."""
 
     repository: MemoryOrderRepository
+
+    async def list_rejects(self, query: RejectQuery) -> RejectPage:
+        del query
+        return RejectPage(rejects=(), next_cursor=None)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         async def read(*args: Any, **kwargs: Any) -> Any:
@@ -104,7 +109,7 @@ class Application:
 def application_over(repository: MemoryOrderRepository, metrics: Metrics | None = None) -> Api:
     address = Address(host="127.0.0.1", port=0)
     settings = ApiSettings(reader_url="", bind=address, metrics_bind=address, tokens={"test": TOKEN})
-    reader = cast("AsyncOrderRepository", Reader(repository))
+    reader = cast("ApiReader", Reader(repository))
     return create_app(reader, settings, metrics or Metrics([*ROUTES, METRICS_ROUTE]), make_id=lambda: "made")
 
 
@@ -261,6 +266,12 @@ def test_invalid_media_ranges_are_ignored(application: Application, accept: byte
         ("/orders", "since=2026-01-31", "since"),
         ("/orders", "until=2026-01-31T12:00:00", "until"),
         ("/orders", "customer_id=a&x", "x"),
+        ("/rejects", "code=other", "code"),
+        ("/rejects", "cursor=x", "cursor"),
+        ("/rejects", "limit=0", "limit"),
+        ("/rejects", "since=2026-01-01", "since"),
+        ("/rejects", "key=x", "key"),
+        ("/search", "q=x&limit=101", "limit"),
         ("/records/orders/0/0", "wait=-1", "wait"),
         ("/records/orders/0/0", "wait=5.001", "wait"),
         ("/records/orders/0/0", "wait=nan", "wait"),

@@ -1,0 +1,115 @@
+"""What a list of rejects takes and returns, without the content of any record."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import datetime as dt
+from typing import Self
+
+import attrs
+
+from orderlib.contract import fits_postgres
+from orderlib.errors import Fault, InvalidQuery
+from orderlib.repository import PAGE_SIZE
+
+
+@attrs.frozen(kw_only=True)
+class RejectPlace:
+    """The position of a reject with the name of its topic: ``TOPIC/PARTITION/OFFSET``."""
+
+    topic: str
+    partition: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.topic}/{self.partition}/{self.offset}"
+
+
+@attrs.frozen(kw_only=True)
+class RejectCursor:
+    """A position in the list of rejects. ``str`` encodes it as URL-safe text, and ``parse`` decodes that."""
+
+    rejected_at: dt.datetime
+    partition: int
+    offset: int
+    topic_id: str
+
+    def __str__(self) -> str:
+        plain = f"{self.rejected_at.astimezone(dt.UTC).isoformat()} {self.partition} {self.offset} {self.topic_id}"
+        return base64.urlsafe_b64encode(plain.encode()).decode().rstrip("=")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the cursor that ``str`` encoded. Raises InvalidQuery for any other text."""
+        try:
+            plain = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode()
+            time, partition, offset, topic_id = plain.split(" ", 3)
+            cursor = cls(
+                rejected_at=dt.datetime.fromisoformat(time),
+                partition=int(partition),
+                offset=int(offset),
+                topic_id=topic_id,
+            )
+            fits = cursor.partition < 2**31 and cursor.offset < 2**63 and fits_postgres(topic_id)
+            if fits and cursor.rejected_at.utcoffset() is not None and str(cursor) == text:
+                return cursor
+        except (ValueError, OverflowError, binascii.Error):
+            pass
+        raise InvalidQuery("cursor: expected a next_cursor as it was returned")
+
+
+@attrs.frozen(kw_only=True)
+class RejectSummary:
+    """A reject without the content of its record."""
+
+    place: RejectPlace
+    topic_id: str
+    #: The record's own time; UTC.
+    record_time: dt.datetime
+    code: str
+    #: The first 100 faults.
+    faults: tuple[Fault, ...]
+    #: How many faults there were.
+    total_faults: int
+    rejected_at: dt.datetime
+    #: Both ``None`` until it was redriven.
+    redriven_at: dt.datetime | None
+    redrive_outcome: str | None
+
+    @property
+    def cursor(self) -> RejectCursor:
+        """The reject's position in the list."""
+        return RejectCursor(
+            rejected_at=self.rejected_at,
+            partition=self.place.partition,
+            offset=self.place.offset,
+            topic_id=self.topic_id,
+        )
+
+
+@attrs.frozen(kw_only=True)
+class RejectPage:
+    """One page of the list of rejects."""
+
+    rejects: tuple[RejectSummary, ...]
+    #: Continues the list; ``None`` on the last page.
+    next_cursor: RejectCursor | None
+
+
+@attrs.frozen(kw_only=True)
+class RejectQuery:
+    """Which rejects to list: those that match all filters given."""
+
+    code: str | None = None
+    #: The key of the record. Only the writer may read it.
+    key: bytes | None = attrs.field(default=None, repr=False)
+    #: Only rejects of this time or later, by ``rejected_at``.
+    since: dt.datetime | None = None
+    #: Only rejects from before this time.
+    until: dt.datetime | None = None
+    #: Only rejects that were never redriven.
+    waiting: bool = False
+    oldest_first: bool = False
+    cursor: RejectCursor | None = None
+    limit: int = PAGE_SIZE
