@@ -21,6 +21,7 @@ from orderlib.postgres.connections import Connection, connect
 from orderlib.postgres.errors import is_lost, translated_errors
 from orderlib.postgres.migrate import WRITER_RIGHTS, check_rights, check_schema
 from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, reject_row
+from orderlib.postgres.wire import Wire
 from orderlib.postgres.writes import store
 from orderlib.repository import Outcome
 
@@ -120,19 +121,24 @@ class ConsumerStore:
             began_s = now_s
 
         with self._connected() as connection:
+            wire = Wire(connection.pgconn, keeps_statements=False)
             try:
-                with connection.transaction():
-                    self._fence(connection, batch)
-                    lap("fence")
-                    written = attrs.evolve(_write_orders(connection, batch), seconds=seconds)
-                    lap("orders")
-                    _copy_rejects(connection, written.rejects)
-                    lap("rejects")
-                    before_commit(written)
-                    lap("check")
-            except psycopg.errors.LockNotAvailable as exc:
-                # Only after the rollback, because a failed transaction accepts no query.
-                raise self._end_blockers(connection, self._keys(batch.topic_ids, batch.ranges)) from exc
+                self._begin(connection, wire, batch)
+                lap("fence")
+                written = attrs.evolve(_write_orders(connection, batch), seconds=seconds)
+                lap("orders")
+                _copy_rejects(connection, written.rejects)
+                lap("rejects")
+                before_commit(written)
+                lap("check")
+                connection.wait(wire.pipeline((queries.COMMIT, ())))
+            except BaseException as exc:
+                with contextlib.suppress(psycopg.Error):
+                    connection.wait(wire.pipeline((queries.ROLLBACK, ())))
+                if isinstance(exc, psycopg.errors.LockNotAvailable):
+                    # Only after the rollback, because a failed transaction accepts no query.
+                    raise self._end_blockers(connection, self._keys(batch.topic_ids, batch.ranges)) from exc
+                raise
             lap("commit")
             return written
 
@@ -193,19 +199,20 @@ class ConsumerStore:
             "partitions": [number for _, number in partitions],
         }
 
-    def _fence(self, connection: Connection, batch: Batch) -> None:
-        """Move each offset from the value that the batch expects, or raise FenceLost."""
+    def _begin(self, connection: Connection, wire: Wire, batch: Batch) -> None:
+        """Begin a transaction, and move each offset from the value that the batch expects, or raise FenceLost."""
         partitions = sorted(batch.ranges)
         keys = self._keys(batch.topic_ids, partitions)
-        moves = {
-            **keys,
-            "expected": [batch.ranges[partition].expected_offset for partition in partitions],
-            "next_offsets": [batch.ranges[partition].next_offset for partition in partitions],
-        }
-        with connection.pipeline():
-            connection.execute(queries.LIMIT_LOCK_WAIT)
-            moved = connection.execute(queries.MOVE_OFFSETS, moves)
-        moved_rows = set(moved.fetchall())
+        expected = [batch.ranges[partition].expected_offset for partition in partitions]
+        next_offsets = [batch.ranges[partition].next_offset for partition in partitions]
+        _, _, moved = connection.wait(
+            wire.pipeline(
+                (queries.BEGIN_WRITE, ()),
+                (queries.LIMIT_LOCK_WAIT, ()),
+                (queries.MOVE_OFFSETS, [*keys.values(), expected, next_offsets]),
+            )
+        )
+        moved_rows = set(moved)
         lost = {one for one in partitions if (batch.topic_ids[one.topic], one.partition) not in moved_rows}
         if lost:
             stored = _next_offsets(connection, keys, batch.topic_ids)

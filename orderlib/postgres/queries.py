@@ -301,7 +301,10 @@ RELEASE_SAVEPOINT: LiteralString = "RELEASE SAVEPOINT orderlib"
 #: it. Afterwards the caller's transaction has its own value again.
 SEQSCAN: LiteralString = "SELECT current_setting('enable_seqscan')"
 DISABLE_SEQSCAN: LiteralString = "SET LOCAL enable_seqscan = off"
-RESTORE_SEQSCAN: LiteralString = "SELECT set_config('enable_seqscan', $1, true)"
+RESTORE_SEQSCAN: dict[str, LiteralString] = {
+    "on": "SET LOCAL enable_seqscan = on",
+    "off": "SET LOCAL enable_seqscan = off",
+}
 
 #: Delete the versions that new ones replace; delivery, payment, items and the original are deleted with them.
 DELETE_ORDERS: LiteralString = "DELETE FROM orders WHERE order_uid = ANY($1::text[])"
@@ -350,9 +353,8 @@ WHERE consumer_group = %(group)s
 #: The fence: move each offset from where the batch expects it.
 MOVE_OFFSETS: LiteralString = """
 UPDATE consumer_offsets o SET next_offset = n.next_offset, updated_at = clock_timestamp()
-FROM unnest(%(topic_ids)s::text[], %(partitions)s::int[], %(expected)s::bigint[], %(next_offsets)s::bigint[])
-  AS n (topic_id, partition, expected, next_offset)
-WHERE o.consumer_group = %(group)s AND o.topic_id = n.topic_id AND o.partition = n.partition
+FROM unnest($2::text[], $3::int[], $4::bigint[], $5::bigint[]) AS n (topic_id, partition, expected, next_offset)
+WHERE o.consumer_group = $1 AND o.topic_id = n.topic_id AND o.partition = n.partition
   AND o.next_offset = n.expected
 RETURNING o.topic_id, o.partition
 """

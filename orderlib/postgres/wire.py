@@ -7,7 +7,7 @@ times the CPU of the client: 0.35 ms an order instead of 0.12 ms.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import LiteralString
 
 import psycopg
@@ -72,17 +72,38 @@ class Wire:
         self._prepared.update(new)
         return [self._rows(result) for result, is_answer in zip(results, answers, strict=True) if is_answer]
 
-    def copy_in(self, statement: LiteralString, data: Sequence[bytes]) -> PQGen[None]:
-        """Execute a COPY FROM STDIN with this data."""
+    def copy_in(self, copies: Sequence[LiteralString], data: Iterable[bytes], *after: LiteralString) -> PQGen[None]:
+        """Execute COPY FROM STDIN statements, each with its data, and then the statements ``after``.
+
+        They are one query: its first error ends it, and PostgreSQL begins the next statement without a round trip. The
+        data of a COPY are taken from ``data`` while PostgreSQL executes the one before.
+        """
         pgconn = self.pgconn
-        pgconn.send_query(statement.encode())
-        [result] = yield from generators.execute(pgconn)
-        if result.status != ExecStatus.COPY_IN:
-            raise error_from_result(result)
-        for part in data:
+        parts = iter(data)
+        part = next(parts)
+        pgconn.send_query("; ".join([*copies, *after]).encode())
+        yield from self._flush()
+        for _ in copies:
+            yield from self._copy_results()
             for start in range(0, len(part), _COPY_BYTES):
                 yield from generators.copy_to(pgconn, part[start : start + _COPY_BYTES], flush=False)
-        yield from generators.copy_end(pgconn, None)
+            while pgconn.put_copy_end() == 0:
+                yield Wait.W
+            yield from self._flush()
+            part = next(parts, b"")
+        yield from self._copy_results()
+
+    def _copy_results(self) -> PQGen[None]:
+        """Wait until the next COPY begins, or until the query has ended. Raise its error."""
+        for result in (yield from generators.fetch_many(self.pgconn)):
+            if result.status not in {ExecStatus.COPY_IN, ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK}:
+                raise error_from_result(result)
+
+    def _flush(self) -> PQGen[None]:
+        """Send everything. Read meanwhile, so that a server that waits for us does not block both."""
+        while self.pgconn.flush():
+            if (yield Wait.RW) == Ready.R:
+                self.pgconn.consume_input()
 
     def _pipeline_results(self) -> PQGen[list[PGresult]]:
         """Return all results of a pipeline, or raise its first error."""
@@ -90,9 +111,7 @@ class Wire:
         results: list[PGresult] = []
         error: psycopg.Error | None = None
         try:
-            while pgconn.flush():
-                if (yield Wait.RW) == Ready.R:
-                    pgconn.consume_input()
+            yield from self._flush()
             while True:
                 while pgconn.is_busy():
                     yield Wait.R

@@ -9,7 +9,7 @@ import contextlib
 import datetime as dt
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import LiteralString
 
 import psycopg
@@ -144,14 +144,19 @@ def _store(
     stored = _versions(rows)
     seen.update(stored)
     plan = rule(prepared_orders, stored)
+    statements: list[Statement] = []
     replaced = [write.order_uid for write in plan.writes if write.order_uid in stored]
     if replaced:
-        yield from wire.pipeline((queries.DELETE_ORDERS, [_text_array(replaced)]))
-    if plan.writes:
-        yield from _copy_orders(wire, plan, stored, now)
+        statements.append((queries.DELETE_ORDERS, [_text_array(replaced)]))
     if plan.moves:
-        yield from wire.pipeline(_moves(plan.moves.values()))
-    yield from wire.pipeline((queries.RESTORE_SEQSCAN, [seqscan]), (queries.RELEASE_SAVEPOINT, ()))
+        statements.append(_moves(plan.moves.values()))
+    end = (queries.RESTORE_SEQSCAN[str(seqscan)], queries.RELEASE_SAVEPOINT)
+    if not plan.writes:
+        statements += [(statement, ()) for statement in end]
+    if statements:
+        yield from wire.pipeline(*statements)
+    if plan.writes:
+        yield from wire.copy_in(_copies(plan), _copy_data(plan, stored, now), *end)
     return plan.outcomes
 
 
@@ -174,7 +179,17 @@ def _text_array(order_uids: Iterable[str]) -> str:
     return '{"' + '","'.join(order_uids) + '"}'
 
 
-def _copy_orders(wire: Wire, plan: WritePlan, stored: Mapping[str, StoredVersion], now: dt.datetime) -> PQGen[None]:
+def _copies(plan: WritePlan) -> list[LiteralString]:
+    """Return the COPY statements of the tables for which the plan has rows."""
+    copies = [queries.COPY_ORDERS, queries.COPY_DELIVERY, queries.COPY_PAYMENT, queries.COPY_ITEMS]
+    if any(write.original is not None for write in plan.writes):
+        copies.append(queries.COPY_ORIGINALS)
+    return copies
+
+
+def _copy_data(plan: WritePlan, stored: Mapping[str, StoredVersion], now: dt.datetime) -> Iterator[bytes]:
+    """Yield the data of each COPY; the originals come last, perhaps without a row."""
+
     def order_row(write: PreparedOrder, number: int) -> bytes:
         version, has_original = stored.get(write.order_uid), write.original is not None
         if version is None or version.first_stored_at is None:
@@ -188,18 +203,16 @@ def _copy_orders(wire: Wire, plan: WritePlan, stored: Mapping[str, StoredVersion
     # Sorted, so that two writers lock the same orders in the same sequence and cannot deadlock.
     numbered = sorted(zip(plan.writes, plan.numbers, strict=True), key=lambda pair: pair[0].order_uid)
     writes = [write for write, _ in numbered]
-    yield from _copy(wire, queries.COPY_ORDERS, itertools.starmap(order_row, numbered))
-    yield from _copy(wire, queries.COPY_DELIVERY, [write.rows.delivery for write in writes])
-    yield from _copy(wire, queries.COPY_PAYMENT, [write.rows.payment for write in writes])
-    yield from _copy(wire, queries.COPY_ITEMS, [write.rows.items for write in writes])
+    yield _file(itertools.starmap(order_row, numbered))
+    yield _file(write.rows.delivery for write in writes)
+    yield _file(write.rows.payment for write in writes)
+    yield _file(write.rows.items for write in writes)
     originals = [(write.order_uid, write.original) for write in writes if write.original is not None]
-    if originals:
-        rows = itertools.starmap(original_row, originals)
-        yield from _copy(wire, queries.COPY_ORIGINALS, itertools.chain.from_iterable(rows))
+    yield _file(itertools.chain.from_iterable(itertools.starmap(original_row, originals)))
 
 
-def _copy(wire: Wire, statement: LiteralString, rows: Iterable[bytes]) -> PQGen[None]:
-    yield from wire.copy_in(statement, [b"".join((COPY_HEADER, *rows, COPY_TRAILER))])
+def _file(rows: Iterable[bytes]) -> bytes:
+    return b"".join((COPY_HEADER, *rows, COPY_TRAILER))
 
 
 def _moves(moves: Iterable[PreparedOrder]) -> Statement:
