@@ -21,7 +21,7 @@ import msgspec
 from cattrs import BaseConverter
 from msgspec.inspect import DataclassType, Type, VarTupleType
 
-from orderlib.contract import M, Validator, defaults_of, rule_of, rules_of
+from orderlib.contract import M, Validator, defaults_of, model_of, rule_of, rules_of
 from orderlib.contract import json_schema as schemas_of
 from orderlib.errors import Fault, MalformedJson
 from orderlib.models import MAX_ITEMS, Delivery, Item, Order, Payment
@@ -360,16 +360,12 @@ def _find_unknown(
 @functools.cache
 def _layout(model: Hashable) -> Mapping[str, tuple[Hashable, bool]]:
     """Return a model's fields by name: the model of its value, if it has one, and whether it is an array of them."""
-    layout = {}
-    for field in rules_of(model).fields:
-        rule = rule_of(field)
-        part = rule.item_type if isinstance(rule, VarTupleType) else rule
-        layout[field.encode_name] = part.cls if isinstance(part, DataclassType) else None, part is not rule
-    return layout
+    rules = {field.encode_name: rule_of(field) for field in rules_of(model).fields}
+    return {name: (model_of(rule), isinstance(rule, VarTupleType)) for name, rule in rules.items()}
 
 
 def _unknown_text(data: bytes) -> bytes:
-    """Return the unknown fields as JSON without whitespace, sorted by name; nothing if there are none."""
+    """Return the unknown fields as JSON without whitespace, sorted by name; empty if the order has none."""
     found = unknown_fields(data)
     return msgspec.json.format(_sorting_encoder.encode(found), indent=-1) if found else b""
 

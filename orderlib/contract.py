@@ -127,6 +127,12 @@ def defaults_of(cls: Hashable) -> dict[str, Any]:
     return {field.name: field.default for field in rules_of(cls).fields if not field.required}
 
 
+def model_of(rule: Type) -> type | None:
+    """Return the model of a value or, for an array, of its elements; ``None`` for other values."""
+    part = rule.item_type if isinstance(rule, VarTupleType) else rule
+    return part.cls if isinstance(part, DataclassType) else None
+
+
 def rule_of(field: Field) -> Type:
     """Return the rule on a field, without the wrapper that msgspec puts around a type with a description."""
     rule = field.type
@@ -383,10 +389,8 @@ def _parts(model: type) -> Iterator[type]:
     """Yield a model and the models in its fields."""
     yield model
     for field in rules_of(model).fields:
-        rule = rule_of(field)
-        part = rule.item_type if isinstance(rule, VarTupleType) else rule
-        if isinstance(part, DataclassType):
-            yield from _parts(part.cls)
+        if (part := model_of(rule_of(field))) is not None:
+            yield from _parts(part)
 
 
 #: A line of the ``Attributes`` section of a docstring, with the lines that continue it.
