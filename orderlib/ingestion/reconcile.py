@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
-from orderlib.codecs import content_sha256, decode_order
+from orderlib.codecs import content_sha256
 from orderlib.errors import REJECT_CODES, Fault, RefusedByDatabase, RejectedError, TooLarge
 from orderlib.ingestion.records import PreparedOrder, Record, Reject
 from orderlib.models import Order
@@ -128,7 +128,7 @@ class SnapshotOriginal:
         with contextlib.suppress(RejectedError):
             prepared_order = PreparedOrder.of_text(value)
             if prepared_order.original is not None:
-                known, content = content_sha256(decode_order(value)), prepared_order.content_sha256
+                known, content = prepared_order.known_sha256, prepared_order.content_sha256
         return cls(value_sha256=hashlib.sha256(value).digest(), known_sha256=known, content_sha256=content)
 
 
@@ -568,11 +568,7 @@ def _version(
     return _Version(
         offset=record.source.offset,
         content_sha256=classified.content_sha256,
-        known_sha256=(
-            classified.content_sha256
-            if classified.original is None
-            else content_sha256(decode_order(classified.original))
-        ),
+        known_sha256=classified.known_sha256,
         time=record.time,
         redriven=redriven,
         redriven_at=redriven_at,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import attrs
 
-from orderlib.codecs import CanonicalOrder, canonical_form, decode_canonical, decode_order, digest
+from orderlib.codecs import CanonicalOrder, canonical_form, content_sha256, decode_canonical, decode_order, digest
 from orderlib.errors import Fault, MalformedJson, RejectedError, TooLarge
 from orderlib.models import Order
 from orderlib.repository import Outcome, RecordPosition
@@ -138,6 +138,11 @@ class PreparedOrder:
     source: RecordPosition | None = None
     time: dt.datetime | None = None
 
+    @property
+    def known_sha256(self) -> bytes:
+        """The digest without the unknown fields, which releases that ignored them stored. It costs a decoding."""
+        return self.content_sha256 if self.original is None else content_sha256(decode_order(self.original))
+
     @classmethod
     def of(
         cls,
@@ -188,10 +193,9 @@ class PreparedOrder:
 
 def prepared(order: Order, original: bytes | None, *, pack_rows: PackRows = pack_no_rows) -> PreparedOrder:
     """Prepare an order that is saved from Python, with its JSON text if there is one (see ``OrderRepository.save``)."""
-    prepared_order = PreparedOrder.of(order, pack_rows=pack_rows)
     if original is None:
-        return prepared_order
-    if decode_order(original) != order:
+        return PreparedOrder.of(order, pack_rows=pack_rows)
+    if canonical_form(order) != canonical_form(decode_order(original)):
         raise ValueError("original must be the JSON text of the order that is saved")
     return PreparedOrder.of_text(original, pack_rows=pack_rows)
 
