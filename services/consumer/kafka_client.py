@@ -100,10 +100,9 @@ class KafkaClient(Protocol):
         """Return the records and other events that are ready, at most ``limit`` messages, in the order of a partition.
 
         Wait for the first one for at most ``timeout_s``, and for no other. ``topic_ids`` has the topic ids for the
-        positions of the records.
-        Records of aborted transactions are left out. At the end of a partition there is one PartitionEof, with the
-        offset after any gap. For an offset that Kafka no longer has there is a FetchFailed that is not transient:
-        records are never skipped.
+        positions of the records. Records of aborted transactions are left out. At the end of a partition there is one
+        PartitionEof, with the offset after any gap. For an offset that Kafka no longer has there is a FetchFailed that
+        is not transient: records are never skipped.
         """
 
     def poll(self, topic_ids: Mapping[str, str], timeout_s: float) -> Sequence[PollResult]:

@@ -148,8 +148,7 @@ class KafkaConsumer(KafkaClient):
 
     def poll(self, topic_ids: Mapping[str, str], timeout_s: float) -> list[PollResult]:
         """Return at most one message, and stay in the group."""
-        message = self._consumer.poll(timeout_s)
-        return [*self._take_fatal(), *([] if message is None else [self._convert(message, topic_ids)])]
+        return self.fetch(topic_ids, 1, timeout_s)
 
     def assign(self, next_offsets: Mapping[TopicPartition, int]) -> None:
         """Start to fetch these assigned partitions, each from its offset."""
