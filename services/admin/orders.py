@@ -24,7 +24,7 @@ def add_commands(commands: Commands) -> None:
         description="Print the current version of an order as canonical JSON (ORDERS_READER_URL). On a "
         "terminal, control characters are escaped.",
     )
-    parser.add_argument("order_uid", metavar="UID", help="an order_uid; write -- before one that begins with a hyphen")
+    _add_order_uid(parser)
     parser.set_defaults(command=_get)
     parser = commands.add_parser(
         "original",
@@ -33,7 +33,7 @@ def add_commands(commands: Commands) -> None:
         "(ORDERS_READER_URL). Only an order with fields that orderlib does not know has one; exit status 1 if it has "
         "none. On a terminal, control characters are escaped.",
     )
-    parser.add_argument("order_uid", metavar="UID", help="an order_uid; write -- before one that begins with a hyphen")
+    _add_order_uid(parser)
     parser.set_defaults(command=_original)
     parser = commands.add_parser(
         "forget",
@@ -42,10 +42,14 @@ def add_commands(commands: Commands) -> None:
         "key (ORDERS_MIGRATOR_URL). Kafka still has the record until its retention ends: moving the offsets back "
         "stores the order again. Backups contain it, too.",
     )
-    parser.add_argument("order_uid", metavar="UID", help="an order_uid; write -- before one that begins with a hyphen")
+    _add_order_uid(parser)
     add_yes_option(parser)
     add_json_option(parser)
     parser.set_defaults(command=_forget)
+
+
+def _add_order_uid(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("order_uid", metavar="UID", help="an order_uid; write -- before one that begins with a hyphen")
 
 
 def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
