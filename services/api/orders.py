@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from urllib.parse import urlencode
 
 import falcon
@@ -56,10 +57,8 @@ class OrderResource:
         resp.set_header("Cache-Control", _REVALIDATE)
         if known := known_etags(req):
             etag = (await self._reader.content_sha256(order_uid)).hex()
-            if etag in known or "*" in known:
+            if _is_not_modified(resp, etag, known):
                 req.context.order_uid = order_uid
-                resp.set_header("ETag", f'"{etag}"')
-                resp.status = falcon.HTTP_NOT_MODIFIED
                 return
         stored = await self._reader.get_stored(order_uid)
         req.context.order_uid = order_uid
@@ -78,14 +77,22 @@ class OrderResource:
             )
         resp.set_header("Cache-Control", _REVALIDATE)
         etag = hashlib.sha256(original).hexdigest()
-        resp.set_header("ETag", f'"{etag}"')
-        if (known := known_etags(req)) and (etag in known or "*" in known):
-            resp.status = falcon.HTTP_NOT_MODIFIED
+        if _is_not_modified(resp, etag, known_etags(req)):
             return
+        resp.set_header("ETag", f'"{etag}"')
         resp.content_type = falcon.MEDIA_JSON
         resp.data = original
 
     on_head = on_get
+
+
+def _is_not_modified(resp: Response, etag: str, known: Collection[str]) -> bool:
+    """Answer 304 if the client knows this version. Return whether it does."""
+    if etag not in known and "*" not in known:
+        return False
+    resp.set_header("ETag", f'"{etag}"')
+    resp.status = falcon.HTTP_NOT_MODIFIED
+    return True
 
 
 class OrdersResource:
