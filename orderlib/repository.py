@@ -8,7 +8,7 @@ import datetime as dt
 import enum
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
 from typing import Any, Protocol, TypedDict, TypeVar, Unpack
 
 import attrs
@@ -78,6 +78,25 @@ def _in_utc(time: Any) -> Any:
     return limit.replace(tzinfo=dt.UTC)
 
 
+def encoded_cursor(plain: str) -> str:
+    """Return a text as URL-safe text without padding: what ``str`` of a cursor is."""
+    return base64.urlsafe_b64encode(plain.encode()).decode().rstrip("=")
+
+
+def parsed_cursor(text: str, of_plain: Callable[[str], T]) -> T:
+    """Return the cursor whose ``str`` is this text. ``of_plain`` makes it from the text that was encoded.
+
+    Raises InvalidQuery for a text that is no cursor, also if ``of_plain`` raises ValueError or OverflowError.
+    """
+    try:
+        cursor = of_plain(base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode())
+        if str(cursor) == text:
+            return cursor
+    except (ValueError, OverflowError, binascii.Error):
+        pass
+    raise InvalidQuery("cursor: expected a next_cursor as it was returned")
+
+
 @attrs.frozen(kw_only=True)
 class Cursor:
     """A position in the list of orders: that of an order, which the page after it does not repeat.
@@ -98,22 +117,17 @@ class Cursor:
             raise ValueError("order_uid must not contain NUL or lone surrogates")
 
     def __str__(self) -> str:
-        plain = f"{self.first_stored_at.astimezone(dt.UTC).isoformat()} {self.order_uid}"
-        return base64.urlsafe_b64encode(plain.encode()).decode().rstrip("=")
+        return encoded_cursor(f"{self.first_stored_at.astimezone(dt.UTC).isoformat()} {self.order_uid}")
 
     @classmethod
     def parse(cls, text: str) -> Cursor:
         """Return the cursor that ``str`` encoded. Raises InvalidQuery for any other text."""
-        checked_type("text", text, str)
-        try:
-            plain = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode()
-            moment, _, order_uid = plain.partition(" ")
-            cursor = cls(first_stored_at=dt.datetime.fromisoformat(moment), order_uid=order_uid)
-            if str(cursor) == text:
-                return cursor
-        except (ValueError, OverflowError, binascii.Error):
-            pass
-        raise InvalidQuery("cursor: expected a next_cursor as it was returned")
+        return parsed_cursor(checked_type("text", text, str), cls._of_plain)
+
+    @classmethod
+    def _of_plain(cls, plain: str) -> Cursor:
+        moment, _, order_uid = plain.partition(" ")
+        return cls(first_stored_at=dt.datetime.fromisoformat(moment), order_uid=order_uid)
 
 
 @attrs.frozen(kw_only=True)

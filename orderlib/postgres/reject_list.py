@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import datetime as dt
 from typing import Self
 
 import attrs
 
 from orderlib.contract import fits_postgres
-from orderlib.errors import Fault, InvalidQuery
-from orderlib.repository import PAGE_SIZE
+from orderlib.errors import Fault
+from orderlib.repository import PAGE_SIZE, encoded_cursor, parsed_cursor
 
 
 @attrs.frozen(kw_only=True)
@@ -36,27 +34,24 @@ class RejectCursor:
     topic_id: str
 
     def __str__(self) -> str:
-        plain = f"{self.rejected_at.astimezone(dt.UTC).isoformat()} {self.partition} {self.offset} {self.topic_id}"
-        return base64.urlsafe_b64encode(plain.encode()).decode().rstrip("=")
+        time = self.rejected_at.astimezone(dt.UTC).isoformat()
+        return encoded_cursor(f"{time} {self.partition} {self.offset} {self.topic_id}")
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Return the cursor that ``str`` encoded. Raises InvalidQuery for any other text."""
-        try:
-            plain = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode()
-            time, partition, offset, topic_id = plain.split(" ", 3)
-            cursor = cls(
-                rejected_at=dt.datetime.fromisoformat(time),
-                partition=int(partition),
-                offset=int(offset),
-                topic_id=topic_id,
-            )
-            fits = cursor.partition < 2**31 and cursor.offset < 2**63 and fits_postgres(topic_id)
-            if fits and cursor.rejected_at.utcoffset() is not None and str(cursor) == text:
-                return cursor
-        except (ValueError, OverflowError, binascii.Error):
-            pass
-        raise InvalidQuery("cursor: expected a next_cursor as it was returned")
+        return parsed_cursor(text, cls._of_plain)
+
+    @classmethod
+    def _of_plain(cls, plain: str) -> Self:
+        time, partition, offset, topic_id = plain.split(" ", 3)
+        cursor = cls(
+            rejected_at=dt.datetime.fromisoformat(time), partition=int(partition), offset=int(offset), topic_id=topic_id
+        )
+        fits = cursor.partition < 2**31 and cursor.offset < 2**63 and fits_postgres(topic_id)
+        if not fits or cursor.rejected_at.utcoffset() is None:
+            raise ValueError("not a position in the list of rejects")
+        return cursor
 
 
 @attrs.frozen(kw_only=True)
