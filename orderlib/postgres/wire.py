@@ -29,6 +29,8 @@ _COPY_BYTES = 4 * 1024 * 1024
 
 #: A statement with the placeholders ``$1``, ``$2``, …, and its parameters.
 Statement = tuple[LiteralString, Sequence[object]]
+#: A COPY FROM STDIN, and its data in parts.
+Copy = tuple[LiteralString, Iterable[bytes]]
 
 
 class Wire:
@@ -72,25 +74,25 @@ class Wire:
         self._prepared.update(new)
         return [self._rows(result) for result, is_answer in zip(results, answers, strict=True) if is_answer]
 
-    def copy_in(self, copies: Sequence[LiteralString], data: Iterable[bytes], *after: LiteralString) -> PQGen[None]:
-        """Execute COPY FROM STDIN statements, each with its data, and then the statements ``after``.
+    def copy_in(self, copies: Sequence[Copy], *after: LiteralString) -> PQGen[None]:
+        """Execute COPY FROM STDIN statements, at least one, each with its data, and then the statements ``after``.
 
         They are one query: its first error ends it, and PostgreSQL begins the next statement without a round trip. The
-        data of a COPY are taken from ``data`` while PostgreSQL executes the one before.
+        data of a COPY are joined while PostgreSQL executes the one before.
         """
         pgconn = self.pgconn
-        parts = iter(data)
-        part = next(parts)
-        pgconn.send_query("; ".join([*copies, *after]).encode())
+        joined = (b"".join(parts) for _, parts in copies)
+        data = next(joined)
+        pgconn.send_query("; ".join([*(statement for statement, _ in copies), *after]).encode())
         yield from self._flush()
         for _ in copies:
             yield from self._copy_results()
-            for start in range(0, len(part), _COPY_BYTES):
-                yield from generators.copy_to(pgconn, part[start : start + _COPY_BYTES], flush=False)
+            for start in range(0, len(data), _COPY_BYTES):
+                yield from generators.copy_to(pgconn, data[start : start + _COPY_BYTES], flush=False)
             while pgconn.put_copy_end() == 0:
                 yield Wait.W
             yield from self._flush()
-            part = next(parts, b"")
+            data = next(joined, b"")
         yield from self._copy_results()
 
     def _copy_results(self) -> PQGen[None]:

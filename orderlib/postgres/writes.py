@@ -9,8 +9,7 @@ import contextlib
 import datetime as dt
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import LiteralString
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import psycopg
 from psycopg.abc import PQGen
@@ -21,7 +20,7 @@ from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
 from orderlib.postgres.errors import translate
 from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, Row, original_row, pack_version
-from orderlib.postgres.wire import Statement, Wire
+from orderlib.postgres.wire import Copy, Statement, Wire
 from orderlib.repository import Outcome, RecordPosition
 
 #: Plans the writes of prepared orders from the stored versions.
@@ -156,7 +155,7 @@ def _store(
     if statements:
         yield from wire.pipeline(*statements)
     if plan.writes:
-        yield from wire.copy_in(_copies(plan), _copy_data(plan, stored, now), *end)
+        yield from wire.copy_in(_copies(plan, stored, now), *end)
     return plan.outcomes
 
 
@@ -179,16 +178,8 @@ def _text_array(order_uids: Iterable[str]) -> str:
     return '{"' + '","'.join(order_uids) + '"}'
 
 
-def _copies(plan: WritePlan) -> list[LiteralString]:
-    """Return the COPY statements of the tables for which the plan has rows."""
-    copies = [queries.COPY_ORDERS, queries.COPY_DELIVERY, queries.COPY_PAYMENT, queries.COPY_ITEMS]
-    if any(write.original is not None for write in plan.writes):
-        copies.append(queries.COPY_ORIGINALS)
-    return copies
-
-
-def _copy_data(plan: WritePlan, stored: Mapping[str, StoredVersion], now: dt.datetime) -> Iterator[bytes]:
-    """Yield the data of each COPY; the originals come last, perhaps without a row."""
+def _copies(plan: WritePlan, stored: Mapping[str, StoredVersion], now: dt.datetime) -> list[Copy]:
+    """Return the COPY of each table for which the plan has rows."""
 
     def order_row(write: PreparedOrder, number: int) -> bytes:
         version, has_original = stored.get(write.order_uid), write.original is not None
@@ -203,16 +194,17 @@ def _copy_data(plan: WritePlan, stored: Mapping[str, StoredVersion], now: dt.dat
     # Sorted, so that two writers lock the same orders in the same sequence and cannot deadlock.
     numbered = sorted(zip(plan.writes, plan.numbers, strict=True), key=lambda pair: pair[0].order_uid)
     writes = [write for write, _ in numbered]
-    yield _file(itertools.starmap(order_row, numbered))
-    yield _file(write.rows.delivery for write in writes)
-    yield _file(write.rows.payment for write in writes)
-    yield _file(write.rows.items for write in writes)
     originals = [(write.order_uid, write.original) for write in writes if write.original is not None]
-    yield _file(itertools.chain.from_iterable(itertools.starmap(original_row, originals)))
-
-
-def _file(rows: Iterable[bytes]) -> bytes:
-    return b"".join((COPY_HEADER, *rows, COPY_TRAILER))
+    rows: list[Copy] = [
+        (queries.COPY_ORDERS, itertools.starmap(order_row, numbered)),
+        (queries.COPY_DELIVERY, (write.rows.delivery for write in writes)),
+        (queries.COPY_PAYMENT, (write.rows.payment for write in writes)),
+        (queries.COPY_ITEMS, (write.rows.items for write in writes)),
+    ]
+    if originals:
+        original_rows = itertools.starmap(original_row, originals)
+        rows.append((queries.COPY_ORIGINALS, itertools.chain.from_iterable(original_rows)))
+    return [(statement, itertools.chain([COPY_HEADER], parts, [COPY_TRAILER])) for statement, parts in rows]
 
 
 def _moves(moves: Iterable[PreparedOrder]) -> Statement:
