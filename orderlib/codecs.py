@@ -137,7 +137,8 @@ def decode_order(data: bytes) -> Order:
         InvalidOrder: well-formed, but not an order; ``faults`` has every fault in document order.
         TypeError: not bytes.
     """
-    _require_text(data)
+    _require_utf8(data)
+    _require_few_levels(data)
     return _decode(data)
 
 
@@ -146,19 +147,21 @@ def decode_canonical(data: bytes) -> tuple[CanonicalOrder, bytes]:
 
     Accept and refuse the same texts as ``decode_order``.
     """
-    _require_text(data)
+    _require_utf8(data)
     try:
+        # A text without unknown fields has few levels.
         order = _canonical_decoder.decode(data)
         if not _needs_report(data, order):
             order.date_created = order.date_created.astimezone(dt.UTC)
             return _share_defaults(order), b""
     except (msgspec.DecodeError, RecursionError):
         pass
+    _require_few_levels(data)
     return canonical_form(_decode(data)), _with_complete_stack(_unknown_text, data)
 
 
-def _require_text(data: bytes) -> None:
-    """Raise MalformedJson for bytes that are not UTF-8 or nest too deep."""
+def _require_utf8(data: bytes) -> None:
+    """Raise MalformedJson for bytes that are not UTF-8."""
     if not isinstance(data, bytes):
         raise TypeError(f"an order is decoded from bytes, not from {type(data).__name__}")
     if not data.isascii():
@@ -166,6 +169,10 @@ def _require_text(data: bytes) -> None:
             data.decode()
         except UnicodeDecodeError as exc:
             raise _malformed(f"bytes that are not UTF-8 (byte {exc.start})") from exc
+
+
+def _require_few_levels(data: bytes) -> None:
+    """Raise MalformedJson for more than ``MAX_NESTING`` levels of arrays and objects."""
     # Count first: only a large record has more brackets than that.
     if data.count(b"[") + data.count(b"{") > MAX_NESTING and _is_too_deep(data):
         raise _malformed(f"more than {MAX_NESTING:,} levels of nesting")
