@@ -27,7 +27,7 @@ MAX_PAGE_SIZE = 100
 #: A page ends early, before it has this number of items: one large page must not delay other readers.
 MAX_PAGE_ITEMS = 5_000
 
-#: ``status`` stops to count here: an exact larger number is not worth its time.
+#: ``status`` and ``count`` stop to count here: an exact larger number is not worth its time.
 COUNT_LIMIT = 10_000
 
 #: How many orders ``stream`` reads at once.
@@ -436,6 +436,10 @@ class OrderRepository(Protocol):
         """
         ...
 
+    def count(self, **filters: Unpack[Filters]) -> int:
+        """Return how many orders match the filters, at most ``COUNT_LIMIT`` (10,000)."""
+        ...
+
     def find(self, text: str, *, limit: int = PAGE_SIZE) -> tuple[Match, ...]:
         """Return the orders that a text identifies, newest ``first_stored_at`` first, with the fields that match.
 
@@ -530,6 +534,10 @@ class AsyncOrderRepository(Protocol):
 
     async def list_orders(self, **options: Unpack[ListOptions]) -> Page:
         """See ``OrderRepository.list_orders``."""
+        ...
+
+    async def count(self, **filters: Unpack[Filters]) -> int:
+        """See ``OrderRepository.count``."""
         ...
 
     async def find(self, text: str, *, limit: int = PAGE_SIZE) -> tuple[Match, ...]:

@@ -89,6 +89,11 @@ class AsyncOrderRepositoryBase(ABC):
         query = ListQuery(**options)
         return await self._read(lambda read_queries: read_queries.list_orders(query))
 
+    async def count(self, **filters: Unpack[Filters]) -> int:
+        """See ``OrderRepository.count``."""
+        query = ListQuery(**filters)
+        return await self._read(lambda read_queries: read_queries.count(query))
+
     async def find(self, text: str, *, limit: int = PAGE_SIZE) -> tuple[Match, ...]:
         """See ``OrderRepository.find``."""
         check_limit(limit)

@@ -164,9 +164,6 @@ _DIRECTIONS: dict[Direction, tuple[LiteralString, LiteralString]] = {
 }
 
 
-#: The parameters of the filters of a list: the first ones after the limit, or after the limit and the cursor.
-_FILTER_PARAMETERS: tuple[LiteralString, ...] = ("$2", "$3", "$4", "$5", "$6", "$7", "$8", "$9")
-
 #: The orders with a phone number, an e-mail address or an item. ``regexp_replace`` and ``lower`` do what
 #: ``orderlib.search`` does with the parameter, and are expressions of indexes. "C" is the same in each database: only A
 #: to Z have two cases. An array is read along the primary key of orders, however little the planner knows.
@@ -180,36 +177,45 @@ o.order_uid = ANY(ARRAY(SELECT f.order_uid FROM delivery f WHERE lower(f.email C
 _OF_RID: LiteralString = """o.order_uid = ANY(ARRAY(SELECT f.order_uid FROM items f WHERE f.rid COLLATE "C" = {}))"""
 
 
-def list_orders(
-    direction: Direction,
-    *,
-    cursor: bool,
-    customer: bool = False,
-    track: bool = False,
-    phone: bool = False,
-    email: bool = False,
-    since: bool = False,
-    until: bool = False,
-) -> LiteralString:
-    """Return the query for a page of orders: $1 is the limit, $2 and $3 the cursor, then the filters that are used.
+#: The condition of each filter of a list, with the parameter that it takes.
+_ORDER_CONDITIONS: dict[str, LiteralString] = {
+    "customer_id": "o.customer_id = {}",
+    "track_number": "o.track_number = {}",
+    "phone": _OF_PHONE,
+    "email": _OF_EMAIL,
+    "since": "o.first_stored_at >= {}::timestamptz",
+    "until": "o.first_stored_at < {}::timestamptz",
+}
+_NUMBERS: tuple[LiteralString, ...] = ("$1", "$2", "$3", "$4", "$5", "$6", "$7", "$8", "$9")
+
+
+def list_orders(direction: Direction, filters: Collection[str], *, cursor: bool) -> LiteralString:
+    """Return the query for a page of orders: $1 is the limit, $2 and $3 the cursor, then the filters as given.
 
     Each combination of conditions is a statement of its own, so each has its own plan and its own index.
     """
     comparison, sort = _DIRECTIONS[direction]
     after = f" AND (o.first_stored_at, o.order_uid) {comparison} ($2::timestamptz, $3)" if cursor else ""
-    numbers = iter(_FILTER_PARAMETERS[2 if cursor else 0 :])
-    of_customer = f" AND o.customer_id = {next(numbers)}" if customer else ""
-    of_track = f" AND o.track_number = {next(numbers)}" if track else ""
-    of_phone = f" AND {_OF_PHONE.format(next(numbers))}" if phone else ""
-    of_email = f" AND {_OF_EMAIL.format(next(numbers))}" if email else ""
-    from_time = f" AND o.first_stored_at >= {next(numbers)}::timestamptz" if since else ""
-    before_time = f" AND o.first_stored_at < {next(numbers)}::timestamptz" if until else ""
+    where = _all_of(_ORDER_CONDITIONS, filters, iter(_NUMBERS[3 if cursor else 1 :]))
     return f"""
 SELECT {_ORDER_COLUMNS}
 FROM orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)
-WHERE true{after}{of_customer}{of_track}{of_phone}{of_email}{from_time}{before_time}
+WHERE {where}{after}
 ORDER BY o.first_stored_at {sort}, o.order_uid {sort} LIMIT $1
 """
+
+
+def count_orders(filters: Collection[str]) -> LiteralString:
+    """Return the query for the number of orders, up to $1. The other parameters are those of the filters as given."""
+    where = _all_of(_ORDER_CONDITIONS, filters, iter(_NUMBERS[1:]))
+    return f"SELECT count(*) FROM (SELECT 1 FROM orders o WHERE {where} LIMIT $1) found"
+
+
+def _all_of(
+    conditions: dict[str, LiteralString], filters: Collection[str], numbers: Iterator[LiteralString]
+) -> LiteralString:
+    """Return the conditions of these filters, each with the next parameter."""
+    return " AND ".join(["true", *(conditions[name].format(next(numbers)) for name in filters)])
 
 
 #: The newest orders that match a complete value $1, at most $2, for each field of a search.
@@ -615,24 +621,24 @@ FROM unnest(%(tables)s::text[], %(rights)s::text[]) AS n (table_name, table_righ
 WHERE NOT has_table_privilege(n.table_name, n.table_right)
 """
 
-#: The conditions of a list of rejects, each with the parameter that it takes. A flag takes none.
+#: The condition of each filter of a list of rejects, with the parameter that it takes.
 _REJECT_CONDITIONS: dict[str, LiteralString] = {
     "code": "code = {}",
     "key": "key = {}::bytea",
     "since": "rejected_at >= {}::timestamptz",
     "until": "rejected_at < {}::timestamptz",
+    "waiting": "(redrive_outcome IS NULL) = {}",
 }
-_NUMBERS: tuple[LiteralString, ...] = ("$1", "$2", "$3", "$4", "$5", "$6", "$7", "$8", "$9")
 
 
-def list_rejects(filters: Collection[str], *, waiting: bool, cursor: bool, oldest_first: bool) -> LiteralString:
+def list_rejects(filters: Collection[str], *, cursor: bool, oldest_first: bool) -> LiteralString:
     """Return the query for a page of rejects, without the content of the records.
 
     Its parameters are those of the filters in the sequence given, the four of the cursor, and the limit.
     """
     numbers = iter(_NUMBERS)
     comparison, sort = _DIRECTIONS[Direction.NEWER if oldest_first else Direction.OLDER]
-    where = _reject_conditions(filters, numbers, waiting=waiting)
+    where = _all_of(_REJECT_CONDITIONS, filters, numbers)
     if cursor:
         place: LiteralString = (
             f"{next(numbers)}::timestamptz, {next(numbers)}, {next(numbers)}::integer, {next(numbers)}::bigint"
@@ -645,14 +651,9 @@ ORDER BY rejected_at {sort}, topic_id {sort}, partition {sort}, record_offset {s
 """
 
 
-def count_rejects(filters: Collection[str], *, waiting: bool) -> LiteralString:
+def count_rejects(filters: Collection[str]) -> LiteralString:
     """Return the query for the number of rejects. Its parameters are those of the filters in the sequence given."""
-    return f"SELECT count(*) FROM rejects WHERE {_reject_conditions(filters, iter(_NUMBERS), waiting=waiting)}"
-
-
-def _reject_conditions(filters: Collection[str], numbers: Iterator[LiteralString], *, waiting: bool) -> LiteralString:
-    conditions = [_REJECT_CONDITIONS[name].format(next(numbers)) for name in filters]
-    return " AND ".join([*conditions, "redrive_outcome IS NULL" if waiting else "true"])
+    return f"SELECT count(*) FROM rejects WHERE {_all_of(_REJECT_CONDITIONS, filters, iter(_NUMBERS))}"
 
 
 #: One reject, with the first bytes and the size of each part that may be large.

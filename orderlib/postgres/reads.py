@@ -109,25 +109,14 @@ class ReadQueries:
 
     def page(self, query: ListQuery, limit: int, *, begin: bool = False, end: bool = False) -> PQGen[Page]:
         """Return a page of at most ``limit`` orders. Several pages between ``begin`` and ``end`` see one snapshot."""
-        filters = (query.customer_id, query.track_number, query.phone, query.email)
-        texts = [text for text in filters if text is not None]
-        if not all(map(fits_postgres, texts)):
+        filters = _list_filters(query)
+        if filters is None:
             return Page(orders=(), next_cursor=None)
-        times = [time for time in (query.since, query.until) if time is not None]
         cursor = query.cursor
-        statement = queries.list_orders(
-            query.direction,
-            cursor=cursor is not None,
-            customer=query.customer_id is not None,
-            track=query.track_number is not None,
-            phone=query.phone is not None,
-            email=query.email is not None,
-            since=query.since is not None,
-            until=query.until is not None,
-        )
+        statement = queries.list_orders(query.direction, filters, cursor=cursor is not None)
         position: list[object] = [cursor.first_stored_at, cursor.order_uid] if cursor else []
         # One more than the page, to know whether there is a next page.
-        select: Statement = (statement, [limit + 1, *position, *texts, *times])
+        select: Statement = (statement, [limit + 1, *position, *filters.values()])
         for _ in range(_ATTEMPTS):
             joined = (yield from self._pipeline(select, begin=begin))[0]
             shown = joined[:limit]
@@ -147,6 +136,15 @@ class ReadQueries:
         if query.direction is Direction.NEWER:
             stored.reverse()
         return Page(orders=tuple(stored), next_cursor=next_cursor)
+
+    def count(self, query: ListQuery) -> PQGen[int]:
+        """See ``OrderRepository.count``."""
+        filters = _list_filters(query)
+        if filters is None:
+            return 0
+        [[(count,)]] = yield from self._wire.pipeline((queries.count_orders(filters), [COUNT_LIMIT, *filters.values()]))
+        assert isinstance(count, int)
+        return count
 
     def find(self, text: str, limit: int) -> PQGen[tuple[Match, ...]]:
         """See ``OrderRepository.find``. The caller has checked the limit."""
@@ -207,9 +205,7 @@ class ReadQueries:
         """Return a page of the list of rejects."""
         filters = _reject_filters(query)
         cursor = query.cursor
-        statement = queries.list_rejects(
-            filters, waiting=query.waiting, cursor=cursor is not None, oldest_first=query.oldest_first
-        )
+        statement = queries.list_rejects(filters, cursor=cursor is not None, oldest_first=query.oldest_first)
         place = [cursor.rejected_at, cursor.topic_id, cursor.partition, cursor.offset] if cursor else []
         # One more than the page, to know whether there is a next page.
         [rows] = yield from self._wire.pipeline((statement, [*filters.values(), *place, query.limit + 1]))
@@ -221,7 +217,7 @@ class ReadQueries:
     def count_rejects(self, query: RejectQuery) -> PQGen[int]:
         """Return how many rejects match the filters of a query."""
         filters = _reject_filters(query)
-        statement = queries.count_rejects(filters, waiting=query.waiting)
+        statement = queries.count_rejects(filters)
         [[(count,)]] = yield from self._wire.pipeline((statement, list(filters.values())))
         assert isinstance(count, int)
         return count
@@ -328,12 +324,26 @@ def _changing() -> TransactionConflict:
     return TransactionConflict("other writers keep replacing these orders")
 
 
+def _list_filters(query: ListQuery) -> dict[str, object] | None:
+    """Return the filters that are used, or ``None`` if no order can match a text."""
+    texts = {name: getattr(query, name) for name in ("customer_id", "track_number", "phone", "email")}
+    filters = {**texts, "since": query.since, "until": query.until}
+    used = {name: value for name, value in filters.items() if value is not None}
+    return used if all(fits_postgres(text) for text in texts.values() if text is not None) else None
+
+
 def _faults(faults: dict[str, Any]) -> dict[str, Any]:
     return {"faults": tuple(Fault(**fault) for fault in faults["first"]), "total_faults": faults["total"]}
 
 
 def _reject_filters(query: RejectQuery) -> dict[str, object]:
-    filters = {"code": query.code, "key": query.key, "since": query.since, "until": query.until}
+    filters = {
+        "code": query.code,
+        "key": query.key,
+        "since": query.since,
+        "until": query.until,
+        "waiting": query.waiting or None,
+    }
     return {name: value for name, value in filters.items() if value is not None}
 
 

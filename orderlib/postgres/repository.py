@@ -86,6 +86,11 @@ class OrderRepositoryBase(ABC):
         query = ListQuery(**options)
         return self._read(lambda read_queries: read_queries.list_orders(query))
 
+    def count(self, **filters: Unpack[Filters]) -> int:
+        """See ``OrderRepository.count``."""
+        query = ListQuery(**filters)
+        return self._read(lambda read_queries: read_queries.count(query))
+
     def find(self, text: str, *, limit: int = PAGE_SIZE) -> tuple[Match, ...]:
         """See ``OrderRepository.find``."""
         check_limit(limit)

@@ -26,6 +26,7 @@ Method = Literal[
     "content_sha256",
     "original",
     "list_orders",
+    "count",
     "find",
     "stream",
     "position_state",

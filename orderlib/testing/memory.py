@@ -101,6 +101,10 @@ class MemoryOrderRepository:
         """See ``OrderRepository.list_orders``."""
         return self._call("list_orders", lambda: self._store.list_orders(**options))
 
+    def count(self, **filters: Unpack[Filters]) -> int:
+        """See ``OrderRepository.count``."""
+        return self._call("count", lambda: self._store.count(**filters))
+
     def find(self, text: str, *, limit: int = PAGE_SIZE) -> tuple[Match, ...]:
         """See ``OrderRepository.find``."""
         return self._call("find", lambda: self._store.find(text, limit))
@@ -200,6 +204,10 @@ class AsyncMemoryOrderRepository:
     async def list_orders(self, **options: Unpack[ListOptions]) -> Page:
         """See ``AsyncOrderRepository.list_orders``."""
         return await self._call("list_orders", lambda: self._store.list_orders(**options))
+
+    async def count(self, **filters: Unpack[Filters]) -> int:
+        """See ``AsyncOrderRepository.count``."""
+        return await self._call("count", lambda: self._store.count(**filters))
 
     async def find(self, text: str, *, limit: int = PAGE_SIZE) -> tuple[Match, ...]:
         """See ``AsyncOrderRepository.find``."""

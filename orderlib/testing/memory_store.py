@@ -85,6 +85,10 @@ class MemoryStore:
         next_cursor = page[-1].cursor if len(matching) > query.limit else None
         return Page(orders=tuple(page if is_older else page[::-1]), next_cursor=next_cursor)
 
+    def count(self, **filters: Unpack[Filters]) -> int:
+        """See ``OrderRepository.count``."""
+        return min(sum(1 for _ in self.stream(**filters)), COUNT_LIMIT)
+
     def find(self, text: str, limit: int) -> tuple[Match, ...]:
         """See ``OrderRepository.find``."""
         check_limit(limit)

@@ -505,6 +505,16 @@ class RepositoryContract:
         with pytest.raises(InvalidQuery, match="phone: expected digits, found none"):
             repository.list_orders(phone=phone)
 
+    def test_orders_are_counted_by_the_filters_of_the_list(self, repository: OrderRepository) -> None:
+        assert repository.count() == 0
+        repository.save_many([an_order("a", customer_id="x"), an_order("b", customer_id="x"), an_order("c")])
+        repository.save(reached_at("d", "+1 2", "d@d", customer_id="x"))
+        assert repository.count() == 4
+        assert repository.count(customer_id="x", track_number="t") == 3
+        assert repository.count(phone="12", email="D@D", customer_id="x") == 1
+        assert repository.count(since=stored(repository, "d").first_stored_at) == 1
+        assert repository.count(customer_id="a\0b") == repository.count(customer_id="y") == 0
+
     # Search
 
     def test_an_order_is_found_by_everything_that_identifies_it(self, repository: OrderRepository) -> None:

@@ -145,6 +145,7 @@ def call_method(repository: OrderRepository, method: str) -> object:
         "content_sha256": lambda: repository.content_sha256("a"),
         "original": lambda: repository.original("a"),
         "list_orders": repository.list_orders,
+        "count": repository.count,
         "find": lambda: repository.find("a"),
         "stream": lambda: list(repository.stream()),
         "position_state": lambda: repository.position_state("orders", 0, 0),

@@ -74,7 +74,7 @@ def item_rows(order: Order) -> list[tuple[object, ...]]:
     [
         queries.GET_ORDER,
         queries.GET_ORDERS,
-        queries.list_orders(Direction.OLDER, cursor=False, customer=False, track=False),
+        queries.list_orders(Direction.OLDER, [], cursor=False),
     ],
 )
 def test_a_joined_row_has_the_columns_of_the_models_in_their_order(statement: LiteralString) -> None:
