@@ -21,6 +21,8 @@ from sandbox.server import SandboxError, free_port
 
 ORDERS = 1_000
 BAD_RATE = 0.02
+#: What the status codes of generated items mean.
+STATUS_WORDS = "200:new,201:packed,202:accepted,204:delivered,404:not found"
 #: The rate of the orders that are sent while the demo runs.
 ORDERS_PER_S = 2
 READABLE_TIMEOUT_S = 60.0
@@ -46,6 +48,7 @@ _NEEDS: Mapping[str, set[str]] = {
         "ORDERS_API_AUTH",
         "ORDERS_API_BIND",
         "ORDERS_API_KEEPALIVE_S",
+        "ORDERS_API_STATUS_WORDS",
         "ORDERS_METRICS_BIND",
         "ORDERS_READER_URL",
     },
@@ -60,7 +63,12 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop_event.set())
     address = f"127.0.0.1:{free_port()}"
-    environ = {**os.environ, "ORDERS_API_BIND": address, "ORDERS_API_AUTH": "off"}
+    environ = {
+        **os.environ,
+        "ORDERS_API_BIND": address,
+        "ORDERS_API_AUTH": "off",
+        "ORDERS_API_STATUS_WORDS": STATUS_WORDS,
+    }
     try:
         with ExitStack() as stack:
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orderlib-demo-")))

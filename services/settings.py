@@ -30,6 +30,7 @@ DEFAULTS: Mapping[str, str] = {
     "ORDERS_API_TOKENS": "",
     "ORDERS_API_AUTH": "on",
     "ORDERS_API_KEEPALIVE_S": "75",
+    "ORDERS_API_STATUS_WORDS": "",
     "ORDERS_METRICS_BIND": "",
 }
 #: The defaults of ``ORDERS_METRICS_BIND``.
@@ -214,6 +215,9 @@ class ApiSettings:
     #: ``ORDERS_API_TOKENS``: name:token pairs, separated by commas. Logs show the name.
     #: Empty only with ``ORDERS_API_AUTH=off``, which serves localhost only.
     tokens: Mapping[str, str] = attrs.field(repr=False)
+    #: ``ORDERS_API_STATUS_WORDS``: what the shop calls the status codes of items, such as ``202:accepted``, separated
+    #: by commas. The pages show them beside the codes.
+    status_words: Mapping[int, str] = attrs.field(factory=dict)
 
     @classmethod
     def from_mapping(cls, environ: Mapping[str, str]) -> ApiSettings:
@@ -227,6 +231,7 @@ class ApiSettings:
             metrics_bind=Address.parse("ORDERS_METRICS_BIND", environ.get("ORDERS_METRICS_BIND") or API_METRICS_BIND),
             keepalive_s=_integer(environ, "ORDERS_API_KEEPALIVE_S", 1, 3600),
             tokens=_tokens(environ),
+            status_words=_status_words(environ),
         )
 
     def name_of(self, token: str) -> str | None:
@@ -268,6 +273,16 @@ def _tokens(environ: Mapping[str, str]) -> dict[str, str]:
                 raise ConfigurationError(f"ORDERS_API_TOKENS: token {number} {reason}")
         tokens[name] = token
     return tokens
+
+
+def _status_words(environ: Mapping[str, str]) -> dict[int, str]:
+    words: dict[int, str] = {}
+    for pair in filter(str.strip, _text(environ, "ORDERS_API_STATUS_WORDS").split(",")):
+        code, _, word = pair.partition(":")
+        if not (re.fullmatch(r"[0-9]{1,10}", code.strip()) and word.strip()):
+            raise ConfigurationError("ORDERS_API_STATUS_WORDS must be code:word, several separated by commas")
+        words[int(code)] = word.strip()
+    return words
 
 
 def max_record_bytes(environ: Mapping[str, str]) -> int:

@@ -117,7 +117,7 @@ def create_app(
     health_reader: AsyncOrderRepository | None = None,
 ) -> Api:
     """Return the API over a reader. ``/readyz`` uses ``health_reader`` if it is given."""
-    pages = Pages()
+    pages = Pages(settings.status_words)
     app = Api(RequestMetricsMiddleware(metrics, make_id), pages, AuthMiddleware(settings))
     resources = (
         HomeResource(reader, pages),

@@ -19,6 +19,34 @@ from services.program import event
 #: Seconds after which a client may repeat its request: clients then hardly notice a short outage.
 RETRY_AFTER_S = 2
 
+#: Seconds after which a page that shows an outage loads again.
+PAGE_RETRIES_AFTER_S = 5
+
+#: What a page says about a status: its title, and what to do next.
+_WORDS = {
+    HTTPStatus.BAD_REQUEST: (
+        "The address has a mistake",
+        "Correct it, search above, or begin with all orders.",
+    ),
+    HTTPStatus.UNAUTHORIZED: (
+        "You need a token",
+        "Load the page again. Enter any user name, and your token as the password.",
+    ),
+    HTTPStatus.NOT_FOUND: (
+        "Not found",
+        "Check the address, or search above, also by phone or e-mail. An order that was just sent may take seconds.",
+    ),
+    HTTPStatus.SERVICE_UNAVAILABLE: (
+        "Orders cannot be read at the moment",
+        f"No order is lost. This page tries again every {PAGE_RETRIES_AFTER_S} seconds. If it takes minutes, get help.",
+    ),
+    HTTPStatus.INTERNAL_SERVER_ERROR: (
+        "Something went wrong in this service",
+        "Try again. If it happens again, give your operator the request below: the log has the cause.",
+    ),
+}
+_OTHER_WORDS = ("This does not work", "Search above, or begin with all orders.")
+
 PROBLEM_JSON = "application/problem+json"
 
 
@@ -47,7 +75,18 @@ def add_error_handlers(app: App[Request, Response], pages: Pages) -> None:
         resp.set_headers(error.headers or {})
         resp.set_header("Cache-Control", "no-store")
         if prefers_page(req):
-            pages.show(resp, "error.html", status=status, detail=detail, request_id=request_id, query="")
+            title, next_step = _WORDS.get(status, _OTHER_WORDS)
+            pages.show(
+                resp,
+                "error.html",
+                title=title,
+                detail=detail,
+                next_step=next_step,
+                retries_after_s=PAGE_RETRIES_AFTER_S if status == HTTPStatus.SERVICE_UNAVAILABLE else None,
+                status=status,
+                request_id=request_id,
+                query="",
+            )
             return
         resp.content_type = PROBLEM_JSON
         resp.data = problem(status, detail, request_id)

@@ -121,6 +121,12 @@ def document() -> dict[str, Any]:
         "an original; for others the answer is 404.",
         "schema": {"type": "string", "enum": ["json", "original"]},
     }
+    view = {
+        "name": "view",
+        "in": "query",
+        "description": "For people: `json` shows the JSON on a page, indented. It changes nothing for programs.",
+        "schema": {"type": "string", "enum": ["json"]},
+    }
     limit = {
         "name": "limit",
         "description": "How many orders to return at most.",
@@ -260,7 +266,7 @@ def document() -> dict[str, Any]:
         "security": [{"bearer": []}, {"basic": []}],
         "paths": {
             "/orders/{order_uid}": {
-                "parameters": [order_uid, if_none_match, order_format],
+                "parameters": [order_uid, if_none_match, order_format, view],
                 "get": {"operationId": "getOrder", "summary": "Return an order", "responses": one},
                 "head": {"operationId": "headOrder", "summary": "Return the headers of an order", "responses": one},
             },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection
 from urllib.parse import urlencode
 
@@ -35,7 +36,7 @@ _NEWER = "~"
 class OrderResource:
     """``/orders/{order_uid}``."""
 
-    PARAMETERS = frozenset({"format"})
+    PARAMETERS = frozenset({"format", "view"})
 
     def __init__(self, reader: AsyncOrderRepository, pages: Pages) -> None:
         self._reader = reader
@@ -48,11 +49,17 @@ class OrderResource:
             await self._show_original(req, resp, order_uid)
             return
         require_acceptable(req)
+        if req.params.get("view", "json") != "json":
+            raise bad_parameter("view", "json", "another text")
         if prefers_page(req):
             stored = await self._reader.get_stored(order_uid)
             req.context.order_uid = order_uid
-            has_original = stored.has_original
-            self._pages.show(resp, "order.html", order=stored.order, has_original=has_original, query="")
+            if single_parameter(req, "view") == "json":
+                readable = msgspec.json.format(encode_order(stored.order), indent=2).decode()
+                self._pages.show(resp, "json.html", order_uid=order_uid, json=readable, query="")
+                return
+            statuses = Counter(item.status for item in stored.order.items)
+            self._pages.show(resp, "order.html", stored=stored, statuses=statuses, query="")
             return
         resp.set_header("Cache-Control", _REVALIDATE)
         if known := known_etags(req):
@@ -137,12 +144,29 @@ class OrdersResource:
             resp,
             "orders.html",
             orders=page.orders,
+            count=await self._count(page, options),
+            since=options["since"],
+            until=options["until"],
+            is_filtered=any(value is not None for value in (*texts.values(), options["since"], options["until"])),
             is_top=cursor is None,
             newer=newer and _link(newer, options),
             older=older and _link(older, options),
             filters=texts,
             # The search box keeps what the list was found by.
             query=next(filter(None, texts.values()), ""),
+        )
+
+    async def _count(self, page: Page, options: ListOptions) -> int:
+        """Return how many orders the whole list has."""
+        if options["cursor"] is None and page.next_cursor is None:
+            return len(page.orders)
+        return await self._reader.count(
+            customer_id=options["customer_id"],
+            track_number=options["track_number"],
+            phone=options["phone"],
+            email=options["email"],
+            since=options["since"],
+            until=options["until"],
         )
 
     on_head = on_get

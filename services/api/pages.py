@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,6 @@ def money(minor_units: int, currency: str) -> str:
 
 
 def moment(time: dt.datetime | int) -> str:
-    """Format a time, or Unix seconds, in UTC: ``26 Nov 2021, 06:22 UTC``."""
-    time = _utc(time)
-    return f"{time.day} {time:%b} {time.year:04}, {time:%H:%M} UTC"
-
-
-def exact_moment(time: dt.datetime | int) -> str:
     """Format a time, or Unix seconds, in UTC to the second: ``26 Nov 2021, 06:22:19 UTC``."""
     time = _utc(time)
     return f"{time.day} {time:%b} {time.year:04}, {time:%H:%M:%S} UTC"
@@ -102,15 +96,95 @@ def _utc_now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
 
 
-def optional_facts(part: attrs.AttrsInstance) -> dict[str, object]:
-    """Return the values of a part's optional fields by label, which the templates do not name: ``Gift note``."""
-    return {name.replace("_", " ").capitalize(): getattr(part, name) for name in defaults_of(type(part))}
+#: What the page of an order calls the fields, in this sequence. Another field is named after itself, and comes last.
+LABELS = {
+    # Delivery.
+    "name": "Name",
+    "phone": "Phone",
+    "email": "E-mail",
+    "address": "Address",
+    "city": "City",
+    "zip": "Postal code",
+    "region": "Region",
+    # Payment.
+    "goods_total": "Goods",
+    "delivery_cost": "Delivery",
+    "custom_fee": "Customs fee",
+    "amount": "Paid",
+    "payment_dt": "Paid at",
+    "provider": "Provider",
+    "bank": "Bank",
+    "transaction": "Transaction",
+    "request_id": "Request",
+    # The order.
+    "customer_id": "Customer",
+    "track_number": "Track number",
+    "delivery_service": "Carrier",
+    "entry": "Entry",
+    "locale": "Locale",
+    "sm_id": "Service",
+    "shardkey": "Shard",
+    "oof_shard": "OOF shard",
+    "internal_signature": "Signature",
+}
+#: How a page shows a field; any other as its text. ``list``: as a link to the orders with this value.
+_KINDS = {
+    **dict.fromkeys(("goods_total", "delivery_cost", "custom_fee", "amount"), "money"),
+    **dict.fromkeys(("customer_id", "track_number"), "list"),
+    "payment_dt": "time",
+}
+#: Fields that the page shows elsewhere.
+_SHOWN_ELSEWHERE = frozenset({"order_uid", "date_created", "delivery", "payment", "items", "currency"})
+
+
+@attrs.frozen(kw_only=True)
+class Fact:
+    """A field of an order with its value, as the page shows it. Its repr shows no value."""
+
+    name: str
+    value: object = attrs.field(repr=False)
+
+    @property
+    def label(self) -> str:
+        """What the page calls the field."""
+        return LABELS.get(self.name) or self.name.replace("_", " ").capitalize()
+
+    @property
+    def kind(self) -> str:
+        """How the page shows the value."""
+        return _KINDS.get(self.name, "text")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to show."""
+        return self.value is None or self.value == ""
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is the sum of the facts above it."""
+        return self.name == "amount"
+
+
+def facts(part: attrs.AttrsInstance) -> list[Fact]:
+    """Return the fields of an order, or of its delivery or payment, in the sequence of ``LABELS``."""
+    names = [field.name for field in attrs.fields(type(part)) if field.name not in _SHOWN_ELSEWHERE]
+    places = list(LABELS)
+    names.sort(key=lambda name: places.index(name) if name in LABELS else len(places))
+    return [Fact(name=name, value=getattr(part, name)) for name in names]
+
+
+def optional_facts(item: attrs.AttrsInstance) -> dict[str, object]:
+    """Return the values of an item's optional fields by label, which the template does not name: ``Gift note``."""
+    return {Fact(name=name, value="").label: getattr(item, name) for name in defaults_of(type(item))}
 
 
 class Pages:
     """Render the templates beside this file. Every value in them is escaped."""
 
-    def __init__(self, clock: Callable[[], dt.datetime] = _utc_now) -> None:
+    def __init__(
+        self, status_words: Mapping[int, str] | None = None, clock: Callable[[], dt.datetime] = _utc_now
+    ) -> None:
+        self._status_words = status_words or {}
         self._clock = clock
         self.static = {path.name: path.read_bytes() for path in sorted((_HERE / "static").iterdir())}
         version = hashlib.sha256(b"".join(self.static.values())).hexdigest()[:12]
@@ -127,14 +201,19 @@ class Pages:
         self._templates.filters.update(
             money=money,
             moment=moment,
-            exact_moment=exact_moment,
             ago=ago,
             machine_time=machine_time,
             duration=duration,
             counted=counted,
             shortened=shortened,
+            facts=facts,
             optional_facts=optional_facts,
+            status=self._status,
         )
+
+    def _status(self, code: int) -> str:
+        """Format the status of an item: ``202 accepted``, or ``202`` if the shop has no word for it."""
+        return f"{code} {self._status_words.get(code, '')}".rstrip()
 
     def now(self) -> dt.datetime:
         """Return the time that the pages show times relative to."""

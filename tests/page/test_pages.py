@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -73,7 +74,7 @@ def test_an_order_is_found_by_its_uid(
     assert one(browser, "h1").text == "Order page-1"
     assert "Ada Lovelace" in texts(browser, "dd")
     assert "18.17\N{NO-BREAK SPACE}USD" in texts(browser, "dd") or "18.17 USD" in texts(browser, "dd")
-    assert "26 Nov 2021, 06:22 UTC" in one(browser, "main").text
+    assert "26 Nov 2021, 06:22:19 UTC" in one(browser, "main").text
 
 
 def test_one_match_opens_the_order_whatever_it_is_found_by(
@@ -228,13 +229,115 @@ def test_html_in_an_order_is_shown_as_text(
     assert browser.find_elements(By.CSS_SELECTOR, "script, img") == []
 
 
-def test_a_link_leads_to_the_same_json_that_programs_get(
+def test_the_head_of_an_order_says_what_matters_first(
+    browser: WebDriver, store: orderlib.PostgresOrderRepository, module_database: Database
+) -> None:
+    items = [attrs.evolve(SAMPLE.items[0], status=status) for status in (202, 404, 202)]
+    store.save(order("head", items=items, sm_id=1))
+    store.save(order("head", items=items))
+    words = settings_for(module_database.reader_url, ORDERS_API_STATUS_WORDS="202:accepted, 404:not found")
+    with serving(words) as api:
+        browser.get(f"http://{api.address}/orders/head")
+        facts = dict(zip(texts(browser, ".summary dt"), texts(browser, ".summary dd"), strict=True))
+        assert facts["Total"].replace("\N{NO-BREAK SPACE}", " ") == "18.17 USD"
+        assert facts["Items"] == "3"
+        assert facts["Status"] == "202 accepted (2), 404 not found (1)"
+        assert facts["Created"] == "26 Nov 2021, 06:22:19 UTC"
+        assert facts["Version"].startswith("2\nfirst stored ")
+        assert facts["Kafka record"] == "none: saved by a program"
+        assert facts["Stored"].endswith(" UTC")
+        one(browser, "h1 .code").click()
+        assert browser.execute_script("return getSelection().toString()") == "head"
+
+
+def test_the_kafka_position_of_an_order_is_shown(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, module_database: Database
+) -> None:
+    store.save(order("sent"))
+    with orderlib.postgres.connections.connect(module_database.superuser_url, application_name="tests") as connection:
+        connection.execute(
+            "UPDATE orders SET source_topic_id = 'tid', source_partition = 3, source_offset = 1234,"
+            " source_time = now() WHERE order_uid = 'sent'"
+        )
+    browser.get(f"http://{api.address}/orders/sent")
+    assert "partition 3, offset 1234\ntopic id tid" in texts(browser, ".summary dd")
+
+
+def test_items_have_a_total_and_a_track_number_only_where_it_differs(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
 ) -> None:
-    store.save(order("raw"))
+    same = attrs.evolve(SAMPLE.items[0], track_number="T", total_price=100)
+    store.save_many([order("one-track", track_number="T", items=[same, attrs.evolve(same, track_number="")])])
+    browser.get(f"http://{api.address}/orders/one-track")
+    assert "Track number" not in texts(browser, ".items thead th")
+    assert one(browser, "tfoot").text.replace("\N{NO-BREAK SPACE}", " ") == "All items 2.00 USD"
+    store.save(order("two-tracks", track_number="T", items=[same, attrs.evolve(same, track_number="Other")]))
+    browser.get(f"http://{api.address}/orders/two-tracks")
+    assert "Track number" in texts(browser, ".items thead th")
+    assert texts(browser, ".items [data-name='Track number']") == ["\N{EN DASH}", "Other"]
+
+
+def test_empty_fields_are_folded(browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository) -> None:
+    store.save(order("folded", delivery=attrs.evolve(SAMPLE.delivery, zip="", region="", email="")))
+    browser.get(f"http://{api.address}/orders/folded")
+    folded = one(browser, "details")
+    assert folded.get_attribute("open") is None
+    assert "Postal code" not in texts(browser, "dt")
+    one(browser, "summary").send_keys(Keys.ENTER)
+    assert folded.get_attribute("open")
+    assert folded.text == "3 empty fields\nE-mail, Postal code, Region"
+
+
+def test_the_json_is_readable_and_leads_back(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    store.save(order("raw", customer_id=EVIL))
     browser.get(f"http://{api.address}/orders/raw")
+    click(browser, "a[href$='view=json']")
+    text = one(browser, "pre").text
+    assert json.loads(text) == api.get("/orders/raw").json
+    assert text.startswith('{\n  "order_uid": "raw",\n')
+    click(browser, "[rel=prev]")
+    assert path_of(browser) == "/orders/raw"
+    browser.get(f"http://{api.address}/orders/raw?view=json")
     click(browser, "a[href$='format=json']")
     assert one(browser, "pre").text == api.get("/orders/raw").text
+
+
+def test_a_list_has_a_count_links_and_a_way_back(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    long = "L" * 100
+    for n in range(21):
+        store.save(order(f"counted-{n}", customer_id=long, track_number=f"track-{n}"))
+    browser.get(f"http://{api.address}/orders?customer_id={long}")
+    assert one(browser, ".links").text == "21 orders\nAll orders"
+    assert one(browser, "tbody .stored").text.endswith(" s ago")
+    customer = one(browser, "tbody .customer span")
+    assert (customer.text, customer.get_attribute("title")) == ("L" * 23 + "\N{HORIZONTAL ELLIPSIS}" + "L" * 8, long)
+    click(browser, "tbody .track a")
+    assert path_of(browser) == "/orders?track_number=track-20"
+    assert one(browser, ".links").text == "1 order\nAll orders"
+    click(browser, "tbody .customer a")
+    click(browser, ".links a")
+    assert path_of(browser) == "/orders"
+
+
+def test_an_order_takes_two_lines_of_a_list_on_a_phone(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    store.save_many([longest(), order("short", customer_id="lines"), order("short-2", customer_id="lines")])
+    for path in ("/orders", "/search?q=lines"):
+        show(browser, PHONE)
+        browser.get(f"http://{api.address}{path}")
+        for row in browser.find_elements(By.CSS_SELECTOR, "tbody tr"):
+            assert row.rect["height"] < 75
+            lines = {
+                round(cell.rect["y"] / 12)
+                for cell in row.find_elements(By.CSS_SELECTOR, "th, td")
+                if cell.is_displayed()
+            }
+            assert len(lines) == 2, row.text
 
 
 def test_the_pages_can_be_used_with_the_keyboard_only(
@@ -268,6 +371,22 @@ def test_the_pages_can_be_used_with_the_keyboard_only(
     assert one(browser, "h1").text == "Order keys-2"
 
 
+def test_every_link_and_field_is_reached_by_tab_and_shows_the_focus(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    store.save_many([order("tab-1", customer_id="tab"), order("tab-2", customer_id="tab")])
+    for path in ("/search?q=tab", "/rejects?code=invalid_order", "/orders/tab-1", "/orders/tab-1?view=json"):
+        browser.get(f"http://{api.address}{path}")
+        expected = len(browser.find_elements(By.CSS_SELECTOR, "a, input, button, summary, pre"))
+        reached = set()
+        for _ in range(expected):
+            browser.switch_to.active_element.send_keys(Keys.TAB)
+            focused = browser.switch_to.active_element
+            reached.add(focused.id)
+            assert focused.value_of_css_property("outline-style") == "solid", focused.text
+        assert len(reached) == expected, path
+
+
 def longest() -> Order:
     """Return an order in which every text has its greatest length and no space."""
     item = attrs.evolve(SAMPLE.items[0], name="W" * 1024, brand="W" * 255, size="W" * 64, rid="W" * 255)
@@ -285,7 +404,16 @@ def longest() -> Order:
 
 @pytest.mark.parametrize("size", [WIDE, (800, 900), PHONE])
 @pytest.mark.parametrize(
-    "path", ["/", "/orders/" + "W" * 128, f"/orders/{SAMPLE.order_uid}", "/orders?limit=100", "/search?q=x", "/rejects"]
+    "path",
+    [
+        "/",
+        "/orders/" + "W" * 128,
+        f"/orders/{SAMPLE.order_uid}",
+        "/orders?limit=100",
+        "/search?q=x",
+        "/rejects",
+        f"/orders/{SAMPLE.order_uid}?view=json",
+    ],
 )
 def test_no_page_is_wider_than_the_window(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, size: tuple[int, int], path: str
@@ -368,9 +496,36 @@ def test_a_browser_sends_its_token_as_a_password(
         assert one(browser, "header").value_of_css_property("display") == "flex"
 
 
-def test_without_the_database_the_page_shows_an_error(browser: WebDriver, module_database: Database) -> None:
+def test_without_the_database_the_page_says_so_and_tries_again(
+    browser: WebDriver, store: orderlib.PostgresOrderRepository, module_database: Database
+) -> None:
+    store.save(order("retried"))
     with TcpProxy(module_database.reader_url) as wire, serving(settings_for(wire.url)) as cut_off:
         wire.cut()
-        browser.get(f"http://{cut_off.address}/")
+        browser.get(f"http://{cut_off.address}/orders/retried")
+        assert one(browser, "h1").text == "Orders cannot be read at the moment"
         assert "The database does not answer" in one(browser, "main").text
+        assert one(browser, "meta[http-equiv=refresh]").get_attribute("content") == "5"
         assert one(browser, "#q").is_displayed()
+        wire.mend()
+        with page_change(browser):
+            browser.find_element(By.LINK_TEXT, "Try again").click()
+        WebDriverWait(browser, 20).until(lambda _: one(browser, "h1").text == "Order retried")
+
+
+@pytest.mark.parametrize(
+    ("path", "title", "words"),
+    [
+        ("/orders/nobody", "Not found", "No order has this order_uid."),
+        ("/nowhere", "Not found", "Check the address"),
+        ("/orders?limit=0", "The address has a mistake", "limit: expected an integer from 1 to 100"),
+    ],
+)
+def test_an_error_is_explained_with_a_next_step(
+    browser: WebDriver, api: Service, path: str, title: str, words: str
+) -> None:
+    browser.get(f"http://{api.address}{path}")
+    assert one(browser, "h1").text == title
+    assert words in one(browser, "main").text
+    click(browser, ".links a")
+    assert path_of(browser) == "/orders"

@@ -6,7 +6,7 @@ import datetime as dt
 
 import pytest
 
-from services.api.pages import counted, duration, machine_time, moment, money
+from services.api.pages import ago, counted, duration, machine_time, moment, money, shortened
 
 
 @pytest.mark.parametrize(
@@ -30,11 +30,11 @@ def test_money_has_the_decimals_of_its_currency(minor_units: int, currency: str,
 @pytest.mark.parametrize(
     ("time", "written", "machine"),
     [
-        (1637907727, "26 Nov 2021, 06:22 UTC", "2021-11-26T06:22:07Z"),
-        (0, "1 Jan 1970, 00:00 UTC", "1970-01-01T00:00:00Z"),
-        (253402300799, "31 Dec 9999, 23:59 UTC", "9999-12-31T23:59:59Z"),
-        (dt.datetime.fromisoformat("2021-11-26T01:22:19+05:00"), "25 Nov 2021, 20:22 UTC", "2021-11-25T20:22:19Z"),
-        (dt.datetime(1, 1, 1, tzinfo=dt.UTC), "1 Jan 0001, 00:00 UTC", "0001-01-01T00:00:00Z"),
+        (1637907727, "26 Nov 2021, 06:22:07 UTC", "2021-11-26T06:22:07Z"),
+        (0, "1 Jan 1970, 00:00:00 UTC", "1970-01-01T00:00:00Z"),
+        (253402300799, "31 Dec 9999, 23:59:59 UTC", "9999-12-31T23:59:59Z"),
+        (dt.datetime.fromisoformat("2021-11-26T01:22:19+05:00"), "25 Nov 2021, 20:22:19 UTC", "2021-11-25T20:22:19Z"),
+        (dt.datetime(1, 1, 1, tzinfo=dt.UTC), "1 Jan 0001, 00:00:00 UTC", "0001-01-01T00:00:00Z"),
     ],
 )
 def test_a_time_is_shown_in_utc(time: dt.datetime | int, written: str, machine: str) -> None:
@@ -53,3 +53,16 @@ def test_a_duration_has_one_unit(seconds: float, written: str) -> None:
 def test_a_count_at_its_limit_says_or_more() -> None:
     assert counted(9_999) == "9,999"
     assert counted(10_000) == "10,000 or more"
+
+
+def test_a_list_shows_the_age_of_a_day_and_then_the_date() -> None:
+    now = dt.datetime(2026, 3, 2, 12, tzinfo=dt.UTC)
+    assert ago(now - dt.timedelta(seconds=12), now) == "12 s ago"
+    assert ago(now - dt.timedelta(hours=23, minutes=59), now) == "23 h ago"
+    assert ago(now - dt.timedelta(days=1), now) == "1 Mar 2026"
+    assert ago(now + dt.timedelta(seconds=1), now) == "0 s ago"
+
+
+def test_a_long_text_is_shortened_in_its_middle() -> None:
+    assert shortened("x" * 32) == "x" * 32
+    assert shortened("a" * 23 + "b" * 100 + "c" * 8) == "a" * 23 + "…" + "c" * 8

@@ -156,6 +156,12 @@ def test_an_error_names_the_missing_setting(
             "ORDERS_API_KEEPALIVE_S must be an integer from 1 to 3600",
             ["0", "-1", "3601", "2.5", "75s", "\N{ARABIC-INDIC DIGIT ONE}", "9" * 15],
         ),
+        (
+            ApiSettings.from_mapping,
+            API,
+            "ORDERS_API_STATUS_WORDS must be code:word, several separated by commas",
+            ["202", "202:", ":accepted", "x:accepted", "202:accepted,404", "-1:x"],
+        ),
         (ApiSettings.from_mapping, API, "ORDERS_API_AUTH must be on or off", ["OFF", "0", "no", SECRET]),
     ],
 )
@@ -192,6 +198,12 @@ def test_without_tokens_the_api_serves_localhost_only(host: str, is_allowed: boo
 def test_the_keep_alive_time_is_75_seconds_unless_set() -> None:
     assert ApiSettings.from_mapping(API).keepalive_s == 75
     assert ApiSettings.from_mapping({**API, "ORDERS_API_KEEPALIVE_S": "5"}).keepalive_s == 5
+
+
+def test_status_codes_have_the_words_that_are_set() -> None:
+    assert ApiSettings.from_mapping(API).status_words == {}
+    words = ApiSettings.from_mapping({**API, "ORDERS_API_STATUS_WORDS": "202:accepted, 404 : not found,"}).status_words
+    assert words == {202: "accepted", 404: "not found"}
 
 
 def test_the_tokens_may_end_with_a_line_break() -> None:
