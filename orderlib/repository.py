@@ -54,6 +54,8 @@ class Outcome(enum.StrEnum):
     SUPERSEDED = "superseded"
     #: It was refused and stored as a reject.
     REJECTED = "rejected"
+    #: Its order_uid was forgotten permanently; nothing of it was stored.
+    FORGOTTEN = "forgotten"
 
 
 class Direction(enum.StrEnum):

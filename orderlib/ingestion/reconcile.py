@@ -11,7 +11,7 @@ import contextlib
 import datetime as dt
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -171,7 +171,8 @@ class Reconciliation:
     """Compares one topic id of a topic with one snapshot of the store.
 
     ``first`` is where reading began in each partition: at the earliest record that Kafka still holds, or later.
-    ``group`` is the consumer group that the database belongs to.
+    ``group`` is the consumer group that the database belongs to, ``forgotten`` has the SHA-256 digests of the forgotten
+    order_uids.
     """
 
     def __init__(
@@ -181,8 +182,10 @@ class Reconciliation:
         group: str | None,
         offsets: Sequence[SnapshotOffset],
         rejects: Iterable[SnapshotReject],
+        forgotten: Collection[bytes] = (),
     ) -> None:
         self._topic = topic
+        self._forgotten = forgotten
         self._first = first
         self._offsets = {(offset.topic_id, offset.partition): offset for offset in offsets}
         #: The stored offset of each partition.
@@ -275,11 +278,20 @@ class Reconciliation:
             self.counts["rejects"] += 1
             self._compare_content(record, reject)
             self._compare_classification(record, classified, reject)
+        elif self._is_forgotten(record, classified):
+            self.counts["forgotten"] += 1
         elif isinstance(classified, Reject):
-            what = f"refused ({classified.code}), but not stored as a reject: it was purged, forgotten or lost"
+            what = f"refused ({classified.code}), but not stored as a reject: it was purged or lost"
             self._find(what, position)
         else:
             self._add_version(classified, position, _version(record, classified))
+
+    def _is_forgotten(self, record: Record, classified: PreparedOrder | Reject) -> bool:
+        """Return whether nothing of this record is stored because its order was forgotten."""
+        if not self._forgotten:
+            return False
+        order_uid = record.key if isinstance(classified, Reject) else classified.order_uid.encode()
+        return _sha256(order_uid) in self._forgotten
 
     def _compare_content(self, record: Record, reject: SnapshotReject) -> None:
         unstorable = record.unstorable
@@ -315,13 +327,16 @@ class Reconciliation:
         elif (reject.faults_total, reject.fault_paths) != (expected.total_faults, [f.path for f in expected.faults]):
             self._find("the faults of the reject differ from those that this release finds", position)
         is_settled = outcome not in {None, Outcome.REJECTED}
-        if outcome not in {None, Outcome.STORED, Outcome.DUPLICATE, Outcome.SUPERSEDED, Outcome.REJECTED}:
+        if outcome not in {None, *Outcome}:
             self._find("the reject has an unknown redrive_outcome", position)
         if isinstance(classified, Reject):
             if is_settled:
                 self._find(
                     f"redriven as {outcome}, but refused ({classified.code}) by the rules of this release", position
                 )
+            return
+        if self._is_forgotten(record, classified):
+            self.counts["forgotten"] += 1
             return
         version = _version(record, classified, outcome, reject.redriven_at)
         if outcome in {Outcome.STORED, Outcome.DUPLICATE}:
@@ -364,6 +379,9 @@ class Reconciliation:
         versions, unsettled = self._versions.pop(uid, {}), self._unsettled.pop(uid, {})
         source = stored.topic_id, stored.partition, stored.offset, stored.source_time
         position = _position(stored)
+        if self._forgotten and _sha256(uid.encode()) in self._forgotten:
+            self._find("stored, but forgotten: forget it again", position, uid)
+            return
         if stored.order is None:
             self._find(
                 "a part of the order is missing or unreadable, or the line numbers of its items have a gap",
@@ -490,12 +508,12 @@ class Reconciliation:
                 yield Finding(what=what, partition=partition, offset=offset)
         for order_uid, versions in self._versions.items():
             partition, version = max(versions.items(), key=lambda entry: entry[1].offset)
-            what = "is not stored: it was forgotten or lost"
+            what = "is not stored: it was lost"
             yield Finding(what=what, order_uid=order_uid, partition=partition, offset=version.offset)
         for order_uid, unsettled in self._unsettled.items():
             for (partition, offset), version in unsettled.items():
                 if version.redriven == Outcome.SUPERSEDED and order_uid not in self._versions:
-                    what = "redriven as superseded, but not stored: it was forgotten or lost"
+                    what = "redriven as superseded, but not stored: it was lost"
                     yield Finding(what=what, order_uid=order_uid, partition=partition, offset=offset)
 
     def not_proved(self) -> Iterator[NotProved]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import attrs
@@ -267,11 +267,14 @@ class WritePlan:
     moves: Mapping[str, PreparedOrder]
 
 
-def plan_writes(prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion]) -> WritePlan:
+def plan_writes(
+    prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion], forgotten: Collection[str] = ()
+) -> WritePlan:
     """Compare the orders of a batch with the stored versions, one order at a time, and return what to write.
 
     So the final state does not depend on where batches are cut. The first rule that applies counts:
 
+    * the order_uid was forgotten: ``forgotten``; nothing is written
     * content equal to the current version: ``duplicate``; the stored position may move, but never back in a partition
     * not later than the current version, in the same partition: ``superseded``; nothing is written
     * otherwise: ``stored``; an order of this batch that it replaces becomes ``superseded``
@@ -284,6 +287,9 @@ def plan_writes(prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, S
     outcomes: list[Outcome] = []
     for index, prepared_order in enumerate(prepared_orders):
         uid = prepared_order.order_uid
+        if uid in forgotten:
+            outcomes.append(Outcome.FORGOTTEN)
+            continue
         version = versions.get(uid)
         is_old = (
             version is not None and version.source is not None and version.source.is_at_or_after(prepared_order.source)
@@ -328,11 +334,14 @@ def may_redrive(prepared_order: PreparedOrder, stored: StoredVersion | None) -> 
     return source is not None and other is not None and source.is_at_or_after(other) and source != other
 
 
-def plan_redrive(prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion]) -> WritePlan:
+def plan_redrive(
+    prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion], forgotten: Collection[str] = ()
+) -> WritePlan:
     """Plan the write of the one order from a reject like ``plan_writes``, but as superseded unless ``may_redrive``."""
     [prepared_order] = prepared_orders
-    if may_redrive(prepared_order, stored.get(prepared_order.order_uid)):
-        return plan_writes(prepared_orders, stored)
+    uid = prepared_order.order_uid
+    if uid in forgotten or may_redrive(prepared_order, stored.get(uid)):
+        return plan_writes(prepared_orders, stored, forgotten)
     return WritePlan(outcomes=(Outcome.SUPERSEDED,), writes=(), numbers=(), moves={})
 
 

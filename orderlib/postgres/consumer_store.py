@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import socket
 import threading
@@ -253,9 +254,23 @@ def _write_orders(connection: Connection, batch: Batch) -> BatchResult:
             for record, result in zip(records, results, strict=True)
             if isinstance(result, RefusedByDatabase)
         ]
+    known = len(rejects)
+    rejects = _without_forgotten(connection, rejects)
+    outcomes[Outcome.FORGOTTEN] += known - len(rejects)
     outcomes[Outcome.REJECTED] = len(rejects)
     with_unknown_fields = sum(prepared_order.original is not None for prepared_order in prepared_orders)
     return BatchResult(outcomes=outcomes, rejects=tuple(rejects), with_unknown_fields=with_unknown_fields, seconds={})
+
+
+def _without_forgotten(connection: Connection, rejects: list[Reject]) -> list[Reject]:
+    """Return the rejects whose key is not a forgotten order_uid."""
+    digests = {id(reject): hashlib.sha256(reject.record.key).digest() for reject in rejects if reject.record.key}
+    if not digests:
+        return rejects
+    connection.execute(queries.HOLD_OFF_FORGET)
+    rows = connection.execute(queries.FORGOTTEN_DIGESTS, {"digests": list(digests.values())})
+    forgotten = {digest for (digest,) in rows}
+    return [reject for reject in rejects if digests.get(id(reject)) not in forgotten]
 
 
 #: Small parts of rows are joined up to this size before they are sent.

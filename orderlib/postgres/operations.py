@@ -1,9 +1,10 @@
-"""Operations of the operator as the migrator: move offsets, erase an order, purge rejects."""
+"""Operations of the operator as the migrator: move offsets, forget orders, purge rejects."""
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import attrs
@@ -80,12 +81,58 @@ def set_consumer_group(connection: Connection, group: str) -> None:
             connection.execute(queries.CLAIM_GROUP, {"group": group})
 
 
-def forget(connection: Connection, order_uid: str) -> tuple[int, int]:
-    """Erase an order with all its parts, and the rejects whose key is its order_uid. Return how many of each."""
+@attrs.frozen(kw_only=True)
+class Forgotten:
+    """What a ``forget`` did."""
+
+    #: How many order_uids are forgotten now that were not before.
+    order_uids: int
+    #: How many orders and rejects it erased.
+    orders: int
+    rejects: int
+
+
+def forget(connection: Connection, order_uid: str) -> Forgotten:
+    """Erase an order with all its parts and the rejects whose key is its order_uid, and let no write store it again.
+
+    The order need not exist. The call waits for writes that have begun; later ones have the outcome ``forgotten``.
+    """
+    return _forget(connection, lambda: [order_uid])
+
+
+def forget_customer(connection: Connection, customer_id: str) -> Forgotten:
+    """Do the same for all orders of a customer. Other orders of that customer may still be stored later."""
+
+    def order_uids() -> list[str]:
+        return [uid for (uid,) in connection.execute(queries.ORDERS_OF_CUSTOMER, {"customer_id": customer_id})]
+
+    return _forget(connection, order_uids)
+
+
+def forget_again(connection: Connection, digests: Collection[bytes]) -> Forgotten:
+    """Do the same for the orders with these SHA-256 digests of their order_uids, as ``forgotten`` returns them."""
+
+    def order_uids() -> list[str]:
+        return [uid for (uid,) in connection.execute(queries.ORDERS_WITH_DIGESTS, {"digests": list(digests)})]
+
+    return _forget(connection, order_uids, digests)
+
+
+def forgotten(connection: Connection) -> list[bytes]:
+    """Return the SHA-256 digests of all forgotten order_uids. Needs the reader's rights only."""
+    with translated_errors(connection):
+        return [digest for (digest,) in connection.execute(queries.FORGOTTEN)]
+
+
+def _forget(connection: Connection, find: Callable[[], Iterable[str]], digests: Collection[bytes] = ()) -> Forgotten:
     with as_owner(connection):
-        orders = connection.execute(queries.FORGET_ORDER, {"order_uid": order_uid}).rowcount
-        rejects = connection.execute(queries.FORGET_REJECTS, {"order_uid": order_uid}).rowcount
-        return orders, rejects
+        connection.execute(queries.HOLD_OFF_WRITES)
+        order_uids = list(find())
+        all_digests = list({*digests, *(hashlib.sha256(uid.encode()).digest() for uid in order_uids)})
+        new = connection.execute(queries.FORGET_DIGESTS, {"digests": all_digests}).rowcount
+        orders = connection.execute(queries.FORGET_ORDERS, {"order_uids": order_uids}).rowcount
+        rejects = connection.execute(queries.FORGET_REJECTS, {"digests": all_digests}).rowcount
+        return Forgotten(order_uids=new, orders=orders, rejects=rejects)
 
 
 def count_old_rejects(connection: Connection, age: dt.timedelta) -> int:

@@ -287,6 +287,23 @@ SELECT (CASE WHEN pg_is_in_recovery() THEN
 END)::float8
 """
 
+#: A write and `forget` exclude each other until the end of the transaction; writes do not exclude each other. A lock of
+#: the table would also wait for readers, such as a long `reconcile`.
+HOLD_OFF_FORGET: LiteralString = "SELECT FROM pg_advisory_xact_lock_shared(7305804402566722661)"
+HOLD_OFF_WRITES: LiteralString = "SELECT FROM pg_advisory_xact_lock(7305804402566722661)"
+
+#: Those of these orders that were forgotten. While none was, no digest is computed.
+FORGOTTEN_ORDERS: LiteralString = """
+SELECT order_uid FROM unnest($1::text[]) AS wanted (order_uid)
+WHERE EXISTS (SELECT FROM forgotten)
+    AND sha256(convert_to(order_uid, 'UTF8')) IN (SELECT order_uid_sha256 FROM forgotten)
+"""
+
+#: Those of these digests that are of forgotten orders.
+FORGOTTEN_DIGESTS: LiteralString = """
+SELECT order_uid_sha256 FROM forgotten WHERE order_uid_sha256 = ANY(%(digests)s::bytea[])
+"""
+
 #: The stored versions of these orders.
 STORED_STATES: LiteralString = """
 SELECT order_uid, content_sha256, source_topic_id, source_partition, source_offset, first_stored_at, version
@@ -702,9 +719,21 @@ WHERE topic_id = %(topic_id)s AND partition = %(partition)s AND record_offset = 
 COUNT_OLD_REJECTS: LiteralString = "SELECT count(*) FROM rejects WHERE rejected_at < now() - %(age)s::interval"
 PURGE_REJECTS: LiteralString = "DELETE FROM rejects WHERE rejected_at < now() - %(age)s::interval"
 
-#: Erase an order with its delivery, payment, items and original, and the rejects whose key is its order_uid.
-FORGET_ORDER: LiteralString = "DELETE FROM orders WHERE order_uid = %(order_uid)s"
-FORGET_REJECTS: LiteralString = "DELETE FROM rejects WHERE key = convert_to(%(order_uid)s, 'UTF8')"
+#: Let no write store these orders again.
+FORGET_DIGESTS: LiteralString = """
+INSERT INTO forgotten (order_uid_sha256) SELECT unnest(%(digests)s::bytea[]) ON CONFLICT DO NOTHING
+"""
+ORDERS_OF_CUSTOMER: LiteralString = "SELECT order_uid FROM orders WHERE customer_id = %(customer_id)s"
+#: The orders with these digests: reads all orders, because a list of forgotten orders has no order_uids.
+ORDERS_WITH_DIGESTS: LiteralString = """
+SELECT order_uid FROM orders WHERE sha256(convert_to(order_uid, 'UTF8')) = ANY(%(digests)s::bytea[])
+"""
+#: Erase orders with their delivery, payment, items and original, and the rejects whose key is such an order_uid.
+FORGET_ORDERS: LiteralString = "DELETE FROM orders WHERE order_uid = ANY(%(order_uids)s::text[])"
+FORGET_REJECTS: LiteralString = "DELETE FROM rejects WHERE sha256(key) = ANY(%(digests)s::bytea[])"
+
+#: The digests of all forgotten orders.
+FORGOTTEN: LiteralString = "SELECT order_uid_sha256 FROM forgotten ORDER BY order_uid_sha256"
 
 #: The offsets of all topics and topic ids.
 ALL_OFFSETS: LiteralString = """
@@ -729,6 +758,7 @@ SNAPSHOT_OFFSETS: LiteralString = """
 SELECT consumer_group, topic, topic_id, partition, next_offset FROM consumer_offsets
 """
 
+SNAPSHOT_FORGOTTEN: LiteralString = "SELECT order_uid_sha256 FROM forgotten"
 SNAPSHOT_GROUP: LiteralString = "SELECT consumer_group FROM consumer_groups"
 
 #: Whether an order or a reject of a topic id is stored.

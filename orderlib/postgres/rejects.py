@@ -114,6 +114,8 @@ def _redrive_batch(
         **dict(zip(("after_topic_id", "after_partition", "after_offset"), after, strict=True)),
         "limit": _REDRIVE_RECORDS,
     }
+    # Before any row is locked, because `forget` locks in this sequence.
+    connection.execute(queries.HOLD_OFF_FORGET)
     rows = _within_limit(connection.execute(queries.REJECTS_TO_REDRIVE, which).fetchall())
     connection.execute(queries.LOCK_OFFSETS, {"topic_ids": sorted({row[0] for row in rows})})
     # This time is after every batch that this redrive sees, and before every order that it stores. From it, reconcile

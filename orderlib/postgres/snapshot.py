@@ -34,6 +34,10 @@ class Snapshot:
         row = self._connection.execute(queries.SNAPSHOT_GROUP).fetchone()
         return None if row is None else str(row[0])
 
+    def forgotten(self) -> frozenset[bytes]:
+        """Return the SHA-256 digests of all forgotten order_uids."""
+        return frozenset(digest for (digest,) in self._connection.execute(queries.SNAPSHOT_FORGOTTEN))
+
     def offsets(self) -> list[SnapshotOffset]:
         """Return the stored offsets of all topics."""
         return [

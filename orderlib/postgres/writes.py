@@ -9,7 +9,7 @@ import contextlib
 import datetime as dt
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import psycopg
 from psycopg.abc import PQGen
@@ -23,8 +23,8 @@ from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, Row, original_row,
 from orderlib.postgres.wire import Copy, Statement, Wire
 from orderlib.repository import Outcome, RecordPosition
 
-#: Plans the writes of prepared orders from the stored versions.
-Rule = Callable[[Sequence[PreparedOrder], Mapping[str, StoredVersion]], WritePlan]
+#: Plans the writes of prepared orders from the stored versions and the forgotten order_uids.
+Rule = Callable[[Sequence[PreparedOrder], Mapping[str, StoredVersion], Collection[str]], WritePlan]
 
 #: The key of a row exists already: another writer may have stored the order since its version was read. Citus reports
 #: every violation inside a COPY as an internal error.
@@ -132,17 +132,21 @@ def _store_in_savepoint(
 def _store(
     wire: Wire, prepared_orders: Sequence[PreparedOrder], rule: Rule, seen: dict[str, StoredVersion]
 ) -> PQGen[Sequence[Outcome]]:
-    _, [(seqscan,)], _, rows, [(now,)] = yield from wire.pipeline(
+    uids = _uids(prepared_orders)
+    _, [(seqscan,)], _, _, forgotten, rows, [(now,)] = yield from wire.pipeline(
         (queries.SAVEPOINT, ()),
         (queries.SEQSCAN, ()),
         (queries.DISABLE_SEQSCAN, ()),
-        (queries.STORED_STATES, [_uids(prepared_orders)]),
+        # A statement before the next one, whose snapshot then has every forget that is not after this transaction.
+        (queries.HOLD_OFF_FORGET, ()),
+        (queries.FORGOTTEN_ORDERS, [uids]),
+        (queries.STORED_STATES, [uids]),
         (queries.CLOCK, ()),
     )
     assert isinstance(now, dt.datetime)
     stored = _versions(rows)
     seen.update(stored)
-    plan = rule(prepared_orders, stored)
+    plan = rule(prepared_orders, stored, {str(uid) for (uid,) in forgotten})
     statements: list[Statement] = []
     replaced = [write.order_uid for write in plan.writes if write.order_uid in stored]
     if replaced:

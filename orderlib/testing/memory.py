@@ -125,6 +125,10 @@ class MemoryOrderRepository:
         """Let ``position_state`` and ``wait_until_handled`` return this state."""
         self._store.set_position_state(topic, partition, offset, state)
 
+    def forget(self, order_uid: str) -> None:
+        """Erase an order as `admin forget` does: a later ``save`` of it has the outcome FORGOTTEN."""
+        self._store.forget(order_uid)
+
     def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
         """See ``OrderRepository.wait_until_handled``."""
         polling = Polling(timeout_s)
@@ -229,6 +233,10 @@ class AsyncMemoryOrderRepository:
     def set_position_state(self, topic: str, partition: int, offset: int, state: PositionState) -> None:
         """See ``MemoryOrderRepository.set_position_state``."""
         self._store.set_position_state(topic, partition, offset, state)
+
+    def forget(self, order_uid: str) -> None:
+        """See ``MemoryOrderRepository.forget``."""
+        self._store.forget(order_uid)
 
     async def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
         """See ``AsyncOrderRepository.wait_until_handled``."""

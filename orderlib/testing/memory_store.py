@@ -43,6 +43,7 @@ class MemoryStore:
         self._stored: dict[str, StoredOrder] = {}
         self._versions: dict[str, StoredVersion] = {}
         self._originals: dict[str, bytes | None] = {}
+        self._forgotten: set[str] = set()
         self._position_states: dict[tuple[str, int, int], PositionState] = {}
 
     def get(self, order_uid: str) -> Order:
@@ -140,6 +141,13 @@ class MemoryStore:
             replication_delay_s=None,
         )
 
+    def forget(self, order_uid: str) -> None:
+        """See ``MemoryOrderRepository.forget``."""
+        with self._lock:
+            self._forgotten.add(order_uid)
+            for orders in (self._stored, self._versions, self._originals):
+                orders.pop(order_uid, None)
+
     def save(self, order: Order, *, original: bytes | None = None) -> Outcome:
         """See ``OrderRepository.save``."""
         [outcome] = self._save([order], [prepared(order, original)])
@@ -156,7 +164,7 @@ class MemoryStore:
         }
         now = self._clock()
         with self._lock:
-            plan = plan_writes(prepared_orders, self._versions)
+            plan = plan_writes(prepared_orders, self._versions, self._forgotten)
             for prepared_order, number in zip(plan.writes, plan.numbers, strict=True):
                 uid = prepared_order.order_uid
                 replaced = self._stored.get(uid)

@@ -1,17 +1,22 @@
-"""``get``, ``original`` and ``forget``: print or erase one order."""
+"""``get``, ``original``, ``forget`` and ``forgotten``: print or erase orders."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import attrs
 
 import orderlib
-from orderlib.errors import OrderNotFound
-from orderlib.postgres.connections import connect
-from orderlib.postgres.operations import forget
+from orderlib.errors import ConfigurationError
+from orderlib.postgres.connections import Connection, connect
+from orderlib.postgres.operations import Forgotten, forget, forget_again, forget_customer, forgotten
 from services.admin.output import add_json_option, add_yes_option, confirm, count_of, print_result, printable
-from services.admin.schema import APPLICATION_NAME, Commands
+from services.admin.schema import APPLICATION_NAME, Commands, connected
 from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import database_url
 
@@ -37,19 +42,31 @@ def add_commands(commands: Commands) -> None:
     parser.set_defaults(command=_original)
     parser = commands.add_parser(
         "forget",
-        help="erase an order",
-        description="Erase an order with its delivery, payment and items, and the rejects that have its order_uid as "
-        "key (ORDERS_MIGRATOR_URL). Kafka still has the record until its retention ends: moving the offsets back "
-        "stores the order again. Backups contain it, too.",
+        help="erase an order permanently",
+        description="Erase an order with its delivery, payment, items and original, and the rejects that have its "
+        "order_uid as key (ORDERS_MIGRATOR_URL). The SHA-256 of the order_uid is kept: later records and writes of "
+        "that order have the outcome forgotten and store nothing. Kafka and backups still contain the order.",
     )
-    _add_order_uid(parser)
+    which = parser.add_mutually_exclusive_group(required=True)
+    _add_order_uid(which, nargs="?")
+    which.add_argument("--customer", metavar="ID", help="all stored orders of a customer")
+    which.add_argument("--again", metavar="FILE", type=Path, help="all orders in a list that `forgotten` wrote")
     add_yes_option(parser)
     add_json_option(parser)
     parser.set_defaults(command=_forget)
+    parser = commands.add_parser(
+        "forgotten",
+        help="list the forgotten orders as digests",
+        description="Print the SHA-256 of each forgotten order_uid, one a line (ORDERS_READER_URL). After a restore, "
+        "`forget --again` applies that list.",
+    )
+    parser.set_defaults(command=_forgotten)
 
 
-def _add_order_uid(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("order_uid", metavar="UID", help="an order_uid; write -- before one that begins with a hyphen")
+def _add_order_uid(parser: argparse._ActionsContainer, *, nargs: str | None = None) -> None:
+    parser.add_argument(
+        "order_uid", metavar="UID", nargs=nargs, help="an order_uid; write -- before one that begins with a hyphen"
+    )
 
 
 def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -75,16 +92,42 @@ def _original(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _forget(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_MIGRATOR_URL")
-    if not confirm(f"erase order {options.order_uid} permanently", yes=options.yes):
+    call: Callable[[Connection], Forgotten]
+    if options.again is not None:
+        digests = _read_digests(options.again)
+        what, call = f"the {count_of(len(digests), 'order')} in {options.again}", partial(forget_again, digests=digests)
+    elif options.customer is not None:
+        what = f"all orders of customer {options.customer}"
+        call = partial(forget_customer, customer_id=options.customer)
+    else:
+        what, call = f"order {options.order_uid}", partial(forget, order_uid=options.order_uid)
+    if not confirm(f"erase {what} permanently", yes=options.yes):
         return EXIT_FAILED
     with connect(url, application_name=APPLICATION_NAME) as connection:
-        orders, rejects = forget(connection, options.order_uid)
-    if not orders and not rejects:
-        raise OrderNotFound(options.order_uid)
-    erased = {"orders": orders, "rejects": rejects}
+        done = call(connection)
     sentence = (
-        f"erased {count_of(orders, 'order')} and {count_of(rejects, 'reject')}; "
-        "moving the offsets back would store them again"
+        f"erased {count_of(done.orders, 'order')} and {count_of(done.rejects, 'reject')}; "
+        f"forgot {count_of(done.order_uids, 'order_uid')}: no later record stores them again"
     )
-    print_result(sentence, erased, as_json=options.json)
+    print_result(sentence, attrs.asdict(done), as_json=options.json)
+    return EXIT_DONE
+
+
+def _read_digests(path: Path) -> list[bytes]:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except UnicodeDecodeError as exc:
+        raise ConfigurationError(f"{path} is not a list that `forgotten` wrote") from exc
+    except OSError as exc:
+        raise ConfigurationError(f"{path}: {exc.strerror}") from exc
+    for number, line in enumerate(lines, start=1):
+        if not re.fullmatch("[0-9a-f]{64}", line):
+            raise ConfigurationError(f"{path}: line {number} is not a SHA-256 in hexadecimal")
+    return [bytes.fromhex(line) for line in lines]
+
+
+def _forgotten(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    with connected(environ, "ORDERS_READER_URL") as connection:
+        for digest in forgotten(connection):
+            print(digest.hex())
     return EXIT_DONE

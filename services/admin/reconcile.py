@@ -38,8 +38,9 @@ def add_commands(commands: Commands) -> None:
         "(ORDERS_READER_URL), in both directions: every refused record is a reject and every reject a refused record; "
         "every order equals, field by field, the last valid record of one of its partitions. Lists the discrepancies "
         "and exits 1 if there are any. Also lists what cannot be proved, such as orders saved from Python. The "
-        "consumer may run meanwhile. A forgotten order or a purged reject is a discrepancy while Kafka still has its "
-        f"record. With --json, the first {MAX_FINDINGS:,} discrepancies are listed and all are counted.",
+        "consumer may run meanwhile. Records of forgotten orders are counted. A purged reject is a discrepancy while "
+        f"Kafka still has its record. With --json, the first {MAX_FINDINGS:,} "
+        "discrepancies are listed and all are counted.",
     )
     parser.add_argument(
         "--manifest",
@@ -116,7 +117,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             is_compacted=log.is_compacted(),
         )
         first = _first(log.earliest(), next_offsets, manifest)
-        proof = Reconciliation(topic, first, stored.group(), offsets, stored.rejects())
+        proof = Reconciliation(topic, first, stored.group(), offsets, stored.rejects(), stored.forgotten())
         missing = dict(manifest or {})
         for record in log.records(first, next_offsets):
             proof.on_record(record, classify_record(record, max_bytes))

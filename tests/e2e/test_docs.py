@@ -111,7 +111,7 @@ PLACEHOLDERS = {"N": "0", "UID": "someone", "TOPIC/PARTITION/OFFSET": "orders/0/
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
 def test_admin_accepts_every_command_of_a_page(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for command in re.findall(r"(?:services\.admin|--rm admin) ([a-z][^\n`#|&;]*)", text):
+    for command in re.findall(r"(?:services\.admin|--rm admin) ([a-z][^\n`#|&;>]*)", text):
         arguments = [PLACEHOLDERS.get(argument, argument) for argument in command.split()]
         assert make_parser().parse_args(arguments).command is not None, command
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 import attrs
@@ -48,9 +48,11 @@ def version(of: PreparedOrder, number: int = 1) -> StoredVersion:
     return StoredVersion(content_sha256=of.content_sha256, source=of.source, first_stored_at=None, number=number)
 
 
-def after(prepared_orders: Sequence[PreparedOrder], stored: Stored) -> tuple[Stored, list[Outcome]]:
+def after(
+    prepared_orders: Sequence[PreparedOrder], stored: Stored, forgotten: Collection[str] = ()
+) -> tuple[Stored, list[Outcome]]:
     """Return what is stored after a batch, and the outcome of each of its orders."""
-    plan = plan_writes(prepared_orders, stored)
+    plan = plan_writes(prepared_orders, stored, forgotten)
     written = {write.order_uid: version(write, n) for write, n in zip(plan.writes, plan.numbers, strict=True)}
     moved = {uid: attrs.evolve(stored[uid], source=at.source) for uid, at in plan.moves.items()}
     assert not written.keys() & moved.keys()
@@ -203,3 +205,26 @@ def test_a_reject_leaves_out_and_names_the_parts_that_fit_into_no_row(
     assert isinstance(reject, Reject)
     assert [fault.path for fault in reject.faults[1:]] == left_out == list(record.unstorable)
     assert reject.total_faults == 1 + len(left_out)
+
+
+@given(PREPARED_ORDERS, PREPARED_ORDERS, st.sets(st.integers(0, 12)))
+def test_a_forgotten_order_is_never_stored_and_leaves_the_other_orders_as_they_are(
+    before: list[PreparedOrder], prepared_orders: list[PreparedOrder], cuts: set[int]
+) -> None:
+    stored, _ = after(before, {})
+    expected, _ = after(
+        [one for one in prepared_orders if one.order_uid != "a"], {"b": stored["b"]} if "b" in stored else {}
+    )
+    stored.pop("a", None)
+    outcomes: list[Outcome] = []
+    bounds = sorted({0, len(prepared_orders), *(cut for cut in cuts if cut < len(prepared_orders))})
+    for begin, end in pairwise(bounds):
+        stored, of_batch = after(prepared_orders[begin:end], stored, forgotten={"a"})
+        outcomes += of_batch
+    assert stored == expected
+    assert [outcome == Outcome.FORGOTTEN for outcome in outcomes] == [one.order_uid == "a" for one in prepared_orders]
+
+
+def test_a_redrive_does_not_store_a_forgotten_order() -> None:
+    plan = plan_redrive([prepared_order("a", 0, source(0))], {}, {"a"})
+    assert (plan.outcomes, plan.writes) == ((Outcome.FORGOTTEN,), ())
