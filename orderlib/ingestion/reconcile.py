@@ -185,7 +185,9 @@ class Reconciliation:
         forgotten: Collection[bytes] = (),
     ) -> None:
         self._topic = topic
-        self._forgotten = forgotten
+        self._forgotten = frozenset(forgotten)
+        #: Those of the forgotten orders of which no record was read yet.
+        self._forgotten_without_record = set(forgotten)
         self._first = first
         self._offsets = {(offset.topic_id, offset.partition): offset for offset in offsets}
         #: The stored offset of each partition.
@@ -259,6 +261,8 @@ class Reconciliation:
         position = RecordPosition(topic_id=reject.topic_id, partition=reject.partition, offset=reject.offset)
         if not reject.times_in_order:
             self._find("the reject was redriven before it was rejected", position)
+        if reject.key_sha256 in self._forgotten:
+            self._find("its key is a forgotten order: forget it again", position)
         if problem := self._why_impossible(position):
             self._find(f"the reject was {problem}", position)
         elif self._was_read(position):
@@ -290,8 +294,11 @@ class Reconciliation:
         """Return whether nothing of this record is stored because its order was forgotten."""
         if not self._forgotten:
             return False
-        order_uid = record.key if isinstance(classified, Reject) else classified.order_uid.encode()
-        return _sha256(order_uid) in self._forgotten
+        digest = _sha256(record.key if isinstance(classified, Reject) else classified.order_uid.encode())
+        if digest not in self._forgotten:
+            return False
+        self._forgotten_without_record.discard(digest)
+        return True
 
     def _compare_content(self, record: Record, reject: SnapshotReject) -> None:
         unstorable = record.unstorable
@@ -329,6 +336,8 @@ class Reconciliation:
         is_settled = outcome not in {None, Outcome.REJECTED}
         if outcome not in {None, *Outcome}:
             self._find("the reject has an unknown redrive_outcome", position)
+        if outcome == Outcome.FORGOTTEN and not self._is_forgotten(record, classified):
+            self._find("redriven as forgotten, but its order is not forgotten", position)
         if isinstance(classified, Reject):
             if is_settled:
                 self._find(
@@ -518,6 +527,9 @@ class Reconciliation:
 
     def not_proved(self) -> Iterator[NotProved]:
         """Yield what cannot be proved. Call it last."""
+        if self._forgotten_without_record:
+            what = "forgotten orders of which no record was read"
+            yield NotProved(what=what, count=len(self._forgotten_without_record), examples=())
         for what, count in self._not_proved.items():
             yield NotProved(what=what, count=count, examples=tuple(self._examples[what]))
         if self._topic.is_compacted and self._rejects:

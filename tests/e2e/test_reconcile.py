@@ -39,6 +39,7 @@ CANNOT_BE_PROVED = {
     ("schema_migrations", "number"): "how the schema was made, not what was sent",
     ("schema_migrations", "name"): "how the schema was made, not what was sent",
     ("schema_migrations", "applied_at"): "how the schema was made, not what was sent",
+    ("forgotten", "forgotten_at"): "the clock of a forget: no record says when or why",
     ("consumer_groups", "only_row"): "always true: it makes the row the only one",
 }
 
@@ -144,11 +145,12 @@ def fill(place: Place) -> None:
     place.produce_in_transactions(order("committed", 1), order("aborted", 1))
     with place.superuser() as connection:
         connection.execute("ALTER TABLE orders ADD CONSTRAINT no_zz CHECK (locale <> 'zz') NOT VALID")
-    place.produce(order("refused", 1, locale="zz"), partition=1)
+    place.produce(order("refused", 1, locale="zz"), order("person", 1), partition=1)
     place.consume(max_record_bytes=4000)
     assert place.admin("rejects redrive --code too_large")[0] == 0
     with orderlib.connect(place.database.writer_url) as repository:
         repository.save(attrs.evolve(SAMPLE_ORDER, order_uid="from-python"))
+    assert place.admin("forget person --yes")[0] == 0
 
 
 def outcomes(place: Place) -> dict[int, str | None]:
@@ -223,6 +225,7 @@ def test_a_real_history_has_no_discrepancy_and_what_cannot_be_proved_is_named(hi
     named = {kind["what"]: kind for kind in result["not_proved"]}
     assert [example["order_uid"] for example in named["saved from Python"]["examples"]] == ["from-python"]
     assert sum(kind["count"] for kind in named.values()) == 3
+    assert result["counts"]["forgotten"] == 1
     text = history.admin("reconcile")[1]
     assert "from-python" in text
     assert "refused" in text
@@ -247,6 +250,8 @@ def places_of(table: str) -> list[tuple[str, dict[str, object]]]:
         return [(f"partition = 0 AND record_offset = {n}", {"partition": 0, "offset": n}) for n in (5, 6, 7, 8, 2, 15)]
     if table == "consumer_groups":
         return [("true", {"partition": 0})]
+    if table == "forgotten":
+        return [("true", {"order_uid": "person", "partition": 1})]
     if table == "consumer_offsets":
         return [("partition = 0", {"partition": 0})]
     return [("order_uid = 'updated'", {"order_uid": "updated"})]
@@ -426,6 +431,19 @@ PLANTED = {
         {"partition": 1},
     ),
     "next_offset is moved back": ("UPDATE consumer_offsets SET next_offset = 4 WHERE partition = 0", {"partition": 0}),
+    "a forgotten order is not on the list": ("DELETE FROM forgotten", {"order_uid": "person", "partition": 1}),
+    "a stored order is called forgotten": (
+        "INSERT INTO forgotten VALUES (sha256('updated'), now())",
+        {"order_uid": "updated"},
+    ),
+    "a reject has the key of a forgotten order": (
+        "INSERT INTO forgotten VALUES (sha256('key'), now())",
+        {"partition": 0, "offset": 5},
+    ),
+    "stored is called forgotten": (
+        "UPDATE rejects SET redrive_outcome = 'forgotten' WHERE record_offset = 2",
+        {"partition": 0, "offset": 2},
+    ),
     "an offset is missing": ("DELETE FROM consumer_offsets WHERE partition = 1", {"partition": 1}),
     "every offset is missing": ("DELETE FROM consumer_offsets", {"partition": 1}),
     "stored is called superseded": (
@@ -556,8 +574,10 @@ def test_ranges_that_kafka_no_longer_holds_are_named(place: Place) -> None:
 def test_records_of_a_forgotten_order_are_counted(place: Place) -> None:
     place.produce(order("person", 1), order("other", 1))
     place.consume()
-    assert place.admin("forget person --yes")[0] == 0
+    for uid in ("person", "not-sent"):
+        assert place.admin(f"forget {uid} --yes")[0] == 0
     assert place.assert_holds()["counts"]["forgotten"] == 1
+    assert place.not_proved() == {"forgotten orders of which no record was read": 1}
 
 
 def test_the_page_lists_every_column_that_cannot_be_proved() -> None:
