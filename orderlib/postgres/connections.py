@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Mapping
 
 import psycopg
 from psycopg.abc import ConnDict
@@ -14,6 +15,7 @@ from orderlib.errors import ConfigurationError
 from orderlib.postgres import queries
 from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.hosts import connect_to_any
+from orderlib.postgres.poolers import refuse_transaction_pooler
 from orderlib.repository import checked_type
 
 Connection = psycopg.Connection[TupleRow]
@@ -78,21 +80,24 @@ def _parsed(url: str) -> ConnDict | None:
     return None
 
 
-def prepare_session(connection: Connection) -> None:
+def prepare_session(connection: Connection, arguments: Mapping[str, str | int]) -> None:
     """Set everything that the SQL depends on, in one round trip. This overrides role, database, server and environment.
 
-    The session is in autocommit mode afterwards, so each transaction is explicit.
+    The session is in autocommit mode afterwards, so each transaction is explicit. Raise ConfigurationError behind a
+    pooler that gives each transaction another session.
     """
     connection.autocommit = True
     connection.execute(queries.SET_UP_SESSION)
+    refuse_transaction_pooler(connection, arguments)
 
 
 def connect(url: str, *, application_name: str) -> Connection:
     """Return a new connection. Raise DatabaseUnavailable or ConfigurationError."""
-    connection = psycopg.Connection(connect_to_any(connection_arguments(url, application_name)))
+    arguments = connection_arguments(url, application_name)
+    connection = psycopg.Connection(connect_to_any(arguments))
     try:
         with translated_errors(connection):
-            prepare_session(connection)
+            prepare_session(connection, arguments)
     except BaseException:
         connection.close()
         raise

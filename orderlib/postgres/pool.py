@@ -33,7 +33,7 @@ from orderlib.postgres.errors import is_lost, translate, translated_errors
 from orderlib.postgres.hosts import connect_to_any
 from orderlib.postgres.migrate import check_schema
 from orderlib.postgres.reads import ReadQueries
-from orderlib.postgres.wire import Wire
+from orderlib.postgres.wire import DeadlineExceeded, Wire, bounded
 
 T = TypeVar("T")
 
@@ -54,10 +54,6 @@ _REPEATABLE_CLASS = "40"
 _READ_ONLY = "25006"
 
 
-class DeadlineExceeded(OrderlibError):
-    """The deadline of a call passed while it waited for PostgreSQL. The repository translates it."""
-
-
 #: After this number of conflicts in one call, retrying probably does not help.
 _MAX_CONFLICTS = 20
 #: For the jitter between retries of several writers.
@@ -67,20 +63,6 @@ _RNG = Random()  # noqa: S311  not used for a secret
 READ_ERRORS = (psycopg.Error, UnicodeEncodeError, DeadlineExceeded)
 #: The same for a write, whose errors are partly translated already.
 WRITE_ERRORS = (psycopg.Error, OrderlibError)
-
-
-def bounded(steps: PQGen[T], deadline: float) -> PQGen[T]:
-    """Run a generator for psycopg's ``wait`` functions until the deadline, then raise DeadlineExceeded."""
-    try:
-        wait = next(steps)
-        while True:
-            ready = yield wait
-            if time.monotonic() >= deadline:
-                raise DeadlineExceeded("PostgreSQL: no answer in time")
-            wait = steps.send(ready)
-    except StopIteration as done:
-        result: T = done.value
-        return result
 
 
 class Session(Connection):
@@ -352,7 +334,7 @@ class Pool:
                 session.deadline = time.monotonic() + _SET_UP_WITHIN_S
                 limit_ms = max(1, int(self.timeout_s * _STATEMENT_SHARE * 1000))
                 with translated_errors(session):
-                    prepare_session(session)
+                    prepare_session(session, self._arguments)
                     session.execute(sql.SQL(queries.SET_STATEMENT_TIMEOUT).format(limit_ms))
                     check_schema(session)
             except BaseException:

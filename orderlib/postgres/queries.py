@@ -68,6 +68,11 @@ SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('sync
 COMMIT
 """
 
+#: The process that serves this session, and a mark that only this session has.
+BACKEND_PID: LiteralString = "SELECT pg_backend_pid()"
+MARK_SESSION: LiteralString = "SELECT set_config('orderlib.session', %(token)s, false)"
+SESSION_MARK: LiteralString = "SELECT current_setting('orderlib.session', true)"
+
 #: Lift the time limits of the role, the database and the server for the current transaction.
 LIFT_TIME_LIMITS: LiteralString = """
 SELECT set_config(name, '0', true)

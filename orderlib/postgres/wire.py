@@ -7,8 +7,9 @@ times the CPU of the client: 0.35 ms an order instead of 0.12 ms.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable, Sequence
-from typing import LiteralString
+from typing import LiteralString, TypeVar
 
 import psycopg
 from psycopg import generators
@@ -19,7 +20,10 @@ from psycopg.pq import ConnStatus, ExecStatus, Format
 from psycopg.pq.abc import PGconn, PGresult
 from psycopg.waiting import Ready, Wait
 
+from orderlib.errors import OrderlibError
 from orderlib.postgres.rows import Row
+
+T = TypeVar("T")
 
 #: A prepared statement was deallocated, or its tables have changed. It must be prepared again.
 _PREPARED_IS_STALE = {"26000", "0A000"}
@@ -31,6 +35,24 @@ _COPY_BYTES = 4 * 1024 * 1024
 Statement = tuple[LiteralString, Sequence[object]]
 #: A COPY FROM STDIN, and its data in parts.
 Copy = tuple[LiteralString, Iterable[bytes]]
+
+
+class DeadlineExceeded(OrderlibError):
+    """The deadline of a call passed while it waited for PostgreSQL. The repository translates it."""
+
+
+def bounded(steps: PQGen[T], deadline: float) -> PQGen[T]:
+    """Run a generator for psycopg's ``wait`` functions until the deadline, then raise DeadlineExceeded."""
+    try:
+        wait = next(steps)
+        while True:
+            ready = yield wait
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded("PostgreSQL: no answer in time")
+            wait = steps.send(ready)
+    except StopIteration as done:
+        result: T = done.value
+        return result
 
 
 class Wire:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +14,11 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import apply_migrations, create_roles
 from sandbox import Sandbox, running_sandbox
-from sandbox.server import free_port
 from tests.conftest import Database, make_database, role_passwords
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
 from tests.support.api_process import eventually, serving
 from tests.support.consumer_process import consuming
+from tests.support.pgbouncer import pgbouncer
 from tests.support.programs import run, succeed
 from tests.support.sending import Sender, uids
 
@@ -139,58 +135,13 @@ def test_a_url_without_a_required_password_is_a_configuration_error(
         assert "the server asks for a password" in done.stderr
 
 
-PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin")
-
-
 @pytest.fixture
 def own_sandbox() -> Iterator[Sandbox]:
     with running_sandbox() as running:
         yield running
 
 
-@contextmanager
-def pgbouncer(database: Database, **settings: str) -> Iterator[dict[str, str]]:
-    """PgBouncer in session mode before a database. Yield the URLs of the programs through it."""
-    if PGBOUNCER is None:
-        pytest.skip("pgbouncer is not installed (on Debian: apt-get install pgbouncer)")
-    server = conninfo_to_dict(database.superuser_url)
-    port = free_port()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        users = "".join(f'"{role}" "{password}"\n' for role, password in role_passwords(database).items())
-        (folder / "users").write_text(users)
-        options = {
-            "listen_addr": "127.0.0.1",
-            "listen_port": str(port),
-            "unix_socket_dir": "",
-            "auth_type": "scram-sha-256",
-            "auth_file": str(folder / "users"),
-            "pool_mode": "session",
-            "server_login_retry": "1",
-            "ignore_startup_parameters": "extra_float_digits",
-            **settings,
-        }
-        lines = "".join(f"{key} = {value}\n" for key, value in options.items())
-        (folder / "ini").write_text(
-            f"[databases]\n* = host=127.0.0.1 port={server['port']}\n[pgbouncer]\n{lines}", encoding="utf-8"
-        )
-        for path in (folder / "ini", folder / "users"):
-            path.chmod(0o644)
-        command = [PGBOUNCER, *(["-u", "nobody"] if Path("/proc/1").owner() == "root" else []), str(folder / "ini")]
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            yield {
-                variable: make_conninfo(url, host="127.0.0.1", port=port)
-                for variable, url in database.environ().items()
-                if variable != "ORDERS_BOOTSTRAP_URL"
-            }
-        finally:
-            process.kill()
-            process.wait()
-
-
+@pytest.mark.faults
 def test_restarts_of_postgresql_behind_pgbouncer_are_outages(own_sandbox: Sandbox) -> None:
     database = make_database(own_sandbox)
     with connect(database.superuser_url, application_name="tests") as connection:
@@ -223,8 +174,6 @@ def test_the_connection_limit_of_pgbouncer_is_an_outage(
 ) -> None:
     with pgbouncer(database, max_client_conn="1") as urls:
         through = {**environ, **urls}
-        writer = conninfo_to_dict(urls["ORDERS_DATABASE_URL"])
-        assert eventually(lambda: is_open(int(writer["port"] or 0)), 10)
         with (
             psycopg.connect(urls["ORDERS_DATABASE_URL"]) as holder,
             consuming(through) as consumer,
@@ -238,11 +187,3 @@ def test_the_connection_limit_of_pgbouncer_is_an_outage(
             sender.send_orders(uids("order", 10))
             wait_until_handled(sender.manifest, database)
             assert consumer.stop() == 0
-
-
-def is_open(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True

@@ -34,7 +34,7 @@ from orderlib import (
     Outcome,
     PostgresOrderRepository,
 )
-from orderlib.postgres import hosts, pool
+from orderlib.postgres import hosts, pool, wire
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from tests.conftest import ROOT, Database
 from tests.support.api_process import eventually
@@ -606,7 +606,7 @@ def test_a_conflict_with_recovery_is_retried_once(
             raise conflict(code)
         return (yield from bounded(steps, deadline))
 
-    bounded = pool.bounded
+    bounded = wire.bounded
     monkeypatch.setattr(pool, "bounded", conflicting)
     monkeypatch.setattr("orderlib.postgres.async_repository.bounded", conflicting)
 
@@ -636,7 +636,7 @@ def test_a_read_never_raises_refused_by_database(stored: Database, monkeypatch: 
             raise conflict(code)
         return (yield from bounded(steps, deadline))
 
-    bounded = pool.bounded
+    bounded = wire.bounded
     monkeypatch.setattr(pool, "bounded", failing)
     with orderlib.connect(stored.reader_url) as repository, pytest.raises(ConfigurationError, match=code):
         repository.get(UID)
