@@ -141,12 +141,12 @@ class RecordPosition:
     partition: int
     offset: int
 
-    def is_at_or_after(self, other: RecordPosition | None) -> bool:
-        """Return whether this is the same record as the other, or a later one of the same partition."""
+    def is_after(self, other: RecordPosition | None) -> bool:
+        """Return whether this is a later record of the same partition."""
         return (
             other is not None
             and (self.topic_id, self.partition) == (other.topic_id, other.partition)
-            and self.offset >= other.offset
+            and self.offset > other.offset
         )
 
 

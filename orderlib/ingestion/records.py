@@ -276,8 +276,11 @@ def plan_writes(
 
     * the order_uid was forgotten: ``forgotten``; nothing is written
     * content equal to the current version: ``duplicate``; the stored position may move, but never back in a partition
-    * not later than the current version, in the same partition: ``superseded``; nothing is written
+    * from an earlier record of the partition than the current version: ``superseded``; nothing is written
     * otherwise: ``stored``; an order of this batch that it replaces becomes ``superseded``
+
+    So the record of the current version is stored again if it has other content now: a release that knows more fields
+    decodes it again after a rewind.
     """
     versions: dict[str, StoredVersion | PreparedOrder] = dict(stored)
     numbers: dict[str, int] = {}
@@ -291,11 +294,9 @@ def plan_writes(
             outcomes.append(Outcome.FORGOTTEN)
             continue
         version = versions.get(uid)
-        is_old = (
-            version is not None and version.source is not None and version.source.is_at_or_after(prepared_order.source)
-        )
+        current = None if version is None else version.source
         if version is None or version.content_sha256 != prepared_order.content_sha256:
-            if is_old:
+            if current is not None and current.is_after(prepared_order.source):
                 outcomes.append(Outcome.SUPERSEDED)
                 continue
             if uid in write_index:
@@ -308,7 +309,8 @@ def plan_writes(
             moves.pop(uid, None)
         else:
             outcomes.append(Outcome.DUPLICATE)
-            if is_old or prepared_order.source is None:
+            source = prepared_order.source
+            if source is None or source == current or (current is not None and current.is_after(source)):
                 continue
             if uid in writes:
                 writes[uid] = prepared_order
@@ -331,7 +333,7 @@ def may_redrive(prepared_order: PreparedOrder, stored: StoredVersion | None) -> 
     if stored is None:
         return True
     source, other = prepared_order.source, stored.source
-    return source is not None and other is not None and source.is_at_or_after(other) and source != other
+    return source is not None and source.is_after(other)
 
 
 def plan_redrive(

@@ -106,6 +106,39 @@ def test_equal_content_is_a_duplicate_that_only_moves_the_position_forward() -> 
     assert plan_writes([later], stored).writes == ()
 
 
+def test_the_same_record_with_other_content_is_a_new_version() -> None:
+    """A release that knows more fields decodes it again after a rewind."""
+    stored = {"a": version(prepared_order("a", 0, source(3)))}
+    again = prepared_order("a", 1, source(3))
+    assert after([again], stored) == ({"a": version(again, 2)}, [Outcome.STORED])
+    assert after([again], {"a": version(again, 2)}) == ({"a": version(again, 2)}, [Outcome.DUPLICATE])
+    assert plan_writes([again], {"a": version(again, 2)}).moves == {}
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 3)), min_size=1, max_size=8),
+    st.integers(0, 8),
+    st.sets(st.integers(0, 24)),
+)
+def test_a_rewind_by_a_release_that_knows_more_fields_stores_what_was_missed_and_a_second_one_nothing(
+    log: list[tuple[str, int]], upgraded_at: int, cuts: set[int]
+) -> None:
+    """The earlier release cannot tell contents 0 and 1, nor 2 and 3."""
+    new = [prepared_order(uid, content, source(offset)) for offset, (uid, content) in enumerate(log)]
+    old = [prepared_order(uid, content // 2, source(offset)) for offset, (uid, content) in enumerate(log)]
+    stored = before = dict[str, StoredVersion]()
+    for handled in (old[:upgraded_at] + new[upgraded_at:], new, new):
+        before = stored
+        bounds = sorted({0, len(log), *(cut % len(log) for cut in cuts)})
+        for begin, end in pairwise(bounds):
+            stored, _ = after(handled[begin:end], stored)
+    last = {one.order_uid: one for one in new}
+    assert {uid: (one.content_sha256, one.source) for uid, one in stored.items()} == {
+        uid: (one.content_sha256, one.source) for uid, one in last.items()
+    }
+    assert stored == before
+
+
 @pytest.mark.parametrize("elsewhere", [source(0, partition=1), source(0, topic_id="recreated"), None])
 def test_between_partitions_the_record_handled_last_is_stored(elsewhere: RecordPosition | None) -> None:
     stored = {"a": version(prepared_order("a", 0, source(9)))}
