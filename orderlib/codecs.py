@@ -5,6 +5,7 @@ Decoding is strict, and an error reports every fault of a record.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import functools
 import hashlib
@@ -12,9 +13,9 @@ import itertools
 import operator
 import re
 import typing
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeAlias, TypeVar
 
 import attrs
 import msgspec
@@ -23,7 +24,7 @@ from msgspec.inspect import DataclassType, Type, VarTupleType
 
 from orderlib.contract import M, Validator, defaults_of, model_of, rule_of, rules_of
 from orderlib.contract import json_schema as schemas_of
-from orderlib.errors import Fault, MalformedJson
+from orderlib.errors import Fault, MalformedJson, RejectedError
 from orderlib.models import MAX_ITEMS, Delivery, Item, Order, Payment
 
 # msgspec decodes an order in one pass in C. It stops at the first fault, and it cannot check every rule. If it fails,
@@ -59,6 +60,9 @@ class _HasTime(Protocol):
 
 
 T = TypeVar("T")
+
+#: Fields, each with its model, that are treated as unknown.
+Hidden: TypeAlias = "frozenset[tuple[Hashable, str]]"
 
 
 @functools.cache
@@ -110,6 +114,7 @@ _PARTS: tuple[tuple[type[attrs.AttrsInstance], Callable[[CanonicalOrder], Sequen
 )
 #: The structs of an order that have optional fields, and their defaults. Others cost nothing.
 _WITH_DEFAULTS = [(structs_of, defaults) for model, structs_of in _PARTS if (defaults := defaults_of(model))]
+_OPTIONAL_NAMES = tuple(f'"{name}"'.encode() for _, defaults in _WITH_DEFAULTS for name in defaults)
 
 _order_values = operator.attrgetter(*_names(Order))
 _delivery_values = operator.attrgetter(*_names(Delivery))
@@ -339,27 +344,39 @@ def unknown_fields(data: bytes) -> dict[str, dict[str, msgspec.Raw]]:
     The text must be one that ``decode_order`` accepts. In names and values, U+0000 stands for U+0000 or a lone
     surrogate, and the four hexadecimal digits behind it say which.
     """
-    if b"\\u" in data:
-        # Otherwise msgspec could not read it, or two different names would be equal.
-        data = _with_escaped_nul(_BEFORE_UNREADABLE_DIGITS, data)
+    return _unknown_fields(_readable(data))
+
+
+def _readable(data: bytes) -> bytes:
+    """Return a text that msgspec can read as raw values, and in which different names remain different."""
+    return _with_escaped_nul(_BEFORE_UNREADABLE_DIGITS, data) if b"\\u" in data else data
+
+
+def _unknown_fields(readable: bytes, hidden: Hidden = frozenset()) -> dict[str, dict[str, msgspec.Raw]]:
     found: dict[str, dict[str, msgspec.Raw]] = {}
-    _find_unknown(_OBJECT.decode(data), Order, "$", found)
+    _find_unknown(_OBJECT.decode(readable), Order, "$", found, hidden)
     return found
 
 
 def _find_unknown(
-    fields: dict[str, msgspec.Raw], model: Hashable, path: str, found: dict[str, dict[str, msgspec.Raw]]
+    fields: dict[str, msgspec.Raw],
+    model: Hashable,
+    path: str,
+    found: dict[str, dict[str, msgspec.Raw]],
+    hidden: Hidden,
 ) -> None:
     """Add the unknown ones of these fields and of their parts to ``found``. Remove the known ones from ``fields``."""
     for name, (part, is_array) in _layout(model).items():
+        if (model, name) in hidden:
+            continue
         value = fields.pop(name, None)
         if part is None or value is None:
             continue
         if is_array:
             for index, item in enumerate(_OBJECTS.decode(value)):
-                _find_unknown(item, part, f"{path}.{name}[{index}]", found)
+                _find_unknown(item, part, f"{path}.{name}[{index}]", found, hidden)
         else:
-            _find_unknown(_OBJECT.decode(value), part, f"{path}.{name}", found)
+            _find_unknown(_OBJECT.decode(value), part, f"{path}.{name}", found, hidden)
     if fields:
         found[path] = fields
 
@@ -371,14 +388,61 @@ def _layout(model: Hashable) -> Mapping[str, tuple[Hashable, bool]]:
     return {name: (model_of(rule), isinstance(rule, VarTupleType)) for name, rule in rules.items()}
 
 
-def _unknown_text(data: bytes) -> bytes:
+def _unknown_text(data: bytes, hidden: Hidden = frozenset()) -> bytes:
     """Return the unknown fields as JSON without whitespace, sorted by name; empty if the order has none."""
-    found = unknown_fields(data)
+    found = _unknown_fields(_readable(data), hidden)
     return msgspec.json.format(_sorting_encoder.encode(found), indent=-1) if found else b""
+
+
+def earlier_forms(data: bytes) -> Iterator[tuple[CanonicalOrder, bytes]]:
+    """Yield an order as releases that did not know its last optional fields decoded it, if they found unknown fields.
+
+    The parts are those that ``decode_canonical`` returns. A text that those releases refused yields nothing.
+    """
+    optional = [[(model, name) for name in defaults_of(model)] for model, _ in _PARTS]
+    for known in itertools.product(*(range(len(fields) + 1) for fields in optional)):
+        hidden = frozenset(itertools.chain(*(fields[n:] for n, fields in zip(known, optional, strict=True))))
+        if not hidden:
+            continue
+        with contextlib.suppress(RejectedError, msgspec.DecodeError):
+            if unknown := _with_complete_stack(functools.partial(_unknown_text, hidden=hidden), data):
+                yield _without(hidden, data), unknown
+
+
+def required_sha256(data: bytes) -> bytes:
+    """Return the digest of the required fields of an order: releases that ignored unknown fields knew no others."""
+    return digest(_without(frozenset((model, name) for model, _ in _PARTS for name in defaults_of(model)), data))
+
+
+def may_have_optional_fields(data: bytes) -> bool:
+    """Return whether the name of an optional field occurs in a text."""
+    return any(name in data for name in _OPTIONAL_NAMES)
+
+
+def _without(hidden: Hidden, data: bytes) -> CanonicalOrder:
+    """Return the order in a JSON text without its unknown fields and without these ones."""
+    known = _with_complete_stack(functools.partial(_known_fields, model=Order, hidden=hidden), _readable(data))
+    return decode_canonical(msgspec.json.encode(known))[0]
+
+
+def _known_fields(readable: bytes | msgspec.Raw, model: Hashable, hidden: Hidden) -> dict[str, object]:
+    fields = _OBJECT.decode(readable)
+    known: dict[str, object] = {}
+    for name, (part, is_array) in _layout(model).items():
+        if name not in fields or (model, name) in hidden:
+            continue
+        if part is None:
+            known[name] = fields[name]
+        elif is_array:
+            known[name] = [_known_fields(item, part, hidden) for item in _ARRAY_OF_RAW.decode(fields[name])]
+        else:
+            known[name] = _known_fields(fields[name], part, hidden)
+    return known
 
 
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _OBJECTS = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
+_ARRAY_OF_RAW = msgspec.json.Decoder(list[msgspec.Raw])
 _TEXT = msgspec.json.Decoder(str)
 #: Opens an array up to one element above the limit, and skips the others without using memory for them.
 _ARRAY = msgspec.json.Decoder(

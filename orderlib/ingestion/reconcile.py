@@ -10,12 +10,21 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 
-from orderlib.codecs import content_sha256
+from orderlib.codecs import (
+    CanonicalOrder,
+    content_sha256,
+    decode_canonical,
+    digest,
+    earlier_forms,
+    may_have_optional_fields,
+    required_sha256,
+)
 from orderlib.errors import REJECT_CODES, Fault, RefusedByDatabase, RejectedError, TooLarge
 from orderlib.ingestion.records import PreparedOrder, Record, Reject
 from orderlib.models import Order
@@ -117,19 +126,25 @@ class SnapshotOriginal:
     """A row of ``order_originals``: digests only."""
 
     value_sha256: bytes
-    #: The digest of its known fields, and that of all its content; ``None`` if it is not an order with unknown fields.
-    known_sha256: bytes | None
+    #: The digest of its content by the rules of this release; ``None`` if they refuse it.
     content_sha256: bytes | None
+    #: The digest of its known fields by the rules of the release that stored it; ``None`` if no release did.
+    known_sha256: bytes | None
 
     @classmethod
-    def of(cls, value: bytes) -> SnapshotOriginal:
-        """Return the digests of an original."""
-        known = content = None
+    def of(cls, value: bytes, stored_sha256: bytes) -> SnapshotOriginal:
+        """Return the digests of the original of a stored order, which has this content digest."""
+        content = None
+        forms: Iterator[tuple[CanonicalOrder, bytes]] = iter(())
         with contextlib.suppress(RejectedError):
-            prepared_order = PreparedOrder.of_text(value)
-            if prepared_order.original is not None:
-                known, content = prepared_order.known_sha256, prepared_order.content_sha256
-        return cls(value_sha256=hashlib.sha256(value).digest(), known_sha256=known, content_sha256=content)
+            form = decode_canonical(value)
+            content, forms = digest(*form), iter([form] if form[1] else [])
+        known = (
+            digest(order)
+            for order, unknown in itertools.chain(forms, earlier_forms(value))
+            if digest(order, unknown) == stored_sha256
+        )
+        return cls(value_sha256=hashlib.sha256(value).digest(), content_sha256=content, known_sha256=next(known, None))
 
 
 @attrs.frozen(kw_only=True)
@@ -158,9 +173,10 @@ class _Version:
     """A valid record of an order."""
 
     offset: int
-    content_sha256: bytes
-    #: The digest without unknown fields, as earlier releases stored it.
-    known_sha256: bytes
+    #: By the rules of this release; ``None`` if they refuse the record, and those of an earlier release accept it.
+    content_sha256: bytes | None
+    #: The digest of the required fields only, as releases stored it that ignored unknown fields.
+    required_sha256: bytes
     time: dt.datetime
     #: How the reject at this position was redriven; ``None`` where there is no reject.
     redriven: str | None = None
@@ -284,11 +300,14 @@ class Reconciliation:
             self._compare_classification(record, classified, reject)
         elif self._is_forgotten(record, classified):
             self.counts["forgotten"] += 1
+        elif isinstance(classified, Reject) and (earlier := _earlier_version(record)):
+            self._originals.add(hashlib.sha256(record.value or b"").digest())
+            self._add_version(*earlier, position.partition)
         elif isinstance(classified, Reject):
             what = f"refused ({classified.code}), but not stored as a reject: it was purged or lost"
             self._find(what, position)
         else:
-            self._add_version(classified, position, _version(record, classified))
+            self._add_version(classified.order_uid, _version(record, classified), position.partition)
 
     def _is_forgotten(self, record: Record, classified: PreparedOrder | Reject) -> bool:
         """Return whether nothing of this record is stored because its order was forgotten."""
@@ -350,7 +369,7 @@ class Reconciliation:
         version = _version(record, classified, outcome, reject.redriven_at)
         if outcome in {Outcome.STORED, Outcome.DUPLICATE}:
             self._check_redrive(classified, position, version)
-            self._add_version(classified, position, version)
+            self._add_version(classified.order_uid, version, position.partition)
             return
         self._unsettled.setdefault(classified.order_uid, {})[position.partition, position.offset] = version
         if is_settled:
@@ -365,15 +384,15 @@ class Reconciliation:
         before = self._versions.get(classified.order_uid, {}).get(position.partition)
         is_same = before is not None and before.content_sha256 == version.content_sha256
         # Earlier releases ignored unknown fields.
-        may_be_same = before is not None and before.known_sha256 == version.known_sha256
+        may_be_same = before is not None and before.required_sha256 == version.required_sha256
         if version.redriven == Outcome.STORED and is_same:
             self._find("redriven as stored, but its content was already stored", position, classified.order_uid)
         is_complete = not self._topic.is_compacted and self._first[position.partition] == 0
         if version.redriven == Outcome.DUPLICATE and not may_be_same and (before is not None or is_complete):
             self._find("redriven as duplicate, but its content was not stored before", position, classified.order_uid)
 
-    def _add_version(self, classified: PreparedOrder, position: RecordPosition, version: _Version) -> None:
-        self._versions.setdefault(classified.order_uid, {})[position.partition] = version
+    def _add_version(self, order_uid: str, version: _Version, partition: int) -> None:
+        self._versions.setdefault(order_uid, {})[partition] = version
 
     # Orders
 
@@ -422,6 +441,9 @@ class Reconciliation:
         if original is None:
             return
         self.counts["originals"] += 1
+        if original.known_sha256 is not None and _current_sha256(stored) != stored.content_sha256:
+            what = "originals with fields that an earlier release did not know: run `admin backfill`"
+            self._cannot_prove(what, position, uid)
         if original.value_sha256 in self._originals:
             return
         # Of records with the same content, the original is that of the first one.
@@ -473,11 +495,12 @@ class Reconciliation:
                 self._find(what, position, uid)
         elif (
             stored.original is None
-            and expected.content_sha256 != stored.content_sha256 == expected.known_sha256
+            and expected.content_sha256 != stored.content_sha256 == expected.required_sha256
             and _is_same_time(stored.source_time, expected.time)
         ):
-            self._cannot_prove("stored by an earlier release without the unknown fields of its record", position, uid)
-        elif expected.content_sha256 != stored.content_sha256:
+            what = "stored by an earlier release without the unknown fields of its record: a rewind stores them"
+            self._cannot_prove(what, position, uid)
+        elif expected.content_sha256 != _current_sha256(stored):
             self._find("differs from the record at its source", position, uid)
         elif not _is_same_time(stored.source_time, expected.time):
             self._find("its source_time is not the time of its record", position, uid)
@@ -585,7 +608,13 @@ def _sha256(data: bytes | None) -> bytes | None:
 def _matches_digest(stored: SnapshotOrder, known_sha256: bytes) -> bool:
     if stored.original is None:
         return known_sha256 == stored.content_sha256
-    return stored.original.known_sha256 == known_sha256 and stored.original.content_sha256 == stored.content_sha256
+    return known_sha256 == stored.original.known_sha256
+
+
+def _current_sha256(stored: SnapshotOrder) -> bytes | None:
+    """Return the digest of a stored order by the rules of this release; ``None`` if they refuse its original."""
+    original = stored.original
+    return stored.content_sha256 if original is None or original.known_sha256 is None else original.content_sha256
 
 
 def _is_same_time(stored: dt.datetime | None, time: dt.datetime) -> bool:
@@ -595,14 +624,31 @@ def _is_same_time(stored: dt.datetime | None, time: dt.datetime) -> bool:
 def _version(
     record: Record, classified: PreparedOrder, redriven: str | None = None, redriven_at: dt.datetime | None = None
 ) -> _Version:
+    value, required = record.value or b"", classified.content_sha256
+    if classified.original is not None or may_have_optional_fields(value):
+        required = required_sha256(value)
     return _Version(
         offset=record.source.offset,
         content_sha256=classified.content_sha256,
-        known_sha256=classified.known_sha256,
+        required_sha256=required,
         time=record.time,
         redriven=redriven,
         redriven_at=redriven_at,
     )
+
+
+def _earlier_version(record: Record) -> tuple[str, _Version] | None:
+    """Return the order_uid and the version of a record that only the rules of earlier releases accept."""
+    value = record.value or b""
+    for order, _ in earlier_forms(value):
+        version = _Version(
+            offset=record.source.offset,
+            content_sha256=None,
+            required_sha256=required_sha256(value),
+            time=record.time,
+        )
+        return order.order_uid, version
+    return None
 
 
 def _position(stored: SnapshotOrder) -> RecordPosition | None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import attrs
 
-from orderlib.codecs import CanonicalOrder, canonical_form, content_sha256, decode_canonical, decode_order, digest
+from orderlib.codecs import CanonicalOrder, canonical_form, decode_canonical, decode_order, digest
 from orderlib.errors import Fault, MalformedJson, RejectedError, TooLarge
 from orderlib.models import Order
 from orderlib.repository import Outcome, RecordPosition
@@ -137,11 +137,6 @@ class PreparedOrder:
     #: The record's position and time. Both are ``None`` for an order that was saved from Python.
     source: RecordPosition | None = None
     time: dt.datetime | None = None
-
-    @property
-    def known_sha256(self) -> bytes:
-        """The digest without the unknown fields, which releases that ignored them stored. It costs a decoding."""
-        return self.content_sha256 if self.original is None else content_sha256(decode_order(self.original))
 
     @classmethod
     def of(

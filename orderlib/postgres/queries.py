@@ -309,11 +309,12 @@ FORGOTTEN_DIGESTS: LiteralString = """
 SELECT order_uid_sha256 FROM forgotten WHERE order_uid_sha256 = ANY(%(digests)s::bytea[])
 """
 
-#: The stored versions of these orders.
-STORED_STATES: LiteralString = """
-SELECT order_uid, content_sha256, source_topic_id, source_partition, source_offset, first_stored_at, version
-FROM orders WHERE order_uid = ANY($1::text[])
+_VERSION_COLUMNS: LiteralString = """
+order_uid, content_sha256, source_topic_id, source_partition, source_offset, first_stored_at, version
 """
+
+#: The stored versions of these orders.
+STORED_STATES: LiteralString = f"SELECT {_VERSION_COLUMNS} FROM orders WHERE order_uid = ANY($1::text[])"
 #: The time of a write, read after the stored versions. now() may be earlier than a first_stored_at among them.
 CLOCK: LiteralString = "SELECT clock_timestamp()"
 
@@ -708,7 +709,17 @@ SELECT value FROM rejects
 WHERE topic_id = %(topic_id)s AND partition = %(partition)s AND record_offset = %(offset)s
 """
 
-#: Block the consumer's batches of these topics until the redrive commits: they could change what it compares with.
+#: The originals of some orders.
+ORIGINALS: LiteralString = "SELECT order_uid, value FROM order_originals WHERE order_uid = ANY($1)"
+
+#: The next orders with an original after an order_uid: the stored version, the time of its record, and the size.
+ORIGINALS_TO_BACKFILL: LiteralString = f"""
+SELECT {_VERSION_COLUMNS}, source_time, octet_length(value)
+FROM order_originals JOIN orders USING (order_uid)
+WHERE order_uid > %(after)s ORDER BY order_uid LIMIT %(limit)s
+"""
+
+#: Block the consumer's batches of these topics until the transaction ends: they could change what it compares with.
 LOCK_OFFSETS: LiteralString = """
 SELECT partition FROM consumer_offsets WHERE topic_id = ANY(%(topic_ids)s)
 ORDER BY topic_id, partition, consumer_group FOR UPDATE
@@ -796,9 +807,6 @@ FROM orders o LEFT JOIN delivery d USING (order_uid) LEFT JOIN payment p USING (
 SNAPSHOT_ITEMS: LiteralString = f"""
 SELECT {_ITEM_COLUMNS}, line FROM items WHERE order_uid = ANY($1) ORDER BY order_uid, line
 """
-
-#: The originals of some orders.
-SNAPSHOT_ORIGINALS: LiteralString = "SELECT order_uid, value FROM order_originals WHERE order_uid = ANY($1)"
 
 #: Every original, with the time when its version was stored.
 ALL_ORIGINALS: LiteralString = "SELECT o.stored_at, r.value FROM orders o JOIN order_originals r USING (order_uid)"

@@ -83,8 +83,9 @@ class Snapshot:
                     for row in items_cursor.execute(queries.SNAPSHOT_ITEMS, [list(items)]):
                         items[row[0]].append(row)
                     # One value at a time: each may be as large as a record.
-                    stream = items_cursor.stream(queries.SNAPSHOT_ORIGINALS, [list(items)], binary=True)
-                    originals = {uid: SnapshotOriginal.of(value) for uid, value in stream}
+                    stream = items_cursor.stream(queries.ORIGINALS, [list(items)], binary=True)
+                    digests = {row[0]: row[_STORE][0] for row in rows}
+                    originals = {uid: SnapshotOriginal.of(value, digests[uid]) for uid, value in stream}
                 for row in rows:
                     yield _order(row, items[row[0]], originals.get(row[0]))
 
