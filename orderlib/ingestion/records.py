@@ -342,6 +342,27 @@ def plan_redrive(
     return WritePlan(outcomes=(Outcome.SUPERSEDED,), writes=(), numbers=(), moves={})
 
 
+def plan_backfill(
+    read: Mapping[str, StoredVersion],
+    prepared_orders: Sequence[PreparedOrder],
+    stored: Mapping[str, StoredVersion],
+    forgotten: Collection[str] = (),
+) -> WritePlan:
+    """Plan like ``plan_writes``, but an order is superseded unless its stored version is the one in ``read``.
+
+    The orders are those versions, decoded again; each order_uid occurs once.
+    """
+
+    def is_current(uid: str) -> bool:
+        return uid in forgotten or (uid in read and stored.get(uid) == read[uid])
+
+    current = [prepared_order for prepared_order in prepared_orders if is_current(prepared_order.order_uid)]
+    plan = plan_writes(current, stored, forgotten)
+    outcomes = iter(plan.outcomes)
+    all_outcomes = (next(outcomes) if is_current(one.order_uid) else Outcome.SUPERSEDED for one in prepared_orders)
+    return attrs.evolve(plan, outcomes=tuple(all_outcomes))
+
+
 @attrs.frozen(kw_only=True)
 class OffsetRange:
     """The offsets of one partition that a batch handles."""

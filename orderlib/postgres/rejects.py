@@ -116,7 +116,7 @@ def _redrive_batch(
     }
     # Before any row is locked, because `forget` locks in this sequence.
     connection.execute(queries.HOLD_OFF_FORGET)
-    rows = _within_limit(connection.execute(queries.REJECTS_TO_REDRIVE, which).fetchall())
+    rows = within_bytes(connection.execute(queries.REJECTS_TO_REDRIVE, which).fetchall(), _REDRIVE_BYTES)
     connection.execute(queries.LOCK_OFFSETS, {"topic_ids": sorted({row[0] for row in rows})})
     # This time is after every batch that this redrive sees, and before every order that it stores. From it, reconcile
     # concludes which of them stored an order.
@@ -137,12 +137,12 @@ def _redrive_batch(
     return (rows[-1][:3] if rows else None), outcomes
 
 
-def _within_limit(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Return the first rows, up to ``_REDRIVE_BYTES`` of values."""
+def within_bytes(rows: list[tuple[Any, ...]], max_bytes: int) -> list[tuple[Any, ...]]:
+    """Return the first rows, up to this size of values but at least one. The last column is the size of its value."""
     total_bytes = 0
     for index, (*_, size_bytes) in enumerate(rows):
         total_bytes += size_bytes
-        if index and total_bytes > _REDRIVE_BYTES:
+        if index and total_bytes > max_bytes:
             return rows[:index]
     return rows
 

@@ -114,7 +114,7 @@ def _has_changed(
     if isolation not in {"read committed", "read uncommitted"}:
         return True
     [rows] = yield from wire.pipeline((queries.STORED_STATES, [_uids(prepared_orders)]))
-    return _versions(rows) != seen
+    return versions_of(rows) != seen
 
 
 def _store_in_savepoint(
@@ -144,7 +144,7 @@ def _store(
         (queries.CLOCK, ()),
     )
     assert isinstance(now, dt.datetime)
-    stored = _versions(rows)
+    stored = versions_of(rows)
     seen.update(stored)
     plan = rule(prepared_orders, stored, {str(uid) for (uid,) in forgotten})
     statements: list[Statement] = []
@@ -163,7 +163,8 @@ def _store(
     return plan.outcomes
 
 
-def _versions(rows: Iterable[Row]) -> dict[str, StoredVersion]:
+def versions_of(rows: Iterable[Row]) -> dict[str, StoredVersion]:
+    """Return the versions in rows of STORED_STATES, by order_uid."""
     stored = {}
     for order_uid, sha256, topic_id, partition, offset, first_stored_at, number in rows:
         source = RecordPosition(topic_id=topic_id, partition=partition, offset=offset) if topic_id else None

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import psycopg
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
+import orderlib
 from orderlib.testing import SAMPLE
 from services.admin.rejects import SHOWN_BYTES
 from tests.conftest import Database
@@ -190,6 +192,32 @@ def test_many_huge_rejects_are_redriven_in_little_memory(
     [outcomes] = json.loads((tmp_path / "redriven").read_text())
     assert (outcomes["rejected"], outcomes["stored"]) == (26, 1)
     assert peak - small < 100 * 2**20
+
+
+def test_backfill_stores_what_its_dry_run_counts_and_names_what_it_refuses(
+    environ: dict[str, str], database: Database
+) -> None:
+    with orderlib.connect(database.writer_url) as repository:
+        for uid in ("changed", "current", "invalid"):
+            order = attrs.evolve(orderlib.decode_order(SAMPLE), order_uid=uid)
+            repository.save(order, original=orderlib.encode_order(order)[:-1] + b',"later":1}')
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        # As if an earlier release had stored it, which did not know these fields.
+        superuser.execute("UPDATE orders SET sm_id = 0, content_sha256 = sha256('') WHERE order_uid = 'changed'")
+        superuser.execute("UPDATE order_originals SET value = '{}' WHERE order_uid = 'invalid'")
+    counts = dict.fromkeys(orderlib.Outcome, 0) | {"originals": 3, "stored": 1, "duplicate": 1, "rejected": 1}
+    refused = [{"order_uid": "invalid", "code": "invalid_order", "path": "$.order_uid"}]
+
+    dry = run("admin backfill --dry-run --json", environ)
+    assert (dry.returncode, dry.stderr) == (1, "")
+    assert json.loads(dry.stdout) == {"dry_run": True, "last": "invalid", **counts, "refused": refused}
+    done = run("admin backfill", environ)
+    assert (done.returncode, done.stderr) == (1, "")
+    header, numbers, named = done.stdout.splitlines()
+    assert dict(zip(header.split(), map(int, numbers.split()), strict=True)) == counts
+    assert named.startswith("invalid: invalid_order: $.order_uid:")
+    assert json.loads(succeed("admin get changed", environ))["sm_id"] == orderlib.decode_order(SAMPLE).sm_id
+    assert json.loads(succeed("admin backfill --after=invalid --json", environ))["originals"] == 0
 
 
 def test_reconcile_reads_large_records_in_little_memory(environ: dict[str, str], tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""``backfill``: give the stored orders the fields that this release knows and an earlier one did not."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Mapping
+
+import msgspec
+
+from orderlib.errors import RejectedError
+from orderlib.postgres.backfill import backfill
+from orderlib.repository import Outcome
+from services.admin.output import Progress, add_json_option, count_of, print_table, printable
+from services.admin.schema import Commands, connected
+from services.program import EXIT_DONE, EXIT_FAILED
+
+#: More refused originals than this are counted, but not listed.
+_MAX_REFUSED = 10_000
+
+
+def add_commands(commands: Commands) -> None:
+    """Add this command to the parser."""
+    parser = commands.add_parser(
+        "backfill",
+        help="decode the stored originals again, after an upgrade that knows more fields",
+        description="Decode every stored original again by the rules of this release (ORDERS_DATABASE_URL). An order "
+        "whose original has fields that an earlier release did not know becomes a new version with these fields, from "
+        "the same record (stored). Nothing changes for the others (duplicate), nor if the original is not valid by the "
+        "rules of this release (rejected): these are named. Run it when no program of the earlier release is left. "
+        "The consumer may run meanwhile.",
+        epilog="Exit status 1 if an original is not valid. It works in small transactions: it can be stopped at any "
+        "time, and running it twice is safe.",
+    )
+    parser.add_argument(
+        "--after",
+        metavar="UID",
+        default="",
+        help="continue after this order_uid, which an interrupted run prints",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="count what would be stored, and store nothing")
+    add_json_option(parser)
+    parser.set_defaults(command=_backfill)
+
+
+def _backfill(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    outcomes: Counter[Outcome] = Counter()
+    refused: dict[str, RejectedError] = {}
+    last = options.after
+    progress = Progress("originals read")
+    is_complete = False
+    try:
+        with connected(environ, "ORDERS_DATABASE_URL") as connection:
+            for batch in backfill(connection, after=options.after, dry_run=options.dry_run):
+                outcomes += batch.outcomes
+                last = batch.last
+                refused.update(list(batch.refused.items())[: _MAX_REFUSED - len(refused)])
+                progress.at(outcomes.total())
+        is_complete = True
+    finally:
+        progress.end()
+        if not is_complete and last:
+            print(printable(f"not complete: continue with --after={last}"), file=sys.stderr)
+    counts = {"originals": outcomes.total(), **{str(outcome): outcomes[outcome] for outcome in Outcome}}
+    if options.json:
+        named = [{"order_uid": uid, "code": error.code, "path": error.faults[0].path} for uid, error in refused.items()]
+        result = {"dry_run": options.dry_run, "last": last or None, **counts, "refused": named}
+        print(printable(msgspec.json.format(msgspec.json.encode(result), indent=2).decode()))
+    else:
+        print_table([counts], as_json=False)
+        for uid, error in refused.items():
+            print(printable(f"{uid}: {error}"))
+        if unlisted := outcomes[Outcome.REJECTED] - len(refused):
+            print(f"… and {count_of(unlisted, 'more original')}")
+        if options.dry_run:
+            print("dry run: nothing was stored", file=sys.stderr)
+    return EXIT_FAILED if outcomes[Outcome.REJECTED] else EXIT_DONE
