@@ -168,7 +168,7 @@ def decode_canonical(data: bytes) -> tuple[CanonicalOrder, bytes]:
 def _require_utf8(data: bytes) -> None:
     """Raise MalformedJson for bytes that are not UTF-8."""
     if not isinstance(data, bytes):
-        raise TypeError(f"an order is decoded from bytes, not from {type(data).__name__}")
+        raise TypeError(f"data must be bytes, not {type(data).__name__}")
     if not data.isascii():
         try:
             data.decode()

@@ -267,7 +267,7 @@ def _tokens(environ: Mapping[str, str]) -> dict[str, str]:
             (not token, "has no token"),
             (re.search(r"\s", name + token), "contains white space; separate tokens with commas"),
             (not re.fullmatch(r"[!-~]+", name + token), "must be printable ASCII"),
-            (name in tokens, "has the name of another one"),
+            (name in tokens, "has the same name as an earlier token"),
         ):
             if is_wrong:
                 raise ConfigurationError(f"ORDERS_API_TOKENS: token {number} {reason}")

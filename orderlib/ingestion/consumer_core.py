@@ -166,8 +166,8 @@ class Breaker:
         """Return the error for a batch that would trip the breaker. It names the most frequent cause of its rejects."""
         return BreakerTripped(
             f"at least {100 * self._fraction:.4g} % of the last {BREAKER_RECORDS:,} records were rejected"
-            f"{_most_frequent_cause(rejects)}, and nothing of this batch was stored: is this the right topic, and does "
-            "this version know its orders? If so, store these records as rejects, and what follows them: run the "
+            f"{_most_frequent_cause(rejects)}, and nothing of this batch was stored. Check the topic and the "
+            "version of orderlib. If both are right, store these records as rejects: run the "
             "consumer once with ORDERS_BREAKER_FRACTION=0 and --exit-at-end; then start as usual"
         )
 

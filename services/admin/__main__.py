@@ -18,7 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m services.admin",
         description="Set up and operate orderlib. A command fails after 10 s if a server does not answer.",
-        epilog="Exit status: 0 done, 1 failed, 2 usage, configuration or set-up.",
+        epilog="Exit status: 0 done, 1 failed, 2 usage or configuration error.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in (schema, topics, offsets, rejects, reconcile, drift, backfill, orders, export):

@@ -38,7 +38,8 @@ def add_commands(commands: Commands) -> None:
         metavar="TIME",
         type=rfc3339_time,
         help="only orders whose current version was stored at this RFC 3339 time or later: new and changed ones. "
-        "Begin a few minutes before the last export did: the time is taken before the COMMIT. Every order is still "
+        "Give a time a few minutes before the start of the previous export, because stored_at is set before "
+        "COMMIT. Every order is still "
         "read",
     )
     parser.add_argument("--customer", metavar="ID", help="only orders with exactly this customer_id")

@@ -52,8 +52,8 @@ def add_commands(commands: Commands) -> None:
         "reset",
         help="move the offsets of a stopped group (ORDERS_MIGRATOR_URL)",
         description="Move the stored offsets of the current topic. Without --execute it only shows the change. Moving "
-        "back is safe: replay is idempotent, and no older version replaces a newer one. But it stores forgotten orders "
-        "again. Moving forward skips records permanently: they are never stored.",
+        "back is safe: replay is idempotent, and no older version replaces a newer one. Forgotten orders stay "
+        "deleted. Moving forward skips records permanently: they are never stored.",
     )
     to = resetting.add_mutually_exclusive_group(required=True)
     to.add_argument("--to-earliest", action="store_true", help="to the earliest record that Kafka still has")
@@ -193,7 +193,7 @@ def _set_group(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         if not confirm(
             f"rename consumer group {group!r} to {options.group!r}"
             if group
-            else f"claim the database for {options.group!r}",
+            else f"set the consumer group of this database to {options.group!r}",
             yes=options.yes,
         ):
             return EXIT_FAILED

@@ -200,7 +200,10 @@ def _report(
         lines += (f"  {attrs.evolve(finding, what='not proved')}" for finding in kind.examples)
         lines += [f"  … and {kind.count - len(kind.examples):,} more"] if kind.count > len(kind.examples) else []
     for order_uid in several.first:
-        lines.append(f"{order_uid}: has records in several partitions; its sender does not key by order_uid")
+        lines.append(
+            f"{order_uid}: has records in several partitions; its producer does not key by order_uid, or "
+            "partitions were added"
+        )
     if several.total > len(several.first):
         lines.append(f"… and {several.total - len(several.first):,} more with records in several partitions")
     lines += map(str, findings.first[:_SHOWN])

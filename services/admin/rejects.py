@@ -51,7 +51,7 @@ def add_commands(commands: Commands) -> None:
     listing = actions.add_parser("list", help="list rejects, newest first (ORDERS_DATABASE_URL)")
     listing.add_argument("--oldest", action="store_true", help="list the oldest rejects first")
     listing.add_argument(
-        "--since", metavar="TIME", type=rfc3339_time, help="only rejects of this time or later, with an offset"
+        "--since", metavar="TIME", type=rfc3339_time, help="only records rejected at this RFC 3339 time or later"
     )
     listing.add_argument("--code", choices=REJECT_CODES, help="only rejects with this code")
     listing.add_argument("--key", metavar="TEXT", help="only rejects of records with this key, usually an order_uid")
@@ -77,7 +77,8 @@ def add_commands(commands: Commands) -> None:
         help="process rejects again, at their own positions (ORDERS_DATABASE_URL)",
         description="Process rejects again by the rules of this release, each at its own position. A valid order is "
         "stored if the database does not have it, or has a version from a lower offset of the same partition. "
-        "Otherwise the outcome is superseded. The reject stays, with its outcome. Redriving twice is safe.",
+        "Other outcomes: duplicate, superseded, forgotten, or rejected again. The reject stays, with its outcome. "
+        "Redriving twice is safe.",
     )
     which = redriving.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="redrive all rejects")

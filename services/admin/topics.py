@@ -32,10 +32,18 @@ def add_commands(commands: Commands) -> None:
         "An existing topic keeps its partitions, its records and a greater max.message.bytes.",
     )
     parser.add_argument(
-        "--partitions", metavar="N", type=positive, default=_PARTITIONS, help="of a new topic (%(default)s)"
+        "--partitions",
+        metavar="N",
+        type=positive,
+        default=_PARTITIONS,
+        help="number of partitions of a new topic (%(default)s)",
     )
     parser.add_argument(
-        "--replication-factor", metavar="N", type=positive, default=-1, help="of a new topic (the cluster's default)"
+        "--replication-factor",
+        metavar="N",
+        type=positive,
+        default=-1,
+        help="replication factor of a new topic (default: the cluster's)",
     )
     parser.set_defaults(command=_topics)
 

@@ -25,7 +25,7 @@ Serve stored orders over HTTP: as JSON to programs, as pages to people.
 
 ORDERS_READER_URL       URL of PostgreSQL, with the role orders_reader
 ORDERS_API_BIND         address to listen on (127.0.0.1:8080); port 0 takes a free port
-ORDERS_API_TOKENS       who may read: name:token, several separated by commas
+ORDERS_API_TOKENS       tokens of clients: name:token, several separated by commas
 ORDERS_API_AUTH=off     no tokens: anyone on this machine may read, and only localhost is served
 ORDERS_API_KEEPALIVE_S  seconds until an idle connection is closed (75); must be longer than at the load balancer
 ORDERS_API_STATUS_WORDS what the status codes of items mean: code:word, several separated by commas

@@ -25,7 +25,7 @@ PAGE_RETRIES_AFTER_S = 5
 #: What a page says about a status: its title, and what to do next.
 _WORDS = {
     HTTPStatus.BAD_REQUEST: (
-        "The address has a mistake",
+        "Invalid request",
         "Correct it, search above, or begin with all orders.",
     ),
     HTTPStatus.UNAUTHORIZED: (
@@ -34,18 +34,18 @@ _WORDS = {
     ),
     HTTPStatus.NOT_FOUND: (
         "Not found",
-        "Check the address, or search above, also by phone or e-mail. An order that was just sent may take seconds.",
+        "Check the address, or search above, also by phone or e-mail. A new order may need seconds to be stored.",
     ),
     HTTPStatus.SERVICE_UNAVAILABLE: (
         "Orders cannot be read at the moment",
-        f"No order is lost. This page tries again every {PAGE_RETRIES_AFTER_S} seconds. If it takes minutes, get help.",
+        f"No order is lost. This page reloads every {PAGE_RETRIES_AFTER_S} seconds. If it takes minutes, ask for help.",
     ),
     HTTPStatus.INTERNAL_SERVER_ERROR: (
         "Something went wrong in this service",
-        "Try again. If it happens again, give your operator the request below: the log has the cause.",
+        "Try again. If it happens again, give your operator the request id below: the log has the cause.",
     ),
 }
-_OTHER_WORDS = ("This does not work", "Search above, or begin with all orders.")
+_OTHER_WORDS = ("The request failed", "Search above, or begin with all orders.")
 
 PROBLEM_JSON = "application/problem+json"
 

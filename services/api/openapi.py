@@ -39,7 +39,7 @@ def _problem(description: str, **headers: str) -> dict[str, Any]:
 _PROBLEMS = {
     "401": _problem("The token is missing or unknown.", WWW_Authenticate="Bearer and Basic."),
     "406": _problem("The client accepts neither application/json nor text/html."),
-    "421": _problem("The service has no tokens, and the Host header does not name localhost."),
+    "421": _problem("Authentication is off, and the Host header does not name localhost."),
     "503": _problem(
         "The database does not answer, or the service is not configured correctly.",
         Retry_After="Seconds to wait before the next try.",
@@ -82,7 +82,7 @@ def document() -> dict[str, Any]:
     if_none_match = {
         "name": "If-None-Match",
         "in": "header",
-        "description": "ETags of the versions that the client has. The answer is 304 if one of them is current.",
+        "description": "ETags of the versions that the client has. The response is 304 if one of them is current.",
         "schema": {"type": "string"},
     }
     one = {
@@ -118,13 +118,13 @@ def document() -> dict[str, Any]:
         **as_json,
         "description": "`json` returns JSON to a browser, too. `original` returns the order byte for byte as it was "
         "sent, with the SHA-256 of these bytes as ETag. Only an order with fields that this service does not know has "
-        "an original; for others the answer is 404.",
+        "an original; for others the response is 404.",
         "schema": {"type": "string", "enum": ["json", "original"]},
     }
     view = {
         "name": "view",
         "in": "query",
-        "description": "For people: `json` shows the JSON on a page, indented. It changes nothing for programs.",
+        "description": "`json` shows the indented JSON as an HTML page. Ignored for JSON responses.",
         "schema": {"type": "string", "enum": ["json"]},
     }
     limit = {
@@ -145,7 +145,8 @@ def document() -> dict[str, Any]:
         ),
         {
             "name": "phone",
-            "description": "Return only orders whose phone number has exactly these digits. Nothing else of it counts.",
+            "description": "Return only orders whose phone number has exactly these digits. Other characters are "
+            "ignored.",
             "schema": {**delivery_fields["phone"], "pattern": "[0-9]"},
         },
         {
@@ -218,7 +219,7 @@ def document() -> dict[str, Any]:
     ]
     record = {
         "200": {
-            "description": "What happened to the record, when the answer was made.",
+            "description": "The state of the record at the time of the response.",
             "headers": {"Cache-Control": headers["Cache-Control"]},
             "content": {_JSON: {"schema": {"$ref": "#/components/schemas/RecordState"}}},
         },
@@ -230,7 +231,7 @@ def document() -> dict[str, Any]:
         "400": _BAD_REQUEST,
     }
     ready = {
-        "description": "Yes. The delay of a standby does not change that.",
+        "description": "Ready. A standby is ready with any replication delay.",
         "content": {
             _JSON: {
                 "schema": {
@@ -244,8 +245,8 @@ def document() -> dict[str, Any]:
                             "description": (
                                 "Only if the database is a standby: how many seconds it is behind its primary at "
                                 "most. 0: it has replayed everything that it received. Otherwise the age of the last "
-                                "replayed transaction, which also grows while the primary writes nothing and the "
-                                "standby has lost it or reads an archive."
+                                "replayed transaction, which without streaming replication also grows while the "
+                                "primary is idle."
                             ),
                         },
                     },
@@ -289,7 +290,7 @@ def document() -> dict[str, Any]:
                         "description": (
                             "A complete order_uid in any case, the URL of an order, a track number, a customer_id, a "
                             "phone number in any format, an e-mail address in any case, or the rid of an item. If "
-                            "nothing of these matches: the beginning of an order_uid."
+                            "none of these matches, a prefix of an order_uid."
                         ),
                         "schema": {"type": "string", "maxLength": MAX_SEARCH_CHARS, "pattern": r"\S"},
                     },
@@ -298,7 +299,7 @@ def document() -> dict[str, Any]:
                 ],
                 "get": {
                     "operationId": "search",
-                    "summary": "Find orders by what identifies them",
+                    "summary": "Search orders by an identifier",
                     "description": (
                         "The newest orders that match, with the reasons. Orders whose order_uid begins with the text "
                         "are sorted by it."
@@ -331,8 +332,8 @@ def document() -> dict[str, Any]:
                         "name": "wait",
                         "in": "query",
                         "description": (
-                            "How many seconds to wait until the record is handled or rejected. The answer comes as "
-                            "soon as it is."
+                            "How many seconds to wait until the record is handled or rejected. The response is "
+                            "sent as soon as this happens."
                         ),
                         "schema": {"type": "number", "minimum": 0, "maximum": MAX_WAIT_S, "default": 0},
                     },

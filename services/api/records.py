@@ -46,7 +46,7 @@ class RecordResource:
     async def on_get(self, req: Request, resp: Response, topic: str, partition: str, offset: str) -> None:
         """Return the state of a record, as soon as it is handled or rejected, or at the end of the wait."""
         if not re.fullmatch(TOPIC_PATTERN, topic):
-            raise bad_parameter("topic", "1 to 249 of A-Z a-z 0-9 . _ -", "another text")
+            raise bad_parameter("topic", "1 to 249 of the characters A-Z a-z 0-9 . _ -", "another text")
         position = (topic, _integer("partition", partition, MAX_PARTITION), _integer("offset", offset, MAX_OFFSET))
         wait_s = _wait_s(req)
         resp.set_header("Cache-Control", "no-store")

@@ -6,6 +6,7 @@ import argparse
 import concurrent.futures
 import functools
 import gc
+import logging
 import os
 import random
 import signal
@@ -105,7 +106,7 @@ def _wait_for(request: Callable[[], T], server: str, stop_event: threading.Event
         except TransientError as exc:
             health.not_ready = str(exc)
             if not logged:
-                event("waiting_for_server", server=server, reason=str(exc))
+                event("waiting_for_server", logging.WARNING, server=server, reason=str(exc))
                 logged = True
         stop_event.wait(backoff.next_wait_s())
         future = _start(request)

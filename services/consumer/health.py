@@ -30,7 +30,7 @@ from services.settings import Address
 MAX_CONNECTIONS = 32
 CONNECTION_S = 5.0
 
-#: If the loop has not turned for this time, the consumer is not live.
+#: If the main loop has not run for this time, the consumer is not live.
 LOOP_S = 30.0
 
 
@@ -161,9 +161,9 @@ class HealthServer:
             case "/metrics":
                 return self._metrics(environ, start_response)
             case "/livez":
-                fault = None if self._health.live else f"the loop has not turned for {LOOP_S:g} s"
+                fault = None if self._health.live else f"the main loop has not run for {LOOP_S:g} s"
             case "/readyz":
-                fault = self._health.not_ready if self._health.live else f"the loop has not turned for {LOOP_S:g} s"
+                fault = self._health.not_ready if self._health.live else f"the main loop has not run for {LOOP_S:g} s"
             case _:
                 start_response("404 Not Found", [("Content-Type", "text/plain")])
                 return [b"/metrics, /livez, /readyz\n"]

@@ -141,7 +141,7 @@ class Publisher:
         self.failed += 1
         if self.first_failure is None:
             self.first_failure = error
-            event("not_acknowledged", logging.WARNING, reason=error.str(), code=error.name())
+            event("delivery_failed", logging.WARNING, reason=error.str(), code=error.name())
 
 
 def _manifest_line(message: Message) -> bytes:

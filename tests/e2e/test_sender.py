@@ -186,7 +186,7 @@ def test_records_that_time_out_fail_the_sender_and_later_records_are_sent(
         wait_for(lambda: len(lines_of(manifest)) > known + 200)
         process.send_signal(signal.SIGTERM)
         assert process.wait(15) == 1
-    assert failure["event"] == "not_acknowledged"
+    assert failure["event"] == "delivery_failed"
     assert re.search(rf"acknowledged {len(lines_of(manifest)):,}, failed [1-9]", log.read_text())
     assert "records not acknowledged" in log.read_text()
     held = {(message.partition(), message.offset()) for message in records(environ)}

@@ -69,7 +69,7 @@ def test_a_loop_that_does_not_turn_for_thirty_seconds_is_neither_live_nor_ready(
     probe.clock.now_s = LOOP_S - 0.1
     assert probe.get("/livez")[0] == probe.get("/readyz")[0] == 200
     probe.clock.now_s = LOOP_S
-    assert probe.get("/livez") == probe.get("/readyz") == (503, "the loop has not turned for 30 s\n")
+    assert probe.get("/livez") == probe.get("/readyz") == (503, "the main loop has not run for 30 s\n")
     probe.health.heartbeat()
     assert probe.get("/livez")[0] == probe.get("/readyz")[0] == 200
 
