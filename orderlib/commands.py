@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from orderlib.errors import ConfigurationError, OrderlibError
-from orderlib.postgres.migrate import LATEST_MIGRATION, MIGRATOR, OWNER, READER, WRITER, bootstrap, migrate, role_of
+from orderlib.postgres.migrate import LATEST_MIGRATION, MIGRATOR, OWNER, READER, WRITER, bootstrap, migrate, password_of
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -22,7 +22,7 @@ EXIT_SETUP = 2
 _APPLICATION_NAME = "orderlib-admin"
 
 #: The variables with the URLs of the roles, and so with their passwords.
-_ROLE_URLS = ("ORDERS_MIGRATOR_URL", "ORDERS_DATABASE_URL", "ORDERS_READER_URL")
+_ROLE_URLS = {MIGRATOR: "ORDERS_MIGRATOR_URL", WRITER: "ORDERS_DATABASE_URL", READER: "ORDERS_READER_URL"}
 
 #: The object to which commands are added. argparse has no public name for it.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
@@ -64,12 +64,12 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _bootstrap(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    passwords = dict(role_of(name, _url(environ, name)) for name in _ROLE_URLS)
+    passwords = {role: password_of(role, name, _url(environ, name)) for role, name in _ROLE_URLS.items()}
     result = bootstrap(
         _url(environ, "ORDERS_BOOTSTRAP_URL"),
-        migrator_password=passwords.get(MIGRATOR),
-        writer_password=passwords.get(WRITER),
-        reader_password=passwords.get(READER),
+        migrator_password=passwords[MIGRATOR],
+        writer_password=passwords[WRITER],
+        reader_password=passwords[READER],
         application_name=_APPLICATION_NAME,
         on_message=_print_message,
     )

@@ -13,12 +13,16 @@ from typing import Any, Protocol, TypedDict, TypeVar, Unpack
 
 import attrs
 
-from orderlib.contract import fits_postgres, within_utc_years
+from orderlib.contract import BIGINT_MAX, INTEGER_MAX, fits_postgres, within_utc_years
 from orderlib.errors import Fault, InvalidQuery
 from orderlib.models import Order
 from orderlib.search import SearchField, lower_ascii, phone_digits
 
 T = TypeVar("T")
+
+#: The largest number of a partition, and the largest offset.
+MAX_PARTITION = INTEGER_MAX
+MAX_OFFSET = BIGINT_MAX
 
 #: Orders on a page of ``list_orders``: the default and the largest limit.
 PAGE_SIZE = 20
@@ -596,7 +600,7 @@ def is_position(topic: str, partition: int, offset: int) -> bool:
     for name, value in (("partition", partition), ("offset", offset)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    return fits_postgres(topic) and 0 <= partition < 2**31 and 0 <= offset < 2**63
+    return fits_postgres(topic) and 0 <= partition <= MAX_PARTITION and 0 <= offset <= MAX_OFFSET
 
 
 def checked_uids(order_uids: Iterable[str]) -> list[str]:

@@ -135,7 +135,7 @@ def _running(command: str, environ: Mapping[str, str], logs: Path) -> Iterator[N
         except subprocess.TimeoutExpired:
             process.kill()
             status = process.wait()
-        if status not in (0, 1):
+        if status != 0:
             print(log_path.read_text(errors="replace")[-4000:], file=sys.stderr)
 
 

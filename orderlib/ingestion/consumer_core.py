@@ -522,13 +522,15 @@ class ConsumerCore:
         """Continue the lost partitions from their stored offsets, and commit the rest of the batch without them."""
         assert isinstance(self._task, CommitBatch)
         batch = self._task.batch
-        for partition in [partition for partition in self._fetched_offset if partition in error.partitions]:
-            stored_offset = error.next_offsets[partition]
+        lost = {p: error.next_offsets[p] for p in self._fetched_offset if p in error.partitions}
+        for partition, stored_offset in lost.items():
             # If it equals the end of the batch, an earlier COMMIT of this batch succeeded and its response was lost.
             if stored_offset != batch.ranges[partition].next_offset:
                 self._forget(partition)
                 self._fetched_offset[partition] = self._submitted_offset[partition] = stored_offset
                 self._commands.append(Seek(partition, stored_offset))
+        if lost:
+            self._commands.append(CommitKafkaOffsets(lost))
         rest = batch.without(error.partitions)
         if rest.ranges:
             self._start(CommitBatch(rest), now_s)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from typing import LiteralString, TypeVar
 
@@ -60,19 +60,14 @@ RIGHTS: Mapping[str, Mapping[str, tuple[LiteralString, ...]]] = {
 }
 
 
-def _table_rights(role: str, tables: Collection[str]) -> tuple[tuple[str, str], ...]:
-    return tuple(
-        (table, right)
-        for table, roles in RIGHTS.items()
-        if table in tables
-        for right in roles[role]
-        if "(" not in right
-    )
+def _table_rights(role: str) -> tuple[tuple[str, str], ...]:
+    """Return the rights of a role on whole tables. PostgreSQL checks those on columns when they are used."""
+    return tuple((table, right) for table, roles in RIGHTS.items() for right in roles[role] if "(" not in right)
 
 
 #: The rights that a program checks when it starts: (table, right).
-WRITER_RIGHTS = _table_rights(WRITER, RIGHTS)
-READER_RIGHTS = _table_rights(READER, {"orders", "delivery", "payment", "items", "order_originals"})
+WRITER_RIGHTS = _table_rights(WRITER)
+READER_RIGHTS = _table_rights(READER)
 
 #: How long `bootstrap`, and each migration of `migrate`, waits for a lock before it fails.
 LOCK_WITHIN_S = 60.0
@@ -303,15 +298,17 @@ def _single_rights(rights: Iterable[str]) -> set[str]:
     return single
 
 
-def role_of(variable: str, url: str) -> tuple[str, str]:
-    """Return the role in a URL and its password. Raise ConfigurationError, naming the variable, if one is missing."""
+def password_of(role: str, variable: str, url: str) -> str:
+    """Return the password in the URL of a role.
+
+    Raises ConfigurationError, naming the variable, if the URL logs in as another role or has no password.
+    """
     arguments = connection_arguments(url, application_name="")
-    role, password = arguments.get("user"), arguments.get("password")
-    if role not in {MIGRATOR, WRITER, READER}:
-        raise ConfigurationError(f"{variable} must log in as one of {MIGRATOR}, {WRITER}, {READER}")
-    if not password:
+    if arguments.get("user") != role:
+        raise ConfigurationError(f"{variable} must log in as {role}")
+    if not arguments.get("password"):
         raise ConfigurationError(f"{variable} has no password for {role}")
-    return str(role), str(password)
+    return str(arguments["password"])
 
 
 def migrate(

@@ -9,7 +9,7 @@ import attrs
 
 from orderlib.contract import fits_postgres
 from orderlib.errors import Fault
-from orderlib.repository import PAGE_SIZE, encoded_cursor, parsed_cursor
+from orderlib.repository import MAX_OFFSET, MAX_PARTITION, PAGE_SIZE, encoded_cursor, parsed_cursor
 
 
 @attrs.frozen(kw_only=True)
@@ -48,7 +48,7 @@ class RejectCursor:
         cursor = cls(
             rejected_at=dt.datetime.fromisoformat(time), partition=int(partition), offset=int(offset), topic_id=topic_id
         )
-        fits = cursor.partition < 2**31 and cursor.offset < 2**63 and fits_postgres(topic_id)
+        fits = cursor.partition <= MAX_PARTITION and cursor.offset <= MAX_OFFSET and fits_postgres(topic_id)
         if not fits or cursor.rejected_at.utcoffset() is None:
             raise ValueError("not a position in the list of rejects")
         return cursor

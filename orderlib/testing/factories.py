@@ -5,8 +5,11 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import string
+from collections.abc import Iterable
 from random import Random
 from typing import Any
+
+import attrs
 
 from orderlib.models import Delivery, Item, Order, Payment
 
@@ -55,19 +58,17 @@ def _label(seed: int | None) -> str:
 
 def _make_order(label: str, fields: dict[str, Any]) -> Order:
     rng = Random(label)  # noqa: S311 # test data
-    order_uid = fields.get("order_uid", f"order-{label}")
     track_number = fields.get("track_number", _code(rng, "TRACK"))
     invented_items = [
         _make_item(f"{label}-{line}", {"track_number": track_number}) for line in range(rng.randint(1, 3))
     ]
-    items = fields.get("items", invented_items)
     values: dict[str, Any] = {
-        "order_uid": order_uid,
+        "order_uid": f"order-{label}",
         "track_number": track_number,
         "entry": "WBIL",
         "delivery": _make_delivery(label, {}),
-        "payment": _make_payment(label, order_uid, items, {}),
-        "items": items,
+        "payment": _make_payment(label, "not known yet", invented_items, {}),
+        "items": invented_items,
         "locale": rng.choice(["de", "en", "ru"]),
         "internal_signature": "",
         "customer_id": f"customer-{rng.randrange(10**6)}",
@@ -77,7 +78,10 @@ def _make_order(label: str, fields: dict[str, Any]) -> Order:
         "date_created": _FIRST_DATE + dt.timedelta(seconds=rng.randrange(365 * 24 * 3600)),
         "oof_shard": str(rng.randrange(10)),
     }
-    return Order(**values | fields)
+    order = Order(**values | fields)
+    if "payment" in fields:
+        return order
+    return attrs.evolve(order, payment=_make_payment(label, order.order_uid, order.items, {}))
 
 
 def _make_delivery(label: str, fields: dict[str, Any]) -> Delivery:
@@ -95,7 +99,7 @@ def _make_delivery(label: str, fields: dict[str, Any]) -> Delivery:
     return Delivery(**values | fields)
 
 
-def _make_payment(label: str, transaction: str, items: list[Item], fields: dict[str, Any]) -> Payment:
+def _make_payment(label: str, transaction: str, items: Iterable[Item], fields: dict[str, Any]) -> Payment:
     rng = Random(f"{label} payment")  # noqa: S311 # test data
     goods_total = sum(item.total_price for item in items)
     delivery_cost = rng.choice([0, 490, 1500])

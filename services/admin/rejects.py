@@ -17,7 +17,7 @@ from orderlib.postgres.connections import connect
 from orderlib.postgres.operations import count_old_rejects, purge_rejects
 from orderlib.postgres.reject_list import RejectPlace, RejectQuery
 from orderlib.postgres.rejects import Prefix, get_reject, list_rejects, redrive
-from orderlib.repository import Outcome
+from orderlib.repository import Outcome, is_position
 from services.admin.output import (
     Progress,
     add_json_option,
@@ -100,8 +100,8 @@ def add_commands(commands: Commands) -> None:
 
 
 def _place(text: str) -> RejectPlace:
-    found = re.fullmatch(r"(?P<topic>[^/]+)/(?P<partition>\d{1,9})/(?P<offset>\d{1,18})", text)
-    if not found:
+    found = re.fullmatch(r"(?P<topic>[^/]+)/(?P<partition>[0-9]{1,10})/(?P<offset>[0-9]{1,19})", text)
+    if not found or not is_position(found["topic"], int(found["partition"]), int(found["offset"])):
         raise argparse.ArgumentTypeError("must be TOPIC/PARTITION/OFFSET")
     return RejectPlace(topic=found["topic"], partition=int(found["partition"]), offset=int(found["offset"]))
 

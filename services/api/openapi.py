@@ -13,11 +13,11 @@ import orderlib
 from orderlib.contract import json_schema
 from orderlib.errors import REJECT_CODES
 from orderlib.models import Delivery, Order, Payment
-from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE, OrderSummary, Outcome, RecordState
+from orderlib.repository import MAX_OFFSET, MAX_PAGE_SIZE, MAX_PARTITION, PAGE_SIZE, OrderSummary, Outcome, RecordState
 from orderlib.search import SearchField
 from services.api.error_handlers import PROBLEM_JSON
 from services.api.parameters import MAX_SEARCH_CHARS, ORDER_FILTERS, PERIOD
-from services.api.records import MAX_OFFSET, MAX_PARTITION, MAX_WAIT_S, TOPIC_PATTERN
+from services.api.records import MAX_WAIT_S, TOPIC_PATTERN
 
 _JSON = falcon.MEDIA_JSON
 

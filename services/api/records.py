@@ -12,7 +12,15 @@ import msgspec
 from falcon.asgi import Request, Response
 
 from orderlib.errors import DatabaseUnavailable
-from orderlib.repository import FIRST_POLL_S, LONGEST_POLL_S, AsyncOrderRepository, PositionState, RecordState
+from orderlib.repository import (
+    FIRST_POLL_S,
+    LONGEST_POLL_S,
+    MAX_OFFSET,
+    MAX_PARTITION,
+    AsyncOrderRepository,
+    PositionState,
+    RecordState,
+)
 from services.api.deadline import ANSWER_TIMEOUT_S, with_deadline
 from services.api.parameters import bad_parameter, single_parameter
 
@@ -27,8 +35,6 @@ _POLL_GAP_S = 0.002
 
 #: The names that Kafka accepts for a topic; also not ``.`` and ``..``, which no client can send in a path.
 TOPIC_PATTERN = "^[A-Za-z0-9._-]{1,249}$"
-MAX_PARTITION = 2**31 - 1
-MAX_OFFSET = 2**63 - 1
 
 _SETTLED = {RecordState.HANDLED, RecordState.REJECTED}
 

@@ -67,7 +67,7 @@ class SearchResource:
             matches=found[:limit],
             orders=[match.order for match in found[:limit]],
             reasons={match.order.order_uid: ", ".join(_REASONS[field] for field in match.fields) for match in found},
-            has_more=len(found) > limit,
+            may_be_more=len(found) > limit or len(found) == MAX_PAGE_SIZE,
             lists=_lists(text, found),
         )
 

@@ -355,7 +355,6 @@ class ConsumerRunner:
                     )
                 case Seek(partition, next_offset):
                     self._kafka.seek(partition, next_offset)
-                    self._progress.on_stored({partition: next_offset})
                     self._log(
                         "fence_lost",
                         logging.WARNING,

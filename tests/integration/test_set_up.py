@@ -103,12 +103,13 @@ def test_the_command_prepares_an_empty_database(empty_database: Database) -> Non
         assert repository.save(SAMPLE_ORDER) is Outcome.STORED
 
 
-def test_the_command_refuses_a_url_of_another_role(empty_database: Database) -> None:
-    stranger = make_conninfo(empty_database.reader_url, user="stranger")
+@pytest.mark.parametrize("role", ["stranger", "orders_writer"])
+def test_the_command_refuses_a_url_of_another_role(empty_database: Database, role: str) -> None:
+    stranger = make_conninfo(empty_database.reader_url, user=role)
     environ = {**os.environ, **empty_database.environ(), "ORDERS_READER_URL": stranger}
     done = subprocess.run(
         [sys.executable, "-m", "orderlib", "bootstrap"], env=environ, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ORDERS_READER_URL must log in as one of ")
+    assert done.stderr.startswith("error: ORDERS_READER_URL must log in as orders_reader")
     assert str(conninfo_to_dict(stranger)["password"]) not in done.stderr

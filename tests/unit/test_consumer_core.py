@@ -226,7 +226,7 @@ def test_records_fetched_before_a_seek_or_a_rebalance_are_dropped() -> None:
     driver.write()
     driver.core.on_fetched([record(1, 0), record(1, 1), PartitionEof(P0, 9), PartitionEof(P1, 9)])
     driver.core.on_partitions_revoked([P1])
-    assert driver.fail(FenceLost({P0, P1}, {P0: 0, P1: 0})) == [Seek(P0, 0)]
+    assert driver.fail(FenceLost({P0, P1}, {P0: 0, P1: 0})) == [Seek(P0, 0), CommitKafkaOffsets({P0: 0})]
     driver.core.on_partitions_assigned([P1])
     driver.tick()
     driver.core.on_offsets_resolved(IDS, {P1: 0})
@@ -401,7 +401,11 @@ def test_after_a_lost_fence_its_partition_continues_at_the_stored_offset_and_the
     driver.fetch(record(0, 0), record(0, 1))
     batch = driver.write()
     driver.fetch(record(1, 0), record(1, 1))
-    assert driver.fail(FenceLost({P0}, {P0: 5})) == [Seek(P0, 5), CommitBatch(batch.without({P0}))]
+    assert driver.fail(FenceLost({P0}, {P0: 5})) == [
+        Seek(P0, 5),
+        CommitKafkaOffsets({P0: 5}),
+        CommitBatch(batch.without({P0})),
+    ]
     assert driver.written() == [CommitKafkaOffsets({P1: 1})]
     driver.fetch(record(5, 0))
     assert driver.write().ranges == {
@@ -416,7 +420,7 @@ def test_a_stop_after_a_lost_fence_does_not_commit_the_rest_of_the_batch() -> No
     driver.write()
     driver.core.on_failed(FenceLost({P0}, {P0: 5}), driver.now_s)
     driver.core.on_stop()
-    assert driver.core.take_commands() == [Seek(P0, 5)]
+    assert driver.core.take_commands() == [Seek(P0, 5), CommitKafkaOffsets({P0: 5})]
     assert driver.core.stopped
 
 
@@ -425,7 +429,7 @@ def test_a_fence_lost_to_a_commit_of_the_same_batch_causes_no_seek() -> None:
     driver.fetch(record(0))
     driver.write()
     driver.fetch(record(1))
-    assert driver.fail(FenceLost({P0}, {P0: 1})) == []
+    assert driver.fail(FenceLost({P0}, {P0: 1})) == [CommitKafkaOffsets({P0: 1})]
     assert driver.write().ranges == {P0: OffsetRange(expected_offset=1, next_offset=2)}
 
 

@@ -28,7 +28,7 @@ from orderlib import (
 )
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
-from orderlib.postgres.migrate import role_of
+from orderlib.postgres.migrate import password_of
 from orderlib.postgres.snapshot import snapshot
 from tests.support.fake_postgres import error_response, refusing
 
@@ -313,7 +313,7 @@ PLACES: dict[str, Callable[[str], object]] = {
     "library": PostgresOrderRepository.connect,
     "asyncio": lambda url: asyncio.run(read_once(url)),
     "one connection": lambda url: connect(url, application_name="tests"),
-    "roles": lambda url: role_of("ORDERS_DATABASE_URL", url),
+    "roles": lambda url: password_of("orders_writer", "ORDERS_DATABASE_URL", url),
     "consumer": lambda url: ConsumerStore(url, "group", time.monotonic).next_offsets({}, []),
     "proof": take_snapshot,
 }
