@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pydoc
 import re
 from types import ModuleType
@@ -9,9 +10,13 @@ from types import ModuleType
 import attrs
 import pytest
 
-from docs.reference import MODULES, PAGE, make_page, public_names
+from docs import reference
+from docs.reference import MODULES, PAGE, public_names
 from orderlib import Delivery, Item, Order, Payment, errors, json_schema
 from services.api.openapi import document
+
+#: Made once, because it reads the source of every name.
+make_page = functools.cache(reference.make_page)
 
 
 def test_the_reference_is_as_the_docstrings_make_it() -> None:
@@ -73,4 +78,4 @@ def test_every_error_is_public_and_drawn_in_the_tree() -> None:
 def test_a_public_name_that_promises_nothing_makes_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors.TooLarge, "__doc__", None)
     with pytest.raises(LookupError, match="TooLarge"):
-        make_page()
+        reference.make_page()
