@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# If the caller's environment turns off Python's cache, every process of the tests would compile every module again.
+export PYTHONDONTWRITEBYTECODE :=
 SANDBOX := $(BIN)/python -m sandbox --
 
 .PHONY: help demo test check coverage bench docs test-faults test-page test-compose lock clean
