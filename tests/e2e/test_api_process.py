@@ -34,6 +34,7 @@ from services.api.request_metrics import SECURITY_HEADERS
 from tests.conftest import Database, role_passwords
 from tests.support import ROOT
 from tests.support.api_process import HALF_A_REQUEST, Answer, Service, clients, eventually, serving, settings_for
+from tests.support.programs import run
 from tests.support.tcp_proxy import TcpProxy
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
@@ -63,15 +64,7 @@ def mortal(stored: Database) -> Iterator[Service]:
 
 def refused(environ: dict[str, str]) -> str:
     """Return the one line that the API logs when it refuses to start."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "services.api"],
-        env=environ,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    ended = run("api", environ)
     assert ended.returncode == 2, ended.stderr
     assert ended.stdout == ""
     [line] = [line for line in ended.stderr.splitlines() if not line.startswith("{")]

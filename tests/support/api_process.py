@@ -9,7 +9,6 @@ import resource
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ import attrs
 import psutil
 
 from tests.support import ROOT
+from tests.support.fork_server import Process, start
 
 #: The first part of a request; the client then sends nothing more.
 HALF_A_REQUEST = b"GET /orders/x HTTP/1.1\r\nHost: localhost\r\nX-Half: "
@@ -69,7 +69,7 @@ class Answer:
 class Service:
     """A running ``services.api``."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     _stderr: Path
     address: str = ""
     metrics_address: str = ""
@@ -152,7 +152,7 @@ def serving(environ: Mapping[str, str]) -> Iterator[Service]:
     with tempfile.TemporaryDirectory() as folder:
         stderr = Path(folder) / "stderr"
         with stderr.open("wb") as log:
-            process = subprocess.Popen([sys.executable, "-m", "services.api"], env=environ, stderr=log, cwd=ROOT)
+            process = start(["api"], environ, stderr=log.fileno())
         service = Service(process, stderr)
         try:
             assert eventually(lambda: process.poll() is not None or bool(service.events("listening")), 20)

@@ -25,9 +25,8 @@ from pathlib import Path
 
 from tests.support import ROOT
 
-#: Programs whose modules the fork server imports. The API is missing: gunicorn forks workers of its own, and the
-#: metrics library chooses at import time how it shares values between them.
-PROGRAMS = ("admin", "consumer", "sender")
+#: Programs whose modules the fork server imports. The API imports gunicorn itself, which reads the environment then.
+PROGRAMS = ("admin", "api", "consumer", "sender")
 
 
 class Process:
