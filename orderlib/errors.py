@@ -15,7 +15,7 @@
     ├── OrderNotFound               no order has this order_uid
     ├── RejectNotFound              no reject has this position
     ├── InvalidQuery                an invalid cursor or limit: change the argument
-    ├── FenceLost                   the records were handled already: read the offsets again, continue from there
+    ├── FenceLost                   the stored offsets are others than expected: continue from them
     ├── BreakerTripped              nearly every record was rejected: probably the wrong topic or release
     └── ConfigurationError          a missing table, right or setting: stop
         └── TopicRecreated          the topic was deleted and created again: restart to read the new one
@@ -170,19 +170,19 @@ class RejectNotFound(OrderlibError):
 
 
 class FenceLost(OrderlibError):
-    """The offsets differ from what this batch expected: its records were handled already.
+    """The stored offsets differ from what this batch expected.
 
-    Another consumer handled them, or this one did in a COMMIT whose response was lost. This call stores nothing. Only
-    the consumer raises it, never a repository.
+    Another consumer handled its records, or this one did in a COMMIT whose response was lost. Or a server was promoted
+    that lacks the last transactions. This call stores nothing. Only the consumer raises it, never a repository.
     """
 
     def __init__(self, partitions: Collection[tuple[str, int]], next_offsets: Mapping[_TopicPartition, int]) -> None:
         #: The partitions whose fence failed, as (topic, partition).
         self.partitions: frozenset[tuple[str, int]] = frozenset(partitions)
-        #: The stored next offset of each partition.
+        #: The stored next offset of each partition, if it has one.
         self.next_offsets: dict[tuple[str, int], int] = dict(next_offsets.items())
         lost = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(self.partitions))
-        super().__init__(f"records of {lost} were handled already")
+        super().__init__(f"the stored offsets of {lost} are not those that the batch expects")
 
 
 class ConfigurationError(OrderlibError):

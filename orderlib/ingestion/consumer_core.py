@@ -16,6 +16,7 @@ import enum
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
+from types import MappingProxyType
 
 import attrs
 
@@ -76,9 +77,7 @@ class CommitBatch:
 
 @attrs.frozen
 class CheckTopics:
-    """Store task: read the topic ids and the stored next offsets of these partitions, also those of other members."""
-
-    partitions: frozenset[TopicPartition]
+    """Store task: read the topic ids and the stored next offsets of all partitions, also those of other members."""
 
 
 @attrs.frozen
@@ -385,19 +384,23 @@ class ConsumerCore:
     def on_topics_checked(self, topic_ids: Mapping[str, str], next_offsets: Mapping[TopicPartition, int]) -> None:
         """The topics were checked: stop if one was recreated, or if the stored next offsets have reached ``until``."""
         self._finish()
-        if self._is_recreated(topic_ids) or self._until is None:
+        if self._is_recreated(topic_ids):
             return
-        if all(next_offsets.get(partition, 0) >= end for partition, end in self._until.items()):
+        self._follow(next_offsets)
+        if self._until is not None and all(
+            next_offsets.get(partition, 0) >= end for partition, end in self._until.items()
+        ):
             self.on_stop()
 
-    def on_batch_committed(self) -> None:
-        """The batch in progress is committed."""
+    def on_batch_committed(self, next_offsets: Mapping[TopicPartition, int] = MappingProxyType({})) -> None:
+        """The batch in progress is committed. ``next_offsets`` are the stored ones, if they were read after that."""
         assert isinstance(self._task, CommitBatch)
         ranges = self._task.batch.ranges
         self._finish()
         committed = {p: offset_range.next_offset for p, offset_range in ranges.items() if p in self._fetched_offset}
         if committed:
             self._commands.append(CommitKafkaOffsets(committed))
+        self._follow(next_offsets)
 
     def on_failed(self, error: OrderlibError, now_s: float) -> None:
         """The store task in progress failed, and changed nothing in the store.
@@ -476,10 +479,8 @@ class ConsumerCore:
             self._start(ResolveOffsets(frozenset(self._unresolved)), now_s)
         elif self._full or self._is_due(now_s):
             self._start(CommitBatch(self._close_batch()), now_s)
-        elif self.idle and self._until is not None and now_s - self._task_since_s >= END_CHECK_S:
-            self._start(CheckTopics(frozenset(self._until)), now_s)
-        elif self.idle and now_s - self._task_since_s >= TOPIC_CHECK_S:
-            self._start(CheckTopics(frozenset()), now_s)
+        elif self.idle and now_s - self._task_since_s >= (TOPIC_CHECK_S if self._until is None else END_CHECK_S):
+            self._start(CheckTopics(), now_s)
 
     def _is_recreated(self, topic_ids: Mapping[str, str]) -> bool:
         """Return whether a topic was recreated since its first offsets were resolved; if so, stop."""
@@ -526,9 +527,7 @@ class ConsumerCore:
         for partition, stored_offset in lost.items():
             # If it equals the end of the batch, an earlier COMMIT of this batch succeeded and its response was lost.
             if stored_offset != batch.ranges[partition].next_offset:
-                self._forget(partition)
-                self._fetched_offset[partition] = self._submitted_offset[partition] = stored_offset
-                self._commands.append(Seek(partition, stored_offset))
+                self._continue_at(partition, stored_offset)
         if lost:
             self._commands.append(CommitKafkaOffsets(lost))
         rest = batch.without(error.partitions)
@@ -536,6 +535,27 @@ class ConsumerCore:
             self._start(CommitBatch(rest), now_s)
         else:
             self._finish()
+
+    def _follow(self, next_offsets: Mapping[TopicPartition, int]) -> None:
+        """Continue at the stored offsets. With no batch in progress, they are those of the last batch of this consumer.
+
+        A server that is promoted without the last transactions has earlier ones. A partition without new records would
+        not notice: no batch of it would lose its fence.
+        """
+        moved = {
+            p: next_offsets[p]
+            for p, submitted in self._submitted_offset.items()
+            if next_offsets.get(p, submitted) != submitted
+        }
+        for partition, stored_offset in moved.items():
+            self._continue_at(partition, stored_offset)
+        if moved:
+            self._commands.append(CommitKafkaOffsets(moved))
+
+    def _continue_at(self, partition: TopicPartition, stored_offset: int) -> None:
+        self._forget(partition)
+        self._fetched_offset[partition] = self._submitted_offset[partition] = stored_offset
+        self._commands.append(Seek(partition, stored_offset))
 
 
 def _partition_of(fetched: Record | PartitionEof) -> tuple[str, int]:

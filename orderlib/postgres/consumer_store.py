@@ -19,7 +19,7 @@ from orderlib.errors import ConfigurationError, DatabaseUnavailable, FenceLost, 
 from orderlib.ingestion.records import Batch, PreparedOrder, Reject, TopicPartition
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, connect
-from orderlib.postgres.errors import is_lost, translated_errors
+from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translated_errors
 from orderlib.postgres.migrate import WRITER_RIGHTS, check_rights, check_schema
 from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, reject_row
 from orderlib.postgres.wire import Wire
@@ -111,7 +111,7 @@ class ConsumerStore:
         """Commit the offsets, orders and rejects of a batch in one transaction.
 
         If ``before_commit`` raises, nothing is stored. Raises FenceLost with the stored offsets if one of them is not
-        the one that the batch expects.
+        the one that the batch expects, or is missing.
         """
         seconds: dict[str, float] = {}
         began_s = self._clock()
@@ -176,16 +176,17 @@ class ConsumerStore:
         try:
             with translated_errors(self._connection):
                 yield self._connection
-        except BaseException:
-            # Do not depend on the state of the transaction: the next call connects again.
-            if self._connection.pgconn.transaction_status != TransactionStatus.IDLE:
+        except BaseException as exc:
+            # Do not depend on the state of the transaction, and leave a standby: the next call connects again.
+            if self._connection.pgconn.transaction_status != TransactionStatus.IDLE or READ_ONLY in sqlstates(exc):
                 self._connection.close()
             raise
 
     def _require_own_group(self, connection: Connection) -> None:
         found = connection.execute(queries.GROUP).fetchone()
         group = found[0] if found else None
-        if group != self._group:
+        # None after a promotion without the last transactions: the next offset that is added claims it again.
+        if group not in {None, self._group}:
             raise ConfigurationError(
                 f"this database belongs to consumer group {group!r}, not {self._group!r}: set ORDERS_CONSUMER_GROUP to "
                 "that, or rename the group with the admin command `offsets set-group`"
@@ -217,11 +218,8 @@ class ConsumerStore:
         lost = {one for one in partitions if (batch.topic_ids[one.topic], one.partition) not in moved_rows}
         if lost:
             stored = _next_offsets(connection, keys, batch.topic_ids)
-            if missing := lost - stored.keys():
+            if lost - stored.keys():
                 self._require_own_group(connection)
-                raise ConfigurationError(
-                    f"the offsets of {', '.join(map(str, sorted(missing)))} are missing in consumer_offsets"
-                )
             raise FenceLost(lost, stored)
 
     def _end_blockers(

@@ -109,6 +109,9 @@ class HasPGconn(Protocol):
         ...
 
 
+#: A write on a read-only server: it became a standby, or the URL allows one.
+READ_ONLY = "25006"
+
 _END_ARRIVES_WITHIN_MS = 200
 _MAX_READS = 8
 
@@ -139,6 +142,14 @@ def is_lost(connection: HasPGconn, exc: BaseException | None = None) -> bool:
 def _is_fatal(exc: BaseException | None) -> bool:
     """Return whether the server ended the session with this error. libpq may not have detected it yet."""
     return isinstance(exc, psycopg.Error) and exc.diag.severity_nonlocalized in {"FATAL", "PANIC"}
+
+
+def sqlstates(error: BaseException | None) -> Iterator[str]:
+    """Yield the SQLSTATEs of an error and of its causes."""
+    while error is not None:
+        if isinstance(error, psycopg.Error) and error.sqlstate:
+            yield error.sqlstate
+        error = error.__cause__
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from random import Random
 from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
@@ -29,7 +29,7 @@ from orderlib.errors import ConfigurationError, DatabaseUnavailable, OrderlibErr
 from orderlib.ingestion.retry import Backoff
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, connection_arguments, prepare_session
-from orderlib.postgres.errors import is_lost, translate, translated_errors
+from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translate, translated_errors
 from orderlib.postgres.hosts import connect_to_any
 from orderlib.postgres.migrate import check_schema
 from orderlib.postgres.reads import ReadQueries
@@ -50,8 +50,6 @@ _SET_UP_WITHIN_S = 5.0
 #: 40), a cancelled statement, a prepared statement that was deallocated (26000) or whose result type changed (0A000).
 _REPEATABLE = {"57014", "26000", "0A000"}
 _REPEATABLE_CLASS = "40"
-#: A write on a read-only server.
-_READ_ONLY = "25006"
 
 
 #: After this number of conflicts in one call, retrying probably does not help.
@@ -365,7 +363,7 @@ class Call:
 
     def may_repeat(self, session: Session, error: Exception) -> bool:
         """Return whether to repeat the call on another session, because this one was only lost while idle."""
-        if _READ_ONLY in _sqlstates(error):
+        if READ_ONLY in sqlstates(error):
             # The server became a standby after the session was connected, or the URL allows a standby.
             session.abort()
         timed_out = isinstance(error, DeadlineExceeded)
@@ -411,7 +409,7 @@ class Call:
         """Return whether to repeat a read on another session after this error."""
         # Not if statement_timeout cancelled the statement: then there is no time left.
         is_early = time.monotonic() < self.deadline - (1 - _STATEMENT_SHARE) * self._timeout_s
-        if is_early and not self._repeated and any(map(_is_repeatable, _sqlstates(error))):
+        if is_early and not self._repeated and any(map(_is_repeatable, sqlstates(error))):
             self._repeated = True
             return True
         return self.may_repeat(session, error)
@@ -419,14 +417,6 @@ class Call:
 
 def _is_repeatable(sqlstate: str) -> bool:
     return sqlstate in _REPEATABLE or sqlstate.startswith(_REPEATABLE_CLASS)
-
-
-def _sqlstates(error: BaseException | None) -> Iterator[str]:
-    """Yield the SQLSTATEs of an error and of its causes."""
-    while error is not None:
-        if isinstance(error, psycopg.Error) and error.sqlstate:
-            yield error.sqlstate
-        error = error.__cause__
 
 
 def _closed_error() -> ConfigurationError:

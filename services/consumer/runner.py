@@ -23,6 +23,7 @@ import attrs
 from orderlib.errors import (
     BrokerUnavailable,
     ConfigurationError,
+    FenceLost,
     OrderlibError,
     TopicRecreated,
     TransactionConflict,
@@ -149,14 +150,13 @@ class StoreWorker:
                 earliest = self._wait_for_kafka(lambda: self._kafka.earliest(partitions))
                 next_offsets = self._store.start_partitions(topic_ids, earliest)
                 return lambda core: core.on_offsets_resolved(topic_ids, next_offsets)
-            case CheckTopics(partitions):
+            case CheckTopics():
                 topics = self._wait_for_kafka(self._kafka.request_topics())
                 stored = self._read_stored_offsets(topics)
-                reached = {p: stored[p] for p in partitions & stored.keys()}
-                return lambda core: core.on_topics_checked(_topic_ids(topics), reached)
+                return lambda core: core.on_topics_checked(_topic_ids(topics), stored)
             case CommitBatch(batch):
-                self._write(batch)
-                return lambda core: core.on_batch_committed()
+                stored = self._write(batch)
+                return lambda core: core.on_batch_committed(stored)
 
     def _wait_for_kafka(self, response: Callable[[], T]) -> T:
         self.awaited = Server.KAFKA
@@ -165,7 +165,8 @@ class StoreWorker:
         finally:
             self.awaited = Server.POSTGRES
 
-    def _write(self, batch: Batch) -> None:
+    def _write(self, batch: Batch) -> Mapping[TopicPartition, int]:
+        """Write a batch. Return the stored offsets of all partitions, if it was time to read them."""
         wait_for_topics = self._request_topics()
         topics: Mapping[str, TopicInfo] = {}
 
@@ -178,7 +179,10 @@ class StoreWorker:
                 if (now := topics[topic].topic_id) != topic_id:
                     raise TopicRecreated(f"topic {topic} was recreated: its id is {now}, it was {topic_id}")
 
-        result = self._store.write(batch, check)
+        try:
+            result = self._store.write(batch, check)
+        except FenceLost as exc:
+            raise self._with_missing_offsets(batch, exc) from exc
         self._breaker.record(_rejected(batch, result))
         for reject in result.rejects:
             _log_reject(reject)
@@ -187,7 +191,17 @@ class StoreWorker:
         if time.monotonic() >= self._read_stored_at_s:
             # The batch is committed. If the store is unavailable now, the next task reports it.
             with contextlib.suppress(OrderlibError):
-                self._read_stored_offsets(topics)
+                return self._read_stored_offsets(topics)
+        return {}
+
+    def _with_missing_offsets(self, batch: Batch, lost: FenceLost) -> FenceLost:
+        """Begin a partition again whose offset is not stored: it was lost with the last transactions of a primary."""
+        missing = {p for p in batch.ranges if p in lost.partitions and p not in lost.next_offsets}
+        if not missing:
+            return lost
+        earliest = self._wait_for_kafka(lambda: self._kafka.earliest(missing))
+        started = self._store.start_partitions(batch.topic_ids, earliest)
+        return FenceLost(lost.partitions, {**lost.next_offsets, **started})
 
     def _request_topics(self) -> Callable[[], Mapping[str, TopicInfo]]:
         """Request the topic ids, and return a function that waits for them inside the batch's transaction.
@@ -211,17 +225,14 @@ class StoreWorker:
         return wait
 
     def _read_stored_offsets(self, topics: Mapping[str, TopicInfo]) -> Mapping[TopicPartition, int]:
-        """Read the next offsets of all partitions, and return those that are stored.
-
-        A partition without a stored offset will begin at its earliest offset.
-        """
+        """Read the next offset of each partition. One without a stored offset will begin at its earliest offset."""
         partitions = {TopicPartition(topic, number) for topic, info in topics.items() for number in info.partitions}
         stored = self._store.next_offsets(_topic_ids(topics), partitions)
         new = partitions - stored.keys()
         earliest = self._wait_for_kafka(lambda: self._kafka.earliest(new)) if new else {}
         self.stored_offsets = {**earliest, **stored}
         self._read_stored_at_s = time.monotonic() + _STORED_OFFSETS_S
-        return stored
+        return self.stored_offsets
 
     def _count(self, batch: Batch, result: BatchResult) -> None:
         for outcome, count in result.outcomes.items():

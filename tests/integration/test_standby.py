@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 import attrs
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import orderlib
 from orderlib import AsyncPostgresOrderRepository, DatabaseUnavailable, Order, Outcome
@@ -24,7 +25,10 @@ from orderlib.testing import SAMPLE as SAMPLE_JSON
 from sandbox.postgres import PostgresServer
 from tests.conftest import Database, role_passwords
 from tests.support.api_process import Service, eventually, serving, settings_for
+from tests.support.programs import succeed
+from tests.support.sending import Sender
 from tests.support.standby import QuietPostgres, Standby
+from tests.support.tcp_proxy import TcpProxy
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 UID = SAMPLE.order_uid
@@ -265,6 +269,9 @@ def test_a_read_survives_one_recovery_conflict(
 
 def test_a_write_on_a_standby_is_an_outage_that_ends_with_its_promotion(primary: PostgresServer) -> None:
     order = attrs.evolve(SAMPLE, order_uid="written")
+    with psycopg.connect(primary.superuser_url) as connection:
+        connection.execute("DELETE FROM consumer_offsets")
+        connection.execute("DELETE FROM consumer_groups")
     with Standby(primary) as standby, orderlib.connect(urls_of(standby).writer_url) as repository:
         ledger = ConsumerStore(urls_of(standby).writer_url, "tests", time.monotonic)
         for _ in range(2):
@@ -280,3 +287,52 @@ def test_a_write_on_a_standby_is_an_outage_that_ends_with_its_promotion(primary:
         assert ledger.start_partitions({"orders": "AAAAAAAAAAAAAAAAAAAAAQ"}, {partition: 0}) == {partition: 0}
         assert repository.status().replication_delay_s is None
         ledger.close()
+
+
+# URLs with several hosts
+
+
+@pytest.mark.parametrize(
+    "first", ["read-only", *(pytest.param(name, marks=pytest.mark.faults) for name in ("silent", "refusing"))]
+)
+def test_every_program_finds_the_primary_behind_another_host(
+    first: str, primary: PostgresServer, standby: Standby, environ: dict[str, str], topic: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        port = standby.port if first == "read-only" else listener.getsockname()[1]
+        if first == "refusing":
+            listener.close()
+        hosts = {"host": "127.0.0.1,127.0.0.1", "port": f"{port},{primary.port}", "target_session_attrs": "read-write"}
+        urls = {name: make_conninfo(url, **hosts) for name, url in urls_of(primary).environ().items()}
+        environ = {**environ, **urls}
+        sender = Sender(environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"], topic)
+        sender.send_orders([f"{first}-order"])
+        for command in ("bootstrap", "migrate"):
+            succeed(f"admin {command}", environ)
+        succeed("consumer --exit-at-end", environ)
+        assert first in succeed(f"admin get {first}-order", environ)
+        with serving(environ) as service:
+            assert service.get(f"/orders/{first}-order").status == 200
+        succeed(f"admin forget {first}-order --yes", environ)
+        with orderlib.connect(urls["ORDERS_DATABASE_URL"]) as repository:
+            assert repository.save(attrs.evolve(SAMPLE, order_uid=f"{first}-save")) is Outcome.STORED
+
+
+def test_a_consumer_that_reached_a_standby_looks_for_the_primary_again(
+    primary: PostgresServer, standby: Standby
+) -> None:
+    """Without target_session_attrs, it may find the standby first: then the next attempt connects anew."""
+    with TcpProxy(urls_of(primary).writer_url) as wire:
+        ports = f"{conninfo_to_dict(wire.url)['port']},{standby.port}"
+        url = make_conninfo(wire.url, host="127.0.0.1,127.0.0.1", port=ports)
+        store = ConsumerStore(url, "order-consumer", time.monotonic)
+        store.check()
+        partition = TopicPartition("orders", 0)
+        new = {"orders": "BBBBBBBBBBBBBBBBBBBBBQ"}, {partition: 3}
+        wire.cut()
+        for _ in range(2):
+            with pytest.raises(DatabaseUnavailable, match="25006"):
+                store.start_partitions(*new)
+        wire.mend()
+        assert store.start_partitions(*new) == {partition: 3}
+        store.close()

@@ -22,7 +22,7 @@ from services.consumer.health import Health, Metrics
 from services.consumer.runner import ConsumerRunner
 from services.program import EXIT_DONE, EXIT_FAILED, EXIT_SETUP
 from tests.simulation.invariants import InvariantViolation
-from tests.simulation.kafka import TOPIC, classified
+from tests.simulation.kafka import PARTITIONS, TOPIC, classified
 from tests.simulation.kafka_client import SimulatedKafka
 from tests.simulation.store import Bug, Job, Step, Steps, Told
 
@@ -177,8 +177,8 @@ class Process:
         match job:
             case ResolveOffsets(partitions):
                 return self._resolve(partitions)
-            case CheckTopics(partitions):
-                return self._check_topic(partitions)
+            case CheckTopics():
+                return self._check_topic()
             case CommitBatch(batch):
                 return self._simulator.store.write(batch, self._request_topic_id())
 
@@ -198,10 +198,12 @@ class Process:
 
         return tell
 
-    def _check_topic(self, partitions: frozenset[TopicPartition]) -> Steps:
+    def _check_topic(self) -> Steps:
         topic_id = self.kafka.describe()[TOPIC].topic_id
         yield Step.ASKING
-        next_offsets = self._simulator.store.next_offsets({TOPIC: topic_id}, partitions)
+        partitions = {TopicPartition(TOPIC, number) for number in range(PARTITIONS)}
+        stored = self._simulator.store.next_offsets({TOPIC: topic_id}, partitions)
+        next_offsets = {**self.kafka.earliest(partitions - stored.keys()), **stored}
 
         def tell(core: ConsumerCore) -> None:
             self._on_topic_id(topic_id)

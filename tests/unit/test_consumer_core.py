@@ -627,10 +627,10 @@ def test_it_stops_when_the_group_has_reached_the_offsets_to_stop_at() -> None:
     driver.fetch(record(0))
     driver.write()
     driver.written()
-    assert driver.tick(END_CHECK_S) == [CheckTopics(frozenset({P0, P1}))]
+    assert driver.tick(END_CHECK_S) == [CheckTopics()]
     driver.core.on_topics_checked(IDS, {P0: 1, P1: 3})
     assert driver.tick() == []
-    assert driver.tick(END_CHECK_S) == [CheckTopics(frozenset({P0, P1}))]
+    assert driver.tick(END_CHECK_S) == [CheckTopics()]
     driver.core.on_topics_checked(IDS, {P0: 1, P1: 4})
     assert driver.stopped()
     assert driver.core.error is None
@@ -646,14 +646,14 @@ def test_the_offsets_to_stop_at_are_not_checked_while_there_are_records_to_commi
 def test_an_idle_consumer_checks_the_topic_ids() -> None:
     driver = started(0)
     assert driver.tick(TOPIC_CHECK_S * 0.49) == []
-    assert driver.tick(TOPIC_CHECK_S * 0.52) == [CheckTopics(frozenset())]
+    assert driver.tick(TOPIC_CHECK_S * 0.52) == [CheckTopics()]
     driver.core.on_topics_checked(IDS, {})
     assert driver.tick(TOPIC_CHECK_S * 0.49) == []
     driver.fetch(record(0))
     driver.write()
     driver.written()
     assert driver.tick(TOPIC_CHECK_S * 0.49) == []
-    assert driver.tick(TOPIC_CHECK_S * 0.52) == [CheckTopics(frozenset())]
+    assert driver.tick(TOPIC_CHECK_S * 0.52) == [CheckTopics()]
     driver.core.on_topics_checked({"orders": "another id"}, {})
     assert driver.core.take_commands() == []
     assert driver.stopped()
@@ -661,7 +661,37 @@ def test_an_idle_consumer_checks_the_topic_ids() -> None:
 
 
 def test_a_consumer_without_partitions_checks_the_topics_too() -> None:
-    assert Driver().tick(2 * TOPIC_CHECK_S) == [CheckTopics(frozenset())]
+    assert Driver().tick(2 * TOPIC_CHECK_S) == [CheckTopics()]
+
+
+def test_offsets_that_went_back_are_followed_although_their_partition_has_no_new_records() -> None:
+    """A server was promoted without the last transactions."""
+    driver = started(0, 1)
+    driver.fetch(record(0, 0), record(0, 1))
+    driver.write()
+    driver.written()
+    driver.tick(TOPIC_CHECK_S)
+    driver.fetch(record(1, 1))
+    driver.core.on_topics_checked(IDS, {P0: 0, P1: 1, P2: 7})
+    assert driver.core.take_commands() == [Seek(P0, 0), CommitKafkaOffsets({P0: 0})]
+    driver.fetch(record(0, 0))
+    assert driver.write().ranges == {
+        P0: OffsetRange(expected_offset=0, next_offset=1),
+        P1: OffsetRange(expected_offset=1, next_offset=2),
+    }
+
+
+def test_offsets_that_went_back_are_followed_after_a_batch_of_another_partition() -> None:
+    driver = started(0, 1)
+    driver.fetch(record(0, 0))
+    driver.write()
+    driver.written()
+    driver.fetch(record(0, 1))
+    driver.write()
+    driver.fetch(record(1, 0))
+    driver.core.on_batch_committed({P0: 0, P1: 1})
+    assert driver.core.take_commands() == [CommitKafkaOffsets({P1: 1}), Seek(P0, 0), CommitKafkaOffsets({P0: 0})]
+    assert driver.idle()
 
 
 # The breaker.
