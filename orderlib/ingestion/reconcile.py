@@ -188,7 +188,7 @@ class Reconciliation:
 
     ``first`` is where reading began in each partition: at the earliest record that Kafka still holds, or later.
     ``group`` is the consumer group that the database belongs to, ``forgotten`` has the SHA-256 digests of the forgotten
-    order_uids.
+    order_uids, ``originals`` those of the stored originals.
     """
 
     def __init__(
@@ -199,6 +199,7 @@ class Reconciliation:
         offsets: Sequence[SnapshotOffset],
         rejects: Iterable[SnapshotReject],
         forgotten: Collection[bytes] = (),
+        originals: Iterable[bytes] = (),
     ) -> None:
         self._topic = topic
         self._forgotten = frozenset(forgotten)
@@ -218,8 +219,8 @@ class Reconciliation:
         self._versions: dict[str, dict[int, _Version]] = {}
         #: Valid records with a reject that no redrive has stored, by order_uid.
         self._unsettled: dict[str, dict[tuple[int, int], _Version]] = {}
-        #: SHA-256 of the values of all records with unknown fields.
-        self._originals: set[bytes] = set()
+        #: Those of the originals that no record has had as its value.
+        self._originals = set(originals)
         self._findings: list[Finding] = []
         #: Findings beyond ``MAX_FINDINGS``, which ``findings`` does not yield.
         self.unlisted = 0
@@ -291,8 +292,8 @@ class Reconciliation:
         """Add a record below the stored offset, and its classification by the rules of this release."""
         self.counts["records"] += 1
         position = record.source
-        if isinstance(classified, PreparedOrder) and classified.original is not None:
-            self._originals.add(hashlib.sha256(classified.original).digest())
+        if self._originals:
+            self._originals.discard(_sha256(record.value) or b"")
         reject = self._rejects.pop((position.partition, position.offset), None)
         if reject is not None:
             self.counts["rejects"] += 1
@@ -301,7 +302,6 @@ class Reconciliation:
         elif self._is_forgotten(record, classified):
             self.counts["forgotten"] += 1
         elif isinstance(classified, Reject) and (earlier := _earlier_version(record)):
-            self._originals.add(hashlib.sha256(record.value or b"").digest())
             self._add_version(*earlier, position.partition)
         elif isinstance(classified, Reject):
             what = f"refused ({classified.code}), but not stored as a reject: it was purged or lost"
@@ -443,8 +443,10 @@ class Reconciliation:
         self.counts["originals"] += 1
         if original.known_sha256 is not None and _current_sha256(stored) != stored.content_sha256:
             what = "originals with fields that an earlier release did not know: run `admin backfill`"
+            if original.content_sha256 is None:
+                what = "originals that only the rules of an earlier release accept"
             self._cannot_prove(what, position, uid)
-        if original.value_sha256 in self._originals:
+        if original.value_sha256 not in self._originals:
             return
         # Of records with the same content, the original is that of the first one.
         if position is None or self._topic.is_compacted or any(self._first.values()):

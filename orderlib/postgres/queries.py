@@ -709,6 +709,9 @@ SELECT value FROM rejects
 WHERE topic_id = %(topic_id)s AND partition = %(partition)s AND record_offset = %(offset)s
 """
 
+#: The SHA-256 of every original.
+SNAPSHOT_ORIGINALS: LiteralString = "SELECT sha256(value) FROM order_originals"
+
 #: The originals of some orders.
 ORIGINALS: LiteralString = "SELECT order_uid, value FROM order_originals WHERE order_uid = ANY($1)"
 

@@ -89,6 +89,11 @@ class Snapshot:
                 for row in rows:
                     yield _order(row, items[row[0]], originals.get(row[0]))
 
+    def original_digests(self) -> Iterator[bytes]:
+        """Yield the SHA-256 of each original."""
+        with self._connection.cursor("originals_of_snapshot") as cursor:
+            yield from (digest for (digest,) in cursor.execute(queries.SNAPSHOT_ORIGINALS))
+
     def originals(self) -> Iterator[tuple[dt.datetime, bytes]]:
         """Yield each original with the time when its order was stored, one at a time."""
         with self._connection.cursor() as cursor:

@@ -117,7 +117,8 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             is_compacted=log.is_compacted(),
         )
         first = _first(log.earliest(), next_offsets, manifest)
-        proof = Reconciliation(topic, first, stored.group(), offsets, stored.rejects(), stored.forgotten())
+        digests = stored.forgotten(), stored.original_digests()
+        proof = Reconciliation(topic, first, stored.group(), offsets, stored.rejects(), *digests)
         missing = dict(manifest or {})
         for record in log.records(first, next_offsets):
             proof.on_record(record, classify_record(record, max_bytes))

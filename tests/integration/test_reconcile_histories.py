@@ -133,7 +133,8 @@ class History:
         )
         with snapshot(self.database.reader_url, "tests") as stored:
             first = dict.fromkeys(PARTITIONS, 0)
-            proof = Reconciliation(topic, first, stored.group(), stored.offsets(), stored.rejects())
+            offsets, originals = stored.offsets(), stored.original_digests()
+            proof = Reconciliation(topic, first, stored.group(), offsets, stored.rejects(), (), originals)
             for partition, records in self.records.items():
                 for record in records:
                     if record.source.offset < proof.next_offsets.get(partition, 0):
