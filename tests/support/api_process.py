@@ -147,12 +147,12 @@ class Service:
 
 
 @contextmanager
-def serving(environ: Mapping[str, str]) -> Iterator[Service]:
-    """Run ``python -m services.api`` until the block ends, and yield it once it listens."""
+def serving(environ: Mapping[str, str], checkout: Path = ROOT) -> Iterator[Service]:
+    """Run ``python -m services.api`` of this project until the block ends, and yield it once it listens."""
     with tempfile.TemporaryDirectory() as folder:
         stderr = Path(folder) / "stderr"
         with stderr.open("wb") as log:
-            process = start(["api"], environ, stderr=log.fileno())
+            process = start(["api"], environ, stderr=log.fileno(), checkout=checkout)
         service = Service(process, stderr)
         try:
             assert eventually(lambda: process.poll() is not None or bool(service.events("listening")), 20)

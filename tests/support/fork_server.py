@@ -73,12 +73,13 @@ def start(
     stdin: int | None = None,
     stdout: int | None = None,
     stderr: int | None = None,
+    checkout: Path = ROOT,
 ) -> Process:
-    """Start ``python -m services.PROGRAM …`` in the checkout.
+    """Start ``python -m services.PROGRAM …`` in a checkout.
 
     The streams are file descriptors; ``None`` is the null device.
     """
-    control = _control()
+    control = _control(checkout)
     status, status_end = os.pipe()
     with tempfile.TemporaryFile() as request, Path(os.devnull).open("r+b") as null:
         request.write(json.dumps([arguments, dict(environ)]).encode())
@@ -90,13 +91,13 @@ def start(
 
 
 @functools.cache
-def _control() -> socket.socket:
-    """Start the fork server of this process, and return the connection to it. It ends when the connection does."""
+def _control(checkout: Path) -> socket.socket:
+    """Start the fork server of a checkout, and return the connection to it. It ends when the connection does."""
     control, remote = socket.socketpair()
     with remote:
         server = subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import serve; serve({remote.fileno()})"],
-            cwd=ROOT,
+            cwd=checkout,
             stdin=subprocess.DEVNULL,
             pass_fds=[remote.fileno()],
         )

@@ -22,14 +22,17 @@ T = TypeVar("T")
 PROGRAM_WITHIN_S = 60.0
 
 
-def run(program: str, environ: Mapping[str, str], *, stdin: bytes | int = b"") -> subprocess.CompletedProcess[str]:
+def run(
+    program: str, environ: Mapping[str, str], *, stdin: bytes | int = b"", checkout: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     """Run ``services.PROGRAM ARGUMENTS`` to its end. ``stdin`` is its input, or a file descriptor."""
     with TemporaryFile() as source, TemporaryFile() as stdout, TemporaryFile() as stderr:
         if isinstance(stdin, bytes):
             source.write(stdin)
             source.seek(0)
             stdin = source.fileno()
-        process = start(program.split(), environ, stdin=stdin, stdout=stdout.fileno(), stderr=stderr.fileno())
+        streams = {"stdin": stdin, "stdout": stdout.fileno(), "stderr": stderr.fileno()}
+        process = start(program.split(), environ, **streams, checkout=checkout)
         try:
             status = process.wait(PROGRAM_WITHIN_S)
         finally:
@@ -39,9 +42,9 @@ def run(program: str, environ: Mapping[str, str], *, stdin: bytes | int = b"") -
         return subprocess.CompletedProcess(program, status, stdout.read().decode(), stderr.read().decode())
 
 
-def succeed(program: str, environ: Mapping[str, str], *, stdin: bytes | int = b"") -> str:
+def succeed(program: str, environ: Mapping[str, str], *, stdin: bytes | int = b"", checkout: Path = ROOT) -> str:
     """Run a program like ``run``, and return its stdout. Fail unless it exits with 0."""
-    done = run(program, environ, stdin=stdin)
+    done = run(program, environ, stdin=stdin, checkout=checkout)
     assert done.returncode == 0, f"{program} ended with {done.returncode}:\n{done.stderr}"
     return done.stdout
 
@@ -65,10 +68,10 @@ def peak_bytes(program: str, environ: Mapping[str, str], stdout: Path) -> int:
 
 
 @contextmanager
-def running(program: str, environ: Mapping[str, str], log_path: Path) -> Iterator[Process]:
+def running(program: str, environ: Mapping[str, str], log_path: Path, *, checkout: Path = ROOT) -> Iterator[Process]:
     """Run ``services.PROGRAM`` meanwhile, its log going to a file; killed at the end if it still runs."""
     with log_path.open("ab") as log:
-        process = start(program.split(), environ, stdout=log.fileno(), stderr=log.fileno())
+        process = start(program.split(), environ, stdout=log.fileno(), stderr=log.fileno(), checkout=checkout)
     try:
         yield process
     finally:
