@@ -22,6 +22,7 @@ from orderlib.postgres.migrate import require_schema
 from orderlib.postgres.pool import READ_ERRORS, WRITE_ERRORS, Call, Pool, Session
 from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.rows import pack_rows
+from orderlib.postgres.shared_reads import SharedReads
 from orderlib.postgres.wire import bounded
 from orderlib.postgres.writes import Save
 from orderlib.repository import (
@@ -66,7 +67,7 @@ class AsyncOrderRepositoryBase(ABC):
 
     async def get(self, order_uid: str) -> Order:
         """See ``OrderRepository.get``."""
-        return await self._read(lambda read_queries: read_queries.get(order_uid))
+        return (await self.get_stored(order_uid)).order
 
     async def get_stored(self, order_uid: str) -> StoredOrder:
         """See ``OrderRepository.get_stored``."""
@@ -189,8 +190,9 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
     It connects when a call needs a connection, at most ``max_connections`` times at once, so it can be created while
     PostgreSQL is down. Each new connection checks the schema, and raises ConfigurationError if that is behind. A call
     raises DatabaseUnavailable after ``connection_timeout_s`` without a connection, and after ``timeout_s`` without an
-    answer; then the connection is closed. A cancelled save is either stored completely or not at all. Close the
-    repository, or use it in ``async with``. After that, and in a forked process, calls raise ConfigurationError.
+    answer; then the connection is closed. ``get`` and ``get_stored`` share round trips with concurrent calls of the
+    same event loop. A cancelled save is either stored completely or not at all. Close the repository, or use it in
+    ``async with``. After that, and in a forked process, calls raise ConfigurationError.
     """
 
     def __init__(
@@ -209,6 +211,7 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
             timeout_s=timeout_s,
             connection_timeout_s=connection_timeout_s,
         )
+        self._shared_reads: SharedReads | None = None
 
     async def close(self) -> None:
         """Close every connection: idle ones at once, one in use at the end of its read."""
@@ -222,8 +225,17 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
     ) -> None:
         await self.close()
 
+    async def get_stored(self, order_uid: str) -> StoredOrder:
+        """See ``OrderRepository.get_stored``. Concurrent calls share round trips."""
+        shared_reads = self._shared_reads
+        if shared_reads is None or not shared_reads.is_of_this_loop:
+            shared_reads = self._shared_reads = SharedReads(self._read_within)
+        return await shared_reads.get_stored(order_uid, Call(self._pool))
+
     async def _read(self, read: Callable[[ReadQueries], PQGen[T]], timeout_s: float | None = None, /) -> T:
-        call = Call(self._pool, timeout_s)
+        return await self._read_within(read, Call(self._pool, timeout_s))
+
+    async def _read_within(self, read: Callable[[ReadQueries], PQGen[T]], call: Call) -> T:
         while True:
             session = await self._session(call)
             try:

@@ -125,7 +125,12 @@ GET_ITEMS_OF_ORDERS: LiteralString = f"""
 SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid = ANY($1) ORDER BY order_uid, line
 """
 
-#: The same up to a limit, for a page. The order of the primary key makes the planner read that index, also without
+#: The same, but only the first $2 items of each order.
+GET_FIRST_ITEMS_OF_ORDERS: LiteralString = f"""
+SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid = ANY($1) AND line < $2 ORDER BY order_uid, line
+"""
+
+#: All of them up to a limit, for a page. The order of the primary key makes the planner read that index, also without
 #: statistics. In the order of the page it would scan and sort the whole table then.
 GET_ITEMS_OF_PAGE: LiteralString = f"{GET_ITEMS_OF_ORDERS} LIMIT $2"
 

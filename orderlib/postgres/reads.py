@@ -61,11 +61,6 @@ class ReadQueries:
         self._wire = wire
         self._in_transaction = in_transaction
 
-    def get(self, order_uid: str) -> PQGen[Order]:
-        """See ``OrderRepository.get``."""
-        stored = yield from self.get_stored(order_uid)
-        return stored.order
-
     def get_stored(self, order_uid: str) -> PQGen[StoredOrder]:
         """See ``OrderRepository.get_stored``."""
         if not fits_postgres(checked_type("order_uid", order_uid, str)):
@@ -84,6 +79,19 @@ class ReadQueries:
             (queries.GET_ORDERS, [wanted]), (queries.GET_ITEMS_OF_ORDERS, [wanted]), wanted
         )
         return {order.order_uid: order for order in orders_from_rows(joined, items)}
+
+    def get_many_stored(self, order_uids: list[str], max_items: int) -> PQGen[dict[str, StoredOrder | None]]:
+        """Return those of these orders that exist, by order_uid; ``None`` for an order with more than ``max_items``."""
+        joined, items = yield from self._orders(
+            (queries.GET_ORDERS, [order_uids]),
+            (queries.GET_FIRST_ITEMS_OF_ORDERS, [order_uids, max_items + 1]),
+            order_uids,
+        )
+        orders = zip(joined, orders_from_rows(joined, items), strict=True)
+        return {
+            order.order_uid: _stored_order(order, row) if len(order.items) <= max_items else None
+            for row, order in orders
+        }
 
     def content_sha256(self, order_uid: str) -> PQGen[bytes]:
         """See ``OrderRepository.content_sha256``."""

@@ -62,7 +62,7 @@ class OrderRepositoryBase(ABC):
 
     def get(self, order_uid: str) -> Order:
         """See ``OrderRepository.get``."""
-        return self._read(lambda read_queries: read_queries.get(order_uid))
+        return self.get_stored(order_uid).order
 
     def get_stored(self, order_uid: str) -> StoredOrder:
         """See ``OrderRepository.get_stored``."""

@@ -1,0 +1,139 @@
+"""Concurrent reads of single orders in one event loop share round trips.
+
+A read leaves at once if none is in flight. Those that arrive later leave together when it ends: in one transaction,
+whose snapshot is taken after all of them have arrived.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+import attrs
+from psycopg.abc import PQGen
+
+from orderlib.contract import fits_postgres
+from orderlib.errors import DatabaseUnavailable, OrderNotFound
+from orderlib.postgres.pool import Call
+from orderlib.postgres.reads import ReadQueries
+from orderlib.repository import StoredOrder, checked_type
+
+T = TypeVar("T")
+
+#: The longest wait for the read in flight, so that one without an answer does not delay the others.
+_MAX_WAIT_S = 0.02
+#: How many orders a shared read returns at most, and how many items of each.
+_MAX_ORDERS = 64
+_MAX_ITEMS = 100
+
+#: Orders by order_uid; ``None`` for an order that must be read alone.
+_Found = dict[str, StoredOrder | None]
+
+
+class _Read(Protocol):
+    """Run a read before the deadline of a call, and translate its errors."""
+
+    def __call__(self, read: Callable[[ReadQueries], PQGen[T]], call: Call, /) -> Coroutine[Any, Any, T]: ...
+
+
+@attrs.frozen(eq=False)
+class _Waiter:
+    """A call that waits for a shared read."""
+
+    order_uid: str
+    call: Call
+    found: asyncio.Future[_Found]
+
+
+class SharedReads:
+    """The reads of single orders in one event loop."""
+
+    def __init__(self, read: _Read) -> None:
+        self._read = read
+        self._loop = asyncio.get_running_loop()
+        self._in_flight = 0
+        self._waiters: list[_Waiter] = []
+        self._timer: asyncio.TimerHandle | None = None
+        #: The event loop itself has only weak references to tasks.
+        self._tasks: set[asyncio.Task[_Found]] = set()
+
+    @property
+    def is_of_this_loop(self) -> bool:
+        """Whether it belongs to the running event loop."""
+        return self._loop is asyncio.get_running_loop()
+
+    async def get_stored(self, order_uid: str, call: Call) -> StoredOrder:
+        """See ``OrderRepository.get_stored``. Of the errors, only an outage is common to calls that share a read."""
+        if not fits_postgres(checked_type("order_uid", order_uid, str)):
+            raise OrderNotFound(order_uid)
+        if not self._in_flight:
+            self._in_flight += 1
+            try:
+                return await self._get_alone(order_uid, call)
+            finally:
+                self._end_read()
+        waiter = _Waiter(order_uid, call, self._loop.create_future())
+        self._waiters.append(waiter)
+        if self._timer is None:
+            self._timer = self._loop.call_later(_MAX_WAIT_S, self._leave_all)
+        found = await waiter.found
+        if (stored := found.get(order_uid)) is not None:
+            return stored
+        if order_uid in found:
+            return await self._get_alone(order_uid, call)
+        raise OrderNotFound(order_uid)
+
+    def _get_alone(self, order_uid: str, call: Call) -> Coroutine[Any, Any, StoredOrder]:
+        return self._read(lambda read_queries: read_queries.get_stored(order_uid), call)
+
+    def _end_read(self) -> None:
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._leave()
+
+    def _leave_all(self) -> None:
+        while self._waiters:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Read the orders of the calls that have waited longest."""
+        group, self._waiters = self._waiters[:_MAX_ORDERS], self._waiters[_MAX_ORDERS:]
+        if not self._waiters and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        # Not those that were cancelled while they waited.
+        group = [waiter for waiter in group if not waiter.found.done()]
+        if not group:
+            return
+        self._in_flight += 1
+        order_uids = list({waiter.order_uid for waiter in group})
+        # The first call has the earliest deadline.
+        read = self._read(lambda read_queries: read_queries.get_many_stored(order_uids, _MAX_ITEMS), group[0].call)
+        task = self._loop.create_task(read)
+        self._tasks.add(task)
+        task.add_done_callback(functools.partial(self._arrive, group))
+
+    def _arrive(self, group: Sequence[_Waiter], task: asyncio.Task[_Found]) -> None:
+        """Pass the result of a read to its calls. The next group leaves first, so that PostgreSQL works meanwhile."""
+        self._tasks.discard(task)
+        self._end_read()
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        for waiter in group:
+            if waiter.found.done():
+                continue
+            match error:
+                case None:
+                    waiter.found.set_result(task.result())
+                case asyncio.CancelledError():
+                    waiter.found.cancel()
+                case DatabaseUnavailable():
+                    # A copy for each call, because each raise adds a traceback.
+                    outage = copy.copy(error)
+                    outage.__cause__ = error.__cause__
+                    waiter.found.set_exception(outage)
+                case _:
+                    # One order may be the cause. Each call reads its own, and raises its own error.
+                    waiter.found.set_result({waiter.order_uid: None})
