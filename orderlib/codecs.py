@@ -22,8 +22,16 @@ import msgspec
 from cattrs import BaseConverter
 from msgspec.inspect import DataclassType, Type, VarTupleType
 
-from orderlib.contract import M, Validator, defaults_of, model_of, rule_of, rules_of
-from orderlib.contract import json_schema as schemas_of
+from orderlib.contract import (
+    M,
+    Validator,
+    defaults_of,
+    model_of,
+    model_schemas,
+    repr_without_values,
+    rule_of,
+    rules_of,
+)
 from orderlib.errors import Fault, MalformedJson, RejectedError
 from orderlib.models import MAX_ITEMS, Delivery, Item, Order, Payment
 
@@ -73,15 +81,11 @@ def _struct(model: type[attrs.AttrsInstance]) -> Any:
     return msgspec.defstruct(
         f"Canonical{model.__name__}",
         fields,
-        namespace={"__repr__": _repr_without_values},
+        namespace={"__repr__": repr_without_values},
         gc=False,
         forbid_unknown_fields=True,
         omit_defaults=True,
     )
-
-
-def _repr_without_values(self: object) -> str:
-    return f"{type(self).__name__}(…)"
 
 
 def _with_structs(hint: Any) -> Any:
@@ -519,5 +523,5 @@ def json_schema() -> dict[str, Any]:
     and Python. The schema accepts every order that ``decode_order`` accepts. It also accepts what JSON Schema cannot
     exclude: 1.0 as an integer, and, unless the validator verifies ``format``, any text as ``date_created``.
     """
-    [schema], parts = schemas_of(Order, ref_template="#/$defs/{name}")
+    [schema], parts = model_schemas(Order, ref_template="#/$defs/{name}")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "$defs": parts}

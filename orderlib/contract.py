@@ -92,7 +92,7 @@ def validated(cls: type[M]) -> type[M]:
     cls.__unchecked_init__ = assign  # type: ignore[attr-defined]
     cls.__init_subclass__ = classmethod(_refuse_subclass)  # type: ignore[method-assign, assignment]
     if "__repr__" not in vars(cls):
-        cls.__repr__ = _repr_without_values  # type: ignore[method-assign]
+        cls.__repr__ = repr_without_values  # type: ignore[method-assign]
     return cls
 
 
@@ -103,7 +103,8 @@ def _refuse_subclass(cls: type, /, **_arguments: object) -> None:
     )
 
 
-def _repr_without_values(self: object) -> str:
+def repr_without_values(self: object) -> str:
+    """Return the name of the class only: an order is personal data."""
     return f"{type(self).__name__}(…)"
 
 
@@ -366,10 +367,10 @@ def check_clause(column: str, rule: Type) -> str:
         case DateTimeType():
             return f"{column} >= '0001-01-01 00:00:00+00' AND {column} < '10000-01-01 00:00:00+00'"
         case _:
-            raise NotImplementedError(f"no column type for a rule of kind {rule}")
+            raise NotImplementedError(f"no CHECK clause for a rule of kind {rule}")
 
 
-def json_schema(
+def model_schemas(
     *classes: type, ref_template: str = "#/components/schemas/{name}"
 ) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
     """Return the JSON Schemas (2020-12) of the classes, and the components that they refer to by ``ref_template``."""

@@ -37,14 +37,14 @@ class SearchField(enum.StrEnum):
 #: The path of a URL as it is copied from a browser: of the page or the JSON of an order.
 _ORDER_URL = re.compile(r"\S*/orders/([^/?#\s]+)\S*")
 _ORDER_UID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_NO_DIGITS = re.compile("[^0-9]+")
+_NON_DIGITS = re.compile("[^0-9]+")
 #: The words of a phone number.
 _PHONE_WORDS = re.compile(r"\b(?:tel|phone|mobile|fax|ext|x)\b", re.IGNORECASE)
 
 
 def phone_digits(text: str) -> str:
     """Return the digits 0 to 9 of a text."""
-    return _NO_DIGITS.sub("", text)
+    return _NON_DIGITS.sub("", text)
 
 
 def lower_ascii(text: str) -> str:

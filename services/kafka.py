@@ -27,9 +27,10 @@ T = TypeVar("T")
 #: The timeout of a request to the cluster.
 REQUEST_TIMEOUT_S = 10.0
 
-#: A wrong setting is the cause if librdkafka repeats the error for this long (it does so several times a second).
-_BROKEN_S = 4.0
-_REPORTED_AGAIN_S = 3.0
+#: A wrong setting is the cause if librdkafka repeats its error for this long. It does so several times a second.
+_PERSISTS_S = 4.0
+#: The error is over if it was not repeated for this long.
+_REPEATS_WITHIN_S = 3.0
 
 #: How often librdkafka's errors are polled while a request waits.
 _POLL_S = 0.1
@@ -63,9 +64,9 @@ class Cluster:
         self.addresses = settings.bootstrap_servers
         self._settings = settings
         #: The last error of a connection, and the last one that shows a wrong setting, since the last answer.
-        self._error: KafkaError | None = None
-        self._wrong: KafkaError | None = None
-        self._wrong_from_s = self._wrong_at_s = 0.0
+        self._last_error: KafkaError | None = None
+        self._setting_error: KafkaError | None = None
+        self._setting_error_since_s = self._setting_error_at_s = 0.0
         properties: dict[str, Any] = {**settings.client_properties(), "error_cb": self.on_error}
         with translated_errors():
             self.admin = AdminClient(properties, logger=SILENT)
@@ -74,12 +75,12 @@ class Cluster:
         """Remember the error of a connection. For ``error_cb`` of every client of this cluster."""
         if error.code() not in CONNECTION:
             return
-        self._error = error
+        self._last_error = error
         if action_of(error) is ErrorAction.SETUP:
-            self._wrong_at_s = time.monotonic()
-            if self._wrong is None:
-                self._wrong_from_s = self._wrong_at_s
-            self._wrong = error
+            self._setting_error_at_s = time.monotonic()
+            if self._setting_error is None:
+                self._setting_error_since_s = self._setting_error_at_s
+            self._setting_error = error
 
     def wait_for(self, future: Future[T], timeout_s: float = REQUEST_TIMEOUT_S) -> T:
         """Wait for the result of a request.
@@ -88,7 +89,7 @@ class Cluster:
         A longer timeout allows extra connections to find the cause.
         """
         began_s = time.monotonic()
-        finds_cause = timeout_s >= _BROKEN_S
+        finds_cause = timeout_s >= _PERSISTS_S
         probed = False
         while True:
             self.admin.poll(0)
@@ -96,26 +97,29 @@ class Cluster:
                 result = future.result(min(_POLL_S, timeout_s))
             except TimeoutError:
                 waited_s = time.monotonic() - began_s
-                if finds_cause and self._wrong is not None and self._is_persistent():
-                    raise self._wrong_setting(self._wrong) from None
-                if waited_s >= _BROKEN_S and not probed:
+                if finds_cause and self._setting_error is not None and self._is_persistent():
+                    raise self._wrong_setting(self._setting_error) from None
+                if waited_s >= _PERSISTS_S and not probed:
                     probed = True
                     self._check_protocol()
                 if waited_s >= timeout_s:
-                    raise (self.unreachable() if finds_cause else self._no_answer(timeout_s)) from None
+                    raise self._unanswered(timeout_s) from None
             except KafkaException as exc:
                 if exc.args[0].code() in CONNECTION:
-                    raise (self.unreachable() if finds_cause else self._no_answer(timeout_s)) from exc
+                    raise self._unanswered(timeout_s) from exc
                 raise translate(exc.args[0]) from exc
             else:
-                self._error = self._wrong = None
+                self._last_error = self._setting_error = None
                 return result
 
-    def unreachable(self) -> OrderlibError:
+    def _unanswered(self, timeout_s: float) -> OrderlibError:
+        return self.unreachable_error() if timeout_s >= _PERSISTS_S else self._no_answer(timeout_s)
+
+    def unreachable_error(self) -> OrderlibError:
         """Return the error for a request without an answer, with the cause that librdkafka reported."""
         self.admin.poll(0)
-        if self._wrong is not None and time.monotonic() - self._wrong_at_s < _REPORTED_AGAIN_S:
-            return self._wrong_setting(self._wrong)
+        if self._setting_error is not None and time.monotonic() - self._setting_error_at_s < _REPEATS_WITHIN_S:
+            return self._wrong_setting(self._setting_error)
         return self._no_answer(REQUEST_TIMEOUT_S)
 
     def _no_answer(self, waited_s: float) -> BrokerUnavailable:
@@ -124,7 +128,7 @@ class Cluster:
     @property
     def last_error(self) -> str:
         """The last error of a connection since the last answer, after a colon; empty if there was none."""
-        return f": {self._error.str()}" if self._error else ""
+        return f": {self._last_error.str()}" if self._last_error else ""
 
     def describe(self, topic: str) -> TopicInfo:
         """Describe a topic. Raises ConfigurationError, naming the command, if it does not exist."""
@@ -196,7 +200,9 @@ class Cluster:
 
     def _is_persistent(self) -> bool:
         now_s = time.monotonic()
-        return now_s - self._wrong_from_s >= _BROKEN_S and now_s - self._wrong_at_s < _REPORTED_AGAIN_S
+        return (
+            now_s - self._setting_error_since_s >= _PERSISTS_S and now_s - self._setting_error_at_s < _REPEATS_WITHIN_S
+        )
 
     def _wrong_setting(self, error: KafkaError) -> ConfigurationError:
         ca_location = self._settings.properties.get("ssl.ca.location")

@@ -10,7 +10,7 @@ import msgspec
 from falcon.asgi import Request, Response
 
 import orderlib
-from orderlib.contract import json_schema
+from orderlib.contract import model_schemas
 from orderlib.errors import REJECT_CODES
 from orderlib.models import Delivery, Order, Payment
 from orderlib.repository import MAX_OFFSET, MAX_PAGE_SIZE, MAX_PARTITION, PAGE_SIZE, OrderSummary, Outcome, RecordState
@@ -64,7 +64,7 @@ _NOT_FOUND = _problem("No order has this order_uid, or with `format=original`: i
 
 def document() -> dict[str, Any]:
     """Return the OpenAPI 3.1 document."""
-    (order,), schemas = json_schema(Order)
+    (order,), schemas = model_schemas(Order)
     fields = schemas[Order.__name__]["properties"]
     delivery_fields = schemas[Delivery.__name__]["properties"]
     payment_fields = schemas[Payment.__name__]["properties"]

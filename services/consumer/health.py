@@ -32,6 +32,7 @@ CONNECTION_S = 5.0
 
 #: If the main loop has not run for this time, the consumer is not live.
 LOOP_S = 30.0
+_HANGS = f"the main loop has not run for {LOOP_S:g} s"
 
 
 class _EndToEnd(Collector):
@@ -161,9 +162,9 @@ class HealthServer:
             case "/metrics":
                 return self._metrics(environ, start_response)
             case "/livez":
-                fault = None if self._health.live else f"the main loop has not run for {LOOP_S:g} s"
+                fault = None if self._health.live else _HANGS
             case "/readyz":
-                fault = self._health.not_ready if self._health.live else f"the main loop has not run for {LOOP_S:g} s"
+                fault = self._health.not_ready if self._health.live else _HANGS
             case _:
                 start_response("404 Not Found", [("Content-Type", "text/plain")])
                 return [b"/metrics, /livez, /readyz\n"]
@@ -181,8 +182,8 @@ class _Quiet(WSGIRequestHandler):
 class _Server(ThreadingMixIn, WSGIServer):
     """Serves each connection in a thread. Closes a connection after a few seconds, or if there are too many newer ones.
 
-    So many slow connections cannot take the file descriptors that PostgreSQL and Kafka need, and a probe that sends its
-    request at once gets a response.
+    Therefore slow connections cannot use up the file descriptors that PostgreSQL and Kafka need, and a probe that sends
+    its request at once gets a response.
     """
 
     daemon_threads = True

@@ -50,8 +50,8 @@ class KafkaClient(Protocol):
         """Return whether no broker can be reached, as far as the client knows."""
 
     @property
-    def unreachable(self) -> str:
-        """Return a message for the case that Kafka does not respond. It has the addresses and the last error."""
+    def unreachable_message(self) -> str:
+        """Return a message for the case that Kafka does not answer. It has the addresses and the last error."""
 
     # Requests to the cluster.
 

@@ -81,8 +81,8 @@ class KafkaConsumer(KafkaClient):
         return self._down.is_set()
 
     @property
-    def unreachable(self) -> str:
-        """Return a message for the case that Kafka does not respond."""
+    def unreachable_message(self) -> str:
+        """Return a message for the case that Kafka does not answer."""
         return f"Kafka at {self._cluster.addresses} does not answer{self._cluster.last_error}"
 
     # Requests to the cluster.
@@ -192,7 +192,7 @@ class KafkaConsumer(KafkaClient):
         if error.code() == ALL_BROKERS_DOWN:
             if not self._down.is_set():
                 self._down.set()
-                event("kafka_unreachable", logging.WARNING, reason=self.unreachable)
+                event("kafka_unreachable", logging.WARNING, reason=self.unreachable_message)
                 self._request_until_up()
         elif action_of(error) is ErrorAction.STOP:
             self._fatal.append(translate(error))

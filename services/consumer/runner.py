@@ -379,14 +379,14 @@ class ConsumerRunner:
                 case Pause(reason, wait_s):
                     self._kafka.pause()
                     stalled_by_kafka = not wait_s and isinstance(reason, BrokerUnavailable)
-                    cause = self._kafka.unreachable if stalled_by_kafka else str(reason)
+                    cause = self._kafka.unreachable_message if stalled_by_kafka else str(reason)
                     self._health.not_ready = cause
                     self._log("retrying", logging.WARNING, reason=cause, seconds=round(wait_s, 2))
                 case Resume():
                     self._kafka.resume()
                     self._log("resumed")
         if not self._core.stopping and not self._core.in_outage:
-            self._health.not_ready = self._kafka.unreachable if self._kafka.down else self._progress.fault()
+            self._health.not_ready = self._kafka.unreachable_message if self._kafka.down else self._progress.fault()
 
     @property
     def _wait_for_store_s(self) -> float:

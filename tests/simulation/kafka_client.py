@@ -23,7 +23,7 @@ class SimulatedKafka(KafkaClient):
     """The Kafka client of one simulated consumer."""
 
     down = False
-    unreachable = "Kafka does not answer"
+    unreachable_message = "Kafka does not answer"
 
     def __init__(self, simulator: Simulator, process: Process, rng: Random) -> None:
         self._simulator = simulator

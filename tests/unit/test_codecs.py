@@ -186,7 +186,7 @@ def test_an_order_of_a_repeated_hour_equals_what_is_read_back(fold: int) -> None
 
 @pytest.mark.parametrize("data", [SAMPLE.decode(), bytearray(SAMPLE), None, json.loads(SAMPLE)])
 def test_only_bytes_are_decoded(data: Any) -> None:
-    with pytest.raises(TypeError, match=f"from bytes, not from {type(data).__name__}"):
+    with pytest.raises(TypeError, match=f"must be bytes, not {type(data).__name__}"):
         decode_order(data)
 
 

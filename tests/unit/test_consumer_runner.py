@@ -49,7 +49,7 @@ class World(KafkaClient):
     """A partition whose records arrive at given times, the store, and the clock of both."""
 
     down = False
-    unreachable = ""
+    unreachable_message = ""
     awaited = Server.POSTGRES
 
     def __init__(self, arrivals_s: Iterable[float]) -> None:
