@@ -138,7 +138,7 @@ def test_an_error_names_the_missing_setting(
                 ("token 1 is not name:token", [SECRET]),
                 ("token 1 has no name", [f":{SECRET}"]),
                 ("token 1 has no token", ["name:"]),
-                ("token 2 has the name of another one", [f"a:{SECRET},a:other"]),
+                ("token 2 has the same name as an earlier token", [f"a:{SECRET},a:other"]),
                 ("token 2 is empty", [f"a:{SECRET},", f"a:{SECRET}, ,b:c", f"a:{SECRET},\n"]),
                 ("token 1 is empty", [",", " "]),
                 (
