@@ -748,12 +748,12 @@ FORGET_DIGESTS: LiteralString = """
 INSERT INTO forgotten (order_uid_sha256) SELECT unnest(%(digests)s::bytea[]) ON CONFLICT DO NOTHING
 """
 ORDERS_OF_CUSTOMER: LiteralString = "SELECT order_uid FROM orders WHERE customer_id = %(customer_id)s"
-#: The orders with these digests: reads all orders, because a list of forgotten orders has no order_uids.
-ORDERS_WITH_DIGESTS: LiteralString = """
-SELECT order_uid FROM orders WHERE sha256(convert_to(order_uid, 'UTF8')) = ANY(%(digests)s::bytea[])
-"""
 #: Erase orders with their delivery, payment, items and original, and the rejects whose key is such an order_uid.
 FORGET_ORDERS: LiteralString = "DELETE FROM orders WHERE order_uid = ANY(%(order_uids)s::text[])"
+#: Reads all orders, because a list of forgotten orders has no order_uids.
+FORGET_ORDERS_WITH_DIGESTS: LiteralString = """
+DELETE FROM orders WHERE sha256(convert_to(order_uid, 'UTF8')) = ANY(%(digests)s::bytea[])
+"""
 FORGET_REJECTS: LiteralString = "DELETE FROM rejects WHERE sha256(key) = ANY(%(digests)s::bytea[])"
 
 #: The digests of all forgotten orders.
