@@ -58,6 +58,8 @@ class Outcome(enum.StrEnum):
     SUPERSEDED = "superseded"
     #: It was refused and stored as a reject.
     REJECTED = "rejected"
+    #: It was a tombstone that erased its order.
+    ERASED = "erased"
     #: Its order_uid was forgotten permanently; nothing of it was stored.
     FORGOTTEN = "forgotten"
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import attrs
 
 from orderlib.errors import ConfigurationError
+from orderlib.ingestion.records import Tombstones
 
 #: Every setting with its default, as text; empty if it has none. ``ORDERS_KAFKA_X_Y`` is not listed.
 DEFAULTS: Mapping[str, str] = {
@@ -25,6 +26,7 @@ DEFAULTS: Mapping[str, str] = {
     "ORDERS_TOPIC": "orders",
     "ORDERS_CONSUMER_GROUP": "order-consumer",
     "ORDERS_MAX_RECORD_BYTES": "8388608",
+    "ORDERS_TOMBSTONES": "reject",
     "ORDERS_BREAKER_FRACTION": "0.95",
     "ORDERS_API_BIND": "127.0.0.1:8080",
     "ORDERS_API_TOKENS": "",
@@ -179,6 +181,9 @@ class ConsumerSettings:
     group: str
     #: ``ORDERS_MAX_RECORD_BYTES``: a longer value is rejected without being parsed.
     max_record_bytes: int
+    #: ``ORDERS_TOMBSTONES``: what to do with a record that has an order_uid as key and no value: ``reject`` stores it
+    #: as a reject, ``erase`` erases the order.
+    tombstones: Tombstones
     #: ``ORDERS_METRICS_BIND``: /metrics, /livez, /readyz.
     metrics_bind: Address
     #: ``ORDERS_BREAKER_FRACTION``: stop if this fraction of the last 1,000 records was rejected; 0 = off.
@@ -192,6 +197,7 @@ class ConsumerSettings:
             database_url=_required(environ, "ORDERS_DATABASE_URL"),
             group=_text(environ, "ORDERS_CONSUMER_GROUP"),
             max_record_bytes=max_record_bytes(environ),
+            tombstones=tombstones(environ),
             metrics_bind=Address.parse(
                 "ORDERS_METRICS_BIND", environ.get("ORDERS_METRICS_BIND") or CONSUMER_METRICS_BIND
             ),
@@ -288,6 +294,14 @@ def _status_words(environ: Mapping[str, str]) -> dict[int, str]:
 def max_record_bytes(environ: Mapping[str, str]) -> int:
     """Return ``ORDERS_MAX_RECORD_BYTES``. A longer value is rejected without being parsed."""
     return _integer(environ, "ORDERS_MAX_RECORD_BYTES", 1)
+
+
+def tombstones(environ: Mapping[str, str]) -> Tombstones:
+    """Return ``ORDERS_TOMBSTONES``: what to do with a record that has an order_uid as key and no value."""
+    text = _text(environ, "ORDERS_TOMBSTONES")
+    if text not in set(Tombstones):
+        raise ConfigurationError(f"ORDERS_TOMBSTONES must be {' or '.join(Tombstones)}")
+    return Tombstones(text)
 
 
 def database_url(environ: Mapping[str, str], name: str) -> str:

@@ -30,7 +30,7 @@ from orderlib.errors import (
     TransactionConflict,
     TransientError,
 )
-from orderlib.ingestion.records import Batch, OffsetRange, PreparedOrder, Record, Reject, TopicPartition
+from orderlib.ingestion.records import Batch, Classified, OffsetRange, Record, Reject, TopicPartition
 from orderlib.ingestion.retry import Backoff
 
 #: A batch closes as soon as the store is idle, and at the latest at one of these. The next batch fills meanwhile.
@@ -190,7 +190,7 @@ class ConsumerCore:
 
     def __init__(
         self,
-        classify_record: Callable[[Record], PreparedOrder | Reject],
+        classify_record: Callable[[Record], Classified],
         rng: Random,
         until: Mapping[TopicPartition, int] | None = None,
     ) -> None:
@@ -203,7 +203,7 @@ class ConsumerCore:
         self._unresolved: set[TopicPartition] = set()
         self._fetched_offset: dict[TopicPartition, int] = {}
         self._submitted_offset: dict[TopicPartition, int] = {}
-        self._classified: list[tuple[Record, PreparedOrder | Reject]] = []
+        self._classified: list[tuple[Record, Classified]] = []
         self._bytes = 0
         #: Fetched, but not classified yet.
         self._fetched: deque[Record | PartitionEof] = deque()

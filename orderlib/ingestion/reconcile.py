@@ -26,12 +26,15 @@ from orderlib.codecs import (
     required_sha256,
 )
 from orderlib.errors import REJECT_CODES, Fault, RefusedByDatabase, RejectedError, TooLarge
-from orderlib.ingestion.records import PreparedOrder, Record, Reject
+from orderlib.ingestion.records import Classified, OrderChange, PreparedOrder, Record, Reject, Tombstone, tombstone_of
 from orderlib.models import Order
 from orderlib.repository import Outcome, RecordPosition
 
 #: How many examples are listed of each kind of what cannot be proved. All are counted.
 MAX_EXAMPLES = 100
+
+#: The digest of what is stored after a tombstone.
+_NO_CONTENT = b""
 
 #: How many findings are listed. All are counted.
 MAX_FINDINGS = 10_000
@@ -169,8 +172,18 @@ class SnapshotOrder:
 
 
 @attrs.frozen(kw_only=True)
+class SnapshotErased:
+    """A row of ``erased``."""
+
+    order_uid: str
+    topic_id: str
+    partition: int
+    offset: int
+
+
+@attrs.frozen(kw_only=True)
 class _Version:
-    """A valid record of an order."""
+    """A valid record of an order, or a tombstone, of which both digests are ``_NO_CONTENT``."""
 
     offset: int
     #: By the rules of this release; ``None`` if they refuse the record, and those of an earlier release accept it.
@@ -217,7 +230,9 @@ class Reconciliation:
         self._rejects: dict[tuple[int, int], SnapshotReject] = {}
         #: The last valid record of each order in each partition, by order_uid.
         self._versions: dict[str, dict[int, _Version]] = {}
-        #: Valid records with a reject that no redrive has stored, by order_uid.
+        #: By order_uid, where it was erased.
+        self._erased: dict[str, RecordPosition] = {}
+        #: Valid records and tombstones with a reject that no redrive has stored, by order_uid.
         self._unsettled: dict[str, dict[tuple[int, int], _Version]] = {}
         #: Those of the originals that no record has had as its value.
         self._originals = set(originals)
@@ -288,8 +303,11 @@ class Reconciliation:
             self.counts["rejects of records that were not read"] += 1
             self._cannot_prove("rejects of records that were not read", position)
 
-    def on_record(self, record: Record, classified: PreparedOrder | Reject) -> None:
-        """Add a record below the stored offset, and its classification by the rules of this release."""
+    def on_record(self, record: Record, classified: Classified) -> None:
+        """Add a record below the stored offset, and its classification by the rules of this release.
+
+        Whether tombstones are rejects does not matter: a tombstone without a reject must have erased its order.
+        """
         self.counts["records"] += 1
         position = record.source
         if self._originals:
@@ -301,6 +319,9 @@ class Reconciliation:
             self._compare_classification(record, classified, reject)
         elif self._is_forgotten(record, classified):
             self.counts["forgotten"] += 1
+        elif tombstone := tombstone_of(record):
+            self.counts["tombstones"] += 1
+            self._add_version(tombstone.order_uid, _version(record, tombstone), position.partition)
         elif isinstance(classified, Reject) and (earlier := _earlier_version(record)):
             self._add_version(*earlier, position.partition)
         elif isinstance(classified, Reject):
@@ -309,7 +330,7 @@ class Reconciliation:
         else:
             self._add_version(classified.order_uid, _version(record, classified), position.partition)
 
-    def _is_forgotten(self, record: Record, classified: PreparedOrder | Reject) -> bool:
+    def _is_forgotten(self, record: Record, classified: Classified) -> bool:
         """Return whether nothing of this record is stored because its order was forgotten."""
         if not self._forgotten:
             return False
@@ -332,11 +353,11 @@ class Reconciliation:
         if different := [name for name, is_same in same.items() if not is_same]:
             self._find(f"the reject differs from Kafka's record in {', '.join(different)}", record.source)
 
-    def _compare_classification(
-        self, record: Record, classified: PreparedOrder | Reject, reject: SnapshotReject
-    ) -> None:
-        outcome, position = reject.redrive_outcome, record.source
-        expected = classified if isinstance(classified, Reject) else _other_refusal(record, reject.code)
+    def _compare_classification(self, record: Record, classified: Classified, reject: SnapshotReject) -> None:
+        outcome, position, tombstone = reject.redrive_outcome, record.source, tombstone_of(record)
+        expected = _other_refusal(record, reject.code)
+        if isinstance(classified, Reject) and not (tombstone and reject.code == RefusedByDatabase.code):
+            expected = classified
         if expected is None:
             # The rules of an earlier release refused it, so only the form of its faults can be checked.
             if reject.code not in REJECT_CODES:
@@ -357,39 +378,40 @@ class Reconciliation:
             self._find("the reject has an unknown redrive_outcome", position)
         if outcome == Outcome.FORGOTTEN and not self._is_forgotten(record, classified):
             self._find("redriven as forgotten, but its order is not forgotten", position)
-        if isinstance(classified, Reject):
+        change = classified if tombstone is None else tombstone
+        if isinstance(change, Reject):
             if is_settled:
-                self._find(
-                    f"redriven as {outcome}, but refused ({classified.code}) by the rules of this release", position
-                )
+                self._find(f"redriven as {outcome}, but refused ({change.code}) by the rules of this release", position)
             return
         if self._is_forgotten(record, classified):
             self.counts["forgotten"] += 1
             return
-        version = _version(record, classified, outcome, reject.redriven_at)
-        if outcome in {Outcome.STORED, Outcome.DUPLICATE}:
-            self._check_redrive(classified, position, version)
-            self._add_version(classified.order_uid, version, position.partition)
+        if outcome == (Outcome.STORED if tombstone else Outcome.ERASED):
+            self._find(f"redriven as {outcome}, but it is {'' if tombstone else 'not '}a tombstone", position)
+        version = _version(record, change, outcome, reject.redriven_at)
+        if outcome in {Outcome.STORED, Outcome.DUPLICATE, Outcome.ERASED}:
+            self._check_redrive(change, position, version)
+            self._add_version(change.order_uid, version, position.partition)
             return
-        self._unsettled.setdefault(classified.order_uid, {})[position.partition, position.offset] = version
-        if is_settled:
+        self._unsettled.setdefault(change.order_uid, {})[position.partition, position.offset] = version
+        if is_settled or tombstone:
             return
         if reject.code == RefusedByDatabase.code:
             self._cannot_prove("rejects that PostgreSQL refused: only a redrive can try them again", position)
         else:
             self._find("stored as a reject, but a valid order by the rules of this release: redrive it", position)
 
-    def _check_redrive(self, classified: PreparedOrder, position: RecordPosition, version: _Version) -> None:
+    def _check_redrive(self, change: OrderChange, position: RecordPosition, version: _Version) -> None:
         """Compare the outcome of a redrive with the previous valid record, the only one that it can replace."""
-        before = self._versions.get(classified.order_uid, {}).get(position.partition)
+        before = self._versions.get(change.order_uid, {}).get(position.partition)
         is_same = before is not None and before.content_sha256 == version.content_sha256
         # Earlier releases ignored unknown fields.
         may_be_same = before is not None and before.required_sha256 == version.required_sha256
-        if version.redriven == Outcome.STORED and is_same:
-            self._find("redriven as stored, but its content was already stored", position, classified.order_uid)
+        if version.redriven != Outcome.DUPLICATE and is_same:
+            self._find(f"redriven as {version.redriven}, but it was so already", position, change.order_uid)
         is_complete = not self._topic.is_compacted and self._first[position.partition] == 0
         if version.redriven == Outcome.DUPLICATE and not may_be_same and (before is not None or is_complete):
-            self._find("redriven as duplicate, but its content was not stored before", position, classified.order_uid)
+            self._find("redriven as duplicate, but its content was not stored before", position, change.order_uid)
 
     def _add_version(self, order_uid: str, version: _Version, partition: int) -> None:
         self._versions.setdefault(order_uid, {})[partition] = version
@@ -399,6 +421,36 @@ class Reconciliation:
     def several_partitions(self) -> Iterator[str]:
         """Yield the orders with records in several partitions. Call it before ``on_order``."""
         return (order_uid for order_uid, versions in self._versions.items() if len(versions) > 1)
+
+    def on_erased(self, erased: SnapshotErased) -> None:
+        """Add an erased order, after all records and before all orders."""
+        self.counts["erased"] += 1
+        uid = erased.order_uid
+        position = RecordPosition(topic_id=erased.topic_id, partition=erased.partition, offset=erased.offset)
+        self._erased[uid] = position
+        versions, unsettled = self._versions.get(uid, {}), self._unsettled.get(uid, {})
+        expected = versions.get(position.partition)
+        # A tombstone may also be a reject, from a time when tombstones were rejects.
+        reject = unsettled.get((position.partition, position.offset))
+        if reject is not None and (expected is None or expected.offset < reject.offset):
+            expected = reject
+        if _sha256(uid.encode()) in self._forgotten:
+            self._find("erased, but forgotten: forget it again", position, uid)
+        elif problem := self._why_impossible(position):
+            self._find(problem.replace("stored", "erased", 1), position, uid)
+        elif position.topic_id != self._topic.topic_id:
+            self._cannot_prove("erased by tombstones of another topic, or of an earlier topic id", position, uid)
+        elif expected is not None and position.offset < expected.offset:
+            what = f"erased, but its later record [{position.partition}]@{expected.offset} was not handled"
+            self._find(what, position, uid)
+        elif not self._was_read(position):
+            self._cannot_prove("erased by tombstones that were not read", position, uid)
+        elif expected is None or expected.offset != position.offset or expected.content_sha256 != _NO_CONTENT:
+            what = "erased, but Kafka has no tombstone of it at this position"
+            if self._topic.is_compacted:
+                self._cannot_prove(f"{what}: the topic is compacted", position, uid)
+            else:
+                self._find(what, position, uid)
 
     def on_order(self, stored: SnapshotOrder) -> None:
         """Add a stored order, after all records."""
@@ -410,6 +462,9 @@ class Reconciliation:
         if self._forgotten and _sha256(uid.encode()) in self._forgotten:
             self._find("stored, but forgotten: forget it again", position, uid)
             return
+        erased = self._erased.get(uid)
+        if erased and position and (erased.topic_id, erased.partition) == (position.topic_id, position.partition):
+            self._find(f"stored, but erased at offset {erased.offset} of its partition", position, uid)
         if stored.order is None:
             self._find(
                 "a part of the order is missing or unreadable, or the line numbers of its items have a gap",
@@ -484,8 +539,9 @@ class Reconciliation:
             else:
                 self._cannot_prove("stored from another topic, or from an earlier topic id", position, uid)
         elif expected is not None and position.offset < expected.offset:
-            what = f"its later record [{partition}]@{expected.offset} was not stored"
-            self._find(what, position, uid)
+            is_tombstone = expected.content_sha256 == _NO_CONTENT
+            what = "tombstone [{}]@{} did not erase it" if is_tombstone else "record [{}]@{} was not stored"
+            self._find("its later " + what.format(partition, expected.offset), position, uid)
         elif not self._was_read(position):
             self.counts["from records that were not read"] += 1
             self._cannot_prove("stored from records that were not read", position, uid)
@@ -541,12 +597,20 @@ class Reconciliation:
             if not self._topic.is_compacted:
                 yield Finding(what=what, partition=partition, offset=offset)
         for order_uid, versions in self._versions.items():
+            if order_uid in self._erased:
+                continue
             partition, version = max(versions.items(), key=lambda entry: entry[1].offset)
-            what = "is not stored: it was lost"
+            is_tombstone = version.content_sha256 == _NO_CONTENT
+            what = (
+                "a tombstone, but neither `erased` nor a reject has it"
+                if is_tombstone
+                else "is not stored: it was lost"
+            )
             yield Finding(what=what, order_uid=order_uid, partition=partition, offset=version.offset)
         for order_uid, unsettled in self._unsettled.items():
             for (partition, offset), version in unsettled.items():
-                if version.redriven == Outcome.SUPERSEDED and order_uid not in self._versions:
+                is_known = order_uid in self._versions or order_uid in self._erased
+                if version.redriven == Outcome.SUPERSEDED and not is_known:
                     what = "redriven as superseded, but not stored: it was lost"
                     yield Finding(what=what, order_uid=order_uid, partition=partition, offset=offset)
 
@@ -624,14 +688,15 @@ def _is_same_time(stored: dt.datetime | None, time: dt.datetime) -> bool:
 
 
 def _version(
-    record: Record, classified: PreparedOrder, redriven: str | None = None, redriven_at: dt.datetime | None = None
+    record: Record, change: OrderChange, redriven: str | None = None, redriven_at: dt.datetime | None = None
 ) -> _Version:
-    value, required = record.value or b"", classified.content_sha256
-    if classified.original is not None or may_have_optional_fields(value):
+    content = required = _NO_CONTENT if isinstance(change, Tombstone) else change.content_sha256
+    value = record.value or b""
+    if isinstance(change, PreparedOrder) and (change.original is not None or may_have_optional_fields(value)):
         required = required_sha256(value)
     return _Version(
         offset=record.source.offset,
-        content_sha256=classified.content_sha256,
+        content_sha256=content,
         required_sha256=required,
         time=record.time,
         redriven=redriven,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
+import enum
 import json
+import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import attrs
+import msgspec
 
 from orderlib.codecs import CanonicalOrder, canonical_form, decode_canonical, decode_order, digest
 from orderlib.errors import Fault, MalformedJson, RejectedError, TooLarge
@@ -222,8 +225,57 @@ class Reject:
         return cls(record=record, code=error.code, faults=faults, total_faults=total)
 
 
-def classify_record(record: Record, max_bytes: int, pack_rows: PackRows = pack_no_rows) -> PreparedOrder | Reject:
-    """Decode and validate a record. Return the prepared order, or a reject with every fault."""
+class Tombstones(enum.StrEnum):
+    """What to do with tombstones: records with an order_uid as key and no value."""
+
+    #: They are rejects, like every record that is not an order.
+    REJECT = "reject"
+    #: Each erases its order.
+    ERASE = "erase"
+
+
+@attrs.frozen(kw_only=True)
+class Tombstone:
+    """A record that erases an order."""
+
+    order_uid: str
+    source: RecordPosition
+    time: dt.datetime
+
+    @property
+    def content_sha256(self) -> None:
+        """An erased order has no content."""
+
+
+#: What a record, or a call from Python, does to an order: store this content, or erase it.
+OrderChange: TypeAlias = PreparedOrder | Tombstone
+
+#: What a record is.
+Classified: TypeAlias = PreparedOrder | Tombstone | Reject
+
+_ORDER_UID = typing.get_type_hints(Order, include_extras=True)["order_uid"]
+
+
+def tombstone_of(record: Record) -> Tombstone | None:
+    """Return the tombstone that a record is: its key is an order_uid, and it has no value. Otherwise ``None``."""
+    if record.value is not None or record.key is None:
+        return None
+    try:
+        order_uid = msgspec.convert(record.key.decode("ascii"), _ORDER_UID)
+    except (UnicodeDecodeError, msgspec.ValidationError):
+        return None
+    return Tombstone(order_uid=order_uid, source=record.source, time=record.time)
+
+
+def classify_record(
+    record: Record,
+    max_bytes: int,
+    pack_rows: PackRows = pack_no_rows,
+    tombstones: Tombstones = Tombstones.REJECT,
+) -> Classified:
+    """Decode and validate a record. Return the prepared order, the tombstone, or a reject with every fault."""
+    if record.value is None and tombstones is Tombstones.ERASE and (tombstone := tombstone_of(record)):
+        return tombstone
     try:
         value = record.value
         if value is None:
@@ -238,12 +290,14 @@ def classify_record(record: Record, max_bytes: int, pack_rows: PackRows = pack_n
 
 @attrs.frozen(kw_only=True)
 class StoredVersion:
-    """The stored version of an order."""
+    """The stored version of an order, or the position at which a tombstone erased it."""
 
-    content_sha256: bytes
+    #: ``None`` if it was erased.
+    content_sha256: bytes | None
     source: RecordPosition | None
+    #: ``None`` if it was erased.
     first_stored_at: dt.datetime | None
-    #: 1, 2, … per order_uid.
+    #: 1, 2, … per order_uid; 0 if it was erased.
     number: int = 1
 
 
@@ -253,113 +307,124 @@ class WritePlan:
 
     #: One for each order of the batch, in the batch's order.
     outcomes: tuple[Outcome, ...]
-    #: The orders to write with all their rows; at most one for each order_uid.
-    writes: tuple[PreparedOrder, ...]
-    #: The version number of each write. Orders of the batch that were superseded count, so it does not depend on where
-    #: batches are cut.
+    #: The orders to write with all their rows, and the orders to erase; at most one for each order_uid.
+    writes: tuple[OrderChange, ...]
+    #: The version number of each write, 0 of a tombstone. Orders of the batch that were superseded count, so it does
+    #: not depend on where batches are cut.
     numbers: tuple[int, ...]
-    #: By order_uid: the record that confirmed a stored order. Only the position of the stored order moves.
-    moves: Mapping[str, PreparedOrder]
+    #: When the order of each write was stored for the first time; ``None`` if that is now.
+    first_stored: tuple[dt.datetime | None, ...]
+    #: By order_uid: the record that confirmed a stored order, or that it is erased. Only the stored position moves.
+    moves: Mapping[str, OrderChange]
 
 
 def plan_writes(
-    prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion], forgotten: Collection[str] = ()
+    changes: Sequence[OrderChange], stored: Mapping[str, StoredVersion], forgotten: Collection[str] = ()
 ) -> WritePlan:
-    """Compare the orders of a batch with the stored versions, one order at a time, and return what to write.
+    """Compare the changes of a batch with the stored versions, one at a time, and return what to write.
 
     So the final state does not depend on where batches are cut. The first rule that applies counts:
 
     * the order_uid was forgotten: ``forgotten``; nothing is written
-    * content equal to the current version: ``duplicate``; the stored position may move, but never back in a partition
+    * content equal to the current version, or a tombstone of an erased order: ``duplicate``; the stored position may
+      move, but never back in a partition
     * from an earlier record of the partition than the current version: ``superseded``; nothing is written
-    * otherwise: ``stored``; an order of this batch that it replaces becomes ``superseded``
+    * otherwise: ``stored``, or ``erased`` for a tombstone; an order of this batch that it replaces becomes
+      ``superseded``
 
     So the record of the current version is stored again if it has other content now: a release that knows more fields
     decodes it again after a rewind.
     """
-    versions: dict[str, StoredVersion | PreparedOrder] = dict(stored)
+    versions: dict[str, StoredVersion | OrderChange] = dict(stored)
     numbers: dict[str, int] = {}
-    writes: dict[str, PreparedOrder] = {}
+    first_stored: dict[str, dt.datetime | None] = {}
+    writes: dict[str, OrderChange] = {}
     write_index: dict[str, int] = {}
-    moves: dict[str, PreparedOrder] = {}
+    moves: dict[str, OrderChange] = {}
     outcomes: list[Outcome] = []
-    for index, prepared_order in enumerate(prepared_orders):
-        uid = prepared_order.order_uid
+    for index, change in enumerate(changes):
+        uid = change.order_uid
         if uid in forgotten:
             outcomes.append(Outcome.FORGOTTEN)
             continue
         version = versions.get(uid)
         current = None if version is None else version.source
-        if version is None or version.content_sha256 != prepared_order.content_sha256:
-            if current is not None and current.is_after(prepared_order.source):
+        if version is None or version.content_sha256 != change.content_sha256:
+            if current is not None and current.is_after(change.source):
                 outcomes.append(Outcome.SUPERSEDED)
                 continue
             if uid in write_index:
-                outcomes[write_index[uid]] = Outcome.SUPERSEDED
-            outcomes.append(Outcome.STORED)
-            if uid not in numbers:
-                numbers[uid] = stored[uid].number if uid in stored else 0
-            numbers[uid] += 1
-            writes[uid], write_index[uid] = prepared_order, index
+                outcomes[write_index.pop(uid)] = Outcome.SUPERSEDED
+            if isinstance(change, Tombstone):
+                outcomes.append(Outcome.ERASED)
+                numbers[uid], first_stored[uid] = 0, None
+            else:
+                outcomes.append(Outcome.STORED)
+                if uid not in numbers:
+                    before = stored.get(uid)
+                    numbers[uid], first_stored[uid] = (before.number, before.first_stored_at) if before else (0, None)
+                numbers[uid] += 1
+                write_index[uid] = index
+            writes[uid] = change
             moves.pop(uid, None)
         else:
             outcomes.append(Outcome.DUPLICATE)
-            source = prepared_order.source
+            source = change.source
             if source is None or source == current or (current is not None and current.is_after(source)):
                 continue
             if uid in writes:
-                writes[uid] = prepared_order
+                writes[uid] = change
             else:
-                moves[uid] = prepared_order
-        versions[uid] = prepared_order
+                moves[uid] = change
+        versions[uid] = change
     return WritePlan(
         outcomes=tuple(outcomes),
         writes=tuple(writes.values()),
         numbers=tuple(numbers[uid] for uid in writes),
+        first_stored=tuple(first_stored[uid] for uid in writes),
         moves=moves,
     )
 
 
-def may_redrive(prepared_order: PreparedOrder, stored: StoredVersion | None) -> bool:
-    """Return whether an order from a reject may be stored: no version is stored, or an earlier one of its partition.
+def may_redrive(change: OrderChange, stored: StoredVersion | None) -> bool:
+    """Return whether a reject may change its order: no version is stored, or an earlier one of its partition.
 
     Otherwise the stored version is newer, or it comes from another partition and cannot be ordered.
     """
     if stored is None:
         return True
-    source, other = prepared_order.source, stored.source
-    return source is not None and source.is_after(other)
+    return change.source is not None and change.source.is_after(stored.source)
 
 
 def plan_redrive(
-    prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion], forgotten: Collection[str] = ()
+    changes: Sequence[OrderChange], stored: Mapping[str, StoredVersion], forgotten: Collection[str] = ()
 ) -> WritePlan:
-    """Plan the write of the one order from a reject like ``plan_writes``, but as superseded unless ``may_redrive``."""
-    [prepared_order] = prepared_orders
-    uid = prepared_order.order_uid
-    if uid in forgotten or may_redrive(prepared_order, stored.get(uid)):
-        return plan_writes(prepared_orders, stored, forgotten)
-    return WritePlan(outcomes=(Outcome.SUPERSEDED,), writes=(), numbers=(), moves={})
+    """Plan the one change from a reject like ``plan_writes``, but as superseded unless ``may_redrive``."""
+    [change] = changes
+    uid = change.order_uid
+    if uid in forgotten or may_redrive(change, stored.get(uid)):
+        return plan_writes(changes, stored, forgotten)
+    return WritePlan(outcomes=(Outcome.SUPERSEDED,), writes=(), numbers=(), first_stored=(), moves={})
 
 
 def plan_backfill(
     read: Mapping[str, StoredVersion],
-    prepared_orders: Sequence[PreparedOrder],
+    changes: Sequence[OrderChange],
     stored: Mapping[str, StoredVersion],
     forgotten: Collection[str] = (),
 ) -> WritePlan:
     """Plan like ``plan_writes``, but an order is superseded unless its stored version is the one in ``read``.
 
-    The orders are those versions, decoded again; each order_uid occurs once.
+    The changes are those versions, decoded again; each order_uid occurs once.
     """
 
     def is_current(uid: str) -> bool:
         return uid in forgotten or (uid in read and stored.get(uid) == read[uid])
 
-    current = [prepared_order for prepared_order in prepared_orders if is_current(prepared_order.order_uid)]
+    current = [change for change in changes if is_current(change.order_uid)]
     plan = plan_writes(current, stored, forgotten)
     outcomes = iter(plan.outcomes)
-    all_outcomes = (next(outcomes) if is_current(one.order_uid) else Outcome.SUPERSEDED for one in prepared_orders)
+    all_outcomes = (next(outcomes) if is_current(change.order_uid) else Outcome.SUPERSEDED for change in changes)
     return attrs.evolve(plan, outcomes=tuple(all_outcomes))
 
 
@@ -381,7 +446,7 @@ class Batch:
     topic_ids: Mapping[str, str]
     ranges: Mapping[TopicPartition, OffsetRange]
     #: In the order in which they were fetched.
-    classified: tuple[tuple[Record, PreparedOrder | Reject], ...]
+    classified: tuple[tuple[Record, Classified], ...]
 
     def without(self, partitions: Iterable[tuple[str, int]]) -> Batch:
         """Return a batch without the records of these partitions."""

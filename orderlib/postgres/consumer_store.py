@@ -16,7 +16,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from orderlib.errors import ConfigurationError, DatabaseUnavailable, FenceLost, RefusedByDatabase, TransactionConflict
-from orderlib.ingestion.records import Batch, PreparedOrder, Reject, TopicPartition
+from orderlib.ingestion.records import Batch, OrderChange, PreparedOrder, Record, Reject, TopicPartition
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, connect
 from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translated_errors
@@ -241,22 +241,27 @@ def _next_offsets(
 
 
 def _write_orders(connection: Connection, batch: Batch) -> BatchResult:
-    prepared_orders = [classified for _, classified in batch.classified if isinstance(classified, PreparedOrder)]
-    results = store(connection, prepared_orders) if prepared_orders else []
-    rejects = [classified for _, classified in batch.classified if isinstance(classified, Reject)]
+    rejects: list[Reject] = []
+    records: list[Record] = []
+    changes: list[OrderChange] = []
+    for record, classified in batch.classified:
+        if isinstance(classified, Reject):
+            rejects.append(classified)
+        else:
+            records.append(record)
+            changes.append(classified)
+    results = store(connection, changes) if changes else []
     outcomes = Counter(result for result in results if isinstance(result, Outcome))
-    if any(isinstance(result, RefusedByDatabase) for result in results):
-        records = [record for record, classified in batch.classified if isinstance(classified, PreparedOrder)]
-        rejects += [
-            Reject.of(record, result)
-            for record, result in zip(records, results, strict=True)
-            if isinstance(result, RefusedByDatabase)
-        ]
+    rejects += [
+        Reject.of(record, result)
+        for record, result in zip(records, results, strict=True)
+        if isinstance(result, RefusedByDatabase)
+    ]
     known = len(rejects)
     rejects = _without_forgotten(connection, rejects)
     outcomes[Outcome.FORGOTTEN] += known - len(rejects)
     outcomes[Outcome.REJECTED] = len(rejects)
-    with_unknown_fields = sum(prepared_order.original is not None for prepared_order in prepared_orders)
+    with_unknown_fields = sum(isinstance(change, PreparedOrder) and change.original is not None for change in changes)
     return BatchResult(outcomes=outcomes, rejects=tuple(rejects), with_unknown_fields=with_unknown_fields, seconds={})
 
 

@@ -54,6 +54,7 @@ RIGHTS: Mapping[str, Mapping[str, tuple[LiteralString, ...]]] = {
             ),
         ),
     },
+    "erased": {WRITER: ("SELECT", "INSERT", "DELETE"), READER: ("SELECT",)},
     "forgotten": {WRITER: ("SELECT",), READER: ("SELECT",)},
     "reject_digests": {WRITER: (), READER: ("SELECT",)},
     "schema_migrations": {WRITER: ("SELECT",), READER: ("SELECT",)},

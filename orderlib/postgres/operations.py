@@ -116,6 +116,7 @@ def forget_again(connection: Connection, digests: Collection[bytes]) -> Forgotte
     # No write stores these orders now. So reading all orders needs no lock, which would stop the consumer.
     with as_owner(connection):
         orders = connection.execute(queries.FORGET_ORDERS_WITH_DIGESTS, {"digests": list(digests)}).rowcount
+        connection.execute(queries.FORGET_ERASED_WITH_DIGESTS, {"digests": list(digests)})
     return attrs.evolve(done, orders=orders)
 
 
@@ -132,6 +133,7 @@ def _forget(connection: Connection, find: Callable[[], Iterable[str]], digests: 
         all_digests = list({*digests, *(hashlib.sha256(uid.encode()).digest() for uid in order_uids)})
         new = connection.execute(queries.FORGET_DIGESTS, {"digests": all_digests}).rowcount
         orders = connection.execute(queries.FORGET_ORDERS, {"order_uids": order_uids}).rowcount
+        connection.execute(queries.FORGET_ERASED, {"order_uids": order_uids})
         rejects = connection.execute(queries.FORGET_REJECTS, {"digests": all_digests}).rowcount
         return Forgotten(order_uids=new, orders=orders, rejects=rejects)
 

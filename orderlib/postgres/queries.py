@@ -320,6 +320,11 @@ order_uid, content_sha256, source_topic_id, source_partition, source_offset, fir
 
 #: The stored versions of these orders.
 STORED_STATES: LiteralString = f"SELECT {_VERSION_COLUMNS} FROM orders WHERE order_uid = ANY($1::text[])"
+#: The positions at which tombstones erased these orders. An order may be stored beside its position here, if another
+#: session stored it at the same time; then the stored order counts.
+ERASED_STATES: LiteralString = """
+SELECT order_uid, topic_id, partition, record_offset FROM erased WHERE order_uid = ANY($1::text[])
+"""
 #: The time of a write, read after the stored versions. now() may be earlier than a first_stored_at among them.
 CLOCK: LiteralString = "SELECT clock_timestamp()"
 
@@ -350,6 +355,13 @@ COPY_DELIVERY: LiteralString = f"COPY delivery (order_uid, {_columns(DELIVERY_CO
 COPY_PAYMENT: LiteralString = f"COPY payment (order_uid, {_columns(PAYMENT_COLUMNS)}) FROM STDIN (FORMAT BINARY)"
 COPY_ITEMS: LiteralString = f"COPY items (order_uid, line, {_columns(ITEM_COLUMNS)}) FROM STDIN (FORMAT BINARY)"
 COPY_ORIGINALS: LiteralString = "COPY order_originals (order_uid, value) FROM STDIN (FORMAT BINARY)"
+
+#: The position of an erased order is replaced by a later one, and is deleted when the order is stored again.
+DELETE_ERASED: LiteralString = "DELETE FROM erased WHERE order_uid = ANY($1::text[])"
+INSERT_ERASED: LiteralString = """
+INSERT INTO erased (order_uid, topic_id, partition, record_offset)
+SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::bigint[])
+"""
 
 #: A duplicate changes only the source: the position that last confirmed the content.
 MOVE_SOURCES: LiteralString = """
@@ -708,9 +720,9 @@ LIMIT %(limit)s
 FOR UPDATE
 """
 
-#: The value of a reject.
+#: The value of a reject, and its key if it has no value: it may be a tombstone.
 REJECT_VALUE: LiteralString = """
-SELECT value FROM rejects
+SELECT CASE WHEN value IS NULL THEN key END, value FROM rejects
 WHERE topic_id = %(topic_id)s AND partition = %(partition)s AND record_offset = %(offset)s
 """
 
@@ -750,10 +762,11 @@ INSERT INTO forgotten (order_uid_sha256) SELECT unnest(%(digests)s::bytea[]) ON 
 ORDERS_OF_CUSTOMER: LiteralString = "SELECT order_uid FROM orders WHERE customer_id = %(customer_id)s"
 #: Erase orders with their delivery, payment, items and original, and the rejects whose key is such an order_uid.
 FORGET_ORDERS: LiteralString = "DELETE FROM orders WHERE order_uid = ANY(%(order_uids)s::text[])"
-#: Reads all orders, because a list of forgotten orders has no order_uids.
-FORGET_ORDERS_WITH_DIGESTS: LiteralString = """
-DELETE FROM orders WHERE sha256(convert_to(order_uid, 'UTF8')) = ANY(%(digests)s::bytea[])
-"""
+FORGET_ERASED: LiteralString = "DELETE FROM erased WHERE order_uid = ANY(%(order_uids)s::text[])"
+_HAS_DIGEST: LiteralString = "sha256(convert_to(order_uid, 'UTF8')) = ANY(%(digests)s::bytea[])"
+#: These read all rows, because a list of forgotten orders has no order_uids.
+FORGET_ORDERS_WITH_DIGESTS: LiteralString = f"DELETE FROM orders WHERE {_HAS_DIGEST}"
+FORGET_ERASED_WITH_DIGESTS: LiteralString = f"DELETE FROM erased WHERE {_HAS_DIGEST}"
 FORGET_REJECTS: LiteralString = "DELETE FROM rejects WHERE sha256(key) = ANY(%(digests)s::bytea[])"
 
 #: The digests of all forgotten orders.
@@ -783,6 +796,7 @@ SELECT consumer_group, topic, topic_id, partition, next_offset FROM consumer_off
 """
 
 SNAPSHOT_FORGOTTEN: LiteralString = "SELECT order_uid_sha256 FROM forgotten"
+SNAPSHOT_ERASED: LiteralString = "SELECT order_uid, topic_id, partition, record_offset FROM erased"
 SNAPSHOT_GROUP: LiteralString = "SELECT consumer_group FROM consumer_groups"
 
 #: Whether an order or a reject of a topic id is stored.

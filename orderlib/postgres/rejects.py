@@ -10,7 +10,7 @@ import attrs
 from psycopg.rows import dict_row
 
 from orderlib.errors import RejectNotFound, TransactionConflict
-from orderlib.ingestion.records import PreparedOrder, Record, classify_record, plan_redrive
+from orderlib.ingestion.records import OrderChange, Record, Reject, Tombstones, classify_record, plan_redrive
 from orderlib.postgres import queries
 from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
 from orderlib.postgres.connections import Connection
@@ -81,18 +81,20 @@ def redrive(
     *,
     code: str | None = None,
     place: RejectPlace | None = None,
+    tombstones: Tombstones = Tombstones.REJECT,
 ) -> Iterator[Counter[Outcome]]:
     """Process rejects again at their own positions: all, those with one code, or one. Yield outcomes by transaction.
 
-    An order is stored if the database does not have it, or has a version from a lower offset of the same partition.
-    Otherwise its outcome is superseded. The reject stays, with outcome and time. Rejects with an outcome other than
-    rejected are skipped, so redriving twice is safe. A value above ``max_bytes`` is not read and stays rejected.
+    An order is stored, or erased by a tombstone, if the database does not have it, or has a version from a lower offset
+    of the same partition. Otherwise the outcome is superseded. The reject stays, with outcome and time. Rejects with an
+    outcome other than rejected are skipped, so redriving twice is safe. A value above ``max_bytes`` is not read and
+    stays rejected.
     """
     after = ("", -1, -1)
     while True:
         try:
             with translated_errors(connection), connection.transaction():
-                last, outcomes = _redrive_batch(connection, max_bytes, code, place, after)
+                last, outcomes = _redrive_batch(connection, max_bytes, code, place, after, tombstones)
         except TransactionConflict:
             continue
         if last is None:
@@ -107,6 +109,7 @@ def _redrive_batch(
     code: str | None,
     place: RejectPlace | None,
     after: tuple[str, int, int],
+    tombstones: Tombstones,
 ) -> tuple[tuple[str, int, int] | None, Counter[Outcome]]:
     which = {
         "code": code,
@@ -126,10 +129,10 @@ def _redrive_batch(
         position = {"topic_id": topic_id, "partition": partition, "offset": offset}
         outcome = Outcome.REJECTED
         if size_bytes <= max_bytes:
-            [(value,)] = connection.execute(queries.REJECT_VALUE, position, binary=True).fetchall()
-            record = Record(source=RecordPosition(**position), time=record_time, topic=topic, key=None, value=value)
-            classified = classify_record(record, max_bytes, pack_rows)
-            if isinstance(classified, PreparedOrder):
+            [(key, value)] = connection.execute(queries.REJECT_VALUE, position, binary=True).fetchall()
+            record = Record(source=RecordPosition(**position), time=record_time, topic=topic, key=key, value=value)
+            classified = classify_record(record, max_bytes, pack_rows, tombstones)
+            if not isinstance(classified, Reject):
                 outcome = _store_one(connection, classified)
         done = {**position, "outcome": outcome, "redriven_at": redriven_at}
         connection.execute(queries.RECORD_REDRIVE, done)
@@ -147,6 +150,6 @@ def within_bytes(rows: list[tuple[Any, ...]], max_bytes: int) -> list[tuple[Any,
     return rows
 
 
-def _store_one(connection: Connection, prepared_order: PreparedOrder) -> Outcome:
-    [result] = store(connection, [prepared_order], plan_redrive)
+def _store_one(connection: Connection, change: OrderChange) -> Outcome:
+    [result] = store(connection, [change], plan_redrive)
     return result if isinstance(result, Outcome) else Outcome.REJECTED

@@ -9,7 +9,13 @@ from typing import Any
 
 import psycopg
 
-from orderlib.ingestion.reconcile import SnapshotOffset, SnapshotOrder, SnapshotOriginal, SnapshotReject
+from orderlib.ingestion.reconcile import (
+    SnapshotErased,
+    SnapshotOffset,
+    SnapshotOrder,
+    SnapshotOriginal,
+    SnapshotReject,
+)
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, connect
 from orderlib.postgres.errors import translated_errors
@@ -72,6 +78,12 @@ class Snapshot:
                     redrive_outcome=outcome,
                     times_in_order=times_in_order,
                 )
+
+    def erased(self) -> Iterator[SnapshotErased]:
+        """Yield every order that a tombstone erased."""
+        with self._connection.cursor("erased_of_snapshot") as cursor:
+            for order_uid, topic_id, partition, offset in cursor.execute(queries.SNAPSHOT_ERASED):
+                yield SnapshotErased(order_uid=order_uid, topic_id=topic_id, partition=partition, offset=offset)
 
     def orders(self) -> Iterator[SnapshotOrder]:
         """Yield every order."""

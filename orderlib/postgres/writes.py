@@ -15,7 +15,7 @@ import psycopg
 from psycopg.abc import PQGen
 
 from orderlib.errors import RefusedByDatabase, TransactionConflict
-from orderlib.ingestion.records import PreparedOrder, StoredVersion, WritePlan, plan_writes
+from orderlib.ingestion.records import OrderChange, PreparedOrder, StoredVersion, Tombstone, WritePlan, plan_writes
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
 from orderlib.postgres.errors import translate
@@ -23,8 +23,8 @@ from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, Row, original_row,
 from orderlib.postgres.wire import Copy, Statement, Wire
 from orderlib.repository import Outcome, RecordPosition
 
-#: Plans the writes of prepared orders from the stored versions and the forgotten order_uids.
-Rule = Callable[[Sequence[PreparedOrder], Mapping[str, StoredVersion], Collection[str]], WritePlan]
+#: Plans the writes of changes from the stored versions and the forgotten order_uids.
+Rule = Callable[[Sequence[OrderChange], Mapping[str, StoredVersion], Collection[str]], WritePlan]
 
 #: The key of a row exists already: another writer may have stored the order since its version was read. Citus reports
 #: every violation inside a COPY as an internal error.
@@ -32,9 +32,9 @@ _KEY_EXISTS = {psycopg.errors.UniqueViolation.sqlstate, psycopg.errors.InternalE
 
 
 def store_orders(
-    wire: Wire, prepared_orders: Sequence[PreparedOrder], rule: Rule = plan_writes
+    wire: Wire, changes: Sequence[OrderChange], rule: Rule = plan_writes
 ) -> PQGen[list[Outcome | RefusedByDatabase]]:
-    """Store orders inside the caller's transaction; return the result of each, in their order.
+    """Store or erase orders inside the caller's transaction; return the result of each change, in their order.
 
     An order that PostgreSQL refuses does not affect its neighbours: bisection finds it, each half in a savepoint.
     Raises any other error of the library, or psycopg's LockNotAvailable and QueryCanceled. The transaction is then as
@@ -42,27 +42,27 @@ def store_orders(
     """
     seen: dict[str, StoredVersion] = {}
     try:
-        return list((yield from _store_in_savepoint(wire, prepared_orders, rule, seen)))
+        return list((yield from _store_in_savepoint(wire, changes, rule, seen)))
     except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled):
         raise
     except (psycopg.Error, UnicodeEncodeError) as exc:
         error = translate(exc, wire)
         if not isinstance(error, RefusedByDatabase):
             raise error from exc
-        if error.sqlstate in _KEY_EXISTS and (yield from _has_changed(wire, prepared_orders, seen)):
+        if error.sqlstate in _KEY_EXISTS and (yield from _has_changed(wire, changes, seen)):
             raise TransactionConflict("another writer stored one of these orders") from exc
-    if len(prepared_orders) == 1:
-        return [RefusedByDatabase(error.sqlstate, prepared_orders[0].order_uid)]
-    middle = len(prepared_orders) // 2
-    first = yield from store_orders(wire, prepared_orders[:middle], rule)
-    return first + (yield from store_orders(wire, prepared_orders[middle:], rule))
+    if len(changes) == 1:
+        return [RefusedByDatabase(error.sqlstate, changes[0].order_uid)]
+    middle = len(changes) // 2
+    first = yield from store_orders(wire, changes[:middle], rule)
+    return first + (yield from store_orders(wire, changes[middle:], rule))
 
 
 def store(
-    connection: Connection, prepared_orders: Sequence[PreparedOrder], rule: Rule = plan_writes
+    connection: Connection, changes: Sequence[OrderChange], rule: Rule = plan_writes
 ) -> list[Outcome | RefusedByDatabase]:
     """Run ``store_orders`` over a psycopg connection that is in a transaction."""
-    return connection.wait(store_orders(Wire(connection.pgconn, keeps_statements=False), prepared_orders, rule))
+    return connection.wait(store_orders(Wire(connection.pgconn, keeps_statements=False), changes, rule))
 
 
 class Save:
@@ -103,9 +103,7 @@ def accepted(wire: Wire, prepared_orders: Sequence[PreparedOrder]) -> PQGen[Coun
     return outcomes
 
 
-def _has_changed(
-    wire: Wire, prepared_orders: Sequence[PreparedOrder], seen: Mapping[str, StoredVersion]
-) -> PQGen[bool]:
+def _has_changed(wire: Wire, changes: Sequence[OrderChange], seen: Mapping[str, StoredVersion]) -> PQGen[bool]:
     """Return whether another writer stored one of the orders since ``seen`` was read.
 
     If so, the existing key is a conflict and not a bad row. A transaction with one snapshot cannot see it: assume it.
@@ -113,16 +111,17 @@ def _has_changed(
     [[(isolation,)]] = yield from wire.pipeline((queries.ISOLATION, ()))
     if isolation not in {"read committed", "read uncommitted"}:
         return True
-    [rows] = yield from wire.pipeline((queries.STORED_STATES, [_uids(prepared_orders)]))
-    return versions_of(rows) != seen
+    uids = _uids(changes)
+    rows, erased = yield from wire.pipeline((queries.STORED_STATES, [uids]), (queries.ERASED_STATES, [uids]))
+    return {**_erased(erased), **versions_of(rows)} != seen
 
 
 def _store_in_savepoint(
-    wire: Wire, prepared_orders: Sequence[PreparedOrder], rule: Rule, seen: dict[str, StoredVersion]
+    wire: Wire, changes: Sequence[OrderChange], rule: Rule, seen: dict[str, StoredVersion]
 ) -> PQGen[Sequence[Outcome]]:
     """Store the orders. ``seen`` receives the versions that were stored before."""
     try:
-        return (yield from _store(wire, prepared_orders, rule, seen))
+        return (yield from _store(wire, changes, rule, seen))
     except Exception:
         with contextlib.suppress(psycopg.Error):
             yield from wire.pipeline((queries.ROLLBACK_TO_SAVEPOINT, ()), (queries.RELEASE_SAVEPOINT, ()))
@@ -130,10 +129,10 @@ def _store_in_savepoint(
 
 
 def _store(
-    wire: Wire, prepared_orders: Sequence[PreparedOrder], rule: Rule, seen: dict[str, StoredVersion]
+    wire: Wire, changes: Sequence[OrderChange], rule: Rule, seen: dict[str, StoredVersion]
 ) -> PQGen[Sequence[Outcome]]:
-    uids = _uids(prepared_orders)
-    _, [(seqscan,)], _, _, forgotten, rows, [(now,)] = yield from wire.pipeline(
+    uids = _uids(changes)
+    _, [(seqscan,)], _, _, forgotten, rows, erased_rows, [(now,)] = yield from wire.pipeline(
         (queries.SAVEPOINT, ()),
         (queries.SEQSCAN, ()),
         (queries.DISABLE_SEQSCAN, ()),
@@ -141,25 +140,33 @@ def _store(
         (queries.HOLD_OFF_FORGET, ()),
         (queries.FORGOTTEN_ORDERS, [uids]),
         (queries.STORED_STATES, [uids]),
+        (queries.ERASED_STATES, [uids]),
         (queries.CLOCK, ()),
     )
     assert isinstance(now, dt.datetime)
-    stored = versions_of(rows)
-    seen.update(stored)
-    plan = rule(prepared_orders, stored, {str(uid) for (uid,) in forgotten})
+    stored, erased = versions_of(rows), _erased(erased_rows)
+    seen.update({**erased, **stored})
+    plan = rule(changes, seen, {str(uid) for (uid,) in forgotten})
+    written = [change.order_uid for change in plan.writes]
+    tombstones = [change for change in (*plan.writes, *plan.moves.values()) if isinstance(change, Tombstone)]
+    moves = [change for change in plan.moves.values() if isinstance(change, PreparedOrder)]
     statements: list[Statement] = []
-    replaced = [write.order_uid for write in plan.writes if write.order_uid in stored]
-    if replaced:
+    if replaced := [uid for uid in written if uid in stored]:
         statements.append((queries.DELETE_ORDERS, [_text_array(replaced)]))
-    if plan.moves:
-        statements.append(_moves(plan.moves.values()))
+    if moves:
+        statements.append(_moves(moves))
+    if superseded := [uid for uid in (*written, *plan.moves) if uid in erased]:
+        statements.append((queries.DELETE_ERASED, [_text_array(superseded)]))
+    if tombstones:
+        statements.append(_insert_erased(tombstones))
+    copies = _copies(plan, now)
     end = (queries.RESTORE_SEQSCAN[str(seqscan)], queries.RELEASE_SAVEPOINT)
-    if not plan.writes:
+    if not copies:
         statements += [(statement, ()) for statement in end]
     if statements:
         yield from wire.pipeline(*statements)
-    if plan.writes:
-        yield from wire.copy_in(_copies(plan, stored, now), *end)
+    if copies:
+        yield from wire.copy_in(copies, *end)
     return plan.outcomes
 
 
@@ -174,8 +181,20 @@ def versions_of(rows: Iterable[Row]) -> dict[str, StoredVersion]:
     return stored
 
 
-def _uids(prepared_orders: Iterable[PreparedOrder]) -> str:
-    return _text_array({prepared_order.order_uid for prepared_order in prepared_orders})
+def _erased(rows: Iterable[Row]) -> dict[str, StoredVersion]:
+    return {
+        order_uid: StoredVersion(
+            content_sha256=None,
+            source=RecordPosition(topic_id=topic_id, partition=partition, offset=offset),
+            first_stored_at=None,
+            number=0,
+        )
+        for order_uid, topic_id, partition, offset in rows
+    }
+
+
+def _uids(changes: Iterable[OrderChange]) -> str:
+    return _text_array({change.order_uid for change in changes})
 
 
 def _text_array(order_uids: Iterable[str]) -> str:
@@ -183,25 +202,31 @@ def _text_array(order_uids: Iterable[str]) -> str:
     return '{"' + '","'.join(order_uids) + '"}'
 
 
-def _copies(plan: WritePlan, stored: Mapping[str, StoredVersion], now: dt.datetime) -> list[Copy]:
+def _copies(plan: WritePlan, now: dt.datetime) -> list[Copy]:
     """Return the COPY of each table for which the plan has rows."""
 
-    def order_row(write: PreparedOrder, number: int) -> bytes:
-        version, has_original = stored.get(write.order_uid), write.original is not None
-        if version is None or version.first_stored_at is None:
+    def order_row(write: PreparedOrder, number: int, first_stored_at: dt.datetime | None) -> bytes:
+        has_original = write.original is not None
+        if first_stored_at is None:
             if number == 1 and not has_original:
                 return write.rows.order + first
             return write.rows.order + pack_version(now, now, number, has_original)
-        first_stored_at = version.first_stored_at
         return write.rows.order + pack_version(first_stored_at, max(now, first_stored_at), number, has_original)
 
     first = pack_version(now, now, 1, False)
+    orders = [
+        (write, number, first_stored_at)
+        for write, number, first_stored_at in zip(plan.writes, plan.numbers, plan.first_stored, strict=True)
+        if isinstance(write, PreparedOrder)
+    ]
+    if not orders:
+        return []
     # Sorted, so that two writers lock the same orders in the same sequence and cannot deadlock.
-    numbered = sorted(zip(plan.writes, plan.numbers, strict=True), key=lambda pair: pair[0].order_uid)
-    writes = [write for write, _ in numbered]
+    orders.sort(key=lambda order: order[0].order_uid)
+    writes = [write for write, _, _ in orders]
     originals = [(write.order_uid, write.original) for write in writes if write.original is not None]
     rows: list[Copy] = [
-        (queries.COPY_ORDERS, itertools.starmap(order_row, numbered)),
+        (queries.COPY_ORDERS, itertools.starmap(order_row, orders)),
         (queries.COPY_DELIVERY, (write.rows.delivery for write in writes)),
         (queries.COPY_PAYMENT, (write.rows.payment for write in writes)),
         (queries.COPY_ITEMS, (write.rows.items for write in writes)),
@@ -226,5 +251,18 @@ def _moves(moves: Iterable[PreparedOrder]) -> Statement:
             [source.partition for _, source, _ in ordered],
             [source.offset for _, source, _ in ordered],
             [time for _, _, time in ordered],
+        ],
+    )
+
+
+def _insert_erased(tombstones: Iterable[Tombstone]) -> Statement:
+    ordered = sorted(tombstones, key=lambda tombstone: tombstone.order_uid)
+    return (
+        queries.INSERT_ERASED,
+        [
+            [tombstone.order_uid for tombstone in ordered],
+            [tombstone.source.topic_id for tombstone in ordered],
+            [tombstone.source.partition for tombstone in ordered],
+            [tombstone.source.offset for tombstone in ordered],
         ],
     )

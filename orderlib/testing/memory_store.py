@@ -165,26 +165,21 @@ class MemoryStore:
         now = self._clock()
         with self._lock:
             plan = plan_writes(prepared_orders, self._versions, self._forgotten)
-            for prepared_order, number in zip(plan.writes, plan.numbers, strict=True):
-                uid = prepared_order.order_uid
-                replaced = self._stored.get(uid)
-                first_stored_at = replaced.first_stored_at if replaced else now
-                order = contents[prepared_order.content_sha256]
+            for write, number, first_stored in zip(plan.writes, plan.numbers, plan.first_stored, strict=True):
+                assert isinstance(write, PreparedOrder)
+                uid, first_stored_at = write.order_uid, first_stored or now
                 self._stored[uid] = StoredOrder(
-                    order=order,
+                    order=contents[write.content_sha256],
                     first_stored_at=first_stored_at,
                     stored_at=now,
-                    content_sha256=prepared_order.content_sha256,
+                    content_sha256=write.content_sha256,
                     version=number,
                     position=None,
-                    has_original=prepared_order.original is not None,
+                    has_original=write.original is not None,
                 )
-                self._originals[uid] = prepared_order.original
+                self._originals[uid] = write.original
                 self._versions[uid] = StoredVersion(
-                    content_sha256=prepared_order.content_sha256,
-                    source=None,
-                    first_stored_at=first_stored_at,
-                    number=number,
+                    content_sha256=write.content_sha256, source=None, first_stored_at=first_stored_at, number=number
                 )
         return Counter(plan.outcomes)
 

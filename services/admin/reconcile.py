@@ -126,6 +126,8 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             progress.at(proof.counts["records"])
         progress.end()
         several.add(proof.several_partitions())
+        for erased in stored.erased():
+            proof.on_erased(erased)
         for order in stored.orders():
             proof.on_order(order)
         for table, order_uid in stored.orphans():

@@ -32,7 +32,7 @@ from services.admin.output import (
 )
 from services.admin.schema import APPLICATION_NAME, Commands, connected
 from services.program import EXIT_DONE, EXIT_FAILED
-from services.settings import database_url, max_record_bytes
+from services.settings import database_url, max_record_bytes, tombstones
 
 #: ``rejects show`` prints at most this part of a key, a value or the headers.
 SHOWN_BYTES = 8 * 1024 * 1024
@@ -77,8 +77,8 @@ def add_commands(commands: Commands) -> None:
         help="process rejects again, at their own positions (ORDERS_DATABASE_URL)",
         description="Process rejects again by the rules of this release, each at its own position. A valid order is "
         "stored if the database does not have it, or has a version from a lower offset of the same partition. "
-        "Other outcomes: duplicate, superseded, forgotten, or rejected again. The reject stays, with its outcome. "
-        "Redriving twice is safe.",
+        "Other outcomes: duplicate, superseded, forgotten, or rejected again. With ORDERS_TOMBSTONES=erase, a "
+        "tombstone erases its order in the same way. The reject stays, with its outcome. Redriving twice is safe.",
     )
     which = redriving.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="redrive all rejects")
@@ -177,7 +177,9 @@ def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with connected(environ, "ORDERS_DATABASE_URL") as connection:
         if options.place is not None:
             list(get_reject(connection, options.place, max_bytes=0))
-        for batch in redrive(connection, max_bytes, code=options.code, place=options.place):
+        for batch in redrive(
+            connection, max_bytes, code=options.code, place=options.place, tombstones=tombstones(environ)
+        ):
             outcomes += batch
             progress.at(outcomes.total())
     progress.end()

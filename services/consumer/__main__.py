@@ -44,7 +44,8 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         prog="python -m services.consumer",
         description="Store each order of the topic in PostgreSQL exactly once. SIGTERM and Ctrl-C stop it cleanly.",
         epilog="Settings are environment variables: ORDERS_DATABASE_URL, ORDERS_KAFKA_BOOTSTRAP_SERVERS, ORDERS_TOPIC, "
-        "ORDERS_CONSUMER_GROUP, ORDERS_MAX_RECORD_BYTES, ORDERS_METRICS_BIND, ORDERS_BREAKER_FRACTION.",
+        "ORDERS_CONSUMER_GROUP, ORDERS_MAX_RECORD_BYTES, ORDERS_TOMBSTONES, ORDERS_METRICS_BIND, "
+        "ORDERS_BREAKER_FRACTION.",
     )
     parser.add_argument(
         "--exit-at-end",
@@ -71,7 +72,12 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         except _StopRequested:
             return EXIT_DONE
         core = ConsumerCore(
-            functools.partial(classify_record, max_bytes=settings.max_record_bytes, pack_rows=pack_rows),
+            functools.partial(
+                classify_record,
+                max_bytes=settings.max_record_bytes,
+                pack_rows=pack_rows,
+                tombstones=settings.tombstones,
+            ),
             random.Random(),  # noqa: S311  jitter, no secret
             until=ends if options.exit_at_end else None,
         )

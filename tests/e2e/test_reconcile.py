@@ -40,6 +40,7 @@ CANNOT_BE_PROVED = {
     ("schema_migrations", "name"): "how the schema was made, not what was sent",
     ("schema_migrations", "applied_at"): "how the schema was made, not what was sent",
     ("forgotten", "forgotten_at"): "the clock of a forget: no record says when or why",
+    ("erased", "erased_at"): "the clock of a batch: Kafka does not know it",
     ("consumer_groups", "only_row"): "always true: it makes the row the only one",
 }
 
@@ -81,8 +82,9 @@ class Place:
             producer.flush(30)
             end(30)
 
-    def consume(self, max_record_bytes: int = 8 * 2**20) -> None:
-        succeed("consumer --exit-at-end", {**self.environ, "ORDERS_MAX_RECORD_BYTES": str(max_record_bytes)})
+    def consume(self, max_record_bytes: int = 8 * 2**20, tombstones: str = "reject") -> None:
+        settings = {"ORDERS_MAX_RECORD_BYTES": str(max_record_bytes), "ORDERS_TOMBSTONES": tombstones}
+        succeed("consumer --exit-at-end", {**self.environ, **settings})
 
     def admin(self, command: str) -> tuple[int, str]:
         """Run a command in this process: its status and stdout."""
@@ -151,6 +153,9 @@ def fill(place: Place) -> None:
     with orderlib.connect(place.database.writer_url) as repository:
         repository.save(attrs.evolve(SAMPLE_ORDER, order_uid="from-python"))
     assert place.admin("forget person --yes")[0] == 0
+    # Every key is "key".
+    place.produce(order("key", 1), None, partition=1)
+    place.consume(tombstones="erase")
 
 
 def outcomes(place: Place) -> dict[int, str | None]:
@@ -225,7 +230,7 @@ def test_a_real_history_has_no_discrepancy_and_what_cannot_be_proved_is_named(hi
     named = {kind["what"]: kind for kind in result["not_proved"]}
     assert [example["order_uid"] for example in named["saved from Python"]["examples"]] == ["from-python"]
     assert sum(kind["count"] for kind in named.values()) == 3
-    assert result["counts"]["forgotten"] == 1
+    assert [result["counts"][what] for what in ("forgotten", "tombstones", "erased")] == [1, 1, 1]
     text = history.admin("reconcile")[1]
     assert "from-python" in text
     assert "refused" in text
@@ -250,6 +255,8 @@ def places_of(table: str) -> list[tuple[str, dict[str, object]]]:
         return [(f"partition = 0 AND record_offset = {n}", {"partition": 0, "offset": n}) for n in (5, 6, 7, 8, 2, 15)]
     if table == "consumer_groups":
         return [("true", {"partition": 0})]
+    if table == "erased":
+        return [("true", {"order_uid": "key", "partition": 1})]
     if table == "forgotten":
         return [("true", {"order_uid": "person", "partition": 1})]
     if table == "consumer_offsets":
@@ -443,6 +450,32 @@ PLANTED = {
     "stored is called forgotten": (
         "UPDATE rejects SET redrive_outcome = 'forgotten' WHERE record_offset = 2",
         {"partition": 0, "offset": 2},
+    ),
+    "an erased order is not on the list": ("DELETE FROM erased", {"order_uid": "key", "partition": 1}),
+    "a stored order is called erased": (
+        """
+        INSERT INTO erased SELECT order_uid, source_topic_id, source_partition, source_offset, now() FROM orders
+        WHERE order_uid = 'updated'
+        """,
+        {"order_uid": "updated", "partition": 0},
+    ),
+    "an order that was never sent is called erased": (
+        "INSERT INTO erased SELECT 'never', topic_id, partition, record_offset, now() FROM erased",
+        {"order_uid": "never", "partition": 1},
+    ),
+    "an erased order is stored again": (
+        """
+        UPDATE orders SET order_uid = 'key', source_partition = 1, source_offset = 4 WHERE order_uid = 'updated'
+        """,
+        {"order_uid": "key", "partition": 1, "offset": 4},
+    ),
+    "stored is called erased": (
+        "UPDATE rejects SET redrive_outcome = 'erased' WHERE record_offset = 2",
+        {"partition": 0, "offset": 2},
+    ),
+    "a refused record is called erased": (
+        "UPDATE rejects SET redrive_outcome = 'erased', redriven_at = now() WHERE record_offset = 5",
+        {"partition": 0, "offset": 5},
     ),
     "an offset is missing": ("DELETE FROM consumer_offsets WHERE partition = 1", {"partition": 1}),
     "every offset is missing": ("DELETE FROM consumer_offsets", {"partition": 1}),

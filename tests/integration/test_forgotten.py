@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
@@ -14,57 +13,29 @@ import pytest
 
 import orderlib
 from orderlib import Order, Outcome, decode_order, encode_order
-from orderlib.ingestion.records import Batch, OffsetRange, Record, TopicPartition, classify_record
 from orderlib.postgres.connections import connect
-from orderlib.postgres.consumer_store import BatchResult, ConsumerStore
+from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.operations import Forgotten, forget, forget_again, forget_customer, forgotten
 from orderlib.postgres.rejects import redrive
-from orderlib.postgres.rows import pack_rows
-from orderlib.repository import RecordPosition
 from orderlib.testing import SAMPLE
 from tests.conftest import Database
+from tests.support.batches import batch, consumer_store, ignore
 
 ORDER = decode_order(SAMPLE)
 OTHER = attrs.evolve(ORDER, order_uid="other", customer_id="other")
 UID = ORDER.order_uid
-PARTITION = TopicPartition("orders", 0)
 
 
 @pytest.fixture
 def store(database: Database) -> Iterator[ConsumerStore]:
-    store = ConsumerStore(database.writer_url, "tests", lambda: 0.0)
-    store.start_partitions({"orders": "topic"}, {PARTITION: 0})
-    yield store
-    store.close()
+    with consumer_store(database) as store:
+        yield store
 
 
 @pytest.fixture
 def migrator(database: Database) -> Iterator[psycopg.Connection]:
     with connect(database.migrator_url, application_name="tests") as connection:
         yield connection
-
-
-def batch(offset: int, *contents: tuple[bytes | None, bytes]) -> Batch:
-    """A batch of records with these keys and values."""
-    records = [
-        Record(
-            source=RecordPosition(topic_id="topic", partition=0, offset=offset + index),
-            time=dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
-            topic="orders",
-            key=key,
-            value=value,
-        )
-        for index, (key, value) in enumerate(contents)
-    ]
-    return Batch(
-        topic_ids={"orders": "topic"},
-        ranges={PARTITION: OffsetRange(expected_offset=offset, next_offset=offset + len(records))},
-        classified=tuple((record, classify_record(record, 10_000, pack_rows)) for record in records),
-    )
-
-
-def ignore(_result: BatchResult) -> None:
-    pass
 
 
 def counts(database: Database) -> tuple[int, ...]:

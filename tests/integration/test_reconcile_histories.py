@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import orderlib
 from orderlib.ingestion.reconcile import Finding, Reconciliation, TopicState
-from orderlib.ingestion.records import Batch, OffsetRange, Record, TopicPartition, classify_record
+from orderlib.ingestion.records import Batch, OffsetRange, Record, Tombstones, TopicPartition, classify_record
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
-from orderlib.postgres.operations import reset_offsets
+from orderlib.postgres.operations import forget, reset_offsets
 from orderlib.postgres.rejects import redrive
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.snapshot import snapshot
@@ -75,7 +75,7 @@ class History:
         log = self.records[partition]
         return log[-1].source.offset + 1 if log else 0
 
-    def handle(self, partition: int, count: int, max_bytes: int) -> None:
+    def handle(self, partition: int, count: int, max_bytes: int, tombstones: Tombstones) -> None:
         ledger = ConsumerStore(self.database.writer_url, GROUP, time.monotonic)
         try:
             ledger.check()
@@ -89,15 +89,17 @@ class History:
                 ranges={
                     of_topic[partition]: OffsetRange(expected_offset=expected, next_offset=taken[-1].source.offset + 1)
                 },
-                classified=tuple((record, classify_record(record, max_bytes, pack_rows)) for record in taken),
+                classified=tuple(
+                    (record, classify_record(record, max_bytes, pack_rows, tombstones)) for record in taken
+                ),
             )
             ledger.write(batch, lambda _: None)
         finally:
             ledger.close()
 
-    def redrive(self) -> None:
+    def redrive(self, tombstones: Tombstones) -> None:
         with connect(self.database.writer_url, application_name="tests") as connection:
-            for _ in redrive(connection, USUAL_BYTES):
+            for _ in redrive(connection, USUAL_BYTES, tombstones=tombstones):
                 pass
 
     def rewind(self, partition: int) -> None:
@@ -110,6 +112,10 @@ class History:
     def save(self, uid: str, content: int) -> None:
         with orderlib.connect(self.database.writer_url, max_connections=1) as repository:
             repository.save(attrs.evolve(SAMPLE_ORDER, order_uid=uid, sm_id=content))
+
+    def forget(self, uid: str) -> None:
+        with connect(self.database.migrator_url, application_name="tests") as connection:
+            forget(connection, uid)
 
     def an_hour_passes(self) -> None:
         """Operators do one thing after another. The clocks of the database are moved back instead of waiting."""
@@ -133,12 +139,14 @@ class History:
         )
         with snapshot(self.database.reader_url, "tests") as stored:
             first = dict.fromkeys(PARTITIONS, 0)
-            offsets, originals = stored.offsets(), stored.original_digests()
-            proof = Reconciliation(topic, first, stored.group(), offsets, stored.rejects(), (), originals)
+            offsets, rejects, originals = stored.offsets(), stored.rejects(), stored.original_digests()
+            proof = Reconciliation(topic, first, stored.group(), offsets, rejects, stored.forgotten(), originals)
             for partition, records in self.records.items():
                 for record in records:
                     if record.source.offset < proof.next_offsets.get(partition, 0):
                         proof.on_record(record, classify_record(record, USUAL_BYTES))
+            for erased in stored.erased():
+                proof.on_erased(erased)
             for order in stored.orders():
                 proof.on_order(order)
             for table, order_uid in stored.orphans():
@@ -147,34 +155,47 @@ class History:
 
 
 KINDS = st.sampled_from(
-    ["order", "order", "order", "large", "large", "unknown", "unknown, otherwise", "bad", "large and bad", "null"]
+    [
+        "order",
+        "order",
+        "order",
+        "large",
+        "large",
+        "unknown",
+        "unknown, otherwise",
+        "bad",
+        "large and bad",
+        "null",
+        "null",
+    ]
 )
-UIDS = st.sampled_from(["a", "b"])
+UIDS = st.sampled_from(["a", "b", "c"])
+LIMITS = st.sampled_from([SMALL_BYTES, USUAL_BYTES])
+TOMBSTONES = st.sampled_from(Tombstones)
 ACTIONS = st.one_of(
     st.tuples(st.just("produce"), st.sampled_from(PARTITIONS), KINDS, UIDS, st.integers(0, 2), st.integers(0, 1)),
-    st.tuples(
-        st.just("handle"), st.sampled_from(PARTITIONS), st.integers(1, 4), st.sampled_from([SMALL_BYTES, USUAL_BYTES])
-    ),
-    st.tuples(st.just("redrive")),
+    st.tuples(st.just("handle"), st.sampled_from(PARTITIONS), st.integers(1, 4), LIMITS, TOMBSTONES),
+    st.tuples(st.just("redrive"), TOMBSTONES),
     st.tuples(st.just("rewind"), st.sampled_from(PARTITIONS)),
     st.tuples(st.just("save"), UIDS, st.integers(0, 2)),
+    st.tuples(st.just("forget"), UIDS),
 )
 
 
 @settings(max_examples=30)
-@given(actions=st.lists(ACTIONS, min_size=5, max_size=25), max_bytes=st.sampled_from([SMALL_BYTES, USUAL_BYTES]))
+@given(actions=st.lists(ACTIONS, min_size=5, max_size=25), max_bytes=LIMITS, tombstones=TOMBSTONES)
 def test_no_real_history_is_a_discrepancy(
-    module_database: Database, actions: list[tuple[object, ...]], max_bytes: int
+    module_database: Database, actions: list[tuple[object, ...]], max_bytes: int, tombstones: Tombstones
 ) -> None:
     with psycopg.connect(module_database.superuser_url, autocommit=True) as connection:
-        connection.execute("TRUNCATE orders, rejects, consumer_offsets, consumer_groups CASCADE")
+        connection.execute("TRUNCATE orders, rejects, erased, forgotten, consumer_offsets, consumer_groups CASCADE")
     history = History(module_database)
     for name, *arguments in actions:
         getattr(history, str(name))(*arguments)
         history.an_hour_passes()
     # Everything is handled in the end, and what a relaxed limit allows is redriven.
     for partition in PARTITIONS:
-        history.handle(partition, 1000, max_bytes)
+        history.handle(partition, 1000, max_bytes, tombstones)
         history.an_hour_passes()
-    history.redrive()
+    history.redrive(tombstones)
     assert history.findings() == []

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from orderlib.ingestion.records import Batch, PreparedOrder, StoredVersion
+from orderlib.ingestion.records import Batch, Reject, StoredVersion
 from orderlib.repository import Outcome
-from tests.simulation.kafka import CODES, KEYED_UIDS, TOO_LARGE, TOPIC, Fetched, Life
+from tests.simulation.kafka import CODES, KEYED_UIDS, REJECTED_TOMBSTONE, TOO_LARGE, TOPIC, Fetched, Life
 
 #: The uids whose records are all in one partition.
 KEYED = {f"u{uid}" for uid in range(KEYED_UIDS)}
@@ -73,7 +73,7 @@ class Invariants:
             self.handled[key] = offset_range.next_offset
             self.reached[key] = max(self.reached[key], offset_range.next_offset)
         refused = sum(
-            isinstance(classified, PreparedOrder) and classified.content_sha256 == b"!"
+            not isinstance(classified, Reject) and classified.content_sha256 == b"!"
             for _, classified in batch.classified
         )
         if len(outcomes) - refused != len(batch.classified) - bad or outcomes.count(Outcome.REJECTED) != refused:
@@ -86,6 +86,8 @@ class Invariants:
         """Orders are about to change: a keyed order never returns to an older version."""
         for uid, after in changes.items():
             old = before.get(uid)
+            if old is not None and old.content_sha256 is None and after.content_sha256 is not None:
+                self._fault("stored after a tombstone")
             if old is None or uid not in KEYED or old == after:
                 continue
             if after.source is None or (old.source is not None and old.source.topic_id != after.source.topic_id):
@@ -101,6 +103,8 @@ class Invariants:
             raise InvariantViolation(f"the reject {place} was {before} when redriven, and is {outcome} now")
         if outcome is Outcome.SUPERSEDED:
             self._fault("redrive beside a newer version")
+        elif outcome is Outcome.ERASED:
+            self._fault("erased by a redrive")
 
     def on_rewind(self, topic_id: str, partition: int, next_offset: int) -> None:
         """An operator moved an offset back: the records after it are handled again."""
@@ -123,22 +127,24 @@ class Invariants:
                 raise InvariantViolation(f"the store stands at {offsets}, and the log ends are {life.ends()}")
         expected_rejects: dict[Place, str] = {}
         #: Content and offset of the last valid record in each partition, and of the redriven ones behind it.
-        last: dict[str, dict[tuple[str, int], list[tuple[bytes, int]]]] = {}
+        last: dict[str, dict[tuple[str, int], list[tuple[bytes | None, int]]]] = {}
         #: Contents that a rewind may have written last, if the topic was recreated before it was complete.
-        cut_short: defaultdict[str, set[bytes]] = defaultdict(set)
+        cut_short: defaultdict[str, set[bytes | None]] = defaultdict(set)
         for (topic_id, partition), reached in self.reached.items():
             for offset, entry in enumerate(self.lives[topic_id].logs[partition][:reached]):
                 if entry is None:
                     continue
                 place = (topic_id, partition, offset)
-                earlier: list[tuple[bytes, int]] = []
+                earlier: list[tuple[bytes | None, int]] = []
                 if entry.kind in CODES:
                     expected_rejects[place] = CODES[entry.kind]
                     redriven = rejects[place][1] if place in rejects else None
-                    if entry.kind != TOO_LARGE or redriven not in {Outcome.STORED, Outcome.DUPLICATE}:
+                    if entry.kind not in {TOO_LARGE, REJECTED_TOMBSTONE}:
+                        continue
+                    if redriven not in {Outcome.STORED, Outcome.DUPLICATE, Outcome.ERASED}:
                         continue
                     earlier = last.get(f"u{entry.uid}", {}).get((topic_id, partition), [])
-                uid, content = f"u{entry.uid}", b"%d" % entry.content
+                uid, content = f"u{entry.uid}", entry.content_sha256
                 last.setdefault(uid, {})[topic_id, partition] = [*earlier, (content, offset)]
                 if self.handled[topic_id, partition] < reached:
                     cut_short[uid].add(content)
@@ -170,7 +176,7 @@ class Invariants:
         """
         expected = {uid: (version.content_sha256, version.source) for uid, version in before.items()}
         for _, classified in batch.classified:
-            if isinstance(classified, PreparedOrder) and classified.content_sha256 != b"!":
+            if not isinstance(classified, Reject) and classified.content_sha256 != b"!":
                 uid, source = classified.order_uid, classified.source
                 at = expected[uid][1] if uid in expected else None
                 if at is None or source is None or at.topic_id != source.topic_id or at.offset < source.offset:

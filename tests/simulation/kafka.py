@@ -11,7 +11,7 @@ import attrs
 
 from orderlib import decode_order
 from orderlib.errors import Fault
-from orderlib.ingestion.records import PreparedOrder, Record, Reject, TopicPartition
+from orderlib.ingestion.records import Classified, OrderChange, PreparedOrder, Record, Reject, Tombstone, TopicPartition
 from orderlib.repository import RecordPosition
 from orderlib.testing import SAMPLE
 
@@ -25,9 +25,16 @@ TOPIC = "orders"
 KEYED_UIDS = 5
 UIDS = 7
 
-#: The kinds of records. One that is too large contains a valid order, so a redrive accepts it.
-GOOD, HEAVY, POISON, REFUSED, TOO_LARGE = range(5)
-CODES = {POISON: "malformed_json", REFUSED: "refused_by_database", TOO_LARGE: "too_large"}
+#: The kinds of records. A redrive accepts one that is too large, because it contains a valid order, and a tombstone
+#: from the time when tombstones were rejects.
+GOOD, HEAVY, POISON, REFUSED, TOO_LARGE, TOMBSTONE, REJECTED_TOMBSTONE = range(7)
+CODES = {
+    POISON: "malformed_json",
+    REFUSED: "refused_by_database",
+    TOO_LARGE: "too_large",
+    REJECTED_TOMBSTONE: "malformed_json",
+}
+TOMBSTONES = {TOMBSTONE, REJECTED_TOMBSTONE}
 
 _TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 _ARRIVALS = [PreparedOrder.of(attrs.evolve(decode_order(SAMPLE), order_uid=f"u{uid}")) for uid in range(UIDS)]
@@ -45,15 +52,20 @@ class Entry(NamedTuple):
     #: The number of the topic's life: each recreation begins a new one. No two lives have equal entries.
     life: int
 
+    @property
+    def content_sha256(self) -> bytes | None:
+        """What is stored of it; ``None`` if it erases its order."""
+        return None if self.kind in TOMBSTONES else b"%d" % self.content
+
 
 @attrs.frozen(kw_only=True, repr=False)
 class Fetched(Record):
     """A record with its classification, so that nothing has to be decoded."""
 
     entry: Entry
-    classified: PreparedOrder | Reject
+    classified: Classified
     #: The result of a redrive.
-    redriven: PreparedOrder | None
+    redriven: OrderChange | None
 
     def __repr__(self) -> str:
         return f"{self.source.partition}:{self.source.offset} {self.entry}"
@@ -64,10 +76,13 @@ def fetched(topic_id: str, partition: int, offset: int, entry: Entry) -> Fetched
     """Return the record that a consumer with this topic id gets."""
     source = RecordPosition(topic_id=topic_id, partition=partition, offset=offset)
     plain = Record(source=source, time=_TIME, topic=TOPIC, key=None, value=b"value")
-    refused = entry.kind == REFUSED
-    content_sha256 = b"!" if refused else b"%d" % entry.content
-    order = attrs.evolve(_ARRIVALS[entry.uid], content_sha256=content_sha256, source=source, time=_TIME)
-    is_reject = entry.kind in {POISON, TOO_LARGE}
+    change: OrderChange
+    if entry.kind in TOMBSTONES:
+        change = Tombstone(order_uid=f"u{entry.uid}", source=source, time=_TIME)
+    else:
+        content_sha256 = b"!" if entry.kind == REFUSED else b"%d" % entry.content
+        change = attrs.evolve(_ARRIVALS[entry.uid], content_sha256=content_sha256, source=source, time=_TIME)
+    is_reject = entry.kind in {POISON, TOO_LARGE, REJECTED_TOMBSTONE}
     return Fetched(
         source=source,
         time=_TIME,
@@ -75,12 +90,14 @@ def fetched(topic_id: str, partition: int, offset: int, entry: Entry) -> Fetched
         key=None,
         value=_HEAVY_VALUE if entry.kind == HEAVY else b"value",
         entry=entry,
-        classified=Reject(record=plain, code=CODES[entry.kind], faults=_FAULTS, total_faults=1) if is_reject else order,
-        redriven=None if entry.kind == POISON else order,
+        classified=Reject(record=plain, code=CODES[entry.kind], faults=_FAULTS, total_faults=1)
+        if is_reject
+        else change,
+        redriven=None if entry.kind == POISON else change,
     )
 
 
-def classified(record: Record) -> PreparedOrder | Reject:
+def classified(record: Record) -> Classified:
     """Return what the record is; the core of a simulated consumer classifies with this function."""
     assert isinstance(record, Fetched)
     return record.classified

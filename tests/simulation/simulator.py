@@ -18,6 +18,8 @@ from tests.simulation.kafka import (
     PARTITIONS,
     POISON,
     REFUSED,
+    REJECTED_TOMBSTONE,
+    TOMBSTONE,
     TOO_LARGE,
     UIDS,
     Entry,
@@ -59,6 +61,7 @@ FAULTS = {
         "killed after COMMIT",
     ),
     *("killed before COMMIT", "killed between batches", "killed in COMMIT", "offsets rewound", "partitions lost"),
+    *("tombstone", "tombstone that was a reject", "stored after a tombstone", "erased by a redrive"),
     *("poison", "rebalance", "redrive", "redrive beside a newer version", "refused by PostgreSQL"),
     *("seek after a lost fence", "stall", "superseded", "stopped", "stopped in a batch", "too large"),
     *(
@@ -78,8 +81,11 @@ _NAMES = {
     POISON: "poison",
     REFUSED: "refused by PostgreSQL",
     TOO_LARGE: "too large",
+    TOMBSTONE: "tombstone",
+    REJECTED_TOMBSTONE: "tombstone that was a reject",
 }
-_KINDS = [GOOD] * 20 + [HEAVY, HEAVY, HEAVY, POISON, POISON, REFUSED, TOO_LARGE, TOO_LARGE]
+_KINDS = [GOOD] * 20 + [HEAVY, HEAVY, HEAVY, POISON, POISON, REFUSED, TOO_LARGE, TOO_LARGE, TOMBSTONE, TOMBSTONE]
+_KINDS += [REJECTED_TOMBSTONE]
 _UIDS = [uid for uid in range(UIDS) for _ in range(3 if uid < KEYED_UIDS else 1)]
 
 

@@ -13,7 +13,8 @@ from orderlib.errors import FenceLost, TopicRecreated, TransactionConflict
 from orderlib.ingestion.consumer_core import ConsumerCore
 from orderlib.ingestion.records import (
     Batch,
-    PreparedOrder,
+    OrderChange,
+    Reject,
     StoredVersion,
     TopicPartition,
     WritePlan,
@@ -31,6 +32,7 @@ class Bug(enum.Enum):
     NO_FENCE = "no-fence"
     COMMIT_BEFORE_WRITE = "commit-before-write"
     NO_SUPERSEDED_RULE = "no-superseded-rule"
+    NO_ERASED_POSITION = "no-erased-position"
     REJECT_SKIPPED = "reject-skipped"
     DOUBLE_REDRIVE = "double-redrive"
     NO_TOPIC_ID_CHECK = "no-topic-id-check"
@@ -55,7 +57,7 @@ Told = Callable[[ConsumerCore], None]
 Steps = Generator[Step, None, Told | None]
 #: The key of a row that can be locked: an offset, an order or a reject.
 Row = tuple[str | int, ...]
-Rule = Callable[[Sequence[PreparedOrder], Mapping[str, StoredVersion]], WritePlan]
+Rule = Callable[[Sequence[OrderChange], Mapping[str, StoredVersion]], WritePlan]
 
 
 class Job:
@@ -107,12 +109,10 @@ class Store:
             if self._bug is Bug.COMMIT_BEFORE_WRITE:
                 self._move_offsets(batch)
             yield Step.WORKING
-            prepared_orders = [
-                classified for _, classified in batch.classified if isinstance(classified, PreparedOrder)
-            ]
+            order_changes = [classified for _, classified in batch.classified if not isinstance(classified, Reject)]
             read = self.orders.copy()
             after = read.copy()
-            outcomes = self._store(prepared_orders, after, self._plan)
+            outcomes = self._store(order_changes, after, self._plan)
             self._invariants.on_planned(batch, read, after)
             changed = [uid for uid in sorted(after) if after[uid] is not read.get(uid)]
             yield Step.WORKING
@@ -140,17 +140,13 @@ class Store:
             of_topics = {topic_id for topic_id, _, _ in places}
             yield from self._lock(transaction, [key for key in self.offsets if key[0] in of_topics])
             yield Step.WORKING
-            prepared_orders = {place: self.rejects[place][0].redriven for place in places}
-            uids = sorted(
-                {prepared_order.order_uid for prepared_order in prepared_orders.values() if prepared_order is not None}
-            )
+            redriven = {place: self.rejects[place][0].redriven for place in places}
+            uids = sorted({change.order_uid for change in redriven.values() if change is not None})
             yield from self._lock(transaction, [(uid,) for uid in uids])
             after = self.orders.copy()
             outcomes = {
-                place: Outcome.REJECTED
-                if prepared_order is None
-                else self._store([prepared_order], after, plan_redrive)[0]
-                for place, prepared_order in prepared_orders.items()
+                place: Outcome.REJECTED if change is None else self._store([change], after, plan_redrive)[0]
+                for place, change in redriven.items()
             }
             yield Step.COMMITTING
             for place, outcome in outcomes.items():
@@ -191,26 +187,26 @@ class Store:
 
     # Orders.
 
-    def _plan(self, prepared_orders: Sequence[PreparedOrder], stored: Mapping[str, StoredVersion]) -> WritePlan:
+    def _plan(self, changes: Sequence[OrderChange], stored: Mapping[str, StoredVersion]) -> WritePlan:
         if self._bug is Bug.NO_SUPERSEDED_RULE:
             stored = {uid: _version(v.content_sha256, None) for uid, v in stored.items()}
-        return plan_writes(prepared_orders, stored)
+        if self._bug is Bug.NO_ERASED_POSITION:
+            stored = {uid: version for uid, version in stored.items() if version.content_sha256 is not None}
+        return plan_writes(changes, stored)
 
-    def _store(
-        self, prepared_orders: Sequence[PreparedOrder], stored: dict[str, StoredVersion], rule: Rule
-    ) -> list[Outcome]:
+    def _store(self, changes: Sequence[OrderChange], stored: dict[str, StoredVersion], rule: Rule) -> list[Outcome]:
         """Like ``writes.store``: refused orders are found by bisection, and the others are stored."""
-        if not any(prepared_order.content_sha256 == b"!" for prepared_order in prepared_orders):
-            plan = rule(prepared_orders, stored)
+        if not any(change.content_sha256 == b"!" for change in changes):
+            plan = rule(changes, stored)
             for write in plan.writes:
                 stored[write.order_uid] = _version(write.content_sha256, write.source)
             for uid, move in plan.moves.items():
                 stored[uid] = _version(stored[uid].content_sha256, move.source)
             return list(plan.outcomes)
-        if len(prepared_orders) == 1:
+        if len(changes) == 1:
             return [Outcome.REJECTED]
-        middle = len(prepared_orders) // 2
-        return self._store(prepared_orders[:middle], stored, rule) + self._store(prepared_orders[middle:], stored, rule)
+        middle = len(changes) // 2
+        return self._store(changes[:middle], stored, rule) + self._store(changes[middle:], stored, rule)
 
     def _changes(
         self, uids: Sequence[str], read: Mapping[str, StoredVersion], after: Mapping[str, StoredVersion]
@@ -243,5 +239,5 @@ class Store:
         return sorted(place for place in self.rejects if self._is_waiting(place))
 
 
-def _version(content_sha256: bytes, source: RecordPosition | None) -> StoredVersion:
+def _version(content_sha256: bytes | None, source: RecordPosition | None) -> StoredVersion:
     return StoredVersion(content_sha256=content_sha256, source=source, first_stored_at=None)

@@ -16,10 +16,13 @@ from orderlib.ingestion.records import (
     Batch,
     Headers,
     OffsetRange,
+    OrderChange,
     PreparedOrder,
     Record,
     Reject,
     StoredVersion,
+    Tombstone,
+    Tombstones,
     TopicPartition,
     classify_record,
     may_redrive,
@@ -32,6 +35,7 @@ from orderlib.testing import SAMPLE
 
 SAMPLE_ORDER = decode_order(SAMPLE)
 TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+LATER = TIME + dt.timedelta(days=1)
 
 Stored = dict[str, StoredVersion]
 
@@ -44,44 +48,88 @@ def prepared_order(uid: str, content: int, at: RecordPosition | None) -> Prepare
     return PreparedOrder.of(attrs.evolve(SAMPLE_ORDER, order_uid=uid, sm_id=content), at, TIME if at else None)
 
 
-def version(of: PreparedOrder, number: int = 1) -> StoredVersion:
-    return StoredVersion(content_sha256=of.content_sha256, source=of.source, first_stored_at=None, number=number)
+def tombstone(uid: str, at: RecordPosition) -> Tombstone:
+    return Tombstone(order_uid=uid, source=at, time=TIME)
+
+
+def version(of: OrderChange, number: int = 1, first_stored_at: dt.datetime | None = LATER) -> StoredVersion:
+    return StoredVersion(
+        content_sha256=of.content_sha256, source=of.source, first_stored_at=first_stored_at, number=number
+    )
 
 
 def after(
-    prepared_orders: Sequence[PreparedOrder], stored: Stored, forgotten: Collection[str] = ()
+    changes: Sequence[OrderChange], stored: Stored, forgotten: Collection[str] = ()
 ) -> tuple[Stored, list[Outcome]]:
-    """Return what is stored after a batch, and the outcome of each of its orders."""
-    plan = plan_writes(prepared_orders, stored, forgotten)
-    written = {write.order_uid: version(write, n) for write, n in zip(plan.writes, plan.numbers, strict=True)}
+    """Return what is stored after a batch at LATER, and the outcome of each of its changes."""
+    plan = plan_writes(changes, stored, forgotten)
+    written = {
+        write.order_uid: version(write, number, None if isinstance(write, Tombstone) else first_stored or LATER)
+        for write, number, first_stored in zip(plan.writes, plan.numbers, plan.first_stored, strict=True)
+    }
     moved = {uid: attrs.evolve(stored[uid], source=at.source) for uid, at in plan.moves.items()}
     assert not written.keys() & moved.keys()
     return {**stored, **written, **moved}, list(plan.outcomes)
 
 
-SOURCES = st.none() | st.builds(source, st.integers(0, 5), st.integers(0, 1), st.sampled_from(["first", "recreated"]))
-PREPARED_ORDERS = st.lists(
-    st.builds(prepared_order, st.sampled_from(["a", "b"]), st.integers(0, 2), SOURCES), max_size=12
+SOURCES = st.builds(source, st.integers(0, 5), st.integers(0, 1), st.sampled_from(["first", "recreated"]))
+UIDS = st.sampled_from(["a", "b"])
+CHANGES = st.lists(
+    st.builds(prepared_order, UIDS, st.integers(0, 2), st.none() | SOURCES) | st.builds(tombstone, UIDS, SOURCES),
+    max_size=12,
 )
 
 
-@given(PREPARED_ORDERS, PREPARED_ORDERS, st.sets(st.integers(0, 12)))
+@given(CHANGES, CHANGES, st.sets(st.integers(0, 12)))
 def test_the_final_state_does_not_depend_on_where_batches_are_cut(
-    before: list[PreparedOrder], prepared_orders: list[PreparedOrder], cuts: set[int]
+    before: list[OrderChange], changes: list[OrderChange], cuts: set[int]
 ) -> None:
     stored: Stored = {}
     for one in before:
         stored, _ = after([one], stored)
+    stored = {uid: attrs.evolve(one, first_stored_at=one.first_stored_at and TIME) for uid, one in stored.items()}
     one_by_one = stored
-    for one in prepared_orders:
-        one_by_one, _ = after([one], one_by_one)
+    expected: list[Outcome] = []
+    for one in changes:
+        one_by_one, of_one = after([one], one_by_one)
+        expected += of_one
     outcomes: list[Outcome] = []
-    bounds = sorted({0, len(prepared_orders), *(cut for cut in cuts if cut < len(prepared_orders))})
+    bounds = sorted({0, len(changes), *(cut for cut in cuts if cut < len(changes))})
     for begin, end in pairwise(bounds):
-        stored, of_batch = after(prepared_orders[begin:end], stored)
+        stored, of_batch = after(changes[begin:end], stored)
         outcomes += of_batch
     assert stored == one_by_one
-    assert len(outcomes) == len(prepared_orders)
+    assert len(outcomes) == len(changes)
+    assert outcomes.count(Outcome.ERASED) == expected.count(Outcome.ERASED)
+
+
+def test_a_tombstone_erases_its_order_and_older_records_do_not_bring_it_back() -> None:
+    first, second = (prepared_order("a", content, source(content)) for content in (0, 1))
+    at = tombstone("a", source(2))
+    erased = {"a": version(at, 0, None)}
+    assert after([first, second, at], {}) == (erased, [Outcome.SUPERSEDED, Outcome.SUPERSEDED, Outcome.ERASED])
+    replay: list[OrderChange] = [first, second, at, tombstone("a", source(1))]
+    assert after(replay, erased) == (erased, [Outcome.SUPERSEDED] * 2 + [Outcome.DUPLICATE] * 2)
+    later = tombstone("a", source(3))
+    assert after([later], erased) == ({"a": version(later, 0, None)}, [Outcome.DUPLICATE])
+
+
+def test_a_newer_record_or_a_save_stores_an_erased_order_as_a_first_version() -> None:
+    erased = {"a": version(tombstone("a", source(2)), 0, None)}
+    for newer in (prepared_order("a", 0, source(3)), prepared_order("a", 0, None)):
+        assert after([newer], erased) == ({"a": version(newer)}, [Outcome.STORED])
+
+
+def test_an_order_that_follows_a_tombstone_in_its_batch_is_a_first_version() -> None:
+    stored = {"a": version(prepared_order("a", 0, source(0)), 7, TIME)}
+    last = prepared_order("a", 2, source(3))
+    changes: list[OrderChange] = [prepared_order("a", 1, source(1)), tombstone("a", source(2)), last]
+    assert after(changes, stored) == ({"a": version(last)}, [Outcome.SUPERSEDED, Outcome.ERASED, Outcome.STORED])
+
+
+def test_a_replayed_tombstone_does_not_erase_a_newer_order() -> None:
+    stored = {"a": version(prepared_order("a", 0, source(3)))}
+    assert after([tombstone("a", source(2))], stored) == (stored, [Outcome.SUPERSEDED])
 
 
 def test_the_last_record_of_an_order_is_stored_and_the_earlier_ones_are_superseded() -> None:
@@ -169,6 +217,18 @@ def test_a_redriven_reject_replaces_only_an_earlier_version_of_its_partition(
     assert plan.moves == {}
 
 
+@pytest.mark.parametrize("at", [source(6), source(4, partition=1)])
+def test_a_redrive_does_not_store_an_order_that_was_erased_later_or_elsewhere(at: RecordPosition) -> None:
+    erased = {"a": version(tombstone("a", at), 0, None)}
+    assert plan_redrive([prepared_order("a", 1, source(5))], erased).outcomes == (Outcome.SUPERSEDED,)
+
+
+def test_a_redriven_tombstone_erases_only_an_earlier_version_of_its_partition() -> None:
+    for offset, outcome in ((4, Outcome.ERASED), (6, Outcome.SUPERSEDED)):
+        stored = {"a": version(prepared_order("a", 0, source(offset)))}
+        assert plan_redrive([tombstone("a", source(5))], stored).outcomes == (outcome,)
+
+
 def test_a_redriven_reject_of_a_missing_order_is_stored() -> None:
     reject = prepared_order("a", 1, source(5))
     assert plan_redrive([reject], {}).writes == (reject,)
@@ -193,6 +253,22 @@ def test_a_record_is_an_order_or_a_reject_with_all_of_its_content(value: bytes |
         assert isinstance(classified, Reject)
         assert (classified.code, classified.record) == (code, record)
         assert classified.total_faults >= 1
+
+
+@pytest.mark.parametrize("key", [b"a", b"..a", b"A-Z.0:9_", b"k" * 128])
+def test_a_record_with_an_order_uid_and_no_value_is_a_tombstone_only_if_that_is_switched_on(key: bytes) -> None:
+    record = Record(source=source(7), time=TIME, topic="orders", key=key, value=None)
+    assert isinstance(classify_record(record, 100), Reject)
+    assert classify_record(record, 100, tombstones=Tombstones.ERASE) == tombstone(key.decode(), source(7))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(b"a", b""), *((key, None) for key in (None, b"", b"..", b"a b", b"a\n", b"\xff", b"k" * 129))],
+)
+def test_other_records_without_an_order_are_rejects_all_the_same(key: bytes | None, value: bytes | None) -> None:
+    record = Record(source=source(7), time=TIME, topic="orders", key=key, value=value)
+    assert isinstance(classify_record(record, 100, tombstones=Tombstones.ERASE), Reject)
 
 
 @pytest.mark.parametrize(
@@ -240,22 +316,18 @@ def test_a_reject_leaves_out_and_names_the_parts_that_fit_into_no_row(
     assert reject.total_faults == 1 + len(left_out)
 
 
-@given(PREPARED_ORDERS, PREPARED_ORDERS, st.sets(st.integers(0, 12)))
+@given(CHANGES, CHANGES, st.integers(0, 12))
 def test_a_forgotten_order_is_never_stored_and_leaves_the_other_orders_as_they_are(
-    before: list[PreparedOrder], prepared_orders: list[PreparedOrder], cuts: set[int]
+    before: list[OrderChange], changes: list[OrderChange], cut: int
 ) -> None:
     stored, _ = after(before, {})
-    expected, _ = after(
-        [one for one in prepared_orders if one.order_uid != "a"], {"b": stored["b"]} if "b" in stored else {}
-    )
-    stored.pop("a", None)
-    outcomes: list[Outcome] = []
-    bounds = sorted({0, len(prepared_orders), *(cut for cut in cuts if cut < len(prepared_orders))})
-    for begin, end in pairwise(bounds):
-        stored, of_batch = after(prepared_orders[begin:end], stored, forgotten={"a"})
-        outcomes += of_batch
+    others = {uid: one for uid, one in stored.items() if uid != "a"}
+    expected, _ = after([one for one in changes if one.order_uid != "a"], others)
+    stored, first = after(changes[:cut], others, forgotten={"a"})
+    stored, second = after(changes[cut:], stored, forgotten={"a"})
     assert stored == expected
-    assert [outcome == Outcome.FORGOTTEN for outcome in outcomes] == [one.order_uid == "a" for one in prepared_orders]
+    is_forgotten = [outcome == Outcome.FORGOTTEN for outcome in first + second]
+    assert is_forgotten == [one.order_uid == "a" for one in changes]
 
 
 def test_a_redrive_does_not_store_a_forgotten_order() -> None:

@@ -8,6 +8,7 @@ import attrs
 import pytest
 
 from orderlib import ConfigurationError
+from orderlib.ingestion.records import Tombstones
 from services.settings import (
     RESERVED_KAFKA_PROPERTIES,
     Address,
@@ -49,8 +50,10 @@ def test_every_setting_of_the_consumer_is_read() -> None:
             "ORDERS_MAX_RECORD_BYTES": "1000",
             "ORDERS_METRICS_BIND": "[::1]:0",
             "ORDERS_BREAKER_FRACTION": "0",
+            "ORDERS_TOMBSTONES": "erase",
         }
     )
+    assert settings.tombstones is Tombstones.ERASE
     assert (settings.kafka.topic, settings.group, settings.max_record_bytes) == ("other", "other-group", 1000)
     assert (settings.metrics_bind, settings.breaker_fraction) == (Address(host="[::1]", port=0), 0)
 
@@ -114,6 +117,12 @@ def test_an_error_names_the_missing_setting(
             {},
             "ORDERS_MAX_RECORD_BYTES must be an integer of at least 1",
             ["0", "-1", "1.5", "8 MiB", "1e6", "9" * 16, "\N{ARABIC-INDIC DIGIT ONE}"],
+        ),
+        (
+            ConsumerSettings.from_mapping,
+            CONSUMER,
+            "ORDERS_TOMBSTONES must be reject or erase",
+            ["on", "ERASE", "deletes", "erase "],
         ),
         (
             ConsumerSettings.from_mapping,
