@@ -16,6 +16,7 @@ from orderlib.models import Delivery, Order, Payment
 from orderlib.repository import MAX_OFFSET, MAX_PAGE_SIZE, MAX_PARTITION, PAGE_SIZE, OrderSummary, Outcome, RecordState
 from orderlib.search import SearchField
 from services.api.error_handlers import PROBLEM_JSON
+from services.api.orders import META
 from services.api.parameters import MAX_SEARCH_CHARS, ORDER_FILTERS, PERIOD
 from services.api.records import MAX_WAIT_S, TOPIC_PATTERN
 
@@ -89,7 +90,10 @@ def document() -> dict[str, Any]:
         "200": {
             "description": "The order, as JSON or as an HTML page.",
             "headers": headers,
-            "content": {_JSON: {"schema": order}, "text/html": {"schema": {"type": "string"}}},
+            "content": {
+                _JSON: {"schema": {"$ref": "#/components/schemas/OrderWithMeta"}},
+                "text/html": {"schema": {"type": "string"}},
+            },
         },
         "304": {"description": "The client has the current version.", "headers": headers},
         "400": _BAD_REQUEST,
@@ -120,6 +124,14 @@ def document() -> dict[str, Any]:
         "sent, with the SHA-256 of these bytes as ETag. Only an order with fields that this service does not know has "
         "an original; for others the response is 404.",
         "schema": {"type": "string", "enum": ["json", "original"]},
+    }
+    meta = {
+        "name": "meta",
+        "in": "query",
+        "description": "Add the member `meta` to each order: times, version, position in Kafka, and whether it has an "
+        "original. Of one order, the ETag is then the SHA-256 of the response. Not with `format=original`; ignored for "
+        "pages.",
+        "schema": {"type": "string", "enum": ["1"]},
     }
     view = {
         "name": "view",
@@ -267,12 +279,16 @@ def document() -> dict[str, Any]:
         "security": [{"bearer": []}, {"basic": []}],
         "paths": {
             "/orders/{order_uid}": {
-                "parameters": [order_uid, if_none_match, order_format, view],
+                "parameters": [order_uid, if_none_match, order_format, meta, view],
                 "get": {"operationId": "getOrder", "summary": "Return an order", "responses": one},
                 "head": {"operationId": "headOrder", "summary": "Return the headers of an order", "responses": one},
             },
             "/orders": {
-                "parameters": [as_json, *({"in": "query", "required": False, **parameter} for parameter in query)],
+                "parameters": [
+                    as_json,
+                    meta,
+                    *({"in": "query", "required": False, **parameter} for parameter in query),
+                ],
                 "get": {
                     "operationId": "listOrders",
                     "summary": "List orders, newest first",
@@ -380,10 +396,55 @@ def document() -> dict[str, Any]:
                     "type": "object",
                     "required": ["orders", "next_cursor"],
                     "properties": {
-                        "orders": {"type": "array", "maxItems": MAX_PAGE_SIZE, "items": order},
+                        "orders": {
+                            "type": "array",
+                            "maxItems": MAX_PAGE_SIZE,
+                            "items": {"$ref": "#/components/schemas/OrderWithMeta"},
+                        },
                         "next_cursor": {
                             "type": ["string", "null"],
                             "description": "Continues the list in the same direction; null on the last page.",
+                        },
+                    },
+                },
+                "OrderWithMeta": {
+                    "allOf": [order, {"properties": {"meta": {"$ref": "#/components/schemas/Meta"}}}],
+                },
+                "Meta": {
+                    "description": "Only with `meta=1`: what the database knows about an order.",
+                    "type": "object",
+                    "required": [*META, "position"],
+                    "properties": {
+                        "first_stored_at": {
+                            "type": "string",
+                            "format": "date-time",
+                            "description": "When an order with this order_uid was first stored.",
+                        },
+                        "stored_at": {
+                            "type": "string",
+                            "format": "date-time",
+                            "description": "When the current version was stored.",
+                        },
+                        "version": {
+                            "type": "integer",
+                            "minimum": 1,
+                            "description": "Counts the versions of this order_uid.",
+                        },
+                        "has_original": {
+                            "type": "boolean",
+                            "description": "Whether it was sent with fields that this service does not know. "
+                            "`format=original` returns them.",
+                        },
+                        "position": {
+                            "description": "The record that last confirmed the content; null for an order that was not "
+                            "read from Kafka.",
+                            "type": ["object", "null"],
+                            "required": ["topic_id", "partition", "offset"],
+                            "properties": {
+                                "topic_id": {"type": "string"},
+                                "partition": {"type": "integer", "minimum": 0, "maximum": MAX_PARTITION},
+                                "offset": {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET},
+                            },
                         },
                     },
                 },

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from urllib.parse import urlencode
 
+import attrs
 import falcon
 import msgspec
 from falcon.asgi import Request, Response
 
 from orderlib.codecs import encode_order
 from orderlib.errors import InvalidQuery
-from orderlib.repository import PAGE_SIZE, AsyncOrderRepository, Cursor, Direction, ListOptions, Page
+from orderlib.repository import PAGE_SIZE, AsyncOrderRepository, Cursor, Direction, ListOptions, Page, StoredOrder
 from services.api.deadline import with_deadline
 from services.api.negotiation import known_etags, prefers_page, require_acceptable
 from services.api.pages import Pages
@@ -21,6 +22,7 @@ from services.api.parameters import (
     FILTERS,
     PERIOD,
     bad_parameter,
+    flag_parameter,
     limit_parameter,
     single_parameter,
     text_parameter,
@@ -29,6 +31,9 @@ from services.api.parameters import (
 
 _REVALIDATE = "private, no-cache"
 
+#: The parts of ``?meta=1`` besides the position.
+META = ("first_stored_at", "stored_at", "version", "has_original")
+
 #: In a URL, this character before a cursor means Direction.NEWER. Base64 does not use it.
 _NEWER = "~"
 
@@ -36,7 +41,7 @@ _NEWER = "~"
 class OrderResource:
     """``/orders/{order_uid}``."""
 
-    PARAMETERS = frozenset({"format", "view"})
+    PARAMETERS = frozenset({"format", "meta", "view"})
 
     def __init__(self, reader: AsyncOrderRepository, pages: Pages) -> None:
         self._reader = reader
@@ -45,7 +50,10 @@ class OrderResource:
     @with_deadline
     async def on_get(self, req: Request, resp: Response, order_uid: str) -> None:
         """Return the order, or 304 if the client has the current version; a 304 costs one read by primary key."""
+        with_meta = flag_parameter(req, "meta")
         if req.params.get("format") == "original":
+            if with_meta:
+                raise bad_parameter("meta", "none with format=original", "one")
             await self._show_original(req, resp, order_uid)
             return
         require_acceptable(req)
@@ -62,16 +70,24 @@ class OrderResource:
             self._pages.show(resp, "order.html", stored=stored, statuses=statuses, query="")
             return
         resp.set_header("Cache-Control", _REVALIDATE)
-        if known := known_etags(req):
+        known = known_etags(req)
+        if known and not with_meta:
             etag = (await self._reader.content_sha256(order_uid)).hex()
             if _is_not_modified(resp, etag, known):
                 req.context.order_uid = order_uid
                 return
         stored = await self._reader.get_stored(order_uid)
         req.context.order_uid = order_uid
-        resp.set_header("ETag", f'"{stored.content_sha256.hex()}"')
+        etag, data = stored.content_sha256.hex(), encode_order(stored.order)
+        if with_meta:
+            # The position may move while the content stays the same.
+            data = _with_meta(stored)
+            etag = hashlib.sha256(data).hexdigest()
+            if _is_not_modified(resp, etag, known):
+                return
+        resp.set_header("ETag", f'"{etag}"')
         resp.content_type = falcon.MEDIA_JSON
-        resp.data = encode_order(stored.order)
+        resp.data = data
 
     async def _show_original(self, req: Request, resp: Response, order_uid: str) -> None:
         """Return the order byte for byte as it was sent. The ETag is the SHA-256 of these bytes."""
@@ -105,7 +121,7 @@ def _is_not_modified(resp: Response, etag: str, known: Collection[str]) -> bool:
 class OrdersResource:
     """``/orders``: a page of the list, newest first."""
 
-    PARAMETERS = frozenset({"limit", "cursor", *FILTERS, *PERIOD, "format"})
+    PARAMETERS = frozenset({"limit", "cursor", *FILTERS, *PERIOD, "format", "meta"})
 
     def __init__(self, reader: AsyncOrderRepository, pages: Pages) -> None:
         self._reader = reader
@@ -115,6 +131,7 @@ class OrdersResource:
     async def on_get(self, req: Request, resp: Response) -> None:
         """Return a page of orders; JSON costs two queries."""
         require_acceptable(req)
+        encode = _with_meta if flag_parameter(req, "meta") else _without_meta
         limit = limit_parameter(req)
         cursor, direction = _cursor(req)
         texts = {name: text_parameter(req, name) for name in FILTERS}
@@ -133,7 +150,7 @@ class OrdersResource:
         if not prefers_page(req):
             resp.set_header("Cache-Control", _REVALIDATE)
             resp.content_type = falcon.MEDIA_JSON
-            resp.data = _encoded(page, direction)
+            resp.data = _encoded(page, direction, encode)
             return
         if direction is Direction.NEWER and page.next_cursor is None and len(page.orders) < limit:
             # Back at the top: show a full page, not only the few orders that are newer.
@@ -172,8 +189,19 @@ class OrdersResource:
     on_head = on_get
 
 
-def _encoded(page: Page, direction: Direction) -> bytes:
-    orders = b",".join(encode_order(stored.order) for stored in page.orders)
+def _without_meta(stored: StoredOrder) -> bytes:
+    return encode_order(stored.order)
+
+
+def _with_meta(stored: StoredOrder) -> bytes:
+    """Return the JSON of an order with one more member: what the database knows about it."""
+    position = stored.position and attrs.asdict(stored.position)
+    meta = {**{name: getattr(stored, name) for name in META}, "position": position}
+    return encode_order(stored.order)[:-1] + b',"meta":' + msgspec.json.encode(meta) + b"}"
+
+
+def _encoded(page: Page, direction: Direction, encode: Callable[[StoredOrder], bytes]) -> bytes:
+    orders = b",".join(map(encode, page.orders))
     next_cursor = _cursor_text(page.next_cursor, direction) if page.next_cursor else None
     return b'{"orders":[%b],"next_cursor":%b}' % (orders, msgspec.json.encode(next_cursor))
 

@@ -100,6 +100,14 @@ def limit_parameter(req: Request) -> int:
     return int(text)
 
 
+def flag_parameter(req: Request, name: str) -> bool:
+    """Return whether a parameter is present. Its only value is ``1``."""
+    text = single_parameter(req, name)
+    if text not in {None, "1"}:
+        raise bad_parameter(name, "1", "another value")
+    return text is not None
+
+
 def single_parameter(req: Request, name: str) -> str | None:
     """Return the value of a parameter, or None. ``ParametersMiddleware`` has refused several values."""
     value = req.params.get(name)

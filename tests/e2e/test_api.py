@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 
 import attrs
 import jsonschema
+import psycopg
 import pytest
 
 import orderlib
@@ -141,6 +142,43 @@ def test_the_list_has_orders_as_they_were_sent(api: Service, store: orderlib.Pos
     assert answer.headers["Cache-Control"] == "private, no-cache"
 
 
+def test_meta_adds_times_version_and_position_and_says_whether_the_order_has_more_fields(
+    api: Service, store: orderlib.PostgresOrderRepository, module_database: Database
+) -> None:
+    saved = order("with-meta")
+    store.save(saved)
+    store.save(saved, original=orderlib.encode_order(saved)[:-1] + b',"later":1}')
+    plain = json.loads(orderlib.encode_order(saved))
+    path = "/orders/with-meta?meta=1"
+    first = api.get(path)
+    stored = store.get_stored("with-meta")
+    assert first.json == {
+        **plain,
+        "meta": {
+            "first_stored_at": stored.first_stored_at.isoformat().replace("+00:00", "Z"),
+            "stored_at": stored.stored_at.isoformat().replace("+00:00", "Z"),
+            "version": 2,
+            "has_original": True,
+            "position": None,
+        },
+    }
+    assert first.json in api.get("/orders?meta=1&limit=100").json["orders"]
+    assert plain in api.get("/orders?limit=100").json["orders"]
+    known = {"If-None-Match": first.headers["ETag"]}
+    assert api.get(path, known).status == 304
+    assert api.get("/orders/with-meta", known).status == 200
+
+    # A duplicate moves the position only.
+    with psycopg.connect(module_database.superuser_url) as superuser:
+        superuser.execute(
+            "UPDATE orders SET source_topic_id = 'id', source_partition = 3, source_offset = 9007199254740992,"
+            " source_time = now() WHERE order_uid = 'with-meta'"
+        )
+    moved = api.get(path, known)
+    assert moved.json["meta"]["position"] == {"topic_id": "id", "partition": 3, "offset": 2**53}
+    assert moved.status == 200
+
+
 def test_filters_are_exact_and_an_order_must_match_both(api: Service, store: orderlib.PostgresOrderRepository) -> None:
     for uid, customer, track in [("f1", "Ann", "T1"), ("f2", "Ann", "T2"), ("f3", "ann", "T1"), ("f4", "Ann ", "T1")]:
         store.save(order(uid, customer_id=customer, track_number=track))
@@ -186,7 +224,14 @@ def test_a_period_selects_by_the_first_time_that_an_order_was_stored(
         # If these were ignored, the list would show the orders of all customers.
         *("customer_id=", "track_number", "custmer_id=a"),
         # A plus sign in a query means a blank.
-        *("since=", "since=yesterday", "until=2026-01-31T12:00:00", "since=2026-01-31T12:00:00+00:00"),
+        *(
+            "since=",
+            "since=yesterday",
+            "until=2026-01-31T12:00:00",
+            "since=2026-01-31T12:00:00+00:00",
+            "meta=0",
+            "meta=",
+        ),
     ],
 )
 def test_a_bad_parameter_is_named(api: Service, query: str) -> None:
