@@ -1,11 +1,11 @@
-"""One snapshot of everything that is stored, for reconcile."""
+"""One snapshot of everything that is stored."""
 
 from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import psycopg
 
@@ -21,6 +21,8 @@ from orderlib.postgres.connections import Connection, connect
 from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.migrate import check_schema
 from orderlib.postgres.rows import JOINED_WIDTH, order_from_rows
+from orderlib.postgres.using import using
+from orderlib.repository import Filters, StoredOrder
 
 _FETCH_SIZE = 500
 #: The columns of the content. Those of delivery or payment are null if that part is missing.
@@ -110,6 +112,17 @@ class Snapshot:
         """Yield each original with the time when its order was stored, one at a time."""
         with self._connection.cursor() as cursor:
             yield from cursor.stream(queries.ALL_ORIGINALS, binary=True)
+
+    def stream(self, **filters: Unpack[Filters]) -> Iterator[StoredOrder]:
+        """Yield orders, newest first, like ``OrderRepository.stream``."""
+        return using(self._connection).stream(**filters)
+
+    def original(self, order_uid: str) -> bytes:
+        """Return the original of an order that has one."""
+        with psycopg.RawCursor(self._connection) as cursor:
+            [(_, value)] = cursor.execute(queries.ORIGINALS, [[order_uid]], binary=True)
+        assert isinstance(value, bytes)
+        return value
 
     def orphans(self) -> Iterator[tuple[str, str]]:
         """Yield (table, order_uid) of each row of another table whose order is not stored."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import orderlib
+from orderlib.postgres.snapshot import Snapshot, snapshot
 from orderlib.repository import Filters, StoredOrder
 from services.admin.output import Progress, count_of, printable, rfc3339_time
 from services.admin.schema import APPLICATION_NAME, Commands
@@ -19,6 +20,7 @@ from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import database_url
 
 _PROGRESS_EVERY_S = 0.2
+_BREAKS_TO_SPACES = bytes.maketrans(b"\r\n", b"  ")
 
 
 def add_commands(commands: Commands) -> None:
@@ -27,7 +29,8 @@ def add_commands(commands: Commands) -> None:
         "export",
         help="print all orders as JSON lines",
         description="Print the current version of every order from one snapshot, as canonical JSON, one order a line, "
-        "newest first (ORDERS_READER_URL). `sender --file` sends the lines again; `tac` reverses them, so that the "
+        "newest first (ORDERS_READER_URL). Of an order with fields that orderlib does not know it prints the original, "
+        "with spaces in place of line breaks. `sender --file` sends the lines again; `tac` reverses them, so that the "
         "list keeps its sequence. Memory does not depend on the number of orders. On a terminal, control characters "
         "are escaped.",
         epilog="On Ctrl-C or SIGTERM it ends after a complete line, with exit status 1. A second signal ends it "
@@ -48,18 +51,15 @@ def add_commands(commands: Commands) -> None:
 
 def _export(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_READER_URL")
-    with (
-        orderlib.connect(url, application_name=APPLICATION_NAME, max_connections=1) as repository,
-        _stop_on_signal() as stop_event,
-    ):
+    with snapshot(url, APPLICATION_NAME) as stored_orders, _stop_on_signal() as stop_event:
         exported = 0
         # On a terminal the lines themselves show the progress.
         progress = None if sys.stdout.isatty() else Progress("orders")
         shown_s = time.monotonic()
-        for stored in _selected(repository, options.customer, options.since):
+        for stored in _selected(stored_orders, options.customer, options.since):
             if stop_event.is_set():
                 break
-            _print_order(stored)
+            _print_line(_line(stored_orders, stored))
             exported += 1
             if progress is not None and time.monotonic() - shown_s >= _PROGRESS_EVERY_S:
                 shown_s = time.monotonic()
@@ -74,17 +74,23 @@ def _export(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return EXIT_DONE
 
 
-def _selected(
-    repository: orderlib.OrderRepository, customer_id: str | None, since: dt.datetime | None
-) -> Iterator[StoredOrder]:
+def _selected(stored_orders: Snapshot, customer_id: str | None, since: dt.datetime | None) -> Iterator[StoredOrder]:
     filters: Filters = {"customer_id": customer_id}
     # An old order may have changed lately, and no index knows when: read them all.
-    return (stored for stored in repository.stream(**filters) if since is None or stored.stored_at >= since)
+    return (stored for stored in stored_orders.stream(**filters) if since is None or stored.stored_at >= since)
 
 
-def _print_order(stored: StoredOrder) -> None:
-    text = orderlib.encode_order(stored.order) + b"\n"
-    # The canonical bytes for programs. A terminal would obey control characters in them.
+def _line(stored_orders: Snapshot, stored: StoredOrder) -> bytes:
+    """Return an order as one line of JSON, with all fields that were sent."""
+    if not stored.has_original:
+        return orderlib.encode_order(stored.order)
+    # Only between the parts of a JSON text are line breaks allowed, so the content stays equal.
+    return stored_orders.original(stored.order.order_uid).translate(_BREAKS_TO_SPACES)
+
+
+def _print_line(line: bytes) -> None:
+    text = line + b"\n"
+    # The same bytes for programs. A terminal would obey control characters in them.
     sys.stdout.buffer.write(printable(text.decode()).encode() if sys.stdout.isatty() else text)
 
 

@@ -59,13 +59,17 @@ def test_an_export_sent_to_a_new_topic_gives_an_empty_database_equal_content(
         SAMPLE_ORDER, order_uid="strange", entry="\u2028\x85 \x0b\\n\U0001f600 line\nbreak", locale="\r"
     )
     save(database, strange)
+    unknown = attrs.evolve(SAMPLE_ORDER, order_uid="unknown")
+    with orderlib.connect(database.writer_url) as repository:
+        original = orderlib.encode_order(unknown)[:-1] + b',\r\n"\\ud800 \\n":\n[\n1.0 ,\n"\\n"\n]\n}\n'
+        repository.save(unknown, original=original)
     expected = digests(database)
-    assert len(expected) == 701
+    assert len(expected) == 702
     exported = succeed("admin export", environ)
     # One partition, so that the consumer stores the orders in the sequence of the lines.
     elsewhere = {**environ, **other_database.environ(), "ORDERS_TOPIC": make_topic(partitions=1)}
     lines = exported.encode().splitlines(keepends=True)
-    assert len(lines) == 701
+    assert len(lines) == 702
     sent = run("sender --file -", elsewhere, stdin=b"".join(reversed(lines)))
     assert (sent.returncode, sent.stderr) == (0, "")
     succeed("consumer --exit-at-end", elsewhere)
