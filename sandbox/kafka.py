@@ -42,7 +42,9 @@ share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 # A killed broker can register again only after its old session has expired; the default is 9 s.
 broker.session.timeout.ms=2000
-broker.heartbeat.interval.ms=300
+broker.heartbeat.interval.ms=500
+# Otherwise an idle broker writes two records a second, half of its CPU time.
+metadata.max.idle.interval.ms=0
 # Tests send records with old timestamps, so no record may be deleted because of its age.
 log.retention.ms=-1
 # The default of 128 MB would be a third of the heap.

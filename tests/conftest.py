@@ -23,6 +23,44 @@ from sandbox import Sandbox, running_sandbox
 
 ROOT = Path(__file__).parent.parent
 
+#: Numbers that differ if anything in the database was created, altered, dropped, granted or set.
+_DEFINITION = " UNION ALL ".join(
+    f"SELECT count(*), max(xmin::text::bigint) FROM {catalog}"
+    for catalog in (
+        *(
+            "pg_attrdef",
+            "pg_attribute",
+            "pg_class",
+            "pg_constraint",
+            "pg_default_acl",
+            "pg_description",
+            "pg_extension",
+        ),
+        *(
+            "pg_index",
+            "pg_inherits",
+            "pg_largeobject_metadata",
+            "pg_namespace",
+            "pg_policy",
+            "pg_proc",
+            "pg_publication",
+        ),
+        *("pg_rewrite", "pg_statistic_ext", "pg_trigger", "pg_type", "schema_migrations"),
+        "pg_database WHERE datname = current_database()",
+        "pg_db_role_setting WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())",
+    )
+).encode()
+_TABLES = """
+SELECT oid::regclass::text, pg_total_relation_size(oid) FROM pg_class
+WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace AND relname <> 'schema_migrations'
+"""
+_END_SESSIONS = """
+SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
+#: A database with tables of this size in total is dropped: deleted rows are still there.
+_LARGE_BYTES = 4 * 1024 * 1024
+
 #: The sandbox's settings as JSON, for a run of tests inside a test.
 SHARED_SANDBOX = "TESTS_SANDBOX"
 
@@ -110,6 +148,14 @@ def drop_database(sandbox: Sandbox, database: Database) -> None:
         connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
 
+def delete_rows(superuser: psycopg.Connection) -> None:
+    """Delete every order, reject and offset. TRUNCATE of all tables takes fifty times longer."""
+    superuser.execute("SET session_replication_role = replica")
+    for name, _ in superuser.execute(_TABLES).fetchall():
+        superuser.execute(f"DELETE FROM {name}")
+    superuser.execute("RESET session_replication_role")
+
+
 @pytest.fixture(scope="session")
 def _template(sandbox: Sandbox) -> str:
     database = make_database(sandbox)
@@ -128,12 +174,41 @@ def empty_database(sandbox: Sandbox) -> Iterator[Database]:
     drop_database(sandbox, database)
 
 
+@pytest.fixture(scope="session")
+def _unused_databases() -> list[tuple[Database, object]]:
+    """Migrated databases without rows that earlier tests left, with their definitions."""
+    return []
+
+
 @pytest.fixture
-def database(sandbox: Sandbox, _template: str) -> Iterator[Database]:
-    """A migrated database for the test, without orders."""
-    database = make_database(sandbox, _template)
+def database(sandbox: Sandbox, _template: str, _unused_databases: list[tuple[Database, object]]) -> Iterator[Database]:
+    """A migrated database for the test, without orders: one of an earlier test if that has left it unchanged."""
+    if _unused_databases:
+        database, definition = _unused_databases.pop()
+    else:
+        database = make_database(sandbox, _template)
+        with psycopg.connect(database.superuser_url) as superuser:
+            definition = superuser.execute(_DEFINITION).fetchall()
     yield database
-    drop_database(sandbox, database)
+    if _empty(database, definition):
+        _unused_databases.append((database, definition))
+    else:
+        drop_database(sandbox, database)
+
+
+def _empty(database: Database, definition: object) -> bool:
+    """Delete all rows, which is ten times faster than a new database. Return False if that does not make it as new."""
+    try:
+        with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+            superuser.execute(_END_SESSIONS)
+            if superuser.execute(_DEFINITION).fetchall() != definition:
+                return False
+            if sum(size for _, size in superuser.execute(_TABLES)) > _LARGE_BYTES:
+                return False
+            delete_rows(superuser)
+    except psycopg.Error:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.snapshot import snapshot
 from orderlib.repository import RecordPosition
 from orderlib.testing import SAMPLE
-from tests.conftest import Database
+from tests.conftest import Database, delete_rows
 
 SAMPLE_ORDER = orderlib.decode_order(SAMPLE)
 GROUP, TOPIC, TOPIC_ID = "order-consumer", "orders", "BBBBBBBBBBBBBBBBBBBBBB"
@@ -188,7 +188,7 @@ def test_no_real_history_is_a_discrepancy(
     module_database: Database, actions: list[tuple[object, ...]], max_bytes: int, tombstones: Tombstones
 ) -> None:
     with psycopg.connect(module_database.superuser_url, autocommit=True) as connection:
-        connection.execute("TRUNCATE orders, rejects, erased, forgotten, consumer_offsets, consumer_groups CASCADE")
+        delete_rows(connection)
     history = History(module_database)
     for name, *arguments in actions:
         getattr(history, str(name))(*arguments)
