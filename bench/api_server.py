@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import uuid
 from collections.abc import Coroutine
 from typing import Any
 
@@ -152,7 +151,7 @@ class _SyncHello:
 
 
 def _make_id() -> str:
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()
 
 
 def build(application: str) -> Any:

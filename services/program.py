@@ -6,7 +6,6 @@ stopped itself, 2 usage, configuration or set-up.
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import logging
 import sys
@@ -40,9 +39,10 @@ class _LineHandler(logging.StreamHandler[TextIO]):
     def write_line(self, line: str) -> None:
         self.acquire()
         try:
-            with contextlib.suppress(OSError, ValueError):
-                self.stream.write(line + "\n")
-                self.stream.flush()
+            self.stream.write(line + "\n")
+            self.stream.flush()
+        except (OSError, ValueError):
+            pass
         finally:
             self.release()
 
@@ -51,6 +51,7 @@ class _LineHandler(logging.StreamHandler[TextIO]):
 
 def set_up_logging(stream: TextIO | None = None, level: int = logging.INFO) -> None:
     """Send events, and the warnings of libraries, to a stream (stderr). Call this once, when the program starts."""
+    global log  # noqa: PLW0603 - the program has one logger
     set_up_streams()
     stream = stream or sys.stderr
     first: list[Processor] = [structlog.processors.format_exc_info]
@@ -74,9 +75,9 @@ def set_up_logging(stream: TextIO | None = None, level: int = logging.INFO) -> N
         processors=[*first, render],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=lambda *_: handler,
-        # The API writes a line for each request.
-        cache_logger_on_first_use=True,
     )
+    # The API writes a line for each request: do not look up the configuration for each.
+    log = structlog.get_logger().bind()
 
 
 def _render_json(_logger: object, method: str, fields: EventDict) -> str:

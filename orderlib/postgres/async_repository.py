@@ -190,9 +190,9 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
     It connects when a call needs a connection, at most ``max_connections`` times at once, so it can be created while
     PostgreSQL is down. Each new connection checks the schema, and raises ConfigurationError if that is behind. A call
     raises DatabaseUnavailable after ``connection_timeout_s`` without a connection, and after ``timeout_s`` without an
-    answer; then the connection is closed. ``get`` and ``get_stored`` share round trips with concurrent calls of the
-    same event loop. A cancelled save is either stored completely or not at all. Close the repository, or use it in
-    ``async with``. After that, and in a forked process, calls raise ConfigurationError.
+    answer; then the connection is closed. ``get``, ``get_stored`` and ``content_sha256`` share round trips with
+    concurrent calls of the same event loop. A cancelled save is either stored completely or not at all. Close the
+    repository, or use it in ``async with``. After that, and in a forked process, calls raise ConfigurationError.
     """
 
     def __init__(
@@ -227,10 +227,17 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
 
     async def get_stored(self, order_uid: str) -> StoredOrder:
         """See ``OrderRepository.get_stored``. Concurrent calls share round trips."""
+        return await self._shared().orders.get(order_uid, Call(self._pool))
+
+    async def content_sha256(self, order_uid: str) -> bytes:
+        """See ``OrderRepository.content_sha256``. Concurrent calls share round trips."""
+        return await self._shared().digests.get(order_uid, Call(self._pool))
+
+    def _shared(self) -> SharedReads:
         shared_reads = self._shared_reads
-        if shared_reads is None or not shared_reads.is_of_this_loop:
+        if shared_reads is None or not shared_reads.are_of_this_loop:
             shared_reads = self._shared_reads = SharedReads(self._read_within)
-        return await shared_reads.get_stored(order_uid, Call(self._pool))
+        return shared_reads
 
     async def _read(self, read: Callable[[ReadQueries], PQGen[T]], timeout_s: float | None = None, /) -> T:
         return await self._read_within(read, Call(self._pool, timeout_s))

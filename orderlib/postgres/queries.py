@@ -160,6 +160,7 @@ ORDER BY record_offset LIMIT $5::bigint
 
 #: The content digest of an order: one primary key lookup.
 GET_CONTENT_SHA256: LiteralString = "SELECT content_sha256 FROM orders WHERE order_uid = $1"
+GET_CONTENT_SHA256_OF_ORDERS: LiteralString = "SELECT order_uid, content_sha256 FROM orders WHERE order_uid = ANY($1)"
 
 #: The original of an order; null if it has none.
 GET_ORIGINAL: LiteralString = """

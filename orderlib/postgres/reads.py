@@ -97,6 +97,11 @@ class ReadQueries:
         """See ``OrderRepository.content_sha256``."""
         return self._value(queries.GET_CONTENT_SHA256, order_uid)
 
+    def many_content_sha256(self, order_uids: list[str]) -> PQGen[dict[str, bytes | None]]:
+        """Return the digests of those of these orders that exist, by order_uid."""
+        [rows] = yield from self._wire.pipeline((queries.GET_CONTENT_SHA256_OF_ORDERS, [order_uids]))
+        return dict(rows)
+
     def original(self, order_uid: str) -> PQGen[bytes | None]:
         """See ``OrderRepository.original``."""
         return self._value(queries.GET_ORIGINAL, order_uid)

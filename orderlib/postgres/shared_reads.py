@@ -1,4 +1,4 @@
-"""Concurrent reads of single orders in one event loop share round trips.
+"""Concurrent reads of single orders, or of their digests, share round trips.
 
 A read leaves at once if none is in flight. Those that arrive later leave together when it ends: in one transaction,
 whose snapshot is taken after all of them have arrived.
@@ -10,7 +10,7 @@ import asyncio
 import copy
 import functools
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import attrs
 from psycopg.abc import PQGen
@@ -19,7 +19,7 @@ from orderlib.contract import fits_postgres
 from orderlib.errors import DatabaseUnavailable, OrderNotFound
 from orderlib.postgres.pool import Call
 from orderlib.postgres.reads import ReadQueries
-from orderlib.repository import StoredOrder, checked_type
+from orderlib.repository import checked_type
 
 T = TypeVar("T")
 
@@ -29,9 +29,6 @@ _MAX_WAIT_S = 0.02
 _MAX_ORDERS = 64
 _MAX_ITEMS = 100
 
-#: Orders by order_uid; ``None`` for an order that must be read alone.
-_Found = dict[str, StoredOrder | None]
-
 
 class _Read(Protocol):
     """Run a read before the deadline of a call, and translate its errors."""
@@ -40,33 +37,55 @@ class _Read(Protocol):
 
 
 @attrs.frozen(eq=False)
-class _Waiter:
+class _Waiter(Generic[T]):
     """A call that waits for a shared read."""
 
     order_uid: str
     call: Call
-    found: asyncio.Future[_Found]
+    #: What is found, by order_uid; ``None`` for an order that must be read alone.
+    found: asyncio.Future[dict[str, T | None]]
 
 
 class SharedReads:
-    """The reads of single orders in one event loop."""
+    """The reads of single orders, and of their digests, in one event loop."""
 
     def __init__(self, read: _Read) -> None:
-        self._read = read
         self._loop = asyncio.get_running_loop()
-        self._in_flight = 0
-        self._waiters: list[_Waiter] = []
-        self._timer: asyncio.TimerHandle | None = None
-        #: The event loop itself has only weak references to tasks.
-        self._tasks: set[asyncio.Task[_Found]] = set()
+        self.orders = SharedRead(
+            read, ReadQueries.get_stored, lambda reads, order_uids: reads.get_many_stored(order_uids, _MAX_ITEMS)
+        )
+        self.digests = SharedRead(read, ReadQueries.content_sha256, ReadQueries.many_content_sha256)
 
     @property
-    def is_of_this_loop(self) -> bool:
-        """Whether it belongs to the running event loop."""
+    def are_of_this_loop(self) -> bool:
+        """Whether they belong to the running event loop."""
         return self._loop is asyncio.get_running_loop()
 
-    async def get_stored(self, order_uid: str, call: Call) -> StoredOrder:
-        """See ``OrderRepository.get_stored``. Of the errors, only an outage is common to calls that share a read."""
+
+class SharedRead(Generic[T]):
+    """One kind of read. ``one`` and ``many`` read one order and several; ``many`` is as in ``_Waiter.found``."""
+
+    def __init__(
+        self,
+        read: _Read,
+        one: Callable[[ReadQueries, str], PQGen[T]],
+        many: Callable[[ReadQueries, list[str]], PQGen[dict[str, T | None]]],
+    ) -> None:
+        self._read = read
+        self._one = one
+        self._many = many
+        self._loop = asyncio.get_running_loop()
+        self._in_flight = 0
+        self._waiters: list[_Waiter[T]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        #: The event loop itself has only weak references to tasks.
+        self._tasks: set[asyncio.Task[dict[str, T | None]]] = set()
+
+    async def get(self, order_uid: str, call: Call) -> T:
+        """Return what is read of an order. Raises OrderNotFound.
+
+        Of the errors, only an outage is common to calls that share a read.
+        """
         if not fits_postgres(checked_type("order_uid", order_uid, str)):
             raise OrderNotFound(order_uid)
         if not self._in_flight:
@@ -75,19 +94,19 @@ class SharedReads:
                 return await self._get_alone(order_uid, call)
             finally:
                 self._end_read()
-        waiter = _Waiter(order_uid, call, self._loop.create_future())
+        waiter: _Waiter[T] = _Waiter(order_uid, call, self._loop.create_future())
         self._waiters.append(waiter)
         if self._timer is None:
             self._timer = self._loop.call_later(_MAX_WAIT_S, self._leave_all)
         found = await waiter.found
-        if (stored := found.get(order_uid)) is not None:
-            return stored
+        if (value := found.get(order_uid)) is not None:
+            return value
         if order_uid in found:
             return await self._get_alone(order_uid, call)
         raise OrderNotFound(order_uid)
 
-    def _get_alone(self, order_uid: str, call: Call) -> Coroutine[Any, Any, StoredOrder]:
-        return self._read(lambda read_queries: read_queries.get_stored(order_uid), call)
+    def _get_alone(self, order_uid: str, call: Call) -> Coroutine[Any, Any, T]:
+        return self._read(lambda read_queries: self._one(read_queries, order_uid), call)
 
     def _end_read(self) -> None:
         self._in_flight -= 1
@@ -111,12 +130,12 @@ class SharedReads:
         self._in_flight += 1
         order_uids = list({waiter.order_uid for waiter in group})
         # The first call has the earliest deadline.
-        read = self._read(lambda read_queries: read_queries.get_many_stored(order_uids, _MAX_ITEMS), group[0].call)
+        read = self._read(lambda read_queries: self._many(read_queries, order_uids), group[0].call)
         task = self._loop.create_task(read)
         self._tasks.add(task)
         task.add_done_callback(functools.partial(self._arrive, group))
 
-    def _arrive(self, group: Sequence[_Waiter], task: asyncio.Task[_Found]) -> None:
+    def _arrive(self, group: Sequence[_Waiter[T]], task: asyncio.Task[dict[str, T | None]]) -> None:
         """Pass the result of a read to its calls. The next group leaves first, so that PostgreSQL works meanwhile."""
         self._tasks.discard(task)
         self._end_read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 
 import falcon
@@ -33,10 +34,15 @@ def require_acceptable(req: Request) -> None:
 
 
 def _preferred(req: Request) -> str | None:
-    """Return the supported type that the client prefers, or None. Types ignore case (RFC 9110, 8.3.1)."""
-    accept = req.accept.lower()
-    if len(accept) > _MAX_HEADER_LENGTH:
-        return None
+    """Return the supported type that the client prefers, or None."""
+    accept = req.accept
+    return None if len(accept) > _MAX_HEADER_LENGTH else _best_match(accept)
+
+
+@functools.lru_cache(maxsize=100)  # clients send few different headers
+def _best_match(accept: str) -> str | None:
+    """Return the supported type that ``Accept`` prefers, or None. Types ignore case (RFC 9110, 8.3.1)."""
+    accept = accept.lower()
     try:
         return falcon.mediatypes.best_match(_SUPPORTED_TYPES, accept) or None
     except ValueError:

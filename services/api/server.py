@@ -62,6 +62,9 @@ _PRIVATE = {
 class _Log(Logger):  # type: ignore[misc]
     """Send gunicorn's messages to the program's log. The application logs the requests."""
 
+    #: gunicorn asks for each request, and would read six settings.
+    access_log_enabled = False
+
     def setup(self, cfg: object) -> None:  # noqa: ARG002 - gunicorn's signature
         self.error_log.propagate = True
         self.error_log.setLevel(logging.WARNING)

@@ -74,6 +74,21 @@ def test_reads_that_arrive_during_a_read_take_one_round_trip(stored: Database) -
         with_reader(proxy.url, ask, max_connections=1)
 
 
+def test_reads_of_digests_share_a_round_trip(stored: Database) -> None:
+    async def ask(reader: AsyncPostgresOrderRepository) -> None:
+        await reader.content_sha256("u-0")
+        before = proxy.executed
+        *digests, missing = await asyncio.gather(
+            *map(reader.content_sha256, ["u-0", "u-1", "u-2", "missing"]), return_exceptions=True
+        )
+        assert digests == [orderlib.content_sha256(order(number)) for number in range(3)]
+        assert isinstance(missing, OrderNotFound)
+        assert proxy.executed - before == 2
+
+    with TcpProxy(stored.reader_url) as proxy:
+        with_reader(proxy.url, ask)
+
+
 def test_each_read_has_its_own_result(stored: Database) -> None:
     async def ask(reader: AsyncPostgresOrderRepository) -> None:
         first, large, again, same, missing, unsendable = await gathered(
@@ -209,7 +224,7 @@ def test_a_single_read_leaves_at_once() -> None:
         call = cast(Call, object())
         # Without a turn of the event loop.
         with pytest.raises(StopIteration):
-            SharedReads(read).get_stored("u-1", call).send(None)
+            SharedReads(read).orders.get("u-1", call).send(None)
         assert started == [call]
 
     asyncio.run(ask())
