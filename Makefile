@@ -14,7 +14,7 @@ help:
 	@echo "make test          checks and tests, with a real PostgreSQL and Kafka"
 	@echo "make check         format, lint, types, architecture"
 	@echo "make coverage      run the tests and report the lines of library and programs that they miss"
-	@echo "make bench         run the benchmarks and print the figures as tables"
+	@echo "make bench         run the benchmarks and print the figures as tables; uses wrk and go if they are installed"
 	@echo "make docs          generate docs/reference.md from the docstrings"
 	@echo "make test-faults   the long fault tests, which make test leaves out (some minutes)"
 	@echo "make test-page     the pages in a real browser; needs chromium"

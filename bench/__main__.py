@@ -12,7 +12,7 @@ import sys
 
 from bench.report import RESULTS, Figure, add_write_option, draw_plots, table
 
-TOPICS = ("decode", "ingest", "api")
+TOPICS = ("decode", "ingest", "api", "go")
 
 HEAD = """\
 # Figures

@@ -30,6 +30,7 @@ from bench.servers import benchmark_servers
 from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import apply_migrations, create_roles
 from orderlib.testing import SAMPLE
+from sandbox.server import free_port
 
 ORDERS = 20_000
 CONNECTIONS = (1, 16)
@@ -164,9 +165,15 @@ def prepare(environ: Mapping[str, str]) -> None:
 @contextmanager
 def serving(environ: Mapping[str, str], variant: Variant) -> Iterator[tuple[int, psutil.Process]]:
     """Run a variant as a process, and yield its port and the process once it accepts connections."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "bench.api_server", variant.application, variant.server, str(port)]
+    with listening(port, command, environ) as process:
+        yield port, process
+
+
+@contextmanager
+def listening(port: int, command: list[str], environ: Mapping[str, str]) -> Iterator[psutil.Process]:
+    """Run a server as a process, and yield the process once it accepts connections."""
     process = subprocess.Popen(command, env=dict(environ))
     try:
         deadline = time.monotonic() + 20
@@ -178,7 +185,7 @@ def serving(environ: Mapping[str, str], variant: Variant) -> Iterator[tuple[int,
                 if time.monotonic() > deadline or process.poll() is not None:
                     raise
                 time.sleep(0.1)
-        yield port, psutil.Process(process.pid)
+        yield psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(15)

@@ -102,7 +102,7 @@ class IngestBench:
                 connection.execute("TRUNCATE orders, delivery, payment, items, order_originals, rejects")
                 connection.execute("UPDATE consumer_offsets SET next_offset = 0")
                 connection.execute("CHECKPOINT")
-            _produce(self.environ, ((order.order_uid, orderlib.encode_order(order)) for order in self.orders[:100]))
+            produce(self.environ, ((order.order_uid, orderlib.encode_order(order)) for order in self.orders[:100]))
             orders_per_s = self._measure_rate()
             shares = [sum(metric(port, "orders_records_total")) for port in ports]
         return orders_per_s, min(shares) * consumers / sum(shares)
@@ -175,7 +175,8 @@ def _insert(connection: psycopg.Connection, order: orderlib.Order) -> None:
             connection.execute(f"INSERT INTO {table} VALUES ({placeholders(row)})".encode(), row)
 
 
-def _produce(environ: Mapping[str, str], values: Iterator[tuple[str, bytes]]) -> None:
+def produce(environ: Mapping[str, str], values: Iterator[tuple[str, bytes]]) -> None:
+    """Send values, each with its key, and wait until all are acknowledged."""
     producer = Producer(
         {
             "bootstrap.servers": environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"],
@@ -196,7 +197,8 @@ def _produce(environ: Mapping[str, str], values: Iterator[tuple[str, bytes]]) ->
     producer.flush()
 
 
-def _admin(environ: Mapping[str, str], command: str) -> None:
+def admin(environ: Mapping[str, str], command: str) -> None:
+    """Run a command of ``services.admin``."""
     subprocess.run(
         [sys.executable, "-m", "services.admin", *command.split()],
         env=dict(environ),
@@ -329,7 +331,7 @@ def measure_latency(bench: IngestBench, per_s: int | None, seconds: int) -> Late
     """
     bench.empty()
     bench = attrs.evolve(bench, environ={**bench.environ, "ORDERS_TOPIC": f"latency-{per_s}-{time.time_ns()}"})
-    _admin(bench.environ, "topics")
+    admin(bench.environ, "topics")
     measured: tuple[list[float], list[float]] = ([], [])
     with (
         running(bench.environ, "services.consumer"),
@@ -366,7 +368,7 @@ class _Probe:
 
     def measure(self) -> tuple[float, float]:
         """Send an order. Return the seconds until a reader that polls finds it, and until Kafka acknowledged it."""
-        order = make_order(self.rng, _utc_now)
+        order = make_order(self.rng, utc_now)
         acknowledged_s: list[float] = []
         sent_s = time.monotonic()
         self._producer.produce(
@@ -414,8 +416,8 @@ def memory(bench: IngestBench, lags: tuple[int, int]) -> list[Figure]:
         _print_progress(f"memory at a lag of {lag:,}")
         environ = {**bench.environ, "ORDERS_TOPIC": f"orders-{lag}", "ORDERS_METRICS_BIND": "127.0.0.1:0"}
         bench.empty()
-        _admin(environ, "topics")
-        _produce(environ, (values[i % len(values)] for i in range(lag)))
+        admin(environ, "topics")
+        produce(environ, (values[i % len(values)] for i in range(lag)))
         with running(environ, "services.consumer") as process:
             watched = psutil.Process(process.pid)
             until_s = time.monotonic() + 25
@@ -457,7 +459,8 @@ def wait(condition: Callable[[], bool], timeout_s: float = 600) -> None:
         time.sleep(0.05)
 
 
-def _utc_now() -> dt.datetime:
+def utc_now() -> dt.datetime:
+    """Return the time."""
     return dt.datetime.now(dt.UTC)
 
 
@@ -486,11 +489,11 @@ def main() -> None:
 def measure(environ: Mapping[str, str], options: argparse.Namespace) -> list[Figure]:
     """Run every measurement on the servers of this environment. It empties their tables."""
     for command in ("bootstrap", "migrate", "topics"):
-        _admin(environ, command)
+        admin(environ, command)
     rng = Random(1)
     _print_progress(f"generating and sending {options.count:,} orders")
-    orders = [make_order(rng, _utc_now) for _ in range(options.count)]
-    _produce(environ, ((order.order_uid, orderlib.encode_order(order)) for order in orders))
+    orders = [make_order(rng, utc_now) for _ in range(options.count)]
+    produce(environ, ((order.order_uid, orderlib.encode_order(order)) for order in orders))
     bench = IngestBench(environ=environ, superuser_url=environ["ORDERS_BOOTSTRAP_URL"], orders=orders)
     return [
         *throughput(bench, options.rounds),
