@@ -52,6 +52,7 @@ class Progress:
         self._next_offsets: dict[TopicPartition, int] = {}
         self._moved_at_s: dict[TopicPartition, float] = {}
         self._lag: dict[TopicPartition, int] = {}
+        self._ends: dict[TopicPartition, int] = {}
         self._published: set[TopicPartition] = set()
         self._request_at_s = clock()
         self._requested_ends: Callable[[], Mapping[TopicPartition, int] | None] | None = None
@@ -112,6 +113,11 @@ class Progress:
         """Return the lag of these partitions together, as last measured."""
         return sum(self._lag.get(partition, 0) for partition in partitions)
 
+    def remaining(self, partitions: Iterable[TopicPartition]) -> int | None:
+        """Return how many records up to the log ends that were last read are not stored now, or ``None`` if unknown."""
+        known = [p for p in partitions if p in self._ends]
+        return sum(max(0, self._ends[p] - self._next_offsets[p]) for p in known) if known else None
+
     def error(self) -> OrderlibError | None:
         """Return an error that repeats without progress or that reports an unreadable record, or ``None``."""
         for known in self._errors.values():
@@ -132,6 +138,7 @@ class Progress:
         return bool(self._lag.get(partition)) and self._clock() - self._moved_at_s[partition] >= STALLED_S
 
     def _on_ends(self, ends: Mapping[TopicPartition, int]) -> None:
+        self._ends.update(ends)
         for partition, end in ends.items():
             self._lag[partition] = max(0, end - self._next_offsets[partition])
             if not self._lag[partition]:

@@ -45,9 +45,11 @@ from orderlib.ingestion.consumer_core import (
 )
 from orderlib.ingestion.records import Batch, Record, Reject, TopicPartition
 from orderlib.postgres.consumer_store import BatchResult, ConsumerStore
+from orderlib.repository import Outcome
 from services.consumer.health import Health, Metrics, never_fatal
 from services.consumer.kafka_client import FetchFailed, KafkaClient
 from services.consumer.progress import Progress
+from services.consumer.summary import Summary
 from services.kafka import TopicInfo
 from services.program import EXIT_DONE, EXIT_FAILED, EXIT_SETUP, event
 
@@ -87,6 +89,10 @@ class StoreClient(Protocol):
     def stored_offsets(self) -> Mapping[TopicPartition, int]:
         """The stored next offset of each partition of the topics, as last read."""
 
+    @property
+    def outcomes(self) -> Counter[Outcome]:
+        """How many records had each outcome since the start. Never changed, only replaced."""
+
     def submit(self, task: StoreTask) -> None:
         """Start a task. The previous one must have ended. Never wait."""
 
@@ -106,8 +112,9 @@ class StoreWorker:
         self._breaker = breaker
         self._metrics = metrics
         self.awaited = Server.POSTGRES
-        #: Always replaced, never changed, because the runner reads it from another thread.
+        #: Always replaced, never changed, because the runner reads them from another thread.
         self.stored_offsets: Mapping[TopicPartition, int] = {}
+        self.outcomes: Counter[Outcome] = Counter()
         self._read_stored_at_s = 0.0
         #: Whether Kafka's last response took longer than a transaction waits.
         self._kafka_is_slow = False
@@ -184,6 +191,7 @@ class StoreWorker:
         except FenceLost as exc:
             raise self._with_missing_offsets(batch, exc) from exc
         self._breaker.record(_rejected(batch, result))
+        self.outcomes = self.outcomes + result.outcomes
         for reject in result.rejects:
             _log_reject(reject)
         with never_fatal("metrics"):
@@ -268,6 +276,7 @@ class ConsumerRunner:
     _stop_requested: bool = attrs.field(default=False, init=False)
     _stop_by_s: float | None = attrs.field(default=None, init=False)
     _progress: Progress = attrs.field(init=False)
+    _summary: Summary = attrs.field(init=False)
     #: The last fetch returned as many messages as it may, so there are probably more.
     _more_ready: bool = attrs.field(default=False, init=False)
     #: Not committed to Kafka yet.
@@ -278,6 +287,7 @@ class ConsumerRunner:
 
     def __attrs_post_init__(self) -> None:
         self._progress = Progress(self._kafka, self._metrics.lag, self._clock, self._log)
+        self._summary = Summary(self._clock, self._log)
 
     def run(self) -> int:
         """Run until the end, and return the exit status."""
@@ -314,6 +324,8 @@ class ConsumerRunner:
         return None
 
     def _end(self) -> int:
+        with never_fatal("summary"):
+            self._summary.end(self._worker.outcomes, self._remaining)
         error = self._core.error
         if error is not None:
             self._log("stopped", logging.ERROR, reason=str(error))
@@ -421,6 +433,10 @@ class ConsumerRunner:
         assigned = self._core.assigned
         self._progress.update(assigned, self._worker.stored_offsets, in_outage=in_outage)
         self._core.on_lag(self._progress.lag(assigned))
+        self._summary.update(self._worker.outcomes, self._remaining, idle=self._core.starved)
+
+    def _remaining(self) -> int | None:
+        return self._progress.remaining(self._core.assigned)
 
     def _commit_to_kafka(self) -> None:
         """Commit offsets to Kafka, if it is time or if the consumer stops."""

@@ -104,7 +104,7 @@ def test_a_signal_stops_it_with_0(
         wait_until_handled(sender.manifest, database)
         consumer.process.send_signal(number)
         assert consumer.status(within_s=10) == 0
-        assert [event["event"] for event in consumer.events()][-2:] == ["stopping", "exited"]
+        assert [event["event"] for event in consumer.events()][-3:] == ["stopping", "summary_of_all", "exited"]
         assert "Traceback" not in consumer.stderr.read_text()
 
 
@@ -124,7 +124,11 @@ def test_a_right_that_is_revoked_stops_it_with_1_and_a_reason(
         assert "permission denied" in stopped["reason"]
     with consuming(environ, "--exit-at-end") as consumer:
         assert consumer.status(within_s=30) == 0
-        assert [event["event"] for event in consumer.events()][-2:] == ["end_reached", "exited"]
+        summary, *end = consumer.events()[-3:]
+        assert [event["event"] for event in end] == ["end_reached", "exited"]
+        assert summary["event"] == "summary_of_all"
+        assert 0 < summary["records"] == summary["stored"] <= 20_000
+        assert (summary["lag"], summary["records_per_second"] > 0, summary["seconds"] > 0) == (0, True, True)
     assert_all_accounted_for(sender.manifest, database, environ)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from random import Random
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from orderlib.errors import (
     ConfigurationError,
@@ -18,6 +19,7 @@ from orderlib.errors import (
 )
 from orderlib.ingestion.consumer_core import CheckTopics, CommitBatch, ConsumerCore, ResolveOffsets, Server
 from orderlib.ingestion.records import TopicPartition
+from orderlib.repository import Outcome
 from services.consumer.health import Health, Metrics
 from services.consumer.runner import ConsumerRunner
 from services.program import EXIT_DONE, EXIT_FAILED, EXIT_SETUP
@@ -54,6 +56,8 @@ class Process:
     awaited = Server.POSTGRES
     #: No partition is stalled in a simulation, so the lag of other members does not matter.
     stored_offsets: Mapping[TopicPartition, int] = MappingProxyType({})
+    #: Not counted here.
+    outcomes: ClassVar[Counter[Outcome]] = Counter()
 
     def __init__(
         self, simulator: Simulator, name: str, rng: Random, until: Mapping[TopicPartition, int] | None

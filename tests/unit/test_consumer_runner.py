@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,7 @@ from orderlib.ingestion.consumer_core import (
     StoreTask,
 )
 from orderlib.ingestion.records import PreparedOrder, Record, Reject, TopicPartition
-from orderlib.repository import RecordPosition
+from orderlib.repository import Outcome, RecordPosition
 from services.consumer.health import Health, Metrics
 from services.consumer.kafka_client import KafkaClient, PollResult
 from services.consumer.runner import ConsumerRunner, Result
@@ -41,10 +43,6 @@ def rejected(record: Record) -> PreparedOrder | Reject:
     return Reject(record=record, code="malformed_json", faults=(), total_faults=0)
 
 
-def _log_nothing(*_args: object, **_fields: object) -> None:
-    pass
-
-
 class World(KafkaClient):
     """A partition whose records arrive at given times, the store, and the clock of both."""
 
@@ -62,6 +60,9 @@ class World(KafkaClient):
         #: Seconds from the arrival of each record until it was committed.
         self.waited_s: list[float] = []
         self.batches: list[int] = []
+        self.outcomes: Counter[Outcome] = Counter()
+        #: When each event was logged, and its fields.
+        self.logged: list[tuple[float, str, dict[str, Any]]] = []
         self.committed_to_kafka: list[Mapping[TopicPartition, int]] = []
         self.stop_event = threading.Event()
         self.core = ConsumerCore(rejected, Random(1))
@@ -70,7 +71,7 @@ class World(KafkaClient):
     def run(self) -> None:
         """Run until all records are committed, and stop."""
         runner = ConsumerRunner(
-            self.core, self, self, Health(self.clock), METRICS, self.clock, self.stop_event, _log_nothing
+            self.core, self, self, Health(self.clock), METRICS, self.clock, self.stop_event, self.log
         )
         while runner.run_once() is None:
             if len(self.waited_s) == len(self._arrivals_s):
@@ -78,6 +79,9 @@ class World(KafkaClient):
 
     def clock(self) -> float:
         return self.now_s
+
+    def log(self, name: str, _level: int = 0, **fields: object) -> None:
+        self.logged.append((self.now_s, name, fields))
 
     # Kafka.
 
@@ -142,6 +146,7 @@ class World(KafkaClient):
         match task:
             case CommitBatch(batch):
                 self.batches.append(len(batch.classified))
+                self.outcomes = self.outcomes + Counter({Outcome.REJECTED: len(batch.classified)})
                 self.waited_s += [self.now_s - self._arrivals_s[record.source.offset] for record, _ in batch.classified]
                 return ConsumerCore.on_batch_committed
             case ResolveOffsets():
@@ -193,3 +198,29 @@ def test_a_new_member_commits_the_stored_offsets_of_its_partitions_to_kafka() ->
     world = World([])
     world.run()
     assert world.committed_to_kafka == [{PARTITION: 0}]
+
+
+def summaries(world: World, name: str = "summary") -> list[tuple[float, dict[str, Any]]]:
+    return [(at_s, fields) for at_s, logged, fields in world.logged if logged == name]
+
+
+def test_while_records_arrive_they_are_summed_up_every_10_s_and_at_the_end() -> None:
+    world = World([1 + n / 100 for n in range(2_500)])
+    world.run()
+    found = summaries(world)
+    assert [round(at_s) for at_s, _ in found] == [11, 21]
+    assert all(abs(fields["records_per_second"] - 100) <= 2 and fields["lag"] < 5 for _, fields in found)
+    [(_, of_all)] = summaries(world, "summary_of_all")
+    expected = {"records": 2_500, "rejected": 2_500, "records_per_second": 100, "seconds": 25.0, "lag": 0}
+    assert of_all == expected
+
+
+def test_idle_time_is_not_summed_up_and_does_not_count_in_the_rate() -> None:
+    world = World([*(1 + n / 100 for n in range(200)), *(60 + n / 100 for n in range(200))])
+    world.run()
+    found = summaries(world)
+    assert [round(at_s) for at_s, _ in found] == [11]
+    assert (found[0][1]["records"], found[0][1]["seconds"]) == (200, 2.0)
+    [(_, of_all)] = summaries(world, "summary_of_all")
+    assert (of_all["records"], of_all["seconds"]) == (400, 4.0)
+    assert abs(of_all["records_per_second"] - 100) <= 2
