@@ -29,7 +29,7 @@ $(READY): requirements/dev.txt
 		test $$status -eq 0 && exit 0; \
 		test $$status -eq 3 && problem="is older" || problem="does not run"; \
 		echo "orderlib needs Python 3.11 or newer; $(PYTHON) $$problem (set another with make PYTHON=…)"; exit 2
-	@echo "setting up .venv, once …"
+	@echo "setting up .venv, once: downloads about 190 MB, and takes 600 MB …"
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/dev.txt
 	@touch $@

@@ -6,6 +6,7 @@ It runs the documented commands with the default settings, and needs the variabl
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,11 +17,16 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from sandbox.server import SandboxError, free_port
 
 ORDERS = 1_000
 BAD_RATE = 0.02
+#: The consumer of the demo rejects longer records, and one order is longer. The default limit accepts it.
+MAX_RECORD_BYTES = 50_000
+LONG_ORDER, LONG_ORDER_ITEMS = "long-order", 300
+_SAMPLE = Path(__file__).parents[1] / "orderlib" / "testing" / "sample.json"
 #: What the status codes of generated items mean.
 STATUS_WORDS = "200:new,201:packed,202:accepted,204:delivered,404:not found"
 #: The rate of the orders that are sent while the demo runs.
@@ -56,6 +62,10 @@ _NEEDS: Mapping[str, set[str]] = {
 }
 
 
+#: The settings of the commands to try.
+SETTINGS_TO_TRY = {"ORDERS_DATABASE_URL", "ORDERS_READER_URL", "ORDERS_MIGRATOR_URL", *_KAFKA}
+
+
 def main() -> int:
     """Run the demo. Return the exit status: 0 after Ctrl-C, 1 if a program failed."""
     argparse.ArgumentParser(prog="python -m sandbox.demo", description=__doc__).parse_args()
@@ -75,18 +85,19 @@ def main() -> int:
             for command in ("bootstrap", "migrate", "topics"):
                 _run(f"admin {command}", environ)
             began_s = time.monotonic()
-            for service, port in (("consumer", free_port()), ("api", free_port())):
-                service_environ = {**environ, "ORDERS_METRICS_BIND": f"127.0.0.1:{port}"}
+            for service, limit in (("consumer", {"ORDERS_MAX_RECORD_BYTES": str(MAX_RECORD_BYTES)}), ("api", {})):
+                service_environ = {**environ, **limit, "ORDERS_METRICS_BIND": f"127.0.0.1:{free_port()}"}
                 stack.enter_context(_running(service, service_environ, logs))
             _run(f"sender --count {ORDERS} --bad-rate {BAD_RATE}", environ)
-            order_uid = _first_readable_order(f"http://{address}/orders?limit=1", stop_event)
+            _run(f"sender --file {_write_long_order(logs)}", environ)
+            order = _first(f"http://{address}/orders?limit=1", "orders", stop_event)
             _print_line(
                 f"the first order was readable {time.monotonic() - began_s:.1f} s after the services were started"
             )
             stack.enter_context(_running(f"sender --count 1000000 --rate {ORDERS_PER_S}", environ, logs))
+            _first(f"http://{address}/rejects?code=too_large", "rejects", stop_event)
+            print(_things_to_try(address, order, environ), flush=True)
             _print_line(f"{ORDERS_PER_S} more orders are sent each second; Ctrl-C stops everything")
-            _print_line(f"an order:  http://{address}/orders/{order_uid}")
-            _print_line(f"the page:  http://{address}/")
             stop_event.wait()
             _print_line("stopping")
     except SandboxError as exc:
@@ -139,14 +150,65 @@ def _running(command: str, environ: Mapping[str, str], logs: Path) -> Iterator[N
             print(log_path.read_text(errors="replace")[-4000:], file=sys.stderr)
 
 
-def _first_readable_order(url: str, stop_event: threading.Event) -> str:
+def _first(url: str, name: str, stop_event: threading.Event) -> dict[str, Any]:
+    """Return the first element of a list of the API, as soon as there is one. Raises SandboxError after some time."""
     deadline = time.monotonic() + READABLE_TIMEOUT_S
     while time.monotonic() < deadline and not stop_event.is_set():
         with suppress(OSError), urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310 - the URL of the demo's API
-            for order in json.load(response)["orders"]:
-                return str(order["order_uid"])
+            found: list[dict[str, Any]] = json.load(response)[name]
+            if found:
+                return found[0]
         stop_event.wait(0.05)
-    raise SandboxError(f"no order was readable within {READABLE_TIMEOUT_S:.0f} s")
+    raise SandboxError(f"no {name} were readable within {READABLE_TIMEOUT_S:.0f} s")
+
+
+def _write_long_order(folder: Path) -> Path:
+    order = json.loads(_SAMPLE.read_bytes())
+    order["order_uid"] = order["payment"]["transaction"] = LONG_ORDER
+    order["items"] *= LONG_ORDER_ITEMS
+    path = folder / "long-order.json"
+    path.write_text(json.dumps(order) + "\n", encoding="utf-8")
+    return path
+
+
+def _things_to_try(address: str, order: dict[str, Any], environ: Mapping[str, str]) -> str:
+    """Return what a person can do now. A test runs the lines that are indented, as they are."""
+    python = sys.executable
+    with suppress(ValueError):
+        python = str(Path(python).relative_to(Path.cwd()))
+    python = shlex.quote(python)
+    phone = "".join(filter(str.isdigit, order["delivery"]["phone"]))
+    settings = sorted(name for name in environ if name in SETTINGS_TO_TRY)
+    exports = "\n".join(f"    export {name}={shlex.quote(environ[name])}" for name in settings)
+    return f"""
+The page of all orders, and one of them:
+
+  http://{address}/
+  http://{address}/orders/{order["order_uid"]}
+
+Broken on purpose: about {ORDERS * BAD_RATE:.0f} of the first {ORDERS:,} orders are invalid, and order {LONG_ORDER}
+is longer than this consumer accepts (ORDERS_MAX_RECORD_BYTES={MAX_RECORD_BYTES}). They are rejects:
+
+  http://{address}/rejects
+
+To try what follows, open another terminal in this folder and paste these settings:
+
+{exports}
+
+1. Find an order by a phone number. The box on the page does the same.
+
+    curl -s 'http://{address}/search?q={phone}'
+
+2. Look at the rejects that are too large, redrive them with the usual limit, and read the order that is stored now.
+
+    {python} -m services.admin rejects list --code too_large
+    {python} -m services.admin rejects redrive --code too_large
+    {python} -m services.admin get {LONG_ORDER}
+
+3. Prove that every record in Kafka became an order or a reject, and that nothing else is stored.
+
+    {python} -m services.admin reconcile
+"""
 
 
 def _print_line(line: str) -> None:

@@ -97,6 +97,6 @@ def _download(locked: Mapping[str, str], folder: Path) -> None:
             try:
                 for done, _ in enumerate(pool.map(download, locked), 1):
                     if done % 9 == 0:
-                        print(f"downloading Kafka's jars, once: {done}/{len(locked)}", file=sys.stderr)
+                        print(f"downloading Kafka's jars, once, 43 MB: {done}/{len(locked)}", file=sys.stderr)
             finally:
                 pool.shutdown(cancel_futures=True)

@@ -1,12 +1,13 @@
-"""`make demo`: each program gets only the variables that it needs."""
+"""`make demo`: each program gets only the variables that it needs, and what it prints can be pasted."""
 
+import itertools
+import json
 import os
 import re
 import secrets
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -46,7 +47,30 @@ def programs_below(pid: int) -> dict[str, Mapping[str, str]]:
     return found
 
 
-def test_each_program_of_the_demo_gets_only_its_variables(sandbox: Sandbox, empty_database: Database) -> None:
+def assert_they_work(commands: list[str]) -> None:
+    """Paste the settings and the commands into a shell that has no settings of its own."""
+    settings = [command for command in commands if command.startswith("export ")]
+    tries = commands[len(settings) :]
+    assert [command.startswith("curl ") for command in tries] == [True, False, False, False, False]
+    script = "\n".join([*settings, *(f"{command} && echo --" for command in tries)])
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("ORDERS_")}
+    done = subprocess.run(
+        ["bash"], input=script, cwd=CHECKOUT, env=environ, capture_output=True, text=True, check=False
+    )
+    found, listed, redriven, order, proof, _ = [*done.stdout.split("--\n"), ""][:6]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "phone" in found
+    assert "too_large" in listed
+    outcomes = dict(zip(*(line.split() for line in redriven.splitlines()), strict=True))
+    assert outcomes["stored"] == "1"
+    assert json.loads(order)["order_uid"] == "long-order"
+    assert "records" in proof
+    assert "everything is accounted for" in done.stderr
+
+
+def test_each_program_gets_only_its_variables_and_the_printed_commands_work(
+    sandbox: Sandbox, empty_database: Database
+) -> None:
     environ = {
         **{name: value for name, value in os.environ.items() if not name.startswith("ORDERS_")},
         **empty_database.environ(),
@@ -55,7 +79,9 @@ def test_each_program_of_the_demo_gets_only_its_variables(sandbox: Sandbox, empt
         "ORDERS_API_TOKENS": "",
         "SOME_OTHER_SECRET": "hidden",
     }
-    demo = subprocess.Popen([sys.executable, "-m", "sandbox.demo"], cwd=CHECKOUT, env=environ, stderr=subprocess.PIPE)
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "sandbox.demo"], cwd=CHECKOUT, env=environ, stdout=subprocess.PIPE, text=True
+    )
     seen: dict[str, Mapping[str, str]] = {}
     try:
 
@@ -69,16 +95,15 @@ def test_each_program_of_the_demo_gets_only_its_variables(sandbox: Sandbox, empt
             assert {name for name in got if name.endswith("_URL") or name == KAFKA} == names, command
             assert "SOME_OTHER_SECRET" not in got, command
             assert "ORDERS_API_TOKENS" not in got or command == "api", command
-        assert demo.stderr is not None
-        deadline_s = time.monotonic() + READY_TIMEOUT_S
-        while (line := demo.stderr.readline()) and b"the page:" not in line:
-            assert time.monotonic() < deadline_s
-        assert line, "the demo ended early"
+        assert demo.stdout is not None
+        printed = list(itertools.takewhile(lambda line: "3. Prove" not in line, demo.stdout))
+        printed += [demo.stdout.readline() for _ in range(2)]
+        assert_they_work([line.strip() for line in printed if line.startswith("    ")])
         demo.send_signal(signal.SIGINT)
         assert demo.wait(READY_TIMEOUT_S) == 0
         assert programs_below(demo.pid) == {}
     finally:
         demo.terminate()
         demo.wait(READY_TIMEOUT_S)
-        assert demo.stderr is not None
-        demo.stderr.close()
+        assert demo.stdout is not None
+        demo.stdout.close()
