@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import sys
+from collections.abc import Mapping
 from typing import TextIO
 
 import msgspec
@@ -16,8 +17,9 @@ import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
 from orderlib.commands import EXIT_DONE, EXIT_FAILED, EXIT_SETUP, run, set_up_streams
+from services.settings import misspelt
 
-__all__ = ["EXIT_DONE", "EXIT_FAILED", "EXIT_SETUP", "event", "log", "run", "set_up_logging"]
+__all__ = ["EXIT_DONE", "EXIT_FAILED", "EXIT_SETUP", "begin", "event", "log", "run", "set_up_logging"]
 
 log: FilteringBoundLogger = structlog.get_logger()
 
@@ -49,8 +51,15 @@ class _LineHandler(logging.StreamHandler[TextIO]):
     debug = info = warning = error = critical = write_line
 
 
+def begin(environ: Mapping[str, str]) -> None:
+    """Set up logs, and warn of misspelt settings. Call this once, when a program starts."""
+    set_up_logging()
+    for variable, nearest in sorted(misspelt(environ).items()):
+        event("unknown_setting", logging.WARNING, variable=variable, nearest=nearest)
+
+
 def set_up_logging(stream: TextIO | None = None, level: int = logging.INFO) -> None:
-    """Send events, and the warnings of libraries, to a stream (stderr). Call this once, when the program starts."""
+    """Send events, and the warnings of libraries, to a stream (stderr)."""
     global log  # noqa: PLW0603 - the program has one logger
     set_up_streams()
     stream = stream or sys.stderr

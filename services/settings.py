@@ -6,6 +6,7 @@ missing or wrong raises ConfigurationError naming its variable, never its value:
 
 from __future__ import annotations
 
+import difflib
 import hmac
 import ipaddress
 import re
@@ -72,6 +73,23 @@ RESERVED_KAFKA_PROPERTIES = frozenset(
 )
 
 _HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):(?P<port>\d{1,5})")
+
+
+def misspelt(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that are probably meant to be a setting, each with the nearest setting.
+
+    ``ORDERS_KAFKA_X_Y`` may be any property of librdkafka, so only a name close to that of the servers is one of them.
+    """
+    settings = {name.removeprefix("ORDERS_"): name for name in DEFAULTS}
+    found = {}
+    for name in environ:
+        tail = re.sub("^ORDERS?_", "", name.upper())
+        if name in DEFAULTS or tail == name.upper():
+            continue
+        similarity = 0.9 if name.startswith(_KAFKA_PREFIX) else 0.6
+        for nearest in difflib.get_close_matches(tail, settings, 1, similarity):
+            found[name] = settings[nearest]
+    return found
 
 
 def _text(environ: Mapping[str, str], name: str) -> str:

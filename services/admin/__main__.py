@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from services.admin import backfill, drift, export, offsets, orders, reconcile, rejects, schema, topics
-from services.program import run, set_up_logging
+from services.program import begin, run
 
 Command = Callable[[argparse.Namespace, Mapping[str, str]], int]
 
@@ -34,5 +34,5 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    set_up_logging()
+    begin(os.environ)
     sys.exit(run(lambda: main(sys.argv[1:], os.environ)))

@@ -17,7 +17,7 @@ from orderlib.postgres.migrate import READER_RIGHTS, check_rights, check_schema
 from services.api.app import METRICS_ROUTE, ROUTES
 from services.api.asgi import build
 from services.api.metrics import Metrics
-from services.program import EXIT_DONE, event, run, set_up_logging
+from services.program import EXIT_DONE, begin, event, run
 from services.settings import ApiSettings
 
 DESCRIPTION = """\
@@ -46,7 +46,6 @@ def main() -> int:
         raise ConfigurationError("WEB_CONCURRENCY must be an integer from 1 to 99")
     from services.api.server import Server, bound_address, listen  # noqa: PLC0415 - gunicorn reads the variable on import
 
-    set_up_logging()
     _check_database(settings.reader_url)
     listener = listen("ORDERS_API_BIND", settings.bind)
     metrics_listener = listen("ORDERS_METRICS_BIND", settings.metrics_bind)
@@ -78,4 +77,5 @@ def _check_database(url: str) -> None:
 
 
 if __name__ == "__main__":
+    begin(os.environ)
     sys.exit(run(main))

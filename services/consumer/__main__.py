@@ -25,7 +25,7 @@ from orderlib.postgres.rows import pack_rows
 from services.consumer.health import Health, HealthServer, Metrics
 from services.consumer.kafka_consumer import KafkaConsumer
 from services.consumer.runner import STOP_CLOSE_S, ConsumerRunner, StoreWorker
-from services.program import EXIT_DONE, event, run, set_up_logging
+from services.program import EXIT_DONE, begin, event, run
 from services.settings import ConsumerSettings
 
 T = TypeVar("T")
@@ -146,7 +146,7 @@ def _tune_interpreter() -> None:
 
 
 if __name__ == "__main__":
-    set_up_logging()
+    begin(os.environ)
     _tune_interpreter()
     status = run(lambda: main(sys.argv[1:], os.environ))
     sys.stdout.flush()

@@ -17,7 +17,7 @@ from random import Random
 
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.positions import PositionReader
-from services.program import EXIT_DONE, EXIT_FAILED, run, set_up_logging
+from services.program import EXIT_DONE, EXIT_FAILED, begin, run
 from services.sender.feed import RateLimiter, lines, warn_about_invalid
 from services.sender.generate import make_values
 from services.sender.manifest import Manifest
@@ -312,5 +312,5 @@ def _generated(options: argparse.Namespace) -> Iterator[bytes]:
 
 
 if __name__ == "__main__":
-    set_up_logging()
+    begin(os.environ)
     sys.exit(run(lambda: main(sys.argv[1:], os.environ)))

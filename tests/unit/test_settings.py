@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Mapping
 
 import attrs
@@ -17,7 +19,9 @@ from services.settings import (
     KafkaSettings,
     database_url,
     max_record_bytes,
+    misspelt,
 )
+from tests.support.programs import run
 
 SECRET = "s3cr3t-9"
 
@@ -239,3 +243,46 @@ def test_settings_are_frozen_and_show_no_secret(settings: ConsumerSettings | Api
     assert SECRET not in str(settings)
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         settings.metrics_bind = Address(host="elsewhere", port=1)  # type: ignore[misc] # assigning must fail
+
+
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("ORDERS_TOPICS", "ORDERS_TOPIC"),
+        ("ORDERS_DATABSE_URL", "ORDERS_DATABASE_URL"),
+        ("ORDERS_DB_URL", "ORDERS_DATABASE_URL"),
+        ("ORDER_READER_URL", "ORDERS_READER_URL"),
+        ("orders_api_bind", "ORDERS_API_BIND"),
+        ("ORDERS_TOMBSTONE", "ORDERS_TOMBSTONES"),
+        ("ORDERS_KAFKA_BOOTSTRAP_SERVER", "ORDERS_KAFKA_BOOTSTRAP_SERVERS"),
+        ("ORDERS_KAKFA_BOOTSTRAP_SERVERS", "ORDERS_KAFKA_BOOTSTRAP_SERVERS"),
+    ],
+)
+def test_a_misspelt_variable_is_found_with_its_nearest_setting(variable: str, nearest: str) -> None:
+    assert misspelt({**CONSUMER, **API, variable: SECRET}) == {variable: nearest}
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        *("ORDERS_KAFKA_SASL_PASSWORD", "ORDERS_KAFKA_SESSION_TIMEOUT_MS", "ORDERS_KAFKA_BROKER_ADDRESS_TTL"),
+        *("ORDERS_BACKUP_FOLDER", "PATH", "TOPIC", "DATABASE_URL", "REORDERS_TOPIC"),
+    ],
+)
+def test_other_variables_are_not_taken_for_misspelt_settings(variable: str) -> None:
+    assert misspelt({**CONSUMER, **API, variable: SECRET}) == {}
+
+
+@pytest.mark.parametrize("program", ["admin lag", "api", "consumer", "sender --count 1"])
+def test_every_program_warns_of_a_misspelt_setting_at_its_start(program: str) -> None:
+    done = run(program, {"PATH": os.defpath, "ORDERS_TOPICS": SECRET})
+    first, second = done.stderr.splitlines()
+    warning = json.loads(first)
+    assert (warning["event"], warning["variable"], warning["nearest"]) == (
+        "unknown_setting",
+        "ORDERS_TOPICS",
+        "ORDERS_TOPIC",
+    )
+    assert "is not set" in second
+    assert SECRET not in done.stderr
+    assert done.returncode == 2
