@@ -127,8 +127,6 @@ def test_reads_behind_a_lock_get_503_and_do_not_fill_the_database_with_connectio
         locker.execute("LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
         answers = ask_at_once(api, 40)
         assert_unavailable(answers, FROZEN_WITHIN_S)
-        # Requests without a connection are answered sooner.
-        assert sorted(answer.seconds for answer in answers)[20] < REFUSED_WITHIN_S
 
         def waiting() -> int:
             with psycopg.connect(stored.superuser_url, autocommit=True) as other:
