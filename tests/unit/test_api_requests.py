@@ -22,7 +22,9 @@ from structlog.typing import EventDict
 
 import orderlib
 from orderlib.postgres.reject_list import RejectPage, RejectQuery
+from orderlib.repository import StoredOrder
 from orderlib.testing import SAMPLE, MemoryOrderRepository
+from services.api import orders
 from services.api.app import METRICS_ROUTE, ROUTES, Api, create_app
 from services.api.app import Reader as ApiReader
 from services.api.metrics import Metrics
@@ -106,11 +108,13 @@ class Application:
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("orders_http_requests_total{"))
 
 
-def application_over(repository: MemoryOrderRepository, metrics: Metrics | None = None) -> Api:
+def application_over(
+    repository: MemoryOrderRepository, metrics: Metrics | None = None, reader: Reader | None = None
+) -> Api:
     address = Address(host="127.0.0.1", port=0)
     settings = ApiSettings(reader_url="", bind=address, metrics_bind=address, tokens={"test": TOKEN})
-    reader = cast("ApiReader", Reader(repository))
-    return create_app(reader, settings, metrics or Metrics([*ROUTES, METRICS_ROUTE]), make_id=lambda: "made")
+    api_reader = cast("ApiReader", reader or Reader(repository))
+    return create_app(api_reader, settings, metrics or Metrics([*ROUTES, METRICS_ROUTE]), make_id=lambda: "made")
 
 
 @pytest.fixture(scope="module")
@@ -409,3 +413,17 @@ def test_every_route_has_its_own_counts(application: Application) -> None:
         )
     text = generate_latest(application.metrics.registry).decode()
     assert [route for route in ROUTES if f'route="{route}"' not in text] == []
+
+
+def test_both_reads_of_a_changed_order_have_one_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SecondReadHangs(Reader):
+        async def get_stored(self, order_uid: str) -> StoredOrder:
+            await asyncio.sleep(1)
+            return self.repository.get_stored(order_uid)
+
+    monkeypatch.setattr(orders, "ANSWER_TIMEOUT_S", 0.1)
+    repository = MemoryOrderRepository()
+    repository.save(ORDER)
+    application = Application(application_over(repository, reader=SecondReadHangs(repository)), Metrics(ROUTES), [])
+    older = with_token((b"if-none-match", b'"an older version"'))
+    assert application.send(f"/orders/{ORDER.order_uid}", headers=older).status == 503
