@@ -93,6 +93,13 @@ def sandbox() -> Iterator[Sandbox]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def own_sandbox() -> Iterator[Sandbox]:
+    """Servers that a test may stop. It must start them again."""
+    with running_sandbox() as running:
+        yield running
+
+
 @attrs.frozen(kw_only=True)
 class Database:
     """A database for one test, with the URL of each role."""

@@ -183,14 +183,14 @@ def test_many_huge_rejects_are_redriven_in_little_memory(
     environ: dict[str, str], database: Database, tmp_path: Path
 ) -> None:
     topic = environ["ORDERS_TOPIC"]
-    for offset in range(25):
+    for offset in range(15):
         add_reject(database, topic, offset, "convert_to('\"' || repeat('x', 8000000), 'UTF8')")
-    add_reject(database, topic, 25, "convert_to(repeat('x', 60000000), 'UTF8')")
-    add_reject(database, topic, 26, f"convert_to('{SAMPLE.decode()}', 'UTF8')")
+    add_reject(database, topic, 15, "convert_to(repeat('x', 60000000), 'UTF8')")
+    add_reject(database, topic, 16, f"convert_to('{SAMPLE.decode()}', 'UTF8')")
     small = peak_bytes("admin rejects list", environ, tmp_path / "list")
     peak = peak_bytes("admin rejects redrive --all --json", environ, tmp_path / "redriven")
     [outcomes] = json.loads((tmp_path / "redriven").read_text())
-    assert (outcomes["rejected"], outcomes["stored"]) == (26, 1)
+    assert (outcomes["rejected"], outcomes["stored"]) == (16, 1)
     assert peak - small < 100 * 2**20
 
 
@@ -224,11 +224,11 @@ def test_reconcile_reads_large_records_in_little_memory(environ: dict[str, str],
     publish(environ, SAMPLE)
     succeed("consumer --exit-at-end", environ)
     small = peak_bytes("admin reconcile", environ, tmp_path / "small")
-    for _ in range(5):
+    for _ in range(3):
         publish(environ, *[b"x" * 8_000_000] * 5)
     succeed("consumer --exit-at-end", environ)
     peak = peak_bytes("admin reconcile --json", environ, tmp_path / "proof")
-    assert json.loads((tmp_path / "proof").read_text())["counts"]["rejects"] == 25
+    assert json.loads((tmp_path / "proof").read_text())["counts"]["rejects"] == 15
     assert peak - small < 80 * 2**20
 
 

@@ -29,7 +29,7 @@ def test_the_server_does_what_its_openapi_document_says(module_database: Databas
             [
                 *(sys.executable, "-m", "schemathesis.cli", "run", f"http://{api.address}/openapi.json"),
                 *("--header", "Authorization: Bearer token", "--no-color"),
-                *("--max-examples", "6", "--seed", str(int.from_bytes(os.urandom(2)))),
+                *("--max-examples", "3", "--seed", str(int.from_bytes(os.urandom(2)))),
                 *("--request-timeout", "10"),
                 # A cursor is opaque, so the document cannot say which texts are valid.
                 *("--checks", "all", "--exclude-checks", "positive_data_acceptance"),

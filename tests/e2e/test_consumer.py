@@ -111,7 +111,7 @@ def test_a_signal_stops_it_with_0(
 def test_a_right_that_is_revoked_stops_it_with_1_and_a_reason(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
-    sender.send_orders(uids("order", 20_000))
+    sender.send_orders(uids("order", 10_000))
     with consuming(environ) as consumer, psycopg.connect(database.superuser_url, autocommit=True) as administrator:
         assert eventually(lambda: sum(next_offsets(database).values()) > 0, 20)
         administrator.execute("REVOKE INSERT ON items FROM orders_writer")

@@ -52,20 +52,8 @@ def test_every_setting_that_a_program_names_has_an_entry_with_its_default() -> N
     assert named == config.DEFAULTS.keys()
 
 
-@pytest.mark.parametrize("program", ["sender", "consumer", "api", "admin"])
-def test_every_program_has_help(program: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", f"services.{program}", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0
-    assert done.stdout.startswith("usage: ")
-
-
 def test_settings_md_lists_exactly_the_admin_commands() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "services.admin", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    commands = set(re.findall(r"^    ([a-z]+)(?: |$)", done.stdout, re.MULTILINE))
+    commands = set(re.findall(r"^    ([a-z]+)(?: |$)", make_parser().format_help(), re.MULTILINE))
     [line] = [line for line in SETTINGS.splitlines() if "services.admin`" in line]
     assert set(re.findall(r"`([a-z]+)`", line)) == commands
 

@@ -13,7 +13,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import apply_migrations, create_roles
-from sandbox import Sandbox, running_sandbox
+from sandbox import Sandbox
 from tests.conftest import Database, make_database, role_passwords
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
 from tests.support.api_process import eventually, serving
@@ -135,13 +135,6 @@ def test_a_url_without_a_required_password_is_a_configuration_error(
         assert "the server asks for a password" in done.stderr
 
 
-@pytest.fixture
-def own_sandbox() -> Iterator[Sandbox]:
-    with running_sandbox() as running:
-        yield running
-
-
-@pytest.mark.faults
 def test_restarts_of_postgresql_behind_pgbouncer_are_outages(own_sandbox: Sandbox) -> None:
     database = make_database(own_sandbox)
     with connect(database.superuser_url, application_name="tests") as connection:

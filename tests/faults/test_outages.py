@@ -15,7 +15,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import apply_migrations, create_roles
-from sandbox import Sandbox, running_sandbox
+from sandbox import Sandbox
 from sandbox.kafka import KafkaServer
 from services.kafka import SILENT
 from tests.conftest import ROOT, Database, make_database, role_passwords
@@ -29,13 +29,6 @@ OLDEST_TRANSACTION = """
 SELECT coalesce(max(extract(epoch FROM clock_timestamp() - xact_start)), 0) FROM pg_stat_activity
 WHERE application_name = 'orderlib-consumer' AND datname = current_database()
 """
-
-
-@pytest.fixture(scope="module")
-def own_sandbox() -> Iterator[Sandbox]:
-    """Servers that a test may stop. It must start them again."""
-    with running_sandbox() as running:
-        yield running
 
 
 @pytest.fixture

@@ -193,15 +193,6 @@ def test_usage_errors_exit_2_before_anything_starts(temporary: Path, wrong: list
     assert "starting" not in done.stderr
 
 
-@pytest.mark.parametrize(("module", "expected"), [("sandbox", "COMMAND"), ("sandbox.lock", "jars.lock")])
-def test_help_describes_the_command_and_starts_nothing(module: str, expected: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=CHECKOUT, check=True
-    )
-    assert expected in done.stdout
-    assert done.stderr == ""
-
-
 def test_on_other_systems_it_names_the_supported_ones_in_one_line() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import sys; sys.platform = 'win32'; import sandbox"],

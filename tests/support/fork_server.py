@@ -75,7 +75,7 @@ def start(
     stderr: int | None = None,
     checkout: Path = ROOT,
 ) -> Process:
-    """Start ``python -m services.PROGRAM …`` in a checkout.
+    """Start ``python -m services.PROGRAM …`` or ``python -m MODULE …`` in a checkout.
 
     The streams are file descriptors; ``None`` is the null device.
     """
@@ -160,4 +160,5 @@ def _become(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     os.environ.update(environ)
     program, *rest = arguments
     sys.argv = [program, *rest]
-    runpy.run_module(f"services.{program}", run_name="__main__", alter_sys=True)
+    module = f"services.{program}" if program in PROGRAMS else program
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

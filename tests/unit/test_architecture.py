@@ -168,6 +168,5 @@ def public_names() -> Iterator[tuple[str, object]]:
                         yield f"{module.__name__}.{name}.{part}", getattr(value, part)
 
 
-@pytest.mark.parametrize(("name", "value"), list(public_names()), ids=[name for name, _ in public_names()])
-def test_every_public_name_says_what_it_promises(name: str, value: object) -> None:
-    assert inspect.getdoc(value), name
+def test_every_public_name_says_what_it_promises() -> None:
+    assert [name for name, value in public_names() if not inspect.getdoc(value)] == []

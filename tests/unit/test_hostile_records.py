@@ -197,7 +197,7 @@ def test_the_result_does_not_depend_on_the_depth_of_the_callers_stack(
     assert descend(sys.getrecursionlimit() - len(inspect.stack(0)) - levels_left) == asked_from_the_top
 
 
-_SIZE = 1_000_000
+_SIZE = 600_000
 LARGE = {
     "one long known text": with_text(b"a" * _SIZE),
     "one long known text in Cyrillic": with_text("ж".encode() * (_SIZE // 2)),

@@ -24,12 +24,12 @@ WITHOUT_SQLSTATE = [
 ]
 
 
-@pytest.mark.parametrize("kind", WITH_SQLSTATE)
-def test_every_sqlstate_has_a_counterpart(kind: type[psycopg.Error]) -> None:
-    ours = translate(kind("secret"))
-    assert isinstance(ours, RefusedByDatabase | TransactionConflict | DatabaseUnavailable | ConfigurationError)
-    assert "secret" not in str(ours)
-    assert str(kind.sqlstate) in str(ours)
+def test_every_sqlstate_has_a_counterpart() -> None:
+    for kind in WITH_SQLSTATE:
+        ours = translate(kind("secret"))
+        assert isinstance(ours, RefusedByDatabase | TransactionConflict | DatabaseUnavailable | ConfigurationError)
+        assert "secret" not in str(ours)
+        assert str(kind.sqlstate) in str(ours)
 
 
 @pytest.mark.parametrize("kind", WITHOUT_SQLSTATE)

@@ -104,13 +104,13 @@ def _instance(cls: type[attrs.AttrsInstance], order: Order) -> Any:
     )
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 @given(order=secret_orders())
 @settings(max_examples=5)
-def test_no_repr_shows_personal_data(cls: type[attrs.AttrsInstance], order: Order) -> None:
-    instance = _instance(cls, order)
-    for text in (repr(instance), str(instance), f"{instance}", f"{[instance]}"):
-        assert SECRET not in text
+def test_no_repr_shows_personal_data(order: Order) -> None:
+    for cls in CLASSES:
+        instance = _instance(cls, order)
+        for text in (repr(instance), str(instance), f"{instance}", f"{[instance]}"):
+            assert SECRET not in text, cls
 
 
 def test_the_classes_that_contain_orders_and_records_are_tested() -> None:
@@ -144,14 +144,14 @@ def test_the_reprs_of_a_record_and_its_classification_show_no_content(order: Ord
         assert SECRET not in repr(record) + repr(classify_record(record, 8_000_000))
 
 
-@pytest.mark.parametrize("kind", FaultKind)
 @given(order=secret_orders(), seed=st.integers(0, 1000))
 @settings(max_examples=5)
-def test_no_error_shows_personal_data(kind: FaultKind, order: Order, seed: int) -> None:
-    bad = break_order(order, kind, Random(seed))
-    with pytest.raises(RejectedError) as caught:
-        orderlib.decode_order(bad.data)
-    assert SECRET not in repr(caught.value) + str(caught.value) + repr(caught.value.faults) + repr(bad)
+def test_no_error_shows_personal_data(order: Order, seed: int) -> None:
+    for kind in FaultKind:
+        bad = break_order(order, kind, Random(seed))
+        with pytest.raises(RejectedError) as caught:
+            orderlib.decode_order(bad.data)
+        assert SECRET not in repr(caught.value) + str(caught.value) + repr(caught.value.faults) + repr(bad), kind
 
 
 @given(secret_orders())

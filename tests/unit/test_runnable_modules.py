@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import bench.servers
 from bench import report
 from bench.report import Figure
+from tests.support.programs import run
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("bench", "docs", "orderlib", "sandbox", "services", "tests")
@@ -85,38 +84,16 @@ def test_the_list_of_modules_is_complete() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_help_changes_nothing_and_connects_to_nothing(module: str, server: socket.socket) -> None:
+def test_help_and_a_wrong_argument_change_nothing_and_connect_to_nothing(module: str, server: socket.socket) -> None:
     before = _state()
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--help"],
-        cwd=ROOT,
-        env=_environ_of(server),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: python -m ")
+    shown = run(f"{module.removeprefix('services.')} --help", _environ_of(server))
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("usage: python -m ")
+    refused = run(f"{module.removeprefix('services.')} --no-such-option", _environ_of(server))
+    assert (refused.returncode, refused.stdout) == (2, "")
     assert _state() == before
     with pytest.raises(BlockingIOError):
         server.accept()
-
-
-@pytest.mark.parametrize("module", [module for module in MODULES if module.split(".")[0] in {"bench", "docs"}])
-def test_a_wrong_argument_changes_nothing(module: str, server: socket.socket) -> None:
-    before = _state()
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--no-such-option"],
-        cwd=ROOT,
-        env=_environ_of(server),
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert _state() == before
 
 
 def test_benchmarks_use_only_the_servers_that_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
