@@ -126,7 +126,6 @@ _payment_values = operator.attrgetter(*_names(Payment))
 _item_values = operator.attrgetter(*_names(Item))
 
 _encoder = msgspec.json.Encoder()
-_sorting_encoder = msgspec.json.Encoder(order="deterministic")
 _decoder = msgspec.json.Decoder(Order)
 #: Refuses unknown fields.
 _canonical_decoder: msgspec.json.Decoder[CanonicalOrder] = msgspec.json.Decoder(_OrderStruct)
@@ -166,7 +165,8 @@ def decode_canonical(data: bytes) -> tuple[CanonicalOrder, bytes]:
     except (msgspec.DecodeError, RecursionError):
         pass
     _require_few_levels(data)
-    return canonical_form(_decode(data)), _with_complete_stack(_unknown_text, data)
+    readable = _readable(data)
+    return canonical_form(_decode_readable(data, readable)), _with_complete_stack(_unknown_text, readable)
 
 
 def _require_utf8(data: bytes) -> None:
@@ -197,9 +197,23 @@ def _decode(data: bytes) -> Order:
     return msgspec.convert(_with_complete_stack(_full_report, data), Order)
 
 
+def _decode_readable(data: bytes, readable: bytes) -> Order:
+    """Decode a text of which ``_readable`` was made. Its known fields are the same unless they have U+0000 there."""
+    if readable is not data:
+        with contextlib.suppress(msgspec.DecodeError, RecursionError):
+            order = _decoder.decode(readable)
+            if _has_usual_year(order) and b"\\u0000" not in encode_order(order):
+                return order
+    return _decode(data)
+
+
 def _needs_report(data: bytes, order: _HasTime) -> bool:
     """Return whether a rule is left to check: msgspec accepts U+0000, and any year of a time in UTC."""
-    return (b"\\" in data and b"\\u0000" in data) or not 1 < order.date_created.year < 9999
+    return (b"\\" in data and b"\\u0000" in data) or not _has_usual_year(order)
+
+
+def _has_usual_year(order: _HasTime) -> bool:
+    return 1 < order.date_created.year < 9999
 
 
 def encode_order(order: Order) -> bytes:
@@ -392,10 +406,18 @@ def _layout(model: Hashable) -> Mapping[str, tuple[Hashable, bool]]:
     return {name: (model_of(rule), isinstance(rule, VarTupleType)) for name, rule in rules.items()}
 
 
-def _unknown_text(data: bytes, hidden: Hidden = frozenset()) -> bytes:
-    """Return the unknown fields as JSON without whitespace, sorted by name; empty if the order has none."""
-    found = _unknown_fields(_readable(data), hidden)
-    return msgspec.json.format(_sorting_encoder.encode(found), indent=-1) if found else b""
+def _unknown_text(readable: bytes, hidden: Hidden = frozenset()) -> bytes:
+    """Return the unknown fields as lines of JSON, sorted and without other whitespace; empty if the order has none.
+
+    A line is the path of an object, or the name and the value of one of its unknown fields.
+    """
+    found = _unknown_fields(msgspec.json.format(readable, indent=-1), hidden)
+    lines: list[bytes] = []
+    for path in sorted(found):
+        lines.append(_encoder.encode(path))
+        # msgspec sorts members by a quicksort, for which a sender could make an input that takes minutes.
+        lines += sorted(map(_encoder.encode, found.pop(path).items()))
+    return b"\n".join(lines)
 
 
 def earlier_forms(data: bytes) -> Iterator[tuple[CanonicalOrder, bytes]]:
@@ -409,7 +431,7 @@ def earlier_forms(data: bytes) -> Iterator[tuple[CanonicalOrder, bytes]]:
         if not hidden:
             continue
         with contextlib.suppress(RejectedError, msgspec.DecodeError):
-            if unknown := _with_complete_stack(functools.partial(_unknown_text, hidden=hidden), data):
+            if unknown := _with_complete_stack(functools.partial(_unknown_text, hidden=hidden), _readable(data)):
                 yield _without(hidden, data), unknown
 
 

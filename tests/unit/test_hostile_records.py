@@ -197,6 +197,16 @@ def test_the_result_does_not_depend_on_the_depth_of_the_callers_stack(
     assert descend(sys.getrecursionlimit() - len(inspect.stack(0)) - levels_left) == asked_from_the_top
 
 
+def keys_for_the_slowest_quicksort(count: int) -> list[bytes]:
+    """Return keys in an order for which a quicksort with the median of three as pivot removes two keys a pass."""
+    order = list(range(count))
+    for low in range(count - 20 - count % 2, -1, -2):
+        middle = (low + count - 1) // 2
+        if middle >= low + 2:
+            order[low], order[low + 1], order[middle] = low, order[middle], low + 1
+    return [b"%06x" % key for key in order]
+
+
 _SIZE = 600_000
 LARGE = {
     "one long known text": with_text(b"a" * _SIZE),
@@ -222,6 +232,9 @@ LARGE = {
     "one key over and over": b"{" + b'"sm_id":"x",' * (_SIZE // 12) + b'"sm_id":"x"}',
     "unknown keys": b"{" + b",".join(b'"%x":1' % key for key in range(_SIZE // 10)) + b"}",
     "unknown keys of an order": RECORD[:-1] + b"".join(b',"%x":1' % key for key in range(_SIZE // 10)) + b"}",
+    "unknown keys that are slow to sort": RECORD[:-1]
+    + b"".join(b',"%b":1' % key for key in keys_for_the_slowest_quicksort(150_000))
+    + b"}",
     "the same unknown key over and over": RECORD[:-1] + b',"x":1' * (_SIZE // 6) + b"}",
     "items with unknown fields": with_item(ITEM[:-1] + b',"later":' + b"[9," * 98 + b"9" + b"]" * 98 + b"}", 1000),
     "blanks": b" " * _SIZE,
