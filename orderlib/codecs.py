@@ -416,7 +416,9 @@ def _unknown_text(readable: bytes, hidden: Hidden = frozenset()) -> bytes:
     for path in sorted(found):
         lines.append(_encoder.encode(path))
         # msgspec sorts members by a quicksort, for which a sender could make an input that takes minutes.
-        lines += sorted(map(_encoder.encode, found.pop(path).items()))
+        fields = found[path]
+        # Taken out of the dict one by one, because each of them needs more memory than its line.
+        lines += sorted(_encoder.encode(fields.popitem()) for _ in range(len(fields)))
     return b"\n".join(lines)
 
 
