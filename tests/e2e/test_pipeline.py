@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
-import psutil
 import psycopg
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
@@ -23,7 +19,6 @@ import orderlib
 from orderlib.errors import RejectedError
 from orderlib.testing import SAMPLE
 from tests.conftest import Database
-from tests.support import ROOT
 from tests.support.programs import events, run, running, succeed, wait_for
 
 
@@ -274,45 +269,6 @@ def test_only_bootstrap_ever_connects_as_a_superuser(environ: dict[str, str]) ->
     for program in ("admin migrate", "sender --count 5", "consumer --exit-at-end", "admin reconcile", "admin lag"):
         succeed(program, without)
     assert run("admin bootstrap", without).returncode == 2
-
-
-def test_the_demo_shows_an_order_and_ctrl_c_leaves_nothing_behind() -> None:
-    demo = subprocess.Popen(
-        [sys.executable, "-m", "sandbox", "--", sys.executable, "-m", "sandbox.demo"],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert demo.stderr is not None
-        lines: list[str] = []
-        for line in demo.stderr:
-            lines.append(line)
-            if "the page:" in line:
-                break
-        address = lines[-1].split()[-1]
-        with urllib.request.urlopen(urllib.request.Request(address, headers={"Accept": "text/html"})) as page:
-            assert "test</" in page.read().decode()
-        family = psutil.Process(demo.pid).children(recursive=True)
-        # As a terminal does: to every process in the foreground.
-        for process in [psutil.Process(demo.pid), *family]:
-            if process.is_running() and psutil.pid_exists(process.pid) and _group(process) == demo.pid:
-                process.send_signal(signal.SIGINT)
-        assert demo.wait(30) == 0, "".join(lines) + demo.stderr.read()
-        _, alive = psutil.wait_procs(family, timeout=5)
-        assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
-        with pytest.raises(OSError, match="refused"):
-            urllib.request.urlopen(address)
-    finally:
-        demo.kill()
-        demo.wait()
-        assert demo.stderr is not None
-        demo.stderr.close()
-
-
-def _group(process: psutil.Process) -> int:
-    return os.getpgid(process.pid)
 
 
 def test_rejects_have_key_value_and_headers_unchanged(environ: dict[str, str], database: Database) -> None:

@@ -205,6 +205,7 @@ class TestUsingAsync(TestUsing):
             yield repository
 
 
+@pytest.mark.faults  # TestUsingAsync and TestUsingInOneSnapshot have the same parts
 class TestUsingAsyncInOneSnapshot(TestUsingInOneSnapshot):
     @pytest.fixture
     def repository(self, emptied: Database) -> Iterator[OrderRepository]:

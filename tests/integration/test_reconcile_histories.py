@@ -182,7 +182,7 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(actions=st.lists(ACTIONS, min_size=5, max_size=25), max_bytes=LIMITS, tombstones=TOMBSTONES)
 def test_no_real_history_is_a_discrepancy(
     module_database: Database, actions: list[tuple[object, ...]], max_bytes: int, tombstones: Tombstones

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -14,8 +13,6 @@ from pathlib import Path
 
 import psutil
 
-from sandbox import Sandbox
-from tests.conftest import Database
 from tests.support.process_table import eventually
 
 CHECKOUT = Path(__file__).parents[2]
@@ -68,19 +65,19 @@ def assert_they_work(commands: list[str]) -> None:
     assert "everything is accounted for" in done.stderr
 
 
-def test_each_program_gets_only_its_variables_and_the_printed_commands_work(
-    sandbox: Sandbox, empty_database: Database
-) -> None:
+def test_each_program_gets_only_its_variables_the_printed_commands_work_and_ctrl_c_leaves_nothing_behind() -> None:
     environ = {
         **{name: value for name, value in os.environ.items() if not name.startswith("ORDERS_")},
-        **empty_database.environ(),
-        KAFKA: sandbox.kafka.bootstrap_servers,
-        "ORDERS_TOPIC": f"demo-{secrets.token_hex(6)}",
         "ORDERS_API_TOKENS": "",
         "SOME_OTHER_SECRET": "hidden",
     }
     demo = subprocess.Popen(
-        [sys.executable, "-m", "sandbox.demo"], cwd=CHECKOUT, env=environ, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "sandbox", "--", sys.executable, "-m", "sandbox.demo"],
+        cwd=CHECKOUT,
+        env=environ,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     seen: dict[str, Mapping[str, str]] = {}
     try:
@@ -99,9 +96,12 @@ def test_each_program_gets_only_its_variables_and_the_printed_commands_work(
         printed = list(itertools.takewhile(lambda line: "3. Prove" not in line, demo.stdout))
         printed += [demo.stdout.readline() for _ in range(2)]
         assert_they_work([line.strip() for line in printed if line.startswith("    ")])
-        demo.send_signal(signal.SIGINT)
+        family = psutil.Process(demo.pid).children(recursive=True)
+        # As a terminal does: to every process in the foreground.
+        os.killpg(demo.pid, signal.SIGINT)
         assert demo.wait(READY_TIMEOUT_S) == 0
-        assert programs_below(demo.pid) == {}
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
     finally:
         demo.terminate()
         demo.wait(READY_TIMEOUT_S)
