@@ -270,7 +270,8 @@ def action_of(error: KafkaError) -> ErrorAction:
 
 def translate(error: KafkaError, message: Message | None = None) -> OrderlibError:
     """Return orderlib's error for one of librdkafka. ``message`` is the message that carried it, if any."""
-    text = f"Kafka: {error.str()} ({error.name()})"
+    # Some of its texts end with a line break.
+    text = f"Kafka: {' '.join(error.str().split())} ({error.name()})"
     topic = message.topic() if message else None
     if message is not None and topic is not None:
         text = f"{topic}[{message.partition()}] at offset {message.offset()}: {text}"

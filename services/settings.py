@@ -72,6 +72,9 @@ RESERVED_KAFKA_PROPERTIES = frozenset(
     }
 )
 
+_KAFKA_SERVER = re.compile(
+    r"(?:(?i:(?:sasl_)?(?:plaintext|ssl))://)?(?:[\w.-]+|\[[0-9a-fA-F:.]+\])(?::(?P<port>[0-9]{1,5}))?", re.ASCII
+)
 _HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):(?P<port>\d{1,5})")
 
 
@@ -172,8 +175,13 @@ class KafkaSettings:
         for reserved in sorted(RESERVED_KAFKA_PROPERTIES & properties.keys()):
             name = _KAFKA_PREFIX + reserved.upper().replace(".", "_")
             raise ConfigurationError(f"{name} cannot be set: orderlib depends on its own value of {reserved}")
+        if (
+            properties.get("sasl.mechanism", properties.get("sasl.mechanisms", "")).upper() == "OAUTHBEARER"
+            and not {"sasl.oauthbearer.method", "enable.sasl.oauthbearer.unsecure.jwt"} & properties.keys()
+        ):
+            raise ConfigurationError("OAUTHBEARER needs ORDERS_KAFKA_SASL_OAUTHBEARER_METHOD=oidc")
         return cls(
-            bootstrap_servers=_required(environ, "ORDERS_KAFKA_BOOTSTRAP_SERVERS"),
+            bootstrap_servers=_bootstrap_servers(environ),
             topic=_text(environ, "ORDERS_TOPIC"),
             properties=properties,
         )
@@ -186,6 +194,16 @@ class KafkaSettings:
             # A misspelt topic must be reported, not created.
             "allow.auto.create.topics": "false",
         }
+
+
+def _bootstrap_servers(environ: Mapping[str, str]) -> str:
+    """Return the servers. librdkafka takes any text, and then waits for a host of that name as in an outage."""
+    name = "ORDERS_KAFKA_BOOTSTRAP_SERVERS"
+    servers = _required(environ, name)
+    found = [_KAFKA_SERVER.fullmatch(server.strip()) for server in servers.split(",") if server.strip()]
+    if not found or not all(server and 0 < int(server["port"] or 9092) <= 65535 for server in found):
+        raise ConfigurationError(f"{name} must be host:port, several separated by commas")
+    return servers
 
 
 @attrs.frozen(kw_only=True)

@@ -61,3 +61,9 @@ def test_the_original_error_is_the_cause() -> None:
     with pytest.raises(ConfigurationError) as error, translated_errors():
         raise original
     assert error.value.__cause__ is original
+
+
+def test_an_error_is_one_line() -> None:
+    assert str(translate(KafkaError(CODES["_INVALID_ARG"], "outside the\nallowed range\n"))) == (
+        "Kafka: outside the allowed range (_INVALID_ARG)"
+    )

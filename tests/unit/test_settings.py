@@ -67,6 +67,27 @@ def test_an_empty_setting_counts_as_not_set() -> None:
     assert (settings.kafka.topic, settings.max_record_bytes) == ("orders", 8 * 1024 * 1024)
 
 
+@pytest.mark.parametrize(
+    "servers",
+    [
+        *("kafka", "kafka_1:9092,", "a.example.com:9093,b.example.com:9093", "a:1, b:2", "10.0.0.1:9092", "[::1]:9092"),
+        *("SASL_SSL://kafka:9093", "ssl://kafka:9093,plaintext://kafka:9092"),
+    ],
+)
+def test_the_servers_of_kafka_are_what_librdkafka_accepts(servers: str) -> None:
+    settings = KafkaSettings.from_mapping({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": servers})
+    assert settings.client_properties()["bootstrap.servers"] == servers
+
+
+@pytest.mark.parametrize("name", ["SASL_MECHANISM", "SASL_MECHANISMS"])
+def test_oauthbearer_without_a_source_of_tokens_is_a_configuration_error(name: str) -> None:
+    """librdkafka would wait for a token that nobody gives it, as in an outage."""
+    without = {**KAFKA, f"ORDERS_KAFKA_{name}": "OAUTHBEARER"}
+    with pytest.raises(ConfigurationError, match="ORDERS_KAFKA_SASL_OAUTHBEARER_METHOD"):
+        KafkaSettings.from_mapping(without)
+    KafkaSettings.from_mapping({**without, "ORDERS_KAFKA_SASL_OAUTHBEARER_METHOD": "oidc"})
+
+
 def test_any_property_of_librdkafka_can_be_set() -> None:
     settings = KafkaSettings.from_mapping(
         {**KAFKA, "ORDERS_KAFKA_SASL_PASSWORD": SECRET, "ORDERS_KAFKA_SECURITY_PROTOCOL": "SASL_SSL", "PATH": "/bin"}
@@ -141,6 +162,16 @@ def test_an_error_names_the_missing_setting(
             ["9101", ":9101", "::1:9101", "host:", "host:65536", "host:-1", "a b:1", "http://host:1/"],
         ),
         (ApiSettings.from_mapping, API, "ORDERS_API_BIND must be host:port", ["8080", "host:port", SECRET]),
+        (
+            KafkaSettings.from_mapping,
+            KAFKA,
+            "ORDERS_KAFKA_BOOTSTRAP_SERVERS must be host:port, several separated by commas",
+            [
+                *(f"http://user:{SECRET}@kafka:9092", f"user:{SECRET}@kafka:9092", f"kafka:9092/{SECRET}", "a b:9092"),
+                *(",", " , ", "kafka:0", "kafka:65536", "kafka:99999", "kafka:", ":9092", "[::1", "::1"),
+                *("kafka:9092;other:9092", "kafka:9092 other:9092", "http://kafka:9092", "kafka:\u0661"),
+            ],
+        ),
         *(
             (ApiSettings.from_mapping, API, f"ORDERS_API_TOKENS: {message}", values)
             for message, values in [
