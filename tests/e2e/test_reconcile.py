@@ -135,7 +135,8 @@ def fill(place: Place) -> None:
         None,
         order("invalid").replace(b'"USD"', b'"usd"').replace(b'"sale":30', b'"sale":300'),
         large("stays-rejected", 1).replace(b'"USD"', b'"usd"'),
-        order("updated", 2),
+        # With an unknown field, so that it has an original.
+        order("updated", 2)[:-1] + b', "later": 1}',
         order("repeated", 1),
         order("later", 2),
         b"\xff",

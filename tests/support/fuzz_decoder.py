@@ -16,9 +16,15 @@ from random import Random
 import attrs
 
 from orderlib import InvalidOrder, MalformedJson, Order, content_sha256, decode_order, encode_order
-from orderlib.codecs import decode_canonical, digest
+from orderlib.codecs import decode_canonical, digest, unknown_fields
 from orderlib.testing import SAMPLE, FaultKind, break_order
-from tests.support.reference_decoder import comparable, reference_decode
+from tests.support.reference_decoder import (
+    as_readable,
+    comparable,
+    from_readable,
+    reference_decode,
+    reference_unknown_fields,
+)
 
 _TOKENS = [
     *(bytes([byte]) for byte in b'"\\[]{},: \t\n\r\0\x1f0-+.eE\x7f\x80\xc3\xed\xff'),
@@ -130,12 +136,19 @@ def order_or_error(decode: Callable[[bytes], Order], data: bytes) -> Order | Inv
 
 
 def consumer_agrees(found: Order | InvalidOrder | MalformedJson, data: bytes) -> bool:
-    """Return whether the consumer decodes the same order, or raises an error with the same report."""
+    """Return whether the consumer decodes the same fields, unknown ones too, or raises an equal error."""
     try:
-        canonical, _ = decode_canonical(data)
+        canonical, unknown = decode_canonical(data)
     except (InvalidOrder, MalformedJson) as error:
         return comparable(error) == comparable(found)
-    return isinstance(found, Order) and digest(canonical) == content_sha256(found)
+    expected = reference_unknown_fields(data)
+    named = {path: from_readable(fields) for path, fields in unknown_fields(data).items()}
+    return (
+        isinstance(found, Order)
+        and digest(canonical) == content_sha256(found)
+        and bool(unknown) == bool(expected)
+        and named == {path: as_readable(fields) for path, fields in expected.items()}
+    )
 
 
 def disagreements(rng: Random) -> Iterator[bytes | None]:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from orderlib import Fault, InvalidOrder, MalformedJson, Order, order_from_plain
+import attrs
+import msgspec
+
+from orderlib import Delivery, Fault, InvalidOrder, Item, MalformedJson, Order, Payment, order_from_plain
 
 MAX_NESTING = 100
+
+_UNREADABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def reference_decode(data: bytes) -> Order:
@@ -19,11 +25,56 @@ def reference_decode(data: bytes) -> Order:
         text = data.decode()
         if _nesting(text) > MAX_NESTING:
             raise ValueError("too deep")
-        with _higher_recursion_limit():
-            plain = json.loads(text, parse_constant=_refuse, parse_int=_parse_int, parse_float=lambda _: 0.5)
+        plain = _loads(text)
     except ValueError as exc:
         raise MalformedJson([Fault(path="$", expected="JSON", found="something else")]) from exc
     return order_from_plain(plain)
+
+
+def reference_unknown_fields(data: bytes) -> dict[str, dict[str, object]]:
+    """Return the unknown fields of a text that is an order: by the path of their object and by name."""
+    plain = _loads(data.decode())
+    objects = {
+        "$": (plain, Order),
+        "$.delivery": (plain["delivery"], Delivery),
+        "$.payment": (plain["payment"], Payment),
+    }
+    objects |= {f"$.items[{index}]": (item, Item) for index, item in enumerate(plain["items"])}
+    unknown = {
+        path: {
+            name: value for name, value in found.items() if name not in {field.name for field in attrs.fields(model)}
+        }
+        for path, (found, model) in objects.items()
+    }
+    return {path: fields for path, fields in unknown.items() if fields}
+
+
+def as_readable(fields: object) -> object:
+    """Return fields with the texts that ``unknown_fields`` has: for what no text can have, U+0000 and four digits."""
+    return _with_texts(fields, lambda text: _UNREADABLE.sub(lambda found: f"\0{ord(found[0]):04x}", text))
+
+
+def from_readable(fields: Mapping[str, msgspec.Raw]) -> object:
+    """Parse fields that ``unknown_fields`` returned. The digits behind U+0000 may have been capitals."""
+    parsed = {name: _loads(bytes(value).decode()) for name, value in fields.items()}
+    return _with_texts(parsed, lambda text: re.sub(r"\0....", lambda found: found[0].lower(), text))
+
+
+def _with_texts(value: object, change: Callable[[str], str]) -> object:
+    match value:
+        case str():
+            return change(value)
+        case list():
+            return [_with_texts(part, change) for part in value]
+        case dict():
+            return {_with_texts(name, change): _with_texts(part, change) for name, part in value.items()}
+        case _:
+            return value
+
+
+def _loads(text: str) -> Any:
+    with _higher_recursion_limit():
+        return json.loads(text, parse_constant=_refuse, parse_int=_parse_int, parse_float=lambda _: 0.5)
 
 
 def comparable(decoded: Order | InvalidOrder | MalformedJson) -> object:
