@@ -160,13 +160,13 @@ class OrderNotFound(OrderlibError):
 class RejectNotFound(OrderlibError):
     """No reject is stored for this position. Only the programs raise it, never a repository."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, position: str) -> None:
         #: TOPIC/PARTITION/OFFSET.
-        self.place = place
-        super().__init__(place)
+        self.position = position
+        super().__init__(position)
 
     def __str__(self) -> str:
-        return f"no reject {self.place!r}"
+        return f"no reject {self.position!r}"
 
 
 class FenceLost(OrderlibError):

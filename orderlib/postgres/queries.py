@@ -681,10 +681,10 @@ def list_rejects(filters: Collection[str], *, cursor: bool, oldest_first: bool) 
     comparison, sort = _DIRECTIONS[Direction.NEWER if oldest_first else Direction.OLDER]
     where = _all_of(_REJECT_CONDITIONS, filters, numbers)
     if cursor:
-        place: LiteralString = (
+        row: LiteralString = (
             f"{next(numbers)}::timestamptz, {next(numbers)}, {next(numbers)}::integer, {next(numbers)}::bigint"
         )
-        where = f"{where} AND (rejected_at, topic_id, partition, record_offset) {comparison} ({place})"
+        where = f"{where} AND (rejected_at, topic_id, partition, record_offset) {comparison} ({row})"
     return f"""
 SELECT topic, partition, record_offset, topic_id, record_time, code, faults, rejected_at, redriven_at, redrive_outcome
 FROM rejects WHERE {where}

@@ -16,7 +16,7 @@ from orderlib.contract import fits_postgres
 from orderlib.errors import REJECT_CODES, Fault, OrderNotFound, TransactionConflict
 from orderlib.models import Order
 from orderlib.postgres import queries
-from orderlib.postgres.reject_list import RejectPage, RejectPlace, RejectQuery, RejectSummary
+from orderlib.postgres.reject_list import RejectPage, RejectPosition, RejectQuery, RejectSummary
 from orderlib.postgres.rows import JOINED_WIDTH, Row, order_from_rows, orders_from_rows
 from orderlib.postgres.wire import Statement, Wire
 from orderlib.repository import (
@@ -219,9 +219,9 @@ class ReadQueries:
         filters = _reject_filters(query)
         cursor = query.cursor
         statement = queries.list_rejects(filters, cursor=cursor is not None, oldest_first=query.oldest_first)
-        place = [cursor.rejected_at, cursor.topic_id, cursor.partition, cursor.offset] if cursor else []
+        after = [cursor.rejected_at, cursor.topic_id, cursor.partition, cursor.offset] if cursor else []
         # One more than the page, to know whether there is a next page.
-        [rows] = yield from self._wire.pipeline((statement, [*filters.values(), *place, query.limit + 1]))
+        [rows] = yield from self._wire.pipeline((statement, [*filters.values(), *after, query.limit + 1]))
         rejects = tuple(map(_reject_summary, rows[: query.limit]))
         return RejectPage(
             rejects=rejects, next_cursor=rejects[-1].cursor if rejects and len(rows) > query.limit else None
@@ -363,7 +363,7 @@ def _reject_filters(query: RejectQuery) -> dict[str, object]:
 def _reject_summary(row: Row) -> RejectSummary:
     topic, partition, offset, topic_id, record_time, code, faults, rejected_at, redriven_at, redrive_outcome = row
     return RejectSummary(
-        place=RejectPlace(topic=topic, partition=partition, offset=offset),
+        position=RejectPosition(topic=topic, partition=partition, offset=offset),
         topic_id=topic_id,
         record_time=record_time,
         code=code,

@@ -13,7 +13,7 @@ from orderlib.repository import MAX_OFFSET, MAX_PARTITION, PAGE_SIZE, encoded_cu
 
 
 @attrs.frozen(kw_only=True)
-class RejectPlace:
+class RejectPosition:
     """The position of a reject with the name of its topic: ``TOPIC/PARTITION/OFFSET``."""
 
     topic: str
@@ -58,7 +58,7 @@ class RejectCursor:
 class RejectSummary:
     """A reject without the content of its record."""
 
-    place: RejectPlace
+    position: RejectPosition
     topic_id: str
     #: The record's own time; UTC.
     record_time: dt.datetime
@@ -77,8 +77,8 @@ class RejectSummary:
         """The reject's position in the list."""
         return RejectCursor(
             rejected_at=self.rejected_at,
-            partition=self.place.partition,
-            offset=self.place.offset,
+            partition=self.position.partition,
+            offset=self.position.offset,
             topic_id=self.topic_id,
         )
 

@@ -16,7 +16,7 @@ from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
 from orderlib.postgres.connections import Connection
 from orderlib.postgres.errors import translated_errors
 from orderlib.postgres.reads import ReadQueries
-from orderlib.postgres.reject_list import RejectPage, RejectPlace, RejectQuery
+from orderlib.postgres.reject_list import RejectPage, RejectPosition, RejectQuery
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.wire import Wire
 from orderlib.postgres.writes import store
@@ -56,13 +56,13 @@ def list_rejects(connection: Connection, query: RejectQuery) -> tuple[RejectPage
         return connection.wait(reads.list_rejects(query)), connection.wait(reads.count_rejects(query))
 
 
-def get_reject(connection: Connection, place: RejectPlace, max_bytes: int) -> Iterator[dict[str, Any]]:
+def get_reject(connection: Connection, position: RejectPosition, max_bytes: int) -> Iterator[dict[str, Any]]:
     """Yield the rejects at a position, one for each topic id, the newest first.
 
     Each of key, value and headers (as JSON) has at most ``max_bytes``. Raises RejectNotFound.
     """
     found = False
-    which = {**attrs.asdict(place), "max_bytes": max_bytes}
+    which = {**attrs.asdict(position), "max_bytes": max_bytes}
     with translated_errors(connection), connection.cursor(row_factory=dict_row) as cursor:
         for row in cursor.stream(queries.GET_REJECT, which, binary=True):
             found = True
@@ -72,7 +72,7 @@ def get_reject(connection: Connection, place: RejectPlace, max_bytes: int) -> It
                     row[part] = Prefix(row[part], size_bytes)
             yield row
     if not found:
-        raise RejectNotFound(str(place))
+        raise RejectNotFound(str(position))
 
 
 def redrive(
@@ -80,7 +80,7 @@ def redrive(
     max_bytes: int,
     *,
     code: str | None = None,
-    place: RejectPlace | None = None,
+    position: RejectPosition | None = None,
     tombstones: Tombstones = Tombstones.REJECT,
 ) -> Iterator[Counter[Outcome]]:
     """Process rejects again at their own positions: all, those with one code, or one. Yield outcomes by transaction.
@@ -94,7 +94,7 @@ def redrive(
     while True:
         try:
             with translated_errors(connection), connection.transaction():
-                last, outcomes = _redrive_batch(connection, max_bytes, code, place, after, tombstones)
+                last, outcomes = _redrive_batch(connection, max_bytes, code, position, after, tombstones)
         except TransactionConflict:
             continue
         if last is None:
@@ -107,13 +107,13 @@ def _redrive_batch(
     connection: Connection,
     max_bytes: int,
     code: str | None,
-    place: RejectPlace | None,
+    position: RejectPosition | None,
     after: tuple[str, int, int],
     tombstones: Tombstones,
 ) -> tuple[tuple[str, int, int] | None, Counter[Outcome]]:
     which = {
         "code": code,
-        **(attrs.asdict(place) if place else {"topic": None, "partition": None, "offset": None}),
+        **(attrs.asdict(position) if position else {"topic": None, "partition": None, "offset": None}),
         **dict(zip(("after_topic_id", "after_partition", "after_offset"), after, strict=True)),
         "limit": _REDRIVE_RECORDS,
     }
@@ -126,15 +126,15 @@ def _redrive_batch(
     [(redriven_at,)] = connection.execute(queries.CLOCK).fetchall()
     outcomes: Counter[Outcome] = Counter()
     for topic_id, partition, offset, topic, record_time, size_bytes in rows:
-        position = {"topic_id": topic_id, "partition": partition, "offset": offset}
+        source = {"topic_id": topic_id, "partition": partition, "offset": offset}
         outcome = Outcome.REJECTED
         if size_bytes <= max_bytes:
-            [(key, value)] = connection.execute(queries.REJECT_VALUE, position, binary=True).fetchall()
-            record = Record(source=RecordPosition(**position), time=record_time, topic=topic, key=key, value=value)
+            [(key, value)] = connection.execute(queries.REJECT_VALUE, source, binary=True).fetchall()
+            record = Record(source=RecordPosition(**source), time=record_time, topic=topic, key=key, value=value)
             classified = classify_record(record, max_bytes, pack_rows, tombstones)
             if not isinstance(classified, Reject):
                 outcome = _store_one(connection, classified)
-        done = {**position, "outcome": outcome, "redriven_at": redriven_at}
+        done = {**source, "outcome": outcome, "redriven_at": redriven_at}
         connection.execute(queries.RECORD_REDRIVE, done)
         outcomes[outcome] += 1
     return (rows[-1][:3] if rows else None), outcomes

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from orderlib.errors import REJECT_CODES
 from orderlib.postgres.connections import connect
 from orderlib.postgres.operations import count_old_rejects, purge_rejects
-from orderlib.postgres.reject_list import RejectPlace, RejectQuery
+from orderlib.postgres.reject_list import RejectPosition, RejectQuery
 from orderlib.postgres.rejects import Prefix, get_reject, list_rejects, redrive
 from orderlib.repository import Outcome, is_position
 from services.admin.output import (
@@ -43,7 +43,7 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add_parser(
         "rejects",
         help="list, show, redrive or purge refused records",
-        description="Records that the consumer refused. Each is stored unchanged with its code and faults. PLACE is "
+        description="Records that the consumer refused. Each is stored unchanged with its code and faults. POSITION is "
         "TOPIC/PARTITION/OFFSET.",
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
@@ -69,7 +69,7 @@ def add_commands(commands: Commands) -> None:
         "base64. Control characters are escaped. Of a key, a value or headers above 8 MiB it prints the beginning and "
         "the size.",
     )
-    showing.add_argument("place", metavar="PLACE", type=_place)
+    showing.add_argument("position", metavar="POSITION", type=_position)
     showing.set_defaults(command=_show)
 
     redriving = actions.add_parser(
@@ -83,7 +83,7 @@ def add_commands(commands: Commands) -> None:
     which = redriving.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="redrive all rejects")
     which.add_argument("--code", choices=REJECT_CODES, help="redrive the rejects with this code")
-    which.add_argument("place", metavar="PLACE", nargs="?", type=_place, help="redrive one reject")
+    which.add_argument("position", metavar="POSITION", nargs="?", type=_position, help="redrive one reject")
     add_json_option(redriving)
     redriving.set_defaults(command=_redrive)
 
@@ -99,11 +99,11 @@ def add_commands(commands: Commands) -> None:
     purging.set_defaults(command=_purge)
 
 
-def _place(text: str) -> RejectPlace:
+def _position(text: str) -> RejectPosition:
     found = re.fullmatch(r"(?P<topic>[^/]+)/(?P<partition>[0-9]{1,10})/(?P<offset>[0-9]{1,19})", text)
     if not found or not is_position(found["topic"], int(found["partition"]), int(found["offset"])):
         raise argparse.ArgumentTypeError("must be TOPIC/PARTITION/OFFSET")
-    return RejectPlace(topic=found["topic"], partition=int(found["partition"]), offset=int(found["offset"]))
+    return RejectPosition(topic=found["topic"], partition=int(found["partition"]), offset=int(found["offset"]))
 
 
 def _age(text: str) -> dt.timedelta:
@@ -128,7 +128,7 @@ def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         page, total = list_rejects(connection, query)
     rows = [
         {
-            "place": str(reject.place),
+            "position": str(reject.position),
             "code": reject.code,
             "faults": reject.total_faults,
             "first_path": reject.faults[0].path if reject.faults else None,
@@ -147,7 +147,7 @@ def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _show(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with connected(environ, "ORDERS_DATABASE_URL") as connection:
-        for reject in get_reject(connection, options.place, SHOWN_BYTES):
+        for reject in get_reject(connection, options.position, SHOWN_BYTES):
             headers = reject["headers"]
             plain = {
                 **reject,
@@ -175,10 +175,10 @@ def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     outcomes: Counter[Outcome] = Counter()
     progress = Progress("rejects redriven")
     with connected(environ, "ORDERS_DATABASE_URL") as connection:
-        if options.place is not None:
-            list(get_reject(connection, options.place, max_bytes=0))
+        if options.position is not None:
+            list(get_reject(connection, options.position, max_bytes=0))
         for batch in redrive(
-            connection, max_bytes, code=options.code, place=options.place, tombstones=tombstones(environ)
+            connection, max_bytes, code=options.code, position=options.position, tombstones=tombstones(environ)
         ):
             outcomes += batch
             progress.at(outcomes.total())

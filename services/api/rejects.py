@@ -90,7 +90,7 @@ class RejectsResource:
 
 def _plain(reject: RejectSummary) -> dict[str, object]:
     return {
-        **attrs.asdict(reject.place),
+        **attrs.asdict(reject.position),
         "topic_id": reject.topic_id,
         "record_time": reject.record_time,
         "code": reject.code,

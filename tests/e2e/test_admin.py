@@ -121,23 +121,23 @@ def test_rejects_are_listed_redriven_and_purged_as_the_options_select(environ: d
     succeed("consumer --exit-at-end", environ)
     topic = environ["ORDERS_TOPIC"]
 
-    def places(arguments: str) -> list[str]:
-        return [row["place"] for row in rows(f"rejects list {arguments}", environ)]
+    def positions(arguments: str) -> list[str]:
+        return [row["position"] for row in rows(f"rejects list {arguments}", environ)]
 
-    assert places("--oldest") == [f"{topic}/0/{offset}" for offset in range(3)]
-    assert places("") == [f"{topic}/0/{offset}" for offset in (2, 1, 0)]
-    assert places("--code malformed_json") == [f"{topic}/0/2", f"{topic}/0/0"]
-    assert places("--limit 1") == [f"{topic}/0/2"]
+    assert positions("--oldest") == [f"{topic}/0/{offset}" for offset in range(3)]
+    assert positions("") == [f"{topic}/0/{offset}" for offset in (2, 1, 0)]
+    assert positions("--code malformed_json") == [f"{topic}/0/2", f"{topic}/0/0"]
+    assert positions("--limit 1") == [f"{topic}/0/2"]
     assert succeed("admin rejects list --limit 2 --code malformed_json", environ).endswith("\n2 of 2 rejects\n")
     assert succeed("admin rejects list --limit 1", environ).endswith("\n1 of 3 rejects\n")
-    assert places("--since 2100-01-01T00:00:00Z") == places("--key nobody") == []
-    assert len(places("--since 2020-01-01T00:00:00Z")) == 3
+    assert positions("--since 2100-01-01T00:00:00Z") == positions("--key nobody") == []
+    assert len(positions("--since 2020-01-01T00:00:00Z")) == 3
     with psycopg.connect(environ["ORDERS_BOOTSTRAP_URL"]) as connection:
         connection.execute("UPDATE rejects SET key = convert_to('Ключ', 'UTF8') WHERE record_offset = 1")
-    assert places("--key Ключ") == [f"{topic}/0/1"]
+    assert positions("--key Ключ") == [f"{topic}/0/1"]
     [one] = rows(f"rejects redrive {topic}/0/1", environ)
     assert (one["rejected"], sum(one.values())) == (1, 1)
-    assert places("--waiting") == [f"{topic}/0/2", f"{topic}/0/0"]
+    assert positions("--waiting") == [f"{topic}/0/2", f"{topic}/0/0"]
     [others] = rows("rejects redrive --all", environ)
     assert sum(others.values()) == others["rejected"]
     missing = run(f"admin rejects show {topic}/0/9", environ)
@@ -147,10 +147,10 @@ def test_rejects_are_listed_redriven_and_purged_as_the_options_select(environ: d
 
     assert json.loads(succeed("admin rejects purge --older-than 1h --json", environ)) == {"rejects": 0}
     asked = run("admin rejects purge --older-than 0m", environ)
-    assert (asked.returncode, len(places(""))) == (1, 3)
+    assert (asked.returncode, len(positions(""))) == (1, 3)
     assert "add --yes" in asked.stderr
     assert json.loads(succeed("admin rejects purge --older-than 0m --yes --json", environ)) == {"rejects": 3}
-    assert places("") == []
+    assert positions("") == []
 
 
 def add_reject(database: Database, topic: str, offset: int, value: str, headers: str = "NULL") -> None:

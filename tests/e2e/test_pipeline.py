@@ -171,7 +171,7 @@ def test_a_redriven_reject_is_stored_once_and_keeps_its_outcome(environ: dict[st
     small = {**environ, "ORDERS_MAX_RECORD_BYTES": "4500"}
     succeed("consumer --exit-at-end", small)
     [reject] = [r for r in json.loads(succeed("admin rejects list --json", environ)) if r["code"] == "too_large"]
-    shown = json.loads(succeed(f"admin rejects show {reject['place']}", environ))
+    shown = json.loads(succeed(f"admin rejects show {reject['position']}", environ))
     assert shown["value"] == {"text": orderlib.encode_order(large).decode()}
     assert run("admin get large", environ).returncode == 1
     [first] = json.loads(succeed("admin rejects redrive --code too_large --json", environ))
