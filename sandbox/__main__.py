@@ -37,36 +37,44 @@ class _Stopped(Exception):
 
 def main() -> int:
     """Run the command line; return the exit status."""
-    command = _parsed_command()
+    options = _parsed_options()
     _on_signals(_stop_once)
     threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
     try:
-        return _run(command)
+        return _run(options.command, options.brokers)
     except _Stopped as stopped:
-        return 128 + stopped.number if command else 0
+        return 128 + stopped.number if options.command else 0
     except (SandboxError, OSError) as error:  # OSError: disk full, too many open files
         print(f"sandbox: {error}", file=sys.stderr)
         return 1
 
 
-def _parsed_command() -> Sequence[str]:
+def _parsed_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m sandbox",
-        usage="python -m sandbox [-h] [-- COMMAND...]",
+        usage="python -m sandbox [-h] [--brokers N] [-- COMMAND...]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--brokers",
+        metavar="N",
+        type=int,
+        choices=range(1, 10),
+        default=1,
+        help="number of Kafka's nodes (%(default)s)",
+    )
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="the command to run, with its arguments")
-    command: list[str] = parser.parse_args().command
-    if command and shutil.which(command[0]) is None:
-        parser.error(f"no such command: {command[0]}")
-    return command
+    options = parser.parse_args()
+    if options.command and shutil.which(options.command[0]) is None:
+        parser.error(f"no such command: {options.command[0]}")
+    return options
 
 
-def _run(command: Sequence[str]) -> int:
+def _run(command: Sequence[str], brokers: int) -> int:
     started_at = time.monotonic()
     print("sandbox: starting PostgreSQL and Kafka", file=sys.stderr)
-    with running_sandbox() as sandbox:
+    with running_sandbox(brokers) as sandbox:
         print(f"sandbox: both are ready after {time.monotonic() - started_at:.1f} s", file=sys.stderr)
         if command:
             return _run_command(command, sandbox)

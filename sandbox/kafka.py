@@ -1,4 +1,4 @@
-"""A real Apache Kafka on this machine: one node, broker and KRaft controller in one process."""
+"""A real Apache Kafka on this machine. Each node is broker and KRaft controller in one process."""
 
 import logging
 import re
@@ -13,6 +13,7 @@ from base64 import urlsafe_b64encode
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Self
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
@@ -23,8 +24,8 @@ from sandbox.server import SandboxError, Server, free_port
 
 PROPERTIES = """\
 process.roles=broker,controller
-node.id=1
-controller.quorum.voters=1@127.0.0.1:{controller_port}
+node.id={node_id}
+controller.quorum.voters={voters}
 listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
 advertised.listeners=PLAINTEXT://127.0.0.1:{port}
 controller.listener.names=CONTROLLER
@@ -32,14 +33,16 @@ inter.broker.listener.name=PLAINTEXT
 log.dirs={data}
 auto.create.topics.enable=false
 group.initial.rebalance.delay.ms=0
+default.replication.factor={replicas}
+min.insync.replicas={min_isr}
 offsets.topic.num.partitions=1
-offsets.topic.replication.factor=1
+offsets.topic.replication.factor={replicas}
 transaction.state.log.num.partitions=1
-transaction.state.log.replication.factor=1
-transaction.state.log.min.isr=1
+transaction.state.log.replication.factor={replicas}
+transaction.state.log.min.isr={min_isr}
 share.coordinator.state.topic.num.partitions=1
-share.coordinator.state.topic.replication.factor=1
-share.coordinator.state.topic.min.isr=1
+share.coordinator.state.topic.replication.factor={replicas}
+share.coordinator.state.topic.min.isr={min_isr}
 # A killed broker can register again only after its old session has expired; the default is 9 s.
 broker.session.timeout.ms=2000
 broker.heartbeat.interval.ms=500
@@ -81,10 +84,10 @@ def _random_id() -> str:
 
 
 class KafkaServer(Server):
-    """Kafka 4 as one node, without TLS and passwords. It never creates topics automatically.
+    """Kafka 4 as one node, or one node of several, without TLS and passwords. It never creates topics automatically.
 
     The first start downloads its jars to `cache`, by default the cache folder of the user, and prepares its classes
-    there.
+    there. `start` returns when the node has joined its cluster, which needs a majority of the nodes.
     """
 
     name = "Kafka"
@@ -93,15 +96,30 @@ class KafkaServer(Server):
     def __init__(self, cache: Path | None = None) -> None:
         super().__init__()
         self._cache = user_cache() if cache is None else cache
-        self._cluster_id = _random_id()
+        self.cluster_id = _random_id()
+        self.node_id = 1
+        #: All nodes of its cluster.
+        self.nodes: Sequence[KafkaServer] = (self,)
         self._jars: Sequence[Path] = ()
         #: Options that make Java record the classes it loads, or load the recorded ones.
         self._class_cache: Sequence[str] = ()
 
+    @classmethod
+    def cluster(cls, brokers: int) -> Sequence[Self]:
+        """Return the nodes of one cluster, to be started at the same time.
+
+        Each partition of a topic is on three of them, unless there are fewer. With three, two must have a record before
+        it is acknowledged.
+        """
+        nodes = [cls() for _ in range(brokers)]
+        for node_id, node in enumerate(nodes, 1):
+            node.node_id, node.nodes, node.cluster_id = node_id, nodes, nodes[0].cluster_id
+        return nodes
+
     @property
     def bootstrap_servers(self) -> str:
-        """The value of `bootstrap.servers` for clients."""
-        return f"127.0.0.1:{self.port}"
+        """The value of `bootstrap.servers` for clients: all nodes of the cluster."""
+        return ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
 
     def stop(self) -> None:
         """Stop it cleanly."""
@@ -113,7 +131,7 @@ class KafkaServer(Server):
 
     def _choose_ports(self) -> None:
         self.port = free_port()
-        self._controller_port = free_port()
+        self.controller_port = free_port()
 
     def _prepare(self, folder: Path) -> None:
         self._jars = installed_jars(self._cache)
@@ -131,11 +149,16 @@ class KafkaServer(Server):
         data = folder / "data"
         shutil.copytree(template, data)
         meta = data / "meta.properties"
-        meta.write_text(re.sub(r"(?m)^cluster\.id=.*$", f"cluster.id={self._cluster_id}", meta.read_text()))
+        own = {"cluster.id": self.cluster_id, "node.id": str(self.node_id), "directory.id": _random_id()}
+        text = meta.read_text()
+        for name, value in own.items():
+            text = re.sub(rf"(?m)^{re.escape(name)}=.*$", f"{name}={value}", text)
+        meta.write_text(text)
 
     def _record_classes(self, classes: Path, template: Path, folder: Path) -> None:
         """Run Kafka once, and write the classes that it loaded in a form that Java loads in half the time (JEP 483)."""
         print("preparing Kafka's classes, once", file=sys.stderr)
+        nodes, self.nodes = self.nodes, (self,)
         record = classes / "record"
         self._copy_data(template, folder)
         self._class_cache = ["-XX:AOTMode=record", f"-XX:AOTConfiguration={record}"]
@@ -147,6 +170,7 @@ class KafkaServer(Server):
         self._run(self._command(folder), folder / "classes.log")
         record.unlink()
         shutil.rmtree(folder / "data")
+        self.nodes = nodes
 
     def _command(self, folder: Path) -> Sequence[str]:
         properties = folder / "server.properties"
@@ -160,13 +184,13 @@ class KafkaServer(Server):
             socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
         except OSError:
             return False
-        client = AdminClient({"bootstrap.servers": self.bootstrap_servers}, logger=_SILENT)
+        client = AdminClient({"bootstrap.servers": f"127.0.0.1:{self.port}"}, logger=_SILENT)
         try:
             cluster = client.list_topics(timeout=5)
         except KafkaException:
             return False
         # The port may belong to another Kafka that took it in the meantime.
-        return str(cluster.cluster_id) == self._cluster_id and len(cluster.brokers) == 1
+        return str(cluster.cluster_id) == self.cluster_id and self.node_id in cluster.brokers
 
     def _finish_first_start(self) -> None:
         """Do nothing: `admin topics` and tests create their topics."""
@@ -178,7 +202,7 @@ class KafkaServer(Server):
             result = subprocess.run(
                 [
                     *(*self._java(), "kafka.tools.StorageTool", "format"),
-                    *("--config", str(properties), "--cluster-id", self._cluster_id),
+                    *("--config", str(properties), "--cluster-id", self.cluster_id),
                 ],
                 capture_output=True,
                 text=True,
@@ -188,7 +212,16 @@ class KafkaServer(Server):
             raise SandboxError(f"Kafka's storage could not be formatted:\n{result.stdout}{result.stderr}")
 
     def _properties(self, data: Path) -> str:
-        return PROPERTIES.format(port=self.port, controller_port=self._controller_port, data=data)
+        replicas = min(3, len(self.nodes))
+        return PROPERTIES.format(
+            port=self.port,
+            controller_port=self.controller_port,
+            data=data,
+            node_id=self.node_id,
+            voters=",".join(f"{node.node_id}@127.0.0.1:{node.controller_port}" for node in self.nodes),
+            replicas=replicas,
+            min_isr=2 if replicas == 3 else 1,
+        )
 
     def _java(self) -> Sequence[str]:
         return [str(JAVA), *self._class_cache, *JVM_OPTIONS, "-cp", ":".join(map(str, self._jars))]

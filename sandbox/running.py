@@ -1,7 +1,7 @@
 """Run both servers, with the settings for the programs."""
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
@@ -16,29 +16,40 @@ class Sandbox:
     """A running PostgreSQL and a running Kafka."""
 
     postgres: PostgresServer
-    kafka: KafkaServer
+    #: The nodes of Kafka.
+    brokers: Sequence[KafkaServer]
     #: The settings for the programs. `admin bootstrap` creates the roles of the URLs with their passwords.
     environ: Mapping[str, str] = attrs.field(repr=False)
 
+    @property
+    def kafka(self) -> KafkaServer:
+        """The first node of Kafka, or the only one."""
+        return self.brokers[0]
+
 
 @contextmanager
-def running_sandbox() -> Iterator[Sandbox]:
-    """Run both servers on free ports; at the end, stop them and remove their data.
+def running_sandbox(brokers: int = 1, postgres: PostgresServer | None = None) -> Iterator[Sandbox]:
+    """Run both servers on free ports, Kafka with this number of nodes; at the end, stop them and remove their data.
 
-    Raises SandboxError if one of them does not start, after stopping the other one.
+    `postgres` replaces the usual PostgreSQL.
+
+    Raises SandboxError if one of them does not start, after stopping the others.
     """
     with ExitStack() as stack:
-        # Kafka starts on this thread, so that Ctrl-C interrupts the download of its jars.
-        pool = stack.enter_context(ThreadPoolExecutor(1))
-        postgres, kafka = PostgresServer(), KafkaServer()
-        stack.callback(postgres.close)
-        stack.callback(kafka.close)
-        postgres_started = pool.submit(postgres.start)
-        # If Kafka fails, wait for the start of PostgreSQL before closing it.
-        stack.callback(postgres_started.exception)
-        kafka.start()
-        postgres_started.result()
-        yield Sandbox(postgres=postgres, kafka=kafka, environ=_environ(postgres, kafka))
+        # The first node starts on this thread, so that Ctrl-C interrupts the download of its jars.
+        pool = stack.enter_context(ThreadPoolExecutor(brokers))
+        postgres, nodes = postgres or PostgresServer(), KafkaServer.cluster(brokers)
+        servers = [postgres, *nodes[1:]]
+        for server in (*servers, nodes[0]):
+            stack.callback(server.close)
+        started = [pool.submit(server.start) for server in servers]
+        # If one fails, wait for the start of the others before closing them.
+        for future in started:
+            stack.callback(future.exception)
+        nodes[0].start()
+        for future in started:
+            future.result()
+        yield Sandbox(postgres=postgres, brokers=nodes, environ=_environ(postgres, nodes[0]))
 
 
 def _environ(postgres: PostgresServer, kafka: KafkaServer) -> Mapping[str, str]:

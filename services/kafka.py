@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import operator
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -31,6 +33,9 @@ REQUEST_TIMEOUT_S = 10.0
 _PERSISTS_S = 4.0
 #: The error is over if it was not repeated for this long.
 _REPEATS_WITHIN_S = 3.0
+
+#: The timeout of the request for the brokers after another request has failed.
+_FIND_BROKERS_S = 2.0
 
 #: How often librdkafka's errors are polled while a request waits.
 _POLL_S = 0.1
@@ -113,7 +118,21 @@ class Cluster:
                 return result
 
     def _unanswered(self, timeout_s: float) -> OrderlibError:
+        self._find_brokers_again()
         return self.unreachable_error() if timeout_s >= _PERSISTS_S else self._no_answer(timeout_s)
+
+    def _find_brokers_again(self) -> None:
+        """Ask any broker for the present ones, in the background.
+
+        librdkafka sends a request for a description to the controller that it knows. If that broker is lost, it looks
+        for another one only after minutes, although the others answer.
+        """
+
+        def ask() -> None:
+            with contextlib.suppress(KafkaException):
+                self.admin.list_topics(timeout=_FIND_BROKERS_S)
+
+        threading.Thread(target=ask, daemon=True).start()
 
     def unreachable_error(self) -> OrderlibError:
         """Return the error for a request without an answer, with the cause that librdkafka reported."""

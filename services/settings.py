@@ -56,7 +56,6 @@ RESERVED_KAFKA_PROPERTIES = frozenset(
         "enable.idempotence",
         "enable.partition.eof",
         "group.id",
-        "group.protocol",
         "group.protocol.type",
         "group.remote.assignor",
         "isolation.level",

@@ -30,6 +30,14 @@ from services.kafka_errors import (
 from services.program import event
 from services.settings import ConsumerSettings
 
+#: The properties of a member of a group in the classic protocol.
+_CLASSIC_GROUP = {
+    "partition.assignment.strategy": "cooperative-sticky",
+    # The group assigns the partitions of a killed member to the others after this time.
+    "session.timeout.ms": 10_000,
+    # The response to a heartbeat announces a rebalance. Moving a partition takes two rebalances.
+    "heartbeat.interval.ms": 1_000,
+}
 #: librdkafka fetches at most this number of KiB ahead.
 _QUEUE_KIB = 2 * 1024
 #: One request of librdkafka fetches at most this number of bytes of a partition.
@@ -46,14 +54,12 @@ class KafkaConsumer(KafkaClient):
         self._cluster = Cluster(settings.kafka)
         #: Errors that librdkafka reported outside of the messages, and that must stop the consumer.
         self._fatal: list[OrderlibError] = []
+        properties = settings.kafka.client_properties()
         with translated_errors():
             self._consumer = Consumer(
                 {
-                    "partition.assignment.strategy": "cooperative-sticky",
-                    # The group assigns the partitions of a killed member to the others after this time.
-                    "session.timeout.ms": 10_000,
-                    # The response to a heartbeat announces a rebalance. Moving a partition takes two rebalances.
-                    "heartbeat.interval.ms": 1_000,
+                    # In the new protocol (KIP-848) the group decides all that, and librdkafka refuses the properties.
+                    **({} if properties.get("group.protocol") == "consumer" else _CLASSIC_GROUP),
                     "queued.max.messages.kbytes": _QUEUE_KIB,
                     "fetch.message.max.bytes": _FETCH_BYTES,
                     "fetch.wait.max.ms": 100,
@@ -61,7 +67,7 @@ class KafkaConsumer(KafkaClient):
                     "fetch.queue.backoff.ms": 2,
                     # librdkafka notices a deleted topic or a new partition after this time. The default is 5 minutes.
                     "topic.metadata.refresh.interval.ms": 10_000,
-                    **settings.kafka.client_properties(),
+                    **properties,
                     "group.id": settings.group,
                     "enable.auto.commit": False,
                     "enable.auto.offset.store": False,

@@ -113,7 +113,7 @@ def test_an_acknowledged_record_survives_a_kill_of_kafka(sandbox: Sandbox) -> No
     assert consume_one(kafka, "acknowledged") == b"an order"
 
 
-@pytest.mark.parametrize(("server_class", "port"), [(PostgresServer, "port"), (KafkaServer, "_controller_port")])
+@pytest.mark.parametrize(("server_class", "port"), [(PostgresServer, "port"), (KafkaServer, "controller_port")])
 def test_a_server_chooses_other_ports_if_its_own_are_taken_before_it_starts(
     server_class: type[PostgresServer | KafkaServer], port: str
 ) -> None:
@@ -152,6 +152,6 @@ def test_a_server_that_is_not_running_has_no_pid_and_no_log() -> None:
 
 def test_no_cluster_id_begins_with_a_dash() -> None:
     """One in 64 random ids would."""
-    ids = {KafkaServer()._cluster_id for _ in range(1000)}
+    ids = {KafkaServer().cluster_id for _ in range(1000)}
     assert len(ids) == 1000
     assert all(re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_-]{21}", cluster_id) for cluster_id in ids)

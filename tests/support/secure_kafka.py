@@ -64,7 +64,7 @@ class SecureKafka(KafkaServer):
     def _properties(self, data: Path) -> str:
         mine = _PROPERTIES.format(
             port=self.port,
-            controller_port=self._controller_port,
+            controller_port=self.controller_port,
             secure_port=self._secure_port,
             expired_port=self._expired_port,
             folder=data.parent,

@@ -50,6 +50,7 @@ class Sender:
     def __init__(self, bootstrap_servers: str, topic: str, **properties: Any) -> None:
         self.topic = topic
         self.manifest: list[Acknowledged] = []
+        self.flush_within_s = 30.0
         self._producer = Producer(
             {
                 "bootstrap.servers": bootstrap_servers,
@@ -84,7 +85,7 @@ class Sender:
 
     def flush(self) -> None:
         """Wait until everything is acknowledged."""
-        assert self._producer.flush(30) == 0, "Kafka did not acknowledge everything"
+        assert self._producer.flush(self.flush_within_s) == 0, "Kafka did not acknowledge everything"
 
     @property
     def producer(self) -> Producer:
