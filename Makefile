@@ -7,7 +7,7 @@ READY := .venv/.ready
 export PYTHONDONTWRITEBYTECODE :=
 SANDBOX := $(BIN)/python -m sandbox --
 
-.PHONY: help demo test check coverage bench docs test-faults test-page test-compose lock clean
+.PHONY: help demo test check coverage bench docs test-faults test-page test-compose test-citus lock clean
 
 help:
 	@echo "make demo          the whole system on this machine: sender, Kafka, consumer, PostgreSQL, API; Ctrl-C stops it"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-faults   the long fault tests, which make test leaves out (some minutes)"
 	@echo "make test-page     the pages in a real browser; needs chromium"
 	@echo "make test-compose  docker-compose.yml on a real engine; needs docker with compose"
+	@echo "make test-citus CITUS=FOLDER  the tests that use PostgreSQL on Citus; needs PostgreSQL 18 with the extension"
 	@echo "make lock          pin the newest versions of the dependencies; needs uv"
 	@echo "make clean         remove everything that the other targets created in this folder"
 
@@ -66,6 +67,12 @@ test-page: $(READY)
 
 test-compose: $(READY)
 	$(BIN)/pytest tests/compose
+
+test-citus: $(READY)
+	@test -n "$(CITUS)" -a -x "$(CITUS)/bin/postgres" \
+		|| { echo "set CITUS to the folder of a PostgreSQL 18 with the extension Citus: it has bin/postgres"; exit 2; }
+	TESTS_CITUS="$(CITUS)" $(BIN)/pytest -m "faults or not faults" --numprocesses 2 --dist loadfile \
+		tests/integration tests/e2e tests/faults
 
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 	--custom-compile-command 'make lock' --upgrade pyproject.toml

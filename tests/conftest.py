@@ -17,9 +17,11 @@ import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from orderlib.postgres.citus import distribute
 from orderlib.postgres.connections import connect
 from orderlib.postgres.migrate import apply_migrations, create_roles
 from sandbox import Sandbox, running_sandbox
+from tests.support.citus import SHARDS, Coordinator
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +66,9 @@ _LARGE_BYTES = 4 * 1024 * 1024
 #: The sandbox's settings as JSON, for a run of tests inside a test.
 SHARED_SANDBOX = "TESTS_SANDBOX"
 
+#: The folder of a PostgreSQL with Citus, to run the tests there.
+CITUS = "TESTS_CITUS"
+
 # On a busy machine, slow examples must not fail a test.
 hypothesis.settings.register_profile(
     "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
@@ -85,7 +90,8 @@ def sandbox() -> Iterator[Sandbox]:
     if SHARED_SANDBOX in os.environ:
         yield cast(Sandbox, SimpleNamespace(environ=json.loads(os.environ[SHARED_SANDBOX])))
         return
-    with running_sandbox() as running:
+    citus = os.environ.get(CITUS)
+    with running_sandbox(postgres=Coordinator(Path(citus)) if citus else None) as running:
         # A commit survives a crash of PostgreSQL without fsync, too; only a power failure needs it.
         with psycopg.connect(running.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as connection:
             connection.execute("ALTER SYSTEM SET fsync = off")
@@ -142,6 +148,14 @@ def role_passwords(database: Database) -> dict[str, str]:
 def make_database(sandbox: Sandbox, template: str = "template1") -> Database:
     """Create a database in the sandbox."""
     name = f"test_{secrets.token_hex(6)}"
+    if isinstance(coordinator := getattr(sandbox, "postgres", None), Coordinator):
+        database = of_database(sandbox.environ, name)
+        coordinator.add_database(name)
+        if template != "template1":
+            set_up(database)
+            coordinator.set_passwords(name, role_passwords(database))
+            distribute(database.superuser_url, shards=SHARDS, application_name="tests")
+        return database
     with psycopg.connect(sandbox.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as connection:
         # Without fsync, copying files is ten times faster than logging each page.
         connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
@@ -150,7 +164,10 @@ def make_database(sandbox: Sandbox, template: str = "template1") -> Database:
 
 def drop_database(sandbox: Sandbox, database: Database) -> None:
     """Drop a database, even if clients are still connected."""
-    name = conninfo_to_dict(database.superuser_url)["dbname"]
+    name = str(conninfo_to_dict(database.superuser_url)["dbname"])
+    if isinstance(coordinator := getattr(sandbox, "postgres", None), Coordinator):
+        coordinator.drop_database(name)
+        return
     with psycopg.connect(sandbox.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as connection:
         connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
@@ -163,13 +180,21 @@ def delete_rows(superuser: psycopg.Connection) -> None:
     superuser.execute("RESET session_replication_role")
 
 
-@pytest.fixture(scope="session")
-def _template(sandbox: Sandbox) -> str:
-    database = make_database(sandbox)
+def set_up(database: Database) -> None:
+    """Create the roles and the tables."""
     with connect(database.superuser_url, application_name="tests") as connection:
         create_roles(connection, role_passwords(database))
     with connect(database.migrator_url, application_name="tests") as connection:
         apply_migrations(connection)
+
+
+@pytest.fixture(scope="session")
+def _template(sandbox: Sandbox) -> str:
+    if CITUS in os.environ:
+        # Citus cannot copy a database: each is set up by itself.
+        return "migrated"
+    database = make_database(sandbox)
+    set_up(database)
     return str(conninfo_to_dict(database.superuser_url)["dbname"])
 
 

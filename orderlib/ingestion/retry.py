@@ -46,6 +46,7 @@ SQLSTATE_ACTIONS = {
     "24": ErrorAction.STOP,  # invalid cursor state
     "25": ErrorAction.STOP,  # invalid transaction state
     "25006": ErrorAction.OUTAGE,  # read-only: a standby before its promotion
+    "25P02": ErrorAction.OUTAGE,  # failed transaction: Citus lost a worker, and reported it in an earlier statement
     "25P03": ErrorAction.OUTAGE,  # idle_in_transaction_session_timeout: the session was ended
     "25P04": ErrorAction.OUTAGE,  # transaction_timeout: the session was ended
     "26": ErrorAction.STOP,  # invalid SQL statement name

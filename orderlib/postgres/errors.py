@@ -109,6 +109,14 @@ class HasPGconn(Protocol):
         ...
 
 
+#: Citus reports every error of a worker inside a COPY, or while a transaction ends, as an internal error. The text is
+#: that of libpq in the coordinator, or of the worker, and tells a lost worker from a refused row.
+_INTERNAL = "XX000"
+_LOST_WORKER = re.compile(
+    "terminating connection|server closed the connection|failure on connection|connection (not open|.*lost|.*failed)|"
+    "could not (receive|send) data|the database system is|no connection to the server|lost synchronization"
+)
+
 #: A write on a read-only server: it became a standby, or the URL allows one.
 READ_ONLY = "25006"
 
@@ -187,7 +195,9 @@ def translate(exc: Exception, connection: HasPGconn | None = None, *, writing: b
         return _without_sqlstate(exc)
     if _is_fatal(exc):
         return DatabaseUnavailable(f"PostgreSQL: the connection was lost{_reason(exc)}")
-    summary = exc.diag.message_primary if exc.sqlstate[:2] not in {"22", "23"} else type(exc).__name__
+    if exc.sqlstate == _INTERNAL and _LOST_WORKER.search(_message(exc)):
+        return DatabaseUnavailable(f"Citus: a worker was lost: {_message(exc)} ({exc.sqlstate})")
+    summary = _message(exc) or _readable_name(exc) if exc.sqlstate[:2] not in {"22", "23"} else type(exc).__name__
     match classify_sqlstate(exc.sqlstate):
         case ErrorAction.BISECT if writing:
             return RefusedByDatabase(exc.sqlstate)
@@ -202,8 +212,13 @@ def translate(exc: Exception, connection: HasPGconn | None = None, *, writing: b
 def _reason(exc: Exception) -> str:
     """Return the server's last message, if there is one, as the end of a sentence."""
     if isinstance(exc, psycopg.Error) and exc.sqlstate and exc.sqlstate[:2] not in {"22", "23"}:
-        return f": {exc.diag.message_primary or _readable_name(exc)} ({exc.sqlstate})"
+        return f": {_message(exc) or _readable_name(exc)} ({exc.sqlstate})"
     return ""
+
+
+def _message(exc: psycopg.Error) -> str:
+    """Return the server's message as one line. Citus passes on messages of libpq, which have several."""
+    return " ".join((exc.diag.message_primary or "").split())
 
 
 def _readable_name(exc: psycopg.Error) -> str:

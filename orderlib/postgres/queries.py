@@ -55,6 +55,13 @@ SESSION_SETTINGS: dict[LiteralString, LiteralString] = {
     # Debugging messages would slow down each statement.
     "client_min_messages": "notice",
 }
+#: Settings of Citus; other servers do not have them. SET LOCAL, such as a limit on waits for locks, counts on the
+#: workers, too. What `migrate` creates, and no distributed table uses, stays on the coordinator.
+CITUS_SETTINGS: dict[LiteralString, LiteralString] = {
+    "citus.propagate_set_commands": "local",
+    "citus.create_object_propagation": "deferred",
+}
+_ALL_SETTINGS: dict[LiteralString, LiteralString] = SESSION_SETTINGS | CITUS_SETTINGS
 
 #: Prepare a new session in one round trip. A setting is touched only if its value differs, because that may need a
 #: right, and only if the server has it. The transaction is explicit because a serializable one fails on a standby.
@@ -62,7 +69,7 @@ SESSION_SETTINGS: dict[LiteralString, LiteralString] = {
 SET_UP_SESSION: LiteralString = f"""
 BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY;
 SELECT set_config(name, wanted, false)
-FROM (VALUES {", ".join(f"('{name}', '{value}')" for name, value in SESSION_SETTINGS.items())}) AS s (name, wanted)
+FROM (VALUES {", ".join(f"('{name}', '{value}')" for name, value in _ALL_SETTINGS.items())}) AS s (name, wanted)
 WHERE current_setting(name, true) <> wanted;
 SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off';
 COMMIT
@@ -341,9 +348,10 @@ RELEASE_SAVEPOINT: LiteralString = "RELEASE SAVEPOINT orderlib"
 #: it. Afterwards the caller's transaction has its own value again.
 SEQSCAN: LiteralString = "SELECT current_setting('enable_seqscan')"
 DISABLE_SEQSCAN: LiteralString = "SET LOCAL enable_seqscan = off"
+#: Not SET LOCAL: it follows the COPYs in one query, and Citus would send that whole query to the workers.
 RESTORE_SEQSCAN: dict[str, LiteralString] = {
-    "on": "SET LOCAL enable_seqscan = on",
-    "off": "SET LOCAL enable_seqscan = off",
+    "on": "SELECT set_config('enable_seqscan', 'on', true)",
+    "off": "SELECT set_config('enable_seqscan', 'off', true)",
 }
 
 #: Delete the versions that new ones replace; delivery, payment, items and the original are deleted with them.
@@ -561,7 +569,7 @@ WHERE (m.roleid IN (SELECT oid FROM orderlib_roles) OR m.member IN (SELECT oid F
            AND member.rolcreaterole AND m.member NOT IN (SELECT oid FROM orderlib_roles))
 UNION ALL
 SELECT true, 'role orders_migrator may not become orders_owner',
-       'GRANT orders_owner TO orders_migrator WITH ADMIN FALSE, INHERIT FALSE, SET TRUE'
+       'GRANT orders_owner TO orders_migrator WITH INHERIT FALSE, SET TRUE, ADMIN FALSE'
 WHERE NOT EXISTS (
     SELECT FROM pg_auth_members
     WHERE roleid = 'orders_owner'::regrole AND member = 'orders_migrator'::regrole AND set_option
@@ -844,4 +852,50 @@ SELECT 'items', i.order_uid FROM items i LEFT JOIN orders o USING (order_uid) WH
 UNION
 SELECT 'order_originals', r.order_uid FROM order_originals r LEFT JOIN orders o USING (order_uid)
 WHERE o.order_uid IS NULL
+"""
+
+HAS_CITUS: LiteralString = "SELECT FROM pg_extension WHERE extname = 'citus'"
+CITUS_WORKERS: LiteralString = (
+    "SELECT nodename FROM pg_dist_node WHERE isactive AND noderole = 'primary' AND groupid <> 0"
+)
+
+#: The tables with an order_uid in the schema of ``orders``, which comes first, and whether each is distributed.
+ORDER_TABLES: LiteralString = """
+SELECT format('%I.%I', n.nspname, c.relname),
+       EXISTS (SELECT FROM pg_dist_partition p WHERE p.logicalrelid = c.oid AND p.partmethod = 'h')
+FROM pg_class c
+JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'order_uid' AND NOT a.attisdropped
+WHERE c.relkind = 'r' AND n.oid = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('orders'))
+    AND pg_get_userbyid(c.relowner) = 'orders_owner'
+ORDER BY c.oid <> to_regclass('orders'), c.relname
+"""
+DISTRIBUTE_ORDERS: LiteralString = (
+    "SELECT create_distributed_table(%(table)s, 'order_uid', colocate_with => 'none', shard_count => %(shards)s)"
+)
+DISTRIBUTE_PART: LiteralString = "SELECT create_distributed_table(%(table)s, 'order_uid', colocate_with => %(orders)s)"
+#: Remove the rows that the coordinator had before. No query reads them.
+TRUNCATE_LOCAL_COPY: LiteralString = "SELECT truncate_local_data_after_distributing_table(%(table)s)"
+
+KEEP_ROLE_CHANGES_LOCAL: LiteralString = "SET LOCAL citus.enable_alter_role_propagation = off"
+#: As orders_owner cannot log in here, nothing else uses its password.
+OWNER_VERIFIER: LiteralString = "SELECT rolpassword FROM pg_authid WHERE rolname = 'orders_owner'"
+CHOOSE_OWNER_VERIFIER: LiteralString = "ALTER ROLE orders_owner PASSWORD {}"
+RUN_ON_WORKERS: LiteralString = (
+    "SELECT nodename || ':' || nodeport, success, result FROM run_command_on_workers(%(command)s)"
+)
+#: Only on this worker: Citus would change the role on every node.
+LET_OWNER_LOG_IN_ON_WORKER: LiteralString = """
+DO $do$ BEGIN
+    SET LOCAL citus.enable_alter_role_propagation = off;
+    ALTER ROLE orders_owner LOGIN PASSWORD {};
+END $do$
+"""
+#: An administrator may have chosen another method, such as a certificate.
+REMOVE_OWNER_AUTHINFO: LiteralString = """
+DELETE FROM pg_dist_authinfo WHERE rolename = 'orders_owner' AND authinfo LIKE 'password=%'
+"""
+ADD_OWNER_AUTHINFO: LiteralString = """
+INSERT INTO pg_dist_authinfo (nodeid, rolename, authinfo) SELECT 0, 'orders_owner', %(authinfo)s
+WHERE NOT EXISTS (SELECT FROM pg_dist_authinfo WHERE rolename = 'orders_owner')
 """

@@ -7,7 +7,7 @@ import inspect
 import psycopg
 import pytest
 from psycopg import errors
-from psycopg.pq import PGconn
+from psycopg.pq import DiagnosticField, PGconn
 
 from orderlib import ConfigurationError, DatabaseUnavailable, OrderlibError, RefusedByDatabase, TransactionConflict
 from orderlib.postgres.errors import translate, translated_errors
@@ -65,6 +65,25 @@ def test_an_error_becomes_the_one_that_says_what_to_do_next(
         raise error
     assert translated.value.__cause__ is error
     assert "secret" not in str(translated.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "ours"),
+    [
+        ("terminating connection due to administrator command", DatabaseUnavailable),
+        ("server closed the connection unexpectedly\n\tThis probably means", DatabaseUnavailable),
+        ("failure on connection marked as essential: 10.0.0.1:5432", DatabaseUnavailable),
+        ('duplicate key value violates unique constraint "orders_pkey_102008"', RefusedByDatabase),
+        ('new row for relation "delivery_102014" violates check constraint "delivery_name_check"', RefusedByDatabase),
+    ],
+)
+def test_citus_reports_a_lost_worker_and_a_refused_row_with_the_same_code(
+    message: str, ours: type[OrderlibError]
+) -> None:
+    info = dict.fromkeys(DiagnosticField) | {DiagnosticField.MESSAGE_PRIMARY: message.encode()}
+    translated = translate(errors.InternalError_(message, info=info))  # type: ignore[arg-type]  # as an unpickled error
+    assert type(translated) is ours
+    assert "\n" not in str(translated)
 
 
 @pytest.mark.parametrize(
