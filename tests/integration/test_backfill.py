@@ -14,7 +14,16 @@ import pytest
 
 import orderlib
 from orderlib import InvalidOrder, Outcome, decode_order, encode_order
-from orderlib.ingestion.records import Batch, OffsetRange, PreparedOrder, Record, TopicPartition, classify_record
+from orderlib.ingestion.records import (
+    Batch,
+    OffsetRange,
+    OrderChange,
+    PreparedOrder,
+    Record,
+    Tombstone,
+    TopicPartition,
+    classify_record,
+)
 from orderlib.postgres import backfill as module
 from orderlib.postgres.backfill import Backfilled, backfill
 from orderlib.postgres.connections import connect
@@ -60,9 +69,9 @@ def stored(connection: psycopg.Connection) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def save(connection: psycopg.Connection, *prepared_orders: PreparedOrder) -> None:
+def save(connection: psycopg.Connection, *changes: OrderChange) -> None:
     with connection.transaction():
-        store(connection, prepared_orders)
+        store(connection, changes)
 
 
 def outcomes(batches: Iterable[Backfilled]) -> Counter[Outcome]:
@@ -159,14 +168,17 @@ def test_what_changed_after_it_was_read_is_left_as_it_is(
     database: Database, writer: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The batch is read again, unless the change is a ``forget``."""
-    save(writer, *(by_an_earlier_release(uid, text(uid)) for uid in ("forgotten", "replaced", "z")))
-    changes = ["forgotten", "replaced"]
+    save(writer, *(by_an_earlier_release(uid, text(uid)) for uid in ("erased", "forgotten", "replaced", "z")))
+    changes = ["forgotten", "replaced", "erased"]
 
     def change_first(connection: psycopg.Connection, changed: Sequence[PreparedOrder], rule: Any) -> object:
         uid = changes.pop()
         if uid == "replaced":
             with orderlib.connect(database.writer_url) as repository:
                 repository.save(attrs.evolve(ORDER, order_uid=uid, sm_id=9))
+        elif uid == "erased":
+            with connect(database.writer_url, application_name="tests") as other:
+                save(other, Tombstone(order_uid=uid, source=attrs.evolve(POSITION, offset=6), time=TIME))
         else:
             with connect(database.migrator_url, application_name="tests") as migrator:
                 forget(migrator, uid)

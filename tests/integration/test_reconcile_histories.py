@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import orderlib
 from orderlib.ingestion.reconcile import Finding, Reconciliation, TopicState
 from orderlib.ingestion.records import Batch, OffsetRange, Record, Tombstones, TopicPartition, classify_record
+from orderlib.postgres.backfill import backfill
 from orderlib.postgres.connections import connect
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.operations import forget, reset_offsets
@@ -117,6 +118,11 @@ class History:
         with connect(self.database.migrator_url, application_name="tests") as connection:
             forget(connection, uid)
 
+    def backfill(self) -> None:
+        with connect(self.database.writer_url, application_name="tests") as connection:
+            for _ in backfill(connection):
+                pass
+
     def an_hour_passes(self) -> None:
         """Operators do one thing after another. The clocks of the database are moved back instead of waiting."""
         with psycopg.connect(self.database.superuser_url, autocommit=True) as connection:
@@ -179,6 +185,7 @@ ACTIONS = st.one_of(
     st.tuples(st.just("rewind"), st.sampled_from(PARTITIONS)),
     st.tuples(st.just("save"), UIDS, st.integers(0, 2)),
     st.tuples(st.just("forget"), UIDS),
+    st.tuples(st.just("backfill")),
 )
 
 
