@@ -310,11 +310,13 @@ END)::float8
 HOLD_OFF_FORGET: LiteralString = "SELECT FROM pg_advisory_xact_lock_shared(7305804402566722661)"
 HOLD_OFF_WRITES: LiteralString = "SELECT FROM pg_advisory_xact_lock(7305804402566722661)"
 
-#: Those of these orders that were forgotten. While none was, no digest is computed.
+#: The digests of those of these orders that were forgotten. While none was, no digest is computed. By an array, because
+#: a join would read all digests.
 FORGOTTEN_ORDERS: LiteralString = """
-SELECT order_uid FROM unnest($1::text[]) AS wanted (order_uid)
-WHERE EXISTS (SELECT FROM forgotten)
-    AND sha256(convert_to(order_uid, 'UTF8')) IN (SELECT order_uid_sha256 FROM forgotten)
+SELECT order_uid_sha256 FROM forgotten WHERE order_uid_sha256 = ANY ((
+    SELECT array_agg(sha256(convert_to(order_uid, 'UTF8'))) FROM unnest($1::text[]) AS wanted (order_uid)
+    WHERE EXISTS (SELECT 1 FROM forgotten)
+)::bytea[])
 """
 
 #: Those of these digests that are of forgotten orders.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 
 import psycopg
 from psycopg.abc import PQGen
@@ -132,7 +133,7 @@ def _store(
     wire: Wire, changes: Sequence[OrderChange], rule: Rule, seen: dict[str, StoredVersion]
 ) -> PQGen[Sequence[Outcome]]:
     uids = _uids(changes)
-    _, [(seqscan,)], _, _, forgotten, rows, erased_rows, [(now,)] = yield from wire.pipeline(
+    _, [(seqscan,)], _, _, digests, rows, erased_rows, [(now,)] = yield from wire.pipeline(
         (queries.SAVEPOINT, ()),
         (queries.SEQSCAN, ()),
         (queries.DISABLE_SEQSCAN, ()),
@@ -146,7 +147,7 @@ def _store(
     assert isinstance(now, dt.datetime)
     stored, erased = versions_of(rows), _erased(erased_rows)
     seen.update({**erased, **stored})
-    plan = rule(changes, seen, {str(uid) for (uid,) in forgotten})
+    plan = rule(changes, seen, _forgotten(changes, {digest for (digest,) in digests}) if digests else ())
     written = [change.order_uid for change in plan.writes]
     tombstones = [change for change in (*plan.writes, *plan.moves.values()) if isinstance(change, Tombstone)]
     moves = [change for change in plan.moves.values() if isinstance(change, PreparedOrder)]
@@ -191,6 +192,12 @@ def _erased(rows: Iterable[Row]) -> dict[str, StoredVersion]:
         )
         for order_uid, topic_id, partition, offset in rows
     }
+
+
+def _forgotten(changes: Iterable[OrderChange], digests: Container[object]) -> set[str]:
+    """Return the order_uids with these digests."""
+    uids = {change.order_uid for change in changes}
+    return {uid for uid in uids if hashlib.sha256(uid.encode()).digest() in digests}
 
 
 def _uids(changes: Iterable[OrderChange]) -> str:
