@@ -230,6 +230,8 @@ def test_a_flood_of_slow_connections_and_a_lost_session_delay_neither_health_nor
             client = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
             with suppress(OSError):
                 client.sendall(b"GET /livez HTTP/1.1\r\nX-Slow: ")
+        # Each connection has a thread. The oldest are closed at once, long before their time is over.
+        assert eventually(lambda: psutil.Process(consumer.process.pid).num_threads() < 100, 2)
         with psycopg.connect(database.superuser_url) as connection:
             connection.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
