@@ -96,6 +96,8 @@ _NAMES: dict[ErrorAction, tuple[str, ...]] = {
         "_IN_PROGRESS",
         "_ISR_INSUFF",
         "_MSG_TIMED_OUT",
+        # A request for offsets finds no leader of a partition.
+        "_NOENT",
         "_NODE_UPDATE",
         "_OUTDATED",
         "_PREV_IN_PROGRESS",
@@ -249,7 +251,6 @@ _NAMES: dict[ErrorAction, tuple[str, ...]] = {
         "_INVALID_TYPE",
         "_KEY_DESERIALIZATION",
         "_KEY_SERIALIZATION",
-        "_NOENT",
         "_READ_ONLY",
         "_STATE",
         "_VALUE_DESERIALIZATION",

@@ -812,8 +812,8 @@ SNAPSHOT_GROUP: LiteralString = "SELECT consumer_group FROM consumer_groups"
 
 #: Whether an order or a reject of a topic id is stored.
 SNAPSHOT_HAS_TOPIC: LiteralString = """
-SELECT EXISTS (SELECT FROM orders WHERE source_topic_id = %(topic_id)s)
-    OR EXISTS (SELECT FROM rejects WHERE topic_id = %(topic_id)s)
+SELECT EXISTS (SELECT 1 FROM orders WHERE source_topic_id = %(topic_id)s)
+    OR EXISTS (SELECT 1 FROM rejects WHERE topic_id = %(topic_id)s)
 """
 
 #: Every reject, with digests in place of its content.
