@@ -14,6 +14,8 @@ from typing import Self
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from orderlib.postgres import queries
+
 AUTHENTICATED = b"\0\0\0\0"
 
 
@@ -178,16 +180,31 @@ class _Connection:
 
     def __init__(self) -> None:
         self._has_copied = False
+        #: The text of each prepared statement, by its name.
+        self._statements: dict[bytes, bytes] = {}
 
     def on_request(self, message: bytes) -> Moment | None:
-        if message.startswith(b"Q") and message[5:].startswith(b"BEGIN"):
+        statement = self._executed(message)
+        if statement == queries.BEGIN_WRITE.encode():
             self._has_copied = False
             return Moment.BEGIN
         if message.startswith(b"d"):
             self._has_copied = True
             return Moment.COPY
-        if message.startswith(b"Q") and message[5:].startswith(b"COMMIT") and self._has_copied:
+        if statement == queries.COMMIT.encode() and self._has_copied:
             return Moment.COMMIT
+        return None
+
+    def _executed(self, message: bytes) -> bytes | None:
+        """Return the statement that a message of the client executes, if any."""
+        if message.startswith(b"Q"):
+            return message[5:-1]
+        if message.startswith(b"P"):
+            name, text, _ = message[5:].split(b"\0", 2)
+            self._statements[name] = text
+        elif message.startswith(b"B"):
+            _, name, _ = message[5:].split(b"\0", 2)
+            return self._statements.get(name)
         return None
 
     def on_answer(self, message: bytes) -> Moment | None:
