@@ -21,8 +21,9 @@ from orderlib.postgres.wire import Statement, Wire, bounded
 #: A session pooler without a free session does not answer the second connection.
 _ANSWER_WITHIN_S = 1.0
 
-#: The addresses of session poolers that this process has recognized: host and port.
-_session_poolers: set[tuple[str, int]] = set()
+#: Where this process has recognized a session pooler: host, port, database and role, because PgBouncer can have another
+#: mode for each database and role.
+_session_poolers: set[tuple[str, int, str, str]] = set()
 
 
 def refuse_transaction_pooler(connection: psycopg.Connection[TupleRow], arguments: Mapping[str, str | int]) -> None:
@@ -32,8 +33,9 @@ def refuse_transaction_pooler(connection: psycopg.Connection[TupleRow], argument
     a transaction pooler gives it the session of the first one. A direct connection costs one small query.
     """
     host, port = connection.info.host, connection.info.port
+    pooler = (host, port, connection.info.dbname, connection.info.user)
     announced = connection.pgconn.backend_pid
-    if connection.execute(queries.BACKEND_PID).fetchone() == (announced,) or (host, port) in _session_poolers:
+    if connection.execute(queries.BACKEND_PID).fetchone() == (announced,) or pooler in _session_poolers:
         return
     token = secrets.token_hex(8)
     connection.execute(queries.MARK_SESSION, {"token": token})
@@ -65,7 +67,7 @@ def refuse_transaction_pooler(connection: psycopg.Connection[TupleRow], argument
             f"a transaction pooler at {host}:{port}: each transaction gets another session; connect to a pooler in "
             "session mode (PgBouncer: pool_mode = session), or to PostgreSQL itself"
         )
-    _session_poolers.add((host, port))
+    _session_poolers.add(pooler)
 
 
 def _is_marked(connection: psycopg.Connection[TupleRow], token: str) -> bool:

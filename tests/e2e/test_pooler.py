@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 import orderlib
 from orderlib.testing import SAMPLE
 from tests.conftest import Database
@@ -61,6 +63,14 @@ def test_a_session_pooler_without_a_free_session_is_accepted(module_database: Da
         orderlib.connect(urls["ORDERS_READER_URL"], max_connections=1) as repository,
     ):
         assert repository.get_many(["order-1"]) == {}
+
+
+def test_a_role_in_transaction_mode_is_refused_although_another_one_has_session_mode(module_database: Database) -> None:
+    with pgbouncer(module_database, transaction_role="orders_writer") as urls:
+        with orderlib.connect(urls["ORDERS_READER_URL"]) as repository:
+            assert repository.get_many(["order-1"]) == {}
+        with pytest.raises(orderlib.ConfigurationError, match="transaction pooler"):
+            orderlib.connect(urls["ORDERS_DATABASE_URL"])
 
 
 def test_no_program_starts_behind_a_transaction_pooler(environ: dict[str, str], database: Database) -> None:

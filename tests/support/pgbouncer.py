@@ -22,8 +22,11 @@ STARTS_WITHIN_S = 10.0
 
 
 @contextmanager
-def pgbouncer(database: Database, **settings: str) -> Iterator[dict[str, str]]:
-    """Run PgBouncer, in session mode by default. Yield the URLs of all roles through it. Skip the test without it."""
+def pgbouncer(database: Database, *, transaction_role: str = "", **settings: str) -> Iterator[dict[str, str]]:
+    """Run PgBouncer, in session mode by default, and in transaction mode for one role if it is given.
+
+    Yield the URLs of all roles through it. Skip the test without it.
+    """
     if PGBOUNCER is None:
         pytest.skip("pgbouncer is not installed (on Debian: apt-get install pgbouncer)")
     server = conninfo_to_dict(database.superuser_url)
@@ -45,8 +48,9 @@ def pgbouncer(database: Database, **settings: str) -> Iterator[dict[str, str]]:
             **settings,
         }
         lines = "".join(f"{key} = {value}\n" for key, value in options.items())
+        of_role = f"[users]\n{transaction_role} = pool_mode=transaction\n" if transaction_role else ""
         (folder / "ini").write_text(
-            f"[databases]\n* = host=127.0.0.1 port={server['port']}\n[pgbouncer]\n{lines}", encoding="utf-8"
+            f"[databases]\n* = host=127.0.0.1 port={server['port']}\n{of_role}[pgbouncer]\n{lines}", encoding="utf-8"
         )
         for path in (folder / "ini", folder / "users"):
             path.chmod(0o644)
