@@ -274,13 +274,13 @@ class Reconciliation:
             if partition not in self.next_offsets and topic.earliest[partition] < end:
                 self._find("it has records, but no stored offset", partition=partition)
 
-    def _why_impossible(self, position: RecordPosition) -> str | None:
-        """Return why nothing can be stored from this position, or ``None`` if that is possible."""
+    def _why_impossible(self, position: RecordPosition, done: str = "stored") -> str | None:
+        """Return why nothing can be stored or erased from this position, or ``None`` if that is possible."""
         offset = self._offsets.get((position.topic_id, position.partition))
         if offset is None:
-            return f"stored from a partition without a stored offset (topic id {position.topic_id})"
+            return f"{done} from a partition without a stored offset (topic id {position.topic_id})"
         if not 0 <= position.offset < offset.next_offset:
-            return "stored from a record at or after the stored offset: it was moved back, and the lag is not 0 yet"
+            return f"{done} from a record at or after the stored offset: it was moved back, and the lag is not 0 yet"
         return None
 
     def _was_read(self, position: RecordPosition) -> bool:
@@ -436,8 +436,8 @@ class Reconciliation:
             expected = reject
         if _sha256(uid.encode()) in self._forgotten:
             self._find("erased, but forgotten: forget it again", position, uid)
-        elif problem := self._why_impossible(position):
-            self._find(problem.replace("stored", "erased", 1), position, uid)
+        elif problem := self._why_impossible(position, "erased"):
+            self._find(problem, position, uid)
         elif position.topic_id != self._topic.topic_id:
             self._cannot_prove("erased by tombstones of another topic, or of an earlier topic id", position, uid)
         elif expected is not None and position.offset < expected.offset:

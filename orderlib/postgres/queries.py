@@ -806,7 +806,6 @@ SNAPSHOT_OFFSETS: LiteralString = """
 SELECT consumer_group, topic, topic_id, partition, next_offset FROM consumer_offsets
 """
 
-SNAPSHOT_FORGOTTEN: LiteralString = "SELECT order_uid_sha256 FROM forgotten"
 SNAPSHOT_ERASED: LiteralString = "SELECT order_uid, topic_id, partition, record_offset FROM erased"
 SNAPSHOT_GROUP: LiteralString = "SELECT consumer_group FROM consumer_groups"
 

@@ -44,7 +44,7 @@ class Snapshot:
 
     def forgotten(self) -> frozenset[bytes]:
         """Return the SHA-256 digests of all forgotten order_uids."""
-        return frozenset(digest for (digest,) in self._connection.execute(queries.SNAPSHOT_FORGOTTEN))
+        return frozenset(digest for (digest,) in self._connection.execute(queries.FORGOTTEN))
 
     def offsets(self) -> list[SnapshotOffset]:
         """Return the stored offsets of all topics."""
@@ -119,9 +119,8 @@ class Snapshot:
 
     def original(self, order_uid: str) -> bytes:
         """Return the original of an order that has one."""
-        with psycopg.RawCursor(self._connection) as cursor:
-            [(_, value)] = cursor.execute(queries.ORIGINALS, [[order_uid]], binary=True)
-        assert isinstance(value, bytes)
+        value = using(self._connection).original(order_uid)
+        assert value is not None
         return value
 
     def orphans(self) -> Iterator[tuple[str, str]]:
