@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import pytest
 from confluent_kafka import KafkaException
@@ -20,7 +19,7 @@ from tests.support.accounting import assert_all_accounted_for, wait_until_handle
 from tests.support.api_process import eventually
 from tests.support.consumer_process import consuming
 from tests.support.programs import succeed
-from tests.support.sending import Sender, uids
+from tests.support.sending import Sender, repeating, uids
 
 pytestmark = pytest.mark.faults
 
@@ -94,31 +93,14 @@ def lose_the_quorum(topic: Topic) -> None:
     assert eventually(topic.is_in_sync, WITHIN_S)
 
 
-@contextmanager
-def sending_meanwhile(sender: Sender) -> Iterator[None]:
+def sending_meanwhile(sender: Sender) -> AbstractContextManager[None]:
     """Send orders and bad records until the end of the block. Then everything is acknowledged."""
-    done = threading.Event()
-    failures: list[BaseException] = []
 
-    def send() -> None:
-        version = 1
-        try:
-            while not done.is_set():
-                version += 1
-                sender.send_orders(uids("order", 50), version)
-                sender.send_bad(b"{")
-        except BaseException as exc:  # noqa: BLE001 - raised at the end
-            failures.append(exc)
+    def send(count: int) -> None:
+        sender.send_orders(uids("order", 50), 1 + count)
+        sender.send_bad(b"{")
 
-    thread = threading.Thread(target=send)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(WITHIN_S)
-    assert not failures, failures
-    assert not thread.is_alive()
+    return repeating(send, WITHIN_S)
 
 
 @pytest.mark.parametrize("protocol", ["classic", "consumer"])

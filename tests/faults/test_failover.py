@@ -6,7 +6,6 @@ import contextlib
 import os
 import secrets
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from random import Random
@@ -25,7 +24,7 @@ from tests.conftest import Database, role_passwords
 from tests.support.accounting import assert_all_accounted_for, next_offsets, wait_until_handled
 from tests.support.api_process import eventually, serving
 from tests.support.consumer_process import consuming
-from tests.support.sending import Sender, uids
+from tests.support.sending import Sender, repeating, uids
 from tests.support.standby import QuietPostgres, Standby
 
 WITHIN_S = 30.0
@@ -73,26 +72,15 @@ def cluster() -> Iterator[Cluster]:
         cluster.primary.close()
 
 
-@contextlib.contextmanager
-def sending_meanwhile(sender: Sender, rng: Random) -> Iterator[None]:
+def sending_meanwhile(sender: Sender, rng: Random) -> contextlib.AbstractContextManager[None]:
     """Send orders and bad records in the background until the end of the block."""
-    done = threading.Event()
 
-    def send() -> None:
-        version = 100
-        while not done.is_set():
-            version += 1
-            sender.send_orders(rng.sample(uids("order", 300), 60), version)
-            sender.send_bad(b"{")
-            time.sleep(rng.uniform(0, 0.05))
+    def send(count: int) -> None:
+        sender.send_orders(rng.sample(uids("order", 300), 60), 100 + count)
+        sender.send_bad(b"{")
+        time.sleep(rng.uniform(0, 0.05))
 
-    thread = threading.Thread(target=send)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(WITHIN_S)
+    return repeating(send, WITHIN_S)
 
 
 @pytest.mark.faults

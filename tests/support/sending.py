@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -118,3 +120,29 @@ class Sender:
 def uids(prefix: str, count: int) -> list[str]:
     """Names for orders."""
     return [f"{prefix}-{number}" for number in range(count)]
+
+
+@contextmanager
+def repeating(send: Callable[[int], None], within_s: float) -> Iterator[None]:
+    """Call ``send`` with 1, 2, … in a thread until the end of the block. Its last call must end within this time."""
+    done = threading.Event()
+    failures: list[BaseException] = []
+
+    def repeat() -> None:
+        count = 0
+        try:
+            while not done.is_set():
+                count += 1
+                send(count)
+        except BaseException as exc:  # noqa: BLE001 - raised at the end
+            failures.append(exc)
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(within_s)
+    assert not failures, failures
+    assert not thread.is_alive()
