@@ -27,7 +27,7 @@ from psycopg.conninfo import conninfo_to_dict
 import orderlib
 from bench.report import Figure, add_write_option, publish
 from bench.servers import benchmark_servers
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.migrate import apply_migrations, create_roles
 from orderlib.testing import SAMPLE
 from sandbox.server import free_port
@@ -147,9 +147,9 @@ def prepare(environ: Mapping[str, str]) -> None:
     """Create the roles, the tables and the orders."""
     urls = [environ[f"ORDERS_{name}_URL"] for name in ("MIGRATOR", "DATABASE", "READER")]
     passwords = {str(url["user"]): str(url["password"]) for url in map(conninfo_to_dict, urls)}
-    with connect(environ["ORDERS_BOOTSTRAP_URL"], application_name="bench") as superuser:
+    with open_connection(environ["ORDERS_BOOTSTRAP_URL"], application_name="bench") as superuser:
         create_roles(superuser, passwords)
-    with connect(environ["ORDERS_MIGRATOR_URL"], application_name="bench") as migrator:
+    with open_connection(environ["ORDERS_MIGRATOR_URL"], application_name="bench") as migrator:
         apply_migrations(migrator)
     sample = orderlib.decode_order(SAMPLE)
     with orderlib.connect(environ["ORDERS_DATABASE_URL"]) as repository:
@@ -158,7 +158,7 @@ def prepare(environ: Mapping[str, str]) -> None:
                 attrs.evolve(sample, order_uid=f"u{n}", items=[sample.items[0]] * (n % 3 + 1))
                 for n in range(begin, begin + 2000)
             )
-    with connect(environ["ORDERS_BOOTSTRAP_URL"], application_name="bench") as superuser:
+    with open_connection(environ["ORDERS_BOOTSTRAP_URL"], application_name="bench") as superuser:
         superuser.execute("VACUUM ANALYZE")
 
 

@@ -18,7 +18,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from orderlib.postgres.citus import distribute
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.migrate import apply_migrations, create_roles
 from sandbox import Sandbox, running_sandbox
 from tests.support.citus import SHARDS, Coordinator
@@ -182,9 +182,9 @@ def delete_rows(superuser: psycopg.Connection) -> None:
 
 def set_up(database: Database) -> None:
     """Create the roles and the tables."""
-    with connect(database.superuser_url, application_name="tests") as connection:
+    with open_connection(database.superuser_url, application_name="tests") as connection:
         create_roles(connection, role_passwords(database))
-    with connect(database.migrator_url, application_name="tests") as connection:
+    with open_connection(database.migrator_url, application_name="tests") as connection:
         apply_migrations(connection)
 
 

@@ -91,7 +91,7 @@ def prepare_session(connection: Connection, arguments: Mapping[str, str | int]) 
     refuse_transaction_pooler(connection, arguments)
 
 
-def connect(url: str, *, application_name: str) -> Connection:
+def open_connection(url: str, *, application_name: str) -> Connection:
     """Return a new connection. Raise DatabaseUnavailable or ConfigurationError."""
     arguments = connection_arguments(url, application_name)
     connection = psycopg.Connection(connect_to_any(arguments))

@@ -18,7 +18,7 @@ from psycopg.pq import TransactionStatus
 from orderlib.errors import ConfigurationError, DatabaseUnavailable, FenceLost, RefusedByDatabase, TransactionConflict
 from orderlib.ingestion.records import Batch, OrderChange, PreparedOrder, Record, Reject, TopicPartition
 from orderlib.postgres import queries
-from orderlib.postgres.connections import Connection, connect
+from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translated_errors
 from orderlib.postgres.migrate import WRITER_RIGHTS, check_rights, check_schema
 from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, reject_row
@@ -167,7 +167,7 @@ class ConsumerStore:
         """Use a connection, a new one if the last was lost. Translate the errors of the block."""
         if self._connection is None or is_lost(self._connection):
             self.close()
-            connection = connect(self._url, application_name=self.APPLICATION_NAME)
+            connection = open_connection(self._url, application_name=self.APPLICATION_NAME)
             with self._abort_lock:
                 self._connection = connection
             check_schema(connection)

@@ -17,7 +17,7 @@ from psycopg.rows import TupleRow
 
 from orderlib.errors import ConfigurationError, DatabaseUnavailable
 from orderlib.postgres import queries
-from orderlib.postgres.connections import Connection, connect, connection_arguments
+from orderlib.postgres.connections import Connection, connection_arguments, open_connection
 from orderlib.postgres.errors import translate, translated_errors
 from orderlib.repository import checked_type
 
@@ -149,7 +149,7 @@ def bootstrap(
         for role, password in passwords.items()
         if password is not None
     }
-    with connect(url, application_name=application_name) as connection:
+    with open_connection(url, application_name=application_name) as connection:
         return create_roles(connection, given, on_message or _ignore)
 
 
@@ -340,7 +340,7 @@ def migrate(
         if on_applied:
             on_applied(name)
 
-    with connect(url, application_name=application_name) as connection:
+    with open_connection(url, application_name=application_name) as connection:
         apply_migrations(connection, note, on_message or _ignore)
     return applied
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from confluent_kafka import ConsumerGroupState
 
 from orderlib.errors import ConfigurationError
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.operations import (
     StoredOffset,
     as_owner,
@@ -140,7 +140,7 @@ def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         raise ConfigurationError("--to-offset needs --partition")
     url = database_url(environ, "ORDERS_MIGRATOR_URL")
     log = TopicReader(KafkaSettings.from_mapping(environ))
-    with connect(url, application_name=APPLICATION_NAME) as connection:
+    with open_connection(url, application_name=APPLICATION_NAME) as connection:
         with as_owner(connection):
             stored = stored_offsets(connection)
         mine = {
@@ -180,7 +180,7 @@ def _set_group(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if not options.group.strip():
         raise ConfigurationError("GROUP must not be empty")
     log = TopicReader(KafkaSettings.from_mapping(environ))
-    with connect(url, application_name=APPLICATION_NAME) as connection:
+    with open_connection(url, application_name=APPLICATION_NAME) as connection:
         with as_owner(connection):
             group = consumer_group(connection)
         print_table([{"group": group, "new_group": options.group}], as_json=options.json)

@@ -13,7 +13,7 @@ import attrs
 
 import orderlib
 from orderlib.errors import ConfigurationError
-from orderlib.postgres.connections import Connection, connect
+from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.operations import Forgotten, forget, forget_again, forget_customer, forgotten
 from services.admin.output import add_json_option, add_yes_option, confirm, count_of, print_result, printable
 from services.admin.schema import APPLICATION_NAME, Commands, connected
@@ -103,7 +103,7 @@ def _forget(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         what, call = f"order {options.order_uid}", partial(forget, order_uid=options.order_uid)
     if not confirm(f"erase {what} permanently", yes=options.yes):
         return EXIT_FAILED
-    with connect(url, application_name=APPLICATION_NAME) as connection:
+    with open_connection(url, application_name=APPLICATION_NAME) as connection:
         done = call(connection)
     sentence = (
         f"erased {count_of(done.orders, 'order')} and {count_of(done.rejects, 'reject')}; "

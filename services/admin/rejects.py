@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from orderlib.errors import REJECT_CODES
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.operations import count_old_rejects, purge_rejects
 from orderlib.postgres.reject_list import RejectPosition, RejectQuery
 from orderlib.postgres.rejects import Prefix, get_reject, list_rejects, redrive
@@ -188,7 +188,7 @@ def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _purge(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    with connect(database_url(environ, "ORDERS_MIGRATOR_URL"), application_name=APPLICATION_NAME) as connection:
+    with open_connection(database_url(environ, "ORDERS_MIGRATOR_URL"), application_name=APPLICATION_NAME) as connection:
         count = count_old_rejects(connection, options.older_than)
         if count and not confirm(f"delete {count_of(count, 'reject')} permanently", yes=options.yes):
             return EXIT_FAILED

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from orderlib.commands import Commands, add_commands
-from orderlib.postgres.connections import Connection, connect
+from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.migrate import check_schema
 from services.settings import database_url
 
@@ -18,6 +18,6 @@ APPLICATION_NAME = "orderlib-admin"
 @contextmanager
 def connected(environ: Mapping[str, str], url_name: str) -> Iterator[Connection]:
     """Connect to a database, and raise ConfigurationError if its schema is missing or too old for this program."""
-    with connect(database_url(environ, url_name), application_name=APPLICATION_NAME) as connection:
+    with open_connection(database_url(environ, url_name), application_name=APPLICATION_NAME) as connection:
         check_schema(connection)
         yield connection

@@ -12,7 +12,7 @@ import sys
 import attrs
 
 from orderlib.errors import ConfigurationError, DatabaseUnavailable
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.migrate import READER_RIGHTS, check_rights, check_schema
 from services.api.app import METRICS_ROUTE, ROUTES
 from services.api.asgi import build
@@ -69,7 +69,7 @@ def main() -> int:
 def _check_database(url: str) -> None:
     """Raise ConfigurationError for what an operator must correct. Log an outage and return: the service waits."""
     try:
-        with connect(url, application_name="orderlib-api") as connection:
+        with open_connection(url, application_name="orderlib-api") as connection:
             check_schema(connection)
             check_rights(connection, READER_RIGHTS)
     except DatabaseUnavailable as exc:

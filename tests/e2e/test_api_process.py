@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from psycopg.conninfo import make_conninfo
 
 import orderlib
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.migrate import create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from services.api.asgi import HEALTH_CONNECTIONS
@@ -92,7 +92,7 @@ def test_wrong_settings_are_named_in_one_line(stored: Database, changed: dict[st
 
 
 def test_a_database_without_schema_is_named_in_one_line(stored: Database, empty_database: Database) -> None:
-    with connect(empty_database.superuser_url, application_name="tests") as superuser:
+    with open_connection(empty_database.superuser_url, application_name="tests") as superuser:
         create_roles(superuser, role_passwords(empty_database))
     assert "python -m orderlib migrate" in refused(settings_for(empty_database.reader_url))
     wrong_password = refused(settings_for(make_conninfo(stored.reader_url, password="wrong")))

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.migrate import apply_migrations, create_roles
 from sandbox import Sandbox
 from tests.conftest import Database, make_database, role_passwords
@@ -137,9 +137,9 @@ def test_a_url_without_a_required_password_is_a_configuration_error(
 
 def test_restarts_of_postgresql_behind_pgbouncer_are_outages(own_sandbox: Sandbox) -> None:
     database = make_database(own_sandbox)
-    with connect(database.superuser_url, application_name="tests") as connection:
+    with open_connection(database.superuser_url, application_name="tests") as connection:
         create_roles(connection, role_passwords(database))
-    with connect(database.migrator_url, application_name="tests") as connection:
+    with open_connection(database.migrator_url, application_name="tests") as connection:
         apply_migrations(connection)
     with pgbouncer(database) as urls:
         environ = {

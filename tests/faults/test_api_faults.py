@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 import orderlib
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.migrate import apply_migrations, create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from sandbox import PostgresServer
@@ -69,9 +69,9 @@ def test_after_a_restart_under_load_the_api_recovers_and_no_response_was_wrong()
 
 def _prepared(server: PostgresServer) -> str:
     passwords = {"orders_migrator": "m", "orders_writer": "w", "orders_reader": "r"}
-    with connect(server.superuser_url, application_name="tests") as superuser:
+    with open_connection(server.superuser_url, application_name="tests") as superuser:
         create_roles(superuser, passwords)
-    with connect(server.url("orders_migrator", "m"), application_name="tests") as migrator:
+    with open_connection(server.url("orders_migrator", "m"), application_name="tests") as migrator:
         apply_migrations(migrator)
     with orderlib.connect(server.url("orders_writer", "w")) as repository:
         repository.save(SAMPLE)

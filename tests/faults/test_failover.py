@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.migrate import apply_migrations, create_roles
 from sandbox import Sandbox
 from sandbox.postgres import PostgresServer
@@ -63,9 +63,9 @@ def urls_of(name: str, *servers: PostgresServer) -> Database:
 def cluster() -> Iterator[Cluster]:
     with QuietPostgres() as server:
         urls = urls_of("orders", server)
-        with connect(urls.superuser_url, application_name="tests") as connection:
+        with open_connection(urls.superuser_url, application_name="tests") as connection:
             create_roles(connection, role_passwords(urls))
-        with connect(urls.migrator_url, application_name="tests") as connection:
+        with open_connection(urls.migrator_url, application_name="tests") as connection:
             apply_migrations(connection)
         cluster = Cluster(server)
         yield cluster

@@ -11,7 +11,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.migrate import apply_migrations, create_roles
 from sandbox import PostgresServer
 from tests.conftest import Database, role_passwords
@@ -38,9 +38,9 @@ def database(postgres: PostgresServer) -> Database:
         writer_url=postgres.url("orders_writer", "writer"),
         reader_url=postgres.url("orders_reader", "reader"),
     )
-    with connect(database.superuser_url, application_name="tests") as connection:
+    with open_connection(database.superuser_url, application_name="tests") as connection:
         create_roles(connection, role_passwords(database))
-    with connect(database.migrator_url, application_name="tests") as connection:
+    with open_connection(database.migrator_url, application_name="tests") as connection:
         apply_migrations(connection)
     return database
 

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.migrate import apply_migrations, create_roles
 from sandbox import Sandbox
 from sandbox.kafka import KafkaServer
@@ -35,9 +35,9 @@ WHERE application_name = 'orderlib-consumer' AND datname = current_database()
 def database(own_sandbox: Sandbox) -> Database:
     """A migrated database. It ends with its server."""
     database = make_database(own_sandbox)
-    with connect(database.superuser_url, application_name="tests") as connection:
+    with open_connection(database.superuser_url, application_name="tests") as connection:
         create_roles(connection, role_passwords(database))
-    with connect(database.migrator_url, application_name="tests") as connection:
+    with open_connection(database.migrator_url, application_name="tests") as connection:
         apply_migrations(connection)
     return database
 

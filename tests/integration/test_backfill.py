@@ -26,7 +26,7 @@ from orderlib.ingestion.records import (
 )
 from orderlib.postgres import backfill as module
 from orderlib.postgres.backfill import Backfilled, backfill
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.operations import forget
 from orderlib.postgres.rows import pack_rows
@@ -54,7 +54,7 @@ def by_an_earlier_release(uid: str, original: bytes, source: RecordPosition | No
 
 @pytest.fixture
 def writer(database: Database) -> Iterator[psycopg.Connection]:
-    with connect(database.writer_url, application_name="tests") as connection:
+    with open_connection(database.writer_url, application_name="tests") as connection:
         yield connection
 
 
@@ -177,10 +177,10 @@ def test_what_changed_after_it_was_read_is_left_as_it_is(
             with orderlib.connect(database.writer_url) as repository:
                 repository.save(attrs.evolve(ORDER, order_uid=uid, sm_id=9))
         elif uid == "erased":
-            with connect(database.writer_url, application_name="tests") as other:
+            with open_connection(database.writer_url, application_name="tests") as other:
                 save(other, Tombstone(order_uid=uid, source=attrs.evolve(POSITION, offset=6), time=TIME))
         else:
-            with connect(database.migrator_url, application_name="tests") as migrator:
+            with open_connection(database.migrator_url, application_name="tests") as migrator:
                 forget(migrator, uid)
         return store(connection, changed, rule)
 

@@ -19,7 +19,7 @@ from orderlib import ConfigurationError, DatabaseUnavailable, decode_order
 from orderlib.ingestion.records import PreparedOrder, TopicPartition
 from orderlib.postgres import migrate as migrations
 from orderlib.postgres import queries
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.migrate import BootstrapResult, apply_migrations, create_roles
 from orderlib.postgres.repository import PostgresOrderRepository
@@ -87,9 +87,9 @@ def database_of(server: PostgresServer, bootstrap_url: str) -> Database:
 
 
 def set_up(database: Database) -> BootstrapResult:
-    with connect(database.superuser_url, application_name="tests") as administrator:
+    with open_connection(database.superuser_url, application_name="tests") as administrator:
         result = create_roles(administrator, role_passwords(database))
-    with connect(database.migrator_url, application_name="tests") as migrator:
+    with open_connection(database.migrator_url, application_name="tests") as migrator:
         apply_migrations(migrator)
     return result
 
@@ -128,7 +128,7 @@ def test_an_administrator_who_owns_the_database_need_not_be_a_superuser(server: 
         superuser.execute("ALTER ROLE orders_reader SUPERUSER")
         # A superuser cannot be altered by this administrator, not even its password.
         with (
-            connect(database.superuser_url, application_name="tests") as manager,
+            open_connection(database.superuser_url, application_name="tests") as manager,
             pytest.raises(ConfigurationError, match="role manager may not"),
         ):
             create_roles(manager, role_passwords(database))
@@ -166,7 +166,7 @@ def test_an_administrator_without_usage_on_the_schema_checks_the_rights_or_names
         if not owner_may_use:
             superuser.execute("REVOKE ALL ON SCHEMA public FROM orders_owner")
             superuser.execute("GRANT CREATE ON SCHEMA public TO orders_owner")
-        with connect(database.superuser_url, application_name="tests") as manager:
+        with open_connection(database.superuser_url, application_name="tests") as manager:
             if owner_may_use:
                 result = create_roles(manager, role_passwords(database))
                 assert any("orders" in text and "PUBLIC" in text for text in result.corrected), result.corrected
@@ -182,7 +182,7 @@ def test_an_administrator_without_usage_on_the_schema_checks_the_rights_or_names
 def test_create_of_public_is_revoked_only_on_schemas_that_are_used(database: Database) -> None:
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
         superuser.execute("CREATE SCHEMA tools; GRANT CREATE ON SCHEMA public, tools TO PUBLIC")
-        with connect(database.superuser_url, application_name="tests") as administrator:
+        with open_connection(database.superuser_url, application_name="tests") as administrator:
             result = create_roles(administrator, role_passwords(database))
         assert [text for text in result.corrected if "CREATE on schema" in text] == [
             "PUBLIC has CREATE on schema public: REVOKE CREATE ON SCHEMA public FROM PUBLIC CASCADE"
@@ -197,25 +197,25 @@ def test_create_of_public_is_revoked_only_on_schemas_that_are_used(database: Dat
 
 
 def test_a_reader_with_the_former_advisory_lock_blocks_no_migration(empty_database: Database) -> None:
-    with connect(empty_database.superuser_url, application_name="tests") as administrator:
+    with open_connection(empty_database.superuser_url, application_name="tests") as administrator:
         create_roles(administrator, role_passwords(empty_database))
     with psycopg.connect(empty_database.reader_url) as reader:
         reader.execute("SELECT pg_advisory_xact_lock(x'6f7264657273'::bigint)")
-        with connect(empty_database.migrator_url, application_name="tests") as migrator:
+        with open_connection(empty_database.migrator_url, application_name="tests") as migrator:
             assert apply_migrations(migrator) == migrations.LATEST_MIGRATION
-        with connect(empty_database.superuser_url, application_name="tests") as administrator:
+        with open_connection(empty_database.superuser_url, application_name="tests") as administrator:
             create_roles(administrator, role_passwords(empty_database))
 
 
 def test_migrate_names_who_holds_its_lock_and_gives_up(
     empty_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with connect(empty_database.superuser_url, application_name="tests") as administrator:
+    with open_connection(empty_database.superuser_url, application_name="tests") as administrator:
         create_roles(administrator, role_passwords(empty_database))
         with monkeypatch.context() as first_only:
             one = dict(list(migrations._migrations().items())[:1])
             first_only.setattr(migrations, "_migrations", lambda: one)
-            with connect(empty_database.migrator_url, application_name="tests") as migrator:
+            with open_connection(empty_database.migrator_url, application_name="tests") as migrator:
                 apply_migrations(migrator)
     monkeypatch.setattr(migrations, "LOCK_WITHIN_S", 3.0)
     messages: list[str] = []
@@ -223,7 +223,7 @@ def test_migrate_names_who_holds_its_lock_and_gives_up(
         holder.execute("LOCK TABLE schema_migrations IN SHARE MODE")
         named = rf"held by pid {holder.info.backend_pid} \(role postgres, application 'holder'\)"
         with (
-            connect(empty_database.migrator_url, application_name="tests") as migrator,
+            open_connection(empty_database.migrator_url, application_name="tests") as migrator,
             pytest.raises(DatabaseUnavailable, match=named),
         ):
             apply_migrations(migrator, on_message=messages.append)
@@ -234,14 +234,14 @@ def test_migrate_names_who_holds_its_lock_and_gives_up(
 def test_a_reader_with_every_lock_that_it_may_take_does_not_delay_migrate(
     empty_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with connect(empty_database.superuser_url, application_name="tests") as administrator:
+    with open_connection(empty_database.superuser_url, application_name="tests") as administrator:
         create_roles(administrator, role_passwords(empty_database))
     # The next one alters orders, which has to wait for its readers.
     every = dict(list(migrations._migrations().items())[:5])
     monkeypatch.setattr(migrations, "_migrations", lambda: every)
     with (
         monkeypatch.context() as first_only,
-        connect(empty_database.migrator_url, application_name="tests") as migrator,
+        open_connection(empty_database.migrator_url, application_name="tests") as migrator,
     ):
         first_only.setattr(migrations, "_migrations", lambda: dict(list(every.items())[:2]))
         apply_migrations(migrator)
@@ -253,9 +253,9 @@ def test_a_reader_with_every_lock_that_it_may_take_does_not_delay_migrate(
         reader.execute("SELECT pg_advisory_xact_lock(key) FROM generate_series(-100, 100) AS key")
         reader.execute("SELECT pg_advisory_xact_lock(oid::bigint) FROM pg_class WHERE oid >= 16384")
         messages: list[str] = []
-        with connect(empty_database.migrator_url, application_name="tests") as migrator:
+        with open_connection(empty_database.migrator_url, application_name="tests") as migrator:
             assert apply_migrations(migrator, on_message=messages.append) == len(every) - 2
-        with connect(empty_database.superuser_url, application_name="tests") as administrator:
+        with open_connection(empty_database.superuser_url, application_name="tests") as administrator:
             create_roles(administrator, role_passwords(empty_database))
         assert messages == []
 
@@ -267,7 +267,7 @@ def test_a_reader_with_every_lock_that_it_may_take_does_not_delay_migrate(
         )
         began_s = time.monotonic()
         with (
-            connect(empty_database.migrator_url, application_name="tests") as migrator,
+            open_connection(empty_database.migrator_url, application_name="tests") as migrator,
             pytest.raises(DatabaseUnavailable, match=named),
         ):
             apply_migrations(migrator)
@@ -326,7 +326,7 @@ def test_a_schema_outside_the_search_path_is_distinguished_from_a_missing_one(
     with pytest.raises(ConfigurationError, match=f"the tables are in schema shop, .*{expected}"):
         PostgresOrderRepository.connect(database.reader_url)
     with (
-        connect(database.migrator_url, application_name="tests") as migrator,
+        open_connection(database.migrator_url, application_name="tests") as migrator,
         pytest.raises(ConfigurationError, match="in schema shop"),
     ):
         apply_migrations(migrator)
@@ -335,7 +335,7 @@ def test_a_schema_outside_the_search_path_is_distinguished_from_a_missing_one(
 def test_stored_at_is_never_before_first_stored_at(database: Database) -> None:
     """A transaction that began earlier replaces an order that a later one stored first."""
     order = decode_order(SAMPLE)
-    with connect(database.writer_url, application_name="tests") as early, early.transaction():
+    with open_connection(database.writer_url, application_name="tests") as early, early.transaction():
         early.execute("SELECT now()")
         with PostgresOrderRepository.connect(database.writer_url) as other:
             other.save_many([order])

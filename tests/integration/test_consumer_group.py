@@ -11,7 +11,7 @@ import pytest
 from orderlib import ConfigurationError
 from orderlib.ingestion.records import TopicPartition
 from orderlib.postgres import migrate as migrations
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.migrate import apply_migrations
 from orderlib.postgres.operations import set_consumer_group
@@ -97,7 +97,7 @@ def test_a_database_with_offsets_of_two_groups_is_repaired_by_migrate(
             """
         )
     messages: list[str] = []
-    with connect(empty_database.migrator_url, application_name="tests") as migrator:
+    with open_connection(empty_database.migrator_url, application_name="tests") as migrator:
         apply_migrations(migrator, on_message=messages.append)
     [warning] = messages
     assert "kept 'newer', removed 'older', 'third'" in warning

@@ -13,7 +13,7 @@ import pytest
 
 import orderlib
 from orderlib import Order, Outcome, decode_order, encode_order
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.operations import Forgotten, forget, forget_again, forget_customer, forgotten
 from orderlib.postgres.rejects import redrive
@@ -34,7 +34,7 @@ def store(database: Database) -> Iterator[ConsumerStore]:
 
 @pytest.fixture
 def migrator(database: Database) -> Iterator[psycopg.Connection]:
-    with connect(database.migrator_url, application_name="tests") as connection:
+    with open_connection(database.migrator_url, application_name="tests") as connection:
         yield connection
 
 
@@ -78,7 +78,7 @@ def test_a_reject_without_a_key_is_not_redriven_into_a_forgotten_order(
     with psycopg.connect(database.superuser_url) as superuser:
         superuser.execute("UPDATE rejects SET value = %s", [SAMPLE])
     assert forget(migrator, UID) == Forgotten(order_uids=1, orders=0, rejects=0)
-    with connect(database.writer_url, application_name="tests") as writer:
+    with open_connection(database.writer_url, application_name="tests") as writer:
         assert sum(redrive(writer, 10_000), Counter()) == Counter({Outcome.FORGOTTEN: 1})
         assert list(redrive(writer, 10_000)) == []
     assert counts(database) == (0, 1)
@@ -91,7 +91,7 @@ def test_all_orders_of_a_customer_are_forgotten_and_a_restored_backup_is_cleaned
     with orderlib.connect(database.writer_url) as repository:
         repository.save_many([ORDER, second, OTHER])
         assert forget_customer(migrator, ORDER.customer_id) == Forgotten(order_uids=2, orders=2, rejects=0)
-        with connect(database.reader_url, application_name="tests") as reader:
+        with open_connection(database.reader_url, application_name="tests") as reader:
             digests = forgotten(reader)
         assert set(digests) == {hashlib.sha256(uid.encode()).digest() for uid in (UID, "second")}
         with psycopg.connect(database.superuser_url) as superuser:
@@ -104,7 +104,10 @@ def test_all_orders_of_a_customer_are_forgotten_and_a_restored_backup_is_cleaned
 
 def test_forget_waits_for_a_write_that_has_begun_and_erases_what_it_stored(database: Database) -> None:
     """Otherwise a batch that saw no forgotten order could store one afterwards."""
-    with ThreadPoolExecutor(1) as executor, connect(database.migrator_url, application_name="tests") as migrator:
+    with (
+        ThreadPoolExecutor(1) as executor,
+        open_connection(database.migrator_url, application_name="tests") as migrator,
+    ):
         with psycopg.connect(database.writer_url) as writer:
             assert orderlib.using(writer).save(ORDER) is Outcome.STORED
             forgetting = executor.submit(forget, migrator, UID)

@@ -14,7 +14,7 @@ import pytest
 
 from orderlib.errors import DatabaseUnavailable, FenceLost, OrderlibError
 from orderlib.ingestion.records import Batch, OffsetRange, Record, TopicPartition, classify_record
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rows import pack_rows
 from orderlib.repository import RecordPosition
@@ -187,7 +187,7 @@ def test_an_idle_connection_that_was_lost_is_replaced_silently(refusing_table: D
     writer = Writer(refusing_table, refusing_table.writer_url)
     ledger = ConsumerStore(writer.url, "tests", time.monotonic)
     ledger.check()
-    with connect(refusing_table.superuser_url, application_name="tests") as connection:
+    with open_connection(refusing_table.superuser_url, application_name="tests") as connection:
         for _ in range(3):
             ended = connection.execute(
                 "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "

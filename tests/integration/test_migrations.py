@@ -15,7 +15,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import orderlib
 from orderlib import ConfigurationError, DatabaseUnavailable
-from orderlib.postgres.connections import Connection, connect
+from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.migrate import (
     LATEST_MIGRATION,
     READER_RIGHTS,
@@ -33,7 +33,7 @@ FILES = sorted(path.name for path in (Path(orderlib.__file__).parent / "postgres
 
 @contextmanager
 def connected(url: str) -> Iterator[Connection]:
-    with connect(url, application_name="tests") as connection:
+    with open_connection(url, application_name="tests") as connection:
         yield connection
 
 

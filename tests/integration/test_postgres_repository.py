@@ -403,7 +403,7 @@ def test_a_redriven_record_is_handled_unless_it_is_rejected_again(
     records.begin(0)
     records.handle(error=REJECTION, value=value)
     assert postgres.position_state("orders", 0, 0) == REJECTED
-    with connections.connect(emptied.writer_url, application_name="tests") as connection:
+    with connections.open_connection(emptied.writer_url, application_name="tests") as connection:
         assert sum(redrive(connection, 10_000), Counter()) == Counter({outcome: 1})
     assert postgres.position_state("orders", 0, 0) == expected
 

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.migrate import OWNER, RIGHTS, apply_migrations, create_roles
 from tests.conftest import ROOT, Database, role_passwords
 
@@ -91,7 +91,7 @@ def test_migrate_restores_every_right_that_was_revoked_or_added(database: Databa
         for table in RIGHTS:
             superuser.execute(f"REVOKE ALL ON {table} FROM orders_writer".encode())
             superuser.execute(f"GRANT ALL ON {table} TO orders_reader, orders_migrator, PUBLIC".encode())
-        with connect(database.migrator_url, application_name="tests") as migrator:
+        with open_connection(database.migrator_url, application_name="tests") as migrator:
             apply_migrations(migrator)
         assert granted_matrix(superuser) == written_matrix()
 
@@ -218,7 +218,7 @@ def test_reader_and_writer_create_nothing_and_set_no_other_role(module_database:
 
 
 def test_no_role_may_create_temporary_tables(empty_database: Database) -> None:
-    with connect(empty_database.superuser_url, application_name="tests") as connection:
+    with open_connection(empty_database.superuser_url, application_name="tests") as connection:
         create_roles(connection, role_passwords(empty_database))
     for url in (empty_database.writer_url, empty_database.reader_url, empty_database.migrator_url):
         with psycopg.connect(url) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
@@ -236,9 +236,9 @@ def test_the_migrator_alone_has_no_rights_until_it_becomes_the_owner(database: D
 
 def test_repeated_bootstrap_and_migrate_change_no_right(empty_database: Database) -> None:
     for expected in (True, False):
-        with connect(empty_database.superuser_url, application_name="tests") as connection:
+        with open_connection(empty_database.superuser_url, application_name="tests") as connection:
             create_roles(connection, role_passwords(empty_database))
-        with connect(empty_database.migrator_url, application_name="tests") as connection:
+        with open_connection(empty_database.migrator_url, application_name="tests") as connection:
             assert bool(apply_migrations(connection)) is expected
 
 

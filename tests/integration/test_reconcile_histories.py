@@ -16,7 +16,7 @@ import orderlib
 from orderlib.ingestion.reconcile import Finding, Reconciliation, TopicState
 from orderlib.ingestion.records import Batch, OffsetRange, Record, Tombstones, TopicPartition, classify_record
 from orderlib.postgres.backfill import backfill
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.operations import forget, reset_offsets
 from orderlib.postgres.rejects import redrive
@@ -99,12 +99,12 @@ class History:
             ledger.close()
 
     def redrive(self, tombstones: Tombstones) -> None:
-        with connect(self.database.writer_url, application_name="tests") as connection:
+        with open_connection(self.database.writer_url, application_name="tests") as connection:
             for _ in redrive(connection, USUAL_BYTES, tombstones=tombstones):
                 pass
 
     def rewind(self, partition: int) -> None:
-        with connect(self.database.migrator_url, application_name="tests") as connection:
+        with open_connection(self.database.migrator_url, application_name="tests") as connection:
             try:
                 reset_offsets(connection, GROUP, TOPIC_ID, {partition: 0})
             except orderlib.ConfigurationError:
@@ -115,11 +115,11 @@ class History:
             repository.save(attrs.evolve(SAMPLE_ORDER, order_uid=uid, sm_id=content))
 
     def forget(self, uid: str) -> None:
-        with connect(self.database.migrator_url, application_name="tests") as connection:
+        with open_connection(self.database.migrator_url, application_name="tests") as connection:
             forget(connection, uid)
 
     def backfill(self) -> None:
-        with connect(self.database.writer_url, application_name="tests") as connection:
+        with open_connection(self.database.writer_url, application_name="tests") as connection:
             for _ in backfill(connection):
                 pass
 

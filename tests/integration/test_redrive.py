@@ -11,7 +11,7 @@ import pytest
 from orderlib import Order, Outcome, decode_order, encode_order
 from orderlib.errors import Fault, MalformedJson
 from orderlib.ingestion.records import Batch, OffsetRange, PreparedOrder, Record, Reject, TopicPartition
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rejects import redrive
 from orderlib.postgres.rows import pack_rows
@@ -55,7 +55,7 @@ def test_a_reject_replaces_only_a_version_from_a_lower_offset(
     if same_content and outcome is Outcome.STORED:
         outcome = Outcome.DUPLICATE
     keep_reject(database, in_reject, 5)
-    with connect(database.writer_url, application_name="tests") as writer:
+    with open_connection(database.writer_url, application_name="tests") as writer:
         # The time of the stored record is before that of the reject, at it, or after it: it decides nothing.
         for time in (TIME - dt.timedelta(days=1), TIME, TIME + dt.timedelta(days=1)):
             writer.execute("DELETE FROM orders")

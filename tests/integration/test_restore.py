@@ -14,7 +14,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from orderlib import decode_order
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.migrate import apply_migrations, create_roles
 from orderlib.postgres.repository import PostgresOrderRepository
 from orderlib.testing import SAMPLE
@@ -38,7 +38,7 @@ def run_documented(program: str, database: Database, folder: Path) -> None:
 
 
 def bootstrap_it(database: Database) -> tuple[str, ...]:
-    with connect(database.superuser_url, application_name="tests") as administrator:
+    with open_connection(database.superuser_url, application_name="tests") as administrator:
         return create_roles(administrator, role_passwords(database)).corrected
 
 
@@ -60,7 +60,7 @@ def test_a_dump_is_restored_as_documented(tmp_path: Path, *, is_superuser: bool)
             reader_url=server.url("orders_reader", password),
         )
         bootstrap_it(database)
-        with connect(database.migrator_url, application_name="tests") as migrator:
+        with open_connection(database.migrator_url, application_name="tests") as migrator:
             apply_migrations(migrator)
         order = decode_order(SAMPLE)
         with PostgresOrderRepository.connect(database.writer_url) as writer:
@@ -72,7 +72,7 @@ def test_a_dump_is_restored_as_documented(tmp_path: Path, *, is_superuser: bool)
             administrator.execute("CREATE DATABASE orders ENCODING 'UTF8' TEMPLATE template0")
         bootstrap_it(database)
         run_documented("pg_restore", database, tmp_path)
-        with connect(database.migrator_url, application_name="tests") as migrator:
+        with open_connection(database.migrator_url, application_name="tests") as migrator:
             messages: list[str] = []
             assert apply_migrations(migrator, messages.append, messages.append) == 0
         assert messages == []

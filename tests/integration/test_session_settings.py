@@ -23,7 +23,7 @@ from orderlib import (
     encode_order,
 )
 from orderlib.postgres import queries
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.testing import SAMPLE
 from tests.conftest import Database
 from tests.support.api_process import serving
@@ -184,7 +184,7 @@ def test_every_setting_that_a_session_may_change_was_reviewed(empty_database: Da
 
 
 def test_a_new_session_has_the_required_settings(hostile: Database) -> None:
-    with connect(hostile.superuser_url, application_name="tests") as connection:
+    with open_connection(hostile.superuser_url, application_name="tests") as connection:
         for name, wanted in queries.SESSION_SETTINGS.items():
             row = connection.execute("SELECT current_setting(%s)", [name]).fetchone()
             assert row == (wanted,), name
@@ -193,7 +193,7 @@ def test_a_new_session_has_the_required_settings(hostile: Database) -> None:
 
 def test_a_stronger_synchronous_commit_is_kept(empty_database: Database) -> None:
     set_everywhere(empty_database, {"synchronous_commit": "remote_apply"})
-    with connect(empty_database.superuser_url, application_name="tests") as connection:
+    with open_connection(empty_database.superuser_url, application_name="tests") as connection:
         assert connection.execute("SHOW synchronous_commit").fetchone() == ("remote_apply",)
 
 
@@ -218,7 +218,7 @@ def test_every_program_works_with_any_initial_settings(programs: dict[str, str])
     for order in orders:
         assert decode_order(succeed(f"admin get {order.order_uid}", programs).encode()) == order
     assert len(json.loads(succeed("admin rejects list --json", programs))) == 3
-    with connect(programs["ORDERS_BOOTSTRAP_URL"], application_name="tests") as connection:
+    with open_connection(programs["ORDERS_BOOTSTRAP_URL"], application_name="tests") as connection:
         stored = connection.execute("SELECT key, value FROM rejects ORDER BY partition").fetchall()
     assert stored == [(b"NULL", b"NULL"), (None, None), (b"", b"\\x00\0")]
     with serving(programs) as api:
@@ -261,7 +261,7 @@ def test_a_setting_that_only_a_superuser_may_change_back_is_refused_by_name(
 ) -> None:
     set_everywhere(database, {setting: value})
     with pytest.raises(ConfigurationError, match=setting):
-        connect(database.writer_url, application_name="tests")
+        open_connection(database.writer_url, application_name="tests")
     done = run("consumer", environ)
     assert done.returncode == 2
     assert setting in done.stderr

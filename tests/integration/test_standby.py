@@ -18,7 +18,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import orderlib
 from orderlib import AsyncPostgresOrderRepository, DatabaseUnavailable, Order, Outcome
 from orderlib.ingestion.records import TopicPartition
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.migrate import apply_migrations, create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
@@ -55,9 +55,9 @@ def slowed(url: str) -> str:
 def primary() -> Iterator[PostgresServer]:
     with QuietPostgres() as server:
         urls = urls_of(server)
-        with connect(urls.superuser_url, application_name="tests") as connection:
+        with open_connection(urls.superuser_url, application_name="tests") as connection:
             create_roles(connection, role_passwords(urls))
-        with connect(urls.migrator_url, application_name="tests") as connection:
+        with open_connection(urls.migrator_url, application_name="tests") as connection:
             apply_migrations(connection)
         with psycopg.connect(urls.superuser_url, autocommit=True) as connection:
             connection.execute("CREATE TABLE scratch (number int)")

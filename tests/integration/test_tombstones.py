@@ -13,7 +13,7 @@ import pytest
 import orderlib
 from orderlib import Outcome, decode_order, encode_order
 from orderlib.ingestion.records import Tombstones
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.operations import forget, forget_again, reset_offsets
 from orderlib.postgres.rejects import redrive
@@ -46,7 +46,7 @@ def handle(
 
 
 def rewind(database: Database) -> None:
-    with connect(database.migrator_url, application_name="tests") as connection:
+    with open_connection(database.migrator_url, application_name="tests") as connection:
         reset_offsets(connection, "tests", "topic", {0: 0})
 
 
@@ -117,7 +117,7 @@ def test_nothing_of_a_forgotten_order_remains_in_the_list_of_erased_orders(
     database: Database, store: ConsumerStore
 ) -> None:
     handle(store, 0, FIRST, TOMBSTONE, OTHER, (b"other", None))
-    with connect(database.migrator_url, application_name="tests") as migrator:
+    with open_connection(database.migrator_url, application_name="tests") as migrator:
         forget(migrator, UID)
         assert handle(store, 4, FIRST, TOMBSTONE) == Counter({Outcome.FORGOTTEN: 2})
         assert rows(database)["erased"] == [("other", 3)]
@@ -131,7 +131,7 @@ def test_a_redrive_erases_only_an_older_order(database: Database, store: Consume
     """The tombstones were rejects until now."""
     other = b"other", None
     handle(store, 0, FIRST, TOMBSTONE, other, OTHER, tombstones=Tombstones.REJECT)
-    with connect(database.writer_url, application_name="tests") as writer:
+    with open_connection(database.writer_url, application_name="tests") as writer:
         assert sum(redrive(writer, 10_000), Counter()) == Counter({Outcome.REJECTED: 2})
         expected = Counter({Outcome.ERASED: 1, Outcome.SUPERSEDED: 1})
         assert sum(redrive(writer, 10_000, tombstones=Tombstones.ERASE), Counter()) == expected

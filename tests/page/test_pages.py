@@ -164,7 +164,9 @@ def test_the_newest_orders_are_on_the_start_page(
 def test_the_status_strip_shows_the_newest_order_and_the_rejects(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, module_database: Database
 ) -> None:
-    with orderlib.postgres.connections.connect(module_database.superuser_url, application_name="tests") as connection:
+    with orderlib.postgres.connections.open_connection(
+        module_database.superuser_url, application_name="tests"
+    ) as connection:
         connection.execute(
             "INSERT INTO rejects (topic_id, partition, record_offset, topic, record_time, code, faults)"
             " SELECT 't', 0, n, 't', now(),"
@@ -183,7 +185,9 @@ def test_the_rejects_are_opened_from_the_status_and_filtered(
     browser: WebDriver, api: Service, module_database: Database
 ) -> None:
     fault = '{"total": 1, "first": [{"path": "$.items[0].sale", "expected": "at most 100", "found": "101"}]}'
-    with orderlib.postgres.connections.connect(module_database.superuser_url, application_name="tests") as connection:
+    with orderlib.postgres.connections.open_connection(
+        module_database.superuser_url, application_name="tests"
+    ) as connection:
         connection.execute(
             "INSERT INTO rejects (topic_id, partition, record_offset, topic, record_time, code, faults)"
             " VALUES ('u', 1, 7, 'shop', now(), 'too_large', %s), ('u', 1, 8, 'shop', now(), 'malformed_json', %s)",
@@ -254,7 +258,9 @@ def test_the_kafka_position_of_an_order_is_shown(
     browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, module_database: Database
 ) -> None:
     store.save(order("sent"))
-    with orderlib.postgres.connections.connect(module_database.superuser_url, application_name="tests") as connection:
+    with orderlib.postgres.connections.open_connection(
+        module_database.superuser_url, application_name="tests"
+    ) as connection:
         connection.execute(
             "UPDATE orders SET source_topic_id = 'tid', source_partition = 3, source_offset = 1234,"
             " source_time = now() WHERE order_uid = 'sent'"

@@ -26,7 +26,7 @@ from orderlib import (
     OrderlibError,
     PostgresOrderRepository,
 )
-from orderlib.postgres.connections import connect
+from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.migrate import password_of
 from orderlib.postgres.snapshot import snapshot
@@ -92,7 +92,7 @@ OUTAGES = [
 
 def refusal(port: int, host: str = "127.0.0.1") -> OrderlibError:
     with pytest.raises(OrderlibError) as raised:
-        connect(f"postgresql://u:p@{host}:{port}/d", application_name="tests")
+        open_connection(f"postgresql://u:p@{host}:{port}/d", application_name="tests")
     return raised.value
 
 
@@ -155,7 +155,7 @@ def test_the_refusals_of_pgbouncer(words: str, kind: type[OrderlibError]) -> Non
 )
 def test_answers_without_an_sqlstate(answer: bytes, kind: type[OrderlibError]) -> None:
     with refusing(answer) as port, pytest.raises(kind):
-        connect(f"postgresql://u@127.0.0.1:{port}/d", application_name="tests")
+        open_connection(f"postgresql://u@127.0.0.1:{port}/d", application_name="tests")
 
 
 def test_a_host_name_that_cannot_be_resolved_is_an_outage_with_its_name() -> None:
@@ -260,7 +260,7 @@ def test_no_piece_of_a_password_is_shown_whatever_the_url(
                     else f"{url} connect_timeout=2"
                 )
                 try:
-                    connect(url, application_name="tests").close()
+                    open_connection(url, application_name="tests").close()
                 except OrderlibError as exc:
                     assert_no_piece_is_shown(password, everything_shown(exc))
                 try:
@@ -309,7 +309,7 @@ def take_snapshot(url: str) -> None:
 PLACES: dict[str, Callable[[str], object]] = {
     "library": PostgresOrderRepository.connect,
     "asyncio": lambda url: asyncio.run(read_once(url)),
-    "one connection": lambda url: connect(url, application_name="tests"),
+    "one connection": lambda url: open_connection(url, application_name="tests"),
     "roles": lambda url: password_of("orders_writer", "ORDERS_DATABASE_URL", url),
     "consumer": lambda url: ConsumerStore(url, "group", time.monotonic).next_offsets({}, []),
     "proof": take_snapshot,
@@ -357,7 +357,7 @@ def test_a_url_of_another_type_is_refused_without_its_value(place: str, url: Any
 )
 def test_a_url_that_can_be_read_in_two_ways_is_refused_with_advice(url: str) -> None:
     with pytest.raises(ConfigurationError, match="%40") as raised:
-        connect(url, application_name="tests")
+        open_connection(url, application_name="tests")
     assert "SECRET" not in str(raised.value)
     assert "TAIL" not in str(raised.value)
 
@@ -371,11 +371,11 @@ def test_a_service_that_is_not_defined_is_a_configuration_error(
         file.write_text(content)
     monkeypatch.setenv("PGSERVICEFILE", str(file))
     with pytest.raises(ConfigurationError, match="PGSERVICE"):
-        connect("service=orders", application_name="tests")
+        open_connection("service=orders", application_name="tests")
 
 
 def test_a_password_that_is_not_utf_8_is_a_configuration_error_without_the_password() -> None:
     secret = "s3cret"
     with pytest.raises(ConfigurationError, match="the database URL") as caught:
-        connect(f"postgresql://orders:{secret}\udcff@127.0.0.1:1/orders", application_name="tests")
+        open_connection(f"postgresql://orders:{secret}\udcff@127.0.0.1:1/orders", application_name="tests")
     assert secret not in everything_shown(caught.value)
