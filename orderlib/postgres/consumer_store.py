@@ -21,6 +21,7 @@ from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translated_errors
 from orderlib.postgres.migrate import WRITER_RIGHTS, check_rights, check_schema
+from orderlib.postgres.operations import index_advice
 from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, reject_row
 from orderlib.postgres.wire import Wire
 from orderlib.postgres.writes import store
@@ -142,6 +143,11 @@ class ConsumerStore:
                 raise
             lap("commit")
             return written
+
+    def index_advice(self) -> str | None:
+        """Return a line of advice if the indexes have outgrown PostgreSQL's memory, else ``None``."""
+        with self._connected() as connection:
+            return index_advice(connection)
 
     def abort(self) -> None:
         """Make the current call and all later ones fail soon. May be called from any thread.

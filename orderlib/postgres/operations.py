@@ -50,6 +50,21 @@ def stored_offsets(connection: Connection) -> list[StoredOffset]:
     return [StoredOffset(**dict(zip(names, row, strict=True))) for row in rows]
 
 
+def index_advice(connection: Connection) -> str | None:
+    """Return one line of advice if the indexes of the orders have outgrown PostgreSQL's shared buffers, else ``None``.
+
+    Their size is as of the last VACUUM or ANALYZE. Needs no rights on the tables.
+    """
+    with translated_errors(connection):
+        row = connection.execute(queries.OUTGROWN_BUFFERS).fetchone()
+    if row is None:
+        return None
+    return (
+        f"the indexes of the orders have {row[0]}, more than PostgreSQL's shared_buffers ({row[1]}): "
+        "set it to a quarter of the server's memory, or writes become slower as the tables grow"
+    )
+
+
 def reset_offsets(connection: Connection, group: str, topic_id: str, next_offsets: Mapping[int, int]) -> None:
     """Move a group's offsets, all or none. Only with the group stopped: its next batch would lose the fence.
 

@@ -305,6 +305,17 @@ SELECT (CASE WHEN pg_is_in_recovery() THEN
 END)::float8
 """
 
+#: The size of the indexes of the orders and that of the shared buffers, if the first is larger. It waits for no lock.
+#: PostgreSQL counts the pages of an index when it vacuums or analyzes the table. Citus's coordinator has none.
+OUTGROWN_BUFFERS: LiteralString = """
+SELECT pg_size_pretty(sum(size)), current_setting('shared_buffers') FROM (
+    SELECT c.relpages::bigint * current_setting('block_size')::bigint AS size
+    FROM pg_class c JOIN pg_index i ON i.indexrelid = c.oid
+    WHERE i.indrelid = ANY(ARRAY['orders', 'delivery', 'payment', 'items']::regclass[])
+) indexes
+HAVING sum(size) > pg_size_bytes(current_setting('shared_buffers'))
+"""
+
 #: A write and `forget` exclude each other until the end of the transaction; writes do not exclude each other. A lock of
 #: the table would also wait for readers, such as a long `reconcile`.
 HOLD_OFF_FORGET: LiteralString = "SELECT FROM pg_advisory_xact_lock_shared(7305804402566722661)"

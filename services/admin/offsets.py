@@ -12,9 +12,9 @@ from confluent_kafka import ConsumerGroupState
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.operations import (
-    StoredOffset,
     as_owner,
     consumer_group,
+    index_advice,
     reset_offsets,
     set_consumer_group,
     stored_offsets,
@@ -91,13 +91,9 @@ def _timestamp_ms(moment: dt.datetime) -> int:
     return max(0, -((_EPOCH - moment) // dt.timedelta(milliseconds=1)))
 
 
-def _stored(environ: Mapping[str, str], url_name: str) -> list[StoredOffset]:
-    with connected(environ, url_name) as connection:
-        return stored_offsets(connection)
-
-
 def _lag(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    stored = _stored(environ, "ORDERS_READER_URL")
+    with connected(environ, "ORDERS_READER_URL") as connection:
+        stored, advice = stored_offsets(connection), index_advice(connection)
     log = TopicReader(KafkaSettings.from_mapping(environ))
     next_offsets = {offset.partition: offset for offset in stored if offset.topic_id == log.topic_id}
     earliest, ends = log.earliest(), log.ends()
@@ -116,10 +112,14 @@ def _lag(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             }
         )
     print_table(rows, as_json=options.json)
+    if advice is not None:
+        print(f"advice: {advice}", file=sys.stderr)
     return EXIT_DONE
 
 
 def _show(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    with connected(environ, "ORDERS_READER_URL") as connection:
+        stored = stored_offsets(connection)
     rows = [
         {
             "group": offset.group,
@@ -129,7 +129,7 @@ def _show(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             "next_offset": offset.next_offset,
             "updated_at": offset.updated_at,
         }
-        for offset in _stored(environ, "ORDERS_READER_URL")
+        for offset in stored
     ]
     print_table(rows, as_json=options.json)
     return EXIT_DONE

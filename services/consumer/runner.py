@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import logging
+import math
 import queue
 import threading
 import time
@@ -70,6 +71,9 @@ _KAFKA_IN_TRANSACTION_S = 2.0
 #: How often the next offsets of all partitions are read.
 _STORED_OFFSETS_S = 5.0
 
+#: How often the size of the indexes is checked.
+_ADVICE_S = 3600.0
+
 #: While stopping, the batch in progress may take this long. After that its socket is shut down.
 STOP_BATCH_S = 5.0
 #: Then leaving the group may take this long.
@@ -116,6 +120,7 @@ class StoreWorker:
         self.stored_offsets: Mapping[TopicPartition, int] = {}
         self.outcomes: Counter[Outcome] = Counter()
         self._read_stored_at_s = 0.0
+        self._advise_at_s = 0.0
         #: Whether Kafka's last response took longer than a transaction waits.
         self._kafka_is_slow = False
         self._tasks: queue.SimpleQueue[StoreTask | None] = queue.SimpleQueue()
@@ -240,7 +245,17 @@ class StoreWorker:
         earliest = self._wait_for_kafka(lambda: self._kafka.earliest(new)) if new else {}
         self.stored_offsets = {**earliest, **stored}
         self._read_stored_at_s = time.monotonic() + _STORED_OFFSETS_S
+        self._advise()
         return self.stored_offsets
+
+    def _advise(self) -> None:
+        """Log a line of advice, once, if the indexes have outgrown PostgreSQL's memory."""
+        if (now_s := time.monotonic()) < self._advise_at_s:
+            return
+        advice = self._store.index_advice()
+        self._advise_at_s = now_s + _ADVICE_S if advice is None else math.inf
+        if advice is not None:
+            event("indexes_outgrew_memory", logging.WARNING, advice=advice)
 
     def _count(self, batch: Batch, result: BatchResult) -> None:
         for outcome, count in result.outcomes.items():

@@ -215,6 +215,23 @@ def test_its_lag_is_counted_for_each_partition(environ: dict[str, str], database
         assert consumer.stop() == 0
 
 
+def test_consumer_and_lag_advise_once_the_indexes_have_outgrown_shared_buffers(
+    environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    sender.send_orders(uids("order", 1))
+    before = run("consumer --exit-at-end", environ), run("admin lag", environ)
+    assert all(done.returncode == 0 and "shared_buffers" not in done.stderr for done in before)
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        # VACUUM counts the pages. 100,000 of 8 KiB are more than the default of 128 MB.
+        superuser.execute("UPDATE pg_class SET relpages = 100000 WHERE relname = 'orders_newest'")
+    sender.send_orders(uids("another", 1))
+    after = run("consumer --exit-at-end", environ), run("admin lag", environ)
+    for done in after:
+        assert done.returncode == 0
+        [line] = [line for line in done.stderr.splitlines() if "shared_buffers" in line]
+        assert "781 MB, more than PostgreSQL's shared_buffers (128MB)" in line
+
+
 def test_a_flood_of_slow_connections_and_a_lost_session_delay_neither_health_nor_orders(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
