@@ -26,7 +26,7 @@ from bench.report import Figure, add_write_option, publish
 from orderlib import InvalidOrder, Order, decode_order, encode_order
 from orderlib.contract import rule_of, rules_of
 from orderlib.testing import SAMPLE
-from services.sender.generate import make_order
+from services.sender.generate import generate_order
 
 Decoder = Callable[[bytes], object]
 
@@ -152,7 +152,7 @@ def main() -> None:
     gc.freeze()
     for name, records in (
         ("sample order", [SAMPLE] * 200),
-        ("generated orders", [encode_order(make_order(rng, lambda: now)) for _ in range(200)]),
+        ("generated orders", [encode_order(generate_order(rng, lambda: now)) for _ in range(200)]),
     ):
         times = measure_us(decoders, records, rounds)
         figures += [

@@ -33,7 +33,7 @@ from bench.report import Figure, add_write_option, publish
 from bench.servers import benchmark_servers
 from orderlib.postgres.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS
 from sandbox.server import free_port
-from services.sender.generate import make_order
+from services.sender.generate import generate_order
 
 GET_OF_GO = "GET, the Go way"
 SOURCE = Path(__file__).parent / "go_way"
@@ -158,7 +158,7 @@ def measure(environ: Mapping[str, str], options: argparse.Namespace, folder: Pat
     prepare(environ)
     admin(environ, "topics")
     rng = Random(1)
-    orders = [make_order(rng, utc_now) for _ in range(options.count)]
+    orders = [generate_order(rng, utc_now) for _ in range(options.count)]
     produce(environ, ((order.order_uid, orderlib.encode_order(order)) for order in orders))
     bench = IngestBench(environ=environ, superuser_url=environ["ORDERS_BOOTSTRAP_URL"], orders=orders)
     go_way = GoWay.build(environ, folder)

@@ -33,7 +33,7 @@ from bench.servers import benchmark_servers
 from orderlib.postgres.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS
 from sandbox.server import free_port
 from services.kafka import SILENT
-from services.sender.generate import make_order
+from services.sender.generate import generate_order
 
 #: Orders in a transaction of raw COPY: the largest batch of the consumer.
 BATCH_ORDERS = 2_000
@@ -368,7 +368,7 @@ class _Probe:
 
     def measure(self) -> tuple[float, float]:
         """Send an order. Return the seconds until a reader that polls finds it, and until Kafka acknowledged it."""
-        order = make_order(self.rng, utc_now)
+        order = generate_order(self.rng, utc_now)
         acknowledged_s: list[float] = []
         sent_s = time.monotonic()
         self._producer.produce(
@@ -492,7 +492,7 @@ def measure(environ: Mapping[str, str], options: argparse.Namespace) -> list[Fig
         admin(environ, command)
     rng = Random(1)
     _print_progress(f"generating and sending {options.count:,} orders")
-    orders = [make_order(rng, utc_now) for _ in range(options.count)]
+    orders = [generate_order(rng, utc_now) for _ in range(options.count)]
     produce(environ, ((order.order_uid, orderlib.encode_order(order)) for order in orders))
     bench = IngestBench(environ=environ, superuser_url=environ["ORDERS_BOOTSTRAP_URL"], orders=orders)
     return [

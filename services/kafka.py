@@ -20,7 +20,15 @@ from confluent_kafka.admin import AdminClient, ListOffsetsResultInfo, OffsetSpec
 from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError
 from orderlib.ingestion.records import Headers, Record, record_time
 from orderlib.repository import RecordPosition
-from services.kafka_errors import CONNECTION, NO_TOPIC, SSL_ERROR, ErrorAction, action_of, translate, translated_errors
+from services.kafka_errors import (
+    CONNECTION,
+    NO_TOPIC,
+    SSL_ERROR,
+    KafkaErrorAction,
+    classify_kafka_error,
+    translate,
+    translated_errors,
+)
 from services.kafka_listener import certificate_fault, expected_protocol
 from services.settings import KafkaSettings
 
@@ -81,7 +89,7 @@ class Cluster:
         if error.code() not in CONNECTION:
             return
         self._last_error = error
-        if action_of(error) is ErrorAction.SETUP:
+        if classify_kafka_error(error) is KafkaErrorAction.SETUP:
             self._setting_error_at_s = time.monotonic()
             if self._setting_error is None:
                 self._setting_error_since_s = self._setting_error_at_s

@@ -18,7 +18,7 @@ class UnreadableRecord(BrokerUnavailable):
     """librdkafka cannot read a record batch: its partition waits, the others continue. An operator must act."""
 
 
-class ErrorAction(Enum):
+class KafkaErrorAction(Enum):
     """What a program does about an error."""
 
     #: No error: an event, or the result of an action of the program.
@@ -49,15 +49,15 @@ CONNECTION = frozenset(
     {_code("_AUTHENTICATION"), _code("_SSL"), _code("_TRANSPORT"), _code("_RESOLVE"), _code("_TIMED_OUT")}
 )
 
-_NAMES: dict[ErrorAction, tuple[str, ...]] = {
-    ErrorAction.NONE: (
+_NAMES: dict[KafkaErrorAction, tuple[str, ...]] = {
+    KafkaErrorAction.NONE: (
         "NO_ERROR",
         "_ASSIGN_PARTITIONS",
         "_NOOP",
         "_PARTITION_EOF",
         "_REVOKE_PARTITIONS",
     ),
-    ErrorAction.OUTAGE: (
+    KafkaErrorAction.OUTAGE: (
         # The broker is starting, stopping, electing, overloaded or unreachable.
         "BROKER_NOT_AVAILABLE",
         "CONCURRENT_TRANSACTIONS",
@@ -132,7 +132,7 @@ _NAMES: dict[ErrorAction, tuple[str, ...]] = {
         "UNKNOWN_TOPIC_ID",
         "TOPIC_ALREADY_EXISTS",
     ),
-    ErrorAction.SETUP: (
+    KafkaErrorAction.SETUP: (
         "CLUSTER_AUTHORIZATION_FAILED",
         "DELEGATION_TOKEN_AUTHORIZATION_FAILED",
         "DELEGATION_TOKEN_AUTH_DISABLED",
@@ -170,7 +170,7 @@ _NAMES: dict[ErrorAction, tuple[str, ...]] = {
         "_UNKNOWN_TOPIC",
         "_UNSUPPORTED_FEATURE",
     ),
-    ErrorAction.UNREADABLE: (
+    KafkaErrorAction.UNREADABLE: (
         "INVALID_MSG",
         "INVALID_MSG_SIZE",
         "MSG_SIZE_TOO_LARGE",
@@ -182,7 +182,7 @@ _NAMES: dict[ErrorAction, tuple[str, ...]] = {
         "_PARTIAL",
         "_UNDERFLOW",
     ),
-    ErrorAction.STOP: (
+    KafkaErrorAction.STOP: (
         # The next record is gone, or the client can do nothing more.
         "OFFSET_OUT_OF_RANGE",
         "_AUTO_OFFSET_RESET",
@@ -259,14 +259,14 @@ _NAMES: dict[ErrorAction, tuple[str, ...]] = {
 }
 
 #: Every error code of librdkafka, and what a program does about it.
-ACTIONS: dict[int, ErrorAction] = {_code(name): action for action, names in _NAMES.items() for name in names}
+ACTIONS: dict[int, KafkaErrorAction] = {_code(name): action for action, names in _NAMES.items() for name in names}
 
 
-def action_of(error: KafkaError) -> ErrorAction:
+def classify_kafka_error(error: KafkaError) -> KafkaErrorAction:
     """Return what to do about an error. A code outside the table is an outage if it is retriable; otherwise stop."""
-    unforeseen = ErrorAction.OUTAGE if error.retriable() else ErrorAction.STOP
+    unforeseen = KafkaErrorAction.OUTAGE if error.retriable() else KafkaErrorAction.STOP
     action = ACTIONS.get(error.code(), unforeseen)
-    return ErrorAction.STOP if error.fatal() and action is not ErrorAction.SETUP else action
+    return KafkaErrorAction.STOP if error.fatal() and action is not KafkaErrorAction.SETUP else action
 
 
 def translate(error: KafkaError, message: Message | None = None) -> OrderlibError:
@@ -276,14 +276,14 @@ def translate(error: KafkaError, message: Message | None = None) -> OrderlibErro
     topic = message.topic() if message else None
     if message is not None and topic is not None:
         text = f"{topic}[{message.partition()}] at offset {message.offset()}: {text}"
-    match action_of(error):
-        case ErrorAction.SETUP:
+    match classify_kafka_error(error):
+        case KafkaErrorAction.SETUP:
             return ConfigurationError(text)
-        case ErrorAction.UNREADABLE:
+        case KafkaErrorAction.UNREADABLE:
             return UnreadableRecord(text)
-        case ErrorAction.OUTAGE | ErrorAction.NONE:
+        case KafkaErrorAction.OUTAGE | KafkaErrorAction.NONE:
             return BrokerUnavailable(text)
-        case ErrorAction.STOP:
+        case KafkaErrorAction.STOP:
             return OrderlibError(text)
 
 

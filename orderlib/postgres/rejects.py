@@ -41,8 +41,8 @@ class Prefix:
         return len(self.content) == self.size_bytes
 
 
-class RejectReader(AsyncPostgresOrderRepository):
-    """A repository for asyncio that also lists rejects. It needs the rights of the reader."""
+class PostgresReader(AsyncPostgresOrderRepository):
+    """An ``AsyncOrderRepository`` that also lists rejects. It needs the reader's rights."""
 
     async def list_rejects(self, query: RejectQuery) -> RejectPage:
         """Return a page of the list of rejects."""

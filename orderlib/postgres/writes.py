@@ -24,8 +24,8 @@ from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, Row, original_row,
 from orderlib.postgres.wire import Copy, Statement, Wire
 from orderlib.repository import Outcome, RecordPosition
 
-#: Plans the writes of changes from the stored versions and the forgotten order_uids.
-Rule = Callable[[Sequence[OrderChange], Mapping[str, StoredVersion], Collection[str]], WritePlan]
+#: Plans what to write from the changes, the stored versions and the forgotten order_uids.
+Planner = Callable[[Sequence[OrderChange], Mapping[str, StoredVersion], Collection[str]], WritePlan]
 
 #: The key of a row exists already: another writer may have stored the order since its version was read. Citus reports
 #: every violation inside a COPY as an internal error.
@@ -33,7 +33,7 @@ _KEY_EXISTS = {psycopg.errors.UniqueViolation.sqlstate, psycopg.errors.InternalE
 
 
 def store_orders(
-    wire: Wire, changes: Sequence[OrderChange], rule: Rule = plan_writes
+    wire: Wire, changes: Sequence[OrderChange], planner: Planner = plan_writes
 ) -> PQGen[list[Outcome | RefusedByDatabase]]:
     """Store or erase orders inside the caller's transaction; return the result of each change, in their order.
 
@@ -43,7 +43,7 @@ def store_orders(
     """
     seen: dict[str, StoredVersion] = {}
     try:
-        return list((yield from _store_in_savepoint(wire, changes, rule, seen)))
+        return list((yield from _store_in_savepoint(wire, changes, planner, seen)))
     except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled):
         raise
     except (psycopg.Error, UnicodeEncodeError) as exc:
@@ -55,15 +55,15 @@ def store_orders(
     if len(changes) == 1:
         return [RefusedByDatabase(error.sqlstate, changes[0].order_uid)]
     middle = len(changes) // 2
-    first = yield from store_orders(wire, changes[:middle], rule)
-    return first + (yield from store_orders(wire, changes[middle:], rule))
+    first = yield from store_orders(wire, changes[:middle], planner)
+    return first + (yield from store_orders(wire, changes[middle:], planner))
 
 
 def store(
-    connection: Connection, changes: Sequence[OrderChange], rule: Rule = plan_writes
+    connection: Connection, changes: Sequence[OrderChange], planner: Planner = plan_writes
 ) -> list[Outcome | RefusedByDatabase]:
     """Run ``store_orders`` over a psycopg connection that is in a transaction."""
-    return connection.wait(store_orders(Wire(connection.pgconn, keeps_statements=False), changes, rule))
+    return connection.wait(store_orders(Wire(connection.pgconn, keeps_statements=False), changes, planner))
 
 
 class Save:
@@ -118,11 +118,11 @@ def _has_changed(wire: Wire, changes: Sequence[OrderChange], seen: Mapping[str, 
 
 
 def _store_in_savepoint(
-    wire: Wire, changes: Sequence[OrderChange], rule: Rule, seen: dict[str, StoredVersion]
+    wire: Wire, changes: Sequence[OrderChange], planner: Planner, seen: dict[str, StoredVersion]
 ) -> PQGen[Sequence[Outcome]]:
     """Store the orders. ``seen`` receives the versions that were stored before."""
     try:
-        return (yield from _store(wire, changes, rule, seen))
+        return (yield from _store(wire, changes, planner, seen))
     except Exception:
         with contextlib.suppress(psycopg.Error):
             yield from wire.pipeline((queries.ROLLBACK_TO_SAVEPOINT, ()), (queries.RELEASE_SAVEPOINT, ()))
@@ -130,7 +130,7 @@ def _store_in_savepoint(
 
 
 def _store(
-    wire: Wire, changes: Sequence[OrderChange], rule: Rule, seen: dict[str, StoredVersion]
+    wire: Wire, changes: Sequence[OrderChange], planner: Planner, seen: dict[str, StoredVersion]
 ) -> PQGen[Sequence[Outcome]]:
     uids = _uids(changes)
     _, [(seqscan,)], _, _, digests, rows, erased_rows, [(now,)] = yield from wire.pipeline(
@@ -147,7 +147,7 @@ def _store(
     assert isinstance(now, dt.datetime)
     stored, erased = versions_of(rows), _erased(erased_rows)
     seen.update({**erased, **stored})
-    plan = rule(changes, seen, _forgotten(changes, {digest for (digest,) in digests}) if digests else ())
+    plan = planner(changes, seen, _forgotten(changes, {digest for (digest,) in digests}) if digests else ())
     written = [change.order_uid for change in plan.writes]
     tombstones = [change for change in (*plan.writes, *plan.moves.values()) if isinstance(change, Tombstone)]
     moves = [change for change in plan.moves.values() if isinstance(change, PreparedOrder)]

@@ -12,7 +12,7 @@ import msgspec
 from orderlib.errors import RejectedError
 from orderlib.postgres.backfill import backfill
 from orderlib.repository import Outcome
-from services.admin.output import Progress, add_json_option, count_of, print_table, printable
+from services.admin.output import ProgressLine, add_json_option, count_of, print_table, printable
 from services.admin.schema import Commands, connected
 from services.program import EXIT_DONE, EXIT_FAILED
 
@@ -48,7 +48,7 @@ def _backfill(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     outcomes: Counter[Outcome] = Counter()
     refused: dict[str, RejectedError] = {}
     last = options.after
-    progress = Progress("originals read")
+    progress = ProgressLine("originals read")
     is_complete = False
     try:
         with connected(environ, "ORDERS_DATABASE_URL") as connection:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import orderlib
 from orderlib.postgres.snapshot import Snapshot, snapshot
 from orderlib.repository import Filters, StoredOrder
-from services.admin.output import Progress, count_of, printable, rfc3339_time
+from services.admin.output import ProgressLine, count_of, printable, rfc3339_time
 from services.admin.schema import APPLICATION_NAME, Commands
 from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import database_url
@@ -54,7 +54,7 @@ def _export(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with snapshot(url, APPLICATION_NAME) as stored_orders, _stop_on_signal() as stop_event:
         exported = 0
         # On a terminal the lines themselves show the progress.
-        progress = None if sys.stdout.isatty() else Progress("orders")
+        progress = None if sys.stdout.isatty() else ProgressLine("orders")
         shown_s = time.monotonic()
         for stored in _selected(stored_orders, options.customer, options.since):
             if stop_event.is_set():

@@ -108,7 +108,7 @@ def confirm(question: str, *, yes: bool) -> bool:
     return sys.stdin.readline().strip().lower() in {"y", "yes"}
 
 
-class Progress:
+class ProgressLine:
     """A count of what is done, on stderr if that is a terminal."""
 
     def __init__(self, what: str) -> None:

@@ -16,7 +16,7 @@ from orderlib.errors import ConfigurationError
 from orderlib.ingestion.reconcile import MAX_FINDINGS, Finding, Reconciliation, TopicState
 from orderlib.ingestion.records import Record, classify_record
 from orderlib.postgres.snapshot import snapshot
-from services.admin.output import Progress, add_json_option, count_of, printable
+from services.admin.output import ProgressLine, add_json_option, count_of, printable
 from services.admin.schema import APPLICATION_NAME, Commands
 from services.admin.topic_reader import TopicReader
 from services.program import EXIT_DONE, EXIT_FAILED
@@ -102,7 +102,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     manifest = _read_manifest(options.manifest, log.topic) if options.manifest else None
     # Read before the snapshot: Kafka may delete more records while the consumer handles others.
     earliest = log.earliest()
-    progress = Progress("records read")
+    progress = ProgressLine("records read")
     findings, several = _First[Finding](MAX_FINDINGS), _First[str](_SHOWN)
     with snapshot(url, APPLICATION_NAME) as stored:
         offsets = stored.offsets()

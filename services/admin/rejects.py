@@ -19,7 +19,7 @@ from orderlib.postgres.reject_list import RejectPosition, RejectQuery
 from orderlib.postgres.rejects import Prefix, get_reject, list_rejects, redrive
 from orderlib.repository import Outcome, is_position
 from services.admin.output import (
-    Progress,
+    ProgressLine,
     add_json_option,
     add_yes_option,
     confirm,
@@ -173,7 +173,7 @@ def _shown(part: Prefix | None) -> dict[str, object] | None:
 def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     max_bytes = max_record_bytes(environ)
     outcomes: Counter[Outcome] = Counter()
-    progress = Progress("rejects redriven")
+    progress = ProgressLine("rejects redriven")
     with connected(environ, "ORDERS_DATABASE_URL") as connection:
         if options.position is not None:
             list(get_reject(connection, options.position, max_bytes=0))

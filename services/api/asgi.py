@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
-from orderlib.postgres.rejects import RejectReader
+from orderlib.postgres.rejects import PostgresReader
 from services.api.app import Api, Receive, Scope, Send, create_app, create_metrics_app
 from services.api.metrics import Metrics
 from services.settings import ApiSettings
@@ -45,7 +45,7 @@ class _CloseReaders:
 
 def build(settings: ApiSettings, metrics: Metrics) -> AddressRouter:
     """Return the application of one worker process. All workers share ``metrics``."""
-    reader = RejectReader(settings.reader_url, application_name="orderlib-api", timeout_s=4.0)
+    reader = PostgresReader(settings.reader_url, application_name="orderlib-api", timeout_s=4.0)
     # Requests that wait for a connection must not make the service report that it is not ready.
     health_reader = AsyncPostgresOrderRepository(
         settings.reader_url, application_name="orderlib-api", max_connections=HEALTH_CONNECTIONS, timeout_s=4.0

@@ -110,7 +110,7 @@ def _wait_for(request: Callable[[], T], server: str, stop_event: threading.Event
         try:
             return future.result()
         except TransientError as exc:
-            health.not_ready = str(exc)
+            health.not_ready_reason = str(exc)
             if not logged:
                 event("waiting_for_server", logging.WARNING, server=server, reason=str(exc))
                 logged = True

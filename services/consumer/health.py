@@ -108,7 +108,7 @@ class Health:
         self._clock = clock
         self._heartbeat_at_s = clock()
         #: Why the consumer cannot store records now; ``None`` if it can.
-        self.not_ready: str | None = "starting"
+        self.not_ready_reason: str | None = "starting"
 
     def heartbeat(self) -> None:
         """Record that the loop has turned."""
@@ -164,7 +164,7 @@ class HealthServer:
             case "/livez":
                 fault = None if self._health.live else _HANGS
             case "/readyz":
-                fault = self._health.not_ready if self._health.live else _HANGS
+                fault = self._health.not_ready_reason if self._health.live else _HANGS
             case _:
                 start_response("404 Not Found", [("Content-Type", "text/plain")])
                 return [b"/metrics, /livez, /readyz\n"]

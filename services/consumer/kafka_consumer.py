@@ -22,8 +22,8 @@ from services.kafka_errors import (
     ALL_BROKERS_DOWN,
     OFFSET_LOST,
     PARTITION_EOF,
-    ErrorAction,
-    action_of,
+    KafkaErrorAction,
+    classify_kafka_error,
     translate,
     translated_errors,
 )
@@ -200,7 +200,7 @@ class KafkaConsumer(KafkaClient):
                 self._down.set()
                 event("kafka_unreachable", logging.WARNING, reason=self.unreachable_message)
                 self._request_until_up()
-        elif action_of(error) is ErrorAction.STOP:
+        elif classify_kafka_error(error) is KafkaErrorAction.STOP:
             self._fatal.append(translate(error))
 
     def _take_fatal(self) -> list[PollResult]:

@@ -49,7 +49,7 @@ from orderlib.postgres.consumer_store import BatchResult, ConsumerStore
 from orderlib.repository import Outcome
 from services.consumer.health import Health, Metrics, never_fatal
 from services.consumer.kafka_client import FetchFailed, KafkaClient
-from services.consumer.progress import Progress
+from services.consumer.lag import LagMonitor
 from services.consumer.summary import Summary
 from services.kafka import TopicInfo
 from services.program import EXIT_DONE, EXIT_FAILED, EXIT_SETUP, event
@@ -290,7 +290,7 @@ class ConsumerRunner:
     #: The stop event was set before any error.
     _stop_requested: bool = attrs.field(default=False, init=False)
     _stop_by_s: float | None = attrs.field(default=None, init=False)
-    _progress: Progress = attrs.field(init=False)
+    _lag_monitor: LagMonitor = attrs.field(init=False)
     _summary: Summary = attrs.field(init=False)
     #: The last fetch returned as many messages as it may, so there are probably more.
     _more_ready: bool = attrs.field(default=False, init=False)
@@ -301,7 +301,7 @@ class ConsumerRunner:
     _lacks_right: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._progress = Progress(self._kafka, self._metrics.lag, self._clock, self._log)
+        self._lag_monitor = LagMonitor(self._kafka, self._metrics.lag, self._clock, self._log)
         self._summary = Summary(self._clock, self._log)
 
     def run(self) -> int:
@@ -325,7 +325,7 @@ class ConsumerRunner:
             self._execute_commands()
             self._commit_to_kafka()
             with never_fatal("lag"):
-                self._update_progress()
+                self._update_lag()
         except OrderlibError as exc:
             self._core.on_fatal(exc)
         except Exception as exc:  # noqa: BLE001  a bug: the state is unknown
@@ -363,7 +363,7 @@ class ConsumerRunner:
             self._log("stopping")
             self._core.on_stop()
         if self._core.stopping and self._stop_by_s is None:
-            self._health.not_ready = "stopping"
+            self._health.not_ready_reason = "stopping"
             self._stop_by_s = self._clock() + STOP_BATCH_S
 
     def _take_result(self, timeout_s: float) -> None:
@@ -387,7 +387,7 @@ class ConsumerRunner:
                     self._kafka.assign(next_offsets)
                     # The member that had them before may have left without its last commit to Kafka.
                     self._kafka_offsets.update(next_offsets)
-                    self._progress.on_assigned(next_offsets)
+                    self._lag_monitor.on_assigned(next_offsets)
                     self._log(
                         "partitions_assigned", next_offsets={str(p): offset for p, offset in next_offsets.items()}
                     )
@@ -402,18 +402,20 @@ class ConsumerRunner:
                     )
                 case CommitKafkaOffsets(next_offsets):
                     self._kafka_offsets.update(next_offsets)
-                    self._progress.on_stored(next_offsets)
+                    self._lag_monitor.on_stored(next_offsets)
                 case Pause(reason, wait_s):
                     self._kafka.pause()
                     stalled_by_kafka = not wait_s and isinstance(reason, BrokerUnavailable)
                     cause = self._kafka.unreachable_message if stalled_by_kafka else str(reason)
-                    self._health.not_ready = cause
+                    self._health.not_ready_reason = cause
                     self._log("retrying", logging.WARNING, reason=cause, seconds=round(wait_s, 2))
                 case Resume():
                     self._kafka.resume()
                     self._log("resumed")
         if not self._core.stopping and not self._core.in_outage:
-            self._health.not_ready = self._kafka.unreachable_message if self._kafka.down else self._progress.fault()
+            self._health.not_ready_reason = (
+                self._kafka.unreachable_message if self._kafka.down else self._lag_monitor.fault()
+            )
 
     @property
     def _wait_for_store_s(self) -> float:
@@ -443,15 +445,15 @@ class ConsumerRunner:
             if isinstance(item, FetchFailed):
                 self._on_fetch_failed(item)
 
-    def _update_progress(self) -> None:
+    def _update_lag(self) -> None:
         in_outage = self._core.in_outage or self._kafka.down
         assigned = self._core.assigned
-        self._progress.update(assigned, self._worker.stored_offsets, in_outage=in_outage)
-        self._core.on_lag(self._progress.lag(assigned))
+        self._lag_monitor.update(assigned, self._worker.stored_offsets, in_outage=in_outage)
+        self._core.on_lag(self._lag_monitor.lag(assigned))
         self._summary.update(self._worker.outcomes, self._remaining, idle=self._core.starved)
 
     def _remaining(self) -> int | None:
-        return self._progress.remaining(self._core.assigned)
+        return self._lag_monitor.remaining(self._core.assigned)
 
     def _commit_to_kafka(self) -> None:
         """Commit offsets to Kafka, if it is time or if the consumer stops."""
@@ -473,8 +475,8 @@ class ConsumerRunner:
             self._core.on_fatal(error)
             return
         self._metrics.retries.labels(type(error).__name__).inc()
-        self._progress.on_error(failed)
-        if self._exit_at_end and (repeated := self._progress.error()) is not None:
+        self._lag_monitor.on_error(failed)
+        if self._exit_at_end and (repeated := self._lag_monitor.error()) is not None:
             self._core.on_fatal(repeated)
 
 

@@ -19,7 +19,7 @@ from orderlib.errors import ConfigurationError
 from orderlib.postgres.positions import PositionReader
 from services.program import EXIT_DONE, EXIT_FAILED, begin, run
 from services.sender.feed import RateLimiter, lines, warn_about_invalid
-from services.sender.generate import make_values
+from services.sender.generate import generate_values
 from services.sender.manifest import Manifest
 from services.sender.publish import Publisher
 from services.sender.wait import SentRecords
@@ -308,7 +308,7 @@ def _generated(options: argparse.Namespace) -> Iterator[bytes]:
         seconds = itertools.count()
         rng, clock = Random(options.seed), lambda: _SEEDED_TIME + dt.timedelta(seconds=next(seconds))  # noqa: S311 - as above
     count = DEFAULT_COUNT if options.count is None else options.count
-    return itertools.islice(make_values(rng, clock, options.bad_rate or 0.0), count)
+    return itertools.islice(generate_values(rng, clock, options.bad_rate or 0.0), count)
 
 
 if __name__ == "__main__":

@@ -44,18 +44,18 @@ class _Customer:
     delivery: Delivery
 
 
-def make_values(rng: Random, clock: Clock, bad_rate: float) -> Iterator[bytes]:
+def generate_values(rng: Random, clock: Clock, bad_rate: float) -> Iterator[bytes]:
     """Generate record values without end: orders, and at this rate (0 to 1) invalid ones."""
     kinds = list(FaultKind)
     while True:
-        order = make_order(rng, clock)
+        order = generate_order(rng, clock)
         if rng.random() < bad_rate:
             yield break_order(order, rng.choice(kinds), rng).data
         else:
             yield encode_order(order)
 
 
-def make_order(rng: Random, clock: Clock) -> Order:
+def generate_order(rng: Random, clock: Clock) -> Order:
     """Return a valid order with the current time. The sums add up, and its parts are consistent.
 
     Each item costs ``price * (100 - sale) // 100``, the goods are the sum of the items, and the amount is the sum of goods,
@@ -69,7 +69,7 @@ def make_order(rng: Random, clock: Clock) -> Order:
     entry = _pick(rng, _ENTRIES)
     track_number = f"{entry}{rng.getrandbits(40):010X}TEST"
     count = _pick(rng, _ITEM_COUNTS) or _pick(rng, _MANY_ITEMS)
-    items = [_make_item(rng, market, track_number) for _ in range(count)]
+    items = [_generate_item(rng, market, track_number) for _ in range(count)]
     goods_total = sum(item.total_price for item in items)
     delivery_cost = int(_pick(rng, _DELIVERY_CENTS) * market.rate)
     custom_fee = int(_pick(rng, _CUSTOM_CENTS) * market.rate)
@@ -105,7 +105,7 @@ def make_order(rng: Random, clock: Clock) -> Order:
     )
 
 
-def _make_item(rng: Random, market: Market, track_number: str) -> Item:
+def _generate_item(rng: Random, market: Market, track_number: str) -> Item:
     number = int(rng.random() * len(PRODUCTS))
     product = PRODUCTS[number]
     size = int(rng.random() * len(product.sizes))

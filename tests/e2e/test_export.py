@@ -18,7 +18,7 @@ import orderlib
 from orderlib.testing import SAMPLE
 from sandbox import Sandbox
 from services.admin.output import count_of
-from services.sender.generate import make_order
+from services.sender.generate import generate_order
 from tests.conftest import Database, drop_database, make_database
 from tests.support import ROOT
 from tests.support.programs import peak_bytes, run, succeed, wait_for
@@ -113,7 +113,7 @@ def start(environ: Mapping[str, str], stderr: int = subprocess.PIPE) -> subproce
 
 
 def save_many(database: Database, count: int) -> None:
-    save(database, *(make_order(Random(index), lambda: SAMPLE_ORDER.date_created) for index in range(count)))
+    save(database, *(generate_order(Random(index), lambda: SAMPLE_ORDER.date_created) for index in range(count)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -15,7 +15,7 @@ import orderlib
 from orderlib.postgres import queries
 from orderlib.repository import Direction
 from orderlib.search import SearchField
-from services.sender.generate import make_order
+from services.sender.generate import generate_order
 from tests.conftest import Database
 
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -56,7 +56,7 @@ def superuser(module_database: Database, request: pytest.FixtureRequest) -> Iter
             connection.execute(f"ALTER TABLE {table} SET (autovacuum_enabled = off)".encode())
         rng = Random(7)
         with orderlib.connect(module_database.writer_url) as repository:
-            repository.save_many(make_order(rng, lambda: NOW) for _ in range(ORDERS))
+            repository.save_many(generate_order(rng, lambda: NOW) for _ in range(ORDERS))
         if request.param == "analyzed":
             connection.execute("ANALYZE orders, delivery, payment, items")
         yield connection

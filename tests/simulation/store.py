@@ -57,7 +57,7 @@ Told = Callable[[ConsumerCore], None]
 Steps = Generator[Step, None, Told | None]
 #: The key of a row that can be locked: an offset, an order or a reject.
 Row = tuple[str | int, ...]
-Rule = Callable[[Sequence[OrderChange], Mapping[str, StoredVersion]], WritePlan]
+Planner = Callable[[Sequence[OrderChange], Mapping[str, StoredVersion]], WritePlan]
 
 
 class Job:
@@ -194,10 +194,12 @@ class Store:
             stored = {uid: version for uid, version in stored.items() if version.content_sha256 is not None}
         return plan_writes(changes, stored)
 
-    def _store(self, changes: Sequence[OrderChange], stored: dict[str, StoredVersion], rule: Rule) -> list[Outcome]:
+    def _store(
+        self, changes: Sequence[OrderChange], stored: dict[str, StoredVersion], planner: Planner
+    ) -> list[Outcome]:
         """Like ``writes.store``: refused orders are found by bisection, and the others are stored."""
         if not any(change.content_sha256 == b"!" for change in changes):
-            plan = rule(changes, stored)
+            plan = planner(changes, stored)
             for write in plan.writes:
                 stored[write.order_uid] = _version(write.content_sha256, write.source)
             for uid, move in plan.moves.items():
@@ -206,7 +208,7 @@ class Store:
         if len(changes) == 1:
             return [Outcome.REJECTED]
         middle = len(changes) // 2
-        return self._store(changes[:middle], stored, rule) + self._store(changes[middle:], stored, rule)
+        return self._store(changes[:middle], stored, planner) + self._store(changes[middle:], stored, planner)
 
     def _changes(
         self, uids: Sequence[str], read: Mapping[str, StoredVersion], after: Mapping[str, StoredVersion]

@@ -59,13 +59,13 @@ def test_a_consumer_that_starts_is_live_and_not_ready(probe: Probe) -> None:
 
 
 def test_a_consumer_in_an_outage_is_live_and_not_ready_with_a_reason(probe: Probe) -> None:
-    probe.health.not_ready = "PostgreSQL: gone"
+    probe.health.not_ready_reason = "PostgreSQL: gone"
     assert probe.get("/livez")[0] == 200
     assert probe.get("/readyz") == (503, "PostgreSQL: gone\n")
 
 
 def test_a_loop_that_does_not_turn_for_thirty_seconds_is_neither_live_nor_ready(probe: Probe) -> None:
-    probe.health.not_ready = None
+    probe.health.not_ready_reason = None
     probe.clock.now_s = LOOP_S - 0.1
     assert probe.get("/livez")[0] == probe.get("/readyz")[0] == 200
     probe.clock.now_s = LOOP_S

@@ -11,9 +11,9 @@ from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError
 from services.kafka_errors import (
     _NAMES,
     ACTIONS,
-    ErrorAction,
+    KafkaErrorAction,
     UnreadableRecord,
-    action_of,
+    classify_kafka_error,
     translate,
     translated_errors,
 )
@@ -30,11 +30,11 @@ def test_every_code_has_exactly_one_entry() -> None:
 
 def test_an_error_is_translated_according_to_the_table_and_names_its_code() -> None:
     kinds = {
-        ErrorAction.SETUP: ConfigurationError,
-        ErrorAction.UNREADABLE: UnreadableRecord,
-        ErrorAction.OUTAGE: BrokerUnavailable,
-        ErrorAction.NONE: BrokerUnavailable,
-        ErrorAction.STOP: OrderlibError,
+        KafkaErrorAction.SETUP: ConfigurationError,
+        KafkaErrorAction.UNREADABLE: UnreadableRecord,
+        KafkaErrorAction.OUTAGE: BrokerUnavailable,
+        KafkaErrorAction.NONE: BrokerUnavailable,
+        KafkaErrorAction.STOP: OrderlibError,
     }
     for name, code in CODES.items():
         error = translate(KafkaError(code, "what happened"))
@@ -43,17 +43,17 @@ def test_an_error_is_translated_according_to_the_table_and_names_its_code() -> N
         assert name in str(error)
 
 
-@pytest.mark.parametrize(("retriable", "action"), [(True, ErrorAction.OUTAGE), (False, ErrorAction.STOP)])
-def test_an_unknown_code_stops_the_program_unless_it_is_retriable(*, retriable: bool, action: ErrorAction) -> None:
+@pytest.mark.parametrize(("retriable", "action"), [(True, KafkaErrorAction.OUTAGE), (False, KafkaErrorAction.STOP)])
+def test_an_unknown_code_stops_the_program_unless_it_is_retriable(*, retriable: bool, action: KafkaErrorAction) -> None:
     error = KafkaError(999, "from the future", retriable=retriable)
-    assert action_of(error) is action
+    assert classify_kafka_error(error) is action
     assert isinstance(translate(error), TransientError) == retriable
     assert "999" in str(translate(error))
 
 
 def test_a_fatal_error_stops_the_program_for_any_code() -> None:
     error = KafkaError(CODES["_TIMED_OUT"], "the client is unusable", fatal=True)
-    assert action_of(error) is ErrorAction.STOP
+    assert classify_kafka_error(error) is KafkaErrorAction.STOP
 
 
 def test_the_original_error_is_the_cause() -> None:

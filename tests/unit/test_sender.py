@@ -26,7 +26,7 @@ from services.program import run
 from services.sender import wait
 from services.sender.__main__ import main
 from services.sender.feed import CATCH_UP_S, MAX_WARNINGS, RateLimiter, lines, warn_about_invalid
-from services.sender.generate import make_order, make_values
+from services.sender.generate import generate_order, generate_values
 from services.sender.publish import order_uid_of
 from services.sender.wait import SentRecords
 from tests.support.fork_server import start
@@ -36,11 +36,11 @@ NOW = dt.datetime(2026, 11, 23, 12, 30, 15, 123456, tzinfo=dt.UTC)
 
 def generate(count: int, seed: str = "seed") -> list[Order]:
     rng = Random(seed)
-    return [make_order(rng, lambda: NOW) for _ in range(count)]
+    return [generate_order(rng, lambda: NOW) for _ in range(count)]
 
 
 def values(count: int, bad_rate: float, seed: str = "seed") -> list[bytes]:
-    return list(itertools.islice(make_values(Random(seed), lambda: NOW, bad_rate), count))
+    return list(itertools.islice(generate_values(Random(seed), lambda: NOW, bad_rate), count))
 
 
 def test_every_generated_order_is_valid() -> None:

@@ -36,7 +36,7 @@ class _Repeating:
     logged_s: float
 
 
-class Progress:
+class LagMonitor:
     """The lag of the group in each partition of the topic, also in those of other members.
 
     It requests the log ends regularly, and never waits for them.
