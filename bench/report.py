@@ -7,7 +7,6 @@ import datetime as dt
 import json
 import os
 import platform
-from itertools import groupby
 from pathlib import Path
 
 import attrs
@@ -70,36 +69,8 @@ def publish(topic: str, figures: list[Figure], *, write: bool) -> None:
     (RESULTS / f"{topic}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def draw_plots(topic: str, figures: list[Figure]) -> list[Path]:
-    """Draw a bar chart for each unit with three or more figures; return the paths, ``docs/bench/TOPIC-N.svg``."""
-    import pygal  # noqa: PLC0415 - its import installs an import hook, which only a run with --write needs
-
-    paths = []
-    by_unit = [(unit, list(group)) for unit, group in groupby(sorted(figures, key=_unit), key=_unit)]
-    for number, (unit, group) in enumerate(((unit, group) for unit, group in by_unit if len(group) > 2), 1):
-        chart = pygal.HorizontalBar(
-            title=f"{topic}, {unit}",
-            show_legend=False,
-            print_values=True,
-            js=[],
-            width=1000,
-            height=120 + 36 * len(group),
-            formatter=_number,
-        )
-        # pygal draws the first bar at the bottom.
-        chart.x_labels = [figure.name for figure in reversed(group)]
-        chart.add(unit, [figure.value for figure in reversed(group)])
-        path = RESULTS / f"{topic}-{number}.svg"
-        chart.render_to_file(str(path))
-        paths.append(path)
-    return paths
-
-
-def _unit(figure: Figure) -> str:
-    return figure.unit
-
-
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Format a value: with commas from 1,000, otherwise with three digits."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
@@ -112,7 +83,7 @@ def table(figures: list[Figure]) -> str:
             limit = f"≥ {figure.at_least:g}" + (f", goal {figure.goal:g}" if figure.goal is not None else "")
         if figure.at_most is not None:
             limit = f"≤ {figure.at_most:g}"
-        lines.append(f"| {figure.name} | {_number(figure.value)} {figure.unit} | {limit} | {figure.verdict} |")
+        lines.append(f"| {figure.name} | {number(figure.value)} {figure.unit} | {limit} | {figure.verdict} |")
     return "\n".join(lines)
 
 
