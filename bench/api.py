@@ -28,7 +28,8 @@ import orderlib
 from bench.report import Figure, add_write_option, publish
 from bench.servers import benchmark_servers
 from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations, create_roles
+from orderlib.postgres.migrate import apply_migrations
+from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE
 from sandbox.server import free_port
 

@@ -38,7 +38,8 @@ from orderlib.errors import (
 from orderlib.models import Delivery, Item, Order, Payment
 from orderlib.postgres import AsyncPostgresOrderRepository, PostgresOrderRepository
 from orderlib.postgres.connect import connect, connect_async
-from orderlib.postgres.migrate import BootstrapResult, bootstrap, migrate
+from orderlib.postgres.migrate import migrate
+from orderlib.postgres.roles import BootstrapResult, bootstrap
 from orderlib.postgres.using import using, using_async
 from orderlib.repository import (
     AsyncOrderRepository,

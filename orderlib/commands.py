@@ -13,7 +13,10 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from orderlib.errors import ConfigurationError, OrderlibError
-from orderlib.postgres.migrate import LATEST_MIGRATION, MIGRATOR, OWNER, READER, WRITER, bootstrap, migrate, password_of
+from orderlib.postgres.migrate import migrate
+from orderlib.postgres.privileges import MIGRATOR, OWNER, READER, WRITER
+from orderlib.postgres.roles import bootstrap, password_of
+from orderlib.postgres.schema import LATEST_MIGRATION
 
 EXIT_DONE = 0
 EXIT_FAILED = 1

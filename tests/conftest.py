@@ -19,7 +19,8 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from orderlib.postgres.citus import distribute
 from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations, create_roles
+from orderlib.postgres.migrate import apply_migrations
+from orderlib.postgres.roles import create_roles
 from sandbox import Sandbox, running_sandbox
 from tests.support.citus import SHARDS, Coordinator
 

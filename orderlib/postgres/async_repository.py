@@ -18,10 +18,10 @@ from psycopg.abc import PQGen
 from orderlib.errors import DatabaseUnavailable, OrderNotFound
 from orderlib.ingestion.records import PreparedOrder, prepared
 from orderlib.models import Order
-from orderlib.postgres.migrate import require_schema
 from orderlib.postgres.pool import READ_ERRORS, WRITE_ERRORS, Call, Pool, Session
 from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.rows import pack_rows
+from orderlib.postgres.schema import require_schema
 from orderlib.postgres.shared_reads import SharedReads
 from orderlib.postgres.wire import bounded
 from orderlib.postgres.writes import Save

@@ -17,6 +17,7 @@ from orderlib.errors import ConfigurationError
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.privileges import OWNER
 
 
 def distribute(
@@ -64,7 +65,7 @@ def _let_owner_reach_workers(connection: Connection) -> None:
         connection.execute(sql.SQL(queries.CHOOSE_OWNER_VERIFIER).format(sql.Literal(secrets.token_urlsafe(32))))
     [secret] = connection.execute(queries.OWNER_VERIFIER).fetchone() or [""]
     password = hashlib.sha256(str(secret).encode()).hexdigest()
-    verifier = connection.pgconn.encrypt_password(password.encode(), b"orders_owner", b"scram-sha-256").decode()
+    verifier = connection.pgconn.encrypt_password(password.encode(), OWNER.encode(), b"scram-sha-256").decode()
     command = sql.SQL(queries.LET_OWNER_LOG_IN_ON_WORKER).format(sql.Literal(verifier)).as_string(connection)
     for address, succeeded, result in connection.execute(queries.RUN_ON_WORKERS, {"command": command}).fetchall():
         if not succeeded:

@@ -20,9 +20,11 @@ from orderlib.ingestion.records import Batch, OrderChange, PreparedOrder, Record
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translated_errors
-from orderlib.postgres.migrate import WRITER_RIGHTS, check_rights, check_schema
+from orderlib.postgres.grants import check_privileges
 from orderlib.postgres.operations import index_advice
+from orderlib.postgres.privileges import WRITER_PRIVILEGES
 from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, reject_row
+from orderlib.postgres.schema import check_schema
 from orderlib.postgres.wire import Wire
 from orderlib.postgres.writes import store
 from orderlib.repository import Outcome
@@ -65,7 +67,7 @@ class ConsumerStore:
         Raise ConfigurationError if a table or a right is missing, or if the database belongs to another group.
         """
         with self._connected() as connection:
-            check_rights(connection, WRITER_RIGHTS)
+            check_privileges(connection, WRITER_PRIVILEGES)
             if connection.execute(queries.GROUP).fetchone() is None:
                 with connection.transaction():
                     connection.execute(queries.LIMIT_LOCK_WAIT)

@@ -13,7 +13,7 @@ from orderlib.errors import ConfigurationError
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
 from orderlib.postgres.errors import translated_errors
-from orderlib.postgres.migrate import check_schema
+from orderlib.postgres.schema import check_schema
 
 
 @attrs.frozen(kw_only=True)

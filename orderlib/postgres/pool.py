@@ -32,8 +32,8 @@ from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, connection_arguments, prepare_session
 from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translate, translated_errors
 from orderlib.postgres.hosts import connect_to_any
-from orderlib.postgres.migrate import check_schema
 from orderlib.postgres.reads import ReadQueries
+from orderlib.postgres.schema import check_schema
 from orderlib.postgres.wire import DeadlineExceeded, Wire, bounded
 
 T = TypeVar("T")

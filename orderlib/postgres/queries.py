@@ -64,7 +64,7 @@ CITUS_SETTINGS: dict[LiteralString, LiteralString] = {
 _ALL_SETTINGS: dict[LiteralString, LiteralString] = SESSION_SETTINGS | CITUS_SETTINGS
 
 #: Prepare a new session in one round trip. A setting is touched only if its value differs, because that may need a
-#: right, and only if the server has it. The transaction is explicit because a serializable one fails on a standby.
+#: privilege, and only if the server has it. The transaction is explicit because a serializable one fails on a standby.
 #: ``synchronous_commit`` may be stronger than `on`, but not `off`: what was reported as stored must be stored.
 SET_UP_SESSION: LiteralString = f"""
 BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY;
@@ -295,7 +295,7 @@ FROM unnest($2::text[]) AS wanted (code)
 #: that everything received at that moment is replayed. Without a WAL receiver (the primary is lost, or WAL comes from
 #: an archive) the missing WAL is unknown, and the age of the last replayed transaction is an upper bound. A standby
 #: that has replayed none since its start contains at least the checkpoint that it started from. A role without further
-#: rights sees in ``pg_stat_wal_receiver`` only whether there is a WAL receiver, which is enough.
+#: privileges sees in ``pg_stat_wal_receiver`` only whether there is a WAL receiver, which is enough.
 REPLICATION_DELAY: LiteralString = """
 SELECT (CASE WHEN pg_is_in_recovery() THEN
     CASE WHEN EXISTS (SELECT FROM pg_stat_wal_receiver) AND pg_last_wal_receive_lsn() <= pg_last_wal_replay_lsn() THEN 0
@@ -444,7 +444,7 @@ COPY rejects (
 #: The last migration that was applied.
 SCHEMA_NUMBER: LiteralString = "SELECT max(number) FROM schema_migrations"
 #: Whether the session finds the tables, and otherwise the schema that has them and whether the role may use it. The
-#: role is the one to correct: SET ROLE changes the rights, but the search_path remains that of the login role.
+#: role is the one to correct: SET ROLE changes the privileges, but the search_path remains that of the login role.
 SCHEMA_LOCATION: LiteralString = """
 SELECT to_regclass('schema_migrations') IS NOT NULL,
        (CASE WHEN other.is_usable THEN session_user ELSE current_user END)::text, current_setting('search_path'),
@@ -503,7 +503,7 @@ CREATE TABLE IF NOT EXISTS schema_migrations (
 IS_APPLIED: LiteralString = "SELECT 1 FROM schema_migrations WHERE number = %(number)s"
 RECORD_MIGRATION: LiteralString = "INSERT INTO schema_migrations (number, name) VALUES (%(number)s, %(name)s)"
 
-#: The rights granted on each table of the owner: grantee (null: PUBLIC), rights, and whether with grant option.
+#: The privileges granted on each table of the owner: grantee (null: PUBLIC), privileges, and whether with grant option.
 TABLE_GRANTS: LiteralString = """
 SELECT c.relname::text, CASE WHEN g.grantee <> 0 THEN pg_get_userbyid(g.grantee)::text END,
        array_agg(concat_ws(' ', g.privilege_type, g.attname)), bool_or(g.is_grantable)
@@ -522,7 +522,7 @@ WHERE relnamespace = quote_ident(current_schema())::regnamespace AND relkind IN 
   AND pg_get_userbyid(relowner) = 'orders_owner'
 """
 REVOKE_ALL: LiteralString = "REVOKE ALL ON {table} FROM {role} CASCADE"
-GRANT_RIGHTS: LiteralString = "GRANT {rights} ON {table} TO {role}"
+GRANT: LiteralString = "GRANT {privileges} ON {table} TO {role}"
 
 MISSING_ROLES: LiteralString = """
 SELECT role FROM unnest(%(roles)s::text[]) AS role WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = role)
@@ -534,8 +534,8 @@ ALLOW_BECOMING_OWNER: LiteralString = "GRANT orders_owner TO CURRENT_USER WITH I
 FORBID_BECOMING_OWNER: LiteralString = "REVOKE orders_owner FROM CURRENT_USER GRANTED BY CURRENT_USER"
 RESET_ROLE: LiteralString = "RESET ROLE"
 
-#: The wrong attributes, memberships and rights of roles, database and schemas: whether the programs cannot work that
-#: way, the problem, and the statement that corrects it (null: an administrator must decide). An administrator with
+#: The wrong attributes, memberships and privileges of roles, database and schemas: whether the programs cannot work
+#: that way, the problem, and the statement that corrects it (null: an administrator must decide). An administrator with
 #: CREATEROLE keeps ADMIN on the roles that it created, but may not SET ROLE to them. `public` is checked wherever the
 #: tables are: it is on the search_path by default, so other roles could create tables there that hide those of
 #: orderlib.
@@ -637,7 +637,7 @@ SELECT false, 'the roles may write large objects and messages to the WAL, withou
               functions)
 FROM large_objects WHERE functions IS NOT NULL
 UNION ALL
-SELECT false, format('role %s %s %s', rolname, CASE d.deptype WHEN 'o' THEN 'owns' ELSE 'has rights on' END,
+SELECT false, format('role %s %s %s', rolname, CASE d.deptype WHEN 'o' THEN 'owns' ELSE 'has privileges on' END,
                      pg_describe_object(d.classid, d.objid, d.objsubid)), NULL
 FROM pg_shdepend d JOIN orderlib_roles ON d.refclassid = 'pg_authid'::regclass AND d.refobjid = orderlib_roles.oid
 WHERE (d.dbid = (SELECT oid FROM db) OR d.classid IN ('pg_tablespace'::regclass, 'pg_parameter_acl'::regclass)
@@ -676,11 +676,11 @@ blockers AS MATERIALIZED (
 SELECT pid FROM blockers WHERE pg_terminate_backend(pid)
 """
 
-#: The rights among these that the session's role lacks.
-MISSING_RIGHTS: LiteralString = """
-SELECT current_user, n.table_name, n.table_right
-FROM unnest(%(tables)s::text[], %(rights)s::text[]) AS n (table_name, table_right)
-WHERE NOT has_table_privilege(n.table_name, n.table_right)
+#: The privileges among these that the session's role lacks.
+MISSING_PRIVILEGES: LiteralString = """
+SELECT current_user, n.table_name, n.privilege
+FROM unnest(%(tables)s::text[], %(privileges)s::text[]) AS n (table_name, privilege)
+WHERE NOT has_table_privilege(n.table_name, n.privilege)
 """
 
 #: The condition of each filter of a list of rejects, with the parameter that it takes.

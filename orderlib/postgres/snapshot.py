@@ -19,8 +19,8 @@ from orderlib.ingestion.reconcile import (
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.errors import translated_errors
-from orderlib.postgres.migrate import check_schema
 from orderlib.postgres.rows import JOINED_WIDTH, order_from_rows
+from orderlib.postgres.schema import check_schema
 from orderlib.postgres.using import using
 from orderlib.repository import Filters, StoredOrder
 

@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 
-from services.admin import backfill, distribute, drift, export, offsets, orders, reconcile, rejects, schema, topics
+from orderlib import commands as library_commands
+from services.admin import backfill, distribute, drift, export, offsets, orders, reconcile, rejects, topics
 from services.program import begin, run
 
 Command = Callable[[argparse.Namespace, Mapping[str, str]], int]
@@ -21,7 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 done, 1 failed, 2 usage or configuration error.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (schema, distribute, topics, offsets, rejects, reconcile, drift, backfill, orders, export):
+    for module in (library_commands, distribute, topics, offsets, rejects, reconcile, drift, backfill, orders, export):
         module.add_commands(commands)
     return parser
 

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 
 import msgspec
 
+from orderlib.commands import Commands
 from orderlib.errors import RejectedError
 from orderlib.postgres.backfill import backfill
 from orderlib.repository import Outcome
+from services.admin.database import open_database
 from services.admin.output import ProgressLine, add_json_option, count_of, print_table, printable
-from services.admin.schema import Commands, connected
 from services.program import EXIT_DONE, EXIT_FAILED
 
 #: More refused originals than this are counted, but not listed.
@@ -51,7 +52,7 @@ def _backfill(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     progress = ProgressLine("originals read")
     is_complete = False
     try:
-        with connected(environ, "ORDERS_DATABASE_URL") as connection:
+        with open_database(environ, "ORDERS_DATABASE_URL") as connection:
             for batch in backfill(connection, after=options.after, dry_run=options.dry_run):
                 outcomes += batch.outcomes
                 last = batch.last

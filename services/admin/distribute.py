@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
+from orderlib.commands import Commands
 from orderlib.postgres.citus import distribute
+from services.admin.database import APPLICATION_NAME
 from services.admin.output import positive
-from services.admin.schema import APPLICATION_NAME, Commands
 from services.program import EXIT_DONE
 from services.settings import database_url
 

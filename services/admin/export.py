@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import orderlib
+from orderlib.commands import Commands
 from orderlib.postgres.snapshot import Snapshot, snapshot
 from orderlib.repository import Filters, StoredOrder
+from services.admin.database import APPLICATION_NAME
 from services.admin.output import ProgressLine, count_of, printable, rfc3339_time
-from services.admin.schema import APPLICATION_NAME, Commands
 from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import database_url
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from confluent_kafka import ConsumerGroupState
 
+from orderlib.commands import Commands
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.operations import (
@@ -19,8 +20,8 @@ from orderlib.postgres.operations import (
     set_consumer_group,
     stored_offsets,
 )
+from services.admin.database import APPLICATION_NAME, open_database
 from services.admin.output import add_json_option, add_yes_option, confirm, print_table, rfc3339_time
-from services.admin.schema import APPLICATION_NAME, Commands, connected
 from services.admin.topic_reader import TopicReader
 from services.kafka import REQUEST_TIMEOUT_S
 from services.program import EXIT_DONE, EXIT_FAILED
@@ -92,7 +93,7 @@ def _timestamp_ms(moment: dt.datetime) -> int:
 
 
 def _lag(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    with connected(environ, "ORDERS_READER_URL") as connection:
+    with open_database(environ, "ORDERS_READER_URL") as connection:
         stored, advice = stored_offsets(connection), index_advice(connection)
     log = TopicReader(KafkaSettings.from_mapping(environ))
     next_offsets = {offset.partition: offset for offset in stored if offset.topic_id == log.topic_id}
@@ -118,7 +119,7 @@ def _lag(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _show(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    with connected(environ, "ORDERS_READER_URL") as connection:
+    with open_database(environ, "ORDERS_READER_URL") as connection:
         stored = stored_offsets(connection)
     rows = [
         {

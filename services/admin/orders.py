@@ -12,11 +12,12 @@ from pathlib import Path
 import attrs
 
 import orderlib
+from orderlib.commands import Commands
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.operations import Forgotten, forget, forget_again, forget_customer, forgotten
+from services.admin.database import APPLICATION_NAME, open_database
 from services.admin.output import add_json_option, add_yes_option, confirm, count_of, print_result, printable
-from services.admin.schema import APPLICATION_NAME, Commands, connected
 from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import database_url
 
@@ -127,7 +128,7 @@ def _read_digests(path: Path) -> list[bytes]:
 
 
 def _forgotten(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    with connected(environ, "ORDERS_READER_URL") as connection:
+    with open_database(environ, "ORDERS_READER_URL") as connection:
         for digest in forgotten(connection):
             print(digest.hex())
     return EXIT_DONE

@@ -12,12 +12,13 @@ from typing import Generic, TypeVar
 
 import attrs
 
+from orderlib.commands import Commands
 from orderlib.errors import ConfigurationError
 from orderlib.ingestion.reconcile import MAX_FINDINGS, Finding, Reconciliation, TopicState
 from orderlib.ingestion.records import Record, classify_record
 from orderlib.postgres.snapshot import snapshot
+from services.admin.database import APPLICATION_NAME
 from services.admin.output import ProgressLine, add_json_option, count_of, printable
-from services.admin.schema import APPLICATION_NAME, Commands
 from services.admin.topic_reader import TopicReader
 from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import KafkaSettings, database_url, max_record_bytes

@@ -12,12 +12,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
+from orderlib.commands import Commands
 from orderlib.errors import REJECT_CODES
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.operations import count_old_rejects, purge_rejects
 from orderlib.postgres.reject_list import RejectPosition, RejectQuery
 from orderlib.postgres.rejects import Prefix, get_reject, list_rejects, redrive
 from orderlib.repository import Outcome, is_position
+from services.admin.database import APPLICATION_NAME, open_database
 from services.admin.output import (
     ProgressLine,
     add_json_option,
@@ -30,7 +32,6 @@ from services.admin.output import (
     printable,
     rfc3339_time,
 )
-from services.admin.schema import APPLICATION_NAME, Commands, connected
 from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import database_url, max_record_bytes, tombstones
 
@@ -124,7 +125,7 @@ def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         oldest_first=options.oldest,
         limit=options.limit,
     )
-    with connected(environ, "ORDERS_DATABASE_URL") as connection:
+    with open_database(environ, "ORDERS_DATABASE_URL") as connection:
         page, total = list_rejects(connection, query)
     rows = [
         {
@@ -146,7 +147,7 @@ def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _show(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    with connected(environ, "ORDERS_DATABASE_URL") as connection:
+    with open_database(environ, "ORDERS_DATABASE_URL") as connection:
         for reject in get_reject(connection, options.position, SHOWN_BYTES):
             headers = reject["headers"]
             plain = {
@@ -174,7 +175,7 @@ def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     max_bytes = max_record_bytes(environ)
     outcomes: Counter[Outcome] = Counter()
     progress = ProgressLine("rejects redriven")
-    with connected(environ, "ORDERS_DATABASE_URL") as connection:
+    with open_database(environ, "ORDERS_DATABASE_URL") as connection:
         if options.position is not None:
             list(get_reject(connection, options.position, max_bytes=0))
         for batch in redrive(

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
 
+from orderlib.commands import Commands
 from orderlib.errors import BrokerUnavailable, OrderlibError
 from services.admin.output import count_of, positive
-from services.admin.schema import Commands
 from services.kafka import REQUEST_TIMEOUT_S, Cluster
 from services.program import EXIT_DONE
 from services.settings import KafkaSettings, max_record_bytes

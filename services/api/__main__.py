@@ -13,7 +13,9 @@ import attrs
 
 from orderlib.errors import ConfigurationError, DatabaseUnavailable
 from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import READER_RIGHTS, check_rights, check_schema
+from orderlib.postgres.grants import check_privileges
+from orderlib.postgres.privileges import READER_PRIVILEGES
+from orderlib.postgres.schema import check_schema
 from services.api.app import METRICS_ROUTE, ROUTES
 from services.api.asgi import build
 from services.api.metrics import Metrics
@@ -71,7 +73,7 @@ def _check_database(url: str) -> None:
     try:
         with open_connection(url, application_name="orderlib-api") as connection:
             check_schema(connection)
-            check_rights(connection, READER_RIGHTS)
+            check_privileges(connection, READER_PRIVILEGES)
     except DatabaseUnavailable as exc:
         event("waiting_for_server", logging.WARNING, server="PostgreSQL", reason=str(exc))
 

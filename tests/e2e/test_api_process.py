@@ -27,7 +27,7 @@ from psycopg.conninfo import make_conninfo
 
 import orderlib
 from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import create_roles
+from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from services.api.asgi import HEALTH_CONNECTIONS
 from services.api.request_metrics import SECURITY_HEADERS

@@ -12,7 +12,8 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations, create_roles
+from orderlib.postgres.migrate import apply_migrations
+from orderlib.postgres.roles import create_roles
 from sandbox import Sandbox
 from tests.conftest import Database, make_database, role_passwords
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled

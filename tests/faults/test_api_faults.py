@@ -12,7 +12,8 @@ import pytest
 
 import orderlib
 from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations, create_roles
+from orderlib.postgres.migrate import apply_migrations
+from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from sandbox import PostgresServer
 from services.api.asgi import HEALTH_CONNECTIONS

@@ -17,7 +17,8 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations, create_roles
+from orderlib.postgres.migrate import apply_migrations
+from orderlib.postgres.roles import create_roles
 from sandbox import Sandbox
 from sandbox.postgres import PostgresServer
 from tests.conftest import Database, role_passwords

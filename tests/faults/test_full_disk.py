@@ -12,7 +12,8 @@ import psycopg
 import pytest
 
 from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations, create_roles
+from orderlib.postgres.migrate import apply_migrations
+from orderlib.postgres.roles import create_roles
 from sandbox import PostgresServer
 from tests.conftest import Database, role_passwords
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled

@@ -14,7 +14,8 @@ import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations, create_roles
+from orderlib.postgres.migrate import apply_migrations
+from orderlib.postgres.roles import create_roles
 from sandbox import Sandbox
 from sandbox.kafka import KafkaServer
 from services.kafka import SILENT

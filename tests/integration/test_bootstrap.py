@@ -17,13 +17,14 @@ from psycopg.conninfo import make_conninfo
 
 from orderlib import ConfigurationError, DatabaseUnavailable, decode_order
 from orderlib.ingestion.records import PreparedOrder, TopicPartition
-from orderlib.postgres import migrate as migrations
-from orderlib.postgres import queries
+from orderlib.postgres import ddl, migrate, queries
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
-from orderlib.postgres.migrate import BootstrapResult, apply_migrations, create_roles
+from orderlib.postgres.migrate import apply_migrations
 from orderlib.postgres.repository import PostgresOrderRepository
+from orderlib.postgres.roles import BootstrapResult, create_roles
 from orderlib.postgres.rows import pack_rows
+from orderlib.postgres.schema import LATEST_MIGRATION, migrations
 from orderlib.postgres.writes import store
 from orderlib.testing import SAMPLE
 from sandbox import PostgresServer
@@ -202,7 +203,7 @@ def test_a_reader_with_the_former_advisory_lock_blocks_no_migration(empty_databa
     with psycopg.connect(empty_database.reader_url) as reader:
         reader.execute("SELECT pg_advisory_xact_lock(x'6f7264657273'::bigint)")
         with open_connection(empty_database.migrator_url, application_name="tests") as migrator:
-            assert apply_migrations(migrator) == migrations.LATEST_MIGRATION
+            assert apply_migrations(migrator) == LATEST_MIGRATION
         with open_connection(empty_database.superuser_url, application_name="tests") as administrator:
             create_roles(administrator, role_passwords(empty_database))
 
@@ -213,11 +214,11 @@ def test_migrate_names_who_holds_its_lock_and_gives_up(
     with open_connection(empty_database.superuser_url, application_name="tests") as administrator:
         create_roles(administrator, role_passwords(empty_database))
         with monkeypatch.context() as first_only:
-            one = dict(list(migrations._migrations().items())[:1])
-            first_only.setattr(migrations, "_migrations", lambda: one)
+            one = dict(list(migrations().items())[:1])
+            first_only.setattr(migrate, "migrations", lambda: one)
             with open_connection(empty_database.migrator_url, application_name="tests") as migrator:
                 apply_migrations(migrator)
-    monkeypatch.setattr(migrations, "LOCK_WITHIN_S", 3.0)
+    monkeypatch.setattr(ddl, "LOCK_WITHIN_S", 3.0)
     messages: list[str] = []
     with psycopg.connect(make_conninfo(empty_database.superuser_url, application_name="holder")) as holder:
         holder.execute("LOCK TABLE schema_migrations IN SHARE MODE")
@@ -237,15 +238,15 @@ def test_a_reader_with_every_lock_that_it_may_take_does_not_delay_migrate(
     with open_connection(empty_database.superuser_url, application_name="tests") as administrator:
         create_roles(administrator, role_passwords(empty_database))
     # The next one alters orders, which has to wait for its readers.
-    every = dict(list(migrations._migrations().items())[:5])
-    monkeypatch.setattr(migrations, "_migrations", lambda: every)
+    every = dict(list(migrations().items())[:5])
+    monkeypatch.setattr(migrate, "migrations", lambda: every)
     with (
         monkeypatch.context() as first_only,
         open_connection(empty_database.migrator_url, application_name="tests") as migrator,
     ):
-        first_only.setattr(migrations, "_migrations", lambda: dict(list(every.items())[:2]))
+        first_only.setattr(migrate, "migrations", lambda: dict(list(every.items())[:2]))
         apply_migrations(migrator)
-    monkeypatch.setattr(migrations, "LOCK_WITHIN_S", 3.0)
+    monkeypatch.setattr(ddl, "LOCK_WITHIN_S", 3.0)
     with psycopg.connect(make_conninfo(empty_database.reader_url, application_name="report")) as reader:
         for mode in lock_modes_of_the_reader(reader):
             reader.execute(f"LOCK TABLE schema_migrations, orders, delivery, payment, items IN {mode} MODE".encode())

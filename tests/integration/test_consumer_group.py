@@ -10,11 +10,12 @@ import pytest
 
 from orderlib import ConfigurationError
 from orderlib.ingestion.records import TopicPartition
-from orderlib.postgres import migrate as migrations
+from orderlib.postgres import migrate
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.migrate import apply_migrations
 from orderlib.postgres.operations import set_consumer_group
+from orderlib.postgres.schema import migrations
 from tests.conftest import Database
 from tests.integration.test_migrations import bootstrap_it, connected
 
@@ -84,8 +85,8 @@ def test_a_database_with_offsets_of_two_groups_is_repaired_by_migrate(
 ) -> None:
     bootstrap_it(empty_database)
     with monkeypatch.context() as previous_release:
-        two = dict(list(migrations._migrations().items())[:2])
-        previous_release.setattr(migrations, "_migrations", lambda: two)
+        two = dict(list(migrations().items())[:2])
+        previous_release.setattr(migrate, "migrations", lambda: two)
         with connected(empty_database.migrator_url) as migrator:
             apply_migrations(migrator)
     with connected(empty_database.superuser_url) as superuser:

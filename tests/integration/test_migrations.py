@@ -16,15 +16,11 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import orderlib
 from orderlib import ConfigurationError, DatabaseUnavailable
 from orderlib.postgres.connections import Connection, open_connection
-from orderlib.postgres.migrate import (
-    LATEST_MIGRATION,
-    READER_RIGHTS,
-    WRITER_RIGHTS,
-    apply_migrations,
-    check_rights,
-    check_schema,
-    create_roles,
-)
+from orderlib.postgres.grants import check_privileges
+from orderlib.postgres.migrate import apply_migrations
+from orderlib.postgres.privileges import READER_PRIVILEGES, WRITER_PRIVILEGES
+from orderlib.postgres.roles import create_roles
+from orderlib.postgres.schema import LATEST_MIGRATION, check_schema
 from sandbox import Sandbox
 from tests.conftest import Database, drop_database, of_database, role_passwords
 
@@ -87,8 +83,8 @@ def test_repeated_and_concurrent_bootstraps_succeed(empty_database: Database) ->
     assert migrate_it(empty_database) == LATEST_MIGRATION
     bootstrap_it(empty_database)
     with connected(empty_database.writer_url) as writer, connected(empty_database.reader_url) as reader:
-        check_rights(writer, WRITER_RIGHTS)
-        check_rights(reader, READER_RIGHTS)
+        check_privileges(writer, WRITER_PRIVILEGES)
+        check_privileges(reader, READER_PRIVILEGES)
 
 
 def test_tables_belong_to_the_owner_who_cannot_log_in(database: Database) -> None:
@@ -137,7 +133,7 @@ def test_a_revoked_right_is_named(database: Database) -> None:
         connected(database.writer_url) as writer,
         pytest.raises(ConfigurationError, match=r"orders_writer .*INSERT on items.*python -m orderlib migrate"),
     ):
-        check_rights(writer, WRITER_RIGHTS)
+        check_privileges(writer, WRITER_PRIVILEGES)
 
 
 @pytest.fixture(params=["SQL_ASCII", "LATIN1"])

@@ -10,7 +10,9 @@ import pytest
 from psycopg import sql
 
 from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import OWNER, RIGHTS, apply_migrations, create_roles
+from orderlib.postgres.migrate import apply_migrations
+from orderlib.postgres.privileges import OWNER, PRIVILEGES
+from orderlib.postgres.roles import create_roles
 from tests.conftest import ROOT, Database, role_passwords
 
 DOCUMENT = (ROOT / "docs" / "run-in-production.md").read_text(encoding="utf-8")
@@ -78,7 +80,7 @@ def test_the_rights_of_all_roles_on_all_tables_are_the_listed_ones(database: Dat
 def test_the_rights_that_migrate_restores_are_the_listed_ones() -> None:
     restored = {
         (table, role): set().union(*(rights(text) for text in texts))
-        for table, roles in RIGHTS.items()
+        for table, roles in PRIVILEGES.items()
         for role, texts in roles.items()
     }
     for (table, role), written in written_matrix().items():
@@ -88,7 +90,7 @@ def test_the_rights_that_migrate_restores_are_the_listed_ones() -> None:
 
 def test_migrate_restores_every_right_that_was_revoked_or_added(database: Database) -> None:
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
-        for table in RIGHTS:
+        for table in PRIVILEGES:
             superuser.execute(f"REVOKE ALL ON {table} FROM orders_writer".encode())
             superuser.execute(f"GRANT ALL ON {table} TO orders_reader, orders_migrator, PUBLIC".encode())
         with open_connection(database.migrator_url, application_name="tests") as migrator:

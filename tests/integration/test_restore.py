@@ -15,8 +15,9 @@ from psycopg.conninfo import make_conninfo
 
 from orderlib import decode_order
 from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations, create_roles
+from orderlib.postgres.migrate import apply_migrations
 from orderlib.postgres.repository import PostgresOrderRepository
+from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE
 from sandbox import PostgresServer
 from tests.conftest import ROOT, Database, role_passwords

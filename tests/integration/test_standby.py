@@ -20,7 +20,8 @@ from orderlib import AsyncPostgresOrderRepository, DatabaseUnavailable, Order, O
 from orderlib.ingestion.records import TopicPartition
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
-from orderlib.postgres.migrate import apply_migrations, create_roles
+from orderlib.postgres.migrate import apply_migrations
+from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from sandbox.postgres import PostgresServer
 from tests.conftest import Database, role_passwords

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from orderlib.postgres.migrate import LATEST_MIGRATION
+from orderlib.postgres.schema import LATEST_MIGRATION
 from tests.conftest import ROOT
 
 #: What tests and programs need.

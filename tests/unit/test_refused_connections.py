@@ -28,7 +28,7 @@ from orderlib import (
 )
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
-from orderlib.postgres.migrate import password_of
+from orderlib.postgres.roles import password_of
 from orderlib.postgres.snapshot import snapshot
 from tests.support.fake_postgres import error_response, refusing
 

@@ -50,7 +50,7 @@ def test_the_library_works_with_its_declared_dependencies_only(environment: Envi
     output = environment.run(
         """
 import orderlib, orderlib.testing
-from orderlib.postgres.migrate import LATEST_MIGRATION
+from orderlib.postgres.schema import LATEST_MIGRATION
 order = orderlib.decode_order(orderlib.testing.SAMPLE)
 print(orderlib.__file__, order.order_uid, LATEST_MIGRATION >= 2)
 """

@@ -1,22 +1,19 @@
-"""``bootstrap`` and ``migrate``, as in ``python -m orderlib``, and the check of the schema before other commands."""
+"""How the commands connect to PostgreSQL."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from orderlib.commands import Commands, add_commands
 from orderlib.postgres.connections import Connection, open_connection
-from orderlib.postgres.migrate import check_schema
+from orderlib.postgres.schema import check_schema
 from services.settings import database_url
-
-__all__ = ["APPLICATION_NAME", "Commands", "add_commands", "connected"]
 
 APPLICATION_NAME = "orderlib-admin"
 
 
 @contextmanager
-def connected(environ: Mapping[str, str], url_name: str) -> Iterator[Connection]:
+def open_database(environ: Mapping[str, str], url_name: str) -> Iterator[Connection]:
     """Connect to a database, and raise ConfigurationError if its schema is missing or too old for this program."""
     with open_connection(database_url(environ, url_name), application_name=APPLICATION_NAME) as connection:
         check_schema(connection)

@@ -1,0 +1,77 @@
+"""Compare the privileges that PostgreSQL has granted with those that the roles need, and correct them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import LiteralString
+
+from psycopg import sql
+
+from orderlib.errors import ConfigurationError
+from orderlib.postgres import queries
+from orderlib.postgres.connections import Connection
+from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.privileges import MIGRATOR, PRIVILEGES, ROLES
+from orderlib.postgres.schema import LATEST_MIGRATION, one_row
+
+
+def check_privileges(connection: Connection, privileges: Sequence[tuple[str, str]]) -> None:
+    """Raise ConfigurationError naming the first of these (table, privilege) that the session's role lacks."""
+    wanted = {"tables": [table for table, _ in privileges], "privileges": [privilege for _, privilege in privileges]}
+    with translated_errors(connection):
+        missing = connection.execute(queries.MISSING_PRIVILEGES, wanted).fetchone()
+    if missing:
+        role, table, privilege = missing
+        raise ConfigurationError(f"role {role} lacks {privilege} on {table}: run `python -m orderlib migrate`")
+
+
+def correct_grants(connection: Connection) -> list[str]:
+    """As the owner, change the privileges on its tables to those in PRIVILEGES. Return the statements.
+
+    Does not change those of the login roles if the last migration is not this release's: other releases have others.
+    """
+    connection.execute(queries.LOCK_SCHEMA)
+    rows = connection.execute(queries.TABLE_GRANTS).fetchall()
+    grants = {(table, role): (set(privileges), is_grantable) for table, role, privileges, is_grantable in rows}
+    tables = {table for (table,) in connection.execute(queries.TABLES_OF_OWNER).fetchall()}
+    [number] = one_row(connection, queries.SCHEMA_NUMBER)
+    wanted: dict[tuple[str, str | None], tuple[LiteralString, ...]] = {}
+    if number == LATEST_MIGRATION:
+        wanted = {
+            (table, role): privileges
+            for table in PRIVILEGES.keys() & tables
+            for role, privileges in {MIGRATOR: (), **PRIVILEGES[table]}.items()
+        }
+    corrected: list[str] = []
+    for table, role in sorted(grants.keys() | wanted.keys(), key=str):
+        privileges = wanted.get((table, role), ())
+        found, is_grantable = grants.get((table, role), (set(), False))
+        if (found == _single_privileges(privileges) and not is_grantable) or (
+            role in ROLES and (table, role) not in wanted
+        ):
+            continue
+        for statement in ([queries.REVOKE_ALL] if found else []) + ([queries.GRANT] if privileges else []):
+            composed = grant_statement(statement, table, role, privileges)
+            connection.execute(composed)
+            corrected.append(composed.as_string(connection))
+    return corrected
+
+
+def grant_statement(
+    statement: LiteralString, table: str, role: str | None, privileges: Iterable[LiteralString]
+) -> sql.Composed:
+    """Return queries.GRANT or queries.REVOKE_ALL for a table and a role. Without a role it is for PUBLIC."""
+    return sql.SQL(statement).format(
+        table=sql.Identifier(table),
+        role=sql.Identifier(role) if role else sql.SQL("PUBLIC"),
+        privileges=sql.SQL(", ").join(map(sql.SQL, privileges)),
+    )
+
+
+def _single_privileges(privileges: Iterable[str]) -> set[str]:
+    """Return single privileges: ``UPDATE a`` and ``UPDATE b`` for ``UPDATE (a, b)``."""
+    single = set()
+    for text in privileges:
+        privilege, _, columns = text.rstrip(")").partition(" (")
+        single |= {f"{privilege} {column}".strip() for column in columns.split(", ")}
+    return single

@@ -1,0 +1,193 @@
+"""``bootstrap``: an administrator creates the roles, and gives them the database and its tables."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+
+import attrs
+import psycopg
+from psycopg import sql
+
+from orderlib.errors import ConfigurationError
+from orderlib.postgres import queries
+from orderlib.postgres.connections import Connection, connection_arguments, open_connection
+from orderlib.postgres.ddl import ignore_message, run_ddl
+from orderlib.postgres.grants import correct_grants
+from orderlib.postgres.privileges import MIGRATOR, OWNER, READER, ROLES, WRITER
+from orderlib.postgres.schema import one_row, quoted, require_utf8, schema_to_set_up
+from orderlib.repository import checked_type
+
+#: The errors of a correction that this role may not make.
+_NOT_ALLOWED = (
+    psycopg.errors.InsufficientPrivilege,
+    psycopg.errors.InvalidGrantor,
+    psycopg.errors.InvalidGrantOperation,
+)
+
+
+@attrs.frozen(kw_only=True)
+class RoleProblem:
+    """A wrong attribute, membership or privilege."""
+
+    #: Whether the programs cannot work with it.
+    is_required: bool
+    text: str
+    #: The statement that corrects it, if there is one.
+    remedy: str | None
+
+    def __str__(self) -> str:
+        return f"{self.text}: {self.remedy}" if self.remedy else self.text
+
+
+@attrs.frozen(kw_only=True)
+class BootstrapResult:
+    """What ``bootstrap`` corrected, and what only another administrator can correct. Each line has the statement."""
+
+    #: What was wrong, and is correct now.
+    corrected: tuple[str, ...]
+    #: What is still wrong. The programs work all the same.
+    remaining: tuple[str, ...]
+
+
+def bootstrap(
+    url: str,
+    *,
+    migrator_password: str | None = None,
+    writer_password: str | None = None,
+    reader_password: str | None = None,
+    application_name: str = "orderlib",
+    on_message: Callable[[str], None] | None = None,
+) -> BootstrapResult:
+    """Create the roles orders_owner, orders_migrator, orders_writer and orders_reader, with their privileges.
+
+    ``url`` belongs to a superuser, or to a role with CREATEROLE that owns the database. Each given password replaces
+    the one that the role had. Without one, an existing role stays as it is, and a new role cannot log in; nobody can
+    log in as orders_owner. PostgreSQL receives only the SCRAM verifier of a password. Also corrects attributes,
+    memberships and privileges that are not as they must be, and returns what this role may not correct. Idempotent, and
+    safe to run concurrently: ``on_message`` receives who holds a lock that this waits for.
+
+    Raises ConfigurationError, with nothing changed, for a database that is not UTF8, or if this role may not do what is
+    necessary; and DatabaseUnavailable, if there is no connection, or no lock within a minute. Tables and orders are
+    never changed.
+    """
+    passwords = {MIGRATOR: migrator_password, WRITER: writer_password, READER: reader_password}
+    given = {
+        role: checked_type(f"the password of {role}", password, str)
+        for role, password in passwords.items()
+        if password is not None
+    }
+    with open_connection(url, application_name=application_name) as connection:
+        return create_roles(connection, given, on_message or ignore_message)
+
+
+def create_roles(
+    connection: Connection, passwords: Mapping[str, str], on_message: Callable[[str], None] = ignore_message
+) -> BootstrapResult:
+    """Create the four roles and give them this database. Idempotent, and safe to run concurrently.
+
+    Needs a superuser, or a role with CREATEROLE that owns the database. ``passwords`` sets the passwords of the
+    three login roles, by name. Corrects wrong attributes, memberships and privileges, and returns those that this
+    connection's role may not correct. Raises ConfigurationError, with nothing changed, if the programs could not work:
+    the database is not UTF8, or a privilege is missing.
+    """
+    # Of two concurrent calls, one fails at a role or at the database's entry. It starts again and finds the work done.
+    conflicts = (
+        psycopg.errors.UniqueViolation,
+        psycopg.errors.DuplicateObject,
+        psycopg.errors.InternalError_,
+    )
+    return run_ddl(connection, lambda: _bootstrap(connection, passwords), conflicts, on_message)
+
+
+def _bootstrap(connection: Connection, passwords: Mapping[str, str]) -> BootstrapResult:
+    require_utf8(connection)
+    schema = schema_to_set_up(connection)
+    connection.execute(queries.USE_SCHEMA, {"schema": schema})
+    try:
+        for (role,) in connection.execute(queries.MISSING_ROLES, {"roles": list(ROLES)}).fetchall():
+            connection.execute(sql.SQL(queries.CREATE_ROLE).format(sql.Identifier(role)))
+        for role, password in passwords.items():
+            verifier = connection.pgconn.encrypt_password(password.encode(), role.encode(), b"scram-sha-256")
+            let_log_in = sql.SQL(queries.LET_LOG_IN)
+            connection.execute(let_log_in.format(sql.Identifier(role), sql.Literal(verifier.decode())))
+    except psycopg.errors.InsufficientPrivilege as exc:
+        me = connection.info.user
+        raise ConfigurationError(
+            f"role {me} may not create or alter the roles ({exc.diag.message_primary}): it must be a superuser or "
+            f"have CREATEROLE; if the roles exist already, an administrator must run: GRANT {', '.join(ROLES)} "
+            f"TO {sql.Identifier(me).as_string(connection)} WITH ADMIN TRUE, INHERIT FALSE, SET FALSE"
+        ) from exc
+    corrected = _correct_roles(connection)
+    privileges, unknown = _correct_grants_as_owner(connection, schema)
+    corrected += privileges + _correct_roles(connection)
+    problems = _problems(connection)
+    if required := [str(problem) for problem in problems if problem.is_required]:
+        raise ConfigurationError(
+            f"role {connection.info.user} may not set up this database: it must be a superuser or the database's "
+            f"owner; an administrator must correct: {'; '.join(required)}"
+        )
+    return BootstrapResult(corrected=tuple(corrected), remaining=(*map(str, problems), *unknown))
+
+
+def _problems(connection: Connection) -> list[RoleProblem]:
+    rows = connection.execute(queries.ROLE_PROBLEMS).fetchall()
+    return [RoleProblem(is_required=required, text=text, remedy=remedy) for required, text, remedy in rows]
+
+
+def _correct_roles(connection: Connection) -> list[str]:
+    """Correct what this connection's role may correct. Return the problems that are solved, with the statements."""
+    found: dict[str, RoleProblem] = {}
+    while todo := [problem for problem in _problems(connection) if problem.remedy and str(problem) not in found]:
+        for problem in todo:
+            found[str(problem)] = problem
+            with contextlib.suppress(*_NOT_ALLOWED), connection.transaction():
+                connection.execute((problem.remedy or "").encode())
+    remaining = set(map(str, _problems(connection)))
+    return [text for text in found if text not in remaining]
+
+
+def _correct_grants_as_owner(connection: Connection, schema: str) -> tuple[list[str], list[str]]:
+    """Correct the privileges on the tables of a schema. Return what was changed, and what was not checked."""
+    has_tables = connection.execute(queries.HAS_TABLES, {"schema": schema}).fetchone()
+    if has_tables != (True,):
+        return [], []
+    set_is_temporary = False
+    try:
+        with connection.transaction():
+            connection.execute(queries.BECOME_OWNER)
+    except psycopg.errors.InsufficientPrivilege:
+        try:
+            with connection.transaction():
+                connection.execute(queries.ALLOW_BECOMING_OWNER)
+                connection.execute(queries.BECOME_OWNER)
+            set_is_temporary = True
+        except psycopg.errors.InsufficientPrivilege:
+            return [], [_unchecked(schema, "run `python -m orderlib migrate`")]
+    found, *_ = one_row(connection, queries.SCHEMA_LOCATION)
+    corrected = correct_grants(connection) if found else []
+    connection.execute(queries.RESET_ROLE)
+    if set_is_temporary:
+        connection.execute(queries.FORBID_BECOMING_OWNER)
+    if found:
+        return corrected, []
+    return [], [
+        _unchecked(schema, f"role {OWNER} lacks USAGE on it: GRANT USAGE ON SCHEMA {quoted(schema)} TO {OWNER}")
+    ]
+
+
+def _unchecked(schema: str, remedy: str) -> str:
+    return f"the privileges on the tables in schema {schema} could not be checked: {remedy}"
+
+
+def password_of(role: str, variable: str, url: str) -> str:
+    """Return the password in the URL of a role.
+
+    Raises ConfigurationError, naming the variable, if the URL logs in as another role or has no password.
+    """
+    arguments = connection_arguments(url, application_name="")
+    if arguments.get("user") != role:
+        raise ConfigurationError(f"{variable} must log in as {role}")
+    if not arguments.get("password"):
+        raise ConfigurationError(f"{variable} has no password for {role}")
+    return str(arguments["password"])

@@ -1,0 +1,95 @@
+"""Which schema has the tables, and whether it is as new as this program needs."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from typing import LiteralString
+
+from psycopg import sql
+from psycopg.rows import TupleRow
+
+from orderlib.errors import ConfigurationError
+from orderlib.postgres import queries
+from orderlib.postgres.connections import Connection
+from orderlib.postgres.errors import translated_errors
+
+_FILE = re.compile(r"(\d{4})_\w+\.sql")
+
+
+def migrations() -> dict[int, str]:
+    """Return the file names of the migrations by number, in order."""
+    files = (entry.name for entry in resources.files("orderlib.postgres").joinpath("migrations").iterdir())
+    return dict(sorted((int(found[1]), found[0]) for found in map(_FILE.fullmatch, files) if found))
+
+
+LATEST_MIGRATION = max(migrations())
+
+
+def check_schema(connection: Connection) -> None:
+    """Raise ConfigurationError, with the remedy, if the schema is missing or older than this program needs."""
+    with translated_errors(connection):
+        location = one_row(connection, queries.SCHEMA_LOCATION)
+        number = one_row(connection, queries.SCHEMA_NUMBER)[0] if location[0] else None
+    require_schema(location, number)
+
+
+def require_schema(location: TupleRow, number: int | None) -> None:
+    """Do the check of ``check_schema`` on a row of SCHEMA_LOCATION and the number of SCHEMA_NUMBER."""
+    found, role, search_path, other_schema, is_usable = location
+    if not found and other_schema:
+        raise tables_elsewhere_error(role, search_path, other_schema, is_usable=is_usable)
+    number = number or 0
+    if number < LATEST_MIGRATION:
+        raise ConfigurationError(
+            f"the schema is at migration {number}, but this program needs migration {LATEST_MIGRATION}: "
+            "run `python -m orderlib migrate`"
+        )
+
+
+def tables_elsewhere_error(role: str, search_path: str, schema: str, *, is_usable: bool) -> ConfigurationError:
+    """Return the error, with the remedy, for tables in a schema that the session does not find."""
+    if not is_usable:
+        return ConfigurationError(
+            f"the tables are in schema {schema}, but role {role} lacks USAGE on it: run `python -m orderlib bootstrap`"
+        )
+    return ConfigurationError(
+        f"the tables are in schema {schema}, but the search_path of role {role} is {search_path}: "
+        f"run ALTER ROLE {quoted(role)} SET search_path = {quoted(schema)}, or set it in the URL's options"
+    )
+
+
+def schema_to_set_up(connection: Connection) -> str:
+    """Return the schema that the URL chooses, or the one that has tables, or the one that gets them."""
+    found, _, _, other_schema, _ = one_row(connection, queries.SCHEMA_LOCATION)
+    [chosen] = one_row(connection, queries.CHOSEN_SCHEMA)
+    return chosen or (table_schema(connection) if found or not other_schema else str(other_schema))
+
+
+def table_schema(connection: Connection) -> str:
+    """Return the schema of the tables. Raises ConfigurationError if the search_path names no schema that exists."""
+    [schema] = one_row(connection, queries.TABLE_SCHEMA)
+    if schema is None:
+        raise ConfigurationError(
+            "the search_path names no existing schema that this role may use: create one, or change the search_path"
+        )
+    return str(schema)
+
+
+def require_utf8(connection: Connection) -> None:
+    """Raise ConfigurationError if the database has another encoding."""
+    encoding, _ = one_row(connection, queries.DATABASE)
+    if encoding != "UTF8":
+        raise ConfigurationError(f"the encoding of the database is {encoding}, but orderlib needs UTF8")
+
+
+def quoted(name: str) -> str:
+    """Return an identifier as SQL."""
+    return sql.Identifier(name).as_string()
+
+
+def one_row(connection: Connection, statement: LiteralString) -> TupleRow:
+    """Run a statement that returns one row."""
+    row = connection.execute(statement).fetchone()
+    assert row is not None
+    return row
