@@ -31,7 +31,7 @@ MAX_PAGE_SIZE = 100
 #: A page ends early, before it has this number of items: one large page must not delay other readers.
 MAX_PAGE_ITEMS = 5_000
 
-#: ``status`` and ``count`` stop to count here: an exact larger number is not worth its time.
+#: ``stats`` and ``count`` stop to count here: an exact larger number is not worth its time.
 COUNT_LIMIT = 10_000
 
 #: How many orders ``stream`` reads at once.
@@ -483,7 +483,7 @@ class OrderRepository(Protocol):
         """
         ...
 
-    def status(self) -> Stats:
+    def stats(self) -> Stats:
         """Return statistics of the store."""
         ...
 
@@ -564,8 +564,8 @@ class AsyncOrderRepository(Protocol):
         """See ``OrderRepository.wait_until_handled``."""
         ...
 
-    async def status(self) -> Stats:
-        """See ``OrderRepository.status``."""
+    async def stats(self) -> Stats:
+        """See ``OrderRepository.stats``."""
         ...
 
     async def check(self) -> float | None:

@@ -131,9 +131,9 @@ class AsyncOrderRepositoryBase(ABC):
                     raise
             await asyncio.sleep(polling.next_pause_s())
 
-    async def status(self) -> Stats:
-        """See ``OrderRepository.status``."""
-        return await self._read(ReadQueries.status)
+    async def stats(self) -> Stats:
+        """See ``OrderRepository.stats``."""
+        return await self._read(ReadQueries.stats)
 
     async def check(self) -> float | None:
         """See ``OrderRepository.check``."""

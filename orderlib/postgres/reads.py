@@ -253,8 +253,8 @@ class ReadQueries:
         if not self._in_transaction:
             yield from self._pipeline(_COMMIT)
 
-    def status(self) -> PQGen[Stats]:
-        """See ``OrderRepository.status``."""
+    def stats(self) -> PQGen[Stats]:
+        """See ``OrderRepository.stats``."""
         [(asked_at, newest_at)], [(recent,)], rejects, [(delay_s,)] = yield from self._pipeline(
             (queries.NEWEST_ORDER_TIME, ()),
             (queries.COUNT_STORED_RECENTLY, [COUNT_LIMIT, STORED_RECENTLY]),

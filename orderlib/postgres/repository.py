@@ -125,9 +125,9 @@ class OrderRepositoryBase(ABC):
                     raise
             time.sleep(polling.next_pause_s())
 
-    def status(self) -> Stats:
-        """See ``OrderRepository.status``."""
-        return self._read(ReadQueries.status)
+    def stats(self) -> Stats:
+        """See ``OrderRepository.stats``."""
+        return self._read(ReadQueries.stats)
 
     def check(self) -> float | None:
         """See ``OrderRepository.check``."""

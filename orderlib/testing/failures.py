@@ -31,7 +31,7 @@ Method = Literal[
     "stream",
     "position_state",
     "wait_until_handled",
-    "status",
+    "stats",
     "check",
     "save",
     "save_many",

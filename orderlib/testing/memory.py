@@ -138,9 +138,9 @@ class MemoryOrderRepository:
             state = self._store.position_state(topic, partition, offset)
         return state
 
-    def status(self) -> Stats:
-        """See ``OrderRepository.status``."""
-        return self._call("status", self._store.status)
+    def stats(self) -> Stats:
+        """See ``OrderRepository.stats``."""
+        return self._call("stats", self._store.stats)
 
     def check(self) -> float | None:
         """See ``OrderRepository.check``."""
@@ -247,9 +247,9 @@ class AsyncMemoryOrderRepository:
             state = self._store.position_state(topic, partition, offset)
         return state
 
-    async def status(self) -> Stats:
-        """See ``AsyncOrderRepository.status``."""
-        return await self._call("status", self._store.status)
+    async def stats(self) -> Stats:
+        """See ``AsyncOrderRepository.stats``."""
+        return await self._call("stats", self._store.stats)
 
     async def check(self) -> float | None:
         """See ``AsyncOrderRepository.check``."""

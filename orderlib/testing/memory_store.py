@@ -127,8 +127,8 @@ class MemoryStore:
         """See ``OrderRepository.check``."""
         return None
 
-    def status(self) -> Stats:
-        """See ``OrderRepository.status``."""
+    def stats(self) -> Stats:
+        """See ``OrderRepository.stats``."""
         now = self._clock()
         with self._lock:
             stored_at = [stored.first_stored_at for stored in self._stored.values()]

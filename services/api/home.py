@@ -1,4 +1,4 @@
-"""The start page: the newest orders and the status of the store."""
+"""The start page: the newest orders and the statistics of the store."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class HomeResource:
 
     @with_deadline
     async def on_get(self, _req: Request, resp: Response) -> None:
-        """Show the newest orders and the status."""
+        """Show the newest orders and the statistics."""
         page = await self._reader.list_orders()
-        status = await self._reader.status()
-        delay_s = status.replication_delay_s or 0.0
+        stats = await self._reader.stats()
+        delay_s = stats.replication_delay_s or 0.0
         self._pages.show(
             resp,
             "home.html",
             page=page,
-            status=status,
+            stats=stats,
             stored_recently=STORED_RECENTLY,
             behind=dt.timedelta(seconds=delay_s) if delay_s > SHOWN_DELAY_S else None,
             query="",

@@ -85,7 +85,7 @@ def test_filters_select_orders_by_customer_and_by_the_time_of_their_last_change(
     before = {uid: attrs.evolve(SAMPLE_ORDER, order_uid=uid, customer_id=uid[0]) for uid in ("x1", "x2", "y1", "y2")}
     save(database, *before.values())
     with orderlib.connect(database.reader_url) as repository:
-        since = repository.status().asked_at.isoformat()
+        since = repository.stats().asked_at.isoformat()
     save(
         database, before["x1"], attrs.evolve(before["y1"], entry="changed"), attrs.evolve(SAMPLE_ORDER, order_uid="new")
     )

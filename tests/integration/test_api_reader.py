@@ -70,7 +70,7 @@ def test_every_read_returns_what_the_repository_returns(
             assert await reader.list_orders(cursor=after, direction=Direction.NEWER, limit=3) == store.list_orders(
                 cursor=after, direction=Direction.NEWER, limit=3
             )
-            actual, expected = await reader.status(), store.status()
+            actual, expected = await reader.stats(), store.stats()
             assert attrs.evolve(actual, asked_at=expected.asked_at) == expected
             await reader.check()
 

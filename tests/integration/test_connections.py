@@ -300,7 +300,7 @@ CALLS: dict[str, Callable[[PostgresOrderRepository], object]] = {
     "content_sha256": lambda repository: repository.content_sha256(UID),
     "original": lambda repository: repository.original(UID),
     "list_orders": lambda repository: repository.list_orders(),
-    "status": lambda repository: repository.status(),
+    "stats": lambda repository: repository.stats(),
     "save": lambda repository: repository.save(SAMPLE),
 }
 

@@ -74,7 +74,7 @@ def writer(module_database: Database) -> Iterator[psycopg.Connection]:
 def repository(module_database: Database) -> Iterator[PostgresOrderRepository]:
     with connect(module_database.writer_url) as repository:
         # The pool throws its dice when it connects; hypothesis minds dice of others while it draws.
-        repository.status()
+        repository.stats()
         yield repository
 
 

@@ -286,7 +286,7 @@ def test_the_readers_url_suffices_for_reading_and_only_for_that(
         assert reader.get(SAMPLE_ORDER.order_uid) == SAMPLE_ORDER
         assert reader.list_orders(customer_id=SAMPLE_ORDER.customer_id).orders[0].order == SAMPLE_ORDER
         assert reader.content_sha256(SAMPLE_ORDER.order_uid) == postgres.content_sha256(SAMPLE_ORDER.order_uid)
-        assert reader.status().stored_recently == 1
+        assert reader.stats().stored_recently == 1
         with pytest.raises(ConfigurationError, match="42501"):
             reader.save(an_order("another"))
 

@@ -59,7 +59,7 @@ def test_what_a_repository_returns_can_be_pickled(database: Database) -> None:
             page.orders[0],
             page.orders[0].order,
             repository.position_state("orders", 0, 7),
-            repository.status(),
+            repository.stats(),
         ]
         for value in returned:
             assert pickle.loads(pickle.dumps(value)) == value  # noqa: S301 - our own

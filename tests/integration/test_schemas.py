@@ -57,7 +57,7 @@ def test_two_stores_in_one_database_do_not_mix(stores: tuple[Database, Database]
         listed = [{stored.order.order_uid for stored in store.list_orders().orders} for store in (one, two)]
         streamed = [{stored.order.order_uid for stored in store.stream()} for store in (one, two)]
         assert listed == streamed == [{"shared", "only-one"}, {"shared"}]
-        assert [store.status().stored_recently for store in (one, two)] == [2, 1]
+        assert [store.stats().stored_recently for store in (one, two)] == [2, 1]
         one.check()
         two.check()
     with psycopg.connect(second.writer_url) as connection:

@@ -94,7 +94,7 @@ def save(primary: PostgresServer, order_uid: str) -> None:
 
 def delay_of(server: PostgresServer) -> float | None:
     with orderlib.connect(urls_of(server).reader_url) as repository:
-        return repository.status().replication_delay_s
+        return repository.stats().replication_delay_s
 
 
 def shown_delay(api: Service) -> float:
@@ -124,7 +124,7 @@ def test_a_primary_has_no_replication_delay(primary: PostgresServer) -> None:
 def test_a_standby_serves_reads_and_shows_its_delay(primary: PostgresServer, standby: Standby, api: Service) -> None:
     with orderlib.connect(urls_of(standby).reader_url) as repository:
         assert repository.get(UID) == SAMPLE
-        assert eventually(lambda: repository.status().replication_delay_s == 0, WITHIN_S)
+        assert eventually(lambda: repository.stats().replication_delay_s == 0, WITHIN_S)
         assert orderlib.decode_order(api.get(f"/orders/{UID}").body) == SAMPLE
         save(primary, "before")
         assert eventually(lambda: api.get("/orders/before").status == 200, WITHIN_S)
@@ -134,13 +134,13 @@ def test_a_standby_serves_reads_and_shows_its_delay(primary: PostgresServer, sta
             assert eventually(lambda: shown_delay(api) > 0, WITHIN_S)
             earlier = shown_delay(api)
             assert eventually(lambda: shown_delay(api) > earlier + 0.5, WITHIN_S)
-            delay_s = repository.status().replication_delay_s
+            delay_s = repository.stats().replication_delay_s
             assert delay_s is not None
             assert delay_s > earlier + 0.5
             assert api.get("/orders/during").status == 404
         assert eventually(lambda: shown_delay(api) == 0, WITHIN_S)
         assert api.get("/orders/during").status == 200
-        assert repository.status().replication_delay_s == 0
+        assert repository.stats().replication_delay_s == 0
 
 
 def test_a_standby_that_lost_its_primary_does_not_report_a_delay_of_zero(
@@ -286,7 +286,7 @@ def test_a_write_on_a_standby_is_an_outage_that_ends_with_its_promotion(primary:
         ledger.check()
         partition = TopicPartition("orders", 0)
         assert ledger.start_partitions({"orders": "AAAAAAAAAAAAAAAAAAAAAQ"}, {partition: 0}) == {partition: 0}
-        assert repository.status().replication_delay_s is None
+        assert repository.stats().replication_delay_s is None
         ledger.close()
 
 

@@ -159,7 +159,7 @@ def test_calls_leave_no_setting_statement_or_cursor_behind(shop: Database, seqsc
             repository.save(REFUSED)
         repository.get("a")
         repository.list_orders()
-        repository.status()
+        repository.stats()
         assert connection.execute(SESSION_STATE).fetchone() == before
         connection.commit()
         assert connection.execute(SESSION_STATE).fetchone() == before

@@ -646,16 +646,16 @@ class RepositoryContract:
     # Status
 
     def test_the_status_tells_the_newest_order_and_how_many_came_lately(self, repository: OrderRepository) -> None:
-        empty = repository.status()
+        empty = repository.stats()
         assert (empty.newest_first_stored_at, empty.stored_recently) == (None, 0)
         repository.save_many([an_order("a"), an_order("b")])
         repository.save(an_order("c"))
         repository.save(an_order("a", 2))
-        status = repository.status()
-        assert status.newest_first_stored_at == stored(repository, "c").first_stored_at
-        assert status.stored_recently == 3
-        assert empty.asked_at < status.newest_first_stored_at <= status.asked_at
-        assert status.rejects_by_code == dict.fromkeys(REJECT_CODES, 0)
+        stats = repository.stats()
+        assert stats.newest_first_stored_at == stored(repository, "c").first_stored_at
+        assert stats.stored_recently == 3
+        assert empty.asked_at < stats.newest_first_stored_at <= stats.asked_at
+        assert stats.rejects_by_code == dict.fromkeys(REJECT_CODES, 0)
 
     def test_a_repository_that_can_be_read_passes_its_check(self, repository: OrderRepository) -> None:
         assert repository.check() is None

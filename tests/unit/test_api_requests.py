@@ -53,7 +53,7 @@ class Reader:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         async def read(*args: Any, **kwargs: Any) -> Any:
             if name == "check":
-                return self.repository.status().replication_delay_s
+                return self.repository.stats().replication_delay_s
             return getattr(self.repository, name)(*args, **kwargs)
 
         return read
@@ -376,9 +376,9 @@ def test_the_replication_delay_of_a_standby_is_shown(
     more: dict[str, float],
     shown: str | None,
 ) -> None:
-    status = MemoryOrderRepository().status()
-    assert status.replication_delay_s is None
-    monkeypatch.setattr(MemoryOrderRepository, "status", lambda _: attrs.evolve(status, replication_delay_s=delay_s))
+    stats = MemoryOrderRepository().stats()
+    assert stats.replication_delay_s is None
+    monkeypatch.setattr(MemoryOrderRepository, "stats", lambda _: attrs.evolve(stats, replication_delay_s=delay_s))
     answer = request_and_check(application, path="/readyz")
     assert (answer.status, json.loads(answer.body)) == (200, {"status": "ready", **more})
     page = request_and_check(application, headers=with_token((b"accept", b"text/html"))).body.decode()

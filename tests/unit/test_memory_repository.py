@@ -121,9 +121,9 @@ def test_orders_of_more_than_five_minutes_ago_are_not_of_lately() -> None:
     now = dt.datetime(2021, 11, 26, tzinfo=dt.UTC)
     repository = MemoryOrderRepository(clock=lambda: now)
     repository.save(an_order("a"))
-    assert repository.status().stored_recently == 1
+    assert repository.stats().stored_recently == 1
     now += dt.timedelta(minutes=5)
-    assert repository.status().stored_recently == 0
+    assert repository.stats().stored_recently == 0
 
 
 def test_without_a_clock_it_is_now_in_utc() -> None:
@@ -150,7 +150,7 @@ def call_method(repository: OrderRepository, method: str) -> object:
         "stream": lambda: list(repository.stream()),
         "position_state": lambda: repository.position_state("orders", 0, 0),
         "wait_until_handled": lambda: repository.wait_until_handled("orders", 0, 0, timeout_s=0),
-        "status": repository.status,
+        "stats": repository.stats,
         "check": repository.check,
         "save": lambda: repository.save(an_order("a", 2)),
         "save_many": lambda: repository.save_many([an_order("a", 2)]),
