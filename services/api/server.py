@@ -124,7 +124,12 @@ class _Protocol(ASGIProtocol):  # type: ignore[misc]
         return False
 
     def _send_error_response(self, status: int, message: str, extra_headers: object = ()) -> None:  # noqa: ARG002 - gunicorn's signature
-        """Answer invalid HTTP with a problem document, without the message: it may quote the request."""
+        """Answer invalid HTTP with a problem document, without the message: it may quote the request.
+
+        gunicorn also calls this for a client that has gone, because then the application's response was not sent.
+        """
+        if self.transport.is_closing():
+            return
         headers, body = self.app.refuse(HTTPStatus(status))
         lines = [
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",

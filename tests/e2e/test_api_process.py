@@ -382,6 +382,7 @@ def test_clients_that_close_early_leave_nothing_behind(api: Service, stored: Dat
     assert eventually(lambda: api.connections() == 0, 20)
     assert api.get(PATH).body == orderlib.encode_order(SAMPLE)
     assert api.events("request_failed") == []
+    assert [event for event in api.events("request") if event["status"] == 500] == []
     with psycopg.connect(stored.superuser_url, autocommit=True) as superuser:
 
         def sessions(state: str) -> int:
