@@ -7,7 +7,7 @@ READY := .venv/.ready
 export PYTHONDONTWRITEBYTECODE :=
 SANDBOX := $(BIN)/python -m sandbox --
 
-.PHONY: help demo test check coverage bench docs test-faults test-page test-compose test-citus lock clean
+.PHONY: help demo test check coverage bench bench-growth docs test-faults test-page test-compose test-citus lock clean
 
 help:
 	@echo "make demo          the whole system on this machine: sender, Kafka, consumer, PostgreSQL, API; Ctrl-C stops it"
@@ -15,6 +15,7 @@ help:
 	@echo "make check         format, lint, types, architecture"
 	@echo "make coverage      run the tests and report the lines of library and programs that they miss"
 	@echo "make bench         run the benchmarks and print the figures as tables; uses wrk and go if they are installed"
+	@echo "make bench-growth  measure ingest and GET while the tables grow to 10,000,000 orders; needs wrk and 25 GB of disk"
 	@echo "make docs          generate docs/reference.md from the docstrings"
 	@echo "make test-faults   the long fault tests, which make test leaves out (some minutes)"
 	@echo "make test-page     the pages in a real browser; needs chromium"
@@ -55,6 +56,9 @@ coverage: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m bench
+
+bench-growth: $(READY)
+	@$(BIN)/python -m bench.growth
 
 docs: $(READY)
 	@$(BIN)/python -m docs.reference

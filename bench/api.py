@@ -118,7 +118,7 @@ def measure(environ: Mapping[str, str], options: argparse.Namespace) -> dict[tup
         for variant in variants:
             with serving(environ, variant) as (port, process):
                 for connections in CONNECTIONS:
-                    result = run_wrk(port, process, variant.requests, connections, options.seconds)
+                    result = run_wrk(port, process, REQUESTS[variant.requests], connections, options.seconds)
                     results.setdefault((variant.name, connections), []).append(result)
                     print(f"{variant.name}, {connections} connections: {result.per_s:,.0f}/s", file=sys.stderr)
     return results
@@ -193,9 +193,9 @@ def listening(port: int, command: list[str], environ: Mapping[str, str]) -> Iter
 
 
 def run_wrk(port: int, process: psutil.Process, requests: str, connections: int, seconds: int) -> WrkResult:
-    """Load the server with wrk for this time, after one second to warm up."""
+    """Load the server with wrk for this time, after one second to warm up. ``requests`` is a Lua script."""
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-        script.write(REQUESTS[requests])
+        script.write(requests)
         script.flush()
         command = ["wrk", "-t1", f"-c{connections}", "--latency", "-s", script.name, f"http://127.0.0.1:{port}"]
         subprocess.run([*command, "-d1s"], capture_output=True, check=True)

@@ -27,7 +27,7 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 import orderlib
-from bench.api import UNCACHED, VARIANTS, WrkResult, listening, prepare, run_wrk, serving
+from bench.api import REQUESTS, UNCACHED, VARIANTS, WrkResult, listening, prepare, run_wrk, serving
 from bench.ingest import IngestBench, admin, produce, utc_now, wait
 from bench.report import Figure, add_write_option, publish
 from bench.servers import benchmark_servers
@@ -126,7 +126,7 @@ def reads(go_way: GoWay, environ: Mapping[str, str], options: argparse.Namespace
         for name, server in (("GET", serving(environ, variant)), (GET_OF_GO, go_way.serving())):
             with server as (port, process):
                 for connections in CONNECTIONS:
-                    result = run_wrk(port, process, variant.requests, connections, options.seconds)
+                    result = run_wrk(port, process, REQUESTS[variant.requests], connections, options.seconds)
                     results.setdefault((name, connections), []).append(result)
                     print(f"bench: {name}, {connections} connections: {result.per_s:,.0f}/s", file=sys.stderr)
     for connections in CONNECTIONS:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sandbox import running_sandbox
+from sandbox import Sandbox, running_sandbox
 
 
 @contextmanager
@@ -15,6 +15,13 @@ def benchmark_servers() -> Iterator[dict[str, str]]:
 
     The environment contains none of the caller's ``ORDERS_…`` variables, so no benchmark can reach other data.
     """
+    with benchmark_sandbox() as (_, environ):
+        yield environ
+
+
+@contextmanager
+def benchmark_sandbox() -> Iterator[tuple[Sandbox, dict[str, str]]]:
+    """Do the same, and yield the servers, too, for benchmarks that restart one."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("ORDERS_")}
     with running_sandbox() as sandbox:
-        yield {**environ, **sandbox.environ}
+        yield sandbox, {**environ, **sandbox.environ}
