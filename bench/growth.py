@@ -27,7 +27,7 @@ from bench.ingest import IngestBench, admin, produce, running, utc_now, wait
 from bench.report import Figure, add_write_option, publish
 from bench.servers import benchmark_sandbox
 from sandbox import Sandbox
-from services.sender.generate import make_order
+from services.sender.generate import generate_order
 
 #: How many orders the tables have at each measurement.
 SIZES = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
@@ -81,7 +81,7 @@ class GrowthBench:
     def add_templates(self) -> None:
         """Store the orders that the others are copies of."""
         with orderlib.connect(self.environ["ORDERS_DATABASE_URL"]) as repository:
-            repository.save_many(make_order(self.rng, utc_now) for _ in range(TEMPLATES))
+            repository.save_many(generate_order(self.rng, utc_now) for _ in range(TEMPLATES))
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             for table in _TABLES:
                 connection.execute(f"CREATE TABLE template_{table} AS TABLE {table}".encode())
@@ -124,7 +124,7 @@ class GrowthBench:
         """Return how many new orders a consumer stores per second."""
         environ = {**self.environ, "ORDERS_TOPIC": f"orders-{time.time_ns()}", "ORDERS_METRICS_BIND": "127.0.0.1:0"}
         admin(environ, "topics")
-        orders = [make_order(self.rng, utc_now) for _ in range(NEW_ORDERS)]
+        orders = [generate_order(self.rng, utc_now) for _ in range(NEW_ORDERS)]
         produce(environ, ((order.order_uid, orderlib.encode_order(order)) for order in orders))
         bench = IngestBench(environ=environ, superuser_url=self._superuser_url, orders=orders)
         before = bench.handled()
