@@ -35,18 +35,18 @@ def add_commands(commands: Commands) -> None:
     """Add ``bootstrap`` and ``migrate`` to a parser. Each sets ``command``, which takes the options and environment."""
     parser = commands.add_parser(
         "bootstrap",
-        help="create the four roles and set their rights, as an administrator",
+        help="create the four roles and set their privileges, as an administrator",
         description="Create the roles orders_owner, orders_migrator, orders_writer and orders_reader, with the "
         "passwords in ORDERS_MIGRATOR_URL, ORDERS_DATABASE_URL and ORDERS_READER_URL. Connects with "
         "ORDERS_BOOTSTRAP_URL, which no other command uses: as a superuser, or as a role with CREATEROLE that owns the "
         "database. Idempotent. Sets the passwords to those in the URLs, corrects wrong attributes, memberships and "
-        "rights, and lists what only another administrator may correct.",
+        "privileges, and lists what only another administrator may correct.",
     )
     parser.set_defaults(command=_bootstrap)
     parser = commands.add_parser(
         "migrate",
         help="create or update the tables",
-        description="Apply the missing migrations and restore the rights on the tables (ORDERS_MIGRATOR_URL). "
+        description="Apply the missing migrations and restore the privileges on the tables (ORDERS_MIGRATOR_URL). "
         "Idempotent, and safe to run concurrently. Waits up to a minute for the lock of each migration, and names "
         "the session that holds it.",
     )

@@ -17,7 +17,7 @@
     ├── InvalidQuery                an invalid cursor or limit: change the argument
     ├── FenceLost                   the stored offsets are others than expected: continue from them
     ├── BreakerTripped              nearly every record was rejected: probably the wrong topic or release
-    └── ConfigurationError          a missing table, right or setting: stop
+    └── ConfigurationError          a missing table, privilege or setting: stop
         └── TopicRecreated          the topic was deleted and created again: restart to read the new one
 
 No message contains a value of an order except its order_uid, because the other values are personal data.
@@ -186,7 +186,7 @@ class FenceLost(OrderlibError):
 
 
 class ConfigurationError(OrderlibError):
-    """A setting, table, topic or right is missing: a retry cannot help until an operator corrects it."""
+    """A setting, table, topic or privilege is missing: a retry cannot help until an operator corrects it."""
 
 
 class TopicRecreated(ConfigurationError):

@@ -56,7 +56,7 @@ class Outcome(enum.StrEnum):
     DUPLICATE = "duplicate"
     #: A later one of the same order_uid won.
     SUPERSEDED = "superseded"
-    #: It was refused and stored as a reject.
+    #: It was rejected, and stored as a reject.
     REJECTED = "rejected"
     #: It was a tombstone that erased its order.
     ERASED = "erased"
@@ -242,7 +242,7 @@ class RecordState(enum.StrEnum):
     WAITING = "waiting"
     #: It was stored, or it changed nothing: a duplicate, or an older version.
     HANDLED = "handled"
-    #: It was refused, and is stored as a reject.
+    #: It was rejected, and is stored as a reject.
     REJECTED = "rejected"
     #: No consumer has read this partition, or the position cannot exist.
     UNKNOWN = "unknown"

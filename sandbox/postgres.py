@@ -138,7 +138,7 @@ class PostgresServer(Server):
         return True
 
     def _copied_installation(self, folder: Path) -> Path:
-        """Copy the programs to a folder that its user can read, instead of changing rights on the original folders."""
+        """Copy the programs to a folder that its user can read. The original folders keep their permissions."""
         assert self._user is not None
         packages, copies = INSTALLATION.parent.parent, folder / "programs"
         for part in PARTS:

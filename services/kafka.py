@@ -70,7 +70,7 @@ class Cluster:
     """Requests to a Kafka cluster.
 
     Every method, and every callable that one returns, may raise BrokerUnavailable with the addresses and the cause, or
-    ConfigurationError if a setting, a right or the topic is wrong.
+    ConfigurationError if a setting, an ACL or the topic is wrong.
     """
 
     def __init__(self, settings: KafkaSettings) -> None:

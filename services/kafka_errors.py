@@ -25,7 +25,7 @@ class KafkaErrorAction(Enum):
     NONE = "none"
     #: Wait, then try again.
     OUTAGE = "outage"
-    #: A setting, a right or the topic is wrong. Waiting does not help.
+    #: A setting, an ACL or the topic is wrong. Waiting does not help.
     SETUP = "setup"
     #: One record batch cannot be read. The partition waits for an operator.
     UNREADABLE = "unreadable"

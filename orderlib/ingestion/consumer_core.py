@@ -166,7 +166,7 @@ class Breaker:
         return BreakerTripped(
             f"at least {100 * self._fraction:.4g} % of the last {BREAKER_RECORDS:,} records were rejected"
             f"{_most_frequent_cause(rejects)}, and nothing of this batch was stored. Check the topic and the "
-            "version of orderlib. If both are right, store these records as rejects: run the "
+            "version of orderlib. If both are correct, store these records as rejects: run the "
             "consumer once with ORDERS_BREAKER_FRACTION=0 and --exit-at-end; then start as usual"
         )
 

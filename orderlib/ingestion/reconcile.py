@@ -325,7 +325,7 @@ class Reconciliation:
         elif isinstance(classified, Reject) and (earlier := _earlier_version(record)):
             self._add_version(*earlier, position.partition)
         elif isinstance(classified, Reject):
-            what = f"refused ({classified.code}), but not stored as a reject: it was purged or lost"
+            what = f"invalid ({classified.code}), but not stored as a reject: it was purged or lost"
             self._find(what, position)
         else:
             self._add_version(classified.order_uid, _version(record, classified), position.partition)
@@ -362,12 +362,12 @@ class Reconciliation:
             # The rules of an earlier release refused it, so only the form of its faults can be checked.
             if reject.code not in REJECT_CODES:
                 self._find("the reject has an unknown code", position)
-            self._cannot_prove("rejects that only the rules of an earlier release refused", position)
+            self._cannot_prove("rejects that only the rules of an earlier release reject", position)
             if not _is_plausible(reject):
                 self._find("the faults of the reject are malformed", position)
         elif reject.code == TooLarge.code != expected.code and _may_have_been_too_large(record, reject):
             self._cannot_prove(
-                "rejects that were too large for an earlier limit, and are refused for another reason now", position
+                "rejects that were too large for an earlier limit, and are invalid for another reason now", position
             )
         elif reject.code != expected.code:
             self._find(f"stored as {reject.code}, but {expected.code} by the rules of this release", position)
@@ -381,7 +381,7 @@ class Reconciliation:
         change = classified if tombstone is None else tombstone
         if isinstance(change, Reject):
             if is_settled:
-                self._find(f"redriven as {outcome}, but refused ({change.code}) by the rules of this release", position)
+                self._find(f"redriven as {outcome}, but invalid ({change.code}) by the rules of this release", position)
             return
         if self._is_forgotten(record, classified):
             self.counts["forgotten"] += 1

@@ -62,7 +62,7 @@ SQLSTATE_ACTIONS = {
     "3D": ErrorAction.STOP,  # invalid catalog name: no such database
     "3F": ErrorAction.STOP,  # invalid schema name
     "40": ErrorAction.RETRY,  # transaction rollback: deadlock, serialization failure
-    "42": ErrorAction.STOP,  # syntax error or access rule violation: no such table, no such right
+    "42": ErrorAction.STOP,  # syntax error or access rule violation: no such table, no such privilege
     "44": ErrorAction.STOP,  # WITH CHECK OPTION violation
     "53": ErrorAction.OUTAGE,  # insufficient resources: disk full, out of memory, too many connections
     "54": ErrorAction.STOP,  # program limit exceeded
@@ -79,7 +79,7 @@ SQLSTATE_ACTIONS = {
 }
 
 #: The classes for which a refused connection is a configuration error: a protocol, startup option, role, password or
-#: authentication method that the server does not accept, a missing database, a missing right. Every other refusal is an
+#: authentication method that the server does not accept, a missing database or privilege. Every other refusal is an
 #: outage, also one with an unknown code.
 CONFIGURATION_REFUSALS = frozenset({"0A", "22", "28", "3D", "42"})
 

@@ -139,7 +139,7 @@ class AsyncOrderRepositoryBase(ABC):
         """See ``OrderRepository.check``."""
         location, number, delay_s = await self._read(ReadQueries.check)
         require_schema(location, number)
-        # No order has this uid, but the query needs the right to read every table.
+        # No order has this uid, but the query needs the privilege to read every table.
         with contextlib.suppress(OrderNotFound):
             await self.get(".")
         return delay_s

@@ -43,10 +43,10 @@ def backfill(connection: Connection, *, after: str = "", dry_run: bool = False) 
       from the same record. The original stays only if fields of it are still unknown.
     * ``duplicate``: the content is the same.
     * ``forgotten``: it was forgotten meanwhile.
-    * ``rejected``: the rules of this release or PostgreSQL refuse the original.
+    * ``rejected``: the original is not valid by the rules of this release, or PostgreSQL refuses it.
 
     A second run changes nothing. With ``dry_run`` nothing is stored, and ``stored`` counts what would be.
-    Needs the writer's rights.
+    Needs the writer's privileges.
     """
     while True:
         try:

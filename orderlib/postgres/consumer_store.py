@@ -64,7 +64,7 @@ class ConsumerStore:
     def check(self) -> None:
         """Claim the database for this group. Two groups would overwrite each other's orders.
 
-        Raise ConfigurationError if a table or a right is missing, or if the database belongs to another group.
+        Raise ConfigurationError if a table or a privilege is missing, or if the database belongs to another group.
         """
         with self._connected() as connection:
             check_privileges(connection, WRITER_PRIVILEGES)

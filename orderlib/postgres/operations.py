@@ -31,7 +31,7 @@ class StoredOffset:
 
 @contextmanager
 def as_owner(connection: Connection) -> Iterator[None]:
-    """Run one transaction in which the migrator has the owner's rights.
+    """Run one transaction in which the migrator has the owner's privileges.
 
     Raises ConfigurationError if the schema is missing or too old.
     """
@@ -43,7 +43,7 @@ def as_owner(connection: Connection) -> Iterator[None]:
 
 
 def stored_offsets(connection: Connection) -> list[StoredOffset]:
-    """Return all stored offsets. Needs the reader's rights only."""
+    """Return all stored offsets. Needs the reader's privileges only."""
     with translated_errors(connection):
         rows = connection.execute(queries.ALL_OFFSETS).fetchall()
     names = [field.name for field in attrs.fields(StoredOffset)]
@@ -53,7 +53,7 @@ def stored_offsets(connection: Connection) -> list[StoredOffset]:
 def index_advice(connection: Connection) -> str | None:
     """Return one line of advice if the indexes of the orders have outgrown PostgreSQL's shared buffers, else ``None``.
 
-    Their size is as of the last VACUUM or ANALYZE. Needs no rights on the tables.
+    Their size is as of the last VACUUM or ANALYZE. Needs no privileges on the tables.
     """
     with translated_errors(connection):
         row = connection.execute(queries.OUTGROWN_BUFFERS).fetchone()
@@ -136,7 +136,7 @@ def forget_again(connection: Connection, digests: Collection[bytes]) -> Forgotte
 
 
 def forgotten(connection: Connection) -> list[bytes]:
-    """Return the SHA-256 digests of all forgotten order_uids. Needs the reader's rights only."""
+    """Return the SHA-256 digests of all forgotten order_uids. Needs the reader's privileges only."""
     with translated_errors(connection):
         return [digest for (digest,) in connection.execute(queries.FORGOTTEN)]
 

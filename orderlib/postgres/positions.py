@@ -19,7 +19,7 @@ class RejectedRecord:
 
 
 class PositionReader(PostgresOrderRepository):
-    """A repository that also tells how far the consumer is. It needs the rights of the reader."""
+    """A repository that also tells how far the consumer is. It needs the reader's privileges."""
 
     def next_offsets(self, topic_id: str) -> dict[int, int]:
         """Return the next offset of each partition that a consumer has begun to read."""

@@ -42,7 +42,7 @@ class Prefix:
 
 
 class PostgresReader(AsyncPostgresOrderRepository):
-    """An ``AsyncOrderRepository`` that also lists rejects. It needs the reader's rights."""
+    """An ``AsyncOrderRepository`` that also lists rejects. It needs the reader's privileges."""
 
     async def list_rejects(self, query: RejectQuery) -> RejectPage:
         """Return a page of the list of rejects."""

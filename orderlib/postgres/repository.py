@@ -133,7 +133,7 @@ class OrderRepositoryBase(ABC):
         """See ``OrderRepository.check``."""
         location, number, delay_s = self._read(ReadQueries.check)
         require_schema(location, number)
-        # No order has this uid, but the query needs the right to read every table.
+        # No order has this uid, but the query needs the privilege to read every table.
         with contextlib.suppress(OrderNotFound):
             self.get(".")
         return delay_s

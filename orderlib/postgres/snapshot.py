@@ -32,7 +32,7 @@ _STORE = slice(JOINED_WIDTH, None)
 
 
 class Snapshot:
-    """What was stored at one moment. Needs the reader's rights only."""
+    """What was stored at one moment. Needs the reader's privileges only."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection

@@ -62,7 +62,7 @@ class MemoryOrderRepository:
         - ``DatabaseUnavailable``: the connection was refused.
         - ``TransactionConflict``: a deadlock, after all attempts of the repository.
         - ``RefusedByDatabase``: a violated constraint. ``sqlstate`` is 23514, and ``order_uid`` is None.
-        - ``ConfigurationError``: a missing right.
+        - ``ConfigurationError``: a missing privilege.
 
         If several failures apply to a call, it raises the error of the first one. Raises ValueError for an unknown
         method or a ``call`` below 1, and TypeError for another class.

@@ -36,7 +36,7 @@ def add_commands(commands: Commands) -> None:
         "reconcile",
         help="prove that every record is accounted for",
         description="Read the topic below the stored offsets and compare it with one snapshot of the database "
-        "(ORDERS_READER_URL), in both directions: every refused record is a reject and every reject a refused record; "
+        "(ORDERS_READER_URL), in both directions: every invalid record is a reject and every reject an invalid record; "
         "every order equals, field by field, the last valid record of one of its partitions. Lists the discrepancies "
         "and exits 1 if there are any. Also lists what cannot be proved, such as orders saved from Python. The "
         "consumer may run meanwhile. Records of forgotten orders are counted. A purged reject is a discrepancy while "

@@ -1,4 +1,4 @@
-"""``rejects list | show | redrive | purge``: refused records."""
+"""``rejects list | show | redrive | purge``: rejected records."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def add_commands(commands: Commands) -> None:
     """Add these commands to the parser."""
     parser = commands.add_parser(
         "rejects",
-        help="list, show, redrive or purge refused records",
-        description="Records that the consumer refused. Each is stored unchanged with its code and faults. POSITION is "
-        "TOPIC/PARTITION/OFFSET.",
+        help="list, show, redrive or purge rejected records",
+        description="Records that the consumer rejected. Each is stored unchanged with its code and faults. POSITION "
+        "is TOPIC/PARTITION/OFFSET.",
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 

@@ -50,7 +50,7 @@ class TopicReader:
     def is_compacted(self) -> bool:
         """Return whether Kafka compacts the topic, so that any record before the log end may be missing.
 
-        Without the right to describe the topic's configuration, return False.
+        Without the ACL to describe the topic's configuration, return False.
         """
         resource = ConfigResource(ResourceType.TOPIC, self.topic)
         try:

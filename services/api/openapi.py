@@ -331,7 +331,7 @@ def document() -> dict[str, Any]:
                 ],
                 "get": {
                     "operationId": "listRejects",
-                    "summary": "List refused records, newest first",
+                    "summary": "List rejected records, newest first",
                     "description": "Positions, times, codes and faults. Never a key, a value or a header.",
                     "responses": rejects,
                 },
@@ -515,7 +515,8 @@ def document() -> dict[str, Any]:
                             "enum": list(RecordState),
                             "description": (
                                 "`waiting`: the consumer has not handled it yet. `handled`: it was stored or changed "
-                                "nothing. `rejected`: it was refused. `unknown`: no consumer has read this partition."
+                                "nothing. `rejected`: it is stored as a reject. `unknown`: no consumer has read this "
+                                "partition."
                             ),
                         },
                         "code": {"enum": [*REJECT_CODES, None], "description": "Why it was rejected."},

@@ -1,4 +1,4 @@
-"""The list of refused records, without their content: position, time, code and faults."""
+"""The list of rejected records, without their content: position, time, code and faults."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class KafkaClient(Protocol):
     """One member of a consumer group.
 
     The requests to the cluster may run in any thread. All other methods must run in one thread. Every method may raise
-    ConfigurationError because a setting, a right or the topic is wrong.
+    ConfigurationError because a setting, an ACL or the topic is wrong.
     """
 
     @property

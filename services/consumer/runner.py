@@ -273,7 +273,7 @@ class StoreWorker:
 class ConsumerRunner:
     """Runs until a stop request, the end of the topic (with ``--exit-at-end``), or an error that a person must correct.
 
-    It logs the reason. The exit status has the same reason: 0 for a stop request or the end, 2 for a right that is
+    It logs the reason. The exit status has the same reason: 0 for a stop request or the end, 2 for an ACL that is
     missing at the start, else 1.
     """
 
@@ -470,7 +470,7 @@ class ConsumerRunner:
         """Continue if the error is transient, because the client retries by itself; else stop."""
         error = failed.error
         if not isinstance(error, TransientError):
-            # A missing right causes an error at the first request that needs it.
+            # A missing ACL causes an error at the first request that needs it.
             self._lacks_right = isinstance(error, ConfigurationError) and not self._fetched
             self._core.on_fatal(error)
             return

@@ -113,7 +113,7 @@ class Publisher:
     def wait(self, timeout_s: float) -> None:
         """Handle the acknowledgements received, and wait up to ``timeout_s`` for the first.
 
-        Raises ConfigurationError if a right is missing, or if the manifest cannot be written.
+        Raises ConfigurationError if an ACL is missing, or if the manifest cannot be written.
         """
         with translated_errors():
             self._producer.poll(timeout_s)

@@ -225,7 +225,7 @@ def test_a_relaxed_rule_stores_earlier_rejects_by_a_redrive(tmp_path: Path, envi
         "replaced": True,
         "later": False,
     }
-    assert_holds(relaxed, environ, "rejects that only the rules of an earlier release refused")
+    assert_holds(relaxed, environ, "rejects that only the rules of an earlier release reject")
     [again] = json.loads(succeed("admin rejects redrive --code invalid_order --json", environ, checkout=relaxed))
     assert {name: count for name, count in again.items() if count} == {"rejected": 1}
     assert stored(relaxed, environ) == orders

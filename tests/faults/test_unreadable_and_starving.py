@@ -73,7 +73,7 @@ def test_an_unreadable_record_can_be_skipped_by_one_command(
     [line] = unread.stderr.splitlines()
     assert f"{sender.topic}[1] at offset 0" in line
     raised = {**environ, "ORDERS_KAFKA_RECEIVE_MESSAGE_MAX_BYTES": "1000000000"}
-    assert "refused (too_large), but not stored as a reject" in run("admin reconcile", raised).stdout
+    assert "invalid (too_large), but not stored as a reject" in run("admin reconcile", raised).stdout
 
 
 def test_partitions_that_a_foreign_member_holds_are_named_with_their_lag(
