@@ -14,10 +14,11 @@ from types import FrameType
 from typing import NoReturn
 
 from sandbox import Sandbox, SandboxError, running_sandbox
+from sandbox.guard import Guard
 
 DESCRIPTION = """\
 Runs a real PostgreSQL with the empty database `orders` and a real Kafka, on free ports of this machine.
-Both servers and their data are removed within 5 seconds of its end, even if it is killed.
+Both servers, their data and COMMAND are removed within 5 seconds of its end, even if it is killed.
 
 Without COMMAND, it prints the ORDERS_... variables for the programs as NAME=value lines on stdout when both
 servers are ready, and runs until Ctrl-C or SIGTERM. With COMMAND, it runs COMMAND with these variables set,
@@ -25,6 +26,8 @@ stops both servers, and exits with the status of COMMAND (128 + n if signal n ki
 """
 #: How long a clean stop may take after the parent process has ended. Then this process exits and the guards take over.
 ORPHAN_GRACE_S = 3.0
+#: How long COMMAND has to stop after SIGTERM if this process was killed.
+COMMAND_GRACE_S = 1.0
 
 
 class _Stopped(Exception):
@@ -86,7 +89,13 @@ def _run(command: Sequence[str], brokers: int) -> int:
 def _run_command(command: Sequence[str], sandbox: Sandbox) -> int:
     early: list[int] = []
     _on_signals(lambda number, _: early.append(number))
-    process = subprocess.Popen(command, env={**os.environ, **sandbox.environ})
+    guard = Guard(signal.SIGTERM, grace_s=COMMAND_GRACE_S)
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **sandbox.environ},
+        # So COMMAND never runs without its guard. This runs between fork and exec, and takes no lock.
+        preexec_fn=lambda: guard.watch(os.getpid()),  # noqa: PLW1509
+    )
 
     def forward(number: int, _: FrameType | None) -> None:
         if number != signal.SIGINT or not _is_in_foreground():
@@ -96,6 +105,8 @@ def _run_command(command: Sequence[str], sandbox: Sandbox) -> int:
     for number in early:
         forward(number, None)
     status = process.wait()
+    guard.watch(0)
+    guard.end()
     return status if status >= 0 else 128 - status
 
 

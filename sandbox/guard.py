@@ -1,11 +1,11 @@
-"""Kill a sandbox server and remove its folder when the parent process ends, even if the parent was killed.
+"""Kill a process and remove its folder when the process that started it ends, even if that was killed.
 
-`sandbox.server` starts one guard for each server, in a new session: `python -I -S guard.py FOLDER SIGNAL PARENT_PID`.
-The guard reads lines from stdin. A number is the process group of the running server, 0 if none is running. The line
-`end`, or the end of the parent, makes the guard kill that process group, remove the folder and exit.
+`Guard` starts the guard process, in a new session: `python -I -S guard.py SIGNAL GRACE_S PARENT_PID [FOLDER]`.
+It reads lines from stdin. A number is the process to kill, 0 if none is running. The line `end`, or the end of the
+parent, makes it kill that process with its descendants, remove the folder and exit.
 
-The guard polls its parent's pid four times a second. The end of stdin alone is not enough: a child that the parent
-forked may hold the pipe open.
+It polls its parent's pid four times a second. The end of stdin alone is not enough: a child that the parent forked may
+hold the pipe open.
 """
 
 import argparse
@@ -13,32 +13,70 @@ import os
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 POLL_S = 0.25
-#: How long a server has to end its children after SIGNAL. Then the guard sends SIGKILL.
+#: How long a server has to end its children after its signal. Then the guard sends SIGKILL.
 GRACE_S = 3.5
 
 
+class Guard:
+    """A process that ends the watched process, and removes a folder, within 5 s of the end of this process.
+
+    It sends `kill_signal` to the watched process, and after `grace_s` SIGKILL to it and its descendants that are left.
+    Descendants in another session are spared: they may have a guard of their own.
+    """
+
+    def __init__(self, kill_signal: signal.Signals, *, grace_s: float = GRACE_S, folder: Path | None = None) -> None:
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-I", "-S", __file__, str(int(kill_signal)), str(grace_s), str(os.getpid())),
+                *(() if folder is None else (folder,)),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def watch(self, pid: int) -> None:
+        """Watch this process instead of the last one; 0 if none is running."""
+        self._send(str(pid))
+
+    def end(self) -> None:
+        """Kill the watched process, remove the folder, and end the guard."""
+        self._send("end")
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _send(self, line: str) -> None:
+        assert self._process.stdin is not None
+        os.write(self._process.stdin.fileno(), f"{line}\n".encode())
+
+
 def main() -> None:
-    """Wait for `end` or for the end of the parent. Then kill the server and remove its folder."""
+    """Wait for `end` or for the end of the parent. Then kill the process and remove its folder."""
     parser = argparse.ArgumentParser(prog="python -m sandbox.guard", description=__doc__)
-    parser.add_argument("folder")
     parser.add_argument("signal", type=int)
+    parser.add_argument("grace_s", type=float)
     parser.add_argument("parent_pid", type=int)
+    parser.add_argument("folder", nargs="?")
     options = parser.parse_args()
-    group = _wait_for_end(options.parent_pid)
-    if group:
-        _kill(group, options.signal)
-    _remove(options.folder)
+    pid = _wait_for_end(options.parent_pid)
+    if pid:
+        _kill(pid, options.signal, options.grace_s)
+    if options.folder:
+        _remove(options.folder)
 
 
 def _wait_for_end(parent: int) -> int:
-    """Return the last process group that the parent named."""
-    group = 0
+    """Return the last process that the parent named."""
+    pid = 0
     while os.getppid() == parent:
         if not select.select([sys.stdin], [], [], POLL_S)[0]:
             continue
@@ -48,30 +86,63 @@ def _wait_for_end(parent: int) -> int:
             break
         for line in lines:
             if line == b"end":
-                return group
-            group = int(line)
-    return group
+                return pid
+            pid = int(line)
+    return pid
 
 
-def _kill(group: int, kill_signal: int) -> None:
-    # The group has ended. If its processes are zombies, macOS reports "not permitted" instead.
+def _kill(pid: int, kill_signal: int, grace_s: float) -> None:
+    family = {pid}
+    left = _left(family)
+    _send_signal(pid, kill_signal)
+    _send_signal(pid, signal.SIGCONT)  # a stopped process handles no signal except SIGKILL
+    deadline = time.monotonic() + grace_s
+    while left and time.monotonic() < deadline:
+        time.sleep(0.05)
+        left = _left(family)
+    for each in left:
+        _send_signal(each, signal.SIGKILL)
+
+
+def _left(family: set[int]) -> set[int]:
+    """Add the descendants of a family to it, and return its processes that still run.
+
+    A process whose parent has ended stays in the family. A zombie has ended; only its parent can remove it.
+    """
+    running = {pid: parent for pid, parent, state in _processes() if not state.startswith("Z")}
+    added = family
+    while added:
+        added = {
+            pid for pid, parent in running.items() if parent in family and _session(pid) == _session(parent)
+        } - family
+        family |= added
+    return family & running.keys()
+
+
+def _processes() -> Iterator[tuple[int, int, str]]:
+    """Yield pid, parent and state of each process."""
+    stats = list(Path("/proc").glob("[0-9]*/stat"))
+    for path in stats:
+        with suppress(OSError):  # it has ended
+            state, parent, *_ = path.read_text(errors="replace").rpartition(")")[2].split()
+            yield int(path.parent.name), int(parent), state
+    if not stats:  # macOS
+        table = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,state="], capture_output=True, text=True, check=True)
+        for line in table.stdout.splitlines():
+            pid, parent, state = line.split()
+            yield int(pid), int(parent), state
+
+
+def _session(pid: int) -> int | None:
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, kill_signal)
-        os.killpg(group, signal.SIGCONT)  # a stopped process handles no signal except SIGKILL
-        deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline and not _is_zombie(group):
-            os.killpg(group, 0)
-            time.sleep(0.02)
-        os.killpg(group, signal.SIGKILL)
+        return os.getsid(pid)
+    return None
 
 
-def _is_zombie(pid: int) -> bool:
-    # After its parent has ended, init must reap it, and the init of some containers does so late or never.
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
-    except OSError:  # it has ended, or this is not Linux
-        return False
-    return after_name.split()[0] == "Z"
+def _send_signal(pid: int, number: int) -> None:
+    # It has ended. If it is a zombie, macOS reports "not permitted" instead.
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
 
 
 def _remove(folder: str) -> None:

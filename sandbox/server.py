@@ -1,13 +1,11 @@
 """The base class of both servers: folder, process, free port, and the guard that removes them with their parent."""
 
 import contextlib
-import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -16,12 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, ClassVar, Self
 
+from sandbox.guard import Guard
+
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 #: How many ports are tried if another process takes the chosen one before the server does.
 PORT_ATTEMPTS = 5
 
-GUARD = Path(__file__).with_name("guard.py")
 # The new process waits in this shell until the guard knows its pid. If this process is killed before that, the shell
 # reads the end of stdin and exits, so no server ever runs without a guard.
 GATE = ("/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "sh")
@@ -65,7 +64,7 @@ class Server(ABC):
 
     def __init__(self) -> None:
         self._folder: Path | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._guard: Guard | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._choose_ports()
 
@@ -141,24 +140,13 @@ class Server(ABC):
         if self._process is not None:
             self._end(self._kill_signal)
         if self._guard is not None:
-            self._send_to_guard("end")
-            assert self._guard.stdin is not None
-            self._guard.stdin.close()
-            self._guard.wait()
+            self._guard.end()
             self._guard = None
         self._folder = None
 
     def _create_folder(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix=f"orderlib-{self.name.lower()}-"))
-        self._guard = subprocess.Popen(
-            [
-                *(sys.executable, "-I", "-S", GUARD),
-                *(self._folder, str(int(self._kill_signal)), str(os.getpid())),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self._guard = Guard(self._kill_signal, folder=self._folder)
         if self._user is not None:
             shutil.chown(self._folder, self._user)
 
@@ -198,7 +186,7 @@ class Server(ABC):
         with log.open("ab") as output:
             process = self._spawn(command, output)
         status = process.wait()
-        self._send_to_guard("0")
+        self._watch(0)
         if status != 0:
             raise SandboxError(f"{Path(command[0]).name} failed with {status}; its output ends:\n{_tail(log)}")
 
@@ -216,7 +204,7 @@ class Server(ABC):
             group=self._group,
             extra_groups=None if self._user is None else [],
         )
-        self._send_to_guard(str(process.pid))
+        self._watch(process.pid)
         assert process.stdin is not None
         with process.stdin as gate:
             gate.write(b"go\n")
@@ -233,14 +221,12 @@ class Server(ABC):
             except subprocess.TimeoutExpired:
                 continue
             break
-        self._send_to_guard("0")
+        self._watch(0)
         self._process = None
 
-    def _send_to_guard(self, line: str) -> None:
+    def _watch(self, pid: int) -> None:
         assert self._guard is not None
-        assert self._guard.stdin is not None
-        self._guard.stdin.write(f"{line}\n".encode())
-        self._guard.stdin.flush()
+        self._guard.watch(pid)
 
 
 def _tail(log: Path) -> str:

@@ -76,6 +76,12 @@ def printed_variables(process: subprocess.Popen[str]) -> dict[str, str]:
     return variables("".join(process.stdout.readline() for _ in NAMES))
 
 
+def stubborn_command(folder: Path) -> list[str]:
+    """Return arguments for a command that prints the variables, ignores signals, and works with a child in a folder."""
+    script = 'trap "" INT TERM; cd "$0" && env | grep ^ORDERS_ && sleep 600; true'
+    return ["--", "sh", "-c", script, str(folder)]
+
+
 def ports_in(found: Mapping[str, str]) -> list[int]:
     database, kafka = found["ORDERS_DATABASE_URL"], found["ORDERS_KAFKA_BOOTSTRAP_SERVERS"]
     return [int(database.rpartition(":")[2].partition("/")[0]), int(kafka.rpartition(":")[2])]
@@ -103,7 +109,7 @@ def test_sigterm_ends_the_command_and_the_status_is_128_plus_its_number(temporar
 
 
 def test_two_sandboxes_do_not_clash_and_nothing_remains_after_sigterm_or_sigkill(temporary: Path) -> None:
-    with start(temporary=temporary) as stopped, start(temporary=temporary) as killed:
+    with start(temporary=temporary) as stopped, start(*stubborn_command(temporary), temporary=temporary) as killed:
         of_stopped, of_killed = printed_variables(stopped), printed_variables(killed)
         assert set(of_stopped) == set(of_killed) == NAMES
         assert not set(of_stopped.values()) & set(of_killed.values())
@@ -120,7 +126,7 @@ def test_two_sandboxes_do_not_clash_and_nothing_remains_after_sigterm_or_sigkill
 
 def test_it_ends_when_its_parent_is_killed(temporary: Path) -> None:
     with subprocess.Popen(
-        ["sh", "-c", f"{sys.executable} -m sandbox & wait"],
+        ["sh", "-c", '"$@" & wait', "sh", *SANDBOX, *stubborn_command(temporary)],
         stdout=subprocess.PIPE,
         text=True,
         cwd=CHECKOUT,
