@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jgo.maven import MavenContext
-
 from sandbox.server import SandboxError
 
 LOCK = Path(__file__).with_name("jars.lock")
@@ -82,6 +80,8 @@ def _check(jar: Path, sha256: str) -> None:
 
 
 def _download(locked: Mapping[str, str], folder: Path) -> None:
+    from jgo.maven import MavenContext  # noqa: PLC0415 - its import takes 0.3 s, and only the first start needs it
+
     with tempfile.TemporaryDirectory(dir=folder) as repository:
         maven = MavenContext(repo_cache=Path(repository), timeout=60)
 
