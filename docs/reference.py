@@ -23,7 +23,7 @@ import attrs
 import orderlib
 import orderlib.testing
 import orderlib.testing.strategies
-from orderlib.contract import describe, described, rule_of, rules_of
+from orderlib.contract import describe, read_docstring, rule_of, rules_of
 
 PAGE = Path(__file__).with_name("reference.md")
 MODULES = (orderlib, orderlib.testing, orderlib.testing.strategies)
@@ -93,7 +93,7 @@ def _fields(cls: type) -> Iterator[str]:
         lines = [f"- `{member.name}`: {comments[member.name][0]}" for member in cls if comments]
         lines = lines or [", ".join(f"`{member.name}`" for member in cls)]
     elif cls in _MODELS:
-        _, texts = described(cls)
+        _, texts = read_docstring(cls)
         rules = {field.name: rule_of(field) for field in rules_of(cls).fields}
         lines = [f"- `{name}`, `{describe(rule)}`: {texts[name]}" for name, rule in rules.items()]
     else:

@@ -165,7 +165,7 @@ def decode_canonical(data: bytes) -> tuple[CanonicalOrder, bytes]:
     except (msgspec.DecodeError, RecursionError):
         pass
     _require_few_levels(data)
-    readable = _readable(data)
+    readable = _make_readable(data)
     return canonical_form(_decode_readable(data, readable)), _with_complete_stack(_unknown_text, readable)
 
 
@@ -177,14 +177,14 @@ def _require_utf8(data: bytes) -> None:
         try:
             data.decode()
         except UnicodeDecodeError as exc:
-            raise _malformed(f"bytes that are not UTF-8 (byte {exc.start})") from exc
+            raise _malformed_error(f"bytes that are not UTF-8 (byte {exc.start})") from exc
 
 
 def _require_few_levels(data: bytes) -> None:
     """Raise MalformedJson for more than ``MAX_NESTING`` levels of arrays and objects."""
     # Count first: only a large record has more brackets than that.
     if data.count(b"[") + data.count(b"{") > MAX_NESTING and _is_too_deep(data):
-        raise _malformed(f"more than {MAX_NESTING:,} levels of nesting")
+        raise _malformed_error(f"more than {MAX_NESTING:,} levels of nesting")
 
 
 def _decode(data: bytes) -> Order:
@@ -198,7 +198,7 @@ def _decode(data: bytes) -> Order:
 
 
 def _decode_readable(data: bytes, readable: bytes) -> Order:
-    """Decode a text of which ``_readable`` was made. Its known fields are the same unless they have U+0000 there."""
+    """Decode a text. ``readable`` is its ``_make_readable`` form, whose known fields differ only in U+0000."""
     if readable is not data:
         with contextlib.suppress(msgspec.DecodeError, RecursionError):
             order = _decoder.decode(readable)
@@ -322,7 +322,7 @@ def _full_report(data: bytes) -> object:
         try:
             return _validate(_with_escaped_nul(_UNREADABLE, data))
         except msgspec.DecodeError as exc:
-            raise _malformed(str(exc).removeprefix("JSON is malformed: ")) from exc
+            raise _malformed_error(str(exc).removeprefix("JSON is malformed: ")) from exc
 
 
 def _validate(data: bytes) -> object:
@@ -348,7 +348,7 @@ _ESCAPES = re.compile(r"(?s: \\u[dD][89abAB]..\\u[dD][c-fC-F].. | \\u.{4} | \\. 
 def _with_escaped_nul(pattern: re.Pattern[str], data: bytes) -> bytes:
     r"""Return the text with ``\u0000`` in place of each match. Raise MalformedJson for a text with a raw NUL."""
     if b"\0" in data:
-        raise _malformed("a control character")
+        raise _malformed_error("a control character")
     # A NUL replaces each escaped backslash for a moment, so that every other backslash begins an escape. The regular
     # expressions need ten times less memory on a str than on bytes, and few matches at a time need less.
     text = data.replace(rb"\\", b"\0").decode("latin-1")
@@ -362,10 +362,10 @@ def unknown_fields(data: bytes) -> dict[str, dict[str, msgspec.Raw]]:
     The text must be one that ``decode_order`` accepts. In names and values, U+0000 stands for U+0000 or a lone
     surrogate, and the four hexadecimal digits behind it say which.
     """
-    return _unknown_fields(_readable(data))
+    return _unknown_fields(_make_readable(data))
 
 
-def _readable(data: bytes) -> bytes:
+def _make_readable(data: bytes) -> bytes:
     """Return a text that msgspec can read as raw values, and in which different names remain different."""
     return _with_escaped_nul(_BEFORE_UNREADABLE_DIGITS, data) if b"\\u" in data else data
 
@@ -433,7 +433,7 @@ def earlier_forms(data: bytes) -> Iterator[tuple[CanonicalOrder, bytes]]:
         if not hidden:
             continue
         with contextlib.suppress(RejectedError, msgspec.DecodeError):
-            if unknown := _with_complete_stack(functools.partial(_unknown_text, hidden=hidden), _readable(data)):
+            if unknown := _with_complete_stack(functools.partial(_unknown_text, hidden=hidden), _make_readable(data)):
                 yield _without(hidden, data), unknown
 
 
@@ -449,7 +449,7 @@ def may_have_optional_fields(data: bytes) -> bool:
 
 def _without(hidden: Hidden, data: bytes) -> CanonicalOrder:
     """Return the order in a JSON text without its unknown fields and without these ones."""
-    known = _with_complete_stack(functools.partial(_known_fields, model=Order, hidden=hidden), _readable(data))
+    known = _with_complete_stack(functools.partial(_known_fields, model=Order, hidden=hidden), _make_readable(data))
     return decode_canonical(msgspec.json.encode(known))[0]
 
 
@@ -536,7 +536,7 @@ def _outside_strings(text: bytes) -> bytes:
     return b"".join(outside)
 
 
-def _malformed(found: str) -> MalformedJson:
+def _malformed_error(found: str) -> MalformedJson:
     return MalformedJson([Fault(path="$", expected="one JSON text in UTF-8", found=found)])
 
 

@@ -237,14 +237,14 @@ class Validator:
         if len(value) > (rule.max_length or len(value)):
             return self._fault(path, rule, f"an array of more than {rule.max_length:,} values")
         if len(value) < (rule.min_length or 0):
-            return self._fault(path, rule, f"an array of {_counted(len(value), 'value')}")
+            return self._fault(path, rule, f"an array of {_count_of(len(value), 'value')}")
         return [self.validate(part, rule.item_type, f"{path}[{index}]") for index, part in enumerate(value)]
 
     def _text(self, value: object, rule: StrType, path: str) -> object:
         if type(value) is not str:
             return self._fault(path, rule, kind_of(value))
         if not (rule.min_length or 0) <= len(value) <= (rule.max_length or len(value)):
-            return self._fault(path, rule, f"a string of {_counted(len(value), 'character')}")
+            return self._fault(path, rule, f"a string of {_count_of(len(value), 'character')}")
         if not fits_postgres(value):
             return self._fault(path, rule, "a string with U+0000 or a lone surrogate")
         if rule.pattern is not None and re.search(rule.pattern, value) is None:
@@ -317,7 +317,7 @@ def describe(rule: Type) -> str:
             raise NotImplementedError(f"the contract has no rule of kind {rule}")
 
 
-def _counted(count: int, noun: str) -> str:
+def _count_of(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
@@ -377,7 +377,7 @@ def model_schemas(
     schemas, components = msgspec.json.schema_components(classes, ref_template=ref_template)
     for model in {part for cls in classes for part in _parts(cls)}:
         component = components[model.__name__]
-        component["description"], fields = described(model)
+        component["description"], fields = read_docstring(model)
         for name, schema in component["properties"].items():
             schema["description"] = fields[name]
             if schema.get("type") == "string" and "format" not in schema:
@@ -398,7 +398,7 @@ def _parts(model: type) -> Iterator[type]:
 _ATTRIBUTE = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
-def described(model: type) -> tuple[str, dict[str, str]]:
+def read_docstring(model: type) -> tuple[str, dict[str, str]]:
     """Return what a model is, and what each of its fields is, from its docstring."""
     summary, _, attributes = inspect.cleandoc(model.__doc__ or "").partition("\n\nAttributes:\n")
     return summary, {name: " ".join(text.split()) for name, text in _ATTRIBUTE.findall(attributes)}

@@ -52,7 +52,9 @@ class Fault:
         return f"{self.path}: expected {self.expected}, found {self.found}"
 
 
-def _restored(cls: type[OrderlibError], args: tuple[object, ...], attributes: Mapping[str, object]) -> OrderlibError:
+def _restore_error(
+    cls: type[OrderlibError], args: tuple[object, ...], attributes: Mapping[str, object]
+) -> OrderlibError:
     error = cls.__new__(cls, *args)
     error.__dict__.update(attributes)
     return error
@@ -63,7 +65,7 @@ class OrderlibError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Restore the error without ``__init__``, because its parameters are not what ``args`` contains."""
-        return _restored, (type(self), self.args, self.__dict__)
+        return _restore_error, (type(self), self.args, self.__dict__)
 
 
 class TransientError(OrderlibError):

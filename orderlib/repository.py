@@ -86,12 +86,12 @@ def _in_utc(time: Any) -> Any:
     return limit.replace(tzinfo=dt.UTC)
 
 
-def encoded_cursor(plain: str) -> str:
+def encode_cursor(plain: str) -> str:
     """Return a text as URL-safe text without padding: what ``str`` of a cursor is."""
     return base64.urlsafe_b64encode(plain.encode()).decode().rstrip("=")
 
 
-def parsed_cursor(text: str, of_plain: Callable[[str], T]) -> T:
+def parse_cursor(text: str, of_plain: Callable[[str], T]) -> T:
     """Return the cursor whose ``str`` is this text. ``of_plain`` makes it from the text that was encoded.
 
     Raises InvalidQuery for a text that is no cursor, also if ``of_plain`` raises ValueError or OverflowError.
@@ -119,18 +119,18 @@ class Cursor:
     order_uid: str
 
     def __attrs_post_init__(self) -> None:
-        if checked_type("first_stored_at", self.first_stored_at, dt.datetime).utcoffset() is None:
+        if require_type("first_stored_at", self.first_stored_at, dt.datetime).utcoffset() is None:
             raise ValueError("first_stored_at must have an offset")
-        if not fits_postgres(checked_type("order_uid", self.order_uid, str)):
+        if not fits_postgres(require_type("order_uid", self.order_uid, str)):
             raise ValueError("order_uid must not contain NUL or lone surrogates")
 
     def __str__(self) -> str:
-        return encoded_cursor(f"{self.first_stored_at.astimezone(dt.UTC).isoformat()} {self.order_uid}")
+        return encode_cursor(f"{self.first_stored_at.astimezone(dt.UTC).isoformat()} {self.order_uid}")
 
     @classmethod
     def parse(cls, text: str) -> Cursor:
         """Return the cursor that ``str`` encoded. Raises InvalidQuery for any other text."""
-        return parsed_cursor(checked_type("text", text, str), cls._of_plain)
+        return parse_cursor(require_type("text", text, str), cls._of_plain)
 
     @classmethod
     def _of_plain(cls, plain: str) -> Cursor:
@@ -341,7 +341,7 @@ class ListQuery:
     @cursor.validator
     def _check_cursor(self, _attribute: object, cursor: object) -> None:
         if cursor is not None:
-            checked_type("cursor", cursor, Cursor)
+            require_type("cursor", cursor, Cursor)
 
     @customer_id.validator
     @track_number.validator
@@ -349,7 +349,7 @@ class ListQuery:
     @email.validator
     def _check_filter(self, attribute: attrs.Attribute[str | None], value: object) -> None:
         if value is not None:
-            checked_type(attribute.name, value, str)
+            require_type(attribute.name, value, str)
         if attribute.name == "phone" and value == "":
             raise InvalidQuery("phone: expected digits, found none")
 
@@ -358,7 +358,7 @@ class ListQuery:
     def _check_time(self, attribute: attrs.Attribute[dt.datetime | None], value: object) -> None:
         if value is None:
             return
-        if checked_type(attribute.name, value, dt.datetime).utcoffset() is None:
+        if require_type(attribute.name, value, dt.datetime).utcoffset() is None:
             raise InvalidQuery(f"{attribute.name}: expected a time with an offset, found one without")
 
     @limit.validator
@@ -581,7 +581,7 @@ class AsyncOrderRepository(Protocol):
         ...
 
 
-def checked_type(name: str, value: object, kind: type[T]) -> T:
+def require_type(name: str, value: object, kind: type[T]) -> T:
     """Return an argument, or raise TypeError naming it."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
@@ -598,17 +598,17 @@ def check_limit(limit: int) -> None:
 
 def is_position(topic: str, partition: int, offset: int) -> bool:
     """Return whether a record can have this position. Raises TypeError for values of other types."""
-    checked_type("topic", topic, str)
+    require_type("topic", topic, str)
     for name, value in (("partition", partition), ("offset", offset)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     return fits_postgres(topic) and 0 <= partition <= MAX_PARTITION and 0 <= offset <= MAX_OFFSET
 
 
-def checked_uids(order_uids: Iterable[str]) -> list[str]:
+def require_uids(order_uids: Iterable[str]) -> list[str]:
     """Return the order_uids as a list. Raises TypeError for a string: it is an iterable of its characters."""
     if isinstance(order_uids, str) or not isinstance(order_uids, Iterable):
         raise TypeError(
             f"get_many takes several order_uids, not one {type(order_uids).__name__}; use get for one order"
         )
-    return [checked_type("an order_uid", uid, str) for uid in order_uids]
+    return [require_type("an order_uid", uid, str) for uid in order_uids]

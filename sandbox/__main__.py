@@ -40,7 +40,7 @@ class _Stopped(Exception):
 
 def main() -> int:
     """Run the command line; return the exit status."""
-    options = _parsed_options()
+    options = _parse_options()
     _on_signals(_stop_once)
     threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
     try:
@@ -52,7 +52,7 @@ def main() -> int:
         return 1
 
 
-def _parsed_options() -> argparse.Namespace:
+def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m sandbox",
         usage="python -m sandbox [-h] [--brokers N] [-- COMMAND...]",

@@ -76,7 +76,7 @@ class PostgresServer(Server):
 
     def _prepare(self, folder: Path) -> None:
         if not self._may_run(INSTALLATION):
-            self._installation = self._copied_installation(folder)
+            self._installation = self._copy_installation(folder)
         password_file = folder / "password"
         password_file.write_text(self._password)
         if self._user is not None:
@@ -137,7 +137,7 @@ class PostgresServer(Server):
             raise SandboxError(f"PostgreSQL's programs do not run here: {error}") from error
         return True
 
-    def _copied_installation(self, folder: Path) -> Path:
+    def _copy_installation(self, folder: Path) -> Path:
         """Copy the programs to a folder that its user can read. The original folders keep their permissions."""
         assert self._user is not None
         packages, copies = INSTALLATION.parent.parent, folder / "programs"

@@ -26,8 +26,8 @@ from services.kafka_errors import (
     SSL_ERROR,
     KafkaErrorAction,
     classify_kafka_error,
-    translate,
-    translated_errors,
+    translate_kafka_error,
+    translate_kafka_errors,
 )
 from services.kafka_listener import certificate_fault, expected_protocol
 from services.settings import KafkaSettings
@@ -81,7 +81,7 @@ class Cluster:
         self._setting_error: KafkaError | None = None
         self._setting_error_since_s = self._setting_error_at_s = 0.0
         properties: dict[str, Any] = {**settings.client_properties(), "error_cb": self.on_error}
-        with translated_errors():
+        with translate_kafka_errors():
             self.admin = AdminClient(properties, logger=SILENT)
 
     def on_error(self, error: KafkaError) -> None:
@@ -120,7 +120,7 @@ class Cluster:
             except KafkaException as exc:
                 if exc.args[0].code() in CONNECTION:
                     raise self._unanswered(timeout_s) from exc
-                raise translate(exc.args[0]) from exc
+                raise translate_kafka_error(exc.args[0]) from exc
             else:
                 self._last_error = self._setting_error = None
                 return result

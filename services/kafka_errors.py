@@ -269,7 +269,7 @@ def classify_kafka_error(error: KafkaError) -> KafkaErrorAction:
     return KafkaErrorAction.STOP if error.fatal() and action is not KafkaErrorAction.SETUP else action
 
 
-def translate(error: KafkaError, message: Message | None = None) -> OrderlibError:
+def translate_kafka_error(error: KafkaError, message: Message | None = None) -> OrderlibError:
     """Return orderlib's error for one of librdkafka. ``message`` is the message that carried it, if any."""
     # Some of its texts end with a line break.
     text = f"Kafka: {' '.join(error.str().split())} ({error.name()})"
@@ -288,9 +288,9 @@ def translate(error: KafkaError, message: Message | None = None) -> OrderlibErro
 
 
 @contextlib.contextmanager
-def translated_errors() -> Iterator[None]:
+def translate_kafka_errors() -> Iterator[None]:
     """Translate errors of librdkafka into those of orderlib; the original is the cause."""
     try:
         yield
     except KafkaException as exc:
-        raise translate(exc.args[0]) from exc
+        raise translate_kafka_error(exc.args[0]) from exc

@@ -28,7 +28,7 @@ def certificate_fault(address: str, ca_location: str | None) -> str | None:
     try:
         context = ssl.create_default_context(cafile=ca_location)
         host = _host_and_port(address)[0]
-        with _connected(address) as connection, context.wrap_socket(connection, server_hostname=host):
+        with _connect(address) as connection, context.wrap_socket(connection, server_hostname=host):
             return None
     except ssl.SSLCertVerificationError as exc:
         return exc.verify_message
@@ -39,7 +39,7 @@ def certificate_fault(address: str, ca_location: str | None) -> str | None:
 def _needs_sasl(address: str, *, over_tls: bool) -> bool:
     """Send a SASL handshake with no mechanism, which every listener answers."""
     with contextlib.ExitStack() as stack:
-        connection = stack.enter_context(_connected(address))
+        connection = stack.enter_context(_connect(address))
         if over_tls:
             # No certificate is verified, because the probe sends no secret and only checks whether TLS is expected.
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -60,7 +60,7 @@ def _needs_sasl(address: str, *, over_tls: bool) -> bool:
         return bool(error != _ILLEGAL_SASL_STATE)
 
 
-def _connected(address: str) -> socket.socket:
+def _connect(address: str) -> socket.socket:
     return socket.create_connection(_host_and_port(address), timeout=_PROBE_TIMEOUT_S)
 
 

@@ -189,7 +189,7 @@ class PreparedOrder:
         )
 
 
-def prepared(order: Order, original: bytes | None, *, pack_rows: PackRows = pack_no_rows) -> PreparedOrder:
+def prepare_order(order: Order, original: bytes | None, *, pack_rows: PackRows = pack_no_rows) -> PreparedOrder:
     """Prepare an order that is saved from Python, with its JSON text if there is one (see ``OrderRepository.save``)."""
     if original is None:
         return PreparedOrder.of(order, pack_rows=pack_rows)

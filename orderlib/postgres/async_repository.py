@@ -16,14 +16,14 @@ from psycopg import waiting
 from psycopg.abc import PQGen
 
 from orderlib.errors import DatabaseUnavailable, OrderNotFound
-from orderlib.ingestion.records import PreparedOrder, prepared
+from orderlib.ingestion.records import PreparedOrder, prepare_order
 from orderlib.models import Order
 from orderlib.postgres.pool import READ_ERRORS, WRITE_ERRORS, Call, Pool, Session
 from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.schema import require_schema
 from orderlib.postgres.shared_reads import SharedReads
-from orderlib.postgres.wire import bounded
+from orderlib.postgres.wire import run_until
 from orderlib.postgres.writes import Save
 from orderlib.repository import (
     PAGE_SIZE,
@@ -38,7 +38,7 @@ from orderlib.repository import (
     Stats,
     StoredOrder,
     check_limit,
-    checked_uids,
+    require_uids,
 )
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class AsyncOrderRepositoryBase(ABC):
 
     async def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
         """See ``OrderRepository.get_many``."""
-        wanted = checked_uids(order_uids)
+        wanted = require_uids(order_uids)
         return await self._read(lambda read_queries: read_queries.get_many(wanted))
 
     async def content_sha256(self, order_uid: str) -> bytes:
@@ -146,7 +146,7 @@ class AsyncOrderRepositoryBase(ABC):
 
     async def save(self, order: Order, *, original: bytes | None = None) -> Outcome:
         """See ``OrderRepository.save``."""
-        [outcome] = await self._save([prepared(order, original, pack_rows=pack_rows)])
+        [outcome] = await self._save([prepare_order(order, original, pack_rows=pack_rows)])
         return outcome
 
     async def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
@@ -297,4 +297,4 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
 async def _run(session: Session, steps: PQGen[T], call: Call) -> T:
     """Run steps until the call's deadline. A task that is cancelled leaves the session for the pool to close."""
     remaining_s = max(0.0, call.deadline - time.monotonic())
-    return await waiting.wait_async(bounded(steps, call.deadline), session.pgconn.socket, remaining_s)
+    return await waiting.wait_async(run_until(steps, call.deadline), session.pgconn.socket, remaining_s)

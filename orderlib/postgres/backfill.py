@@ -13,7 +13,7 @@ from orderlib.errors import Fault, InvalidOrder, RejectedError, TransactionConfl
 from orderlib.ingestion.records import PreparedOrder, plan_backfill
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
-from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.errors import translate_errors
 from orderlib.postgres.rejects import within_bytes
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import store, versions_of
@@ -50,7 +50,7 @@ def backfill(connection: Connection, *, after: str = "", dry_run: bool = False) 
     """
     while True:
         try:
-            with translated_errors(connection), connection.transaction():
+            with translate_errors(connection), connection.transaction():
                 batch = _backfill_batch(connection, after, dry_run)
         except TransactionConflict:
             continue
@@ -74,7 +74,7 @@ def _backfill_batch(connection: Connection, after: str, dry_run: bool) -> Backfi
     for row in rows:
         uid, version = row[0], read[row[0]]
         if uid not in values:
-            raise _changed_meanwhile(uid)
+            raise _conflict_error(uid)
         try:
             prepared_order = PreparedOrder.of_text(values[uid], version.source, row[-2], pack_rows=pack_rows)
             if prepared_order.order_uid != uid:
@@ -95,7 +95,7 @@ def _backfill_batch(connection: Connection, after: str, dry_run: bool) -> Backfi
         results = store(connection, changed, partial(plan_backfill, read))
         for prepared_order, result in zip(changed, results, strict=True):
             if result is Outcome.SUPERSEDED:
-                raise _changed_meanwhile(prepared_order.order_uid)
+                raise _conflict_error(prepared_order.order_uid)
             if isinstance(result, Outcome):
                 outcomes[result] += 1
             else:
@@ -104,5 +104,5 @@ def _backfill_batch(connection: Connection, after: str, dry_run: bool) -> Backfi
     return Backfilled(last=rows[-1][0], outcomes=outcomes, refused=refused)
 
 
-def _changed_meanwhile(order_uid: str) -> TransactionConflict:
+def _conflict_error(order_uid: str) -> TransactionConflict:
     return TransactionConflict(f"order {order_uid} has changed since its original was read")

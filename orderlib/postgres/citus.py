@@ -16,7 +16,7 @@ from psycopg import sql
 from orderlib.errors import ConfigurationError
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, open_connection
-from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.errors import translate_errors
 from orderlib.postgres.privileges import OWNER
 
 
@@ -32,7 +32,7 @@ def distribute(
 
     Raises ConfigurationError if the database does not have Citus, has no workers, or has no tables.
     """
-    with open_connection(url, application_name=application_name) as connection, translated_errors(connection):
+    with open_connection(url, application_name=application_name) as connection, translate_errors(connection):
         if connection.execute(queries.HAS_CITUS).fetchone() is None:
             raise ConfigurationError(
                 "the database does not have the extension citus: create it on the coordinator and on each worker, add "

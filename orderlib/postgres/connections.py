@@ -13,10 +13,10 @@ from psycopg.rows import TupleRow
 
 from orderlib.errors import ConfigurationError
 from orderlib.postgres import queries
-from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.errors import translate_errors
 from orderlib.postgres.hosts import connect_to_any
 from orderlib.postgres.poolers import refuse_transaction_pooler
-from orderlib.repository import checked_type
+from orderlib.repository import require_type
 
 Connection = psycopg.Connection[TupleRow]
 
@@ -47,8 +47,8 @@ def connection_arguments(url: str, application_name: str) -> dict[str, str | int
 
     That error shows no password, and neither do its cause and its context: libpq's error quotes parts of the URL.
     """
-    given = _parsed(checked_type("the database URL", url, str))
-    if "\0" in checked_type("application_name", application_name, str):
+    given = _parse_url(require_type("the database URL", url, str))
+    if "\0" in require_type("application_name", application_name, str):
         raise ValueError("application_name must not contain NUL")
     if given is None:
         raise ConfigurationError(f"the database URL is not valid for libpq: {_ENCODE}")
@@ -71,7 +71,7 @@ def connection_arguments(url: str, application_name: str) -> dict[str, str | int
     }
 
 
-def _parsed(url: str) -> ConnDict | None:
+def _parse_url(url: str) -> ConnDict | None:
     if "\0" in url:
         # libpq would ignore the rest.
         return None
@@ -96,7 +96,7 @@ def open_connection(url: str, *, application_name: str) -> Connection:
     arguments = connection_arguments(url, application_name)
     connection = psycopg.Connection(connect_to_any(arguments))
     try:
-        with translated_errors(connection):
+        with translate_errors(connection):
             prepare_session(connection, arguments)
     except BaseException:
         connection.close()

@@ -19,7 +19,7 @@ from orderlib.errors import ConfigurationError, DatabaseUnavailable, FenceLost, 
 from orderlib.ingestion.records import Batch, OrderChange, PreparedOrder, Record, Reject, TopicPartition
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, open_connection
-from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translated_errors
+from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translate_errors
 from orderlib.postgres.grants import check_privileges
 from orderlib.postgres.operations import index_advice
 from orderlib.postgres.privileges import WRITER_PRIVILEGES
@@ -66,7 +66,7 @@ class ConsumerStore:
 
         Raise ConfigurationError if a table or a privilege is missing, or if the database belongs to another group.
         """
-        with self._connected() as connection:
+        with self._use_connection() as connection:
             check_privileges(connection, WRITER_PRIVILEGES)
             if connection.execute(queries.GROUP).fetchone() is None:
                 with connection.transaction():
@@ -81,7 +81,7 @@ class ConsumerStore:
 
         ``topic_ids`` has the topic id of each topic.
         """
-        with self._connected() as connection:
+        with self._use_connection() as connection:
             return _next_offsets(connection, self._keys(topic_ids, partitions), topic_ids)
 
     def start_partitions(
@@ -92,7 +92,7 @@ class ConsumerStore:
         ``topic_ids`` has the topic id of each topic.
         """
         keys = self._keys(topic_ids, earliest)
-        with self._connected() as connection:
+        with self._use_connection() as connection:
             known = _next_offsets(connection, keys, topic_ids)
             # Even an INSERT that changes nothing would wait for a row that a frozen consumer has locked.
             new = sorted(earliest.keys() - known.keys())
@@ -124,7 +124,7 @@ class ConsumerStore:
             seconds[step] = (now_s := self._clock()) - began_s
             began_s = now_s
 
-        with self._connected() as connection:
+        with self._use_connection() as connection:
             wire = Wire(connection.pgconn, keeps_statements=False)
             try:
                 self._begin(connection, wire, batch)
@@ -148,7 +148,7 @@ class ConsumerStore:
 
     def index_advice(self) -> str | None:
         """Return a line of advice if the indexes have outgrown PostgreSQL's memory, else ``None``."""
-        with self._connected() as connection:
+        with self._use_connection() as connection:
             return index_advice(connection)
 
     def abort(self) -> None:
@@ -171,7 +171,7 @@ class ConsumerStore:
             self._connection.close()
 
     @contextlib.contextmanager
-    def _connected(self) -> Iterator[Connection]:
+    def _use_connection(self) -> Iterator[Connection]:
         """Use a connection, a new one if the last was lost. Translate the errors of the block."""
         if self._connection is None or is_lost(self._connection):
             self.close()
@@ -182,7 +182,7 @@ class ConsumerStore:
         if self._aborted:
             raise DatabaseUnavailable("PostgreSQL: interrupted")
         try:
-            with translated_errors(self._connection):
+            with translate_errors(self._connection):
                 yield self._connection
         except BaseException as exc:
             # Do not depend on the state of the transaction, and leave a standby: the next call connects again.

@@ -11,7 +11,7 @@ import psycopg
 from orderlib.errors import DatabaseUnavailable
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
-from orderlib.postgres.errors import translate, translated_errors
+from orderlib.postgres.errors import translate, translate_errors
 
 #: How long `bootstrap`, and each migration of `migrate`, waits for a lock before it fails.
 LOCK_WITHIN_S = 60.0
@@ -39,7 +39,7 @@ def run_ddl(
     reported = ""
     while True:
         try:
-            with translated_errors(connection), connection.transaction():
+            with translate_errors(connection), connection.transaction():
                 try:
                     connection.execute(queries.LIMIT_DDL_LOCK_WAIT)
                     return work()
@@ -74,7 +74,7 @@ class _Conflict(Exception):
 
 def _lock_holders(connection: Connection) -> str:
     """Return the sessions that may hold the lock, as text."""
-    with translated_errors(connection):
+    with translate_errors(connection):
         rows = connection.execute(queries.LOCK_HOLDERS).fetchall()
     if not rows:
         return "another session"

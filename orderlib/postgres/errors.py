@@ -161,7 +161,7 @@ def sqlstates(error: BaseException | None) -> Iterator[str]:
 
 
 @contextmanager
-def translated_errors(connection: HasPGconn | None = None) -> Iterator[None]:
+def translate_errors(connection: HasPGconn | None = None) -> Iterator[None]:
     """Raise the library's error, ``from`` psycopg's, for an error of the block.
 
     Pass the connection that the block uses. If it was lost, an error of any class is an outage: psycopg then

@@ -10,7 +10,7 @@ from psycopg import sql
 from orderlib.errors import ConfigurationError
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
-from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.errors import translate_errors
 from orderlib.postgres.privileges import MIGRATOR, PRIVILEGES, ROLES
 from orderlib.postgres.schema import LATEST_MIGRATION, one_row
 
@@ -18,7 +18,7 @@ from orderlib.postgres.schema import LATEST_MIGRATION, one_row
 def check_privileges(connection: Connection, privileges: Sequence[tuple[str, str]]) -> None:
     """Raise ConfigurationError naming the first of these (table, privilege) that the session's role lacks."""
     wanted = {"tables": [table for table, _ in privileges], "privileges": [privilege for _, privilege in privileges]}
-    with translated_errors(connection):
+    with translate_errors(connection):
         missing = connection.execute(queries.MISSING_PRIVILEGES, wanted).fetchone()
     if missing:
         role, table, privilege = missing

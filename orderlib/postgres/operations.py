@@ -12,7 +12,7 @@ import attrs
 from orderlib.errors import ConfigurationError
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
-from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.errors import translate_errors
 from orderlib.postgres.schema import check_schema
 
 
@@ -35,7 +35,7 @@ def as_owner(connection: Connection) -> Iterator[None]:
 
     Raises ConfigurationError if the schema is missing or too old.
     """
-    with translated_errors(connection), connection.transaction():
+    with translate_errors(connection), connection.transaction():
         connection.execute(queries.BECOME_OWNER)
         connection.execute(queries.LIMIT_LOCK_WAIT)
         check_schema(connection)
@@ -44,7 +44,7 @@ def as_owner(connection: Connection) -> Iterator[None]:
 
 def stored_offsets(connection: Connection) -> list[StoredOffset]:
     """Return all stored offsets. Needs the reader's privileges only."""
-    with translated_errors(connection):
+    with translate_errors(connection):
         rows = connection.execute(queries.ALL_OFFSETS).fetchall()
     names = [field.name for field in attrs.fields(StoredOffset)]
     return [StoredOffset(**dict(zip(names, row, strict=True))) for row in rows]
@@ -55,7 +55,7 @@ def index_advice(connection: Connection) -> str | None:
 
     Their size is as of the last VACUUM or ANALYZE. Needs no privileges on the tables.
     """
-    with translated_errors(connection):
+    with translate_errors(connection):
         row = connection.execute(queries.OUTGROWN_BUFFERS).fetchone()
     if row is None:
         return None
@@ -84,7 +84,7 @@ def reset_offsets(connection: Connection, group: str, topic_id: str, next_offset
 
 def consumer_group(connection: Connection) -> str | None:
     """Return the consumer group that this database belongs to, or ``None`` before the first consumer started."""
-    with translated_errors(connection):
+    with translate_errors(connection):
         row = connection.execute(queries.GROUP).fetchone()
     return str(row[0]) if row else None
 
@@ -137,7 +137,7 @@ def forget_again(connection: Connection, digests: Collection[bytes]) -> Forgotte
 
 def forgotten(connection: Connection) -> list[bytes]:
     """Return the SHA-256 digests of all forgotten order_uids. Needs the reader's privileges only."""
-    with translated_errors(connection):
+    with translate_errors(connection):
         return [digest for (digest,) in connection.execute(queries.FORGOTTEN)]
 
 

@@ -30,11 +30,11 @@ from orderlib.errors import ConfigurationError, DatabaseUnavailable, OrderlibErr
 from orderlib.ingestion.retry import Backoff
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, connection_arguments, prepare_session
-from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translate, translated_errors
+from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translate, translate_errors
 from orderlib.postgres.hosts import connect_to_any
 from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.schema import check_schema
-from orderlib.postgres.wire import DeadlineExceeded, Wire, bounded
+from orderlib.postgres.wire import DeadlineExceeded, Wire, run_until
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class Session(Connection):
         remaining = self.deadline - time.monotonic()
         if timeout is not None:
             remaining = min(remaining, timeout)
-        steps = bounded(gen, time.monotonic() + remaining)
+        steps = run_until(gen, time.monotonic() + remaining)
         try:
             return waiting.wait(steps, self.pgconn.socket, max(0.0, min(interval, remaining)))
         except BaseException as exc:
@@ -305,7 +305,7 @@ class Pool:
         """Connect once. Return whether to connect again; if not, the opener is no longer counted."""
         with self._lock:
             waiting_before = set(self._waiters)
-        session, failure = self._connected()
+        session, failure = self._open_session()
         with self._lock:
             is_wanted = not self._closed and len(self._sessions) < self._max_connections
             if session is not None and is_wanted:
@@ -325,14 +325,14 @@ class Pool:
             session.close()
         return again
 
-    def _connected(self) -> tuple[Session | None, Exception | None]:
+    def _open_session(self) -> tuple[Session | None, Exception | None]:
         """Return a new session, or the error of the attempt."""
         try:
             session = Session(connect_to_any(self._arguments))
             try:
                 session.deadline = time.monotonic() + _SET_UP_WITHIN_S
                 limit_ms = max(1, int(self.timeout_s * _STATEMENT_SHARE * 1000))
-                with translated_errors(session):
+                with translate_errors(session):
                     prepare_session(session, self._arguments)
                     session.execute(sql.SQL(queries.SET_STATEMENT_TIMEOUT).format(limit_ms))
                     check_schema(session)

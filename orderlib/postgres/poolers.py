@@ -16,7 +16,7 @@ from psycopg.rows import TupleRow
 from orderlib.errors import ConfigurationError, OrderlibError
 from orderlib.postgres import queries
 from orderlib.postgres.hosts import connect_to_any
-from orderlib.postgres.wire import Statement, Wire, bounded
+from orderlib.postgres.wire import Statement, Wire, run_until
 
 #: A session pooler without a free session does not answer the second connection.
 _ANSWER_WITHIN_S = 1.0
@@ -49,7 +49,7 @@ def refuse_transaction_pooler(connection: psycopg.Connection[TupleRow], argument
         wire = Wire(pgconn, keeps_statements=False)
 
         def rows_of_second(*statements: Statement) -> list[object]:
-            steps = bounded(wire.pipeline(*statements), time.monotonic() + _ANSWER_WITHIN_S)
+            steps = run_until(wire.pipeline(*statements), time.monotonic() + _ANSWER_WITHIN_S)
             return [rows for rows in waiting.wait(steps, pgconn.socket, 0.1) if rows]
 
         try:

@@ -807,7 +807,7 @@ WHERE consumer_group = %(group)s AND topic_id = %(topic_id)s AND partition = %(p
 """
 
 
-def _readable(column: LiteralString) -> LiteralString:
+def _representable_time(column: LiteralString) -> LiteralString:
     """Return the SQL of a time, or of null if Python cannot represent it."""
     return f"CASE WHEN {column} >= '0001-01-01 00:00:00+00' AND {column} < '10000-01-01 00:00:00+00' THEN {column} END"
 
@@ -828,19 +828,19 @@ SELECT EXISTS (SELECT 1 FROM orders WHERE source_topic_id = %(topic_id)s)
 
 #: Every reject, with digests in place of its content.
 SNAPSHOT_REJECTS: LiteralString = f"""
-SELECT topic_id, partition, record_offset, topic, {_readable("record_time")},
+SELECT topic_id, partition, record_offset, topic, {_representable_time("record_time")},
     key_sha256, value_sha256, headers_sha256, code, faults_total, fault_paths,
-    {_readable("redriven_at")}, redrive_outcome,
+    {_representable_time("redriven_at")}, redrive_outcome,
     isfinite(rejected_at) AND coalesce(redriven_at >= rejected_at AND isfinite(redriven_at), true)
 FROM reject_digests
 """
 
 #: Every order with its digest, its source and a check of its times. Clocks may differ by a day.
 SNAPSHOT_ORDERS: LiteralString = f"""
-SELECT {", ".join(_readable(f"o.{name}") if name in ORDER_TIMES else f"o.{name}" for name in ORDER_COLUMNS)},
+SELECT {", ".join(_representable_time(f"o.{name}") if name in ORDER_TIMES else f"o.{name}" for name in ORDER_COLUMNS)},
     {_columns(DELIVERY_COLUMNS, "d.")}, {_columns(PAYMENT_COLUMNS, "p.")},
-    o.content_sha256, o.source_topic_id, o.source_partition, o.source_offset, {_readable("o.source_time")},
-    {_readable("o.stored_at")},
+    o.content_sha256, o.source_topic_id, o.source_partition, o.source_offset, {_representable_time("o.source_time")},
+    {_representable_time("o.stored_at")},
     isfinite(o.first_stored_at) AND o.first_stored_at <= o.stored_at AND o.stored_at < now() + interval '1 day',
     o.has_original
 FROM orders o LEFT JOIN delivery d USING (order_uid) LEFT JOIN payment p USING (order_uid)

@@ -35,8 +35,8 @@ from orderlib.repository import (
     RecordState,
     Stats,
     StoredOrder,
-    checked_type,
     is_position,
+    require_type,
 )
 from orderlib.search import SearchField, SearchText
 
@@ -63,7 +63,7 @@ class ReadQueries:
 
     def get_stored(self, order_uid: str) -> PQGen[StoredOrder]:
         """See ``OrderRepository.get_stored``."""
-        if not fits_postgres(checked_type("order_uid", order_uid, str)):
+        if not fits_postgres(require_type("order_uid", order_uid, str)):
             raise OrderNotFound(order_uid)
         joined, items = yield from self._orders(
             (queries.GET_ORDER, [order_uid]), (queries.GET_ITEMS, [order_uid]), [order_uid]
@@ -108,7 +108,7 @@ class ReadQueries:
 
     def _value(self, statement: LiteralString, order_uid: str) -> PQGen[Any]:
         """Return what a statement selects for an order. Raises OrderNotFound."""
-        if not fits_postgres(checked_type("order_uid", order_uid, str)):
+        if not fits_postgres(require_type("order_uid", order_uid, str)):
             raise OrderNotFound(order_uid)
         [rows] = yield from self._wire.pipeline((statement, [order_uid]))
         if not rows:
@@ -139,7 +139,7 @@ class ReadQueries:
             if self._is_one_snapshot(shown, versions):
                 break
         else:
-            raise _changing()
+            raise _conflict_error()
         if len(items) == MAX_PAGE_ITEMS:
             # The last order may be incomplete: read only as many orders as were complete. Each has at most 1,000 items.
             complete = len({row[0] for row in items}) - 1
@@ -161,7 +161,7 @@ class ReadQueries:
 
     def find(self, text: str, limit: int) -> PQGen[tuple[Match, ...]]:
         """See ``OrderRepository.find``. The caller has checked the limit."""
-        search = SearchText.parse(checked_type("text", text, str))
+        search = SearchText.parse(require_type("text", text, str))
         if search is None:
             return ()
         parameters = {
@@ -289,7 +289,7 @@ class ReadQueries:
             )
             if self._is_one_snapshot(orders, versions):
                 return orders, of_items
-        raise _changing()
+        raise _conflict_error()
 
     def _versions(self, order_uids: list[str]) -> list[Statement]:
         """Return a query of the versions for a caller's transaction, where each statement may have its own snapshot."""
@@ -333,7 +333,7 @@ class PageReader:
         return page
 
 
-def _changing() -> TransactionConflict:
+def _conflict_error() -> TransactionConflict:
     return TransactionConflict("other writers keep replacing these orders")
 
 

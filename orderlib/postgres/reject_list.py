@@ -9,7 +9,7 @@ import attrs
 
 from orderlib.contract import fits_postgres
 from orderlib.errors import Fault
-from orderlib.repository import MAX_OFFSET, MAX_PARTITION, PAGE_SIZE, encoded_cursor, parsed_cursor
+from orderlib.repository import MAX_OFFSET, MAX_PARTITION, PAGE_SIZE, encode_cursor, parse_cursor
 
 
 @attrs.frozen(kw_only=True)
@@ -35,12 +35,12 @@ class RejectCursor:
 
     def __str__(self) -> str:
         time = self.rejected_at.astimezone(dt.UTC).isoformat()
-        return encoded_cursor(f"{time} {self.partition} {self.offset} {self.topic_id}")
+        return encode_cursor(f"{time} {self.partition} {self.offset} {self.topic_id}")
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Return the cursor that ``str`` encoded. Raises InvalidQuery for any other text."""
-        return parsed_cursor(text, cls._of_plain)
+        return parse_cursor(text, cls._of_plain)
 
     @classmethod
     def _of_plain(cls, plain: str) -> Self:

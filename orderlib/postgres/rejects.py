@@ -14,7 +14,7 @@ from orderlib.ingestion.records import OrderChange, Record, Reject, Tombstones, 
 from orderlib.postgres import queries
 from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
 from orderlib.postgres.connections import Connection
-from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.errors import translate_errors
 from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.reject_list import RejectPage, RejectPosition, RejectQuery
 from orderlib.postgres.rows import pack_rows
@@ -52,7 +52,7 @@ class PostgresReader(AsyncPostgresOrderRepository):
 def list_rejects(connection: Connection, query: RejectQuery) -> tuple[RejectPage, int]:
     """Return a page of the list of rejects, and how many match in total."""
     reads = ReadQueries(Wire(connection.pgconn, keeps_statements=False))
-    with translated_errors(connection):
+    with translate_errors(connection):
         return connection.wait(reads.list_rejects(query)), connection.wait(reads.count_rejects(query))
 
 
@@ -63,7 +63,7 @@ def get_reject(connection: Connection, position: RejectPosition, max_bytes: int)
     """
     found = False
     which = {**attrs.asdict(position), "max_bytes": max_bytes}
-    with translated_errors(connection), connection.cursor(row_factory=dict_row) as cursor:
+    with translate_errors(connection), connection.cursor(row_factory=dict_row) as cursor:
         for row in cursor.stream(queries.GET_REJECT, which, binary=True):
             found = True
             for part in ("key", "value", "headers"):
@@ -93,7 +93,7 @@ def redrive(
     after = ("", -1, -1)
     while True:
         try:
-            with translated_errors(connection), connection.transaction():
+            with translate_errors(connection), connection.transaction():
                 last, outcomes = _redrive_batch(connection, max_bytes, code, position, after, tombstones)
         except TransactionConflict:
             continue

@@ -13,7 +13,7 @@ from typing import ClassVar, NoReturn, Self, TypeVar, Unpack
 from psycopg.abc import PQGen
 
 from orderlib.errors import DatabaseUnavailable, OrderNotFound
-from orderlib.ingestion.records import PreparedOrder, prepared
+from orderlib.ingestion.records import PreparedOrder, prepare_order
 from orderlib.models import Order
 from orderlib.postgres.pool import READ_ERRORS, WRITE_ERRORS, Call, Pool, Session, ThreadWaiter
 from orderlib.postgres.reads import PageReader, ReadQueries
@@ -33,7 +33,7 @@ from orderlib.repository import (
     Stats,
     StoredOrder,
     check_limit,
-    checked_uids,
+    require_uids,
 )
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class OrderRepositoryBase(ABC):
 
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
         """See ``OrderRepository.get_many``."""
-        wanted = checked_uids(order_uids)
+        wanted = require_uids(order_uids)
         return self._read(lambda read_queries: read_queries.get_many(wanted))
 
     def content_sha256(self, order_uid: str) -> bytes:
@@ -140,7 +140,7 @@ class OrderRepositoryBase(ABC):
 
     def save(self, order: Order, *, original: bytes | None = None) -> Outcome:
         """See ``OrderRepository.save``."""
-        [outcome] = self._save([prepared(order, original, pack_rows=pack_rows)])
+        [outcome] = self._save([prepare_order(order, original, pack_rows=pack_rows)])
         return outcome
 
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:

@@ -15,8 +15,8 @@ from orderlib.postgres.connections import Connection, connection_arguments, open
 from orderlib.postgres.ddl import ignore_message, run_ddl
 from orderlib.postgres.grants import correct_grants
 from orderlib.postgres.privileges import MIGRATOR, OWNER, READER, ROLES, WRITER
-from orderlib.postgres.schema import one_row, quoted, require_utf8, schema_to_set_up
-from orderlib.repository import checked_type
+from orderlib.postgres.schema import one_row, quote_identifier, require_utf8, schema_to_set_up
+from orderlib.repository import require_type
 
 #: The errors of a correction that this role may not make.
 _NOT_ALLOWED = (
@@ -73,7 +73,7 @@ def bootstrap(
     """
     passwords = {MIGRATOR: migrator_password, WRITER: writer_password, READER: reader_password}
     given = {
-        role: checked_type(f"the password of {role}", password, str)
+        role: require_type(f"the password of {role}", password, str)
         for role, password in passwords.items()
         if password is not None
     }
@@ -172,7 +172,9 @@ def _correct_grants_as_owner(connection: Connection, schema: str) -> tuple[list[
     if found:
         return corrected, []
     return [], [
-        _unchecked(schema, f"role {OWNER} lacks USAGE on it: GRANT USAGE ON SCHEMA {quoted(schema)} TO {OWNER}")
+        _unchecked(
+            schema, f"role {OWNER} lacks USAGE on it: GRANT USAGE ON SCHEMA {quote_identifier(schema)} TO {OWNER}"
+        )
     ]
 
 

@@ -12,7 +12,7 @@ from psycopg.rows import TupleRow
 from orderlib.errors import ConfigurationError
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
-from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.errors import translate_errors
 
 _FILE = re.compile(r"(\d{4})_\w+\.sql")
 
@@ -28,7 +28,7 @@ LATEST_MIGRATION = max(migrations())
 
 def check_schema(connection: Connection) -> None:
     """Raise ConfigurationError, with the remedy, if the schema is missing or older than this program needs."""
-    with translated_errors(connection):
+    with translate_errors(connection):
         location = one_row(connection, queries.SCHEMA_LOCATION)
         number = one_row(connection, queries.SCHEMA_NUMBER)[0] if location[0] else None
     require_schema(location, number)
@@ -55,7 +55,8 @@ def tables_elsewhere_error(role: str, search_path: str, schema: str, *, is_usabl
         )
     return ConfigurationError(
         f"the tables are in schema {schema}, but the search_path of role {role} is {search_path}: "
-        f"run ALTER ROLE {quoted(role)} SET search_path = {quoted(schema)}, or set it in the URL's options"
+        f"run ALTER ROLE {quote_identifier(role)} SET search_path = {quote_identifier(schema)}, "
+        "or set it in the URL's options"
     )
 
 
@@ -83,7 +84,7 @@ def require_utf8(connection: Connection) -> None:
         raise ConfigurationError(f"the encoding of the database is {encoding}, but orderlib needs UTF8")
 
 
-def quoted(name: str) -> str:
+def quote_identifier(name: str) -> str:
     """Return an identifier as SQL."""
     return sql.Identifier(name).as_string()
 

@@ -19,7 +19,7 @@ from orderlib.contract import fits_postgres
 from orderlib.errors import DatabaseUnavailable, OrderNotFound
 from orderlib.postgres.pool import Call
 from orderlib.postgres.reads import ReadQueries
-from orderlib.repository import checked_type
+from orderlib.repository import require_type
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ class SharedRead(Generic[T]):
 
         Of the errors, only an outage is common to calls that share a read.
         """
-        if not fits_postgres(checked_type("order_uid", order_uid, str)):
+        if not fits_postgres(require_type("order_uid", order_uid, str)):
             raise OrderNotFound(order_uid)
         if not self._in_flight:
             self._in_flight += 1

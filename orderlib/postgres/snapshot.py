@@ -18,7 +18,7 @@ from orderlib.ingestion.reconcile import (
 )
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, open_connection
-from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.errors import translate_errors
 from orderlib.postgres.rows import JOINED_WIDTH, order_from_rows
 from orderlib.postgres.schema import check_schema
 from orderlib.postgres.using import using
@@ -152,7 +152,7 @@ def snapshot(url: str, application_name: str) -> Iterator[Snapshot]:
 
     Raises DatabaseUnavailable or ConfigurationError.
     """
-    with open_connection(url, application_name=application_name) as connection, translated_errors(connection):
+    with open_connection(url, application_name=application_name) as connection, translate_errors(connection):
         check_schema(connection)
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True

@@ -15,11 +15,11 @@ from orderlib.errors import ConfigurationError
 from orderlib.ingestion.records import PreparedOrder
 from orderlib.postgres import queries
 from orderlib.postgres.async_repository import AsyncOrderRepositoryBase
-from orderlib.postgres.errors import translated_errors
+from orderlib.postgres.errors import translate_errors
 from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.repository import OrderRepositoryBase
 from orderlib.postgres.wire import Wire
-from orderlib.postgres.writes import accepted
+from orderlib.postgres.writes import store_all
 from orderlib.repository import (
     AsyncOrderRepository,
     ListQuery,
@@ -70,7 +70,7 @@ class CallerOrderRepository(OrderRepositoryBase):
         return self._run(read(self._read_queries))
 
     def _save(self, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:
-        return self._run(accepted(self._wire, prepared_orders))
+        return self._run(store_all(self._wire, prepared_orders))
 
     def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
         """See ``OrderRepository.wait_until_handled``."""
@@ -85,7 +85,7 @@ class CallerOrderRepository(OrderRepositoryBase):
 
     def _run(self, steps: PQGen[T]) -> T:
         connection = self._connection
-        with translated_errors(connection):
+        with translate_errors(connection):
             while True:
                 with connection.lock:
                     if not _must_begin(connection):
@@ -107,7 +107,7 @@ class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
         return await self._run(read(self._read_queries))
 
     async def _save(self, prepared_orders: list[PreparedOrder]) -> Counter[Outcome]:
-        return await self._run(accepted(self._wire, prepared_orders))
+        return await self._run(store_all(self._wire, prepared_orders))
 
     async def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
         """See ``OrderRepository.wait_until_handled``."""
@@ -122,7 +122,7 @@ class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
 
     async def _run(self, steps: PQGen[T]) -> T:
         connection = self._connection
-        with translated_errors(connection):
+        with translate_errors(connection):
             while True:
                 async with connection.lock:
                     if not _must_begin(connection):

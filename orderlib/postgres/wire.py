@@ -41,7 +41,7 @@ class DeadlineExceeded(OrderlibError):
     """The deadline of a call passed while it waited for PostgreSQL. The repository translates it."""
 
 
-def bounded(steps: PQGen[T], deadline: float) -> PQGen[T]:
+def run_until(steps: PQGen[T], deadline: float) -> PQGen[T]:
     """Run a generator for psycopg's ``wait`` functions until the deadline, then raise DeadlineExceeded."""
     try:
         wait = next(steps)

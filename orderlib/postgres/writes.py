@@ -79,7 +79,7 @@ class Save:
         self.committing = False
         yield from wire.pipeline((queries.BEGIN_WRITE, ()))
         try:
-            outcomes = yield from accepted(wire, self._prepared_orders)
+            outcomes = yield from store_all(wire, self._prepared_orders)
         except Exception:
             with contextlib.suppress(psycopg.Error):
                 yield from wire.pipeline((queries.ROLLBACK, ()))
@@ -89,7 +89,7 @@ class Save:
         return outcomes
 
 
-def accepted(wire: Wire, prepared_orders: Sequence[PreparedOrder]) -> PQGen[Counter[Outcome]]:
+def store_all(wire: Wire, prepared_orders: Sequence[PreparedOrder]) -> PQGen[Counter[Outcome]]:
     """Store all orders or none inside the caller's transaction, and count their outcomes.
 
     Raises RefusedByDatabase naming the first order at fault; the caller rolls back then.
@@ -114,7 +114,7 @@ def _has_changed(wire: Wire, changes: Sequence[OrderChange], seen: Mapping[str, 
         return True
     uids = _uids(changes)
     rows, erased = yield from wire.pipeline((queries.STORED_STATES, [uids]), (queries.ERASED_STATES, [uids]))
-    return {**_erased(erased), **versions_of(rows)} != seen
+    return {**_erased_versions(erased), **versions_of(rows)} != seen
 
 
 def _store_in_savepoint(
@@ -145,9 +145,9 @@ def _store(
         (queries.CLOCK, ()),
     )
     assert isinstance(now, dt.datetime)
-    stored, erased = versions_of(rows), _erased(erased_rows)
+    stored, erased = versions_of(rows), _erased_versions(erased_rows)
     seen.update({**erased, **stored})
-    plan = planner(changes, seen, _forgotten(changes, {digest for (digest,) in digests}) if digests else ())
+    plan = planner(changes, seen, _find_forgotten(changes, {digest for (digest,) in digests}) if digests else ())
     written = [change.order_uid for change in plan.writes]
     tombstones = [change for change in (*plan.writes, *plan.moves.values()) if isinstance(change, Tombstone)]
     moves = [change for change in plan.moves.values() if isinstance(change, PreparedOrder)]
@@ -182,7 +182,7 @@ def versions_of(rows: Iterable[Row]) -> dict[str, StoredVersion]:
     return stored
 
 
-def _erased(rows: Iterable[Row]) -> dict[str, StoredVersion]:
+def _erased_versions(rows: Iterable[Row]) -> dict[str, StoredVersion]:
     return {
         order_uid: StoredVersion(
             content_sha256=None,
@@ -194,7 +194,7 @@ def _erased(rows: Iterable[Row]) -> dict[str, StoredVersion]:
     }
 
 
-def _forgotten(changes: Iterable[OrderChange], digests: Container[object]) -> set[str]:
+def _find_forgotten(changes: Iterable[OrderChange], digests: Container[object]) -> set[str]:
     """Return the order_uids with these digests."""
     uids = {change.order_uid for change in changes}
     return {uid for uid in uids if hashlib.sha256(uid.encode()).digest() in digests}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Unpack
 
 from orderlib.errors import REJECT_CODES, OrderNotFound
-from orderlib.ingestion.records import PreparedOrder, StoredVersion, plan_writes, prepared
+from orderlib.ingestion.records import PreparedOrder, StoredVersion, plan_writes, prepare_order
 from orderlib.models import Order
 from orderlib.repository import (
     COUNT_LIMIT,
@@ -27,9 +27,9 @@ from orderlib.repository import (
     Stats,
     StoredOrder,
     check_limit,
-    checked_type,
-    checked_uids,
     is_position,
+    require_type,
+    require_uids,
 )
 from orderlib.search import SearchField, SearchText, lower_ascii, phone_digits
 
@@ -53,14 +53,14 @@ class MemoryStore:
     def get_stored(self, order_uid: str) -> StoredOrder:
         """See ``OrderRepository.get_stored``."""
         with self._lock:
-            stored = self._stored.get(checked_type("order_uid", order_uid, str))
+            stored = self._stored.get(require_type("order_uid", order_uid, str))
         if stored is None:
             raise OrderNotFound(order_uid)
         return stored
 
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
         """See ``OrderRepository.get_many``."""
-        wanted = checked_uids(order_uids)
+        wanted = require_uids(order_uids)
         with self._lock:
             return {uid: self._stored[uid].order for uid in wanted if uid in self._stored}
 
@@ -71,7 +71,7 @@ class MemoryStore:
     def original(self, order_uid: str) -> bytes | None:
         """See ``OrderRepository.original``."""
         with self._lock:
-            if checked_type("order_uid", order_uid, str) not in self._stored:
+            if require_type("order_uid", order_uid, str) not in self._stored:
                 raise OrderNotFound(order_uid)
             return self._originals.get(order_uid)
 
@@ -93,7 +93,7 @@ class MemoryStore:
     def find(self, text: str, limit: int) -> tuple[Match, ...]:
         """See ``OrderRepository.find``."""
         check_limit(limit)
-        search = SearchText.parse(checked_type("text", text, str))
+        search = SearchText.parse(require_type("text", text, str))
         with self._lock:
             listed = sorted(self._stored.values(), key=lambda stored: _position(stored.cursor), reverse=True)
         found = [(stored, fields) for stored in listed if search and (fields := _matching(stored.order, search))]
@@ -150,7 +150,7 @@ class MemoryStore:
 
     def save(self, order: Order, *, original: bytes | None = None) -> Outcome:
         """See ``OrderRepository.save``."""
-        [outcome] = self._save([order], [prepared(order, original)])
+        [outcome] = self._save([order], [prepare_order(order, original)])
         return outcome
 
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:

@@ -57,7 +57,7 @@ def _export(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         # On a terminal the lines themselves show the progress.
         progress = None if sys.stdout.isatty() else ProgressLine("orders")
         shown_s = time.monotonic()
-        for stored in _selected(stored_orders, options.customer, options.since):
+        for stored in _select_orders(stored_orders, options.customer, options.since):
             if stop_event.is_set():
                 break
             _print_line(_line(stored_orders, stored))
@@ -75,7 +75,9 @@ def _export(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return EXIT_DONE
 
 
-def _selected(stored_orders: Snapshot, customer_id: str | None, since: dt.datetime | None) -> Iterator[StoredOrder]:
+def _select_orders(
+    stored_orders: Snapshot, customer_id: str | None, since: dt.datetime | None
+) -> Iterator[StoredOrder]:
     filters: Filters = {"customer_id": customer_id}
     # An old order may have changed lately, and no index knows when: read them all.
     return (stored for stored in stored_orders.stream(**filters) if since is None or stored.stored_at >= since)

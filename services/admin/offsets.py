@@ -152,7 +152,7 @@ def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         if not mine:
             which = "" if options.partition is None else f"[{options.partition}]"
             raise ConfigurationError(f"no offsets of topic {log.topic}{which} are stored")
-        wanted = {partition: offset for partition, offset in _wanted(options, log).items() if partition in mine}
+        wanted = {partition: offset for partition, offset in _target_offsets(options, log).items() if partition in mine}
         rows = [
             {
                 "partition": partition,
@@ -205,7 +205,7 @@ def _set_group(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return EXIT_DONE
 
 
-def _wanted(options: argparse.Namespace, log: TopicReader) -> dict[int, int]:
+def _target_offsets(options: argparse.Namespace, log: TopicReader) -> dict[int, int]:
     if options.to_earliest:
         return log.earliest()
     if options.to_latest:

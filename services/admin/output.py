@@ -23,14 +23,14 @@ def printable(text: str) -> str:
     Inside a JSON text the result is still the same JSON. Line feeds stay.
     """
     pieces = (text[start : start + _PIECE] for start in range(0, len(text), _PIECE))
-    return "".join(piece if piece.isprintable() else _escaped_piece(piece) for piece in pieces)
+    return "".join(piece if piece.isprintable() else _escape_piece(piece) for piece in pieces)
 
 
-def _escaped_piece(text: str) -> str:
-    return "".join(char if char.isprintable() or char == "\n" else _escaped(char) for char in text)
+def _escape_piece(text: str) -> str:
+    return "".join(char if char.isprintable() or char == "\n" else _escape_character(char) for char in text)
 
 
-def _escaped(char: str) -> str:
+def _escape_character(char: str) -> str:
     return json.dumps(char, ensure_ascii=True)[1:-1] if char != "\x7f" else "\\u007f"
 
 

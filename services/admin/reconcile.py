@@ -135,7 +135,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             proof.on_orphan(table, order_uid)
     findings.add(proof.findings())
     findings.total += proof.unlisted
-    findings.add(_unaccounted(missing, first, next_offsets))
+    findings.add(_explain_missing(missing, first, next_offsets))
     _report(options, proof, findings, several)
     return EXIT_FAILED if findings.total else EXIT_DONE
 
@@ -161,7 +161,9 @@ def _compare(record: Record, missing: Manifest) -> Iterator[Finding]:
         )
 
 
-def _unaccounted(missing: Manifest, earliest: Mapping[int, int], next_offsets: Mapping[int, int]) -> Iterator[Finding]:
+def _explain_missing(
+    missing: Manifest, earliest: Mapping[int, int], next_offsets: Mapping[int, int]
+) -> Iterator[Finding]:
     for (partition, offset), acknowledged in missing.items():
         if offset >= next_offsets.get(partition, 0):
             what = "acknowledged, but not handled yet"

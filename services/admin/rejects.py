@@ -152,15 +152,17 @@ def _show(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             headers = reject["headers"]
             plain = {
                 **reject,
-                "key": _shown(reject["key"]),
-                "value": _shown(reject["value"]),
-                "headers": json.loads(headers.content) if headers and headers.is_complete else _shown(headers),
+                "key": _prefix_to_plain(reject["key"]),
+                "value": _prefix_to_plain(reject["value"]),
+                "headers": json.loads(headers.content)
+                if headers and headers.is_complete
+                else _prefix_to_plain(headers),
             }
             print(printable(json.dumps(plain, indent=2, ensure_ascii=False, default=lambda value: value.isoformat())))
     return EXIT_DONE
 
 
-def _shown(part: Prefix | None) -> dict[str, object] | None:
+def _prefix_to_plain(part: Prefix | None) -> dict[str, object] | None:
     if part is None:
         return None
     size = {} if part.is_complete else {"shown_bytes": len(part.content), "size_bytes": part.size_bytes}

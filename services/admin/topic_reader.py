@@ -11,7 +11,7 @@ from confluent_kafka.admin import ConfigResource, OffsetSpec, ResourceType
 from orderlib.errors import ConfigurationError
 from orderlib.ingestion.records import Record
 from services.kafka import REQUEST_TIMEOUT_S, SILENT, Cluster, record_of
-from services.kafka_errors import NO_GROUP_RIGHT, PARTITION_EOF, translate, translated_errors
+from services.kafka_errors import NO_GROUP_RIGHT, PARTITION_EOF, translate_kafka_error, translate_kafka_errors
 from services.settings import KafkaSettings
 
 #: What librdkafka may fetch ahead: in KiB in total, in bytes for each partition and for each request. A larger record
@@ -105,7 +105,7 @@ class TopicReader:
     def _fetch(self, consumer: Consumer, open_until: dict[int, int]) -> Iterator[Record]:
         answered_at_s = time.monotonic()
         while open_until:
-            with translated_errors():
+            with translate_kafka_errors():
                 # Wait for one message, then take those that are fetched already: waiting for more would exceed the
                 # limit of the queue.
                 messages = consumer.consume(1, _POLL_S)
@@ -119,7 +119,7 @@ class TopicReader:
                 if error is not None and error.code() == NO_GROUP_RIGHT:
                     continue  # librdkafka asks for the coordinator of the group, which is not needed here
                 if error is not None and error.code() != PARTITION_EOF:
-                    raise translate(error, message)
+                    raise translate_kafka_error(error, message)
                 if partition not in open_until or offset is None:
                     continue
                 if error is None and offset < open_until[partition]:

@@ -156,7 +156,7 @@ class OrdersResource:
         if not prefers_page(req):
             resp.set_header("Cache-Control", _REVALIDATE)
             resp.content_type = falcon.MEDIA_JSON
-            resp.data = _encoded(page, direction, encode)
+            resp.data = _encode_page(page, direction, encode)
             return
         if direction is Direction.NEWER and page.next_cursor is None and len(page.orders) < limit:
             # Back at the top: show a full page, not only the few orders that are newer.
@@ -206,7 +206,7 @@ def _with_meta(stored: StoredOrder) -> bytes:
     return encode_order(stored.order)[:-1] + b',"meta":' + msgspec.json.encode(meta) + b"}"
 
 
-def _encoded(page: Page, direction: Direction, encode: Callable[[StoredOrder], bytes]) -> bytes:
+def _encode_page(page: Page, direction: Direction, encode: Callable[[StoredOrder], bytes]) -> bytes:
     orders = b",".join(map(encode, page.orders))
     next_cursor = _cursor_text(page.next_cursor, direction) if page.next_cursor else None
     return b'{"orders":[%b],"next_cursor":%b}' % (orders, msgspec.json.encode(next_cursor))

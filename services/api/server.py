@@ -218,7 +218,7 @@ class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
 
     def init_process(self) -> None:
         gasgi.ASGIProtocol = _Protocol  # gunicorn has no setting for it
-        files = max(_raised_file_limit() - OTHER_FILES, MAX_METRICS_CONNECTIONS)
+        files = max(_raise_file_limit() - OTHER_FILES, MAX_METRICS_CONNECTIONS)
         self._connections = _Connections(min(MAX_CONNECTIONS, files))
         self._metrics_connections = _Connections(MAX_METRICS_CONNECTIONS)
         super().init_process()
@@ -246,7 +246,7 @@ class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
         await super()._shutdown()
 
 
-def _raised_file_limit() -> int:
+def _raise_file_limit() -> int:
     """Raise the soft limit of open files as far as needed and as the hard limit allows. Return the new limit."""
     wanted = MAX_CONNECTIONS + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -24,8 +24,8 @@ from services.kafka_errors import (
     PARTITION_EOF,
     KafkaErrorAction,
     classify_kafka_error,
-    translate,
-    translated_errors,
+    translate_kafka_error,
+    translate_kafka_errors,
 )
 from services.program import event
 from services.settings import ConsumerSettings
@@ -55,7 +55,7 @@ class KafkaConsumer(KafkaClient):
         #: Errors that librdkafka reported outside of the messages, and that must stop the consumer.
         self._fatal: list[OrderlibError] = []
         properties = settings.kafka.client_properties()
-        with translated_errors():
+        with translate_kafka_errors():
             self._consumer = Consumer(
                 {
                     # In the new protocol (KIP-848) the group decides all that, and librdkafka refuses the properties.
@@ -145,7 +145,7 @@ class KafkaConsumer(KafkaClient):
     def fetch(self, topic_ids: Mapping[str, str], limit: int, timeout_s: float) -> list[PollResult]:
         """Return the records and other events that are ready, at most ``limit`` messages. Wait for the first one."""
         # consume() with a timeout would wait until there are as many as the limit.
-        with translated_errors():
+        with translate_kafka_errors():
             first = self._consumer.poll(timeout_s)
             messages = [] if first is None else [first]
             if messages and limit > 1:
@@ -158,7 +158,7 @@ class KafkaConsumer(KafkaClient):
 
     def assign(self, next_offsets: Mapping[TopicPartition, int]) -> None:
         """Start to fetch these assigned partitions, each from its offset."""
-        with translated_errors():
+        with translate_kafka_errors():
             # librdkafka keeps a partition paused that was revoked while paused.
             self._consumer.resume(_without_offsets(next_offsets))
             self._consumer.incremental_assign(_with_offsets(next_offsets))
@@ -166,17 +166,17 @@ class KafkaConsumer(KafkaClient):
 
     def seek(self, partition: TopicPartition, next_offset: int) -> None:
         """Fetch this partition from this offset."""
-        with translated_errors():
+        with translate_kafka_errors():
             self._consumer.seek(KafkaPartition(*partition, next_offset))
 
     def pause(self) -> None:
         """Stop fetching until ``resume``."""
-        with translated_errors():
+        with translate_kafka_errors():
             self._consumer.pause(_without_offsets(self._assigned))
 
     def resume(self) -> None:
         """Fetch all assigned partitions again."""
-        with translated_errors():
+        with translate_kafka_errors():
             self._consumer.resume(_without_offsets(self._assigned))
 
     def commit(self, next_offsets: Mapping[TopicPartition, int]) -> None:
@@ -201,7 +201,7 @@ class KafkaConsumer(KafkaClient):
                 event("kafka_unreachable", logging.WARNING, reason=self.unreachable_message)
                 self._request_until_up()
         elif classify_kafka_error(error) is KafkaErrorAction.STOP:
-            self._fatal.append(translate(error))
+            self._fatal.append(translate_kafka_error(error))
 
     def _take_fatal(self) -> list[PollResult]:
         fatal, self._fatal = self._fatal, []
@@ -213,7 +213,7 @@ class KafkaConsumer(KafkaClient):
 
     def _on_response(self, future: Future[TopicDescription]) -> None:
         error = future.exception()
-        if isinstance(error, KafkaException) and isinstance(translate(error.args[0]), BrokerUnavailable):
+        if isinstance(error, KafkaException) and isinstance(translate_kafka_error(error.args[0]), BrokerUnavailable):
             if self._down.is_set():
                 self._request_until_up()
         else:
@@ -237,7 +237,7 @@ class KafkaConsumer(KafkaClient):
                 "records were lost before they were stored; see `python -m services.admin offsets`"
             )
             return FetchFailed(failed, lost)
-        return FetchFailed(failed, translate(error, message))
+        return FetchFailed(failed, translate_kafka_error(error, message))
 
     def _on_reachable(self) -> None:
         if self._down.is_set():

@@ -62,18 +62,18 @@ _SEEDED_TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
 def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     """Run the sender and return its exit status."""
-    options = _parsed(arguments)
+    options = _parse_options(arguments)
     settings = KafkaSettings.from_mapping(environ)
     reader_url = database_url(environ, "ORDERS_READER_URL") if options.wait else ""
     with contextlib.ExitStack() as stack:
         try:
-            source = _opened(options.file, stack)
+            source = _open_input(options.file, stack)
             manifest = Manifest(options.manifest, source) if options.manifest else None
         except OSError as exc:
             raise ConfigurationError(f"{exc.filename}: {exc.strerror}") from exc
         if manifest is not None:
             stack.callback(manifest.close)
-        values = _generated(options) if source is None else _read(options, source)
+        values = _generated_values(options) if source is None else _input_values(options, source)
         sent_records = None
         if options.wait:
             reader = stack.enter_context(PositionReader.connect(reader_url, application_name="orderlib-sender"))
@@ -97,7 +97,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         return sending.report()
 
 
-def _opened(path: str | None, stack: contextlib.ExitStack) -> int | None:
+def _open_input(path: str | None, stack: contextlib.ExitStack) -> int | None:
     """Return the file descriptor of the input; ``None`` if orders are generated. Raises OSError."""
     if path is None:
         return None
@@ -110,7 +110,7 @@ def _opened(path: str | None, stack: contextlib.ExitStack) -> int | None:
     return sys.stdin.fileno()
 
 
-def _read(options: argparse.Namespace, source: int) -> Iterator[bytes | None]:
+def _input_values(options: argparse.Namespace, source: int) -> Iterator[bytes | None]:
     values = lines(source, idle_s=_MAX_WAIT_S)
     return values if options.any else warn_about_invalid(values, "stdin" if options.file == "-" else options.file)
 
@@ -225,7 +225,7 @@ class _Sending:
         )
 
 
-def _parsed(arguments: list[str]) -> argparse.Namespace:
+def _parse_options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m services.sender",
         description=DESCRIPTION,
@@ -301,7 +301,7 @@ def _rate(text: str) -> float:
     raise argparse.ArgumentTypeError("must be a number above 0")
 
 
-def _generated(options: argparse.Namespace) -> Iterator[bytes]:
+def _generated_values(options: argparse.Namespace) -> Iterator[bytes]:
     if options.seed is None:
         rng, clock = Random(), lambda: dt.datetime.now(dt.UTC)  # noqa: S311 - generated orders, no secret
     else:

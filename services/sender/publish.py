@@ -12,7 +12,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from orderlib.models import Order
 from services.kafka import SILENT, Cluster, known
-from services.kafka_errors import translated_errors
+from services.kafka_errors import translate_kafka_errors
 from services.program import event
 from services.sender.manifest import Manifest
 from services.settings import KafkaSettings
@@ -65,7 +65,7 @@ class Publisher:
         self.failed = 0
         #: The error of the first record that failed.
         self.first_failure: KafkaError | None = None
-        with translated_errors():
+        with translate_kafka_errors():
             self._producer = Producer(
                 {
                     "message.max.bytes": _MAX_VALUE_BYTES,
@@ -115,7 +115,7 @@ class Publisher:
 
         Raises ConfigurationError if an ACL is missing, or if the manifest cannot be written.
         """
-        with translated_errors():
+        with translate_kafka_errors():
             self._producer.poll(timeout_s)
         if self._manifest is not None and self._lines:
             written = b"".join(self._lines)

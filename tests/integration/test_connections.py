@@ -605,11 +605,11 @@ def test_a_conflict_with_recovery_is_retried_once(
         if left and getattr(steps, "__name__", "") == "get_stored":
             left -= 1
             raise conflict(code)
-        return (yield from bounded(steps, deadline))
+        return (yield from run_until(steps, deadline))
 
-    bounded = wire.bounded
-    monkeypatch.setattr(pool, "bounded", conflicting)
-    monkeypatch.setattr("orderlib.postgres.async_repository.bounded", conflicting)
+    run_until = wire.run_until
+    monkeypatch.setattr(pool, "run_until", conflicting)
+    monkeypatch.setattr("orderlib.postgres.async_repository.run_until", conflicting)
 
     async def ask() -> orderlib.Order:
         async with AsyncPostgresOrderRepository(stored.reader_url) as reader:
@@ -635,10 +635,10 @@ def test_a_read_never_raises_refused_by_database(stored: Database, monkeypatch: 
     def failing(steps: PQGen[object], deadline: float) -> PQGen[object]:
         if getattr(steps, "__name__", "") == "get_stored":
             raise conflict(code)
-        return (yield from bounded(steps, deadline))
+        return (yield from run_until(steps, deadline))
 
-    bounded = wire.bounded
-    monkeypatch.setattr(pool, "bounded", failing)
+    run_until = wire.run_until
+    monkeypatch.setattr(pool, "run_until", failing)
     with orderlib.connect(stored.reader_url) as repository, pytest.raises(ConfigurationError, match=code):
         repository.get(UID)
 

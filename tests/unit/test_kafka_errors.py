@@ -14,8 +14,8 @@ from services.kafka_errors import (
     KafkaErrorAction,
     UnreadableRecord,
     classify_kafka_error,
-    translate,
-    translated_errors,
+    translate_kafka_error,
+    translate_kafka_errors,
 )
 
 #: Every code that the client library knows, by name.
@@ -37,7 +37,7 @@ def test_an_error_is_translated_according_to_the_table_and_names_its_code() -> N
         KafkaErrorAction.STOP: OrderlibError,
     }
     for name, code in CODES.items():
-        error = translate(KafkaError(code, "what happened"))
+        error = translate_kafka_error(KafkaError(code, "what happened"))
         assert type(error) is kinds[ACTIONS[code]], name
         assert "what happened" in str(error)
         assert name in str(error)
@@ -47,8 +47,8 @@ def test_an_error_is_translated_according_to_the_table_and_names_its_code() -> N
 def test_an_unknown_code_stops_the_program_unless_it_is_retriable(*, retriable: bool, action: KafkaErrorAction) -> None:
     error = KafkaError(999, "from the future", retriable=retriable)
     assert classify_kafka_error(error) is action
-    assert isinstance(translate(error), TransientError) == retriable
-    assert "999" in str(translate(error))
+    assert isinstance(translate_kafka_error(error), TransientError) == retriable
+    assert "999" in str(translate_kafka_error(error))
 
 
 def test_a_fatal_error_stops_the_program_for_any_code() -> None:
@@ -58,12 +58,12 @@ def test_a_fatal_error_stops_the_program_for_any_code() -> None:
 
 def test_the_original_error_is_the_cause() -> None:
     original = KafkaException(KafkaError(CODES["TOPIC_AUTHORIZATION_FAILED"]))
-    with pytest.raises(ConfigurationError) as error, translated_errors():
+    with pytest.raises(ConfigurationError) as error, translate_kafka_errors():
         raise original
     assert error.value.__cause__ is original
 
 
 def test_an_error_is_one_line() -> None:
-    assert str(translate(KafkaError(CODES["_INVALID_ARG"], "outside the\nallowed range\n"))) == (
+    assert str(translate_kafka_error(KafkaError(CODES["_INVALID_ARG"], "outside the\nallowed range\n"))) == (
         "Kafka: outside the allowed range (_INVALID_ARG)"
     )

@@ -10,7 +10,7 @@ from psycopg import errors
 from psycopg.pq import DiagnosticField, PGconn
 
 from orderlib import ConfigurationError, DatabaseUnavailable, OrderlibError, RefusedByDatabase, TransactionConflict
-from orderlib.postgres.errors import translate, translated_errors
+from orderlib.postgres.errors import translate, translate_errors
 
 WITH_SQLSTATE = [
     kind
@@ -61,7 +61,7 @@ def test_every_error_of_the_driver_itself_has_a_counterpart(kind: type[psycopg.E
 def test_an_error_becomes_the_one_that_says_what_to_do_next(
     error: psycopg.Error | UnicodeEncodeError, ours: type[OrderlibError]
 ) -> None:
-    with pytest.raises(ours) as translated, translated_errors():
+    with pytest.raises(ours) as translated, translate_errors():
         raise error
     assert translated.value.__cause__ is error
     assert "secret" not in str(translated.value)
@@ -105,7 +105,7 @@ def test_citus_reports_a_lost_worker_and_a_refused_row_with_the_same_code(
 )
 def test_on_a_lost_connection_every_error_is_an_outage(error: Exception) -> None:
     lost = psycopg.Connection(PGconn.connect_start(b"host=/nowhere"))
-    with pytest.raises(DatabaseUnavailable) as translated, translated_errors(lost):
+    with pytest.raises(DatabaseUnavailable) as translated, translate_errors(lost):
         raise error
     assert translated.value.__cause__ is error
     assert "secret" not in str(translated.value)
@@ -114,11 +114,11 @@ def test_on_a_lost_connection_every_error_is_an_outage(error: Exception) -> None
 
 def test_on_a_lost_connection_our_own_errors_pass_untouched() -> None:
     lost = psycopg.Connection(PGconn.connect_start(b"host=/nowhere"))
-    with pytest.raises(ConfigurationError), translated_errors(lost):
+    with pytest.raises(ConfigurationError), translate_errors(lost):
         raise ConfigurationError("another group")
     lost.close()
 
 
 def test_other_errors_pass_untouched() -> None:
-    with pytest.raises(ZeroDivisionError), translated_errors():
+    with pytest.raises(ZeroDivisionError), translate_errors():
         raise ZeroDivisionError
