@@ -689,7 +689,7 @@ _REJECT_CONDITIONS: dict[str, LiteralString] = {
     "key": "key = {}::bytea",
     "since": "rejected_at >= {}::timestamptz",
     "until": "rejected_at < {}::timestamptz",
-    "waiting": "(redrive_outcome IS NULL) = {}",
+    "not_redriven": "(redrive_outcome IS NULL) = {}",
 }
 
 

@@ -355,7 +355,7 @@ def _reject_filters(query: RejectQuery) -> dict[str, object]:
         "key": query.key,
         "since": query.since,
         "until": query.until,
-        "waiting": query.waiting or None,
+        "not_redriven": query.not_redriven or None,
     }
     return {name: value for name, value in filters.items() if value is not None}
 

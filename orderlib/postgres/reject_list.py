@@ -104,7 +104,7 @@ class RejectQuery:
     #: Only rejects from before this time.
     until: dt.datetime | None = None
     #: Only rejects that were never redriven.
-    waiting: bool = False
+    not_redriven: bool = False
     oldest_first: bool = False
     cursor: RejectCursor | None = None
     limit: int = PAGE_SIZE

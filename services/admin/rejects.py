@@ -56,7 +56,7 @@ def add_commands(commands: Commands) -> None:
     )
     listing.add_argument("--code", choices=REJECT_CODES, help="only rejects with this code")
     listing.add_argument("--key", metavar="TEXT", help="only rejects of records with this key, usually an order_uid")
-    listing.add_argument("--waiting", action="store_true", help="only rejects that were never redriven")
+    listing.add_argument("--not-redriven", action="store_true", help="only rejects that were never redriven")
     listing.add_argument(
         "--limit", metavar="N", type=positive, default=50, help="the largest number of rejects to list (%(default)s)"
     )
@@ -67,8 +67,8 @@ def add_commands(commands: Commands) -> None:
         "show",
         help="print one complete reject (ORDERS_DATABASE_URL)",
         description="Print everything stored of a reject as JSON. Key and value are text if they are UTF-8, otherwise "
-        "base64. Control characters are escaped. Of a key, a value or headers above 8 MiB it prints the beginning and "
-        "the size.",
+        f"base64. Control characters are escaped. Of a key, a value or headers above {SHOWN_BYTES >> 20} MiB it prints "
+        "the beginning and the size.",
     )
     showing.add_argument("position", metavar="POSITION", type=_position)
     showing.set_defaults(command=_show)
@@ -121,7 +121,7 @@ def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         # Bytes on the command line that are not UTF-8 stay those bytes.
         key=None if options.key is None else os.fsencode(options.key),
         since=options.since,
-        waiting=options.waiting,
+        not_redriven=options.not_redriven,
         oldest_first=options.oldest,
         limit=options.limit,
     )

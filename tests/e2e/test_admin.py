@@ -137,7 +137,7 @@ def test_rejects_are_listed_redriven_and_purged_as_the_options_select(environ: d
     assert positions("--key Ключ") == [f"{topic}/0/1"]
     [one] = rows(f"rejects redrive {topic}/0/1", environ)
     assert (one["rejected"], sum(one.values())) == (1, 1)
-    assert positions("--waiting") == [f"{topic}/0/2", f"{topic}/0/0"]
+    assert positions("--not-redriven") == [f"{topic}/0/2", f"{topic}/0/0"]
     [others] = rows("rejects redrive --all", environ)
     assert sum(others.values()) == others["rejected"]
     missing = run(f"admin rejects show {topic}/0/9", environ)
