@@ -35,8 +35,8 @@ def import_orders(repository: orderlib.OrderRepository, lines: Iterable[bytes]) 
     for number, line in enumerate(lines, 1):
         try:
             orders.append(orderlib.decode_order(line))
-        except orderlib.RejectedError as refused:
-            faults += [f"line {number}: {fault}" for fault in refused.faults]
+        except orderlib.RejectedError as rejected:
+            faults += [f"line {number}: {fault}" for fault in rejected.faults]
     repository.save_many(orders)
     return faults
 
