@@ -60,7 +60,7 @@ CURRENCY = TextForm(
 _FORMS = {form.pattern: form for form in (ORDER_UID, CURRENCY)}
 
 #: A missing value, as opposed to null.
-NOTHING = object()
+_MISSING = object()
 
 
 def text(min_chars: int, max_chars: int, form: TextForm | None = None) -> msgspec.Meta:
@@ -191,7 +191,7 @@ class Validator:
 
     def validate(self, value: object, rule: Type, path: str) -> object:
         """Validate a value of any kind. Return it as plain data; after a fault the result has no meaning."""
-        if value is NOTHING:
+        if value is _MISSING:
             return self._fault(path, rule, "no value")
         value = self._open_lazily(value, rule)
         match rule:
@@ -221,7 +221,7 @@ class Validator:
         }
         for name, field in known.items():
             if field.required and name not in plain:
-                self.validate(NOTHING, rule_of(field), f"{path}.{name}")
+                self.validate(_MISSING, rule_of(field), f"{path}.{name}")
         return plain
 
     def _object(self, value: object, rule: DataclassType, path: str) -> object:

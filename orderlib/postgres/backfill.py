@@ -67,7 +67,7 @@ def _backfill_batch(connection: Connection, after: str, dry_run: bool) -> Backfi
         return None
     read = versions_of(row[:-2] for row in rows)
     with psycopg.RawCursor(connection) as cursor:
-        values: dict[str, bytes] = dict(cursor.execute(queries.ORIGINALS, [list(read)], binary=True))
+        values: dict[str, bytes] = dict(cursor.execute(queries.GET_ORIGINALS, [list(read)], binary=True))
     outcomes: Counter[Outcome] = Counter()
     refused: dict[str, RejectedError] = {}
     changed: list[PreparedOrder] = []

@@ -109,13 +109,14 @@ _ORDER_COLUMNS: LiteralString = (
     f"{_CONTENT_COLUMNS}, o.stored_at, o.content_sha256, o.first_stored_at, o.version, "
     "o.source_topic_id, o.source_partition, o.source_offset, o.has_original"
 )
+_JOINED_TABLES: LiteralString = "orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)"
 _ITEM_COLUMNS: LiteralString = f"order_uid, {_columns(ITEM_COLUMNS)}"
 
 #: One order without its items: one JOIN of three tables, on one shard. Statements that go directly to libpq have
 #: PostgreSQL's own placeholders: ``$1``, ``$2``.
 GET_ORDER: LiteralString = f"""
 SELECT {_ORDER_COLUMNS}
-FROM orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)
+FROM {_JOINED_TABLES}
 WHERE o.order_uid = $1 AND d.order_uid = $1 AND p.order_uid = $1
 """
 
@@ -125,7 +126,7 @@ GET_ITEMS: LiteralString = f"SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid =
 #: The same for any number of orders.
 GET_ORDERS: LiteralString = f"""
 SELECT {_ORDER_COLUMNS}
-FROM orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)
+FROM {_JOINED_TABLES}
 WHERE o.order_uid = ANY($1) AND d.order_uid = ANY($1) AND p.order_uid = ANY($1)
 """
 GET_ITEMS_OF_ORDERS: LiteralString = f"""
@@ -157,11 +158,14 @@ ORDER BY o.updated_at DESC LIMIT 1
 #: The stored offset of each partition of a topic id.
 NEXT_OFFSETS_OF_TOPIC: LiteralString = "SELECT partition, next_offset FROM consumer_offsets WHERE topic_id = $1"
 
+#: Whether a reject still stands: it was not redriven, or was rejected again.
+_UNSETTLED: LiteralString = "(redrive_outcome IS NULL OR redrive_outcome = 'rejected')"
+
 #: The rejects of a range of offsets, without those that a redrive has settled.
-REJECTED_RECORDS: LiteralString = """
+REJECTED_RECORDS: LiteralString = f"""
 SELECT record_offset, code, faults -> 'first' -> 0 ->> 'path' FROM rejects
 WHERE topic_id = $1 AND partition = $2::integer AND record_offset BETWEEN $3::bigint AND $4::bigint
-    AND (redrive_outcome IS NULL OR redrive_outcome = 'rejected')
+    AND {_UNSETTLED}
 ORDER BY record_offset LIMIT $5::bigint
 """
 
@@ -217,7 +221,7 @@ def list_orders(direction: Direction, filters: Collection[str], *, cursor: bool)
     where = _all_of(_ORDER_CONDITIONS, filters, iter(_NUMBERS[3 if cursor else 1 :]))
     return f"""
 SELECT {_ORDER_COLUMNS}
-FROM orders o JOIN delivery d USING (order_uid) JOIN payment p USING (order_uid)
+FROM {_JOINED_TABLES}
 WHERE {where}{after}
 ORDER BY o.first_stored_at {sort}, o.order_uid {sort} LIMIT $1
 """
@@ -341,16 +345,15 @@ order_uid, content_sha256, source_topic_id, source_partition, source_offset, fir
 
 #: The stored versions of these orders.
 STORED_STATES: LiteralString = f"SELECT {_VERSION_COLUMNS} FROM orders WHERE order_uid = ANY($1::text[])"
-#: The positions at which tombstones erased these orders. An order may be stored beside its position here, if another
-#: session stored it at the same time; then the stored order counts.
-ERASED_STATES: LiteralString = """
-SELECT order_uid, topic_id, partition, record_offset FROM erased WHERE order_uid = ANY($1::text[])
-"""
+#: The positions at which tombstones erased orders: all, or these. An order may be stored beside its position here, if
+#: another session stored it at the same time; then the stored order counts.
+ALL_ERASED: LiteralString = "SELECT order_uid, topic_id, partition, record_offset FROM erased"
+ERASED_STATES: LiteralString = f"{ALL_ERASED} WHERE order_uid = ANY($1::text[])"
 #: The time of a write, read after the stored versions. now() may be earlier than a first_stored_at among them.
 CLOCK: LiteralString = "SELECT clock_timestamp()"
 
-#: Does nothing, but makes psycopg begin a transaction.
-NOTHING: LiteralString = "SELECT"
+#: Selects nothing, but makes psycopg begin a transaction.
+EMPTY_SELECT: LiteralString = "SELECT"
 
 #: One write of orders. If PostgreSQL refuses one, the rest of the transaction is not affected.
 SAVEPOINT: LiteralString = "SAVEPOINT orderlib"
@@ -651,15 +654,16 @@ WHERE (d.dbid = (SELECT oid FROM db) OR d.classid IN ('pg_tablespace'::regclass,
 """
 
 #: A batch waits at most this long for a row or a table that another session has locked.
-LIMIT_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = '5s'"
+_LOCK_WAIT: LiteralString = "5s"
+LIMIT_LOCK_WAIT: LiteralString = f"SET LOCAL lock_timeout = '{_LOCK_WAIT}'"
 
 #: Terminate the backends of this role and program that may block the batch after that wait: those that locked these
-#: offsets (a row's xmax is the locking transaction), and frozen ones, which have sent nothing for 5 s in a transaction
-#: and may have locked an order. The blockers are materialized first, because the planner could call
+#: offsets (a row's xmax is the locking transaction), and frozen ones, which have sent nothing for that long in a
+#: transaction and may have locked an order. The blockers are materialized first, because the planner could call
 #: pg_terminate_backend before the other conditions, for every session.
-END_BLOCKERS: LiteralString = """
+END_BLOCKERS: LiteralString = f"""
 WITH candidates AS MATERIALIZED (
-    SELECT pid, backend_xid, wait_event_type = 'Client' AND state_change < now() - interval '5 s' AS is_frozen
+    SELECT pid, backend_xid, wait_event_type = 'Client' AND state_change < now() - interval '{_LOCK_WAIT}' AS is_frozen
     FROM pg_stat_activity
     WHERE pid <> pg_backend_pid() AND usename = current_user AND backend_xid IS NOT NULL
       AND datname = current_database() AND application_name = current_setting('application_name')
@@ -730,10 +734,10 @@ ORDER BY rejected_at DESC
 """
 
 #: The next rejects that a redrive has not settled yet, after a position; locked until the transaction ends.
-REJECTS_TO_REDRIVE: LiteralString = """
+REJECTS_TO_REDRIVE: LiteralString = f"""
 SELECT topic_id, partition, record_offset, topic, record_time, coalesce(octet_length(value), 0)
 FROM rejects
-WHERE (redrive_outcome IS NULL OR redrive_outcome = 'rejected')
+WHERE {_UNSETTLED}
   AND (%(code)s::text IS NULL OR code = %(code)s)
   AND (%(topic)s::text IS NULL OR (topic = %(topic)s AND partition = %(partition)s AND record_offset = %(offset)s))
   AND (topic_id, partition, record_offset) > (%(after_topic_id)s, %(after_partition)s, %(after_offset)s)
@@ -749,10 +753,10 @@ WHERE topic_id = %(topic_id)s AND partition = %(partition)s AND record_offset = 
 """
 
 #: The SHA-256 of every original.
-SNAPSHOT_ORIGINALS: LiteralString = "SELECT sha256(value) FROM order_originals"
+ORIGINAL_DIGESTS: LiteralString = "SELECT sha256(value) FROM order_originals"
 
 #: The originals of some orders.
-ORIGINALS: LiteralString = "SELECT order_uid, value FROM order_originals WHERE order_uid = ANY($1)"
+GET_ORIGINALS: LiteralString = "SELECT order_uid, value FROM order_originals WHERE order_uid = ANY($1)"
 
 #: The next orders with an original after an order_uid: the stored version, the time of its record, and the size.
 ORIGINALS_TO_BACKFILL: LiteralString = f"""
@@ -774,8 +778,9 @@ WHERE topic_id = %(topic_id)s AND partition = %(partition)s AND record_offset = 
 """
 
 #: Count or delete the rejects older than an interval.
-COUNT_OLD_REJECTS: LiteralString = "SELECT count(*) FROM rejects WHERE rejected_at < now() - %(age)s::interval"
-PURGE_REJECTS: LiteralString = "DELETE FROM rejects WHERE rejected_at < now() - %(age)s::interval"
+_OLD_REJECTS: LiteralString = "rejects WHERE rejected_at < now() - %(age)s::interval"
+COUNT_OLD_REJECTS: LiteralString = f"SELECT count(*) FROM {_OLD_REJECTS}"
+PURGE_REJECTS: LiteralString = f"DELETE FROM {_OLD_REJECTS}"
 
 #: Let no write store these orders again.
 FORGET_DIGESTS: LiteralString = """
@@ -811,14 +816,6 @@ def _representable_time(column: LiteralString) -> LiteralString:
     """Return the SQL of a time, or of null if Python cannot represent it."""
     return f"CASE WHEN {column} >= '0001-01-01 00:00:00+00' AND {column} < '10000-01-01 00:00:00+00' THEN {column} END"
 
-
-#: The offsets, for reconcile.
-SNAPSHOT_OFFSETS: LiteralString = """
-SELECT consumer_group, topic, topic_id, partition, next_offset FROM consumer_offsets
-"""
-
-SNAPSHOT_ERASED: LiteralString = "SELECT order_uid, topic_id, partition, record_offset FROM erased"
-SNAPSHOT_GROUP: LiteralString = "SELECT consumer_group FROM consumer_groups"
 
 #: Whether an order or a reject of a topic id is stored.
 SNAPSHOT_HAS_TOPIC: LiteralString = """

@@ -39,7 +39,7 @@ class Snapshot:
 
     def group(self) -> str | None:
         """Return the consumer group that the database belongs to."""
-        row = self._connection.execute(queries.SNAPSHOT_GROUP).fetchone()
+        row = self._connection.execute(queries.GROUP).fetchone()
         return None if row is None else str(row[0])
 
     def forgotten(self) -> frozenset[bytes]:
@@ -50,7 +50,7 @@ class Snapshot:
         """Return the stored offsets of all topics."""
         return [
             SnapshotOffset(group=group, topic=topic, topic_id=topic_id, partition=partition, next_offset=next_offset)
-            for group, topic, topic_id, partition, next_offset in self._connection.execute(queries.SNAPSHOT_OFFSETS)
+            for group, topic, topic_id, partition, next_offset, _ in self._connection.execute(queries.ALL_OFFSETS)
         ]
 
     def has_topic(self, topic_id: str) -> bool:
@@ -84,7 +84,7 @@ class Snapshot:
     def erased(self) -> Iterator[SnapshotErased]:
         """Yield every order that a tombstone erased."""
         with self._connection.cursor("erased_of_snapshot") as cursor:
-            for order_uid, topic_id, partition, offset in cursor.execute(queries.SNAPSHOT_ERASED):
+            for order_uid, topic_id, partition, offset in cursor.execute(queries.ALL_ERASED):
                 yield SnapshotErased(order_uid=order_uid, topic_id=topic_id, partition=partition, offset=offset)
 
     def orders(self) -> Iterator[SnapshotOrder]:
@@ -97,7 +97,7 @@ class Snapshot:
                     for row in items_cursor.execute(queries.SNAPSHOT_ITEMS, [list(items)]):
                         items[row[0]].append(row)
                     # One value at a time: each may be as large as a record.
-                    stream = items_cursor.stream(queries.ORIGINALS, [list(items)], binary=True)
+                    stream = items_cursor.stream(queries.GET_ORIGINALS, [list(items)], binary=True)
                     digests = {row[0]: row[_STORE][0] for row in rows}
                     originals = {uid: SnapshotOriginal.of(value, digests[uid]) for uid, value in stream}
                 for row in rows:
@@ -106,7 +106,7 @@ class Snapshot:
     def original_digests(self) -> Iterator[bytes]:
         """Yield the SHA-256 of each original."""
         with self._connection.cursor("originals_of_snapshot") as cursor:
-            yield from (digest for (digest,) in cursor.execute(queries.SNAPSHOT_ORIGINALS))
+            yield from (digest for (digest,) in cursor.execute(queries.ORIGINAL_DIGESTS))
 
     def originals(self) -> Iterator[tuple[dt.datetime, bytes]]:
         """Yield each original with the time when its order was stored, one at a time."""

@@ -90,7 +90,7 @@ class CallerOrderRepository(OrderRepositoryBase):
                 with connection.lock:
                     if not _must_begin(connection):
                         return connection.wait(_in_savepoint(self._wire, steps))
-                connection.execute(queries.NOTHING)
+                connection.execute(queries.EMPTY_SELECT)
 
 
 class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
@@ -127,7 +127,7 @@ class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
                 async with connection.lock:
                     if not _must_begin(connection):
                         return await connection.wait(_in_savepoint(self._wire, steps))
-                await connection.execute(queries.NOTHING)
+                await connection.execute(queries.EMPTY_SELECT)
 
 
 def _must_begin(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
