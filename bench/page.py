@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import attrs
@@ -24,6 +25,7 @@ TOPICS = {
     "api": "Reads: the API",
     "decode": "Decode and validate",
     "go": "Beside a service in Go",
+    "growth": "Growth: from 100,000 to 10,000,000 orders",
 }
 
 HEAD = """\
@@ -42,6 +44,7 @@ WORDS = """\
 - *Bare msgspec*: decodes the same JSON and checks the types, but none of the rules.
 - *The Go way*: a service in Go (`bench/go_way/`) with one INSERT per row and four SELECTs.
 - *p99*: 99 % of the values are not greater.
+- *Settings for the memory*: those of PostgreSQL that [Tune](../tune.md#postgresql) recommends.
 """
 
 
@@ -50,6 +53,7 @@ class Headline:
     """A figure at the top of the page."""
 
     topic: str
+    #: The name of the figure; ``*`` is any text.
     figure: str
     text: str
 
@@ -65,6 +69,10 @@ HEADLINES = (
     Headline("go", "GET / the Go way, 64 connections", "Requests per second, GET ÷ the Go way, 64 connections"),
     Headline("decode", "sample order: decode_order ÷ bare msgspec", "CPU time to decode and validate ÷ bare msgspec"),
     Headline("decode", "sample order: pydantic ÷ decode_order", "CPU time of pydantic ÷ orderlib, same rules"),
+    Headline(
+        "growth", "ingest, * orders, settings for the memory", "Orders per second, largest tables ÷ 100,000 orders"
+    ),
+    Headline("growth", "GET p99, * orders, settings for the memory", "GET p99, largest tables ÷ 100,000 orders"),
     Headline("ingest", "1,000 orders/s: sent to readable, median", "Sent to readable at 1,000 orders/s, median"),
     Headline("ingest", "1,000 orders/s: sent to readable, p99", "Sent to readable at 1,000 orders/s, p99"),
     Headline("ingest", "resident memory at a lag of 1,000,000", "Memory of a consumer with 1,000,000 records of lag"),
@@ -83,6 +91,7 @@ class Plot:
     logarithmic: bool = False
 
 
+_SIZES = ("100,000", "300,000", "1,000,000", "3,000,000", "10,000,000")
 _LOADS = {
     "1 order/s": "1 orders/s",
     "100 orders/s": "100 orders/s",
@@ -155,6 +164,21 @@ PLOTS = (
             for order in ("sample order", "generated orders")
         },
     ),
+    *(
+        Plot(
+            name,
+            "growth",
+            title,
+            {
+                settings: {f"{size} orders": f"{size} orders, {settings}: {figure}" for size in _SIZES}
+                for settings in ("default settings", "settings for the memory")
+            },
+        )
+        for name, title, figure in (
+            ("growth-ingest", "Ingest by number of stored orders, orders per second", "ingest"),
+            ("growth-reads", "GET of an order by number of stored orders, p99 in ms", "GET p99"),
+        )
+    ),
 )
 
 
@@ -203,9 +227,10 @@ def headlines(results: Mapping[str, Result]) -> list[Figure]:
     """Return the figures at the top of the page, with their texts as names."""
     figures = {topic: _figures(result) for topic, result in results.items()}
     return [
-        attrs.evolve(figures[headline.topic][headline.figure], name=headline.text)
+        attrs.evolve(figure, name=headline.text)
         for headline in HEADLINES
-        if headline.topic in figures
+        for name, figure in figures.get(headline.topic, {}).items()
+        if fnmatchcase(name, headline.figure)
     ]
 
 
@@ -234,6 +259,7 @@ def draw(plot: Plot, figures: Mapping[str, Figure]) -> None:
     if plot.logarithmic:
         chart.zero = 1  # where the bars begin; otherwise at the smallest value
         chart.range = (1, max(figures[bars[label]].value for bars in plot.series.values() for label in labels))
+    chart.uuid = plot.name  # otherwise a random one: the file would change each time
     chart.x_labels = labels
     for name, bars in plot.series.items():
         chart.add(name, [figures[bars[label]].value for label in labels])
