@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -14,7 +14,7 @@ import attrs
 
 from orderlib.commands import Commands
 from orderlib.errors import ConfigurationError
-from orderlib.ingestion.reconcile import MAX_FINDINGS, Finding, Reconciliation, TopicState
+from orderlib.ingestion.reconcile import MAX_EXAMPLES, MAX_FINDINGS, Finding, NotProved, Reconciliation, TopicState
 from orderlib.ingestion.records import Record, classify_record
 from orderlib.postgres.snapshot import snapshot
 from services.admin.database import APPLICATION_NAME
@@ -63,22 +63,33 @@ class _Acknowledged:
 
 Manifest = dict[tuple[int, int], _Acknowledged]
 
+_WITHOUT_OFFSET = "acknowledged, but the sender could not know its offset"
 
-def _read_manifest(path: Path, topic: str) -> Manifest:
+
+def _read_manifest(path: Path, topic: str) -> tuple[Manifest, list[Finding]]:
+    """Return the lines of this topic by partition and offset, and those without an offset."""
     manifest: Manifest = {}
+    without_offset: list[Finding] = []
     number = 0
     try:
         with path.open(encoding="utf-8") as lines:
             for number, text in enumerate(lines, start=1):  # noqa: B007  the error names it
                 line = json.loads(text)
-                if line["topic"] == topic:
-                    place = int(line["partition"]), int(line["offset"])
-                    manifest[place] = _Acknowledged(order_uid=line["order_uid"], sha256=line["sha256"])
+                if line["topic"] != topic:
+                    continue
+                partition, offset = int(line["partition"]), line["offset"]
+                acknowledged = _Acknowledged(order_uid=line["order_uid"], sha256=line["sha256"])
+                if offset is None:
+                    without_offset.append(
+                        Finding(what=_WITHOUT_OFFSET, order_uid=acknowledged.order_uid, partition=partition)
+                    )
+                else:
+                    manifest[partition, int(offset)] = acknowledged
     except OSError as exc:
         raise ConfigurationError(f"{path}: {exc.strerror}") from exc
     except (ValueError, KeyError, TypeError) as exc:
         raise ConfigurationError(f"{path}: line {number} is not a line of a manifest") from exc
-    return manifest
+    return manifest, without_offset
 
 
 @attrs.define
@@ -100,7 +111,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_READER_URL")
     max_bytes = max_record_bytes(environ)
     log = TopicReader(KafkaSettings.from_mapping(environ))
-    manifest = _read_manifest(options.manifest, log.topic) if options.manifest else None
+    manifest, without_offset = _read_manifest(options.manifest, log.topic) if options.manifest else (None, [])
     # Read before the snapshot: Kafka may delete more records while the consumer handles others.
     earliest = log.earliest()
     progress = ProgressLine("records read")
@@ -136,7 +147,11 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     findings.add(proof.findings())
     findings.total += proof.unlisted
     findings.add(_explain_missing(missing, first, next_offsets))
-    _report(options, proof, findings, several)
+    not_proved = list(proof.not_proved())
+    if without_offset:
+        examples = tuple(without_offset[:MAX_EXAMPLES])
+        not_proved.append(NotProved(what=_WITHOUT_OFFSET, count=len(without_offset), examples=examples))
+    _report(options, proof, findings, several, not_proved)
     return EXIT_FAILED if findings.total else EXIT_DONE
 
 
@@ -179,9 +194,9 @@ def _report(
     proof: Reconciliation,
     findings: _First[Finding],
     several: _First[str],
+    not_proved: Sequence[NotProved],
 ) -> None:
     unread = [{"partition": p, "first": first, "next": last} for p, first, last in proof.unread_ranges()]
-    not_proved = list(proof.not_proved())
     if options.json:
         result = {
             "holds": not findings.total,

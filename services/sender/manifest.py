@@ -14,7 +14,8 @@ from orderlib.errors import ConfigurationError
 class _Line(msgspec.Struct):
     topic: str
     partition: int
-    offset: int
+    #: ``None`` if a broker was lost: Kafka has the record, and the sender does not know where.
+    offset: int | None
     order_uid: str | None
     sha256: str
 

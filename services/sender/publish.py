@@ -52,9 +52,13 @@ class Publisher:
         self,
         settings: KafkaSettings,
         manifest: Manifest | None,
-        on_acknowledged: Callable[[int, int], None] | None = None,
+        on_acknowledged: Callable[[int, int | None], None] | None = None,
     ) -> None:
-        """``on_acknowledged`` gets the partition and the offset of each acknowledged record."""
+        """``on_acknowledged`` gets the partition and the offset of each acknowledged record.
+
+        The offset is ``None`` if a broker was lost after it had stored the record and before it acknowledged it:
+        the next leader confirms the record, and not its offset.
+        """
         self._topic = settings.topic
         self._on_acknowledged = on_acknowledged
         self._manifest = manifest
@@ -133,7 +137,7 @@ class Publisher:
             return
         self.acknowledged += 1
         if self._on_acknowledged is not None:
-            self._on_acknowledged(known(message.partition()), known(message.offset()))
+            self._on_acknowledged(known(message.partition()), message.offset())
         if self._manifest is not None:
             self._lines.append(_manifest_line(message))
 

@@ -38,10 +38,10 @@ class SentRecords:
         self._topic_id = topic_id
         self._offsets = {partition: array("q", sorted(offsets)) for partition, offsets in self._offsets.items()}
 
-    def add(self, partition: int, offset: int) -> None:
-        """Add an acknowledged record. librdkafka may not know its offset (negative): then its outcome stays unknown."""
+    def add(self, partition: int, offset: int | None) -> None:
+        """Add an acknowledged record. If its offset is not known, its outcome stays unknown."""
         self.total += 1
-        if offset >= 0:
+        if offset is not None:
             self._offsets.setdefault(partition, array("q")).append(offset)
 
     @property

@@ -273,6 +273,11 @@ def test_reconcile_with_a_manifest_names_the_ranges_that_it_did_not_read(
     assert (proof["holds"], proof["counts"]["records"], proof["counts"]["orders"]) == (True, 40, 80)
     assert sum(gap["next"] - gap["first"] for gap in proof["not_read"]) == 40
     assert "before the records of the manifest" in succeed(f"admin reconcile --manifest {manifest}", environ)
+    # A sender that lost a broker may not know where its record is.
+    first, *others = manifest.read_text().splitlines()
+    manifest.write_text("\n".join([json.dumps({**json.loads(first), "offset": None}), *others]))
+    out = succeed(f"admin reconcile --manifest {manifest}", environ)
+    assert "not proved, 1: acknowledged, but the sender could not know its offset" in out
     assert "not proved" not in succeed("admin reconcile", environ)
 
 

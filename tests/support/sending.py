@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import attrs
-from confluent_kafka import KafkaError, Message, Producer
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Message, Producer, TopicPartition
 
 from orderlib.testing import SAMPLE
-from services.kafka import SILENT
+from services.kafka import SILENT, known
+from services.kafka_errors import PARTITION_EOF
 
 Headers = list[tuple[str, str | bytes | None]]
 
@@ -51,8 +52,11 @@ class Sender:
 
     def __init__(self, bootstrap_servers: str, topic: str, **properties: Any) -> None:
         self.topic = topic
-        self.manifest: list[Acknowledged] = []
         self.flush_within_s = 30.0
+        self._bootstrap_servers = bootstrap_servers
+        self._manifest: list[Acknowledged] = []
+        #: Records that Kafka has, at an offset that it did not tell.
+        self._without_offset: list[Acknowledged] = []
         self._producer = Producer(
             {
                 "bootstrap.servers": bootstrap_servers,
@@ -64,6 +68,13 @@ class Sender:
             },
             logger=SILENT,
         )
+
+    @property
+    def manifest(self) -> list[Acknowledged]:
+        """What Kafka has acknowledged, and where it is."""
+        if self._without_offset:
+            self._find_offsets()
+        return self._manifest
 
     def send_orders(self, order_uids: Iterable[str], version: int = 1) -> None:
         """Publish a version of each order, keyed as they should be, and wait until all are acknowledged."""
@@ -98,12 +109,17 @@ class Sender:
     ) -> None:
         def acknowledged(error: KafkaError | None, message: Message) -> None:
             assert error is None, error
-            partition, offset = message.partition(), message.offset()
-            assert partition is not None
-            assert offset is not None
-            self.manifest.append(
-                Acknowledged(partition=partition, offset=offset, key=key, value=value, headers=headers, good=good)
+            partition, offset = known(message.partition()), message.offset()
+            record = Acknowledged(
+                partition=partition,
+                offset=-1 if offset is None else offset,
+                key=key,
+                value=value,
+                headers=headers,
+                good=good,
             )
+            # If a broker was lost between storing and acknowledging, the next leader confirms without an offset.
+            (self._without_offset if offset is None else self._manifest).append(record)
 
         while True:
             try:
@@ -114,6 +130,41 @@ class Sender:
                 self._producer.poll(0.1)
             else:
                 self._producer.poll(0)
+                return
+
+    def _find_offsets(self) -> None:
+        """Find each record without an offset in its partition, where nothing else is known to be."""
+        found = {(record.partition, record.offset) for record in self._manifest}
+        consumer = Consumer(
+            {
+                "bootstrap.servers": self._bootstrap_servers,
+                "group.id": "tests",
+                "auto.offset.reset": "error",
+                "enable.partition.eof": True,
+            },
+            logger=SILENT,
+        )
+        partitions = {record.partition for record in self._without_offset}
+        consumer.assign([TopicPartition(self.topic, partition, OFFSET_BEGINNING) for partition in partitions])
+        try:
+            while self._without_offset and partitions:
+                message = consumer.poll(self.flush_within_s)
+                assert message is not None, "Kafka does not answer"
+                partition, offset, error = known(message.partition()), known(message.offset()), message.error()
+                if error is not None:
+                    assert error.code() == PARTITION_EOF, error
+                    partitions.discard(partition)
+                elif (partition, offset) not in found:
+                    self._place(message, partition, offset)
+        finally:
+            consumer.close()
+        assert not self._without_offset, "acknowledged, but not in the topic"
+
+    def _place(self, message: Message, partition: int, offset: int) -> None:
+        for record in self._without_offset:
+            if (record.partition, record.key, record.value) == (partition, message.key(), message.value()):
+                self._without_offset.remove(record)
+                self._manifest.append(attrs.evolve(record, offset=offset))
                 return
 
 

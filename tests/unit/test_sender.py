@@ -9,13 +9,14 @@ import os
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 from subprocess import CompletedProcess
 from typing import IO, Any, cast
 
 import pytest
+from confluent_kafka import Message
 
 from orderlib.codecs import decode_order, encode_order
 from orderlib.errors import ConfigurationError, DatabaseUnavailable, RejectedError
@@ -27,8 +28,10 @@ from services.sender import wait
 from services.sender.__main__ import main
 from services.sender.feed import CATCH_UP_S, MAX_WARNINGS, RateLimiter, lines, warn_about_invalid
 from services.sender.generate import generate_order, generate_values
-from services.sender.publish import order_uid_of
+from services.sender.manifest import Manifest
+from services.sender.publish import Publisher, order_uid_of
 from services.sender.wait import SentRecords
+from services.settings import KafkaSettings
 from tests.support.fork_server import start
 
 NOW = dt.datetime(2026, 11, 23, 12, 30, 15, 123456, tzinfo=dt.UTC)
@@ -398,7 +401,7 @@ class Reads:
         return sorted(found, key=lambda reject: reject.offset)[:limit]
 
 
-def sent_to(reads: Reads, offsets: list[tuple[int, int]], topic_id: str = "id") -> SentRecords:
+def sent_to(reads: Reads, offsets: Iterable[tuple[int, int | None]], topic_id: str = "id") -> SentRecords:
     records = SentRecords(cast("PositionReader", reads), "orders")
     for partition, offset in offsets:
         records.add(partition, offset)
@@ -458,9 +461,25 @@ def test_offsets_of_an_older_topic_with_the_same_name_settle_nothing() -> None:
 def test_a_record_without_a_known_offset_is_never_reported_as_handled() -> None:
     reads = Reads()
     reads.next = {0: 1_000}
-    records = sent_to(reads, [(0, -1001), (0, 1)])
+    records = sent_to(reads, [(0, None), (0, 1)])
     records.refresh()
     assert records.summary() == "handled 1, rejected 0, waiting 1"
+
+
+def test_an_acknowledgement_without_an_offset_is_in_the_manifest(tmp_path: Path) -> None:
+    """It comes from the next leader, if a broker was lost after it had stored the record."""
+    acknowledged: list[tuple[int, int | None]] = []
+    path = tmp_path / "manifest"
+    manifest = Manifest(str(path), None)
+    settings = KafkaSettings.from_mapping({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"})
+    publisher = Publisher(settings, manifest, lambda *place: acknowledged.append(place))
+    publisher._on_delivery(None, Message("orders", 2, -1001, b"key", b"value"))
+    publisher.wait(0)
+    manifest.close()
+    assert acknowledged == [(2, None)]
+    line = json.loads(path.read_text())
+    assert (line["topic"], line["partition"], line["offset"], line["order_uid"]) == ("orders", 2, None, "key")
+    Manifest(str(path), None).close()
 
 
 def test_wait_needs_the_reader() -> None:
