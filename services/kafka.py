@@ -42,8 +42,12 @@ _PERSISTS_S = 4.0
 #: The error is over if it was not repeated for this long.
 _REPEATS_WITHIN_S = 3.0
 
-#: The timeout of the request for the brokers after another request has failed.
+#: How often a request that waits looks for other brokers, and the timeout of that.
+_FIND_BROKERS_EVERY_S = 1.0
 _FIND_BROKERS_S = 2.0
+
+#: How often the protocol of the listeners is checked while a request waits: a busy broker may not answer in time.
+_CHECK_PROTOCOL_EVERY_S = 2.0
 
 #: How often librdkafka's errors are polled while a request waits.
 _POLL_S = 0.1
@@ -103,7 +107,7 @@ class Cluster:
         """
         began_s = time.monotonic()
         finds_cause = timeout_s >= _PERSISTS_S
-        probed = False
+        find_brokers_at_s, check_protocol_at_s = _FIND_BROKERS_EVERY_S, _PERSISTS_S
         while True:
             self.admin.poll(0)
             try:
@@ -112,11 +116,14 @@ class Cluster:
                 waited_s = time.monotonic() - began_s
                 if finds_cause and self._setting_error is not None and self._is_persistent():
                     raise self._wrong_setting(self._setting_error) from None
-                if waited_s >= _PERSISTS_S and not probed:
-                    probed = True
-                    self._check_protocol()
                 if waited_s >= timeout_s:
                     raise self._unanswered(timeout_s) from None
+                if waited_s >= find_brokers_at_s:
+                    find_brokers_at_s = waited_s + _FIND_BROKERS_EVERY_S
+                    self._find_brokers_again()
+                if waited_s >= check_protocol_at_s:
+                    check_protocol_at_s = waited_s + _CHECK_PROTOCOL_EVERY_S
+                    self._check_protocol()
             except KafkaException as exc:
                 if exc.args[0].code() in CONNECTION:
                     raise self._unanswered(timeout_s) from exc
@@ -133,7 +140,8 @@ class Cluster:
         """Ask any broker for the present ones, in the background.
 
         librdkafka sends a request for a description to the controller that it knows. If that broker is lost, it looks
-        for another one only after minutes, although the others answer.
+        for another one only after minutes, although the others answer. They name the lost broker, too, until the
+        cluster has noticed its loss.
         """
 
         def ask() -> None:
