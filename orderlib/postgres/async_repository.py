@@ -12,12 +12,14 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from types import TracebackType
 from typing import ClassVar, NoReturn, Self, TypeVar, Unpack
 
+import psycopg
 from psycopg import waiting
 from psycopg.abc import PQGen
 
 from orderlib.errors import DatabaseUnavailable, OrderNotFound
 from orderlib.ingestion.records import PreparedOrder, prepare_order
 from orderlib.models import Order
+from orderlib.postgres.errors import let_end_arrive
 from orderlib.postgres.pool import READ_ERRORS, WRITE_ERRORS, Call, Pool, Session
 from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.rows import pack_rows
@@ -297,4 +299,8 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
 async def _run(session: Session, steps: PQGen[T], call: Call) -> T:
     """Run steps until the call's deadline. A task that is cancelled leaves the session for the pool to close."""
     remaining_s = max(0.0, call.deadline - time.monotonic())
-    return await waiting.wait_async(run_until(steps, call.deadline), session.pgconn.socket, remaining_s)
+    try:
+        return await waiting.wait_async(run_until(steps, call.deadline), session.pgconn.socket, remaining_s)
+    except psycopg.Error as exc:
+        await let_end_arrive(session, exc)
+        raise

@@ -5,17 +5,21 @@ No message quotes a row, or a part of a URL that may belong to a password.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import os
 import re
 import select
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 import psycopg
+from psycopg import waiting
+from psycopg.abc import PQGen
 from psycopg.pq import ConnStatus
 from psycopg.pq.abc import PGconn
+from psycopg.waiting import Wait
 
 from orderlib.errors import (
     ConfigurationError,
@@ -120,7 +124,8 @@ _LOST_WORKER = re.compile(
 #: A write on a read-only server: it became a standby, or the URL allows one.
 READ_ONLY = "25006"
 
-_END_ARRIVES_WITHIN_MS = 200
+#: An error without an SQLSTATE may be due to the end of the connection, which may arrive this much later.
+_END_ARRIVES_WITHIN_S = 0.2
 _MAX_READS = 8
 
 
@@ -128,12 +133,11 @@ def is_lost(connection: HasPGconn, exc: BaseException | None = None) -> bool:
     """Return whether the connection is lost: closed, broken, or ended by the server.
 
     Read what the server has sent since, because libpq notices the end of a connection only when it reads. For an idle
-    connection that takes one system call.
+    connection that takes one system call. In an event loop it never waits: call ``let_end_arrive`` first.
     """
     if _is_fatal(exc):
         return True
-    # An error without an SQLSTATE may be due to the end of the connection, which may arrive a moment later.
-    wait_ms = _END_ARRIVES_WITHIN_MS if isinstance(exc, psycopg.Error) and exc.sqlstate is None else 0
+    wait_ms = int(_END_ARRIVES_WITHIN_S * 1000) if _may_be_end(exc) and not _in_event_loop() else 0
     pgconn = connection.pgconn
     poll = select.poll()
     try:
@@ -145,6 +149,29 @@ def is_lost(connection: HasPGconn, exc: BaseException | None = None) -> bool:
     except psycopg.Error:
         return True
     return pgconn.status != ConnStatus.OK
+
+
+async def let_end_arrive(connection: HasPGconn, exc: psycopg.Error) -> None:
+    """Wait as long as ``is_lost`` does outside of an event loop, while other tasks run."""
+    if _may_be_end(exc):
+        with contextlib.suppress(psycopg.Error):
+            await waiting.wait_async(_read_once(), connection.pgconn.socket, _END_ARRIVES_WITHIN_S)
+
+
+def _read_once() -> PQGen[None]:
+    yield Wait.R
+
+
+def _may_be_end(exc: BaseException | None) -> bool:
+    return isinstance(exc, psycopg.Error) and exc.sqlstate is None
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _is_fatal(exc: BaseException | None) -> bool:
@@ -160,7 +187,7 @@ def sqlstates(error: BaseException | None) -> Iterator[str]:
         error = error.__cause__
 
 
-@contextmanager
+@contextlib.contextmanager
 def translate_errors(connection: HasPGconn | None = None) -> Iterator[None]:
     """Raise the library's error, ``from`` psycopg's, for an error of the block.
 

@@ -15,7 +15,7 @@ from orderlib.errors import ConfigurationError
 from orderlib.ingestion.records import PreparedOrder
 from orderlib.postgres import queries
 from orderlib.postgres.async_repository import AsyncOrderRepositoryBase
-from orderlib.postgres.errors import translate_errors
+from orderlib.postgres.errors import let_end_arrive, translate_errors
 from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.repository import OrderRepositoryBase
 from orderlib.postgres.wire import Wire
@@ -123,11 +123,15 @@ class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
     async def _run(self, steps: PQGen[T]) -> T:
         connection = self._connection
         with translate_errors(connection):
-            while True:
-                async with connection.lock:
-                    if not _must_begin(connection):
-                        return await connection.wait(_in_savepoint(self._wire, steps))
-                await connection.execute(queries.EMPTY_SELECT)
+            try:
+                while True:
+                    async with connection.lock:
+                        if not _must_begin(connection):
+                            return await connection.wait(_in_savepoint(self._wire, steps))
+                    await connection.execute(queries.EMPTY_SELECT)
+            except psycopg.Error as exc:
+                await let_end_arrive(connection, exc)
+                raise
 
 
 def _must_begin(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:

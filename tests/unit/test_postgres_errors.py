@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import inspect
+import socket
+from typing import cast
 
 import psycopg
 import pytest
 from psycopg import errors
-from psycopg.pq import DiagnosticField, PGconn
+from psycopg.pq import ConnStatus, DiagnosticField, PGconn
+from psycopg.pq.abc import PGconn as AnyPGconn
 
 from orderlib import ConfigurationError, DatabaseUnavailable, OrderlibError, RefusedByDatabase, TransactionConflict
-from orderlib.postgres.errors import translate, translate_errors
+from orderlib.postgres.errors import HasPGconn, is_lost, let_end_arrive, translate, translate_errors
 
 WITH_SQLSTATE = [
     kind
@@ -117,6 +122,51 @@ def test_on_a_lost_connection_our_own_errors_pass_untouched() -> None:
     with pytest.raises(ConfigurationError), translate_errors(lost):
         raise ConfigurationError("another group")
     lost.close()
+
+
+class _Ending:
+    """A connection of which ``end`` closes the server's side."""
+
+    def __init__(self) -> None:
+        self._socket, self._server = socket.socketpair()
+        self.status = ConnStatus.OK
+
+    @property
+    def pgconn(self) -> AnyPGconn:
+        return cast("AnyPGconn", self)
+
+    @property
+    def socket(self) -> int:
+        return self._socket.fileno()
+
+    def consume_input(self) -> None:
+        assert self._socket.recv(1) == b""
+        self.status = ConnStatus.BAD
+
+    def end(self) -> None:
+        self._server.close()
+
+    def close(self) -> None:
+        self._server.close()
+        self._socket.close()
+
+
+def test_other_tasks_run_while_the_end_of_a_connection_may_arrive() -> None:
+    error = psycopg.OperationalError("lost synchronization with server")
+
+    async def lost(connection: HasPGconn) -> bool:
+        await let_end_arrive(connection, error)
+        return is_lost(connection, error)
+
+    async def lost_after_another_task_ends_it(connection: _Ending) -> bool:
+        waiting = asyncio.create_task(lost(connection))
+        await asyncio.sleep(0)
+        connection.end()
+        return await waiting
+
+    with contextlib.closing(_Ending()) as ending, contextlib.closing(_Ending()) as open_one:
+        assert asyncio.run(lost_after_another_task_ends_it(ending))
+        assert not asyncio.run(lost(open_one))
 
 
 def test_other_errors_pass_untouched() -> None:
