@@ -25,8 +25,8 @@ from orderlib.postgres.operations import index_advice
 from orderlib.postgres.privileges import WRITER_PRIVILEGES
 from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, reject_row
 from orderlib.postgres.schema import check_schema
-from orderlib.postgres.wire import Wire
-from orderlib.postgres.writes import store
+from orderlib.postgres.wire import PREPARED_IS_STALE, Wire
+from orderlib.postgres.writes import store_orders
 from orderlib.repository import Outcome
 
 
@@ -58,6 +58,8 @@ class ConsumerStore:
         self._group = group
         self._clock = clock
         self._connection: Connection | None = None
+        #: Keeps the statements of this connection prepared. ``None`` until it has committed a batch.
+        self._wire: Wire | None = None
         self._abort_lock = threading.Lock()
         self._aborted = False
 
@@ -125,11 +127,11 @@ class ConsumerStore:
             began_s = now_s
 
         with self._use_connection() as connection:
-            wire = Wire(connection.pgconn, keeps_statements=False)
+            wire = self._wire or Wire(connection.pgconn)
             try:
                 self._begin(connection, wire, batch)
                 lap("fence")
-                written = attrs.evolve(_write_orders(connection, batch), seconds=seconds)
+                written = attrs.evolve(_write_orders(connection, wire, batch), seconds=seconds)
                 lap("orders")
                 _copy_rejects(connection, written.rejects)
                 lap("rejects")
@@ -142,8 +144,15 @@ class ConsumerStore:
                 if isinstance(exc, psycopg.errors.LockNotAvailable):
                     # Only after the rollback, because a failed transaction accepts no query.
                     raise self._end_blockers(connection, self._keys(batch.topic_ids, batch.ranges)) from exc
+                if self._wire is not None and PREPARED_IS_STALE.intersection(sqlstates(exc)):
+                    # A session that has not committed a batch has no older statements, so a retry would not help it.
+                    connection.close()
+                    raise TransactionConflict(
+                        "PostgreSQL: a table has changed since its statements were prepared"
+                    ) from exc
                 raise
             lap("commit")
+            self._wire = wire
             return written
 
     def index_advice(self) -> str | None:
@@ -178,6 +187,7 @@ class ConsumerStore:
             connection = open_connection(self._url, application_name=self.APPLICATION_NAME)
             with self._abort_lock:
                 self._connection = connection
+            self._wire = None
             check_schema(connection)
         if self._aborted:
             raise DatabaseUnavailable("PostgreSQL: interrupted")
@@ -248,7 +258,7 @@ def _next_offsets(
     return {TopicPartition(topics[topic_id], partition): next_offset for topic_id, partition, next_offset in rows}
 
 
-def _write_orders(connection: Connection, batch: Batch) -> BatchResult:
+def _write_orders(connection: Connection, wire: Wire, batch: Batch) -> BatchResult:
     rejects: list[Reject] = []
     records: list[Record] = []
     changes: list[OrderChange] = []
@@ -258,7 +268,7 @@ def _write_orders(connection: Connection, batch: Batch) -> BatchResult:
         else:
             records.append(record)
             changes.append(classified)
-    results = store(connection, changes) if changes else []
+    results = connection.wait(store_orders(wire, changes)) if changes else []
     outcomes = Counter(result for result in results if isinstance(result, Outcome))
     rejects += [
         Reject.of(record, result)

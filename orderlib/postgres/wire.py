@@ -26,7 +26,7 @@ from orderlib.postgres.rows import Row
 T = TypeVar("T")
 
 #: A prepared statement was deallocated, or its tables have changed. It must be prepared again.
-_PREPARED_IS_STALE = {"26000", "0A000"}
+PREPARED_IS_STALE = {"26000", "0A000"}
 
 #: libpq copies data before it sends them, so large values are passed to it in parts.
 _COPY_BYTES = 4 * 1024 * 1024
@@ -155,7 +155,7 @@ class Wire:
             # The last error of the server has more information than the end of the connection.
             raise error or exc from None
         if error is not None:
-            if error.sqlstate in _PREPARED_IS_STALE:
+            if error.sqlstate in PREPARED_IS_STALE:
                 self._prepared.clear()
             raise error
         return results

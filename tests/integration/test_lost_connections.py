@@ -12,13 +12,15 @@ import attrs
 import psycopg
 import pytest
 
-from orderlib.errors import DatabaseUnavailable, FenceLost, OrderlibError
+from orderlib.errors import DatabaseUnavailable, FenceLost, OrderlibError, TransactionConflict
 from orderlib.ingestion.records import Batch, OffsetRange, Record, TopicPartition, classify_record
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rows import pack_rows
-from orderlib.repository import RecordPosition
+from orderlib.repository import Outcome, RecordPosition
+from orderlib.testing import SAMPLE
 from tests.conftest import Database
+from tests.support.batches import batch, consumer_store, ignore
 from tests.support.fake_postgres import error_response
 from tests.support.sending import order
 from tests.support.tcp_proxy import CutConnection, TcpProxy
@@ -196,3 +198,13 @@ def test_an_idle_connection_that_was_lost_is_replaced_silently(refusing_table: D
             assert ended == [(True,)]
             ledger.start_partitions(TOPIC_IDS, {PARTITION: 0})
     ledger.close()
+
+
+def test_a_table_that_changed_after_its_statements_were_prepared_costs_a_batch_one_retry(database: Database) -> None:
+    with consumer_store(database) as store:
+        store.write(batch(0, (None, SAMPLE)), ignore)
+        with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+            superuser.execute("ALTER TABLE consumer_offsets ALTER COLUMN partition TYPE bigint")
+        with pytest.raises(TransactionConflict, match="a table has changed"):
+            store.write(batch(1, (None, SAMPLE)), ignore)
+        assert store.write(batch(1, (None, SAMPLE)), ignore).outcomes[Outcome.DUPLICATE] == 1
