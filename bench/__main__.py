@@ -13,7 +13,7 @@ from bench.page import write_page
 from bench.report import add_write_option
 
 #: The benchmarks. ``bench.growth`` takes hours, so it is not one of them.
-TOPICS = ("decode", "ingest", "api", "go")
+TOPICS = ("decode", "ingest", "parts", "api", "go")
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ MARKED = re.compile(r"(<!-- python -m bench writes this table -->\n).*?(\n<!-- e
 #: The files of figures, and what each measures. A file that does not exist is left out.
 TOPICS = {
     "ingest": "Ingest: from Kafka to PostgreSQL",
+    "parts": "What PostgreSQL does for an order",
     "api": "Reads: the API",
     "decode": "Decode and validate",
     "go": "Beside a service in Go",
@@ -162,6 +163,30 @@ PLOTS = (
                 decoder: f"{order}: {decoder}" for decoder in ("bare msgspec", "decode_order", "pydantic", "cattrs")
             }
             for order in ("sample order", "generated orders")
+        },
+    ),
+    Plot(
+        "parts",
+        "parts",
+        "Raw COPY of an order, and what its parts cost, µs",
+        {
+            "µs": {
+                "everything": "raw COPY of an order",
+                **{
+                    part: f"of that for {part}"
+                    for part in (
+                        "foreign keys",
+                        "CHECKs",
+                        "index orders_newest",
+                        "index orders_newest_of_customer",
+                        "index orders_newest_of_track",
+                        "index orders_by_lower_uid",
+                        "index delivery_by_phone",
+                        "index delivery_by_email",
+                        "index items_by_rid",
+                    )
+                },
+            }
         },
     ),
     *(
