@@ -5,26 +5,21 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-import attrs
 import hypothesis
 import psycopg
 import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import conninfo_to_dict
 
-from orderlib.postgres.citus import distribute
-from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations
-from orderlib.postgres.roles import create_roles
 from sandbox import Sandbox, running_sandbox
-from tests.support.citus import SHARDS, Coordinator
-
-ROOT = Path(__file__).parent.parent
+from tests.support import CITUS, ROOT, SHARED_SANDBOX
+from tests.support.citus import Coordinator
+from tests.support.databases import TABLES, Database, delete_rows, drop_database, make_database, set_up
 
 #: Numbers that differ if anything in the database was created, altered, dropped, granted or set.
 _DEFINITION = " UNION ALL ".join(
@@ -53,22 +48,12 @@ _DEFINITION = " UNION ALL ".join(
         "pg_db_role_setting WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())",
     )
 ).encode()
-_TABLES = """
-SELECT oid::regclass::text, pg_total_relation_size(oid) FROM pg_class
-WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace AND relname <> 'schema_migrations'
-"""
 _END_SESSIONS = """
 SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid()
 """
 #: A database with tables of this size in total is dropped: deleted rows are still there.
 _LARGE_BYTES = 4 * 1024 * 1024
-
-#: The sandbox's settings as JSON, for a run of tests inside a test.
-SHARED_SANDBOX = "TESTS_SANDBOX"
-
-#: The folder of a PostgreSQL with Citus, to run the tests there.
-CITUS = "TESTS_CITUS"
 
 # On a busy machine, slow examples must not fail a test.
 hypothesis.settings.register_profile(
@@ -105,88 +90,6 @@ def own_sandbox() -> Iterator[Sandbox]:
     """Servers that a test may stop. It must start them again."""
     with running_sandbox() as running:
         yield running
-
-
-@attrs.frozen(kw_only=True)
-class Database:
-    """A database for one test, with the URL of each role."""
-
-    superuser_url: str
-    migrator_url: str
-    writer_url: str
-    reader_url: str
-
-    def environ(self) -> dict[str, str]:
-        """The URLs as settings."""
-        return {
-            "ORDERS_BOOTSTRAP_URL": self.superuser_url,
-            "ORDERS_MIGRATOR_URL": self.migrator_url,
-            "ORDERS_DATABASE_URL": self.writer_url,
-            "ORDERS_READER_URL": self.reader_url,
-        }
-
-
-def of_database(environ: Mapping[str, str], name: str) -> Database:
-    """Return the sandbox's URLs for another of its databases."""
-
-    def url(variable: str) -> str:
-        return make_conninfo(environ[variable], dbname=name)
-
-    return Database(
-        superuser_url=url("ORDERS_BOOTSTRAP_URL"),
-        migrator_url=url("ORDERS_MIGRATOR_URL"),
-        writer_url=url("ORDERS_DATABASE_URL"),
-        reader_url=url("ORDERS_READER_URL"),
-    )
-
-
-def role_passwords(database: Database) -> dict[str, str]:
-    """Return the passwords in the URLs, by role."""
-    urls = map(conninfo_to_dict, (database.migrator_url, database.writer_url, database.reader_url))
-    return {str(url["user"]): str(url["password"]) for url in urls}
-
-
-def make_database(sandbox: Sandbox, template: str = "template1") -> Database:
-    """Create a database in the sandbox."""
-    name = f"test_{secrets.token_hex(6)}"
-    if isinstance(coordinator := getattr(sandbox, "postgres", None), Coordinator):
-        database = of_database(sandbox.environ, name)
-        coordinator.add_database(name)
-        if template != "template1":
-            set_up(database)
-            coordinator.set_passwords(name, role_passwords(database))
-            distribute(database.superuser_url, shards=SHARDS, application_name="tests")
-        return database
-    with psycopg.connect(sandbox.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as connection:
-        # Without fsync, copying files is ten times faster than logging each page.
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
-    return of_database(sandbox.environ, name)
-
-
-def drop_database(sandbox: Sandbox, database: Database) -> None:
-    """Drop a database, even if clients are still connected."""
-    name = str(conninfo_to_dict(database.superuser_url)["dbname"])
-    if isinstance(coordinator := getattr(sandbox, "postgres", None), Coordinator):
-        coordinator.drop_database(name)
-        return
-    with psycopg.connect(sandbox.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
-
-
-def delete_rows(superuser: psycopg.Connection) -> None:
-    """Delete every order, reject and offset. TRUNCATE of all tables takes fifty times longer."""
-    superuser.execute("SET session_replication_role = replica")
-    for name, _ in superuser.execute(_TABLES).fetchall():
-        superuser.execute(f"DELETE FROM {name}")
-    superuser.execute("RESET session_replication_role")
-
-
-def set_up(database: Database) -> None:
-    """Create the roles and the tables."""
-    with open_connection(database.superuser_url, application_name="tests") as connection:
-        create_roles(connection, role_passwords(database))
-    with open_connection(database.migrator_url, application_name="tests") as connection:
-        apply_migrations(connection)
 
 
 @pytest.fixture(scope="session")
@@ -236,7 +139,7 @@ def _empty(database: Database, definition: object) -> bool:
             superuser.execute(_END_SESSIONS)
             if superuser.execute(_DEFINITION).fetchall() != definition:
                 return False
-            if sum(size for _, size in superuser.execute(_TABLES)) > _LARGE_BYTES:
+            if sum(size for _, size in superuser.execute(TABLES)) > _LARGE_BYTES:
                 return False
             delete_rows(superuser)
     except psycopg.Error:

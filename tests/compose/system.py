@@ -16,7 +16,7 @@ import attrs
 
 from sandbox.server import free_port
 from tests.compose.engine import ROOT, docker
-from tests.support.programs import wait_for
+from tests.support.waiting import wait_for
 
 #: The services that end by themselves, and those that run until stopped.
 JOBS = ("bootstrap", "migrate", "topics", "sender")

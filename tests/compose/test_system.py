@@ -10,7 +10,7 @@ import orderlib
 from orderlib.testing import SAMPLE
 from tests.compose.engine import docker
 from tests.compose.system import PROGRAMS, RECOVERY_TIMEOUT_S, SERVICES, System
-from tests.support.programs import wait_for
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(600)
 

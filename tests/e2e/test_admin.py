@@ -20,9 +20,10 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 import orderlib
 from orderlib.testing import SAMPLE
 from services.admin.rejects import SHOWN_BYTES
-from tests.conftest import Database
 from tests.support import ROOT
-from tests.support.programs import peak_bytes, run, running, succeed, wait_for
+from tests.support.databases import Database
+from tests.support.programs import peak_bytes, run, running, succeed
+from tests.support.waiting import wait_for
 
 
 def rows(command: str, environ: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -18,8 +18,9 @@ import pytest
 import orderlib
 from orderlib.models import Order
 from orderlib.testing import SAMPLE as SAMPLE_JSON
-from tests.conftest import Database
-from tests.support.api_process import Service, eventually, serving, settings_for
+from tests.support.api_process import Service, serving, settings_for
+from tests.support.databases import Database
+from tests.support.waiting import wait_for
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 SAMPLE_PATH = f"/orders/{SAMPLE.order_uid}"
@@ -435,7 +436,7 @@ def test_the_log_has_no_personal_data(guarded: Service, store: orderlib.Postgres
     answer = guarded.get("/orders/logged", token)
     assert "Ludmila" in answer.text
     last = answer.headers["X-Request-Id"]
-    assert eventually(lambda: last in {e["request_id"] for e in guarded.events("request")}, 20)
+    wait_for(lambda: last in {e["request_id"] for e in guarded.events("request")}, 20)
     [line] = [e for e in guarded.events("request") if e["request_id"] == last]
     assert line.keys() >= {"route", "method", "status", "ms", "request_id", "token_name"}
     assert (line["route"], line["status"], line["order_uid"]) == ("/orders/{order_uid}", 200, "logged")

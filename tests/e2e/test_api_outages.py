@@ -17,9 +17,10 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import orderlib
 from orderlib.testing import SAMPLE as SAMPLE_JSON
-from tests.conftest import Database
-from tests.support.api_process import Answer, Service, eventually, serving, settings_for
+from tests.support.api_process import Answer, Service, serving, settings_for
+from tests.support.databases import Database
 from tests.support.tcp_proxy import TcpProxy
+from tests.support.waiting import wait_for
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 PATH = f"/orders/{SAMPLE.order_uid}"
@@ -117,7 +118,7 @@ def test_a_frozen_database_means_503_within_five_seconds_and_blocks_nothing_else
         assert threads(api) <= before + 2
     finally:
         wire.thaw()
-    assert eventually(lambda: api.get(PATH).status == 200, 20)
+    wait_for(lambda: api.get(PATH).status == 200, 20)
 
 
 def test_reads_behind_a_lock_get_503_and_do_not_fill_the_database_with_connections(
@@ -134,9 +135,9 @@ def test_reads_behind_a_lock_get_503_and_do_not_fill_the_database_with_connectio
                 assert row is not None
                 return int(row[0])
 
-        assert eventually(lambda: waiting() == 0, 20)
+        wait_for(lambda: waiting() == 0, 20)
         locker.rollback()
-    assert eventually(lambda: api.get(PATH).status == 200, 20)
+    wait_for(lambda: api.get(PATH).status == 200, 20)
 
 
 def test_stopped_backends_are_abandoned_and_replaced(api: Service, stored: Database) -> None:

@@ -31,11 +31,12 @@ from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from services.api.asgi import HEALTH_CONNECTIONS
 from services.api.request_metrics import SECURITY_HEADERS
-from tests.conftest import Database, role_passwords
 from tests.support import ROOT
-from tests.support.api_process import HALF_A_REQUEST, Answer, Service, clients, eventually, serving, settings_for
+from tests.support.api_process import HALF_A_REQUEST, Answer, Service, clients, serving, settings_for
+from tests.support.databases import Database, role_passwords
 from tests.support.programs import run
 from tests.support.tcp_proxy import TcpProxy
+from tests.support.waiting import wait_for
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 PATH = f"/orders/{SAMPLE.order_uid}"
@@ -132,9 +133,9 @@ def test_a_stop_finishes_requests_and_does_not_wait_for_idle_connections(stored:
         with clients(api, 5, HALF_A_REQUEST), clients(api, 5, b""):
             wire.freeze()
             asked = pool.submit(api.get, PATH)
-            assert eventually(lambda: api.connections() == 11, 20)
+            wait_for(lambda: api.connections() == 11, 20)
             api.process.terminate()
-            assert eventually(lambda: not api.accepts(), 20)
+            wait_for(lambda: not api.accepts(), 20)
             wire.thaw()
             assert asked.result().body == orderlib.encode_order(SAMPLE)
             assert api.process.wait(5) == 0
@@ -143,7 +144,7 @@ def test_a_stop_finishes_requests_and_does_not_wait_for_idle_connections(stored:
 @pytest.mark.parametrize("sent", [b"", HALF_A_REQUEST, b"G"])
 def test_two_hundred_idle_or_half_sent_requests_delay_no_other_client(api: Service, sent: bytes) -> None:
     with clients(api, 200, sent):
-        assert eventually(lambda: api.connections() == 200, 20)
+        wait_for(lambda: api.connections() == 200, 20)
         assert max(api.get(PATH).seconds for _ in range(30)) < 1
 
 
@@ -151,7 +152,7 @@ def test_clients_that_do_not_read_delay_no_other_client(api: Service) -> None:
     request = b"GET /orders?limit=100 HTTP/1.1\r\nHost: localhost\r\n\r\n"
     before = len(api.events("request"))
     with clients(api, 50, request):
-        assert eventually(lambda: len(api.events("request")) == before + 50, 15)
+        wait_for(lambda: len(api.events("request")) == before + 50, 15)
         assert max(api.get(PATH).seconds for _ in range(30)) < 1
 
 
@@ -170,9 +171,9 @@ def assert_served(api: Service) -> None:
 def test_two_thousand_idle_connections_lock_no_client_out(api: Service, sent: bytes) -> None:
     with clients(api, 2_000, sent, answered=sent is ANSWERED):
         # A connection is idle once it is accepted: that takes 0.3 s of CPU time, and 2,000 requests take more.
-        assert eventually(lambda: api.connections() >= 2_000, 20)
+        wait_for(lambda: api.connections() >= 2_000, 20)
         assert_served(api)
-    assert eventually(lambda: api.connections() == 0, 10)
+    wait_for(lambda: api.connections() == 0, 10)
 
 
 def limit_files(api: Service, soft: int, hard: int) -> None:
@@ -181,7 +182,7 @@ def limit_files(api: Service, soft: int, hard: int) -> None:
     before = api.workers()
     resource.prlimit(api.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
     api.process.send_signal(signal.SIGHUP)
-    assert eventually(lambda: bool(api.workers()) and not set(api.workers()) & set(before), 20)
+    wait_for(lambda: bool(api.workers()) and not set(api.workers()) & set(before), 20)
 
 
 def test_at_its_limit_it_closes_the_connections_that_were_idle_longest(mortal: Service) -> None:
@@ -198,7 +199,7 @@ def test_at_its_limit_it_closes_the_connections_that_were_idle_longest(mortal: S
                 assert files // 2 < mortal.connections() < files
                 used.request("GET", PATH)
                 assert used.getresponse().read() == orderlib.encode_order(SAMPLE)
-        assert eventually(lambda: mortal.connections() == 1, 10)
+        wait_for(lambda: mortal.connections() == 1, 10)
     used.close()
     assert [told for told in mortal.events() if told["level"] == "error"] == []
 
@@ -331,7 +332,7 @@ def test_metrics_need_no_file(stored: Database, tmp_path: Path) -> None:
     folder = tmp_path / "temporary"
     folder.mkdir()
     with serving(settings_for(stored.reader_url, TMPDIR=str(folder), WEB_CONCURRENCY="2")) as api:
-        assert eventually(lambda: len(api.workers()) == 2, 20)
+        wait_for(lambda: len(api.workers()) == 2, 20)
         for _ in range(10):
             assert api.get(PATH).status == 200
         assert list(folder.iterdir()) == []
@@ -339,8 +340,8 @@ def test_metrics_need_no_file(stored: Database, tmp_path: Path) -> None:
         before = api.workers()
         for worker in before:
             os.kill(worker, signal.SIGKILL)
-        assert eventually(lambda: len(api.workers()) == 2 and not set(api.workers()) & set(before), 10)
-        assert eventually(lambda: _answers(api), 20)
+        wait_for(lambda: len(api.workers()) == 2 and not set(api.workers()) & set(before), 10)
+        wait_for(lambda: _answers(api), 20)
         text = api.get("/metrics", address=api.metrics_address).text
         counted = re.findall(r'requests_total{method="GET",route="/orders/{order_uid}",status="200"} (\S+)', text)
         assert [float(number) >= 11 for number in counted] == [True]
@@ -379,7 +380,7 @@ def test_clients_that_close_early_leave_nothing_behind(api: Service, stored: Dat
     for _ in range(5):
         with clients(api, 40, f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()):
             pass
-    assert eventually(lambda: api.connections() == 0, 20)
+    wait_for(lambda: api.connections() == 0, 20)
     assert api.get(PATH).body == orderlib.encode_order(SAMPLE)
     assert api.events("request_failed") == []
     assert [event for event in api.events("request") if event["status"] == 500] == []
@@ -394,7 +395,7 @@ def test_clients_that_close_early_leave_nothing_behind(api: Service, stored: Dat
             assert row is not None
             return int(row[0])
 
-        assert eventually(lambda: sessions("%") <= 8 + HEALTH_CONNECTIONS, 20)
+        wait_for(lambda: sessions("%") <= 8 + HEALTH_CONNECTIONS, 20)
         assert sessions("%transaction%") == 0
 
 
@@ -417,11 +418,11 @@ def test_a_killed_worker_is_replaced_and_no_client_gets_a_wrong_answer(mortal: S
     with ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(ask) for _ in range(4)]
         try:
-            assert eventually(lambda: len(mortal.events("request")) > 20, 20)
+            wait_for(lambda: len(mortal.events("request")) > 20, 20)
             os.kill(worker, signal.SIGKILL)
-            assert eventually(lambda: mortal.workers() not in ([], [worker]), 20)
+            wait_for(lambda: mortal.workers() not in ([], [worker]), 20)
             before = len(mortal.events("request"))
-            assert eventually(lambda: len(mortal.events("request")) > before + 50, 10)
+            wait_for(lambda: len(mortal.events("request")) > before + 50, 10)
         finally:
             stop.set()
         assert all(one.result() > 0 for one in asking)
@@ -440,13 +441,13 @@ def test_a_reload_replaces_the_workers_and_refuses_no_client(mortal: Service) ->
         statuses.add(mortal.get(PATH).status)
         return bool(mortal.workers()) and not set(mortal.workers()) & set(before)
 
-    assert eventually(is_reloaded, 10)
+    wait_for(is_reloaded, 10)
     assert statuses == {200}
 
 
 def test_several_workers_serve_and_count_together(stored: Database) -> None:
     with serving(settings_for(stored.reader_url, WEB_CONCURRENCY="2")) as api:
-        assert eventually(lambda: len(api.workers()) == 2, 20)
+        wait_for(lambda: len(api.workers()) == 2, 20)
         for _ in range(40):
             assert api.get(PATH).status == 200
         text = api.get("/metrics", address=api.metrics_address).text

@@ -14,8 +14,9 @@ from psycopg.types.json import Jsonb
 
 import orderlib
 from orderlib.testing import SAMPLE as SAMPLE_JSON
-from tests.conftest import Database
-from tests.support.api_process import Service, eventually, serving, settings_for
+from tests.support.api_process import Service, serving, settings_for
+from tests.support.databases import Database
+from tests.support.waiting import wait_for
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 FAULT = {"path": "$.payment.amount", "expected": "an integer", "found": "text"}
@@ -178,7 +179,7 @@ def test_clients_that_wait_behind_a_lock_on_rejects_block_no_order(
                 answer = api.get(f"/orders/{SAMPLE.order_uid}", AUTHORIZED)
                 assert (answer.status, answer.seconds < 0.5) == (200, True)
             locker.rollback()
-        assert eventually(lambda: api.get("/records/orders/0/3", AUTHORIZED).json["state"] == "rejected", 10)
+        wait_for(lambda: api.get("/records/orders/0/3", AUTHORIZED).json["state"] == "rejected", 10)
     assert store.closed is False
 
 

@@ -8,8 +8,8 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from tests.conftest import Database
 from tests.support.api_process import Service, serving, settings_for
+from tests.support.databases import Database
 
 FAULTS = [
     {"path": "$.payment.amount", "expected": "an integer", "found": "text"},

@@ -11,8 +11,8 @@ import attrs
 
 import orderlib
 from orderlib.testing import SAMPLE as SAMPLE_JSON
-from tests.conftest import Database
 from tests.support.api_process import serving, settings_for
+from tests.support.databases import Database
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 

@@ -18,12 +18,12 @@ import pytest
 
 from orderlib.testing import SAMPLE
 from sandbox import Sandbox
-from tests.conftest import Database
 from tests.support.accounting import assert_all_accounted_for, next_offsets, stored_rejects, wait_until_handled
-from tests.support.api_process import eventually
 from tests.support.consumer_process import consuming
+from tests.support.databases import Database
 from tests.support.programs import run, succeed
 from tests.support.sending import Sender, order, uids
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_right_that_is_revoked_stops_it_with_1_and_a_reason(
 ) -> None:
     sender.send_orders(uids("order", 10_000))
     with consuming(environ) as consumer, psycopg.connect(database.superuser_url, autocommit=True) as administrator:
-        assert eventually(lambda: sum(next_offsets(database).values()) > 0, 20)
+        wait_for(lambda: sum(next_offsets(database).values()) > 0, 20)
         administrator.execute("REVOKE INSERT ON items FROM orders_writer")
         try:
             assert consumer.status(within_s=20) == 1
@@ -188,14 +188,14 @@ def test_it_counts_the_outcome_of_each_record(environ: dict[str, str], database:
         sender.send_orders(uids("order", 10), version=2)
         sender.send_bad(b"{")
         wait_until_handled(sender.manifest, database)
-        assert eventually(lambda: consumer.metric("orders_batch_records_sum") == 151, 20)
+        wait_for(lambda: consumer.metric("orders_batch_records_sum") == 151, 20)
         kinds = ("stored", "duplicate", "superseded", "rejected")
         counts = {kind: consumer.metric(f'orders_records_total{{outcome="{kind}"}}') for kind in kinds}
         assert sum(counts.values()) == 151
         assert counts["rejected"] == consumer.metric('orders_rejects_total{code="malformed_json"}') == 1
         assert consumer.metric("orders_end_to_end_seconds_count") == 151
         assert consumer.metric('orders_batch_seconds_count{step="commit"}') >= 2
-        assert eventually(lambda: consumer.ready, 20)
+        wait_for(lambda: consumer.ready, 20)
         assert consumer.get("/nothing")[0] == 404
         assert consumer.stop() == 0
 
@@ -205,13 +205,13 @@ def test_its_lag_is_counted_for_each_partition(environ: dict[str, str], database
     with consuming(environ) as consumer:
         wait_until_handled(sender.manifest, database)
         lags = [f'orders_lag_records{{partition="{partition}"}}' for partition in range(3)]
-        assert eventually(lambda: all(f"{lag} 0.0" in consumer.get("/metrics")[1] for lag in lags), 15)
+        wait_for(lambda: all(f"{lag} 0.0" in consumer.get("/metrics")[1] for lag in lags), 15)
         with psycopg.connect(database.superuser_url) as stranger:
             stranger.execute("LOCK TABLE orders")
             sender.send_orders(uids("order", 60), version=2)
-            assert eventually(lambda: sum(map(consumer.metric, lags)) == 60, 15)
+            wait_for(lambda: sum(map(consumer.metric, lags)) == 60, 15)
         wait_until_handled(sender.manifest, database)
-        assert eventually(lambda: sum(map(consumer.metric, lags)) == 0, 15)
+        wait_for(lambda: sum(map(consumer.metric, lags)) == 0, 15)
         assert consumer.stop() == 0
 
 
@@ -248,7 +248,7 @@ def test_a_flood_of_slow_connections_and_a_lost_session_delay_neither_health_nor
             with suppress(OSError):
                 client.sendall(b"GET /livez HTTP/1.1\r\nX-Slow: ")
         # Each connection has a thread. The oldest are closed at once, long before their time is over.
-        assert eventually(lambda: psutil.Process(consumer.process.pid).num_threads() < 100, 2)
+        wait_for(lambda: psutil.Process(consumer.process.pid).num_threads() < 100, 2)
         with psycopg.connect(database.superuser_url) as connection:
             connection.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -262,15 +262,15 @@ def test_a_flood_of_slow_connections_and_a_lost_session_delay_neither_health_nor
 
         assert any(is_soon_live() for _ in range(3))
         wait_until_handled(sender.manifest, database)
-        assert eventually(lambda: consumer.ready, 10)
+        wait_for(lambda: consumer.ready, 10)
         assert consumer.stop() == 0
 
 
 def test_a_member_without_partitions_is_ready(environ: dict[str, str], make_topic: Callable[..., str]) -> None:
     environ = {**environ, "ORDERS_TOPIC": make_topic(1)}
     with consuming(environ) as owner, consuming(environ) as spare:
-        assert eventually(lambda: any(each.events("partitions_assigned") for each in (owner, spare)), 10)
-        assert eventually(lambda: owner.ready and spare.ready, 10)
+        wait_for(lambda: any(each.events("partitions_assigned") for each in (owner, spare)), 10)
+        wait_for(lambda: owner.ready and spare.ready, 10)
         assert sum(len(consumer.events("partitions_assigned")) for consumer in (owner, spare)) == 1
         assert owner.stop() == spare.stop() == 0
 

@@ -11,9 +11,10 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from sandbox import PostgresServer
-from tests.conftest import Database
 from tests.support.api_process import serving
-from tests.support.programs import run, running, succeed, wait_for
+from tests.support.databases import Database
+from tests.support.programs import run, running, succeed
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture

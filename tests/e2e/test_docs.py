@@ -17,9 +17,9 @@ from sandbox import Sandbox
 from sandbox.server import free_port
 from services import settings as config
 from services.admin.__main__ import make_parser
-from tests.conftest import Database
 from tests.support import ROOT
 from tests.support.consumer_process import consuming
+from tests.support.databases import Database
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = ROOT / "docs"

@@ -23,9 +23,9 @@ import pytest
 import orderlib
 from orderlib.testing import SAMPLE
 from sandbox.server import free_port
-from tests.conftest import Database
 from tests.support import ROOT
-from tests.support.programs import wait_for
+from tests.support.databases import Database
+from tests.support.waiting import wait_for
 from tests.support.wheel import Environment, build_wheel, make_environment, run
 
 SAMPLE_ORDER = orderlib.decode_order(SAMPLE)

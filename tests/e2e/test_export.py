@@ -19,9 +19,10 @@ from orderlib.testing import SAMPLE
 from sandbox import Sandbox
 from services.admin.output import count_of
 from services.sender.generate import generate_order
-from tests.conftest import Database, drop_database, make_database
 from tests.support import ROOT
-from tests.support.programs import peak_bytes, run, succeed, wait_for
+from tests.support.databases import Database, drop_database, make_database
+from tests.support.programs import peak_bytes, run, succeed
+from tests.support.waiting import wait_for
 
 SAMPLE_ORDER = orderlib.decode_order(SAMPLE)
 

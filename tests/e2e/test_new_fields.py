@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sandbox import Sandbox
-from tests.conftest import SHARED_SANDBOX
+from tests.support import SHARED_SANDBOX
 from tests.support.project_copy import copy_project, diff_in_contributing
 
 #: A run from Kafka to the page, the round trips and the repository contract.

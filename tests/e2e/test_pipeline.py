@@ -18,8 +18,9 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 import orderlib
 from orderlib.errors import RejectedError
 from orderlib.testing import SAMPLE
-from tests.conftest import Database
-from tests.support.programs import events, run, running, succeed, wait_for
+from tests.support.databases import Database
+from tests.support.programs import events, run, running, succeed
+from tests.support.waiting import wait_for
 
 
 def acknowledged(manifest: Path) -> list[dict[str, object]]:

@@ -8,10 +8,10 @@ import pytest
 
 import orderlib
 from orderlib.testing import SAMPLE
-from tests.conftest import Database
 from tests.support.accounting import wait_until_handled
 from tests.support.api_process import serving
 from tests.support.consumer_process import consuming
+from tests.support.databases import Database
 from tests.support.pgbouncer import pgbouncer
 from tests.support.programs import run, succeed
 from tests.support.sending import Sender, uids

@@ -22,9 +22,10 @@ from orderlib.ingestion.reconcile import MAX_FINDINGS, Reconciliation, TopicStat
 from orderlib.testing import SAMPLE
 from sandbox import Sandbox
 from services.admin.__main__ import main
-from tests.conftest import ROOT, Database, drop_database, make_database
-from tests.support.api_process import eventually
+from tests.support import ROOT
+from tests.support.databases import Database, drop_database, make_database
 from tests.support.programs import succeed
+from tests.support.waiting import wait_for
 
 SAMPLE_ORDER = orderlib.decode_order(SAMPLE)
 
@@ -582,7 +583,7 @@ def test_a_compacted_topic_has_no_discrepancy(place: Place, make_topic: Callable
         place.consume()
         return bool(place.reconcile()["counts"]["records"] < 4)
 
-    assert eventually(is_compacted, 60)
+    wait_for(is_compacted, 60)
     place.assert_holds()
     assert place.not_proved()["rejects whose record Kafka no longer has: the topic is compacted"] == 1
 

@@ -13,10 +13,11 @@ import pytest
 
 from orderlib import content_sha256, decode_order, encode_order
 from orderlib.testing import SAMPLE
-from tests.conftest import Database
 from tests.support.api_process import Service, serving
-from tests.support.programs import events, run, running, succeed, wait_for
+from tests.support.databases import Database
+from tests.support.programs import events, run, running, succeed
 from tests.support.project_copy import copy_project, diff_in_contributing
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -24,10 +24,11 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, Message, TopicPartition
 
 from orderlib.testing import SAMPLE
 from sandbox import Sandbox
-from tests.conftest import Database
 from tests.support import ROOT
 from tests.support.consumer_process import consuming
-from tests.support.programs import events, run, running, succeed, wait_for
+from tests.support.databases import Database
+from tests.support.programs import events, run, running, succeed
+from tests.support.waiting import wait_for
 
 #: What Kafka's Java client computes for these keys: UtilsTest.testMurmur2 of org.apache.kafka.common.utils.
 MURMUR2 = {

@@ -11,17 +11,15 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations
-from orderlib.postgres.roles import create_roles
 from sandbox import Sandbox
-from tests.conftest import Database, make_database, role_passwords
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
-from tests.support.api_process import eventually, serving
+from tests.support.api_process import serving
 from tests.support.consumer_process import consuming
+from tests.support.databases import Database, make_database, set_up
 from tests.support.pgbouncer import pgbouncer
 from tests.support.programs import run, succeed
 from tests.support.sending import Sender, uids
+from tests.support.waiting import wait_for
 
 
 def name_of(database: Database) -> str:
@@ -75,23 +73,23 @@ def test_a_database_that_accepts_no_connections_for_a_while_is_an_outage(
         connection.execute(close.format(name).encode())
         connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
         sender.send_orders(uids("order", 10), version=2)
-        assert eventually(lambda: any(code in str(event) for event in consumer.events("retrying")), 15)
+        wait_for(lambda: any(code in str(event) for event in consumer.events("retrying")), 15)
         answer = api.get("/orders/order-1")
         assert answer.status == 503
         assert b"set up" not in answer.body
         assert api.get("/readyz").status == 503
         connection.execute(reopen.format(name).encode())
         wait_until_handled(sender.manifest, database)
-        assert eventually(lambda: api.get("/readyz").status == 200, 10)
+        wait_for(lambda: api.get("/readyz").status == 200, 10)
         assert consumer.stop() == 0
     # Also if it is closed when they start.
     with administrator(database) as connection:
         connection.execute(close.format(name).encode())
         with consuming(environ) as consumer, serving(environ) as api:
-            assert eventually(lambda: code in consumer.stderr.read_text(), 15)
+            wait_for(lambda: code in consumer.stderr.read_text(), 15)
             assert api.get("/readyz").status == 503
             connection.execute(reopen.format(name).encode())
-            assert eventually(lambda: consumer.ready, 30)
+            wait_for(lambda: consumer.ready, 30)
             assert consumer.stop() == 0
 
 
@@ -105,8 +103,8 @@ def test_time_limits_set_by_an_administrator_end_sessions_but_no_program(
     with consuming(environ) as consumer, serving(environ) as api:
         wait_until_handled(sender.manifest, database)
         for version in (2, 3):
-            assert eventually(lambda: not sessions(database, "orderlib-consumer"), 10)
-            assert eventually(lambda: not sessions(database, "orderlib-api"), 10)
+            wait_for(lambda: not sessions(database, "orderlib-consumer"), 10)
+            wait_for(lambda: not sessions(database, "orderlib-api"), 10)
             assert api.get("/orders").status == 200
             sender.send_orders(uids("order", 10), version)
             wait_until_handled(sender.manifest, database)
@@ -138,10 +136,7 @@ def test_a_url_without_a_required_password_is_a_configuration_error(
 
 def test_restarts_of_postgresql_behind_pgbouncer_are_outages(own_sandbox: Sandbox) -> None:
     database = make_database(own_sandbox)
-    with open_connection(database.superuser_url, application_name="tests") as connection:
-        create_roles(connection, role_passwords(database))
-    with open_connection(database.migrator_url, application_name="tests") as connection:
-        apply_migrations(connection)
+    set_up(database)
     with pgbouncer(database) as urls:
         environ = {
             **database.environ(),
@@ -173,7 +168,7 @@ def test_the_connection_limit_of_pgbouncer_is_an_outage(
             consuming(through) as consumer,
             serving(through) as api,
         ):
-            assert eventually(lambda: "no more connections allowed" in consumer.stderr.read_text(), 15)
+            wait_for(lambda: "no more connections allowed" in consumer.stderr.read_text(), 15)
             answer = api.get("/readyz")
             assert answer.status == 503
             assert b"set up" not in answer.body

@@ -17,8 +17,9 @@ from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from sandbox import PostgresServer
 from services.api.asgi import HEALTH_CONNECTIONS
-from tests.conftest import Database
-from tests.support.api_process import HALF_A_REQUEST, clients, eventually, serving, settings_for
+from tests.support.api_process import HALF_A_REQUEST, clients, serving, settings_for
+from tests.support.databases import Database
+from tests.support.waiting import wait_for
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 PATH = f"/orders/{SAMPLE.order_uid}"
@@ -46,17 +47,17 @@ def test_after_a_restart_under_load_the_api_recovers_and_no_response_was_wrong()
             def answered(status: int) -> int:
                 return sum(event["status"] == status for event in api.events("request"))
 
-            def grows(status: int) -> bool:
+            def wait_for_more(status: int) -> None:
                 before = answered(status)
-                return eventually(lambda: answered(status) > before + 20, 20)
+                wait_for(lambda: answered(status) > before + 20, 20)
 
             asking = [pool.submit(ask) for _ in range(8)]
             try:
                 for mode in MODES:
                     server.stop(mode)
-                    assert grows(503)
+                    wait_for_more(503)
                     server.start()
-                    assert grows(200)
+                    wait_for_more(200)
             finally:
                 done.set()
             assert set.union(*(one.result() for one in asking)) == {200, 503}
@@ -86,8 +87,8 @@ def test_a_client_that_does_not_send_its_request_in_time_is_disconnected(module_
         clients(api, 20, HALF_A_REQUEST),
         clients(api, 20, b""),
     ):
-        assert eventually(lambda: api.connections() == 40, 20)
-        assert eventually(lambda: api.connections() == 0, 12)
+        wait_for(lambda: api.connections() == 40, 20)
+        wait_for(lambda: api.connections() == 0, 12)
 
 
 @pytest.mark.faults
@@ -96,8 +97,8 @@ def test_a_client_that_does_not_read_its_responses_is_disconnected(module_databa
         repository.save_many(attrs.evolve(SAMPLE, order_uid=f"n-{n}", items=SAMPLE.items * 20) for n in range(100))
     request = b"GET /orders?limit=100 HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with serving(settings_for(module_database.reader_url)) as api, clients(api, 3, request * 50):
-        assert eventually(lambda: len(api.events("request")) >= 3, 10)
+        wait_for(lambda: len(api.events("request")) >= 3, 10)
         assert api.connections() == 3
-        assert eventually(lambda: api.connections() == 0, 60)
+        wait_for(lambda: api.connections() == 0, 60)
         # They were closed for not taking them: not all were even made.
         assert len(api.events("request")) < 150

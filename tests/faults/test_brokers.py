@@ -14,12 +14,12 @@ from confluent_kafka.admin import AdminClient, PartitionMetadata
 from sandbox import Sandbox, running_sandbox
 from sandbox.kafka import KafkaServer
 from services.kafka import SILENT
-from tests.conftest import Database, make_database, set_up
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
-from tests.support.api_process import eventually
 from tests.support.consumer_process import consuming
+from tests.support.databases import Database, make_database, set_up
 from tests.support.programs import succeed
 from tests.support.sending import Sender, repeating, uids
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.faults
 
@@ -69,16 +69,16 @@ def kill_each_leader(topic: Topic) -> None:
         leader = topic.leader(partition)
         assert leader is not None
         leader.kill()
-        assert eventually(lambda: topic.leader(partition) not in {leader, None}, WITHIN_S)  # noqa: B023 - called at once
+        wait_for(lambda: topic.leader(partition) not in {leader, None}, WITHIN_S)  # noqa: B023 - called at once
         leader.start()
-        assert eventually(topic.is_in_sync, WITHIN_S)
+        wait_for(topic.is_in_sync, WITHIN_S)
 
 
 def restart_in_turns(topic: Topic) -> None:
     for broker in topic.brokers.values():
         broker.stop()
         broker.start()
-        assert eventually(topic.is_in_sync, WITHIN_S)
+        wait_for(topic.is_in_sync, WITHIN_S)
 
 
 def lose_the_quorum(topic: Topic) -> None:
@@ -90,7 +90,7 @@ def lose_the_quorum(topic: Topic) -> None:
     with ThreadPoolExecutor() as threads:
         # Each is ready only when both have started.
         list(threads.map(KafkaServer.start, (first, second)))
-    assert eventually(topic.is_in_sync, WITHIN_S)
+    wait_for(topic.is_in_sync, WITHIN_S)
 
 
 def sending_meanwhile(sender: Sender) -> AbstractContextManager[None]:
@@ -133,7 +133,7 @@ def test_no_record_is_lost_or_stored_twice(
         with sending_meanwhile(sender):
             disturb(Topic(three_brokers, name))
         wait_until_handled(sender.manifest, own_database, WITHIN_S)
-        assert eventually(lambda: consumer.ready and other.ready, WITHIN_S)
+        wait_for(lambda: consumer.ready and other.ready, WITHIN_S)
         assert_all_accounted_for(sender.manifest, own_database, environ)
         assert consumer.stop() == 0
         assert other.stop() == 0
@@ -162,5 +162,5 @@ def test_a_lost_broker_delays_the_consumer_by_seconds_although_it_does_not_come_
             sender.send_orders(uids("order", 50), version=broker.node_id)
             wait_until_handled(sender.manifest, own_database, 20)
             broker.start()
-            assert eventually(topic.is_in_sync, WITHIN_S)
+            wait_for(topic.is_in_sync, WITHIN_S)
         assert consumer.stop() == 0

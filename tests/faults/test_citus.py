@@ -11,10 +11,11 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from sandbox import Sandbox
-from tests.conftest import CITUS, Database
+from tests.support import CITUS
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
 from tests.support.citus import Coordinator
 from tests.support.consumer_process import consuming
+from tests.support.databases import Database
 from tests.support.programs import run, succeed
 from tests.support.sending import Sender, uids
 

@@ -7,13 +7,13 @@ import threading
 import psycopg
 import pytest
 
-from tests.conftest import Database
 from tests.support.accounting import assert_all_accounted_for, next_offsets, stored_orders, wait_until_handled
-from tests.support.api_process import eventually
 from tests.support.consumer_process import consuming
+from tests.support.databases import Database
 from tests.support.locking import FENCE, TABLE, locked
 from tests.support.sending import Sender, uids
 from tests.support.tcp_proxy import Moment, TcpProxy
+from tests.support.waiting import wait_for
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_connection_lost_in_a_batch_neither_loses_nor_duplicates_a_record(
         wait_until_handled(sender.manifest, database)
         assert_all_accounted_for(sender.manifest, database, environ)
         assert consumer.metric('orders_retries_total{cause="DatabaseUnavailable"}') >= 1
-        assert eventually(lambda: consumer.ready, 20)
+        wait_for(lambda: consumer.ready, 20)
         assert consumer.stop() == 0
 
 
@@ -86,14 +86,14 @@ def test_a_database_that_does_not_respond_is_an_outage(
     ):
         sender.send_orders(uids("order", 10))
         wait_until_handled(sender.manifest, database)
-        assert eventually(lambda: consumer.ready, 20)
+        wait_for(lambda: consumer.ready, 20)
         between.freeze()
         sender.send_orders(uids("order", 10), version=2)
-        assert eventually(lambda: not consumer.ready, 10)
+        wait_for(lambda: not consumer.ready, 10)
         assert consumer.live
         between.thaw()
         wait_until_handled(sender.manifest, database)
-        assert eventually(lambda: consumer.ready, 20)
+        wait_for(lambda: consumer.ready, 20)
         assert_all_accounted_for(sender.manifest, database, environ)
         assert consumer.stop() == 0
 
@@ -135,11 +135,11 @@ def test_the_consumer_waits_for_a_locked_table_and_does_not_terminate_the_holder
         wait_until_handled(sender.manifest, database)
         with locked(database, TABLE) as stranger:
             sender.send_orders(uids("order", 10), version=2)
-            assert eventually(lambda: not consumer.ready, 10)
+            wait_for(lambda: not consumer.ready, 10)
             assert consumer.live
             assert stranger.execute("SELECT 1").fetchone() == (1,)
         wait_until_handled(sender.manifest, database)
-        assert eventually(lambda: consumer.ready, 20)
+        wait_for(lambda: consumer.ready, 20)
         assert_all_accounted_for(sender.manifest, database, environ)
         assert consumer.stop() == 0
 
@@ -153,7 +153,7 @@ def test_the_consumer_waits_for_a_foreign_lock_on_the_fence_and_does_not_termina
         wait_until_handled(sender.manifest, database)
         with locked(database, FENCE) as stranger:
             sender.send_orders(uids("order", 10), version=2)
-            assert eventually(lambda: consumer.metric('orders_retries_total{cause="DatabaseUnavailable"}') >= 1, 10)
+            wait_for(lambda: consumer.metric('orders_retries_total{cause="DatabaseUnavailable"}') >= 1, 10)
             assert consumer.live
             assert not consumer.ready
             assert stranger.execute("SELECT 1").fetchone() == (1,)

@@ -16,17 +16,15 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations
-from orderlib.postgres.roles import create_roles
 from sandbox import Sandbox
 from sandbox.postgres import PostgresServer
-from tests.conftest import Database, role_passwords
 from tests.support.accounting import assert_all_accounted_for, next_offsets, wait_until_handled
-from tests.support.api_process import eventually, serving
+from tests.support.api_process import serving
 from tests.support.consumer_process import consuming
+from tests.support.databases import Database, set_up
 from tests.support.sending import Sender, repeating, uids
 from tests.support.standby import QuietPostgres, Standby
+from tests.support.waiting import wait_for
 
 WITHIN_S = 30.0
 
@@ -64,10 +62,7 @@ def urls_of(name: str, *servers: PostgresServer) -> Database:
 def cluster() -> Iterator[Cluster]:
     with QuietPostgres() as server:
         urls = urls_of("orders", server)
-        with open_connection(urls.superuser_url, application_name="tests") as connection:
-            create_roles(connection, role_passwords(urls))
-        with open_connection(urls.migrator_url, application_name="tests") as connection:
-            apply_migrations(connection)
+        set_up(urls)
         cluster = Cluster(server)
         yield cluster
         cluster.primary.close()
@@ -120,8 +115,8 @@ def test_what_a_promoted_standby_lacks_is_read_again(
                 assert loss == "nothing" or next_offsets(urls) != before
                 time.sleep(rng.uniform(0, 0.3))
             wait_until_handled(sender.manifest, urls, WITHIN_S)
-            assert eventually(lambda: api.get("/readyz").status == 200, WITHIN_S)
-            assert eventually(lambda: consumer.ready, WITHIN_S)
+            wait_for(lambda: api.get("/readyz").status == 200, WITHIN_S)
+            wait_for(lambda: consumer.ready, WITHIN_S)
             assert_all_accounted_for(sender.manifest, urls, environ)
             assert consumer.stop() == 0
     finally:
@@ -132,10 +127,10 @@ def detach(standby: Standby, primary: PostgresServer) -> None:
     """Let the standby receive nothing more."""
     behind = "SELECT pg_current_wal_lsn() - replay_lsn FROM pg_stat_replication"
     with psycopg.connect(primary.superuser_url, autocommit=True) as connection:
-        assert eventually(lambda: connection.execute(behind).fetchall() == [(0,)], WITHIN_S)
+        wait_for(lambda: connection.execute(behind).fetchall() == [(0,)], WITHIN_S)
     standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
     standby.execute("SELECT pg_reload_conf()")
-    assert eventually(lambda: not standby.execute("SELECT FROM pg_stat_wal_receiver"), WITHIN_S)
+    wait_for(lambda: not standby.execute("SELECT FROM pg_stat_wal_receiver"), WITHIN_S)
 
 
 def fail(primary: PostgresServer, rng: Random) -> None:

@@ -11,15 +11,12 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations
-from orderlib.postgres.roles import create_roles
 from sandbox import PostgresServer
-from tests.conftest import Database, role_passwords
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
-from tests.support.api_process import eventually
 from tests.support.consumer_process import consuming
+from tests.support.databases import Database, set_up
 from tests.support.sending import Sender, uids
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.faults
 
@@ -39,10 +36,7 @@ def database(postgres: PostgresServer) -> Database:
         writer_url=postgres.url("orders_writer", "writer"),
         reader_url=postgres.url("orders_reader", "reader"),
     )
-    with open_connection(database.superuser_url, application_name="tests") as connection:
-        create_roles(connection, role_passwords(database))
-    with open_connection(database.migrator_url, application_name="tests") as connection:
-        apply_migrations(connection)
+    set_up(database)
     return database
 
 
@@ -85,7 +79,7 @@ def test_a_full_disk_is_an_outage_and_rejects_nothing(
         ballast = fill(small_disk)
         sender.send_orders(uids("order", 2000), version=2)
         sender.send_bad(b"{")
-        assert eventually(lambda: any("53100" in event["reason"] for event in consumer.events("retrying")), 15)
+        wait_for(lambda: any("53100" in event["reason"] for event in consumer.events("retrying")), 15)
         assert consumer.live
         assert not consumer.ready
         ballast.unlink()
@@ -102,5 +96,5 @@ def test_a_full_disk_does_not_delay_a_stop(
         superuser.execute("ALTER TABLE items SET TABLESPACE small")
         fill(small_disk)
         sender.send_orders(uids("order", 2000))
-        assert eventually(lambda: bool(consumer.events("retrying")), 15)
+        wait_for(lambda: bool(consumer.events("retrying")), 15)
         assert consumer.stop() == 0

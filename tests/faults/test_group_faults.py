@@ -6,13 +6,13 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.conftest import Database
 from tests.support.accounting import assert_all_accounted_for, next_offsets, wait_until_handled
-from tests.support.api_process import eventually
 from tests.support.consumer_process import Consuming, consuming
+from tests.support.databases import Database
 from tests.support.locking import TABLE, locked
 from tests.support.sending import Sender, uids
 from tests.support.tcp_proxy import Moment, TcpProxy
+from tests.support.waiting import wait_for
 
 
 def assigned(consumer: Consuming) -> set[str]:
@@ -32,7 +32,7 @@ def test_consumers_that_join_and_leave_under_load_share_the_work_and_duplicate_n
             if version < members:
                 others.append(running.enter_context(consuming(environ)))
             elif version == 2 * members:
-                assert eventually(lambda: all(assigned(other) for other in others), 20)
+                wait_for(lambda: all(assigned(other) for other in others), 20)
                 assert others[0].stop() == 0
         wait_until_handled(sender.manifest, database)
         assert_all_accounted_for(sender.manifest, database, environ)
@@ -47,7 +47,7 @@ def test_the_partitions_of_a_killed_consumer_are_assigned_to_another(
 ) -> None:
     with consuming(environ) as survivor, consuming(environ) as doomed:
         sender.send_orders(uids("order", 100))
-        assert eventually(lambda: bool(assigned(doomed)), 20)
+        wait_for(lambda: bool(assigned(doomed)), 20)
         wait_until_handled(sender.manifest, database)
         doomed.kill()
         sender.send_orders(uids("order", 1000), version=2)
@@ -82,7 +82,7 @@ def test_a_frozen_consumer_is_replaced_and_does_no_harm_when_it_continues(
             frozen.thaw()
             sender.send_orders(uids("order", 50), version=4)
             wait_until_handled(sender.manifest, database)
-            assert eventually(lambda: frozen.ready, 30)
+            wait_for(lambda: frozen.ready, 30)
             sender.send_orders(uids("order", 300), version=5)
             wait_until_handled(sender.manifest, database)
             assert_all_accounted_for(sender.manifest, database, environ)
@@ -103,14 +103,14 @@ def test_a_partition_revoked_and_assigned_again_in_an_outage_is_read(
         wait_until_handled(sender.manifest, database)
         with locked(database, TABLE):
             sender.send_orders(uids("order", 50), version=2)
-            assert eventually(lambda: bool(consumer.events("retrying")), 10)
+            wait_for(lambda: bool(consumer.events("retrying")), 10)
             with consuming(environ) as visitor:
-                assert eventually(lambda: bool(assigned(visitor)), 20)
+                wait_for(lambda: bool(assigned(visitor)), 20)
                 visited = assigned(visitor)
                 assert visitor.stop() == 0
         assert visited
         sender.send_orders(uids("order", 50), version=3)
         wait_until_handled(sender.manifest, database, within_s=20)
         assert_all_accounted_for(sender.manifest, database, environ)
-        assert eventually(lambda: consumer.ready, 20)
+        wait_for(lambda: consumer.ready, 20)
         assert consumer.stop() == 0

@@ -18,11 +18,11 @@ from confluent_kafka.admin import AclOperation, NewTopic, ResourceType, TopicDes
 from orderlib.errors import ConfigurationError
 from services.kafka import Cluster
 from services.settings import KafkaSettings
-from tests.conftest import Database
-from tests.support.api_process import eventually
 from tests.support.consumer_process import consuming
+from tests.support.databases import Database
 from tests.support.programs import run, succeed
 from tests.support.secure_kafka import SecureKafka
+from tests.support.waiting import wait_for
 
 PROGRAMS = ("consumer", "sender --count 1", "admin lag", "admin topics")
 
@@ -105,7 +105,7 @@ def test_sender_and_admin_give_up_on_an_unreachable_server_after_ten_seconds_and
 
 def test_the_consumer_waits_for_an_unreachable_server_and_names_its_address(environ: dict[str, str]) -> None:
     with consuming({**environ, "ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}) as consumer:
-        assert eventually(lambda: "127.0.0.1:1" in consumer.get("/readyz")[1], 15)
+        wait_for(lambda: "127.0.0.1:1" in consumer.get("/readyz")[1], 15)
         assert "127.0.0.1:1" in consumer.events("waiting_for_server")[0]["reason"]
         assert consumer.stop() == 0
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import Database
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
 from tests.support.consumer_process import consuming
+from tests.support.databases import Database
 from tests.support.sending import Sender, uids
 from tests.support.tcp_proxy import Moment, TcpProxy
 

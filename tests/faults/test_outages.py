@@ -13,17 +13,15 @@ import psycopg
 import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations
-from orderlib.postgres.roles import create_roles
 from sandbox import Sandbox
 from sandbox.kafka import KafkaServer
 from services.kafka import SILENT
-from tests.conftest import ROOT, Database, make_database, role_passwords
+from tests.support import ROOT
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
-from tests.support.api_process import eventually
 from tests.support.consumer_process import consuming
+from tests.support.databases import Database, make_database, set_up
 from tests.support.sending import Sender, uids
+from tests.support.waiting import wait_for
 
 #: The age in seconds of the consumer's oldest open transaction.
 OLDEST_TRANSACTION = """
@@ -36,10 +34,7 @@ WHERE application_name = 'orderlib-consumer' AND datname = current_database()
 def database(own_sandbox: Sandbox) -> Database:
     """A migrated database. It ends with its server."""
     database = make_database(own_sandbox)
-    with open_connection(database.superuser_url, application_name="tests") as connection:
-        create_roles(connection, role_passwords(database))
-    with open_connection(database.migrator_url, application_name="tests") as connection:
-        apply_migrations(connection)
+    set_up(database)
     return database
 
 
@@ -82,12 +77,12 @@ def test_a_crash_of_postgresql_under_load_is_an_outage(
             own_sandbox.postgres.stop("immediate")
             sender.send_orders(uids("order", 500), version)
             sender.send_bad(b"{")
-            assert eventually(lambda: not consumer.ready, 10)
+            wait_for(lambda: not consumer.ready, 10)
             assert consumer.live
             own_sandbox.postgres.start()
         wait_until_handled(sender.manifest, database)
         assert_all_accounted_for(sender.manifest, database, environ)
-        assert eventually(lambda: consumer.ready, 20)
+        wait_for(lambda: consumer.ready, 20)
         assert consumer.stop() == 0
 
 
@@ -98,7 +93,7 @@ def test_a_crash_of_kafka_under_load_is_an_outage(
     with consuming(environ) as consumer:
         sender.send_orders(uids("order", 3000))
         own_sandbox.kafka.kill()
-        assert eventually(lambda: not consumer.ready, 10)
+        wait_for(lambda: not consumer.ready, 10)
         assert consumer.live
         own_sandbox.kafka.start()
         sender.send_orders(uids("order", 500), version=2)
@@ -136,15 +131,15 @@ def test_a_frozen_kafka_keeps_no_transaction_open(
             longest_s = max(longest_s, count(OLDEST_TRANSACTION))
             return consumer.metric('orders_retries_total{cause="BrokerUnavailable"}') >= 2
 
-        assert eventually(lambda: count("SELECT count(*) FROM orders") > 0, 20)
+        wait_for(lambda: count("SELECT count(*) FROM orders") > 0, 20)
         with frozen(own_sandbox.kafka):
-            assert eventually(has_retried, 40)
+            wait_for(has_retried, 40)
             assert consumer.live
             assert "Kafka" in consumer.get("/readyz")[1]
         assert 1 < longest_s < 3
         wait_until_handled(sender.manifest, database)
         assert_all_accounted_for(sender.manifest, database, environ)
-        assert eventually(lambda: consumer.ready, 10)
+        wait_for(lambda: consumer.ready, 10)
         assert consumer.stop() == 0
 
 
@@ -153,11 +148,11 @@ def test_idle_consumers_are_ready_again_after_a_crash_of_kafka(own_sandbox: Sand
     """One has read everything, the other has no partition: neither gets a record that shows that Kafka is back."""
     environ = {**environ, "ORDERS_TOPIC": make_topic(own_sandbox, partitions=1)}
     with consuming(environ) as owner, consuming(environ) as spare:
-        assert eventually(lambda: owner.ready and spare.ready, 10)
+        wait_for(lambda: owner.ready and spare.ready, 10)
         own_sandbox.kafka.kill()
-        assert eventually(lambda: not owner.ready and not spare.ready, 10)
+        wait_for(lambda: not owner.ready and not spare.ready, 10)
         own_sandbox.kafka.start()
-        assert eventually(lambda: owner.ready and spare.ready, 30)
+        wait_for(lambda: owner.ready and spare.ready, 30)
         assert owner.stop() == 0
         assert spare.stop() == 0
 
@@ -171,14 +166,14 @@ def test_a_server_that_is_unreachable_at_the_start_is_named_once_and_waited_for(
     away.stop()
     try:
         with consuming(environ) as consumer:
-            assert eventually(lambda: bool(consumer.events("waiting_for_server")), 15)
+            wait_for(lambda: bool(consumer.events("waiting_for_server")), 15)
             assert consumer.live
             assert not consumer.ready
             away.start()
             wait_until_handled(sender.manifest, database)
             assert [event["server"] for event in consumer.events("waiting_for_server")] == [server]
             assert_all_accounted_for(sender.manifest, database, environ)
-            assert eventually(lambda: consumer.ready, 20)
+            wait_for(lambda: consumer.ready, 20)
             assert consumer.stop() == 0
     finally:
         if not is_listening(own_sandbox, server):
@@ -212,7 +207,7 @@ def test_a_consumer_that_waits_for_a_server_can_be_stopped(
                 if server == "PostgreSQL":
                     sender.send_orders(uids("order", 300), version=2)
                 away.stop()
-                assert eventually(lambda: not consumer.ready, 10)
+                wait_for(lambda: not consumer.ready, 10)
                 assert consumer.stop() == 0
     finally:
         away.start()

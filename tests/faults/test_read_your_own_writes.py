@@ -21,9 +21,9 @@ from confluent_kafka import KafkaError, Message, Producer
 import orderlib
 from orderlib import DatabaseUnavailable, Order, RecordState
 from services.kafka import SILENT, known
-from tests.conftest import Database
 from tests.support.api_process import Service, serving
 from tests.support.consumer_process import consuming
+from tests.support.databases import Database
 from tests.support.sending import order
 
 #: The longest that a record may take to be handled, with all kills.

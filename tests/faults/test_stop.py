@@ -13,13 +13,13 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 
-from tests.conftest import Database
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
-from tests.support.api_process import eventually
 from tests.support.consumer_process import consuming
+from tests.support.databases import Database
 from tests.support.locking import FENCE, TABLE, locked
 from tests.support.sending import Sender, uids
 from tests.support.tcp_proxy import Moment, TcpProxy
+from tests.support.waiting import wait_for
 
 
 def assert_another_continues(environ: dict[str, str], database: Database, sender: Sender) -> None:
@@ -52,7 +52,7 @@ def test_a_wait_for_a_lock_does_not_delay_a_stop(
         wait_until_handled(sender.manifest, database)
         with locked(database, statement):
             sender.send_orders(uids("order", 100), version=2)
-            assert eventually(lambda: not consumer.ready, 10)
+            wait_for(lambda: not consumer.ready, 10)
             assert consumer.stop() == 0
     assert_another_continues(member, database, sender)
 
@@ -92,7 +92,7 @@ def test_a_frozen_backend_does_not_delay_a_stop(member: dict[str, str], database
         wait_until_handled(sender.manifest, database)
         with frozen_backends(database):
             sender.send_orders(uids("order", 100), version=2)
-            assert eventually(lambda: not consumer.ready, 10)
+            wait_for(lambda: not consumer.ready, 10)
             assert consumer.live
             assert consumer.stop() == 0
     assert_another_continues(member, database, sender)
@@ -103,7 +103,7 @@ def test_load_and_a_rebalance_do_not_delay_a_stop(environ: dict[str, str], datab
     for version in range(1, 6):
         sender.send_orders(uids("order", 2000), version)
     with consuming(environ) as first, consuming(environ) as second:
-        assert eventually(lambda: bool(first.events("partitions_assigned")), 10)
+        wait_for(lambda: bool(first.events("partitions_assigned")), 10)
         with consuming(environ) as third:
             assert third.stop() == 0
             assert first.stop() == 0

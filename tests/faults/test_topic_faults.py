@@ -13,7 +13,6 @@ from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
 from sandbox import Sandbox
-from tests.conftest import Database
 from tests.support.accounting import (
     assert_all_accounted_for,
     next_offsets,
@@ -21,11 +20,12 @@ from tests.support.accounting import (
     stored_rejects,
     wait_until_handled,
 )
-from tests.support.api_process import eventually
 from tests.support.consumer_process import Consuming, consuming
+from tests.support.databases import Database
 from tests.support.raw_produce import produce
 from tests.support.sending import Sender, order, uids
 from tests.support.tcp_proxy import TcpProxy
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def make_topic_again(admin: AdminClient, topic: str) -> None:
     def is_made() -> bool:
         return admin.create_topics([NewTopic(topic, num_partitions=3)])[topic].exception(30) is None
 
-    assert eventually(is_made, 20)
+    wait_for(is_made, 20)
 
 
 def recreate_topic_behind(consumer: Consuming, sandbox: Sandbox, admin: AdminClient, topic: str) -> Sender:
@@ -68,7 +68,7 @@ def test_a_recreated_topic_stops_the_consumer_and_is_then_read_from_its_earliest
         assert consumer.events("stopped")
         assert stored_orders(database).keys() == set(uids("old", 50))
     with consuming(environ) as successor:
-        assert eventually(lambda: len(stored_orders(database)) == 150 + new_records, 20)
+        wait_for(lambda: len(stored_orders(database)) == 150 + new_records, 20)
         with psycopg.connect(database.superuser_url) as connection:
             connection.execute("DELETE FROM orders WHERE order_uid LIKE 'old-%'")
         assert_all_accounted_for(heir.manifest, database, environ)
@@ -88,7 +88,7 @@ def test_a_recreated_topic_with_the_same_log_end_stops_an_idle_consumer(
         assert consumer.status(within_s=30) == 1
         assert "recreated" in consumer.events("stopped")[0]["reason"]
     with consuming(environ) as successor:
-        assert eventually(lambda: {row["track_number"] for row in stored_orders(database).values()} == {"TRACK2"}, 20)
+        wait_for(lambda: {row["track_number"] for row in stored_orders(database).values()} == {"TRACK2"}, 20)
         assert_all_accounted_for(heir.manifest, database, environ)
         assert successor.stop() == 0
 
@@ -168,7 +168,7 @@ def test_the_consumer_follows_offsets_rewound_in_an_outage(
         wait_until_handled(sender.manifest, database)
         between.freeze()
         sender.send_orders(uids("order", 100), version=2)
-        assert eventually(lambda: bool(consumer.events("retrying")), 10)
+        wait_for(lambda: bool(consumer.events("retrying")), 10)
         with psycopg.connect(database.superuser_url) as connection:
             connection.execute("UPDATE consumer_offsets SET next_offset = 5")
             connection.execute("DELETE FROM orders WHERE source_offset >= 5")
@@ -278,7 +278,7 @@ def test_the_gaps_of_a_compacted_topic_are_passed(
         logs = sandbox.kafka.folder.glob(f"data/{topic}-0/*.log")
         return sum(path.stat().st_size for path in logs)
 
-    assert eventually(lambda: kept_bytes() < 0.7 * sent_bytes, 60)
+    wait_for(lambda: kept_bytes() < 0.7 * sent_bytes, 60)
     with consuming({**environ, "ORDERS_TOPIC": topic}) as consumer:
         wait_until_handled(sender.manifest, database)
         assert consumer.metric("orders_batch_records_sum") < len(sender.manifest)
@@ -357,7 +357,7 @@ def test_rejects_with_large_headers_are_stored_completely_in_little_memory(
                 peak_bytes = max(peak_bytes, this.memory_info().rss)
             return consumer.process.poll() is not None
 
-        assert eventually(has_ended, 60)
+        wait_for(has_ended, 60)
         assert consumer.process.returncode == 0
     assert peak_bytes < 400 * 2**20
     assert stored_orders(database).keys() == {"behind"}
@@ -378,7 +378,7 @@ def test_records_that_take_long_to_decode_delay_neither_health_nor_a_signal(
         assert len(value) < 8 * 2**20
         sender.send_good(value, key=b"slow", partition=0)
     with consuming(environ) as consumer:
-        assert eventually(lambda: bool(consumer.events("partitions_assigned")), 20)
+        wait_for(lambda: bool(consumer.events("partitions_assigned")), 20)
         assert consumer.live
         began_s = time.monotonic()
         assert consumer.stop() == 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 from confluent_kafka import Consumer, Producer
 
 from sandbox import Sandbox
-from tests.conftest import Database
 from tests.support.accounting import stored_orders, wait_until_handled
-from tests.support.api_process import eventually
 from tests.support.consumer_process import Consuming, consuming
+from tests.support.databases import Database
 from tests.support.programs import run, succeed
 from tests.support.sending import Sender, uids
+from tests.support.waiting import wait_for
 
 
 def send_inflating(sandbox: Sandbox, topic: str) -> None:
@@ -41,11 +41,11 @@ def test_an_unreadable_record_is_named_and_an_operator_can_skip_it_or_raise_the_
     offset = sum(record.partition == 1 for record in sender.manifest[:30])
     named = f"{sender.topic}[1] at offset {offset}"
     with consuming(environ) as consumer:
-        assert eventually(lambda: named in reason_not_ready(consumer), 20)
+        wait_for(lambda: named in reason_not_ready(consumer), 20)
         assert consumer.metric('orders_retries_total{cause="UnreadableRecord"}') > 0
         assert consumer.events("kafka_error")
         others = {(r.key or b"").decode() for r in sender.manifest if r.partition != 1}
-        assert eventually(lambda: others <= stored_orders(database).keys(), 10)
+        wait_for(lambda: others <= stored_orders(database).keys(), 10)
         assert consumer.stop() == 0
     with consuming(environ, "--exit-at-end") as consumer:
         assert consumer.status(within_s=20) == 1
@@ -89,7 +89,7 @@ def test_partitions_that_a_foreign_member_holds_are_named_with_their_lag(
     )
     foreign.subscribe([sender.topic])
     try:
-        assert eventually(lambda: foreign.poll(0.1) is not None or len(foreign.assignment()) == 3, 20)
+        wait_for(lambda: foreign.poll(0.1) is not None or len(foreign.assignment()) == 3, 20)
         sender.send_orders(uids("order", 30))
         with consuming(environ) as consumer:
 
@@ -97,7 +97,7 @@ def test_partitions_that_a_foreign_member_holds_are_named_with_their_lag(
                 foreign.poll(0.1)
                 return consumer.metric('orders_lag_records{partition="0"}') > 0
 
-            assert eventually(starving, 40)
+            wait_for(starving, 40)
             assert "INCONSISTENT_GROUP_PROTOCOL" in reason_not_ready(consumer)
             assert consumer.stop() == 0
     finally:

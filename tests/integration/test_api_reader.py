@@ -19,7 +19,7 @@ from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
 from orderlib.repository import AsyncOrderRepository, Direction
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from orderlib.testing.strategies import orders
-from tests.conftest import Database
+from tests.support.databases import Database
 from tests.support.tcp_proxy import TcpProxy
 
 T = TypeVar("T")

@@ -33,7 +33,7 @@ from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import store
 from orderlib.repository import RecordPosition
 from orderlib.testing import SAMPLE
-from tests.conftest import Database
+from tests.support.databases import Database
 
 ORDER = decode_order(SAMPLE)
 TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)

@@ -28,7 +28,7 @@ from orderlib.postgres.schema import LATEST_MIGRATION, migrations
 from orderlib.postgres.writes import store
 from orderlib.testing import SAMPLE
 from sandbox import PostgresServer
-from tests.conftest import Database, role_passwords
+from tests.support.databases import Database, role_passwords
 
 #: Whatever differs from what it must be.
 DISORDER = """

@@ -36,10 +36,11 @@ from orderlib import (
 )
 from orderlib.postgres import hosts, pool, wire
 from orderlib.testing import SAMPLE as SAMPLE_JSON
-from tests.conftest import ROOT, Database
-from tests.support.api_process import eventually
+from tests.support import ROOT
+from tests.support.databases import Database
 from tests.support.over_asyncio import cancelled_after
 from tests.support.tcp_proxy import Moment, TcpProxy
+from tests.support.waiting import wait_for
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 UID = SAMPLE.order_uid
@@ -274,7 +275,7 @@ def test_a_connection_that_postgresql_ended_while_idle_fails_no_call(stored: Dat
     with orderlib.connect(url, application_name=name) as repository:
         assert repository.get(UID) == SAMPLE
         if setting.startswith("idle_session"):
-            assert eventually(lambda: not backends(stored, name), 10)
+            wait_for(lambda: not backends(stored, name), 10)
         assert repository.save(SAMPLE) is Outcome.DUPLICATE
 
 
@@ -393,7 +394,7 @@ def test_a_closed_reader_raises_the_same_error_and_does_not_reconnect(stored: Da
                 await call
 
     asyncio.run(ask())
-    assert eventually(lambda: not backends(stored, "closed"), 10)
+    wait_for(lambda: not backends(stored, "closed"), 10)
 
 
 def test_close_ends_the_wait_for_a_connection(stored: Database) -> None:
@@ -401,17 +402,17 @@ def test_close_ends_the_wait_for_a_connection(stored: Database) -> None:
         locker.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
         repository = orderlib.connect(stored.writer_url, application_name="closing", max_connections=1)
         reading = [threads.submit(repository.get, UID) for _ in range(3)]
-        assert eventually(lambda: len(repository._pool._waiters) == 2, 10)
+        wait_for(lambda: len(repository._pool._waiters) == 2, 10)
         repository.close()
         # One is in its read; it may end that.
-        assert eventually(lambda: sum(future.done() for future in reading) == 2, 2)
+        wait_for(lambda: sum(future.done() for future in reading) == 2, 2)
         for future in reading:
             if future.done():
                 with pytest.raises(ConfigurationError, match="closed"):
                     future.result()
         locker.rollback()
         assert SAMPLE in [future.result(10) for future in reading if future.exception(10) is None]
-    assert eventually(lambda: not backends(stored, "closing"), 10)
+    wait_for(lambda: not backends(stored, "closing"), 10)
 
 
 def test_close_ends_the_wait_of_a_task(stored: Database) -> None:
@@ -677,7 +678,7 @@ def test_a_read_cancelled_at_any_step_loses_no_connection(stored: Database, monk
             assert cancels > 3
 
     asyncio.run(ask())
-    assert eventually(lambda: not backends(stored, "cancelled"), 10)
+    wait_for(lambda: not backends(stored, "cancelled"), 10)
 
 
 def test_tasks_that_are_cancelled_while_they_wait_leave_the_connection_to_others(stored: Database) -> None:

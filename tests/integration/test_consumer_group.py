@@ -16,8 +16,8 @@ from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.migrate import apply_migrations
 from orderlib.postgres.operations import set_consumer_group
 from orderlib.postgres.schema import migrations
-from tests.conftest import Database
 from tests.integration.test_migrations import bootstrap_it, connected
+from tests.support.databases import Database
 
 TOPIC_IDS = {"orders": "topic"}
 PARTITIONS = [TopicPartition("orders", number) for number in range(3)]

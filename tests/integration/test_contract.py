@@ -29,8 +29,8 @@ from orderlib.postgres.rows import (
 )
 from orderlib.testing import SAMPLE
 from orderlib.testing.strategies import orders, values
-from tests.conftest import Database
 from tests.support.boundary_values import PLACES, Place, boundary_values, decoder_accepts, model_accepts
+from tests.support.databases import Database
 
 SAMPLE_ORDER = decode_order(SAMPLE)
 

@@ -18,8 +18,8 @@ from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.operations import Forgotten, forget, forget_again, forget_customer, forgotten
 from orderlib.postgres.rejects import redrive
 from orderlib.testing import SAMPLE
-from tests.conftest import Database
 from tests.support.batches import batch, consumer_store, ignore
+from tests.support.databases import Database
 
 ORDER = decode_order(SAMPLE)
 OTHER = attrs.evolve(ORDER, order_uid="other", customer_id="other")

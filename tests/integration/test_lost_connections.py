@@ -19,8 +19,8 @@ from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rows import pack_rows
 from orderlib.repository import Outcome, RecordPosition
 from orderlib.testing import SAMPLE
-from tests.conftest import Database
 from tests.support.batches import batch, consumer_store, ignore
+from tests.support.databases import Database
 from tests.support.fake_postgres import error_response
 from tests.support.sending import order
 from tests.support.tcp_proxy import CutConnection, TcpProxy

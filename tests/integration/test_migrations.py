@@ -22,7 +22,7 @@ from orderlib.postgres.privileges import READER_PRIVILEGES, WRITER_PRIVILEGES
 from orderlib.postgres.roles import create_roles
 from orderlib.postgres.schema import LATEST_MIGRATION, check_schema
 from sandbox import Sandbox
-from tests.conftest import Database, drop_database, of_database, role_passwords
+from tests.support.databases import Database, drop_database, of_database, role_passwords
 
 FILES = sorted(path.name for path in (Path(orderlib.__file__).parent / "postgres" / "migrations").glob("*.sql"))
 

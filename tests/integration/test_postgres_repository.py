@@ -45,7 +45,8 @@ from orderlib.postgres import connections, queries
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rejects import redrive
 from orderlib.repository import STREAM_SIZE, Direction, RecordPosition
-from tests.conftest import ROOT, Database, delete_rows
+from tests.support import ROOT
+from tests.support.databases import Database, delete_rows
 from tests.support.over_asyncio import event_loop, over_asyncio
 from tests.support.repository_contract import (
     HANDLED,

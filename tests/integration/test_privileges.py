@@ -13,7 +13,8 @@ from orderlib.postgres.connections import open_connection
 from orderlib.postgres.migrate import apply_migrations
 from orderlib.postgres.privileges import OWNER, PRIVILEGES
 from orderlib.postgres.roles import create_roles
-from tests.conftest import ROOT, Database, role_passwords
+from tests.support import ROOT
+from tests.support.databases import Database, role_passwords
 
 DOCUMENT = (ROOT / "docs" / "run-in-production.md").read_text(encoding="utf-8")
 

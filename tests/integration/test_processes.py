@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 import orderlib
-from tests.conftest import Database
+from tests.support.databases import Database
 from tests.support.repository_contract import SAMPLE_ORDER, an_order
 
 _in_this_process: list[orderlib.OrderRepository] = []

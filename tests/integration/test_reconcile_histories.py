@@ -24,7 +24,7 @@ from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.snapshot import snapshot
 from orderlib.repository import RecordPosition
 from orderlib.testing import SAMPLE
-from tests.conftest import Database, delete_rows
+from tests.support.databases import Database, delete_rows
 
 SAMPLE_ORDER = orderlib.decode_order(SAMPLE)
 GROUP, TOPIC, TOPIC_ID = "order-consumer", "orders", "BBBBBBBBBBBBBBBBBBBBBB"

@@ -20,7 +20,8 @@ from orderlib.postgres.repository import PostgresOrderRepository
 from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE
 from sandbox import PostgresServer
-from tests.conftest import ROOT, Database, role_passwords
+from tests.support import ROOT
+from tests.support.databases import Database, role_passwords
 
 
 def run_documented(program: str, database: Database, folder: Path) -> None:

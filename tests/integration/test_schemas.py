@@ -11,7 +11,7 @@ import orderlib
 from orderlib import ConfigurationError, OrderNotFound, Outcome
 from orderlib.ingestion.records import TopicPartition
 from orderlib.postgres.consumer_store import ConsumerStore
-from tests.conftest import Database, role_passwords
+from tests.support.databases import Database, role_passwords
 from tests.support.repository_contract import an_order
 
 SCHEMAS = ("first", "Second shop")

@@ -16,7 +16,7 @@ from orderlib.postgres import queries
 from orderlib.repository import Direction
 from orderlib.search import SearchField
 from services.sender.generate import generate_order
-from tests.conftest import Database
+from tests.support.databases import Database
 
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 #: How many orders the tables have: many enough that a sequential scan costs more than an index.

@@ -25,8 +25,8 @@ from orderlib import (
 from orderlib.postgres import queries
 from orderlib.postgres.connections import open_connection
 from orderlib.testing import SAMPLE
-from tests.conftest import Database
 from tests.support.api_process import serving
+from tests.support.databases import Database
 from tests.support.programs import run, succeed
 
 #: An unusual value of every setting that we set and that its own session may change.

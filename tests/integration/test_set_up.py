@@ -13,7 +13,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import orderlib
 from orderlib import ConfigurationError, DatabaseUnavailable, Outcome
 from orderlib.postgres.privileges import MIGRATOR, READER, WRITER
-from tests.conftest import Database, role_passwords
+from tests.support.databases import Database, role_passwords
 from tests.support.repository_contract import SAMPLE_ORDER
 
 

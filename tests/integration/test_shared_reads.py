@@ -17,7 +17,7 @@ from orderlib import AsyncPostgresOrderRepository, DatabaseUnavailable, Order, O
 from orderlib.postgres.pool import Call
 from orderlib.postgres.shared_reads import _MAX_ITEMS, _MAX_ORDERS, SharedReads
 from orderlib.testing import SAMPLE
-from tests.conftest import Database
+from tests.support.databases import Database
 from tests.support.locking import locked
 from tests.support.tcp_proxy import TcpProxy
 

@@ -18,18 +18,16 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import orderlib
 from orderlib import AsyncPostgresOrderRepository, DatabaseUnavailable, Order, Outcome
 from orderlib.ingestion.records import TopicPartition
-from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
-from orderlib.postgres.migrate import apply_migrations
-from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from sandbox.postgres import PostgresServer
-from tests.conftest import Database, role_passwords
-from tests.support.api_process import Service, eventually, serving, settings_for
+from tests.support.api_process import Service, serving, settings_for
+from tests.support.databases import Database, set_up
 from tests.support.programs import succeed
 from tests.support.sending import Sender
 from tests.support.standby import QuietPostgres, Standby
 from tests.support.tcp_proxy import TcpProxy
+from tests.support.waiting import wait_for
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
 UID = SAMPLE.order_uid
@@ -56,10 +54,7 @@ def slowed(url: str) -> str:
 def primary() -> Iterator[PostgresServer]:
     with QuietPostgres() as server:
         urls = urls_of(server)
-        with open_connection(urls.superuser_url, application_name="tests") as connection:
-            create_roles(connection, role_passwords(urls))
-        with open_connection(urls.migrator_url, application_name="tests") as connection:
-            apply_migrations(connection)
+        set_up(urls)
         with psycopg.connect(urls.superuser_url, autocommit=True) as connection:
             connection.execute("CREATE TABLE scratch (number int)")
             connection.execute("CREATE SCHEMA slowed")
@@ -77,7 +72,7 @@ def primary() -> Iterator[PostgresServer]:
 @pytest.fixture(scope="module")
 def standby(primary: PostgresServer) -> Iterator[Standby]:
     with Standby(primary) as server:
-        assert eventually(lambda: server.execute("SELECT 1 FROM pg_stat_wal_receiver") == [(1,)], WITHIN_S)
+        wait_for(lambda: server.execute("SELECT 1 FROM pg_stat_wal_receiver") == [(1,)], WITHIN_S)
         yield server
 
 
@@ -107,7 +102,7 @@ def shown_delay(api: Service) -> float:
 @contextmanager
 def paused(standby: Standby) -> Iterator[None]:
     standby.execute("SELECT pg_wal_replay_pause()")
-    assert eventually(lambda: standby.execute("SELECT pg_get_wal_replay_pause_state()") == [("paused",)], WITHIN_S)
+    wait_for(lambda: standby.execute("SELECT pg_get_wal_replay_pause_state()") == [("paused",)], WITHIN_S)
     try:
         yield
     finally:
@@ -124,21 +119,21 @@ def test_a_primary_has_no_replication_delay(primary: PostgresServer) -> None:
 def test_a_standby_serves_reads_and_shows_its_delay(primary: PostgresServer, standby: Standby, api: Service) -> None:
     with orderlib.connect(urls_of(standby).reader_url) as repository:
         assert repository.get(UID) == SAMPLE
-        assert eventually(lambda: repository.stats().replication_delay_s == 0, WITHIN_S)
+        wait_for(lambda: repository.stats().replication_delay_s == 0, WITHIN_S)
         assert orderlib.decode_order(api.get(f"/orders/{UID}").body) == SAMPLE
         save(primary, "before")
-        assert eventually(lambda: api.get("/orders/before").status == 200, WITHIN_S)
-        assert eventually(lambda: shown_delay(api) == 0, WITHIN_S)
+        wait_for(lambda: api.get("/orders/before").status == 200, WITHIN_S)
+        wait_for(lambda: shown_delay(api) == 0, WITHIN_S)
         with paused(standby):
             save(primary, "during")
-            assert eventually(lambda: shown_delay(api) > 0, WITHIN_S)
+            wait_for(lambda: shown_delay(api) > 0, WITHIN_S)
             earlier = shown_delay(api)
-            assert eventually(lambda: shown_delay(api) > earlier + 0.5, WITHIN_S)
+            wait_for(lambda: shown_delay(api) > earlier + 0.5, WITHIN_S)
             delay_s = repository.stats().replication_delay_s
             assert delay_s is not None
             assert delay_s > earlier + 0.5
             assert api.get("/orders/during").status == 404
-        assert eventually(lambda: shown_delay(api) == 0, WITHIN_S)
+        wait_for(lambda: shown_delay(api) == 0, WITHIN_S)
         assert api.get("/orders/during").status == 200
         assert repository.stats().replication_delay_s == 0
 
@@ -147,17 +142,17 @@ def test_a_standby_that_lost_its_primary_does_not_report_a_delay_of_zero(
     primary: PostgresServer, standby: Standby, api: Service
 ) -> None:
     """It has replayed everything that it received, but does not know what it misses."""
-    assert eventually(lambda: shown_delay(api) == 0, WITHIN_S)
+    wait_for(lambda: shown_delay(api) == 0, WITHIN_S)
     primary.stop()
     try:
-        assert eventually(lambda: shown_delay(api) > 0, WITHIN_S)
+        wait_for(lambda: shown_delay(api) > 0, WITHIN_S)
         earlier = shown_delay(api)
-        assert eventually(lambda: shown_delay(api) > earlier, WITHIN_S)
+        wait_for(lambda: shown_delay(api) > earlier, WITHIN_S)
         assert api.get(f"/orders/{UID}").status == 200
     finally:
         primary.start()
-    assert eventually(lambda: shown_delay(api) == 0, WITHIN_S)
-    assert eventually(lambda: standby.execute("SELECT 1 FROM pg_stat_wal_receiver") == [(1,)], WITHIN_S)
+    wait_for(lambda: shown_delay(api) == 0, WITHIN_S)
+    wait_for(lambda: standby.execute("SELECT 1 FROM pg_stat_wal_receiver") == [(1,)], WITHIN_S)
 
 
 def test_a_standby_that_receives_nothing_and_replayed_nothing_counts_from_its_checkpoint(standby: Standby) -> None:
@@ -180,7 +175,7 @@ def test_a_standby_that_receives_nothing_and_replayed_nothing_counts_from_its_ch
         standby.stop()
         standby.streams = True
         standby.start()
-    assert eventually(lambda: delay_of(standby) == 0, WITHIN_S)
+    wait_for(lambda: delay_of(standby) == 0, WITHIN_S)
 
 
 # Recovery conflicts
@@ -235,7 +230,7 @@ def test_a_read_survives_one_recovery_conflict(
         return count
 
     # Otherwise an earlier conflict may still be replayed.
-    assert eventually(lambda: delay_of(standby) == 0, WITHIN_S)
+    wait_for(lambda: delay_of(standby) == 0, WITHIN_S)
     before = conflicts()
     assert isinstance(before, int)
     seen: set[object] = set()
@@ -252,17 +247,17 @@ def test_a_read_survives_one_recovery_conflict(
             gate.execute("SELECT pg_advisory_lock(%s)", [GATE])
             result = threads.submit(read, slowed(urls_of(standby).reader_url))
             for _ in range(times):
-                assert eventually(lambda: reads_again(result), WITHIN_S)
+                wait_for(lambda: reads_again(result), WITHIN_S)
                 conflict(primary)
             if times == 1:
-                assert eventually(lambda: reads_again(result), WITHIN_S)
+                wait_for(lambda: reads_again(result), WITHIN_S)
             else:
                 with pytest.raises(DatabaseUnavailable, match="40001"):
                     result.result(WITHIN_S)
         # The gate is open.
         if times == 1:
             assert result.result(WITHIN_S) == SAMPLE
-    assert eventually(lambda: conflicts() == before + times, WITHIN_S)
+    wait_for(lambda: conflicts() == before + times, WITHIN_S)
 
 
 # Writes

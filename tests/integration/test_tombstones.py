@@ -18,8 +18,8 @@ from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.operations import forget, forget_again, reset_offsets
 from orderlib.postgres.rejects import redrive
 from orderlib.testing import SAMPLE
-from tests.conftest import Database
 from tests.support.batches import batch, consumer_store, ignore
+from tests.support.databases import Database
 
 ORDER = decode_order(SAMPLE)
 UID = ORDER.order_uid

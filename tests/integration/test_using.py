@@ -17,11 +17,12 @@ import pytest
 import orderlib
 from orderlib import ConfigurationError, DatabaseUnavailable, Outcome, RefusedByDatabase, TransactionConflict
 from orderlib.postgres.wire import Wire
-from tests.conftest import ROOT, Database
 from tests.integration.test_postgres_repository import with_unchecked
-from tests.support.api_process import eventually
+from tests.support import ROOT
+from tests.support.databases import Database
 from tests.support.over_asyncio import cancelled_after
 from tests.support.repository_contract import an_order, versions_in
+from tests.support.waiting import wait_for
 
 REFUSED = with_unchecked(an_order("refused"), track_number="")
 
@@ -135,7 +136,7 @@ with psycopg.connect(sys.argv[1], autocommit=True) as connection:
         sessions = (
             "SELECT count(*) FROM pg_stat_activity WHERE usename = 'orders_writer' AND datname = current_database()"
         )
-        assert eventually(lambda: superuser.execute(sessions).fetchone() == (0,), 10)
+        wait_for(lambda: superuser.execute(sessions).fetchone() == (0,), 10)
     orders, rows = stored_uids(shop)
     assert orders == rows
     assert len(orders) > 8
@@ -258,7 +259,7 @@ def test_a_deadlock_is_a_conflict(shop: Database) -> None:
                 threads.submit(orderlib.using(second).save, an_order("a", 2)),
             ]
             # The victim keeps its transaction, and with it the lock that the other needs, until it is rolled back.
-            assert eventually(lambda: any(outcome.done() for outcome in outcomes), 20)
+            wait_for(lambda: any(outcome.done() for outcome in outcomes), 20)
             [victim, other] = (first, second) if outcomes[0].done() else (second, first)
             with pytest.raises(TransactionConflict):
                 outcomes[0 if victim is first else 1].result()

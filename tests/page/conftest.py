@@ -12,8 +12,8 @@ from selenium.webdriver.chrome.service import Service as DriverService
 from selenium.webdriver.chrome.webdriver import WebDriver
 
 import orderlib
-from tests.conftest import Database
 from tests.support.api_process import Service, serving, settings_for
+from tests.support.databases import Database
 
 WIDE = (1280, 900)
 PHONE = (360, 800)

@@ -19,9 +19,9 @@ from selenium.webdriver.support.wait import WebDriverWait
 import orderlib
 from orderlib.models import Order
 from orderlib.testing import SAMPLE as SAMPLE_JSON
-from tests.conftest import Database
 from tests.page.conftest import PHONE, WIDE, show
 from tests.support.api_process import Service, serving, settings_for
+from tests.support.databases import Database
 from tests.support.tcp_proxy import TcpProxy
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)

@@ -13,7 +13,8 @@ import pytest
 
 from sandbox.jars import installed_jars, read_lock, user_cache
 from sandbox.lock import ROOTS
-from tests.support.process_table import eventually, listens, processes_of
+from tests.support.process_table import listens, processes_of
+from tests.support.waiting import wait_for
 
 SANDBOX = (sys.executable, "-m", "sandbox")
 CHECKOUT = Path(__file__).parents[2]
@@ -119,9 +120,7 @@ def test_two_sandboxes_do_not_clash_and_nothing_remains_after_sigterm_or_sigkill
         assert all(map(listens, ports_in(of_killed)))
         assert processes_of(temporary)
         killed.kill()
-        assert eventually(
-            lambda: nothing_remains(temporary, [*ports_in(of_stopped), *ports_in(of_killed)]), REMOVED_TIMEOUT_S
-        )
+        wait_for(lambda: nothing_remains(temporary, [*ports_in(of_stopped), *ports_in(of_killed)]), REMOVED_TIMEOUT_S)
 
 
 def test_it_ends_when_its_parent_is_killed(temporary: Path) -> None:
@@ -134,7 +133,7 @@ def test_it_ends_when_its_parent_is_killed(temporary: Path) -> None:
     ) as shell:
         found = printed_variables(shell)
         shell.kill()
-        assert eventually(lambda: nothing_remains(temporary, ports_in(found)), REMOVED_TIMEOUT_S)
+        wait_for(lambda: nothing_remains(temporary, ports_in(found)), REMOVED_TIMEOUT_S)
 
 
 def test_servers_end_with_their_parent_even_if_a_forked_child_still_runs(temporary: Path) -> None:
@@ -160,7 +159,7 @@ with PostgresServer() as postgres:
         child, port = map(int, parent.stdout.readline().split())
         parent.kill()
         try:
-            assert eventually(lambda: nothing_remains(temporary, [port]), REMOVED_TIMEOUT_S)
+            wait_for(lambda: nothing_remains(temporary, [port]), REMOVED_TIMEOUT_S)
         finally:
             os.kill(child, signal.SIGKILL)
 

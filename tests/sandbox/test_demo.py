@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.process_table import eventually
+from tests.support.waiting import wait_for
 
 CHECKOUT = Path(__file__).parents[2]
 READY_TIMEOUT_S = 120.0
@@ -86,7 +86,7 @@ def test_each_program_gets_only_its_variables_the_printed_commands_work_and_ctrl
             seen.update(programs_below(demo.pid))
             return seen.keys() >= EXPECTED.keys()
 
-        assert eventually(have_all_run, READY_TIMEOUT_S), seen.keys()
+        wait_for(have_all_run, READY_TIMEOUT_S, describe=seen.keys)
         for command, names in EXPECTED.items():
             got = seen[command]
             assert {name for name in got if name.endswith("_URL") or name == KAFKA} == names, command

@@ -12,9 +12,9 @@ import psycopg
 from psycopg.rows import dict_row
 
 from services.admin.__main__ import main as admin
-from tests.conftest import Database
-from tests.support.api_process import eventually
+from tests.support.databases import Database
 from tests.support.sending import Acknowledged
+from tests.support.waiting import wait_for
 
 Manifest = Iterable[Acknowledged]
 
@@ -35,7 +35,11 @@ def wait_until_handled(manifest: Manifest, database: Database, within_s: float =
         there = next_offsets(database)
         return all(there.get(partition, 0) >= end for partition, end in ends.items())
 
-    assert eventually(is_handled, within_s), f"the group is at {next_offsets(database)}, the log's end is {ends}"
+    wait_for(
+        is_handled,
+        within_s,
+        describe=lambda: f"the group is at {next_offsets(database)}, the log's end is {ends}",
+    )
 
 
 def assert_all_accounted_for(manifest: Manifest, database: Database, environ: Mapping[str, str]) -> None:

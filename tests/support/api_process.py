@@ -11,7 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,10 @@ import psutil
 
 from tests.support import ROOT
 from tests.support.fork_server import Process, start
+from tests.support.waiting import wait_for
 
 #: The first part of a request; the client then sends nothing more.
 HALF_A_REQUEST = b"GET /orders/x HTTP/1.1\r\nHost: localhost\r\nX-Half: "
-
-
-def eventually(condition: Callable[[], bool], within_s: float) -> bool:
-    """Poll until the condition is true. Return whether that happened in time."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def get_page(address: str, path: str) -> tuple[int, str]:
@@ -155,7 +146,7 @@ def serving(environ: Mapping[str, str], checkout: Path = ROOT) -> Iterator[Servi
             process = start(["api"], environ, stderr=log.fileno(), checkout=checkout)
         service = Service(process, stderr)
         try:
-            assert eventually(lambda: process.poll() is not None or bool(service.events("listening")), 20)
+            wait_for(lambda: process.poll() is not None or bool(service.events("listening")), 20)
             assert process.poll() is None, stderr.read_text()
             [listening] = service.events("listening")
             service.address, service.metrics_address = listening["address"], listening["metrics"]

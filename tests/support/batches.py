@@ -10,7 +10,7 @@ from orderlib.ingestion.records import Batch, OffsetRange, Record, Tombstones, T
 from orderlib.postgres.consumer_store import BatchResult, ConsumerStore
 from orderlib.postgres.rows import pack_rows
 from orderlib.repository import RecordPosition
-from tests.conftest import Database
+from tests.support.databases import Database
 
 PARTITION = TopicPartition("orders", 0)
 

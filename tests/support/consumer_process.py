@@ -16,8 +16,9 @@ from typing import Any
 
 import attrs
 
-from tests.support.api_process import eventually, get_page
+from tests.support.api_process import get_page
 from tests.support.fork_server import Process, start
+from tests.support.waiting import wait_for
 
 #: The longest that a consumer may take to leave.
 STOPS_WITHIN_S = 10.0
@@ -90,7 +91,7 @@ def consuming(environ: Mapping[str, str], *arguments: str) -> Iterator[Consuming
             process = start(["consumer", *arguments], environ, stderr=log.fileno())
         consumer = Consuming(process, stderr)
         try:
-            assert eventually(lambda: process.poll() is not None or bool(consumer.events("started")), 20)
+            wait_for(lambda: process.poll() is not None or bool(consumer.events("started")), 20)
             assert consumer.events("started"), stderr.read_text()
             yield consumer
         except BaseException:

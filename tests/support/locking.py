@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import psycopg
 
-from tests.conftest import Database
+from tests.support.databases import Database
 
 #: All that a consumer writes orders into.
 TABLE = "LOCK TABLE orders"

@@ -15,7 +15,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from sandbox.server import free_port
-from tests.conftest import Database, role_passwords
+from tests.support.databases import Database, role_passwords
 
 PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin")
 STARTS_WITHIN_S = 10.0

@@ -1,22 +1,10 @@
 """Seeing from outside what is left of a sandbox."""
 
 import socket
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
-
-
-def eventually(condition: Callable[[], bool], within_s: float) -> bool:
-    """Poll until the condition holds; tell whether it did in time."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def listens(port: int) -> bool:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -82,12 +82,3 @@ def running(program: str, environ: Mapping[str, str], log_path: Path, *, checkou
 def events(log: str) -> list[dict[str, Any]]:
     """The events in a log of JSON lines."""
     return [json.loads(line) for line in log.splitlines() if line.startswith("{")]
-
-
-def wait_for(look: Callable[[], T | None], within_s: float = 30.0) -> T:
-    """What ``look`` gives as soon as that is true. Fails after so many seconds."""
-    deadline_s = time.monotonic() + within_s
-    while not (found := look()):
-        assert time.monotonic() < deadline_s, f"not within {within_s:g} s"
-        time.sleep(0.02)
-    return found

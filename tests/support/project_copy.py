@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orderlib.postgres.schema import LATEST_MIGRATION
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 #: What tests and programs need.
 _COPIED = ("orderlib", "services", "sandbox", "tests", "pyproject.toml")

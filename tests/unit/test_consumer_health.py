@@ -22,7 +22,8 @@ from services.consumer.health import (
     never_fatal,
 )
 from services.settings import Address
-from tests.support.api_process import eventually, get_page
+from tests.support.api_process import get_page
+from tests.support.waiting import wait_for
 
 
 @attrs.define
@@ -85,7 +86,7 @@ def test_a_flood_of_slow_connections_takes_few_file_descriptors_and_delays_no_pr
                 client.sendall(b"GET /livez HTTP/1.1\r\nX-Slow: ")
         assert probe.get("/livez") == (200, "ok\n")
         # The client's end of each connection is in this process, too.
-        assert eventually(lambda: this_process.num_fds() - before - len(flood) <= MAX_CONNECTIONS + 1, 20)
+        wait_for(lambda: this_process.num_fds() - before - len(flood) <= MAX_CONNECTIONS + 1, 20)
         began_s = this_process.cpu_times().user
         assert probe.get("/metrics")[0] == 200
         assert this_process.cpu_times().user - began_s < 1
@@ -102,7 +103,7 @@ def test_a_connection_is_closed_after_a_few_seconds_even_if_its_client_is_sendin
                 return True
             return False
 
-        assert eventually(is_closed, 2 * CONNECTION_S)
+        wait_for(is_closed, 2 * CONNECTION_S)
 
 
 def test_it_listens_on_an_ipv6_address() -> None:
