@@ -495,7 +495,9 @@ class OrderRepository(Protocol):
         ...
 
     def save(self, order: Order, *, original: bytes | None = None) -> Outcome:
-        """Store an order in one transaction: STORED or DUPLICATE. It raises what ``save_many`` raises.
+        """Store an order in one transaction, and return its outcome. It raises what ``save_many`` raises.
+
+        STORED; DUPLICATE if the content is stored already; FORGOTTEN, with nothing stored, for a forgotten order.
 
         ``original`` is the JSON text that the order was decoded from. If it has unknown fields, they are part of the
         content, and the text is stored for ``original``. Raises ValueError if it is the text of another order, and what
@@ -508,7 +510,7 @@ class OrderRepository(Protocol):
 
         Content that is stored already counts as DUPLICATE and changes no field. Other content replaces the complete
         stored order. If several have the same order_uid, the last one wins, and the others count as SUPERSEDED or
-        DUPLICATE.
+        DUPLICATE. A forgotten order counts as FORGOTTEN and is not stored.
 
         Raises RefusedByDatabase that names the order at fault; nothing is stored then.
         Raises DatabaseUnavailable if the outcome is unknown, or TransactionConflict if the transaction conflicted with

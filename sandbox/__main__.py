@@ -17,12 +17,13 @@ from sandbox import Sandbox, SandboxError, running_sandbox
 from sandbox.guard import Guard
 
 DESCRIPTION = """\
-Runs a real PostgreSQL with the empty database `orders` and a real Kafka, on free ports of this machine.
-Both servers, their data and COMMAND are removed within 5 seconds of its end, even if it is killed.
+Run a real PostgreSQL with the empty database `orders` and a real Kafka, on free ports of this machine.
+When this program ends, even if it is killed, both servers and COMMAND end within 5 seconds, and their data is
+removed.
 
-Without COMMAND, it prints the ORDERS_... variables for the programs as NAME=value lines on stdout when both
-servers are ready, and runs until Ctrl-C or SIGTERM. With COMMAND, it runs COMMAND with these variables set,
-stops both servers, and exits with the status of COMMAND (128 + n if signal n killed it).
+Without COMMAND, print the ORDERS_... variables for the programs as NAME=value lines on stdout when both servers are
+ready, and run until Ctrl-C or SIGTERM. With COMMAND, run it with these variables set, stop both servers, and exit
+with the status of COMMAND (128 + n if signal n killed it).
 """
 #: How long a clean stop may take after the parent process has ended. Then this process exits and the guards take over.
 ORPHAN_GRACE_S = 3.0

@@ -187,7 +187,7 @@ The page of all orders, and one of them:
   http://{address}/orders/{order["order_uid"]}
 
 Broken on purpose: about {ORDERS * BAD_RATE:.0f} of the first {ORDERS:,} orders are invalid, and order {LONG_ORDER}
-is longer than this consumer accepts (ORDERS_MAX_RECORD_BYTES={MAX_RECORD_BYTES}). They are rejects:
+is longer than this consumer accepts (ORDERS_MAX_RECORD_BYTES={MAX_RECORD_BYTES}). They became rejects:
 
   http://{address}/rejects
 

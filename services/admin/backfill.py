@@ -66,7 +66,7 @@ def _backfill(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     counts = {"originals": outcomes.total(), **{str(outcome): outcomes[outcome] for outcome in Outcome}}
     if options.json:
         named = [{"order_uid": uid, "code": error.code, "path": error.faults[0].path} for uid, error in refused.items()]
-        result = {"dry_run": options.dry_run, "last": last or None, **counts, "refused": named}
+        result = {"dry_run": options.dry_run, "last": last or None, **counts, "rejected_originals": named}
         print(printable(msgspec.json.format(msgspec.json.encode(result), indent=2).decode()))
     else:
         print_table([counts], as_json=False)

@@ -29,11 +29,11 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add_parser(
         "export",
         help="print all orders as JSON lines",
-        description="Print the current version of every order from one snapshot, as canonical JSON, one order a line, "
-        "newest first (ORDERS_READER_URL). Of an order with fields that orderlib does not know it prints the original, "
-        "with spaces in place of line breaks. `sender --file` sends the lines again; `tac` reverses them, so that the "
-        "list keeps its sequence. Memory does not depend on the number of orders. On a terminal, control characters "
-        "are escaped.",
+        description="Print the current version of every order from one snapshot, as canonical JSON, one order per "
+        "line, newest first (ORDERS_READER_URL). Of an order with fields that orderlib does not know it prints the "
+        "original, with spaces in place of line breaks. `sender --file` sends the lines again; `tac` reverses "
+        "them, so that the list keeps its sequence. Memory does not depend on the number of orders. On a "
+        "terminal, control characters are escaped.",
         epilog="On Ctrl-C or SIGTERM it ends after a complete line, with exit status 1. A second signal ends it "
         "immediately.",
     )

@@ -58,7 +58,7 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add_parser(
         "forgotten",
         help="list the forgotten orders as digests",
-        description="Print the SHA-256 of each forgotten order_uid, one a line (ORDERS_READER_URL). After a restore, "
+        description="Print the SHA-256 of each forgotten order_uid, one per line (ORDERS_READER_URL). After a restore, "
         "`forget --again` applies that list.",
     )
     parser.set_defaults(command=_forgotten)

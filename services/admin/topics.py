@@ -27,7 +27,7 @@ def add_commands(commands: Commands) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "topics",
-        help="create the topic, or raise its limits",
+        help="create the topic, or raise its max.message.bytes",
         description="Create the topic ORDERS_TOPIC, and raise its max.message.bytes above ORDERS_MAX_RECORD_BYTES. "
         "An existing topic keeps its partitions, its records and a greater max.message.bytes.",
     )

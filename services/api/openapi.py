@@ -368,8 +368,9 @@ _SCHEMAS: _Part = {
         "properties": {
             "state": {
                 "enum": list(RecordState),
-                "description": "`waiting`: the consumer has not handled it yet. `handled`: it was stored or changed "
-                "nothing. `rejected`: it is stored as a reject. `unknown`: no consumer has read this partition.",
+                "description": "`waiting`: the consumer has not handled it yet. `handled`: the order was stored, or "
+                "the stored version is the same or newer. `rejected`: it is stored as a reject. `unknown`: no consumer "
+                "has read this partition.",
             },
             "code": {"enum": [*REJECT_CODES, None], "description": "Why it was rejected."},
             "faults": _ref("schemas", "Faults"),

@@ -50,7 +50,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     parser.add_argument(
         "--exit-at-end",
         action="store_true",
-        help="stop with exit status 0 when all records are handled that Kafka had at the start",
+        help="stop with exit status 0 when all records that Kafka had at the start are handled",
     )
     options = parser.parse_args(arguments)
     settings = ConsumerSettings.from_mapping(environ)

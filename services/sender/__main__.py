@@ -26,8 +26,8 @@ from services.sender.wait import SentRecords
 from services.settings import KafkaSettings, database_url
 
 DESCRIPTION = """\
-Publishes orders to Kafka: generates reproducible orders (--seed), injects invalid ones (--bad-rate), or sends files
-unchanged (--file). The key of each record is its order_uid, if it has a valid one.
+Publish orders to Kafka: generate reproducible ones (--seed), some of them invalid (--bad-rate), or send files unchanged
+(--file). The key of each record is its order_uid, if it has a valid one.
 
 Settings are environment variables: ORDERS_KAFKA_BOOTSTRAP_SERVERS, ORDERS_TOPIC, and ORDERS_KAFKA_X_Y for librdkafka's
 property x.y. A record that is not acknowledged within 60 s counts as failed (ORDERS_KAFKA_MESSAGE_TIMEOUT_MS).
@@ -233,7 +233,7 @@ def _parse_options(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--count", type=_count, metavar="N", help=f"number of orders to generate ({DEFAULT_COUNT})")
-    parser.add_argument("--seed", metavar="S", help="generate reproducible orders: the same text gives the same bytes")
+    parser.add_argument("--seed", metavar="S", help="generate reproducible orders: the same S gives the same bytes")
     parser.add_argument(
         "--bad-rate",
         type=_fraction,

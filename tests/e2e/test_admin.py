@@ -211,7 +211,7 @@ def test_backfill_stores_what_its_dry_run_counts_and_names_what_it_refuses(
 
     dry = run("admin backfill --dry-run --json", environ)
     assert (dry.returncode, dry.stderr) == (1, "")
-    assert json.loads(dry.stdout) == {"dry_run": True, "last": "invalid", **counts, "refused": refused}
+    assert json.loads(dry.stdout) == {"dry_run": True, "last": "invalid", **counts, "rejected_originals": refused}
     done = run("admin backfill", environ)
     assert (done.returncode, done.stderr) == (1, "")
     header, numbers, named = done.stdout.splitlines()

@@ -114,7 +114,7 @@ def test_an_old_consumer_with_a_new_api_loses_no_value_and_a_backfill_shows_them
         before = {uid: etag(api, uid) for uid in sent}
         first = backfill(new, environ, status=1)
         assert (first["originals"], first["stored"], first["duplicate"]) == (4, 3, 0)
-        assert first["refused"] == [{"order_uid": "invalid", "code": "invalid_order", "path": "$.gift_note"}]
+        assert first["rejected_originals"] == [{"order_uid": "invalid", "code": "invalid_order", "path": "$.gift_note"}]
 
         unchanged = {"without", "invalid"}
         for uid in sent:
