@@ -87,7 +87,7 @@ def validated(cls: type[M]) -> type[M]:
         assign(self, *args, **kwargs)
         _validate_model(self)
 
-    # mypy allows no assignment to a method of a class, nor a new attribute.
+    # mypy allows no assignment to a method of a class, nor a new attribute: the reason of the next four ignores.
     cls.__init__ = assign_and_validate  # type: ignore[method-assign, assignment]
     cls.__unchecked_init__ = assign  # type: ignore[attr-defined]
     cls.__init_subclass__ = classmethod(_refuse_subclass)  # type: ignore[method-assign, assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -72,6 +73,10 @@ def values(environ: Mapping[str, str]) -> list[bytes]:
 
 def lines_of(manifest: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in manifest.read_bytes().splitlines()]
+
+
+def has_lines(manifest: Path, count: int) -> bool:
+    return manifest.exists() and len(lines_of(manifest)) == count
 
 
 @pytest.fixture
@@ -252,8 +257,7 @@ def test_late_lines_are_sent_at_once_and_are_in_the_manifest(environ: dict[str, 
         for number in range(1, 4):
             process.stdin.write(SAMPLE.strip() + b"\n")
             process.stdin.flush()
-            # mypy cannot infer a lambda with a default.
-            wait_for(lambda count=number: manifest.exists() and len(lines_of(manifest)) == count)  # type: ignore[misc]
+            wait_for(functools.partial(has_lines, manifest, number))
         process.stdin.close()
         assert process.wait(10) == 0
     finally:

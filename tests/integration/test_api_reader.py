@@ -38,7 +38,7 @@ def store(module_database: Database) -> Iterator[orderlib.PostgresOrderRepositor
 
 
 @pytest.fixture
-def read(module_database: Database, store: object) -> Callable[[Callable[[AsyncOrderRepository], Awaitable[T]]], T]:  # noqa: ARG001
+def read(module_database: Database, store: object) -> Callable[[Callable[[AsyncOrderRepository], Awaitable[T]]], T]:  # noqa: ARG001 - a fixture that it needs
     def read(question: Callable[[AsyncOrderRepository], Awaitable[T]]) -> T:
         async def ask() -> T:
             async with AsyncPostgresOrderRepository(module_database.reader_url) as reader:
@@ -94,7 +94,8 @@ def test_a_limit_outside_its_bounds_is_an_invalid_query(read: Read[object]) -> N
         read(lambda reader: reader.list_orders(limit=0))
 
 
-def test_an_invalid_query_leaves_the_connection_usable(module_database: Database, store: object) -> None:  # noqa: ARG001
+@pytest.mark.usefixtures("store")
+def test_an_invalid_query_leaves_the_connection_usable(module_database: Database) -> None:
     async def ask() -> Order:
         async with AsyncPostgresOrderRepository(module_database.reader_url, max_connections=1) as reader:
             with pytest.raises(ValueError, match="limit"):
@@ -106,7 +107,8 @@ def test_an_invalid_query_leaves_the_connection_usable(module_database: Database
     assert asyncio.run(ask()).order_uid == "u-1"
 
 
-def test_a_cancelled_read_releases_its_connection(module_database: Database, store: object) -> None:  # noqa: ARG001
+@pytest.mark.usefixtures("store")
+def test_a_cancelled_read_releases_its_connection(module_database: Database) -> None:
     async def ask() -> None:
         with TcpProxy(module_database.reader_url) as wire:
             async with AsyncPostgresOrderRepository(wire.url, max_connections=1) as reader:
@@ -121,7 +123,8 @@ def test_a_cancelled_read_releases_its_connection(module_database: Database, sto
     asyncio.run(ask())
 
 
-def test_more_readers_than_connections_take_turns(module_database: Database, store: object) -> None:  # noqa: ARG001
+@pytest.mark.usefixtures("store")
+def test_more_readers_than_connections_take_turns(module_database: Database) -> None:
     async def ask() -> list[Order]:
         async with AsyncPostgresOrderRepository(module_database.reader_url, max_connections=2) as reader:
             return list(await asyncio.gather(*(reader.get(f"u-{n % 12}") for n in range(100))))
@@ -154,7 +157,8 @@ def test_a_check_notices_a_table_that_cannot_be_read(database: Database) -> None
         asyncio.run(check())
 
 
-def test_postgresql_ends_a_statement_that_waits_for_a_lock(module_database: Database, store: object) -> None:  # noqa: ARG001
+@pytest.mark.usefixtures("store")
+def test_postgresql_ends_a_statement_that_waits_for_a_lock(module_database: Database) -> None:
     """The statement does not continue to wait in PostgreSQL after the read has ended."""
 
     async def ask() -> None:

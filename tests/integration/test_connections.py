@@ -367,7 +367,7 @@ def test_a_call_without_a_connection_raises_in_time(stored: Database) -> None:
 @pytest.mark.parametrize("limits", [{"timeout_s": 0}, {"timeout_s": float("nan")}, {"max_connections": 0}])
 def test_limits_that_allow_no_call_are_refused(stored: Database, limits: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be"):
-        orderlib.connect(stored.reader_url, **limits)  # type: ignore[arg-type]
+        orderlib.connect(stored.reader_url, **limits)  # type: ignore[arg-type]  # mypy takes them for all arguments
 
 
 # Close

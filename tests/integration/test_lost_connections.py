@@ -50,7 +50,7 @@ class Cutter:
     def __init__(self) -> None:
         self.reset()
 
-    def reset(self, *, messages: int | None = None, bytes: int | None = None, last_words: bytes = b"") -> None:  # noqa: A002
+    def reset(self, *, messages: int | None = None, bytes: int | None = None, last_words: bytes = b"") -> None:  # noqa: A002 - the unit, like messages
         #: What is still forwarded before the next cut; None for no cut.
         self.messages, self.bytes, self.last_words = messages, bytes, last_words
         #: What was forwarded since the last reset.

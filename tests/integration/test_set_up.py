@@ -82,7 +82,7 @@ def test_an_unreachable_server_is_a_transient_error() -> None:
 
 def test_a_password_of_another_type_is_refused_before_anything_changes(empty_database: Database) -> None:
     with pytest.raises(TypeError, match="password of orders_reader"):
-        orderlib.bootstrap(empty_database.superuser_url, reader_password=b"bytes")  # type: ignore[arg-type]
+        orderlib.bootstrap(empty_database.superuser_url, reader_password=b"bytes")  # type: ignore[arg-type]  # a wrong type
 
 
 def test_the_command_prepares_an_empty_database(empty_database: Database) -> None:

@@ -74,5 +74,6 @@ def _wait_until_open(port: int, process: subprocess.Popen[bytes], log: Path) -> 
         with suppress(OSError):
             create_connection(("127.0.0.1", port), timeout=1).close()
             return
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()  # noqa: PT018
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)

@@ -163,7 +163,7 @@ class RepositoryContract:
         with pytest.raises(RejectedError):
             repository.save(an_order("a"), original=b"{}")
         with pytest.raises(TypeError):
-            repository.save(an_order("a"), original="{}")  # type: ignore[arg-type]
+            repository.save(an_order("a"), original="{}")  # type: ignore[arg-type]  # a wrong type
         with pytest.raises(OrderNotFound):
             repository.get("a")
 
@@ -428,13 +428,13 @@ class RepositoryContract:
     def test_every_time_that_python_can_write_is_a_filter(self, repository: OrderRepository, offset_h: int) -> None:
         repository.save(an_order("a"))
         zone = dt.timezone(dt.timedelta(hours=offset_h))
-        first, last = (time.replace(tzinfo=zone) for time in (dt.datetime.min, dt.datetime.max))  # noqa: DTZ901
+        first, last = (time.replace(tzinfo=zone) for time in (dt.datetime.min, dt.datetime.max))  # noqa: DTZ901 - a zone follows
         assert uids(repository.list_orders(since=first, until=last).orders) == ["a"]
         assert repository.list_orders(since=last).orders == repository.list_orders(until=first).orders == ()
 
     @pytest.mark.parametrize("name", ["since", "until"])
     def test_a_time_without_an_offset_is_an_invalid_query(self, repository: OrderRepository, name: str) -> None:
-        filters: Any = {name: dt.datetime(2026, 1, 1)}  # noqa: DTZ001
+        filters: Any = {name: dt.datetime(2026, 1, 1)}  # noqa: DTZ001 - the test is about such times
         with pytest.raises(InvalidQuery, match=f"{name}: expected a time with an offset"):
             repository.list_orders(**filters)
         with pytest.raises(InvalidQuery, match=f"{name}: expected a time with an offset"):

@@ -118,7 +118,7 @@ def test_it_does_not_look_up_its_own_host_name(monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("looked up a name")
 
     monkeypatch.setattr(socket, "getfqdn", slow)
-    with HealthServer(Address(host="0.0.0.0", port=0), Health(Clock()), Metrics()):  # noqa: S104
+    with HealthServer(Address(host="0.0.0.0", port=0), Health(Clock()), Metrics()):  # noqa: S104 - only there its name was looked up
         pass
 
 

@@ -149,7 +149,7 @@ def test_items_may_come_from_any_iterable() -> None:
 
 def test_an_order_cannot_be_changed_and_copies_are_equal() -> None:
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        SAMPLE_ORDER.sm_id = 1  # type: ignore[misc]
+        SAMPLE_ORDER.sm_id = 1  # type: ignore[misc]  # it is frozen
     for copied in (copy.deepcopy(SAMPLE_ORDER), pickle.loads(pickle.dumps(SAMPLE_ORDER))):  # noqa: S301 - our own
         assert copied == SAMPLE_ORDER
         assert hash(copied) == hash(SAMPLE_ORDER)
@@ -212,7 +212,7 @@ def test_functions_of_an_order_refuse_anything_else(function: Callable[[Any], ob
 
 @pytest.mark.skipif(not hasattr(copy, "replace"), reason="Python 3.13 has copy.replace")
 def test_copy_replace_validates_like_evolve() -> None:
-    assert faults_of(lambda: copy.replace(SAMPLE_ORDER.items[0], sale=101)) == [  # type: ignore[attr-defined,unused-ignore]
+    assert faults_of(lambda: copy.replace(SAMPLE_ORDER.items[0], sale=101)) == [  # type: ignore[attr-defined,unused-ignore]  # Python 3.13
         ("$.sale", "a greater integer")
     ]
 
@@ -236,7 +236,7 @@ def test_a_length_in_a_fault_is_singular_or_plural(length: int, found: str) -> N
 
 def test_a_rule_of_an_unknown_kind_has_no_description() -> None:
     with pytest.raises(NotImplementedError, match="no rule of kind"):
-        describe(rules_of(Order).fields[0])  # type: ignore[arg-type]
+        describe(rules_of(Order).fields[0])  # type: ignore[arg-type]  # a wrong type
 
 
 # JSON Schema

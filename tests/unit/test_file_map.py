@@ -18,7 +18,7 @@ def listed() -> Iterator[tuple[str, str]]:
     [block] = re.findall(r"^## File map\n.*?^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     folders: list[str] = []
     for line in block.splitlines():
-        indent, name, description = re.fullmatch(r"( *)(\S+) *(.*)", line).groups()  # type: ignore[union-attr]
+        [(indent, name, description)] = re.findall(r"^( *)(\S+) *(.*)$", line)
         del folders[len(indent) // 2 :]
         yield "".join(folders) + name, description
         if name.endswith("/"):

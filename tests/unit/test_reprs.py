@@ -158,6 +158,6 @@ def test_no_error_shows_personal_data(order: Order, seed: int) -> None:
 @settings(max_examples=5)
 def test_no_error_of_a_model_shows_personal_data(order: Order) -> None:
     with pytest.raises(InvalidOrder) as caught:
-        attrs.evolve(order.delivery, name=SECRET * 100, phone=SECRET * 100, city=None, zip=b"s3cret")  # type: ignore[arg-type]
+        attrs.evolve(order.delivery, name=SECRET * 100, phone=SECRET * 100, city=None, zip=b"s3cret")  # type: ignore[arg-type]  # wrong types
     assert caught.value.total == 4
     assert SECRET not in repr(caught.value) + repr(caught.value.faults)
