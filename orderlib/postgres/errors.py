@@ -113,12 +113,15 @@ class HasPGconn(Protocol):
         ...
 
 
-#: Citus reports every error of a worker inside a COPY, or while a transaction ends, as an internal error. The text is
-#: that of libpq in the coordinator, or of the worker, and tells a lost worker from a refused row.
+#: Citus reports every error of a worker inside a COPY, or while a transaction ends, as an internal error. Only the text
+#: tells which one: it is that of the worker, or of libpq in the coordinator. Everything else is a refused row.
 _INTERNAL = "XX000"
-_LOST_WORKER = re.compile(
+_WORKER_CONFLICT = re.compile("deadlock detected|could not serialize access")
+_WORKER_OUTAGE = re.compile(
     "terminating connection|server closed the connection|failure on connection|connection (not open|.*lost|.*failed)|"
-    "could not (receive|send) data|the database system is|no connection to the server|lost synchronization"
+    "could not (receive|send) data|the database system is|no connection to the server|lost synchronization|"
+    "canceling statement due to|No space left on device|out of (shared )?memory|too many (clients|connections)|"
+    "in a read-only transaction"
 )
 
 #: A write on a read-only server: it became a standby, or the URL allows one.
@@ -222,8 +225,8 @@ def translate(exc: Exception, connection: HasPGconn | None = None, *, writing: b
         return _without_sqlstate(exc)
     if _is_fatal(exc):
         return DatabaseUnavailable(f"PostgreSQL: the connection was lost{_reason(exc)}")
-    if exc.sqlstate == _INTERNAL and _LOST_WORKER.search(_message(exc)):
-        return DatabaseUnavailable(f"Citus: a worker was lost: {_message(exc)} ({exc.sqlstate})")
+    if exc.sqlstate == _INTERNAL and (error := _of_worker(_message(exc), writing=writing)):
+        return error
     summary = _message(exc) or _readable_name(exc) if exc.sqlstate[:2] not in {"22", "23"} else type(exc).__name__
     match classify_sqlstate(exc.sqlstate):
         case ErrorAction.BISECT if writing:
@@ -234,6 +237,15 @@ def translate(exc: Exception, connection: HasPGconn | None = None, *, writing: b
             return DatabaseUnavailable(f"PostgreSQL: {summary} ({exc.sqlstate})")
         case ErrorAction.STOP | ErrorAction.BISECT:
             return ConfigurationError(f"PostgreSQL: {summary} ({exc.sqlstate})")
+
+
+def _of_worker(message: str, *, writing: bool) -> OrderlibError | None:
+    """Return the error of a worker of Citus, or ``None`` if it may be a refused row."""
+    if _WORKER_CONFLICT.search(message) and writing:
+        return TransactionConflict(f"Citus: {message} ({_INTERNAL})")
+    if _WORKER_CONFLICT.search(message) or _WORKER_OUTAGE.search(message):
+        return DatabaseUnavailable(f"Citus: a worker failed: {message} ({_INTERNAL})")
+    return None
 
 
 def _reason(exc: Exception) -> str:

@@ -78,13 +78,14 @@ def test_an_error_becomes_the_one_that_says_what_to_do_next(
         ("terminating connection due to administrator command", DatabaseUnavailable),
         ("server closed the connection unexpectedly\n\tThis probably means", DatabaseUnavailable),
         ("failure on connection marked as essential: 10.0.0.1:5432", DatabaseUnavailable),
+        ("canceling statement due to lock timeout", DatabaseUnavailable),
+        ('could not extend file "base/5/16384": No space left on device', DatabaseUnavailable),
+        ("deadlock detected", TransactionConflict),
         ('duplicate key value violates unique constraint "orders_pkey_102008"', RefusedByDatabase),
         ('new row for relation "delivery_102014" violates check constraint "delivery_name_check"', RefusedByDatabase),
     ],
 )
-def test_citus_reports_a_lost_worker_and_a_refused_row_with_the_same_code(
-    message: str, ours: type[OrderlibError]
-) -> None:
+def test_citus_reports_every_error_of_a_worker_with_the_same_code(message: str, ours: type[OrderlibError]) -> None:
     info = dict.fromkeys(DiagnosticField) | {DiagnosticField.MESSAGE_PRIMARY: message.encode()}
     translated = translate(errors.InternalError_(message, info=info))  # type: ignore[arg-type]  # as an unpickled error
     assert type(translated) is ours
