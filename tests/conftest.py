@@ -14,12 +14,11 @@ import hypothesis
 import psycopg
 import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
-from psycopg.conninfo import conninfo_to_dict
 
 from sandbox import Sandbox, running_sandbox
 from tests.support import CITUS, ROOT, SHARED_SANDBOX
-from tests.support.citus import Coordinator
-from tests.support.databases import TABLES, Database, delete_rows, drop_database, make_database, set_up
+from tests.support.citus import DIFFERENCES, LEFT_OUT, Coordinator
+from tests.support.databases import TABLES, Database, delete_rows, drop_database, make_database, make_template
 
 #: Numbers that differ if anything in the database was created, altered, dropped, granted or set.
 _DEFINITION = " UNION ALL ".join(
@@ -62,6 +61,23 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On Citus, run only the tests that use its database, and expect what differs there."""
+    if CITUS not in os.environ:
+        return
+    databases = {"database", "empty_database", "module_database", "_template"}
+    selected = []
+    for item in items:
+        if databases.isdisjoint(getattr(item, "fixturenames", ())) or item.nodeid.startswith(tuple(LEFT_OUT)):
+            continue
+        selected.append(item)
+        for beginning, reason in DIFFERENCES.items():
+            if item.nodeid.startswith(beginning):
+                item.add_marker(pytest.mark.xfail(reason=reason))
+    config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+    items[:] = selected
+
+
 @pytest.fixture(autouse=True)
 def _hide_callers_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide the settings of the caller's environment from the tests."""
@@ -94,12 +110,7 @@ def own_sandbox() -> Iterator[Sandbox]:
 
 @pytest.fixture(scope="session")
 def _template(sandbox: Sandbox) -> str:
-    if CITUS in os.environ:
-        # Citus cannot copy a database: each is set up by itself.
-        return "migrated"
-    database = make_database(sandbox)
-    set_up(database)
-    return str(conninfo_to_dict(database.superuser_url)["dbname"])
+    return make_template(sandbox)
 
 
 @pytest.fixture

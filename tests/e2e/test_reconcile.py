@@ -23,7 +23,7 @@ from orderlib.testing import SAMPLE
 from sandbox import Sandbox
 from services.admin.__main__ import main
 from tests.support import ROOT
-from tests.support.databases import Database, drop_database, make_database
+from tests.support.databases import Database, drop_database, make_database, without_foreign_keys
 from tests.support.programs import succeed
 from tests.support.waiting import wait_for
 
@@ -112,8 +112,7 @@ class Place:
     @contextlib.contextmanager
     def superuser(self) -> Iterator[psycopg.Connection]:
         """A session that does not check foreign keys."""
-        with psycopg.connect(self.database.superuser_url, autocommit=True) as connection:
-            connection.execute("SET session_replication_role = replica")
+        with without_foreign_keys(self.database) as connection:
             connection.execute("SET TIME ZONE 'UTC'")
             yield connection
 

@@ -482,7 +482,7 @@ def test_a_wait_on_a_lost_connection_of_the_caller_ends_at_once(emptied: Databas
         with ThreadPoolExecutor(1) as thread:
             waiting = thread.submit(repository.wait_until_handled, "orders", 0, 0, timeout_s=30)
             time.sleep(0.1)
-            superuser.execute("SELECT pg_terminate_backend(%s)", [connection.info.backend_pid])
+            superuser.execute("SELECT pg_terminate_backend(%s::integer)", [connection.info.backend_pid])
             with pytest.raises(DatabaseUnavailable):
                 waiting.result(5)
 

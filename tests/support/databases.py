@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import attrs
 import psycopg
@@ -14,6 +16,7 @@ from orderlib.postgres.connections import open_connection
 from orderlib.postgres.migrate import apply_migrations
 from orderlib.postgres.roles import create_roles
 from sandbox import Sandbox
+from tests.support import CITUS
 from tests.support.citus import SHARDS, Coordinator
 
 #: The tables with rows of orderlib, and their sizes.
@@ -62,27 +65,41 @@ def role_passwords(database: Database) -> dict[str, str]:
     return {str(url["user"]): str(url["password"]) for url in urls}
 
 
-def make_database(sandbox: Sandbox, template: str = "template1") -> Database:
-    """Create a database in the sandbox."""
+def make_database(sandbox: Sandbox, template: str | None = None) -> Database:
+    """Create a database in the sandbox: a copy of a template, or an empty one."""
     name = f"test_{secrets.token_hex(6)}"
-    if isinstance(coordinator := getattr(sandbox, "postgres", None), Coordinator):
-        database = of_database(sandbox.environ, name)
-        coordinator.add_database(name)
-        if template != "template1":
-            set_up(database)
-            coordinator.set_passwords(name, role_passwords(database))
-            distribute(database.superuser_url, shards=SHARDS, application_name="tests")
-        return database
+    if coordinator := coordinator_of(sandbox):
+        coordinator.add_database(name, template)
+        return of_database(sandbox.environ, name)
     with psycopg.connect(sandbox.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as connection:
         # Without fsync, copying files is ten times faster than logging each page.
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template or 'template1'} STRATEGY file_copy")
     return of_database(sandbox.environ, name)
+
+
+def make_template(sandbox: Sandbox) -> str:
+    """Create a migrated database that others are copies of. Return its name."""
+    database = make_database(sandbox)
+    name = str(conninfo_to_dict(database.superuser_url)["dbname"])
+    set_up(database)
+    if coordinator := coordinator_of(sandbox):
+        coordinator.set_passwords(name, role_passwords(database))
+        distribute(database.superuser_url, shards=SHARDS, application_name="tests")
+        coordinator.make_template(name)
+    return name
+
+
+def coordinator_of(sandbox: Sandbox) -> Coordinator | None:
+    """Return the sandbox's PostgreSQL if it is Citus."""
+    # A run inside a test has only the URLs of its sandbox.
+    coordinator = getattr(sandbox, "postgres", None)
+    return coordinator if isinstance(coordinator, Coordinator) else None
 
 
 def drop_database(sandbox: Sandbox, database: Database) -> None:
     """Drop a database, even if clients are still connected."""
     name = str(conninfo_to_dict(database.superuser_url)["dbname"])
-    if isinstance(coordinator := getattr(sandbox, "postgres", None), Coordinator):
+    if coordinator := coordinator_of(sandbox):
         coordinator.drop_database(name)
         return
     with psycopg.connect(sandbox.environ["ORDERS_BOOTSTRAP_URL"], autocommit=True) as connection:
@@ -91,10 +108,31 @@ def drop_database(sandbox: Sandbox, database: Database) -> None:
 
 def delete_rows(superuser: psycopg.Connection) -> None:
     """Delete every order, reject and offset. TRUNCATE of all tables takes fifty times longer."""
-    superuser.execute("SET session_replication_role = replica")
-    for name, _ in superuser.execute(TABLES).fetchall():
-        superuser.execute(f"DELETE FROM {name}")
-    superuser.execute("RESET session_replication_role")
+    with superuser.transaction():
+        # SET LOCAL reaches the workers of Citus, too.
+        superuser.execute("SET LOCAL citus.propagate_set_commands = 'local'")
+        superuser.execute("SET LOCAL session_replication_role = replica")
+        for name, _ in superuser.execute(TABLES).fetchall():
+            superuser.execute(f"DELETE FROM {name}")
+
+
+@contextmanager
+def without_foreign_keys(database: Database) -> Iterator[psycopg.Connection]:
+    """A superuser's session that does not check foreign keys."""
+    _change_sessions_of_workers(database, "SET session_replication_role = replica")
+    try:
+        with psycopg.connect(database.superuser_url, autocommit=True) as connection:
+            connection.execute("SET session_replication_role = replica")
+            yield connection
+    finally:
+        _change_sessions_of_workers(database, "RESET session_replication_role")
+
+
+def _change_sessions_of_workers(database: Database, change: str) -> None:
+    """With Citus, change what new sessions of the superuser on workers begin with."""
+    if CITUS in os.environ:
+        with psycopg.connect(database.superuser_url, autocommit=True) as connection:
+            connection.execute("SELECT run_command_on_workers(%s)", [f"ALTER ROLE postgres {change}"])
 
 
 def set_up(database: Database) -> None:
