@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
+from contextlib import ExitStack
 from random import Random
 
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from sandbox import Sandbox
+from sandbox import PostgresServer, Sandbox
 from tests.support import CITUS
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
 from tests.support.citus import Coordinator
 from tests.support.consumer_process import consuming
 from tests.support.databases import Database
 from tests.support.programs import run, succeed
-from tests.support.sending import Sender, uids
+from tests.support.sending import Sender, repeating, uids
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(CITUS not in os.environ, reason="no Citus: make test-citus CITUS=FOLDER")
 
@@ -28,29 +31,94 @@ def coordinator(sandbox: Sandbox) -> Coordinator:
     return sandbox.postgres
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(10))
 def test_a_lost_worker_is_an_outage(
     seed: int, coordinator: Coordinator, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
-    """Its sessions end at any step of a batch, and it restarts."""
+    """It is lost at any step of a batch: some of its sessions end, all end at once, or the server restarts."""
     rng = Random(seed)
-    name = conninfo_to_dict(database.superuser_url)["dbname"]
+    name = str(conninfo_to_dict(database.superuser_url)["dbname"])
     with consuming(environ) as consumer:
-        for version in range(1, 25):
-            sender.send_orders(uids("order", 200), version)
-            worker = rng.choice(coordinator.workers)
-            time.sleep(rng.uniform(0, 0.2))
-            if version % 8 == 0:
-                worker.stop("immediate")
-                time.sleep(rng.uniform(0, 1))
-                worker.start()
-                continue
-            with psycopg.connect(worker.superuser_url, dbname="postgres", autocommit=True) as connection:
-                connection.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND usename = %s",
-                    [name, "orders_writer"],
-                )
-        wait_until_handled(sender.manifest, database, 60)
+        sender.send_orders(uids("order", 200))
+        wait_until_handled(sender.manifest, database)
+        with repeating(lambda count: sender.send_orders(rng.sample(uids("order", 300), 100), count + 1), 30):
+            for _ in range(4):
+                lose(rng.choice(coordinator.workers), name, rng)
+                time.sleep(rng.uniform(0, 0.3))
+        wait_until_handled(sender.manifest, database, 90)
+        # What was committed while a worker was lost becomes visible there when Citus has recovered it.
+        wait_for(lambda: in_doubt(coordinator, name) == 0, 30)
+        assert consumer.metric('orders_retries_total{cause="DatabaseUnavailable"}') >= 1
+        assert_all_accounted_for(sender.manifest, database, environ)
+        assert consumer.stop() == 0
+
+
+def lose(worker: PostgresServer, name: str, rng: Random) -> None:
+    """Lose the worker, if possible while it runs one kind of statement of a batch."""
+    step = rng.choice(["COPY", "SAVEPOINT", "RELEASE", "INSERT", "PREPARE TRANSACTION", "COMMIT"])
+    how = rng.choice(["terminate", "kill", "restart"])
+    # It may still recover from the last time.
+    wait_for(worker._is_ready, 30)
+    with psycopg.connect(worker.superuser_url, dbname="postgres", autocommit=True) as connection:
+
+        def sessions(query: str) -> list[int]:
+            return [pid for (pid,) in connection.execute(SESSIONS, [name, query])]
+
+        deadline = time.monotonic() + 3
+        while not (at_step := sessions(f"{step}%")) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        print(f"{how} worker {worker.port} at {step if at_step else 'any step'}")
+        found = at_step or sessions("%")
+        if how == "terminate":
+            connection.execute("SELECT pg_terminate_backend(pid) FROM unnest(%s::int[]) AS s (pid)", [found])
+        elif how == "kill" and found:
+            # PostgreSQL then ends every session, and recovers as after a crash.
+            os.kill(found[0], signal.SIGKILL)
+    if how == "restart":
+        worker.stop("immediate")
+        time.sleep(rng.uniform(0, 1))
+        worker.start()
+
+
+#: The sessions of consumers on a worker that are in a transaction, by the beginning of their last statement.
+SESSIONS = """
+SELECT pid FROM pg_stat_activity WHERE datname = %s AND usename = 'orders_writer' AND state <> 'idle' AND query LIKE %s
+"""
+
+
+def in_doubt(coordinator: Coordinator, name: str) -> int:
+    """Return how many transactions of a database are prepared on workers, and neither committed nor rolled back."""
+    count = 0
+    for worker in coordinator.workers:
+        with psycopg.connect(worker.superuser_url, dbname=name) as connection:
+            [(prepared,)] = connection.execute("SELECT count(*) FROM pg_prepared_xacts WHERE database = %s", [name])
+            count += prepared
+    return count
+
+
+def test_a_wait_for_a_lock_on_a_worker_ends_as_on_one_server(
+    coordinator: Coordinator, environ: dict[str, str], database: Database, sender: Sender
+) -> None:
+    name = str(conninfo_to_dict(database.superuser_url)["dbname"])
+    with consuming(environ) as consumer:
+        sender.send_orders(uids("order", 10))
+        wait_until_handled(sender.manifest, database)
+        with ExitStack() as lockers:
+            for worker in coordinator.workers:
+                locker = lockers.enter_context(psycopg.connect(worker.superuser_url, dbname=name))
+                # Citus hides and protects the shards.
+                locker.execute("SET citus.override_table_visibility = off")
+                locker.execute("SET citus.enable_manual_changes_to_shards = on")
+                shards = locker.execute("SELECT relname FROM pg_class WHERE relname ~ '^orders_[0-9]+$'").fetchall()
+                assert shards
+                for (shard,) in shards:
+                    locker.execute(f"LOCK TABLE {shard}")
+            sender.send_orders(uids("order", 10), version=2)
+            begin = time.monotonic()
+            wait_for(lambda: consumer.metric('orders_retries_total{cause="DatabaseUnavailable"}') >= 1, 15)
+            assert time.monotonic() - begin > 4
+            assert consumer.live
+        wait_until_handled(sender.manifest, database)
         assert_all_accounted_for(sender.manifest, database, environ)
         assert consumer.stop() == 0
 

@@ -290,7 +290,7 @@ def test_a_save_cancelled_at_any_await_leaves_the_transaction_usable_and_the_ord
         connection = await psycopg.AsyncConnection.connect(shop.writer_url)
         repository = orderlib.using_async(connection)
         cancels = saves = 0
-        for rounds in range(400):
+        for rounds in range(4_000):
             order = an_order(f"order-{rounds}", items=3)
             was_cancelled = await cancelled_after(rounds, repository.save_many([order, an_order(f"other-{rounds}")]))
             assert connection.info.transaction_status in {
