@@ -38,9 +38,8 @@ def add_commands(commands: Commands) -> None:
         help="create the four roles and set their privileges, as an administrator",
         description="Create the roles orders_owner, orders_migrator, orders_writer and orders_reader, with the "
         "passwords in ORDERS_MIGRATOR_URL, ORDERS_DATABASE_URL and ORDERS_READER_URL. Connects with "
-        "ORDERS_BOOTSTRAP_URL, which no other command uses: as a superuser, or as a role with CREATEROLE that owns the "
-        "database. Idempotent. Sets the passwords to those in the URLs, corrects wrong attributes, memberships and "
-        "privileges, and lists what only another administrator may correct.",
+        "ORDERS_BOOTSTRAP_URL: as a superuser, or as a role with CREATEROLE that owns the database. Idempotent. "
+        "Corrects wrong attributes, memberships and privileges, and lists what only another administrator may correct.",
     )
     parser.set_defaults(command=_bootstrap)
     parser = commands.add_parser(
