@@ -1,7 +1,4 @@
-"""The commands ``bootstrap`` and ``migrate``, and how a program of orderlib ends.
-
-Exit statuses: 0 done, 1 failed or stopped itself, 2 usage, configuration or set-up. An error is one line on stderr.
-"""
+"""The commands ``bootstrap`` and ``migrate``, and how a program of orderlib ends: status, and one line on stderr."""
 
 from __future__ import annotations
 
@@ -21,6 +18,10 @@ from orderlib.postgres.schema import LATEST_MIGRATION
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_SETUP = 2
+
+#: For ``--help``.
+SETUP_STATUS = f"{EXIT_SETUP} usage, configuration or set-up"
+EXIT_STATUSES = f"Exit status: {EXIT_DONE} done, {EXIT_FAILED} failed or stopped itself, {SETUP_STATUS}."
 
 _APPLICATION_NAME = "orderlib-admin"
 
@@ -57,7 +58,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m orderlib",
         description="Create the roles and the tables of orders in a PostgreSQL database.",
-        epilog="Exit status: 0 done, 1 failed, 2 usage, configuration or set-up.",
+        epilog=EXIT_STATUSES,
     )
     add_commands(parser.add_subparsers(metavar="COMMAND", required=True))
     options = parser.parse_args(arguments)

@@ -298,6 +298,10 @@ class Filters(TypedDict, total=False):
     until: dt.datetime | None
 
 
+#: The names of the filters.
+FILTERS: tuple[str, ...] = tuple(Filters.__annotations__)
+
+
 class ListOptions(Filters, total=False):
     """The arguments of ``list_orders``. Each may be left out; ``ListQuery`` has the defaults."""
 

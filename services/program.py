@@ -1,7 +1,6 @@
 """Scaffolding of the programs: logs, exit statuses, and error messages of one line.
 
-Logs go to stderr, one event per line: JSON, or a readable format on a terminal. Exit statuses: 0 done, 1 failed or
-stopped itself, 2 usage, configuration or set-up.
+Logs go to stderr, one event per line: JSON, or a readable format on a terminal.
 """
 
 from __future__ import annotations
@@ -16,10 +15,29 @@ import msgspec
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
-from orderlib.commands import EXIT_DONE, EXIT_FAILED, EXIT_SETUP, run, set_up_streams
+from orderlib.commands import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_SETUP,
+    EXIT_STATUSES,
+    SETUP_STATUS,
+    run,
+    set_up_streams,
+)
 from services.settings import misspelt
 
-__all__ = ["EXIT_DONE", "EXIT_FAILED", "EXIT_SETUP", "begin", "event", "log", "run", "set_up_logging"]
+__all__ = [
+    "EXIT_DONE",
+    "EXIT_FAILED",
+    "EXIT_SETUP",
+    "EXIT_STATUSES",
+    "SETUP_STATUS",
+    "begin",
+    "event",
+    "log",
+    "run",
+    "set_up_logging",
+]
 
 log: FilteringBoundLogger = structlog.get_logger()
 

@@ -21,6 +21,7 @@ from orderlib.postgres.rows import JOINED_WIDTH, Row, order_from_rows, orders_fr
 from orderlib.postgres.wire import Statement, Wire
 from orderlib.repository import (
     COUNT_LIMIT,
+    FILTERS,
     MAX_PAGE_ITEMS,
     STORED_RECENTLY,
     STREAM_SIZE,
@@ -339,10 +340,8 @@ def _conflict_error() -> TransactionConflict:
 
 def _list_filters(query: ListQuery) -> dict[str, object] | None:
     """Return the filters that are used, or ``None`` if no order can match a text."""
-    texts = {name: getattr(query, name) for name in ("customer_id", "track_number", "phone", "email")}
-    filters = {**texts, "since": query.since, "until": query.until}
-    used = {name: value for name, value in filters.items() if value is not None}
-    return used if all(fits_postgres(text) for text in texts.values() if text is not None) else None
+    used = {name: value for name in FILTERS if (value := getattr(query, name)) is not None}
+    return used if all(fits_postgres(value) for value in used.values() if isinstance(value, str)) else None
 
 
 def _faults(faults: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 from orderlib import commands as library_commands
 from services.admin import backfill, distribute, drift, export, offsets, orders, reconcile, rejects, topics
+from services.kafka import REQUEST_TIMEOUT_S
 from services.program import begin, run
 
 Command = Callable[[argparse.Namespace, Mapping[str, str]], int]
@@ -18,8 +19,9 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="python -m services.admin",
-        description="Set up and operate orderlib. A command fails after 10 s if a server does not answer.",
-        epilog="Exit status: 0 done, 1 failed, 2 usage or configuration error.",
+        description="Set up and operate orderlib. A command fails after "
+        f"{REQUEST_TIMEOUT_S:g} s if a server does not answer.",
+        epilog=library_commands.EXIT_STATUSES,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in (library_commands, distribute, topics, offsets, rejects, reconcile, drift, backfill, orders, export):

@@ -19,22 +19,24 @@ from orderlib.postgres.schema import check_schema
 from services.api.app import METRICS_ROUTE, ROUTES
 from services.api.asgi import build
 from services.api.metrics import Metrics
-from services.program import EXIT_DONE, begin, event, run
-from services.settings import ApiSettings
+from services.program import EXIT_DONE, EXIT_STATUSES, begin, event, run
+from services.settings import API_METRICS_BIND, DEFAULTS, ApiSettings
 
-DESCRIPTION = """\
+_BIND, _KEEPALIVE_S = DEFAULTS["ORDERS_API_BIND"], DEFAULTS["ORDERS_API_KEEPALIVE_S"]
+
+DESCRIPTION = f"""\
 Serve stored orders over HTTP: as JSON to programs, as pages to people.
 
 ORDERS_READER_URL       URL of PostgreSQL, with the role orders_reader
-ORDERS_API_BIND         address to listen on (127.0.0.1:8080); port 0 takes a free port
+ORDERS_API_BIND         address to listen on ({_BIND}); port 0 takes a free port
 ORDERS_API_TOKENS       tokens of clients: name:token, several separated by commas
 ORDERS_API_AUTH=off     no tokens: anyone on this machine may read, and only localhost is served
-ORDERS_API_KEEPALIVE_S  seconds until an idle connection is closed (75); must be longer than at the load balancer
+ORDERS_API_KEEPALIVE_S  seconds until an idle connection is closed ({_KEEPALIVE_S}); more than at a load balancer
 ORDERS_API_STATUS_WORDS what the status codes of items mean: code:word, several separated by commas
-ORDERS_METRICS_BIND     address of /metrics, and of /livez and /readyz for probes (127.0.0.1:9102)
+ORDERS_METRICS_BIND     address of /metrics, and of /livez and /readyz for probes ({API_METRICS_BIND})
 WEB_CONCURRENCY         number of worker processes (1)
 
-Exit status: 0 stopped by a signal, 1 failed, 2 wrong configuration or set-up.
+{EXIT_STATUSES}
 """
 
 

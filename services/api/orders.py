@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
+from typing import cast
 from urllib.parse import urlencode
 
 import attrs
@@ -15,13 +17,13 @@ from falcon.asgi import Request, Response
 
 from orderlib.codecs import encode_order
 from orderlib.errors import InvalidQuery
-from orderlib.repository import PAGE_SIZE, AsyncOrderRepository, Cursor, Direction, ListOptions, Page, StoredOrder
+from orderlib.repository import PAGE_SIZE, AsyncOrderRepository, Cursor, Direction, Filters, Page, StoredOrder
 from services.api.deadline import ANSWER_TIMEOUT_S, with_deadline
 from services.api.negotiation import known_etags, prefers_page, require_acceptable
 from services.api.pages import Pages
 from services.api.parameters import (
-    FILTERS,
     PERIOD,
+    TEXT_FILTERS,
     bad_parameter,
     flag_parameter,
     limit_parameter,
@@ -127,7 +129,7 @@ def _is_not_modified(resp: Response, etag: str, known: Collection[str]) -> bool:
 class OrdersResource:
     """``/orders``: a page of the list, newest first."""
 
-    PARAMETERS = frozenset({"limit", "cursor", *FILTERS, *PERIOD, "format", "meta"})
+    PARAMETERS = frozenset({"limit", "cursor", *TEXT_FILTERS, *PERIOD, "format", "meta"})
 
     def __init__(self, reader: AsyncOrderRepository, pages: Pages) -> None:
         self._reader = reader
@@ -140,19 +142,10 @@ class OrdersResource:
         encode = _with_meta if flag_parameter(req, "meta") else _without_meta
         limit = limit_parameter(req)
         cursor, direction = _cursor(req)
-        texts = {name: text_parameter(req, name) for name in FILTERS}
-        options: ListOptions = {
-            "cursor": cursor,
-            "direction": direction,
-            "limit": limit,
-            "customer_id": texts["customer_id"],
-            "track_number": texts["track_number"],
-            "phone": texts["phone"],
-            "email": texts["email"],
-            "since": time_parameter(req, "since"),
-            "until": time_parameter(req, "until"),
-        }
-        page = await self._reader.list_orders(**options)
+        texts = {name: text_parameter(req, name) for name in TEXT_FILTERS}
+        period = {name: time_parameter(req, name) for name in PERIOD}
+        filters = cast("Filters", texts | period)
+        page = await self._reader.list_orders(cursor=cursor, direction=direction, limit=limit, **filters)
         if not prefers_page(req):
             resp.set_header("Cache-Control", _REVALIDATE)
             resp.content_type = falcon.MEDIA_JSON
@@ -160,37 +153,29 @@ class OrdersResource:
             return
         if direction is Direction.NEWER and page.next_cursor is None and len(page.orders) < limit:
             # Back at the top: show a full page, not only the few orders that are newer.
-            options["cursor"], options["direction"] = cursor, direction = None, Direction.OLDER
-            page = await self._reader.list_orders(**options)
+            cursor, direction = None, Direction.OLDER
+            page = await self._reader.list_orders(direction=direction, limit=limit, **filters)
         newer, older = _neighbours(page, direction, is_top=cursor is None)
         self._pages.show(
             resp,
             "orders.html",
             orders=page.orders,
-            count=await self._count(page, options),
-            since=options["since"],
-            until=options["until"],
-            is_filtered=any(value is not None for value in (*texts.values(), options["since"], options["until"])),
+            count=await self._count(page, cursor, filters),
+            **period,
+            is_filtered=any(value is not None for value in filters.values()),
             is_top=cursor is None,
-            newer=newer and _link(newer, options),
-            older=older and _link(older, options),
+            newer=newer and _link(newer, limit, filters),
+            older=older and _link(older, limit, filters),
             filters=texts,
             # The search box keeps what the list was found by.
             query=next(filter(None, texts.values()), ""),
         )
 
-    async def _count(self, page: Page, options: ListOptions) -> int:
-        """Return how many orders the whole list has."""
-        if options["cursor"] is None and page.next_cursor is None:
+    async def _count(self, page: Page, cursor: Cursor | None, filters: Filters) -> int:
+        """Return how many orders the whole list has. ``cursor`` is where the page begins."""
+        if cursor is None and page.next_cursor is None:
             return len(page.orders)
-        return await self._reader.count(
-            customer_id=options["customer_id"],
-            track_number=options["track_number"],
-            phone=options["phone"],
-            email=options["email"],
-            since=options["since"],
-            until=options["until"],
-        )
+        return await self._reader.count(**filters)
 
     on_head = on_get
 
@@ -231,18 +216,14 @@ def _neighbours(page: Page, direction: Direction, *, is_top: bool) -> tuple[str 
     )
 
 
-def _link(cursor: str, options: ListOptions) -> str:
-    parameters = {
-        "cursor": cursor,
-        "limit": options["limit"] if options["limit"] != PAGE_SIZE else None,
-        "customer_id": options["customer_id"],
-        "track_number": options["track_number"],
-        "phone": options["phone"],
-        "email": options["email"],
-        "since": options["since"] and options["since"].isoformat(),
-        "until": options["until"] and options["until"].isoformat(),
+def _link(cursor: str, limit: int, filters: Filters) -> str:
+    parameters = {"cursor": cursor, "limit": limit if limit != PAGE_SIZE else None, **filters}
+    given = {
+        name: value.isoformat() if isinstance(value, dt.datetime) else value
+        for name, value in parameters.items()
+        if value is not None
     }
-    return f"/orders?{urlencode({name: value for name, value in parameters.items() if value is not None})}"
+    return f"/orders?{urlencode(given)}"
 
 
 def _cursor(req: Request) -> tuple[Cursor | None, Direction]:

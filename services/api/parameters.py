@@ -6,6 +6,7 @@ import datetime as dt
 from typing import Annotated, Any
 from urllib.parse import unquote_to_bytes
 
+import attrs
 import msgspec
 from falcon.asgi import Request, Response
 from msgspec.inspect import StrType
@@ -13,12 +14,12 @@ from msgspec.inspect import StrType
 from orderlib.contract import Validator, rule_of, rules_of
 from orderlib.errors import InvalidOrder, InvalidQuery
 from orderlib.models import Delivery, Order
-from orderlib.repository import MAX_PAGE_SIZE, PAGE_SIZE
+from orderlib.repository import FILTERS, MAX_PAGE_SIZE, PAGE_SIZE
 
 #: The fields that ``/orders`` filters by: of an order and of its delivery. The names of the parameters are the same.
-ORDER_FILTERS = ("customer_id", "track_number")
-DELIVERY_FILTERS = ("phone", "email")
-FILTERS = (*ORDER_FILTERS, *DELIVERY_FILTERS)
+ORDER_FILTERS = tuple(name for name in FILTERS if name in attrs.fields_dict(Order))
+DELIVERY_FILTERS = tuple(name for name in FILTERS if name in attrs.fields_dict(Delivery))
+TEXT_FILTERS = (*ORDER_FILTERS, *DELIVERY_FILTERS)
 #: The period in which the orders of ``/orders`` were first stored.
 PERIOD = ("since", "until")
 #: The longest text of a search. No field that it searches is longer, but the URL of an order may be.

@@ -25,7 +25,7 @@ from orderlib.postgres.rows import pack_rows
 from services.consumer.health import Health, HealthServer, Metrics
 from services.consumer.kafka_consumer import KafkaConsumer
 from services.consumer.runner import STOP_CLOSE_S, ConsumerRunner, StoreWorker
-from services.program import EXIT_DONE, begin, event, run
+from services.program import EXIT_DONE, EXIT_STATUSES, begin, event, run
 from services.settings import ConsumerSettings
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         description="Store each order of the topic in PostgreSQL exactly once. SIGTERM and Ctrl-C stop it cleanly.",
         epilog="Settings are environment variables: ORDERS_DATABASE_URL, ORDERS_KAFKA_BOOTSTRAP_SERVERS, ORDERS_TOPIC, "
         "ORDERS_CONSUMER_GROUP, ORDERS_MAX_RECORD_BYTES, ORDERS_TOMBSTONES, ORDERS_METRICS_BIND, "
-        "ORDERS_BREAKER_FRACTION.",
+        f"ORDERS_BREAKER_FRACTION. {EXIT_STATUSES}",
     )
     parser.add_argument(
         "--exit-at-end",

@@ -17,13 +17,17 @@ from random import Random
 
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.positions import PositionReader
-from services.program import EXIT_DONE, EXIT_FAILED, begin, run
+from services.kafka import REQUEST_TIMEOUT_S
+from services.program import EXIT_DONE, EXIT_FAILED, SETUP_STATUS, begin, run
 from services.sender.feed import RateLimiter, lines, warn_about_invalid
 from services.sender.generate import generate_values
 from services.sender.manifest import Manifest
 from services.sender.publish import Publisher
 from services.sender.wait import SentRecords
 from services.settings import KafkaSettings, database_url
+
+#: How long to wait for acknowledgements after a signal.
+STOP_TIMEOUT_S = 8.0
 
 DESCRIPTION = """\
 Publish orders to Kafka: generate reproducible ones (--seed), some of them invalid (--bad-rate), or send files unchanged
@@ -32,17 +36,15 @@ Publish orders to Kafka: generate reproducible ones (--seed), some of them inval
 Settings are environment variables: ORDERS_KAFKA_BOOTSTRAP_SERVERS, ORDERS_TOPIC, and ORDERS_KAFKA_X_Y for librdkafka's
 property x.y. A record that is not acknowledged within 60 s counts as failed (ORDERS_KAFKA_MESSAGE_TIMEOUT_MS).
 """
-EPILOG = """\
-On Ctrl-C or SIGTERM it stops sending, waits up to 8 s for acknowledgements, and prints the result. A signal alone is
-not a failure. It also ends the wait of --wait.
+EPILOG = f"""\
+On Ctrl-C or SIGTERM it stops sending, waits up to {STOP_TIMEOUT_S:g} s for acknowledgements, and prints the result.
+A signal alone is not a failure. It also ends the wait of --wait.
 
-Exit status: 0 every sent record is acknowledged, 1 some are not, or Kafka did not answer for 10 s, 2 usage, settings
-or set-up. With --wait, 0 also means that every record has an outcome, which may be a reject, and 1 that some have none.
+Exit status: 0 every sent record is acknowledged, 1 some are not, or Kafka did not answer for {REQUEST_TIMEOUT_S:g} s,
+{SETUP_STATUS}. With --wait, 0 also means that every record has an outcome, which may be
+a reject, and 1 that some have none.
 """
 DEFAULT_COUNT = 1000
-
-#: How long to wait for acknowledgements after a signal.
-STOP_TIMEOUT_S = 8.0
 
 #: The longest single wait, so that a signal takes effect soon.
 _MAX_WAIT_S = 0.1

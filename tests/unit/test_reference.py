@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import pydoc
 import re
+from collections.abc import Callable
 from types import ModuleType
 
 import attrs
@@ -12,7 +14,18 @@ import pytest
 
 from docs import reference
 from docs.reference import MODULES, PAGE, public_names
-from orderlib import Delivery, Item, Order, Payment, errors, json_schema
+from orderlib import (
+    AsyncPostgresOrderRepository,
+    Delivery,
+    Item,
+    Order,
+    Payment,
+    PostgresOrderRepository,
+    connect,
+    connect_async,
+    errors,
+    json_schema,
+)
 from services.api.openapi import document
 
 #: Made once, because it reads the source of every name.
@@ -79,3 +92,13 @@ def test_a_public_name_that_promises_nothing_makes_no_page(monkeypatch: pytest.M
     monkeypatch.setattr(errors.TooLarge, "__doc__", None)
     with pytest.raises(LookupError, match="TooLarge"):
         reference.make_page()
+
+
+@pytest.mark.parametrize(
+    ("function", "made_by"),
+    [(connect, PostgresOrderRepository.connect), (connect_async, AsyncPostgresOrderRepository)],
+)
+def test_connecting_has_the_defaults_of_the_repository(
+    function: Callable[..., object], made_by: Callable[..., object]
+) -> None:
+    assert inspect.signature(function).parameters == inspect.signature(made_by).parameters
