@@ -1,4 +1,4 @@
-"""The rules of the contract, read from the types of the models: validation, fault report, JSON Schema, CHECK clauses.
+"""The rules of the contract, read from the types of the models: validation, fault report, JSON Schema.
 
 Each rule is written once, as an ``Annotated`` type with ``msgspec.Meta`` on a model. msgspec enforces the rules in C
 while it decodes. All other code reads them here. Two rules hold for every text and every time, so they are not written
@@ -349,25 +349,6 @@ def column_type(rule: Type) -> str:
             return "timestamptz"
         case _:
             raise NotImplementedError(f"no column type for a rule of kind {rule}")
-
-
-def check_clause(column: str, rule: Type) -> str:
-    """Return the condition of the CHECK constraint that enforces a rule on a column."""
-    match rule:
-        case StrType(min_length=minimum, max_length=maximum, pattern=pattern):
-            length = (
-                f"char_length({column}) <= {maximum}"
-                if not minimum
-                else f"char_length({column}) BETWEEN {minimum} AND {maximum}"
-            )
-            return f"{length} AND {column} ~ '{pattern}'" if pattern else length
-        case IntType(ge=minimum, le=maximum):
-            bounded = maximum is not None and maximum not in {INTEGER_MAX, BIGINT_MAX}
-            return f"{column} BETWEEN {minimum} AND {maximum}" if bounded else f"{column} >= {minimum}"
-        case DateTimeType():
-            return f"{column} >= '0001-01-01 00:00:00+00' AND {column} < '10000-01-01 00:00:00+00'"
-        case _:
-            raise NotImplementedError(f"no CHECK clause for a rule of kind {rule}")
 
 
 def model_schemas(

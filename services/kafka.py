@@ -55,6 +55,19 @@ _POLL_S = 0.1
 #: The id that a broker without topic ids reports for every topic.
 NO_TOPIC_ID = "A" * 22
 
+#: Properties of every consumer, which settings may change. A full queue is emptied soon, and librdkafka's default would
+#: wait for a second.
+CONSUMER_DEFAULTS: Mapping[str, Any] = {"fetch.queue.backoff.ms": 2}
+#: Properties of every consumer that promises depend on.
+CONSUMER_PROPERTIES: Mapping[str, Any] = {
+    "enable.auto.commit": False,
+    "enable.auto.offset.store": False,
+    "enable.partition.eof": True,
+    "isolation.level": "read_committed",
+    # An offset that Kafka no longer has must stop the program, and never skip records.
+    "auto.offset.reset": "error",
+}
+
 #: For a client's ``logger``: its lines repeat the errors that the programs log, in another format.
 SILENT = logging.getLogger("librdkafka")
 SILENT.addHandler(logging.NullHandler())

@@ -10,7 +10,7 @@ from confluent_kafka.admin import ConfigResource, OffsetSpec, ResourceType
 
 from orderlib.errors import ConfigurationError
 from orderlib.ingestion.records import Record
-from services.kafka import REQUEST_TIMEOUT_S, SILENT, Cluster, record_of
+from services.kafka import CONSUMER_DEFAULTS, CONSUMER_PROPERTIES, REQUEST_TIMEOUT_S, SILENT, Cluster, record_of
 from services.kafka_errors import NO_GROUP_RIGHT, PARTITION_EOF, translate_kafka_error, translate_kafka_errors
 from services.settings import KafkaSettings
 
@@ -82,16 +82,12 @@ class TopicReader:
                 "queued.max.messages.kbytes": _QUEUE_KIB,
                 "fetch.message.max.bytes": _PARTITION_FETCH_BYTES,
                 "fetch.max.bytes": _REQUEST_FETCH_BYTES,
-                # A full queue is soon empty. The default would wait for a second.
-                "fetch.queue.backoff.ms": 2,
+                **CONSUMER_DEFAULTS,
                 **self._settings.client_properties(),
+                **CONSUMER_PROPERTIES,
                 "group.id": "orderlib-admin",  # required, but not joined: the partitions are assigned by ``assign``
-                "enable.auto.commit": False,
-                "enable.partition.eof": True,
                 # All records exist already. librdkafka reports the end of a partition after an empty response.
                 "fetch.wait.max.ms": 10,
-                "isolation.level": "read_committed",
-                "auto.offset.reset": "error",
                 "error_cb": self.cluster.on_error,
             },
             logger=SILENT,

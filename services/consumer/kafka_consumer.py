@@ -17,7 +17,16 @@ from orderlib.errors import BrokerUnavailable, OrderlibError
 from orderlib.ingestion.consumer_core import PartitionEof
 from orderlib.ingestion.records import TopicPartition
 from services.consumer.kafka_client import FetchFailed, GroupListener, KafkaClient, PollResult
-from services.kafka import REQUEST_TIMEOUT_S, SILENT, Cluster, TopicInfo, known, record_of
+from services.kafka import (
+    CONSUMER_DEFAULTS,
+    CONSUMER_PROPERTIES,
+    REQUEST_TIMEOUT_S,
+    SILENT,
+    Cluster,
+    TopicInfo,
+    known,
+    record_of,
+)
 from services.kafka_errors import (
     ALL_BROKERS_DOWN,
     OFFSET_LOST,
@@ -63,18 +72,12 @@ class KafkaConsumer(KafkaClient):
                     "queued.max.messages.kbytes": _QUEUE_KIB,
                     "fetch.message.max.bytes": _FETCH_BYTES,
                     "fetch.wait.max.ms": 100,
-                    # The consumer empties a full queue soon, and the default would wait for a second.
-                    "fetch.queue.backoff.ms": 2,
                     # librdkafka notices a deleted topic or a new partition after this time. The default is 5 minutes.
                     "topic.metadata.refresh.interval.ms": 10_000,
+                    **CONSUMER_DEFAULTS,
                     **properties,
+                    **CONSUMER_PROPERTIES,
                     "group.id": settings.group,
-                    "enable.auto.commit": False,
-                    "enable.auto.offset.store": False,
-                    "enable.partition.eof": True,
-                    "isolation.level": "read_committed",
-                    # An offset that Kafka no longer has must stop the consumer, and never skip records.
-                    "auto.offset.reset": "error",
                     "on_commit": _on_committed,
                     "error_cb": self._on_error,
                 },

@@ -19,10 +19,11 @@ from orderlib.errors import ConfigurationError
 from orderlib.postgres.positions import PositionReader
 from services.kafka import REQUEST_TIMEOUT_S
 from services.program import EXIT_DONE, EXIT_FAILED, SETUP_STATUS, begin, run
-from services.sender.feed import RateLimiter, lines, warn_about_invalid
 from services.sender.generate import generate_values
+from services.sender.input_lines import lines, warn_about_invalid
 from services.sender.manifest import Manifest
 from services.sender.publish import Publisher
+from services.sender.rate import RateLimiter
 from services.sender.wait import SentRecords
 from services.settings import KafkaSettings, database_url
 

@@ -15,11 +15,11 @@ import psycopg
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec.inspect import DateTimeType, IntType, StrType
+from msgspec.inspect import DateTimeType, IntType, StrType, Type
 from psycopg import sql
 
 from orderlib import Delivery, Item, Order, Payment, PostgresOrderRepository, connect, decode_order, encode_order
-from orderlib.contract import check_clause, column_type, rule_of, rules_of
+from orderlib.contract import BIGINT_MAX, INTEGER_MAX, column_type, rule_of, rules_of
 from orderlib.ingestion.records import PreparedOrder
 from orderlib.postgres.rows import (
     DELIVERY_COLUMNS,
@@ -156,6 +156,25 @@ def test_what_is_stored_is_read_back_exactly_as_it_was_sent(
 
 
 # The schema
+
+
+def check_clause(column: str, rule: Type) -> str:
+    """Return the condition of the CHECK constraint that a migration must have for a rule."""
+    match rule:
+        case StrType(min_length=minimum, max_length=maximum, pattern=pattern):
+            length = (
+                f"char_length({column}) <= {maximum}"
+                if not minimum
+                else f"char_length({column}) BETWEEN {minimum} AND {maximum}"
+            )
+            return f"{length} AND {column} ~ '{pattern}'" if pattern else length
+        case IntType(ge=minimum, le=maximum):
+            bounded = maximum is not None and maximum not in {INTEGER_MAX, BIGINT_MAX}
+            return f"{column} BETWEEN {minimum} AND {maximum}" if bounded else f"{column} >= {minimum}"
+        case DateTimeType():
+            return f"{column} >= '0001-01-01 00:00:00+00' AND {column} < '10000-01-01 00:00:00+00'"
+        case _:
+            raise NotImplementedError(f"no CHECK clause for a rule of kind {rule}")
 
 
 def contract_columns(model: type[attrs.AttrsInstance]) -> dict[str, sql.Composable]:

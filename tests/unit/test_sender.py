@@ -26,10 +26,11 @@ from orderlib.testing import SAMPLE
 from services.program import run
 from services.sender import wait
 from services.sender.__main__ import main
-from services.sender.feed import CATCH_UP_S, MAX_WARNINGS, RateLimiter, lines, warn_about_invalid
 from services.sender.generate import generate_order, generate_values
+from services.sender.input_lines import MAX_WARNINGS, lines, warn_about_invalid
 from services.sender.manifest import Manifest
 from services.sender.publish import Publisher, order_uid_of
+from services.sender.rate import CATCH_UP_S, RateLimiter
 from services.sender.wait import SentRecords
 from services.settings import KafkaSettings
 from tests.support.fork_server import start
@@ -205,7 +206,7 @@ def test_waiting_for_a_line_returns_control_to_the_caller() -> None:
 def test_a_line_without_end_returns_control_and_is_refused_at_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.sender.feed.MAX_LINE_BYTES", 3_000_000)
+    monkeypatch.setattr("services.sender.input_lines.MAX_LINE_BYTES", 3_000_000)
     with Path("/dev/zero").open("rb") as file:
         found = lines(file.fileno(), idle_s=1)
         assert next(found) is None
