@@ -58,8 +58,10 @@ class ConsumerStore:
         self._group = group
         self._clock = clock
         self._connection: Connection | None = None
-        #: Keeps the statements of this connection prepared. ``None`` until it has committed a batch.
+        #: Keeps the statements of this connection prepared.
         self._wire: Wire | None = None
+        #: Whether this connection has committed a batch, and may have statements that are stale.
+        self._has_committed = False
         self._abort_lock = threading.Lock()
         self._aborted = False
 
@@ -127,7 +129,8 @@ class ConsumerStore:
             began_s = now_s
 
         with self._use_connection() as connection:
-            wire = self._wire or Wire(connection.pgconn)
+            wire = self._wire
+            assert wire is not None
             try:
                 self._begin(connection, wire, batch)
                 lap("fence")
@@ -144,7 +147,7 @@ class ConsumerStore:
                 if isinstance(exc, psycopg.errors.LockNotAvailable):
                     # Only after the rollback, because a failed transaction accepts no query.
                     raise self._end_blockers(connection, self._keys(batch.topic_ids, batch.ranges)) from exc
-                if self._wire is not None and PREPARED_IS_STALE.intersection(sqlstates(exc)):
+                if self._has_committed and PREPARED_IS_STALE.intersection(sqlstates(exc)):
                     # A session that has not committed a batch has no older statements, so a retry would not help it.
                     connection.close()
                     raise TransactionConflict(
@@ -152,7 +155,7 @@ class ConsumerStore:
                     ) from exc
                 raise
             lap("commit")
-            self._wire = wire
+            self._has_committed = True
             return written
 
     def index_advice(self) -> str | None:
@@ -187,7 +190,8 @@ class ConsumerStore:
             connection = open_connection(self._url, application_name=self.APPLICATION_NAME)
             with self._abort_lock:
                 self._connection = connection
-            self._wire = None
+            self._wire = Wire(connection.pgconn)
+            self._has_committed = False
             check_schema(connection)
         if self._aborted:
             raise DatabaseUnavailable("PostgreSQL: interrupted")

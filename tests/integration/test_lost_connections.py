@@ -200,6 +200,13 @@ def test_an_idle_connection_that_was_lost_is_replaced_silently(refusing_table: D
     ledger.close()
 
 
+def test_a_session_whose_first_batch_fails_writes_the_next_one(database: Database) -> None:
+    with consumer_store(database) as store:
+        with pytest.raises(FenceLost):
+            store.write(batch(7, (None, SAMPLE)), ignore)
+        assert store.write(batch(0, (None, SAMPLE)), ignore).outcomes[Outcome.STORED] == 1
+
+
 def test_a_table_that_changed_after_its_statements_were_prepared_costs_a_batch_one_retry(database: Database) -> None:
     with consumer_store(database) as store:
         store.write(batch(0, (None, SAMPLE)), ignore)
