@@ -422,6 +422,20 @@ class Reconciliation:
         """Yield the orders with records in several partitions. Call it before ``on_order``."""
         return (order_uid for order_uid, versions in self._versions.items() if len(versions) > 1)
 
+    def on_stored(
+        self,
+        erased: Iterable[SnapshotErased],
+        orders: Iterable[SnapshotOrder],
+        orphans: Iterable[tuple[str, str]],
+    ) -> None:
+        """Add everything that is stored, after all records. The arguments are read one after another."""
+        for one in erased:
+            self.on_erased(one)
+        for order in orders:
+            self.on_order(order)
+        for table, order_uid in orphans:
+            self.on_orphan(table, order_uid)
+
     def on_erased(self, erased: SnapshotErased) -> None:
         """Add an erased order, after all records and before all orders."""
         self.counts["erased"] += 1

@@ -138,12 +138,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             progress.at(proof.counts["records"])
         progress.end()
         several.add(proof.several_partitions())
-        for erased in stored.erased():
-            proof.on_erased(erased)
-        for order in stored.orders():
-            proof.on_order(order)
-        for table, order_uid in stored.orphans():
-            proof.on_orphan(table, order_uid)
+        proof.on_stored(stored.erased(), stored.orders(), stored.orphans())
     findings.add(proof.findings())
     findings.total += proof.unlisted
     findings.add(_explain_missing(missing, first, next_offsets))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import itertools
 import random
 import struct
 import time
+from collections.abc import Iterator
 
 import attrs
 import psycopg
@@ -149,15 +151,22 @@ def refusing_table(database: Database) -> Database:
     return database
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.faults)])
-def test_a_connection_may_be_cut_after_each_message_of_the_server(refusing_table: Database, stride: int) -> None:
-    words = itertools.cycle(LAST_WORDS.values())
+@contextlib.contextmanager
+def cutting(database: Database) -> Iterator[tuple[Cutter, Writer]]:
+    """A writer behind a proxy that cuts its connections. The cutter has counted one write."""
     cutter = Cutter()
-    with TcpProxy(refusing_table.writer_url, cutter.on_message) as proxy:
-        writer = Writer(refusing_table, proxy.url)
+    with TcpProxy(database.writer_url, cutter.on_message) as proxy:
+        writer = Writer(database, proxy.url)
         writer.write()
         cutter.reset()
         writer.write()
+        yield cutter, writer
+
+
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.faults)])
+def test_a_connection_may_be_cut_after_each_message_of_the_server(refusing_table: Database, stride: int) -> None:
+    words = itertools.cycle(LAST_WORDS.values())
+    with cutting(refusing_table) as (cutter, writer):
         messages = cutter.forwarded_messages
         assert messages > 50
         cuts = 0
@@ -172,12 +181,7 @@ def test_a_connection_may_be_cut_after_each_message_of_the_server(refusing_table
 @pytest.mark.parametrize("number", [15, pytest.param(100, marks=pytest.mark.faults)])
 def test_a_connection_may_be_cut_at_any_byte_that_the_client_sends(refusing_table: Database, number: int) -> None:
     rng = random.Random(11)
-    cutter = Cutter()
-    with TcpProxy(refusing_table.writer_url, cutter.on_message) as proxy:
-        writer = Writer(refusing_table, proxy.url)
-        writer.write()
-        cutter.reset()
-        writer.write()
+    with cutting(refusing_table) as (cutter, writer):
         for after in sorted(rng.sample(range(cutter.forwarded_bytes), number)):
             words = rng.choice(list(LAST_WORDS.values()))
             cutter.reset(bytes=after, last_words=words)

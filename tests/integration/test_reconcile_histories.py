@@ -151,12 +151,7 @@ class History:
                 for record in records:
                     if record.source.offset < proof.next_offsets.get(partition, 0):
                         proof.on_record(record, classify_record(record, USUAL_BYTES))
-            for erased in stored.erased():
-                proof.on_erased(erased)
-            for order in stored.orders():
-                proof.on_order(order)
-            for table, order_uid in stored.orphans():
-                proof.on_orphan(table, order_uid)
+            proof.on_stored(stored.erased(), stored.orders(), stored.orphans())
         return list(proof.findings())
 
 
