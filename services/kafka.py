@@ -7,7 +7,6 @@ import ctypes
 import logging
 import operator
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -44,10 +43,13 @@ _REPEATS_WITHIN_S = 3.0
 
 #: How often a request that waits looks for other brokers, and the timeout of that.
 _FIND_BROKERS_EVERY_S = 1.0
-_FIND_BROKERS_S = 2.0
+_FIND_BROKERS_S = 0.5
 
 #: How often the protocol of the listeners is checked while a request waits: a busy broker may not answer in time.
 _CHECK_PROTOCOL_EVERY_S = 2.0
+
+#: A broker may not know a new topic for this time.
+_NEW_TOPIC_S = 2.0
 
 #: How often librdkafka's errors are polled while a request waits.
 _POLL_S = 0.1
@@ -81,6 +83,10 @@ class TopicInfo:
     #: As Kafka's own tools print it.
     topic_id: str
     partitions: frozenset[int]
+
+
+class _NoTopic(ConfigurationError):
+    """Kafka has no topic of this name."""
 
 
 class Cluster:
@@ -146,22 +152,17 @@ class Cluster:
                 return result
 
     def _unanswered(self, timeout_s: float) -> OrderlibError:
-        self._find_brokers_again()
         return self.unreachable_error() if timeout_s >= _PERSISTS_S else self._no_answer(timeout_s)
 
     def _find_brokers_again(self) -> None:
-        """Ask any broker for the present ones, in the background.
+        """Ask any broker for the present ones.
 
         librdkafka sends a request for a description to the controller that it knows. If that broker is lost, it looks
         for another one only after minutes, although the others answer. They name the lost broker, too, until the
         cluster has noticed its loss.
         """
-
-        def ask() -> None:
-            with contextlib.suppress(KafkaException):
-                self.admin.list_topics(timeout=_FIND_BROKERS_S)
-
-        threading.Thread(target=ask, daemon=True).start()
+        with contextlib.suppress(KafkaException):
+            self.admin.list_topics(timeout=_FIND_BROKERS_S)
 
     def unreachable_error(self) -> OrderlibError:
         """Return the error for a request without an answer, with the cause that librdkafka reported."""
@@ -180,7 +181,14 @@ class Cluster:
 
     def describe(self, topic: str) -> TopicInfo:
         """Describe a topic. Raises ConfigurationError, naming the command, if it does not exist."""
-        return self.request_topic(topic)()
+        began_s = time.monotonic()
+        while True:
+            try:
+                return self.request_topic(topic)()
+            except _NoTopic:
+                if time.monotonic() - began_s >= _NEW_TOPIC_S:
+                    raise
+            time.sleep(_POLL_S)
 
     def request_topic(self, topic: str, timeout_s: float = REQUEST_TIMEOUT_S) -> Callable[[], TopicInfo]:
         """Send the request of ``describe`` now, and return a callable that waits for its result."""
@@ -192,9 +200,7 @@ class Cluster:
             except ConfigurationError as exc:
                 cause = exc.__cause__
                 if isinstance(cause, KafkaException) and cause.args[0].code() in NO_TOPIC:
-                    raise ConfigurationError(
-                        f"Kafka has no topic {topic!r}: run `python -m services.admin topics`"
-                    ) from exc
+                    raise _NoTopic(f"Kafka has no topic {topic!r}: run `python -m services.admin topics`") from exc
                 raise
             topic_id = _topic_id(description)
             if topic_id == NO_TOPIC_ID:

@@ -98,7 +98,7 @@ class KafkaConsumer(KafkaClient):
 
     def describe(self) -> dict[str, TopicInfo]:
         """Return the id and the partitions of each topic."""
-        return self.request_topics()()
+        return {topic: self._cluster.describe(topic) for topic in self._topics}
 
     def request_topics(self, timeout_s: float = REQUEST_TIMEOUT_S) -> Callable[[], dict[str, TopicInfo]]:
         """Request the id and the partitions of each topic. The returned function waits for them."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException, Uuid
+from confluent_kafka.admin import TopicDescription
 
 from orderlib.errors import ConfigurationError
 from services import kafka
@@ -21,3 +25,15 @@ def test_a_listener_that_was_too_busy_to_answer_is_asked_again(monkeypatch: pyte
     unanswered: Future[None] = Future()
     with pytest.raises(ConfigurationError, match=r"expects security\.protocol SASL_SSL"):
         cluster.wait_for(unanswered)
+
+
+def test_a_new_topic_that_a_broker_does_not_know_yet_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(KafkaSettings.from_mapping({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}))
+    unknown: Future[TopicDescription] = Future()
+    unknown.set_exception(KafkaException(KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART)))
+    described: Future[TopicDescription] = Future()
+    topic = SimpleNamespace(topic_id=Uuid(0, 1), partitions=[SimpleNamespace(id=0)])
+    described.set_result(cast(TopicDescription, topic))
+    answers = iter([unknown, described])
+    monkeypatch.setattr(cluster, "request_description", lambda _: next(answers))
+    assert cluster.describe("orders").partitions == {0}
