@@ -64,7 +64,7 @@ docs: $(READY)
 	@$(BIN)/python -m docs.reference
 
 test-faults: $(READY)
-	$(BIN)/pytest -m faults
+	$(BIN)/pytest -m faults --numprocesses 2 --dist loadgroup
 
 test-page: $(READY)
 	$(BIN)/pytest tests/page

@@ -16,7 +16,8 @@ from typing import IO, ClassVar, Self
 
 from sandbox.guard import Guard
 
-START_TIMEOUT_S = 60.0
+#: A server that cannot start ends by itself, so this limit is for one that hangs. A busy machine needs a minute.
+START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 #: How many ports are tried if another process takes the chosen one before the server does.
 PORT_ATTEMPTS = 5

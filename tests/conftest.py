@@ -16,7 +16,7 @@ import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from sandbox import Sandbox, running_sandbox
-from tests.support import CITUS, ROOT, SHARED_SANDBOX
+from tests.support import CITUS, ROOT, SHARED_SANDBOX, fork_server
 from tests.support.citus import DIFFERENCES, LEFT_OUT, Coordinator
 from tests.support.databases import TABLES, Database, delete_rows, drop_database, make_database, make_template
 
@@ -54,6 +54,9 @@ WHERE datname = current_database() AND pid <> pg_backend_pid()
 #: A database with tables of this size in total is dropped: deleted rows are still there.
 _LARGE_BYTES = 4 * 1024 * 1024
 
+#: A fault test is ended after this time: some need a minute of CPU time, or start three brokers one after another.
+FAULT_TIMEOUT_S = 600
+
 # On a busy machine, slow examples must not fail a test.
 hypothesis.settings.register_profile(
     "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
@@ -62,7 +65,10 @@ hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On Citus, run only the tests that use its database, and expect what differs there."""
+    """Give a fault test more time. On Citus, run only the tests of its database, and expect what differs there."""
+    for item in items:
+        if item.get_closest_marker("faults") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(FAULT_TIMEOUT_S))
     if CITUS not in os.environ:
         return
     databases = {"database", "empty_database", "module_database", "_template"}
@@ -198,6 +204,7 @@ def topic(make_topic: Callable[..., str]) -> str:
 @pytest.fixture
 def environ(sandbox: Sandbox, database: Database, topic: str) -> dict[str, str]:
     """The environment of a program that uses this test's database and topic, and listens on free ports."""
+    fork_server.prepare()
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("ORDERS_")},
         **database.environ(),

@@ -90,9 +90,17 @@ def start(
         return Process(int(control.recv(16)), status)
 
 
+def prepare() -> None:
+    """Start the fork server now, so that its imports take no time of the first program."""
+    _control(ROOT)
+
+
 @functools.cache
 def _control(checkout: Path) -> socket.socket:
-    """Start the fork server of a checkout, and return the connection to it. It ends when the connection does."""
+    """Start the fork server of a checkout, and return the connection to it once it has imported the programs.
+
+    It ends when the connection does.
+    """
     control, remote = socket.socketpair()
     with remote:
         server = subprocess.Popen(
@@ -107,6 +115,7 @@ def _control(checkout: Path) -> socket.socket:
         server.wait()
 
     atexit.register(close)
+    control.recv(1)
     return control
 
 
@@ -119,6 +128,7 @@ def serve(control_fd: int) -> None:
         del sys.modules[f"services.{program}.__main__"]
     # Otherwise each forked process, as it ends, copies and collects all the modules: 0.2 s of CPU.
     gc.freeze()
+    control.send(b"!")
     awake, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
