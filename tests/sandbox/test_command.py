@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.jars import installed_jars, read_lock, user_cache
+from sandbox.cache import user_cache
+from sandbox.jars import installed_jars, read_lock
 from sandbox.lock import ROOTS
 from tests.support.process_table import listens, processes_of
 from tests.support.waiting import wait_for
@@ -92,18 +93,22 @@ def nothing_remains(temporary: Path, ports: Sequence[int]) -> bool:
     return not (any(temporary.iterdir()) or any(map(listens, ports)) or processes_of(temporary))
 
 
-def test_a_command_gets_the_variables_and_its_status_is_returned(temporary: Path) -> None:
-    done = run("--", "sh", "-c", "env; exit 7", temporary=temporary)
-    assert done.returncode == 7
-    found = variables(done.stdout)
-    assert set(found) == NAMES
-    assert nothing_remains(temporary, ports_in(found))
+def test_the_status_of_a_command_is_returned() -> None:
+    script = """
+import sys, types
+from sandbox.__main__ import _run_command
+sys.exit(_run_command(["sh", "-c", "exit 7"], types.SimpleNamespace(environ={})))
+"""
+    assert subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, check=False).returncode == 7
 
 
-def test_sigterm_ends_the_command_and_the_status_is_128_plus_its_number(temporary: Path) -> None:
+def test_a_command_gets_the_variables_and_signals_and_its_status_after_one_is_128_plus_its_number(
+    temporary: Path,
+) -> None:
     with start("--", "sh", "-c", "env; echo ready; exec sleep 60", temporary=temporary) as process:
         assert process.stdout is not None
         found = variables("".join(iter(process.stdout.readline, "ready\n")))
+        assert set(found) == NAMES
         process.terminate()
         assert process.wait(REMOVED_TIMEOUT_S) == 128 + signal.SIGTERM
     assert nothing_remains(temporary, ports_in(found))

