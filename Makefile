@@ -40,7 +40,7 @@ demo: $(READY)
 	@$(SANDBOX) $(BIN)/python -m sandbox.demo
 
 test: check
-	$(BIN)/pytest --numprocesses 2 --dist worksteal
+	$(BIN)/pytest --numprocesses 4 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -50,7 +50,7 @@ check: $(READY)
 
 coverage: $(READY)
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/coverage run -m pytest --numprocesses 4 --dist worksteal
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

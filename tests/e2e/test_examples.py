@@ -168,10 +168,15 @@ def test_the_nightly_export_copies_what_has_changed(
     assert items == {each.order_uid: len(each.items) for each in expected}
 
 
-def test_the_pytest_suite_passes_on_the_wheel_and_is_strictly_typed(environment: Environment, folder: Path) -> None:
+def test_the_pytest_suite_passes_on_the_wheel(environment: Environment, folder: Path) -> None:
     suite = folder / "pytest_suite"
     output = run(environment.python, "-W", "error", "-m", "pytest", "-q", environ=environ(folder), folder=suite)
     assert re.search(r"^\d+ passed in ", output, re.MULTILINE), output
+
+
+@pytest.mark.faults  # tests/unit/test_typed_examples.py checks the same files with pyright, on the checkout
+def test_the_pytest_suite_is_strictly_typed_on_the_wheel(environment: Environment, folder: Path) -> None:
+    suite = folder / "pytest_suite"
     run(sys.executable, "-m", "mypy", "--strict", "--python-executable", environment.python, ".", folder=suite)
 
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from random import Random
 
 import attrs
 import pytest
@@ -18,7 +17,6 @@ import orderlib
 from orderlib.testing import SAMPLE
 from sandbox import Sandbox
 from services.admin.output import count_of
-from services.sender.generate import generate_order
 from tests.support import ROOT
 from tests.support.databases import Database, drop_database, make_database
 from tests.support.programs import peak_bytes, run, succeed
@@ -114,10 +112,10 @@ def start(environ: Mapping[str, str], stderr: int = subprocess.PIPE) -> subproce
 
 
 def save_many(database: Database, count: int) -> None:
-    save(database, *(generate_order(Random(index), lambda: SAMPLE_ORDER.date_created) for index in range(count)))
+    save(database, *(attrs.evolve(SAMPLE_ORDER, order_uid=f"order-{number}") for number in range(count)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)])
 def test_a_signal_ends_the_export_after_a_complete_line(
     environ: dict[str, str], database: Database, number: signal.Signals
 ) -> None:
@@ -175,8 +173,8 @@ def test_memory_does_not_depend_on_the_number_of_orders(
 ) -> None:
     save_many(database, 1_000)
     few = peak_bytes("admin export", environ, tmp_path / "few")
-    save_many(database, 10_000)
+    save_many(database, 6_000)
     many = peak_bytes("admin export", environ, tmp_path / "many")
-    assert (tmp_path / "many").read_bytes().count(b"\n") == 10_000
-    assert (tmp_path / "many").stat().st_size > 10 * 1024 * 1024
+    assert (tmp_path / "many").read_bytes().count(b"\n") == 6_000
+    assert (tmp_path / "many").stat().st_size > 5 * 1024 * 1024
     assert many < few + 8 * 1024 * 1024

@@ -93,18 +93,19 @@ def test_the_sample_is_returned_over_http_with_equal_fields(environ: dict[str, s
             assert got == (expected or orderlib.order_to_plain(other))
 
 
-def test_each_of_4_000_valid_and_invalid_records_is_stored_or_rejected(
+def test_each_of_1_000_valid_and_invalid_records_is_stored_or_rejected(
     environ: dict[str, str], database: Database, tmp_path: Path
 ) -> None:
     manifest = tmp_path / "manifest"
-    succeed(f"sender --count 4000 --seed 7 --bad-rate 0.05 --manifest {manifest}", environ)
+    succeed(f"sender --count 1000 --seed 7 --bad-rate 0.05 --manifest {manifest}", environ)
     succeed("consumer --exit-at-end", environ)
     stored, rejected = assert_all_accounted_for(environ, database, manifest)
-    assert stored + rejected == len(acknowledged(manifest)) == 4_000
-    assert 100 < rejected < 300
+    assert stored + rejected == len(acknowledged(manifest)) == 1_000
+    assert 25 < rejected < 100
     succeed(f"admin reconcile --manifest {manifest}", environ)
 
 
+@pytest.mark.faults  # tests/faults/test_killed.py kills one in a transaction
 def test_a_killed_consumer_continues_at_its_stored_offsets(
     environ: dict[str, str], database: Database, tmp_path: Path
 ) -> None:
@@ -159,7 +160,7 @@ def test_reconcile_has_no_false_discrepancy_while_the_consumer_runs(environ: dic
     manifest = tmp_path / "manifest"
     with running("consumer", environ, tmp_path / "consumer.log"):
         for seed in range(3):
-            succeed(f"sender --count 1500 --seed {seed % 2} --bad-rate 0.05 --manifest {manifest}", environ)
+            succeed(f"sender --count 500 --seed {seed % 2} --bad-rate 0.05 --manifest {manifest}", environ)
             done = run("admin reconcile", environ)
             # Before the first batch there is nothing to compare yet.
             assert done.returncode == 0 or "no consumer group" in done.stderr, done.stdout

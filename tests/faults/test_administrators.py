@@ -149,9 +149,9 @@ def test_restarts_of_postgresql_behind_pgbouncer_are_outages(own_sandbox: Sandbo
         sender = Sender(own_sandbox.kafka.bootstrap_servers, "orders")
         with consuming(environ) as consumer:
             for version in (1, 2, 3):
-                sender.send_orders(uids("order", 2000), version)
+                sender.send_orders(uids("order", 700), version)
                 own_sandbox.postgres.stop("fast")
-                sender.send_orders(uids("order", 500), version)
+                sender.send_orders(uids("order", 300), version)
                 own_sandbox.postgres.start()
                 wait_until_handled(sender.manifest, database, within_s=60)
             assert_all_accounted_for(sender.manifest, database, environ)

@@ -171,7 +171,7 @@ def test_postgresql_ends_a_statement_that_waits_for_a_lock(module_database: Data
             asyncio.run(ask())
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=orders())
 def test_any_order_is_read_as_it_was_saved(
     store: orderlib.PostgresOrderRepository, read: Read[Order], order: Order

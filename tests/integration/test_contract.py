@@ -145,7 +145,7 @@ def test_no_column_of_the_contract_accepts_null(writer: psycopg.Connection, plac
 
 
 @given(st.lists(orders(), min_size=1, max_size=8, unique_by=lambda order: order.order_uid))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_what_is_stored_is_read_back_exactly_as_it_was_sent(
     repository: PostgresOrderRepository, sent: list[Order]
 ) -> None:

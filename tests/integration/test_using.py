@@ -123,7 +123,7 @@ with psycopg.connect(sys.argv[1], autocommit=True) as connection:
         number += 1
 """
     rng = Random(7)
-    for turn in range(8):
+    for turn in range(4):
         command = [sys.executable, "-c", program, shop.writer_url, str(turn * 1_000_000)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
         assert process.stdout is not None
@@ -139,7 +139,7 @@ with psycopg.connect(sys.argv[1], autocommit=True) as connection:
         wait_for(lambda: superuser.execute(sessions).fetchone() == (0,), 10)
     orders, rows = stored_uids(shop)
     assert orders == rows
-    assert len(orders) >= 8
+    assert len(orders) >= 4
 
 
 # What a call leaves behind
@@ -319,7 +319,8 @@ def test_a_pools_save_cancelled_at_any_await_stores_all_or_nothing_and_loses_no_
     async def run() -> int:
         cancels = 0
         async with orderlib.connect_async(shop.writer_url, max_connections=1, connection_timeout_s=5) as repository:
-            for rounds in range(400):
+            # Every third await: a cancel costs a new connection.
+            for rounds in range(0, 400, 3):
                 orders = [an_order(f"order-{rounds}", items=3), an_order(f"other-{rounds}")]
                 was_cancelled = await cancelled_after(rounds, repository.save_many(orders))
                 cancels += was_cancelled

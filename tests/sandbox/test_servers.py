@@ -3,7 +3,6 @@
 import os
 import re
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -12,15 +11,14 @@ from confluent_kafka import Consumer, KafkaError, Producer
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-from sandbox import KafkaServer, PostgresServer, Sandbox, SandboxError, running_sandbox
+from sandbox import KafkaServer, PostgresServer, Sandbox, SandboxError
 from sandbox.postgres import INSTALLATION
 from tests.support.process_table import listens
 
 
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    with running_sandbox() as sandbox:
-        yield sandbox
+@pytest.fixture
+def sandbox(own_sandbox: Sandbox) -> Sandbox:
+    return own_sandbox
 
 
 def create_topic(kafka: KafkaServer, topic: str) -> None:
@@ -63,17 +61,17 @@ def test_postgres_18_accepts_only_its_password(sandbox: Sandbox) -> None:
 
 
 def test_only_committed_records_of_a_transactional_producer_are_consumed(sandbox: Sandbox) -> None:
-    create_topic(sandbox.kafka, "orders")
+    create_topic(sandbox.kafka, "in-transactions")
     producer = Producer({"bootstrap.servers": sandbox.kafka.bootstrap_servers, "transactional.id": "sender"})
     producer.init_transactions(10)
     producer.begin_transaction()
-    producer.produce("orders", b"aborted")
+    producer.produce("in-transactions", b"aborted")
     producer.flush(10)
     producer.abort_transaction(10)
     producer.begin_transaction()
-    producer.produce("orders", b"committed")
+    producer.produce("in-transactions", b"committed")
     producer.commit_transaction(10)
-    assert consume_one(sandbox.kafka, "orders") == b"committed"
+    assert consume_one(sandbox.kafka, "in-transactions") == b"committed"
 
 
 def test_an_unknown_topic_is_not_created_automatically(sandbox: Sandbox) -> None:
@@ -113,7 +111,10 @@ def test_an_acknowledged_record_survives_a_kill_of_kafka(sandbox: Sandbox) -> No
     assert consume_one(kafka, "acknowledged") == b"an order"
 
 
-@pytest.mark.parametrize(("server_class", "port"), [(PostgresServer, "port"), (KafkaServer, "controller_port")])
+@pytest.mark.parametrize(
+    ("server_class", "port"),
+    [(PostgresServer, "port"), pytest.param(KafkaServer, "controller_port", marks=pytest.mark.faults)],
+)
 def test_a_server_chooses_other_ports_if_its_own_are_taken_before_it_starts(
     server_class: type[PostgresServer | KafkaServer], port: str
 ) -> None:
