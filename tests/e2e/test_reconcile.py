@@ -265,7 +265,9 @@ def places_of(table: str) -> list[tuple[str, dict[str, object]]]:
     return [("order_uid = 'updated'", {"order_uid": "updated"})]
 
 
-@pytest.mark.parametrize("number", range(max(map(len, CHANGES.values()))))
+@pytest.mark.parametrize(
+    "number", [0, *(pytest.param(n, marks=pytest.mark.faults) for n in range(1, max(map(len, CHANGES.values()))))]
+)
 def test_a_change_of_any_column_of_any_table_is_a_discrepancy_that_names_the_place(history: Place, number: int) -> None:
     """Read from information_schema, so that a new column must be proved, or listed with the reason why it cannot be."""
     missed = []
