@@ -39,6 +39,7 @@ $(READY): requirements/dev.txt
 demo: $(READY)
 	@$(SANDBOX) $(BIN)/python -m sandbox.demo
 
+# Four processes, because tests wait a third of the time on two cores.
 test: check
 	$(BIN)/pytest --numprocesses 4 --dist worksteal
 

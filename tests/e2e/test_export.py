@@ -162,7 +162,8 @@ def test_progress_is_shown_on_a_terminal_only(environ: dict[str, str], database:
         with start(environ, theirs) as process:
             assert process.stdout is not None
             assert process.stdout.read().count(b"\n") == 2
-        assert os.read(ours, 1024) == b"\r2 orders\r\n"
+        # A slow run shows more often how far it is.
+        assert os.read(ours, 1024).endswith(b"\r2 orders\r\n")
     finally:
         os.close(ours)
         os.close(theirs)
