@@ -30,7 +30,7 @@ from orderlib.postgres.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS
 from orderlib.repository import StoredOrder
 from services.api.app import ROUTES, create_app
 from services.api.auth import AuthMiddleware
-from services.api.metrics import Metrics
+from services.api.metrics import ApiMetrics
 from services.api.request_metrics import RequestMetricsMiddleware
 from services.api.server import Server, listen
 from services.program import set_up_logging
@@ -158,7 +158,7 @@ def build(application: str) -> Any:
     """Create an application from the settings in the environment."""
     set_up_logging(open(os.devnull, "w"))  # noqa: PTH123, SIM115 - it stays open until the process ends
     settings = ApiSettings.from_mapping({**os.environ, "ORDERS_API_AUTH": "off"})
-    metrics = Metrics(ROUTES)
+    metrics = ApiMetrics(ROUTES)
     url = settings.reader_url
     if application.startswith("wsgi"):
         wsgi = falcon.App(
@@ -202,7 +202,7 @@ def main() -> None:
     listener = listen("PORT", Address(host="127.0.0.1", port=port))
     metrics_listener = listen("PORT", Address(host="127.0.0.1", port=0))
     gunicorn = Server(
-        listener, metrics_listener, load=lambda: build(application), metrics=Metrics(ROUTES), keepalive_s=75
+        listener, metrics_listener, load=lambda: build(application), metrics=ApiMetrics(ROUTES), keepalive_s=75
     )
     if server in ("sync", "gthread"):
         gunicorn.cfg.set("worker_class", server)

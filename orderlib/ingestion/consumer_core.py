@@ -128,7 +128,7 @@ class PartitionEof:
     next_offset: int
 
 
-class Server(enum.Enum):
+class AwaitedServer(enum.Enum):
     """A server whose response a store task may wait for."""
 
     KAFKA = "Kafka"
@@ -350,7 +350,7 @@ class ConsumerCore:
         """Stop because of an error that a retry cannot correct."""
         self._stop(error)
 
-    def on_tick(self, now_s: float, awaited: Server = Server.POSTGRES) -> None:
+    def on_tick(self, now_s: float, awaited: AwaitedServer = AwaitedServer.POSTGRES) -> None:
         """Start the store task that is due, retry a failed one, or pause because the one in progress takes too long.
 
         ``awaited`` is the server whose response the task in progress waits for.
@@ -363,7 +363,7 @@ class ConsumerCore:
                 self._retry_at_s = None
                 self._start(self._task, now_s)
         elif not self._paused and now_s - self._task_since_s >= STALL_S:
-            kind = BrokerUnavailable if awaited is Server.KAFKA else DatabaseUnavailable
+            kind = BrokerUnavailable if awaited is AwaitedServer.KAFKA else DatabaseUnavailable
             self._pause(kind(f"{awaited.value} has not answered for {STALL_S:g} s"), 0)
 
     # Results of the store task in progress.

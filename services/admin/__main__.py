@@ -12,7 +12,7 @@ from services.admin import backfill, distribute, drift, export, offsets, orders,
 from services.kafka import REQUEST_TIMEOUT_S
 from services.program import begin, run
 
-Command = Callable[[argparse.Namespace, Mapping[str, str]], int]
+RunCommand = Callable[[argparse.Namespace, Mapping[str, str]], int]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     """Run a command. Return the exit status."""
     options = make_parser().parse_args(arguments)
-    command: Command = options.command
+    command: RunCommand = options.command
     return command(options, environ)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-Row = Mapping[str, object]
+ResultRow = Mapping[str, object]
 
 #: Text is escaped in pieces of this length, because Python makes an object of each character meanwhile.
 _PIECE = 4096
@@ -62,7 +62,7 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
-def print_table(rows: Sequence[Row], *, as_json: bool) -> None:
+def print_table(rows: Sequence[ResultRow], *, as_json: bool) -> None:
     """Print rows with the same keys as a JSON array or as a table with a header."""
     if as_json:
         print(printable(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode()))
@@ -75,7 +75,7 @@ def print_table(rows: Sequence[Row], *, as_json: bool) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def print_result(sentence: str, result: Row, *, as_json: bool) -> None:
+def print_result(sentence: str, result: ResultRow, *, as_json: bool) -> None:
     """Print what was done, as a sentence or as a JSON object."""
     print(printable(msgspec.json.encode(result).decode() if as_json else sentence))
 

@@ -61,14 +61,14 @@ class _Acknowledged:
     sha256: str
 
 
-Manifest = dict[tuple[int, int], _Acknowledged]
+_Manifest = dict[tuple[int, int], _Acknowledged]
 
 _WITHOUT_OFFSET = "acknowledged, but the sender could not know its offset"
 
 
-def _read_manifest(path: Path, topic: str) -> tuple[Manifest, list[Finding]]:
+def _read_manifest(path: Path, topic: str) -> tuple[_Manifest, list[Finding]]:
     """Return the lines of this topic by partition and offset, and those without an offset."""
-    manifest: Manifest = {}
+    manifest: _Manifest = {}
     without_offset: list[Finding] = []
     number = 0
     try:
@@ -150,7 +150,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return EXIT_FAILED if findings.total else EXIT_DONE
 
 
-def _first(earliest: Mapping[int, int], next_offsets: Mapping[int, int], manifest: Manifest | None) -> dict[int, int]:
+def _first(earliest: Mapping[int, int], next_offsets: Mapping[int, int], manifest: _Manifest | None) -> dict[int, int]:
     """Return where to begin in each partition: at its earliest record, or at the first record of the manifest."""
     if manifest is None:
         return dict(earliest)
@@ -160,7 +160,7 @@ def _first(earliest: Mapping[int, int], next_offsets: Mapping[int, int], manifes
     return first
 
 
-def _compare(record: Record, missing: Manifest) -> Iterator[Finding]:
+def _compare(record: Record, missing: _Manifest) -> Iterator[Finding]:
     acknowledged = missing.pop((record.source.partition, record.source.offset), None)
     if acknowledged and hashlib.sha256(record.value or b"").hexdigest() != acknowledged.sha256:
         yield Finding(
@@ -172,7 +172,7 @@ def _compare(record: Record, missing: Manifest) -> Iterator[Finding]:
 
 
 def _explain_missing(
-    missing: Manifest, earliest: Mapping[int, int], next_offsets: Mapping[int, int]
+    missing: _Manifest, earliest: Mapping[int, int], next_offsets: Mapping[int, int]
 ) -> Iterator[Finding]:
     for (partition, offset), acknowledged in missing.items():
         if offset >= next_offsets.get(partition, 0):

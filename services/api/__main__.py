@@ -18,7 +18,7 @@ from orderlib.postgres.privileges import READER_PRIVILEGES
 from orderlib.postgres.schema import check_schema
 from services.api.app import METRICS_ROUTE, ROUTES
 from services.api.asgi import build
-from services.api.metrics import Metrics
+from services.api.metrics import ApiMetrics
 from services.program import EXIT_DONE, EXIT_STATUSES, begin, event, run
 from services.settings import API_METRICS_BIND, DEFAULTS, ApiSettings
 
@@ -58,7 +58,7 @@ def main() -> int:
         raise ConfigurationError("ORDERS_API_BIND and ORDERS_METRICS_BIND must have different ports")
     if not settings.tokens:
         event("no_authentication", logging.WARNING, served="localhost only")
-    metrics = Metrics([*ROUTES, METRICS_ROUTE])
+    metrics = ApiMetrics([*ROUTES, METRICS_ROUTE])
     event("listening", address=str(settings.bind), metrics=str(settings.metrics_bind))
     Server(
         listener,

@@ -18,7 +18,7 @@ from services.api.auth import AuthMiddleware
 from services.api.error_handlers import add_error_handlers, log_failure
 from services.api.health import LiveResource, ReadyResource
 from services.api.home import HomeResource
-from services.api.metrics import UNMATCHED, UNREADABLE, Metrics
+from services.api.metrics import UNMATCHED, UNREADABLE, ApiMetrics
 from services.api.openapi import OpenApiResource
 from services.api.orders import OrderResource, OrdersResource
 from services.api.pages import Pages, StaticResource
@@ -96,7 +96,7 @@ async def _no_body() -> AsgiEvent:
 class MetricsResource:
     """``/metrics``, served on a separate address."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: ApiMetrics) -> None:
         self._registry = metrics.registry
 
     async def on_get(self, _req: Request, resp: Response) -> None:
@@ -112,7 +112,7 @@ class Reader(AsyncOrderRepository, RejectReader, Protocol):
 def create_app(
     reader: Reader,
     settings: ApiSettings,
-    metrics: Metrics,
+    metrics: ApiMetrics,
     make_id: Callable[[], str],
     health_reader: AsyncOrderRepository | None = None,
 ) -> Api:
@@ -136,7 +136,7 @@ def create_app(
     return app
 
 
-def create_metrics_app(health_reader: AsyncOrderRepository, metrics: Metrics, make_id: Callable[[], str]) -> Api:
+def create_metrics_app(health_reader: AsyncOrderRepository, metrics: ApiMetrics, make_id: Callable[[], str]) -> Api:
     """Return the application for ``ORDERS_METRICS_BIND``: metrics, and health for when clients overload the API."""
     app = Api(RequestMetricsMiddleware(metrics, make_id), Pages())
     app.add_route(METRICS_ROUTE, MetricsResource(metrics))

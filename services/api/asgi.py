@@ -9,7 +9,7 @@ from typing import Any
 from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
 from orderlib.postgres.rejects import PostgresReader
 from services.api.app import Api, Receive, Scope, Send, create_app, create_metrics_app
-from services.api.metrics import Metrics
+from services.api.metrics import ApiMetrics
 from services.settings import ApiSettings
 
 #: Connections to PostgreSQL, for each worker, that serve health only.
@@ -43,7 +43,7 @@ class _CloseReaders:
             await reader.close()
 
 
-def build(settings: ApiSettings, metrics: Metrics) -> AddressRouter:
+def build(settings: ApiSettings, metrics: ApiMetrics) -> AddressRouter:
     """Return the application of one worker process. All workers share ``metrics``."""
     reader = PostgresReader(settings.reader_url, application_name="orderlib-api", timeout_s=4.0)
     # Requests that wait for a connection must not make the service report that it is not ready.

@@ -28,7 +28,7 @@ _TIME_CELLS = len(_BUCKETS) + 2
 _SLOTS = 200
 
 
-class Metrics(Collector):
+class ApiMetrics(Collector):
     """The counts and durations of requests, as a collector of Prometheus.
 
     Create it before the fork. All workers share one anonymous memory mapping, and each counts in its own slot. This

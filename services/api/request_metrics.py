@@ -11,7 +11,7 @@ from http import HTTPMethod, HTTPStatus
 from falcon.asgi import Request, Response
 
 from services.api.error_handlers import PROBLEM_JSON, problem
-from services.api.metrics import OTHER_METHOD, UNMATCHED, Metrics
+from services.api.metrics import OTHER_METHOD, UNMATCHED, ApiMetrics
 from services.program import event
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -33,7 +33,7 @@ SECURITY_HEADERS = {
 class RequestMetricsMiddleware:
     """The outermost middleware: log and count every request, also one that another middleware refuses."""
 
-    def __init__(self, metrics: Metrics, make_id: Callable[[], str]) -> None:
+    def __init__(self, metrics: ApiMetrics, make_id: Callable[[], str]) -> None:
         self._metrics = metrics
         self._make_id = make_id
 

@@ -25,7 +25,7 @@ from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 from gunicorn.workers import base, gasgi  # type: ignore[import-untyped]
 
 from orderlib.errors import ConfigurationError
-from services.api.metrics import Metrics
+from services.api.metrics import ApiMetrics
 from services.settings import Address
 
 #: Time limit for the head of a connection's first request. gunicorn's own limit begins with the second request.
@@ -273,7 +273,7 @@ class Server(BaseApplication):  # type: ignore[misc]
         listener: socket.socket,
         metrics_listener: socket.socket,
         load: Callable[[], Any],
-        metrics: Metrics,
+        metrics: ApiMetrics,
         keepalive_s: int,
     ) -> None:
         _check_gunicorn()

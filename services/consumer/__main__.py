@@ -22,7 +22,7 @@ from orderlib.ingestion.records import TopicPartition, classify_record
 from orderlib.ingestion.retry import Backoff
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rows import pack_rows
-from services.consumer.health import Health, HealthServer, Metrics
+from services.consumer.health import ConsumerMetrics, Health, HealthServer
 from services.consumer.kafka_consumer import KafkaConsumer
 from services.consumer.runner import STOP_CLOSE_S, ConsumerRunner, StoreWorker
 from services.program import EXIT_DONE, EXIT_STATUSES, begin, event, run
@@ -59,7 +59,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         signal.signal(number, lambda *_: stop_event.set())
 
     clock = time.monotonic
-    health, metrics = Health(clock), Metrics()
+    health, metrics = Health(clock), ConsumerMetrics()
     store = ConsumerStore(settings.database_url, settings.group, clock)
     with HealthServer(settings.metrics_bind, health, metrics) as server:
         event("started", metrics=str(server.address), topic=settings.kafka.topic, group=settings.group)

@@ -64,7 +64,7 @@ class _EndToEnd(Collector):
         )
 
 
-class Metrics:
+class ConsumerMetrics:
     """The metrics of the consumer; ``docs/metrics.md`` describes them."""
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ class HealthServer:
     The constructor raises ConfigurationError if it cannot listen on the address.
     """
 
-    def __init__(self, bind: Address, health: Health, metrics: Metrics) -> None:
+    def __init__(self, bind: Address, health: Health, metrics: ConsumerMetrics) -> None:
         self._health = health
         self._metrics: WSGIApplication = make_wsgi_app(metrics.registry)
         try:

@@ -32,6 +32,7 @@ from orderlib.errors import (
 )
 from orderlib.ingestion.consumer_core import (
     Assign,
+    AwaitedServer,
     Breaker,
     CheckTopics,
     CommitBatch,
@@ -41,13 +42,12 @@ from orderlib.ingestion.consumer_core import (
     ResolveOffsets,
     Resume,
     Seek,
-    Server,
     StoreTask,
 )
 from orderlib.ingestion.records import Batch, Record, Reject, TopicPartition
 from orderlib.postgres.consumer_store import BatchResult, ConsumerStore
 from orderlib.repository import Outcome
-from services.consumer.health import Health, Metrics, never_fatal
+from services.consumer.health import ConsumerMetrics, Health, never_fatal
 from services.consumer.kafka_client import FetchFailed, KafkaClient
 from services.consumer.lag import LagMonitor
 from services.consumer.summary import Summary
@@ -87,7 +87,7 @@ class StoreClient(Protocol):
     """The store as the runner sees it. It carries out one store task at a time, outside of the runner's thread."""
 
     #: The server whose response the task in progress waits for.
-    awaited: Server
+    awaited: AwaitedServer
 
     @property
     def stored_offsets(self) -> Mapping[TopicPartition, int]:
@@ -110,12 +110,12 @@ class StoreClient(Protocol):
 class StoreWorker:
     """Carries out store tasks in its own thread, one at a time; see ``StoreClient``."""
 
-    def __init__(self, store: ConsumerStore, kafka: KafkaClient, breaker: Breaker, metrics: Metrics) -> None:
+    def __init__(self, store: ConsumerStore, kafka: KafkaClient, breaker: Breaker, metrics: ConsumerMetrics) -> None:
         self._store = store
         self._kafka = kafka
         self._breaker = breaker
         self._metrics = metrics
-        self.awaited = Server.POSTGRES
+        self.awaited = AwaitedServer.POSTGRES
         #: Always replaced, never changed, because the runner reads them from another thread.
         self.stored_offsets: Mapping[TopicPartition, int] = {}
         self.outcomes: Counter[Outcome] = Counter()
@@ -171,11 +171,11 @@ class StoreWorker:
                 return lambda core: core.on_batch_committed(stored)
 
     def _wait_for_kafka(self, response: Callable[[], T]) -> T:
-        self.awaited = Server.KAFKA
+        self.awaited = AwaitedServer.KAFKA
         try:
             return response()
         finally:
-            self.awaited = Server.POSTGRES
+            self.awaited = AwaitedServer.POSTGRES
 
     def _write(self, batch: Batch) -> Mapping[TopicPartition, int]:
         """Write a batch. Return the stored offsets of all partitions, if it was time to read them."""
@@ -281,7 +281,7 @@ class ConsumerRunner:
     _kafka: KafkaClient
     _worker: StoreClient
     _health: Health
-    _metrics: Metrics
+    _metrics: ConsumerMetrics
     _clock: Callable[[], float]
     _stop_event: threading.Event
     _log: Callable[..., None] = event

@@ -17,10 +17,10 @@ from orderlib.errors import (
     TopicRecreated,
     TransientError,
 )
-from orderlib.ingestion.consumer_core import CheckTopics, CommitBatch, ConsumerCore, ResolveOffsets, Server
+from orderlib.ingestion.consumer_core import AwaitedServer, CheckTopics, CommitBatch, ConsumerCore, ResolveOffsets
 from orderlib.ingestion.records import TopicPartition
 from orderlib.repository import Outcome
-from services.consumer.health import Health, Metrics
+from services.consumer.health import ConsumerMetrics, Health
 from services.consumer.runner import ConsumerRunner
 from services.program import EXIT_DONE, EXIT_FAILED, EXIT_SETUP
 from tests.simulation.invariants import InvariantViolation
@@ -44,7 +44,7 @@ class SilentRunner(ConsumerRunner):
 
 
 #: Shared, because they are slow to create and never read here.
-_METRICS = Metrics()
+_METRICS = ConsumerMetrics()
 
 
 class Process:
@@ -53,7 +53,7 @@ class Process:
     It is the ``StoreClient`` of its runner.
     """
 
-    awaited = Server.POSTGRES
+    awaited = AwaitedServer.POSTGRES
     #: No partition is stalled in a simulation, so the lag of other members does not matter.
     stored_offsets: Mapping[TopicPartition, int] = MappingProxyType({})
     #: Not counted here.

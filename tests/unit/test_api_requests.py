@@ -27,7 +27,7 @@ from orderlib.testing import SAMPLE, MemoryOrderRepository
 from services.api import orders
 from services.api.app import METRICS_ROUTE, ROUTES, Api, create_app
 from services.api.app import Reader as ApiReader
-from services.api.metrics import Metrics
+from services.api.metrics import ApiMetrics
 from services.api.pages import Pages
 from services.api.request_metrics import SECURITY_HEADERS
 from services.settings import Address, ApiSettings
@@ -71,7 +71,7 @@ class Application:
     """The API in this process, with its log records."""
 
     app: Api
-    metrics: Metrics
+    metrics: ApiMetrics
     logged: list[EventDict]
 
     def send(self, path: str = "/", query: bytes = b"", headers: Headers | None = None, method: str = "GET") -> Answer:
@@ -109,19 +109,19 @@ class Application:
 
 
 def application_over(
-    repository: MemoryOrderRepository, metrics: Metrics | None = None, reader: Reader | None = None
+    repository: MemoryOrderRepository, metrics: ApiMetrics | None = None, reader: Reader | None = None
 ) -> Api:
     address = Address(host="127.0.0.1", port=0)
     settings = ApiSettings(reader_url="", bind=address, metrics_bind=address, tokens={"test": TOKEN})
     api_reader = cast("ApiReader", reader or Reader(repository))
-    return create_app(api_reader, settings, metrics or Metrics([*ROUTES, METRICS_ROUTE]), make_id=lambda: "made")
+    return create_app(api_reader, settings, metrics or ApiMetrics([*ROUTES, METRICS_ROUTE]), make_id=lambda: "made")
 
 
 @pytest.fixture(scope="module")
 def application() -> Iterator[Application]:
     repository = MemoryOrderRepository()
     repository.save_many([ORDER, attrs.evolve(ORDER, order_uid="other")])
-    metrics = Metrics([*ROUTES, METRICS_ROUTE])
+    metrics = ApiMetrics([*ROUTES, METRICS_ROUTE])
     app = application_over(repository, metrics)
     with capture_logs() as logged:
         yield Application(app, metrics, logged)
@@ -425,6 +425,6 @@ def test_both_reads_of_a_changed_order_have_one_time_limit(monkeypatch: pytest.M
     monkeypatch.setattr(orders, "ANSWER_TIMEOUT_S", 0.1)
     repository = MemoryOrderRepository()
     repository.save(ORDER)
-    application = Application(application_over(repository, reader=SecondReadHangs(repository)), Metrics(ROUTES), [])
+    application = Application(application_over(repository, reader=SecondReadHangs(repository)), ApiMetrics(ROUTES), [])
     older = with_token((b"if-none-match", b'"an older version"'))
     assert application.send(f"/orders/{ORDER.order_uid}", headers=older).status == 503

@@ -493,10 +493,13 @@ def test_a_store_that_does_not_respond_is_an_outage_reported_once() -> None:
 
 @pytest.mark.parametrize(
     ("awaited", "kind"),
-    [(consumer_core.Server.KAFKA, BrokerUnavailable), (consumer_core.Server.POSTGRES, DatabaseUnavailable)],
+    [
+        (consumer_core.AwaitedServer.KAFKA, BrokerUnavailable),
+        (consumer_core.AwaitedServer.POSTGRES, DatabaseUnavailable),
+    ],
 )
 def test_the_reason_of_a_pause_names_the_server_that_does_not_respond(
-    awaited: consumer_core.Server, kind: type[OrderlibError]
+    awaited: consumer_core.AwaitedServer, kind: type[OrderlibError]
 ) -> None:
     driver = started(0)
     driver.fetch(record(0))

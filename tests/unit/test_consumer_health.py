@@ -16,9 +16,9 @@ from services.consumer.health import (
     CONNECTION_S,
     LOOP_S,
     MAX_CONNECTIONS,
+    ConsumerMetrics,
     Health,
     HealthServer,
-    Metrics,
     never_fatal,
 )
 from services.settings import Address
@@ -50,7 +50,7 @@ class Probe:
 def probe() -> Iterator[Probe]:
     clock = Clock()
     health = Health(clock)
-    with HealthServer(Address(host="127.0.0.1", port=0), health, Metrics()) as server:
+    with HealthServer(Address(host="127.0.0.1", port=0), health, ConsumerMetrics()) as server:
         yield Probe(health, clock, server.address)
 
 
@@ -108,7 +108,7 @@ def test_a_connection_is_closed_after_a_few_seconds_even_if_its_client_is_sendin
 
 def test_it_listens_on_an_ipv6_address() -> None:
     health = Health(Clock())
-    with HealthServer(Address(host="[::1]", port=0), health, Metrics()) as server:
+    with HealthServer(Address(host="[::1]", port=0), health, ConsumerMetrics()) as server:
         assert str(server.address).startswith("[::1]:")
         assert Probe(health, Clock(), server.address).get("/livez")[0] == 200
 
@@ -118,12 +118,12 @@ def test_it_does_not_look_up_its_own_host_name(monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("looked up a name")
 
     monkeypatch.setattr(socket, "getfqdn", slow)
-    with HealthServer(Address(host="0.0.0.0", port=0), Health(Clock()), Metrics()):  # noqa: S104 - only there its name was looked up
+    with HealthServer(Address(host="0.0.0.0", port=0), Health(Clock()), ConsumerMetrics()):  # noqa: S104 - only there its name was looked up
         pass
 
 
 def test_a_record_from_the_future_counts_as_0_seconds_and_the_sum_never_decreases() -> None:
-    metrics = Metrics()
+    metrics = ConsumerMetrics()
     metrics.end_to_end.observe([-3e9, 2.0, -1.0])
     text = generate_latest(metrics.registry).decode()
     assert "orders_end_to_end_seconds_sum 2.0" in text

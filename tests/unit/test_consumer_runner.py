@@ -14,15 +14,15 @@ import pytest
 from orderlib.errors import DatabaseUnavailable
 from orderlib.ingestion.consumer_core import (
     MAX_RECORDS,
+    AwaitedServer,
     CommitBatch,
     ConsumerCore,
     ResolveOffsets,
-    Server,
     StoreTask,
 )
 from orderlib.ingestion.records import PreparedOrder, Record, Reject, TopicPartition
 from orderlib.repository import Outcome, RecordPosition
-from services.consumer.health import Health, Metrics
+from services.consumer.health import ConsumerMetrics, Health
 from services.consumer.kafka_client import KafkaClient, PollResult
 from services.consumer.runner import ConsumerRunner, Result
 from services.kafka import TopicInfo
@@ -36,7 +36,7 @@ BATCH_S = 0.008
 FETCH_S = 0.001
 READY_RECORDS = 90
 
-METRICS = Metrics()
+METRICS = ConsumerMetrics()
 
 
 def rejected(record: Record) -> PreparedOrder | Reject:
@@ -48,7 +48,7 @@ class World(KafkaClient):
 
     down = False
     unreachable_message = ""
-    awaited = Server.POSTGRES
+    awaited = AwaitedServer.POSTGRES
 
     def __init__(self, arrivals_s: Iterable[float]) -> None:
         self.now_s = 0.0

@@ -76,7 +76,7 @@ class Exported:
 
 def exported() -> Iterator[Exported]:
     """Every metric in the registries of the consumer and of the API."""
-    for registry in (health.Metrics().registry, metrics.Metrics(ROUTES).registry):
+    for registry in (health.ConsumerMetrics().registry, metrics.ApiMetrics(ROUTES).registry):
         for collector in registry._collector_to_names:
             for family in collector.collect():
                 labels = frozenset([*getattr(collector, "_labelnames", ()), *getattr(family, "_labelnames", ())])
@@ -103,7 +103,7 @@ def routes() -> set[str]:
         metrics_bind=Address(host="127.0.0.1", port=0),
         tokens={},
     )
-    counts, reader = metrics.Metrics(ROUTES), cast("Reader", None)
+    counts, reader = metrics.ApiMetrics(ROUTES), cast("Reader", None)
     apps = create_app(reader, settings, counts, make_id=str), create_metrics_app(reader, counts, make_id=str)
     return {route.path for app in apps for route in falcon.inspect.inspect_routes(app)} | {
         metrics.UNMATCHED,
