@@ -11,7 +11,7 @@ from confluent_kafka.admin import ConfigResource, OffsetSpec, ResourceType
 from orderlib.errors import ConfigurationError
 from orderlib.ingestion.records import Record
 from services.kafka import CONSUMER_DEFAULTS, CONSUMER_PROPERTIES, REQUEST_TIMEOUT_S, SILENT, Cluster, record_of
-from services.kafka_errors import NO_GROUP_RIGHT, PARTITION_EOF, translate_kafka_error, translate_kafka_errors
+from services.kafka_errors import NO_GROUP_ACL, PARTITION_EOF, translate_kafka_error, translate_kafka_errors
 from services.settings import KafkaSettings
 
 #: What librdkafka may fetch ahead: in KiB in total, in bytes for each partition and for each request. A larger record
@@ -112,7 +112,7 @@ class TopicReader:
                 raise self.cluster.unreachable_error()
             for message in messages:
                 partition, offset, error = message.partition(), message.offset(), message.error()
-                if error is not None and error.code() == NO_GROUP_RIGHT:
+                if error is not None and error.code() == NO_GROUP_ACL:
                     continue  # librdkafka asks for the coordinator of the group, which is not needed here
                 if error is not None and error.code() != PARTITION_EOF:
                     raise translate_kafka_error(error, message)

@@ -182,25 +182,25 @@ def test_the_backend_of_a_frozen_consumer_that_locks_an_order_is_terminated(
 
 
 @pytest.mark.parametrize(
-    "right",
+    "privilege",
     ["INSERT ON items", pytest.param("UPDATE (next_offset) ON consumer_offsets", marks=pytest.mark.faults)],
 )
 def test_a_revoked_right_stops_the_consumer_and_rejects_nothing(
-    right: str, member: dict[str, str], database: Database, sender: Sender
+    privilege: str, member: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 10))
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
         with consuming(member) as consumer:
             wait_until_handled(sender.manifest, database)
             before = next_offsets(database)
-            superuser.execute(f"REVOKE {right} FROM orders_writer")
+            superuser.execute(f"REVOKE {privilege} FROM orders_writer")
             sender.send_orders(uids("late", 10))
             assert consumer.status(within_s=15) == 1
             [stopped] = consumer.events("stopped")
             assert "permission denied" in stopped["reason"]
         assert next_offsets(database) == before
         assert stored_orders(database).keys() == set(uids("order", 10))
-        superuser.execute(f"GRANT {right} TO orders_writer")
+        superuser.execute(f"GRANT {privilege} TO orders_writer")
     with consuming(member) as successor:
         wait_until_handled(sender.manifest, database)
         assert_all_accounted_for(sender.manifest, database, member)

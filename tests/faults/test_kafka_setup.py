@@ -1,4 +1,4 @@
-"""Wrong settings for Kafka end every program with status 2 and name the cause; rights suffice as documented."""
+"""Wrong settings for Kafka end every program with status 2 and name the cause; ACLs suffice as documented."""
 
 from __future__ import annotations
 
@@ -181,12 +181,12 @@ def test_the_documented_rights_are_enough_for_each_program(
 
 
 @pytest.mark.parametrize("program", ["consumer", "sender --count 5"])
-@pytest.mark.parametrize("rights", [(), (AclOperation.DESCRIBE,)], ids=["none", "describe"])
+@pytest.mark.parametrize("acls", [(), (AclOperation.DESCRIBE,)], ids=["none", "describe"])
 def test_a_missing_right_ends_a_program_with_the_cause(
-    program: str, rights: tuple[AclOperation, ...], secure: SecureKafka, environ: dict[str, str], secure_topic: str
+    program: str, acls: tuple[AclOperation, ...], secure: SecureKafka, environ: dict[str, str], secure_topic: str
 ) -> None:
     user = f"user-{secrets.token_hex(4)}"
-    secure.make_user(user, {(_TOPIC, secure_topic): rights, (_GROUP, secure_topic): (AclOperation.READ,)})
+    secure.make_user(user, {(_TOPIC, secure_topic): acls, (_GROUP, secure_topic): (AclOperation.READ,)})
     began_s = time.monotonic()
     done = run(program, {**environ, **secure.settings(user)})
     assert time.monotonic() - began_s < 12

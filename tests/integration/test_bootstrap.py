@@ -277,7 +277,7 @@ def test_a_reader_with_every_lock_that_it_may_take_does_not_delay_migrate(
 
 
 def lock_modes_of_the_reader(reader: psycopg.Connection) -> list[str]:
-    """Return the modes of LOCK TABLE that the reader's rights allow."""
+    """Return the modes of LOCK TABLE that the reader's privileges allow."""
     allowed = []
     for mode in ("ACCESS SHARE", "ROW SHARE", "ROW EXCLUSIVE", "SHARE", "SHARE ROW EXCLUSIVE", "ACCESS EXCLUSIVE"):
         with contextlib.suppress(psycopg.errors.InsufficientPrivilege), reader.transaction(force_rollback=True):

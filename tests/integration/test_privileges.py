@@ -18,19 +18,19 @@ from tests.support.databases import Database, role_passwords
 
 DOCUMENT = (ROOT / "docs" / "run-in-production.md").read_text(encoding="utf-8")
 
-#: (table, role) → rights on the table, and "RIGHT column" for rights on single columns.
+#: (table, role) → privileges on the table, and "PRIVILEGE column" for privileges on single columns.
 Matrix = dict[tuple[str, str], set[str]]
 
 
 def written_matrix() -> Matrix:
-    """The rights in the document's table of roles; "owns" for the owner."""
+    """The privileges in the document's table of roles; "owns" for the owner."""
     header, rows = re.findall(r"^(\| table \|.*)\n\|[-|]+\n((?:\|.*\n)+)", DOCUMENT, re.MULTILINE)[0]
     _, *roles = cells(header)
     matrix: Matrix = {}
     for line in rows.splitlines():
         table, *texts = cells(line)
         for role, text in zip(roles, texts, strict=True):
-            matrix[table, role] = set() if text == "—" else set(rights(text))
+            matrix[table, role] = set() if text == "—" else set(privileges(text))
     return matrix
 
 
@@ -38,14 +38,14 @@ def cells(line: str) -> list[str]:
     return [cell.strip(" `") for cell in line.strip("|").split("|")]
 
 
-def rights(text: str) -> list[str]:
+def privileges(text: str) -> list[str]:
     """``SELECT, UPDATE (a, b)`` as SELECT, UPDATE a, UPDATE b."""
     found = re.findall(r"(\w+)(?: \(([^)]*)\))?(?:, |$)", text)
-    return [f"{right} {column}".strip() for right, columns in found for column in columns.split(", ")]
+    return [f"{privilege} {column}".strip() for privilege, columns in found for column in columns.split(", ")]
 
 
 def granted_matrix(connection: psycopg.Connection) -> Matrix:
-    """All rights that PostgreSQL has granted on tables, views and sequences."""
+    """All privileges that PostgreSQL has granted on tables, views and sequences."""
     roles = {role for _, role in written_matrix()}
     owners = connection.execute(
         """
@@ -69,8 +69,8 @@ def granted_matrix(connection: psycopg.Connection) -> Matrix:
         WHERE relnamespace = 'public'::regnamespace AND grantee <> relowner AND NOT starts_with(relname, 'citus_')
         """
     )
-    for table, role, right in grants:
-        matrix.setdefault((table, role), set()).add(right)
+    for table, role, privilege in grants:
+        matrix.setdefault((table, role), set()).add(privilege)
     return matrix
 
 
@@ -81,7 +81,7 @@ def test_the_rights_of_all_roles_on_all_tables_are_the_listed_ones(database: Dat
 
 def test_the_rights_that_migrate_restores_are_the_listed_ones() -> None:
     restored = {
-        (table, role): set().union(*(rights(text) for text in texts))
+        (table, role): set().union(*(privileges(text) for text in texts))
         for table, roles in PRIVILEGES.items()
         for role, texts in roles.items()
     }
@@ -128,7 +128,7 @@ def test_every_object_and_right_of_a_later_migration_must_be_listed(database: Da
         assert granted_matrix(connection) != written_matrix()
 
 
-#: A statement that needs each right, on a table or on one column.
+#: A statement that needs each privilege, on a table or on one column.
 USES = {
     "SELECT": "SELECT {columns} FROM {table}",
     "INSERT": "INSERT INTO {table} ({columns}) SELECT {nulls} WHERE false",
@@ -158,9 +158,9 @@ def test_a_role_has_the_listed_rights_and_no_others(module_database: Database, r
         for (table, grantee), written in written_matrix().items():
             if grantee != role:
                 continue
-            for right, column in itertools.product(USES, columns[table]):
-                expected = bool({right, f"{right} {column}"} & written)
-                assert may(connection, USES[right], table, column) is expected, f"{right} {column} on {table}"
+            for privilege, column in itertools.product(USES, columns[table]):
+                expected = bool({privilege, f"{privilege} {column}"} & written)
+                assert may(connection, USES[privilege], table, column) is expected, f"{privilege} {column} on {table}"
 
 
 def may(connection: psycopg.Connection, use: str, table: str, column: str) -> bool:
@@ -175,7 +175,7 @@ def may(connection: psycopg.Connection, use: str, table: str, column: str) -> bo
         # A view with computed columns takes no rows from any role.
         return False
     except psycopg.errors.NullValueNotAllowed:
-        # Citus: the role has the right, but a row needs an order_uid.
+        # Citus: the role has the privilege, but a row needs an order_uid.
         return True
     return True
 

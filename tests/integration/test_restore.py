@@ -46,7 +46,7 @@ def bootstrap_it(database: Database) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("is_superuser", [True, False])
 def test_a_dump_is_restored_as_documented(tmp_path: Path, *, is_superuser: bool) -> None:
-    """Also after `bootstrap` revoked rights on functions of PostgreSQL, which the dump then contains."""
+    """Also after `bootstrap` revoked privileges on functions of PostgreSQL, which the dump then contains."""
     with PostgresServer() as server:
         password = secrets.token_hex(8)
         administrator_url = server.superuser_url

@@ -69,7 +69,7 @@ FAULTS = {
         "batch aborted",
         "mistake in the program",
         "not authorized by Kafka",
-        "right revoked",
+        "privilege revoked",
         "waited to stop",
     ),
     *("topic id differs", "topic recreated", "two redrives at once", "version", "zombie", "zombie at the fence"),
@@ -101,7 +101,7 @@ class Simulator:
         self.now_s = 0.0
         self.healing = False
         self.kafka_down = False
-        #: The writer lacks a right; Kafka refuses the next fetch.
+        #: The writer lacks a privilege; Kafka refuses the next fetch.
         self.revoked = False
         self.refusing = False
         self.bug = bug
@@ -456,7 +456,7 @@ class Simulator:
         kind = self._below(3)
         process = self._any_process()
         if kind == 0:
-            self.fault("right revoked")
+            self.fault("privilege revoked")
             self.revoked = True
         elif kind == 1:
             self.fault("not authorized by Kafka")

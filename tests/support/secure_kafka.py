@@ -106,8 +106,8 @@ class SecureKafka(KafkaServer):
         """A superuser's client."""
         return AdminClient({"bootstrap.servers": self.bootstrap_servers})
 
-    def make_user(self, user: str, rights: Mapping[tuple[ResourceType, str], tuple[AclOperation, ...]]) -> None:
-        """A user with these rights, by resource, and no others."""
+    def make_user(self, user: str, acls: Mapping[tuple[ResourceType, str], tuple[AclOperation, ...]]) -> None:
+        """A user with these ACLs, by resource, and no others."""
         admin = self.client()
         credential = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_256, 4096)
         upsertion = UserScramCredentialUpsertion(user, credential, PASSWORD.encode())
@@ -117,7 +117,7 @@ class SecureKafka(KafkaServer):
             AclBinding(
                 resource, name, ResourcePatternType.LITERAL, f"User:{user}", "*", operation, AclPermissionType.ALLOW
             )
-            for (resource, name), operations in rights.items()
+            for (resource, name), operations in acls.items()
             for operation in operations
         ]
         if bindings:

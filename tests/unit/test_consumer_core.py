@@ -533,7 +533,7 @@ def test_a_transaction_conflict_is_retried_immediately() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [ConfigurationError("no such right"), BreakerTripped("nearly all"), OrderlibError("never seen before")],
+    [ConfigurationError("no such privilege"), BreakerTripped("nearly all"), OrderlibError("never seen before")],
 )
 def test_an_error_that_a_retry_cannot_correct_stops_the_consumer(error: OrderlibError) -> None:
     driver = started(0)
@@ -552,7 +552,7 @@ def test_a_fatal_error_of_kafka_stops_the_consumer_after_the_batch_in_progress()
     error = ConfigurationError("not authorized")
     driver.core.on_fatal(error)
     assert (driver.core.stopping, driver.stopped()) == (True, False)
-    assert driver.fail(ConfigurationError("no such right")) == []
+    assert driver.fail(ConfigurationError("no such privilege")) == []
     assert driver.stopped()
     assert driver.core.error is error
 
@@ -589,7 +589,7 @@ def test_a_configuration_error_during_a_stop_is_reported() -> None:
     driver.fetch(record(0))
     driver.write()
     driver.core.on_stop()
-    error = ConfigurationError("no such right")
+    error = ConfigurationError("no such privilege")
     assert driver.fail(error) == []
     assert driver.core.error is error
     assert driver.stopped()
