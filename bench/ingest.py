@@ -257,6 +257,28 @@ def throughput(bench: IngestBench, rounds: int) -> list[Figure]:
     ]
 
 
+def timeline(bench: IngestBench) -> list[Figure]:
+    """Measure where the store's thread spends its time at full speed. The rest is waiting for Python."""
+    _print_progress("timeline")
+    bench.empty()
+    port = free_port()
+    with running({**bench.environ, "ORDERS_METRICS_BIND": f"127.0.0.1:{port}"}, "services.consumer"):
+        wait(lambda: bench.handled() > 0)
+        began_s, before = time.monotonic(), _step_seconds(port)
+        wait(lambda: bench.handled() >= 0.9 * len(bench.orders))
+        seconds, after = time.monotonic() - began_s, _step_seconds(port)
+    return [
+        Figure(f"full speed, store: {step}", 100 * (after[step] - before.get(step, 0.0)) / seconds, "% of the time")
+        for step in after
+    ]
+
+
+def _step_seconds(port: int) -> dict[str, float]:
+    """Return how many seconds the consumer has spent in each step of its batches."""
+    found = re.findall(r'^orders_batch_seconds_sum{step="(\w+)"} (\S+)$', _metrics(port), re.MULTILINE)
+    return {step: float(value) for step, value in found}
+
+
 def batch_sizes(bench: IngestBench) -> list[Figure]:
     """Measure ``save_many`` alone, for several numbers of orders in a transaction."""
     figures = []
@@ -443,12 +465,15 @@ def _peak_mb(process: psutil.Process) -> float:
 
 def metric(port: int, name: str) -> list[float]:
     """Return a metric's values, one for each set of labels; an empty list while the consumer is starting."""
+    return [float(value) for value in re.findall(rf"^{name}{{.*}} (\S+)$", _metrics(port), re.MULTILINE)]
+
+
+def _metrics(port: int) -> str:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
-            text = response.read().decode()
+            return str(response.read().decode())
     except OSError:
-        return []
-    return [float(value) for value in re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE)]
+        return ""
 
 
 def wait(condition: Callable[[], bool], timeout_s: float = 600) -> None:
@@ -497,6 +522,7 @@ def measure(environ: Mapping[str, str], options: argparse.Namespace) -> list[Fig
     bench = IngestBench(environ=environ, superuser_url=environ["ORDERS_BOOTSTRAP_URL"], orders=orders)
     return [
         *throughput(bench, options.rounds),
+        *timeline(bench),
         *batch_sizes(bench),
         *several_consumers(bench),
         *latency(bench, options.latency_seconds),
