@@ -119,7 +119,8 @@ class GoWay:
 
 
 def reads(go_way: GoWay, environ: Mapping[str, str], options: argparse.Namespace) -> Iterator[Figure]:
-    """Measure GET of both."""
+    """Measure GET of both: orderlib's with a worker for each core, because Go uses all cores, too."""
+    environ = {**environ, "WEB_CONCURRENCY": str(os.cpu_count())}
     [variant] = [variant for variant in VARIANTS if variant.name == UNCACHED]
     results: dict[tuple[str, int], list[WrkResult]] = {}
     for _ in range(options.rounds):

@@ -42,10 +42,9 @@ MAX_METRICS_CONNECTIONS = 100
 OTHER_FILES = 300
 #: Length of the queue of connections to accept; the kernel's limit (net.core.somaxconn) is usually the same.
 BACKLOG = 4096
-#: Connections accepted in one turn of the event loop. A connection is counted two turns after it is accepted, and a
-#: closed one keeps its file for one more turn. All of them must fit into OTHER_FILES: without a free file, asyncio
-#: accepts no connection for a second.
-ACCEPT_AT_ONCE = 20
+#: Connections accepted in one turn of the event loop. With more, the first worker that wakes up would accept all
+#: connections that clients open at the same time, and the other workers none.
+ACCEPT_AT_ONCE = 1
 
 #: The private parts of gunicorn that this module uses.
 _PRIVATE = {
@@ -209,8 +208,10 @@ class _EventLoop(asyncio.SelectorEventLoop):
     """asyncio's event loop, accepting fewer connections in one turn."""
 
     async def create_server(self, *args: Any, **options: Any) -> asyncio.Server:
-        """Listen. asyncio accepts up to ``backlog`` connections in one turn."""
-        return await super().create_server(*args, **options, backlog=ACCEPT_AT_ONCE)
+        """Listen. asyncio accepts up to ``backlog`` connections in one turn, and makes the queue as short."""
+        server = await super().create_server(*args, **options, backlog=ACCEPT_AT_ONCE)
+        options["sock"].listen(BACKLOG)
+        return server
 
 
 class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
@@ -231,13 +232,6 @@ class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
         """Return the connections of the address that this connection came to."""
         is_for_metrics = transport.get_extra_info("sockname")[1] == self.app.metrics_port
         return self._metrics_connections if is_for_metrics else self._connections
-
-    def notify(self) -> None:
-        """Record once a second that the worker is alive."""
-        super().notify()
-        for listener in self.sockets:
-            # asyncio has set a shorter queue. A full queue delays a client by a second.
-            listener.sock.listen(BACKLOG)
 
     async def _shutdown(self) -> None:
         """Close the idle connections, and let gunicorn finish the requests that have begun."""

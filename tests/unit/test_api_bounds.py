@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from types import SimpleNamespace
 
 import attrs
@@ -11,7 +13,7 @@ import pytest
 
 from orderlib import DatabaseUnavailable
 from services.api import deadline
-from services.api.server import SEND_TIMEOUT_S, _Protocol
+from services.api.server import SEND_TIMEOUT_S, _EventLoop, _Protocol
 
 
 def test_an_answer_of_several_reads_has_one_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,3 +61,42 @@ def test_a_client_that_reads_slowly_gets_the_complete_answer_and_one_that_reads_
         assert not transport.aborted
     transport.time_passes()
     assert transport.aborted
+
+
+class CountedProtocol(asyncio.Protocol):
+    """The number of open connections."""
+
+    number = 0
+
+    def connection_made(self, _transport: asyncio.BaseTransport) -> None:
+        CountedProtocol.number += 1
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        CountedProtocol.number -= 1
+
+
+def test_a_worker_leaves_connections_that_are_opened_at_the_same_time_to_other_workers() -> None:
+    async def accept_for_three_turns(listener: socket.socket) -> None:
+        # This worker and another one have the same listener.
+        of_another_worker = listener.dup()
+        server = await asyncio.get_running_loop().create_server(CountedProtocol, sock=listener)
+        with ExitStack() as stack:
+            for _ in range(16):
+                stack.enter_context(socket.create_connection(listener.getsockname()))
+            for _ in range(3):
+                await asyncio.sleep(0)
+            left = 0
+            with suppress(BlockingIOError):
+                while True:
+                    stack.enter_context(of_another_worker.accept()[0])
+                    left += 1
+            assert left >= 16 - 4
+            while CountedProtocol.number < 16 - left:
+                await asyncio.sleep(0)
+            server.close()
+        while CountedProtocol.number:
+            await asyncio.sleep(0)
+        of_another_worker.close()
+
+    with asyncio.Runner(loop_factory=_EventLoop) as runner:
+        runner.run(accept_for_three_turns(socket.create_server(("127.0.0.1", 0))))
