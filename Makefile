@@ -65,7 +65,7 @@ docs: $(READY)
 	@$(BIN)/python -m docs.reference
 
 test-faults: $(READY)
-	$(BIN)/pytest -m faults --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest -m faults --numprocesses 2 --dist loadfile
 
 test-page: $(READY)
 	$(BIN)/pytest tests/page

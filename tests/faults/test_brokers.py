@@ -23,8 +23,7 @@ from tests.support.programs import succeed
 from tests.support.sending import Sender, repeating, uids
 from tests.support.waiting import wait_for
 
-# One process runs them all, because three brokers are enough for a small machine.
-pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("three_brokers")]
+pytestmark = pytest.mark.faults
 
 PARTITIONS = 3
 WITHIN_S = 120.0
