@@ -34,6 +34,9 @@ CONNECTION_S = 5.0
 LOOP_S = 30.0
 _HANGS = f"the main loop has not run for {LOOP_S:g} s"
 
+#: A failure of monitoring that repeats is logged this often.
+MONITORING_LOGGED_S = 60.0
+
 
 class _EndToEnd(Collector):
     """A histogram of the seconds from a record's timestamp to its commit.
@@ -120,12 +123,23 @@ class Health:
         return self._clock() - self._heartbeat_at_s < LOOP_S
 
 
+#: When a failure of each kind of monitoring was last logged.
+_failure_logged_s: dict[str, float] = {}
+
+
 @contextmanager
 def never_fatal(what: str) -> Iterator[None]:
-    """Log an exception of the block and continue: metrics and health must never stop the consumer."""
+    """Log an exception of the block and continue: metrics and health must never stop the consumer.
+
+    Some blocks run many times a second, so each kind of monitoring logs its failures at most once a minute.
+    """
     try:
         yield
     except Exception as exc:  # noqa: BLE001  monitoring must never stop the consumer
+        now_s = time.monotonic()
+        if now_s - _failure_logged_s.get(what, -MONITORING_LOGGED_S) < MONITORING_LOGGED_S:
+            return
+        _failure_logged_s[what] = now_s
         event("monitoring_failed", logging.WARNING, what=what, error=type(exc).__name__)
 
 

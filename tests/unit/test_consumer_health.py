@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
@@ -12,6 +13,7 @@ import pytest
 from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
+from services.consumer import health
 from services.consumer.health import (
     CONNECTION_S,
     LOOP_S,
@@ -131,8 +133,15 @@ def test_a_record_from_the_future_counts_as_0_seconds_and_the_sum_never_decrease
     assert 'orders_end_to_end_seconds_bucket{le="0.01"} 2.0' in text
 
 
-def test_a_failure_of_monitoring_is_logged_and_stops_nothing() -> None:
-    with capture_logs() as logged, never_fatal("metrics"):
-        int("a secret")
-    assert [line["event"] for line in logged] == ["monitoring_failed"]
+def test_a_failure_of_monitoring_stops_nothing_and_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(health, "_failure_logged_s", {})
+    monkeypatch.setattr(time, "monotonic", clock)
+    with capture_logs() as logged:
+        for clock.now_s in (1.0, 1.1, 60.9, 61.0):
+            for what in ("metrics", "lag"):
+                with never_fatal(what):
+                    int("a secret")
+    assert [line["event"] for line in logged] == ["monitoring_failed"] * 4
+    assert [line["what"] for line in logged] == ["metrics", "lag"] * 2
     assert "a secret" not in str(logged)
