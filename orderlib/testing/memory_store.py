@@ -99,7 +99,7 @@ class MemoryStore:
         found = [(stored, fields) for stored in listed if search and (fields := _matching(stored.order, search))]
         if search and search.order_uid and not found:
             prefix = search.order_uid
-            listed.sort(key=lambda stored: stored.order.order_uid.lower())
+            listed.sort(key=lambda stored: (stored.order.order_uid.lower(), stored.order.order_uid))
             begin = [stored for stored in listed if stored.order.order_uid.lower().startswith(prefix)]
             found = [(stored, (SearchField.ORDER_UID_PREFIX,)) for stored in begin]
         return tuple(Match(order=stored.summary, fields=fields) for stored, fields in found[:limit])
@@ -171,7 +171,7 @@ class MemoryStore:
                 self._stored[uid] = StoredOrder(
                     order=contents[write.content_sha256],
                     first_stored_at=first_stored_at,
-                    stored_at=now,
+                    stored_at=max(now, first_stored_at),
                     content_sha256=write.content_sha256,
                     version=number,
                     position=None,

@@ -576,12 +576,13 @@ class RepositoryContract:
         assert [match.order.order_uid for match in repository.find("x")] == ["X", "c", "b"]
 
     def test_a_beginning_counts_only_if_no_complete_value_matches(self, repository: OrderRepository) -> None:
-        for uid in ("AB", "abc", "aBd", "ab-", "b"):
+        for uid in ("AB", "abc", "aBd", "ab-", "b", "XY", "xy", "Xy"):
             repository.save(an_order(uid, customer_id="abc-shop"))
         assert [match.order.order_uid for match in repository.find("ab")] == ["AB"]
         assert [match.order.order_uid for match in repository.find("A", limit=3)] == ["AB", "ab-", "abc"]
         assert [match.order.order_uid for match in repository.find("abc")] == ["abc"]
-        assert len(repository.find("abc-shop")) == 5
+        assert [match.order.order_uid for match in repository.find("X")] == ["XY", "Xy", "xy"]
+        assert len(repository.find("abc-shop")) == 8
 
     @pytest.mark.parametrize("limit", [0, 101])
     def test_a_search_has_the_limits_of_the_list(self, repository: OrderRepository, limit: int) -> None:

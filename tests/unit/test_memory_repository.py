@@ -117,7 +117,17 @@ def test_the_given_clock_determines_when_an_order_is_stored() -> None:
     assert (found.first_stored_at.second, found.stored_at.second) == (0, 1)
 
 
-def test_orders_of_more_than_five_minutes_ago_are_not_of_lately() -> None:
+def test_a_clock_that_goes_back_never_stores_a_version_before_the_first() -> None:
+    now = dt.datetime(2021, 11, 26, tzinfo=dt.UTC)
+    repository = MemoryOrderRepository(clock=lambda: now)
+    repository.save(an_order("a", 1))
+    first, now = now, now - dt.timedelta(hours=1)
+    repository.save(an_order("a", 2))
+    found = stored(repository, "a")
+    assert (found.first_stored_at, found.stored_at) == (first, first)
+
+
+def test_orders_of_more_than_five_minutes_ago_are_not_stored_recently() -> None:
     now = dt.datetime(2021, 11, 26, tzinfo=dt.UTC)
     repository = MemoryOrderRepository(clock=lambda: now)
     repository.save(an_order("a"))
