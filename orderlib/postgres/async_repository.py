@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable
 from types import TracebackType
 from typing import ClassVar, NoReturn, Self, TypeVar, Unpack
+from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg import waiting
@@ -213,7 +214,8 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
             timeout_s=timeout_s,
             connection_timeout_s=connection_timeout_s,
         )
-        self._shared_reads: SharedReads | None = None
+        #: By event loop. A value must not refer to its loop, which would then never be freed.
+        self._shared_reads: WeakKeyDictionary[asyncio.AbstractEventLoop, SharedReads] = WeakKeyDictionary()
 
     async def close(self) -> None:
         """Close every connection: idle ones at once, one in use at the end of its read."""
@@ -236,9 +238,9 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
         return await self._shared().digests.get(order_uid, Call(self._pool))
 
     def _shared(self) -> SharedReads:
-        shared_reads = self._shared_reads
-        if shared_reads is None or not shared_reads.are_of_this_loop:
-            shared_reads = self._shared_reads = SharedReads(self._read_within)
+        loop = asyncio.get_running_loop()
+        if (shared_reads := self._shared_reads.get(loop)) is None:
+            shared_reads = self._shared_reads[loop] = SharedReads(self._read_within)
         return shared_reads
 
     async def _read(self, read: Callable[[ReadQueries], PQGen[T]], timeout_s: float | None = None, /) -> T:

@@ -50,16 +50,10 @@ class SharedReads:
     """The reads of single orders, and of their digests, in one event loop."""
 
     def __init__(self, read: _Read) -> None:
-        self._loop = asyncio.get_running_loop()
         self.orders = SharedRead(
             read, ReadQueries.get_stored, lambda reads, order_uids: reads.get_many_stored(order_uids, _MAX_ITEMS)
         )
         self.digests = SharedRead(read, ReadQueries.content_sha256, ReadQueries.many_content_sha256)
-
-    @property
-    def are_of_this_loop(self) -> bool:
-        """Whether they belong to the running event loop."""
-        return self._loop is asyncio.get_running_loop()
 
 
 class SharedRead(Generic[T]):
@@ -74,7 +68,6 @@ class SharedRead(Generic[T]):
         self._read = read
         self._one = one
         self._many = many
-        self._loop = asyncio.get_running_loop()
         self._in_flight = 0
         self._waiters: list[_Waiter[T]] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -94,10 +87,11 @@ class SharedRead(Generic[T]):
                 return await self._get_alone(order_uid, call)
             finally:
                 self._end_read()
-        waiter: _Waiter[T] = _Waiter(order_uid, call, self._loop.create_future())
+        loop = asyncio.get_running_loop()
+        waiter: _Waiter[T] = _Waiter(order_uid, call, loop.create_future())
         self._waiters.append(waiter)
         if self._timer is None:
-            self._timer = self._loop.call_later(_MAX_WAIT_S, self._leave_all)
+            self._timer = loop.call_later(_MAX_WAIT_S, self._leave_all)
         found = await waiter.found
         if (value := found.get(order_uid)) is not None:
             return value
@@ -131,7 +125,7 @@ class SharedRead(Generic[T]):
         order_uids = list({waiter.order_uid for waiter in group})
         # The first call has the earliest deadline.
         read = self._read(lambda read_queries: self._many(read_queries, order_uids), group[0].call)
-        task = self._loop.create_task(read)
+        task = asyncio.get_running_loop().create_task(read)
         self._tasks.add(task)
         task.add_done_callback(functools.partial(self._arrive, group))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterable
@@ -212,6 +213,21 @@ def test_an_outage_fails_every_read_of_a_group(stored: Database) -> None:
 
     with TcpProxy(stored.reader_url) as proxy:
         with_reader(proxy.url, ask)
+
+
+def test_each_event_loop_keeps_its_shared_reads_until_it_ends() -> None:
+    reader = AsyncPostgresOrderRepository("postgresql://nobody@127.0.0.1:1/none")
+
+    async def shared() -> int:
+        return id(reader._shared())
+
+    with asyncio.Runner() as first, asyncio.Runner() as second:
+        ids = [runner.run(shared()) for runner in (first, second, first, second)]
+    assert ids[:2] == ids[2:]
+    assert ids[0] != ids[1]
+    del first, second
+    gc.collect()
+    assert not reader._shared_reads
 
 
 def test_a_single_read_leaves_at_once() -> None:
