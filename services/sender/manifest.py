@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -38,19 +40,26 @@ class Manifest:
         os.close(self._file)
 
     def begin(self) -> None:
-        """Empty the file at the first call."""
-        if not self._begun and stat.S_ISREG(os.fstat(self._file).st_mode):
-            os.ftruncate(self._file, 0)
+        """Empty the file at the first call. Raises ConfigurationError if that fails."""
+        with _translate_errors():
+            if not self._begun and stat.S_ISREG(os.fstat(self._file).st_mode):
+                os.ftruncate(self._file, 0)
         self._begun = True
 
     def write(self, lines: bytes) -> None:
         """Append these lines. Raises ConfigurationError if they cannot be written."""
-        try:
-            self.begin()
+        self.begin()
+        with _translate_errors():
             while lines:
                 lines = lines[os.write(self._file, lines) :]
-        except OSError as exc:
-            raise ConfigurationError(f"the manifest cannot be written: {exc.strerror}") from exc
+
+
+@contextmanager
+def _translate_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise ConfigurationError(f"the manifest cannot be written: {exc.strerror}") from exc
 
 
 def _check(path: str, source: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import itertools
 import json
 import os
@@ -481,6 +482,19 @@ def test_an_acknowledgement_without_an_offset_is_in_the_manifest(tmp_path: Path)
     line = json.loads(path.read_text())
     assert (line["topic"], line["partition"], line["offset"], line["order_uid"]) == ("orders", 2, None, "key")
     Manifest(str(path), None).close()
+
+
+def test_a_manifest_that_cannot_be_emptied_is_a_configuration_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_file: int, _length: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    manifest = Manifest(str(tmp_path / "manifest"), None)
+    monkeypatch.setattr(os, "ftruncate", fail)
+    with pytest.raises(ConfigurationError, match="the manifest cannot be written: Input/output error"):
+        manifest.begin()
+    manifest.close()
 
 
 def test_wait_needs_the_reader() -> None:
