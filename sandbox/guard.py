@@ -33,6 +33,7 @@ class Guard:
     """
 
     def __init__(self, kill_signal: signal.Signals, *, grace_s: float = GRACE_S, folder: Path | None = None) -> None:
+        self._folder = folder
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-I", "-S", __file__, str(int(kill_signal)), str(grace_s), str(os.getpid())),
@@ -44,15 +45,28 @@ class Guard:
         )
 
     def watch(self, pid: int) -> None:
-        """Watch this process instead of the last one; 0 if none is running."""
-        self._send(str(pid))
+        """Watch this process instead of the last one; 0 if none is running.
+
+        Raises BrokenPipeError for a process if the guard was killed: no server may run without it.
+        """
+        try:
+            self._send(str(pid))
+        except BrokenPipeError:
+            if pid:
+                raise
 
     def end(self) -> None:
-        """Kill the watched process, remove the folder, and end the guard."""
-        self._send("end")
+        """Kill the watched process, remove the folder, and end the guard.
+
+        If the guard was killed, only remove the folder.
+        """
+        with suppress(BrokenPipeError):
+            self._send("end")
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+        if self._folder is not None:
+            _remove(self._folder)
 
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -71,7 +85,7 @@ def main() -> None:
     if pid:
         _kill(pid, options.signal, options.grace_s)
     if options.folder:
-        _remove(options.folder)
+        _remove(Path(options.folder))
 
 
 def _wait_for_end(parent: int) -> int:
@@ -145,10 +159,10 @@ def _send_signal(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def _remove(folder: str) -> None:
+def _remove(folder: Path) -> None:
     # Repeatedly, because a process that is ending may still write files.
     deadline = time.monotonic() + GRACE_S
-    while Path(folder).exists() and time.monotonic() < deadline:
+    while folder.exists() and time.monotonic() < deadline:
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.02)
 

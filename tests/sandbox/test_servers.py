@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from sandbox import KafkaServer, PostgresServer, Sandbox, SandboxError
+from sandbox.guard import Guard
 from sandbox.postgres import INSTALLATION
 from tests.support.process_table import listens
 
@@ -149,6 +151,19 @@ def test_a_server_that_is_not_running_has_no_pid_and_no_log() -> None:
     with pytest.raises(SandboxError, match="PostgreSQL has not been started"):
         _ = postgres.log_path
     postgres.close()
+
+
+def test_the_end_of_a_guard_that_was_killed_removes_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    guard = Guard(signal.SIGKILL, folder=folder)
+    guard._process.kill()
+    guard._process.wait()
+    guard.watch(0)
+    with pytest.raises(BrokenPipeError):
+        guard.watch(os.getpid())
+    guard.end()
+    assert not folder.exists()
 
 
 def test_no_cluster_id_begins_with_a_dash() -> None:
