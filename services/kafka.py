@@ -133,8 +133,9 @@ class Cluster:
                 result = future.result(min(_POLL_S, timeout_s))
             except TimeoutError:
                 waited_s = time.monotonic() - began_s
-                if finds_cause and self._setting_error is not None and self._is_persistent():
-                    raise self._wrong_setting(self._setting_error) from None
+                setting_error = self._setting_error
+                if finds_cause and setting_error is not None and self._is_persistent():
+                    raise self._wrong_setting(setting_error) from None
                 if waited_s >= timeout_s:
                     raise self._unanswered(timeout_s) from None
                 if waited_s >= find_brokers_at_s:
@@ -167,8 +168,10 @@ class Cluster:
     def unreachable_error(self) -> OrderlibError:
         """Return the error for a request without an answer, with the cause that librdkafka reported."""
         self.admin.poll(0)
-        if self._setting_error is not None and time.monotonic() - self._setting_error_at_s < _REPEATS_WITHIN_S:
-            return self._wrong_setting(self._setting_error)
+        # Read once: the answer of another thread's request removes it.
+        error = self._setting_error
+        if error is not None and time.monotonic() - self._setting_error_at_s < _REPEATS_WITHIN_S:
+            return self._wrong_setting(error)
         return self._no_answer(REQUEST_TIMEOUT_S)
 
     def _no_answer(self, waited_s: float) -> BrokerUnavailable:
@@ -177,7 +180,9 @@ class Cluster:
     @property
     def last_error(self) -> str:
         """The last error of a connection since the last answer, after a colon; empty if there was none."""
-        return f": {self._last_error.str()}" if self._last_error else ""
+        # Read once: the answer of another thread's request removes it.
+        error = self._last_error
+        return f": {error.str()}" if error else ""
 
     def describe(self, topic: str) -> TopicInfo:
         """Describe a topic. Raises ConfigurationError, naming the command, if it does not exist."""
