@@ -1,4 +1,8 @@
-"""Which errors of PostgreSQL to retry, and how long to wait before a retry. No other module decides this."""
+"""What to do about each SQLSTATE, and how long to wait before a retry.
+
+Two decisions need more than the SQLSTATE: ``postgres.pool`` repeats a read once after some errors, and
+``postgres.errors`` tells by the text which errors of a Citus worker are conflicts or outages.
+"""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translate, t
 from orderlib.postgres.hosts import connect_to_any
 from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.schema import check_schema
-from orderlib.postgres.wire import DeadlineExceeded, Wire, run_until
+from orderlib.postgres.wire import PREPARED_IS_STALE, DeadlineExceeded, Wire, run_until
 
 T = TypeVar("T")
 
@@ -48,8 +48,8 @@ _MAX_TIMEOUT_S = 1_000_000.0
 _SET_UP_WITHIN_S = 5.0
 
 #: A read that fails with one of these is repeated once: a conflict with recovery on a standby or a deadlock (class
-#: 40), a cancelled statement, a prepared statement that was deallocated (26000) or whose result type changed (0A000).
-_REPEATABLE = {"57014", "26000", "0A000"}
+#: 40), a cancelled statement (57014), or a stale prepared statement.
+_REPEATABLE = {"57014", *PREPARED_IS_STALE}
 _REPEATABLE_CLASS = "40"
 
 

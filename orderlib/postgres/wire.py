@@ -25,7 +25,7 @@ from orderlib.postgres.rows import Row
 
 T = TypeVar("T")
 
-#: A prepared statement was deallocated, or its tables have changed. It must be prepared again.
+#: A prepared statement was deallocated (26000), or its result type changed (0A000). It must be prepared again.
 PREPARED_IS_STALE = {"26000", "0A000"}
 
 #: libpq copies data before it sends them, so large values are passed to it in parts.
