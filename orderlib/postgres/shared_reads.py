@@ -50,14 +50,18 @@ class SharedReads:
     """The reads of single orders, and of their digests, in one event loop."""
 
     def __init__(self, read: _Read) -> None:
-        self.orders = SharedRead(
+        self.orders = _CoalescedRead(
             read, ReadQueries.get_stored, lambda reads, order_uids: reads.get_many_stored(order_uids, _MAX_ITEMS)
         )
-        self.digests = SharedRead(read, ReadQueries.content_sha256, ReadQueries.many_content_sha256)
+        self.digests = _CoalescedRead(read, ReadQueries.content_sha256, ReadQueries.many_content_sha256)
 
 
-class SharedRead(Generic[T]):
-    """One kind of read. ``one`` and ``many`` read one order and several; ``many`` is as in ``_Waiter.found``."""
+class _CoalescedRead(Generic[T]):
+    """One kind of read. ``one`` reads one order, or raises OrderNotFound.
+
+    ``many`` returns what it has read of several orders, by order_uid, without those that do not exist. ``None`` means
+    that this order must be read with ``one``.
+    """
 
     def __init__(
         self,
