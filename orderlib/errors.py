@@ -14,7 +14,7 @@
     │   └── RefusedByDatabase       valid for orderlib, but refused by PostgreSQL
     ├── OrderNotFound               no order has this order_uid
     ├── RejectNotFound              no reject has this position
-    ├── InvalidQuery                an invalid cursor or limit: change the argument
+    ├── InvalidQuery                an argument of a query is invalid: change it
     ├── FenceLost                   the stored offsets are others than expected: continue from them
     ├── BreakerTripped              nearly every record was rejected: probably the wrong topic or release
     └── ConfigurationError          a missing table, privilege or setting: stop
@@ -200,4 +200,4 @@ class BreakerTripped(OrderlibError):
 
 
 class InvalidQuery(OrderlibError, ValueError):
-    """A cursor or a limit is invalid: change the argument. It says nothing about an order."""
+    """An argument of a query is invalid: change it. It says nothing about an order."""

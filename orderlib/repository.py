@@ -37,7 +37,7 @@ COUNT_LIMIT = 10_000
 #: How many orders ``stream`` reads at once.
 STREAM_SIZE = 500
 
-#: ``wait_until_handled`` asks again after this time at first, and less and less often up to the second.
+#: ``wait_until_handled`` queries again after this pause, which then doubles up to the longest one.
 FIRST_POLL_S = 0.005
 LONGEST_POLL_S = 0.1
 #: How long its last query may take, after the timeout.
@@ -240,7 +240,7 @@ class RecordState(enum.StrEnum):
 
     #: The consumer has not handled it yet.
     WAITING = "waiting"
-    #: It was stored, or it changed nothing: a duplicate, or an older version.
+    #: It was stored, it erased its order, or it changed nothing: a duplicate, an older version, or a forgotten order.
     HANDLED = "handled"
     #: It was rejected, and is stored as a reject.
     REJECTED = "rejected"
@@ -371,7 +371,7 @@ class ListQuery:
 
 
 class Polling:
-    """When ``wait_until_handled`` queries the state of a record: less and less often, until its timeout."""
+    """When ``wait_until_handled`` queries the state of a record: after pauses that double, until its timeout."""
 
     def __init__(self, timeout_s: float) -> None:
         self._deadline_s = time.monotonic() + timeout_s
@@ -481,9 +481,9 @@ class OrderRepository(Protocol):
     def wait_until_handled(self, topic: str, partition: int, offset: int, *, timeout_s: float) -> PositionState:
         """Wait until a Kafka record is handled or rejected, and return its state.
 
-        An order that was sent there can be read afterwards, unless a later record has replaced it. After ``timeout_s``
-        seconds return the last state: WAITING, or UNKNOWN before a consumer has begun to read the partition. An outage
-        that lasts until then raises DatabaseUnavailable, at most half a second later.
+        An order that was sent there can be read afterwards, unless it was forgotten, or a later record has replaced or
+        erased it. After ``timeout_s`` seconds return the last state: WAITING, or UNKNOWN before a consumer has begun to
+        read the partition. An outage that lasts until then raises DatabaseUnavailable, at most half a second later.
         """
         ...
 

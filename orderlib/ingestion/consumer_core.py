@@ -266,7 +266,10 @@ class ConsumerCore:
 
     @property
     def starved(self) -> bool:
-        """Return whether no store task is in progress or due until the next record or the next tick."""
+        """Return whether the runner may wait for the next record.
+
+        No store task is in progress, or due before that record or the next tick.
+        """
         return (
             self._task is None
             and not self._unresolved

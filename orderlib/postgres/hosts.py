@@ -30,9 +30,10 @@ _EVENTS = {Wait.R: select.POLLIN, Wait.W: select.POLLOUT, Wait.RW: select.POLLIN
 def connect_to_any(arguments: Mapping[str, str | int]) -> PGconn:
     """Return a connection to the first host that accepts one, in the order of the URL.
 
-    ``target_session_attrs`` and ``load_balance_hosts`` have the meaning that they have in libpq. ``connect_timeout``
-    limits the whole call. Raise DatabaseUnavailable or ConfigurationError if every host refused, or none accepted in
-    time. The error has neither cause nor context: libpq's text may quote a part of a password.
+    ``target_session_attrs`` and ``load_balance_hosts`` have the meaning that they have in libpq. The whole
+    call is limited to ``connect_timeout``, and 0.3 s more for each further host. Raise DatabaseUnavailable or
+    ConfigurationError if every host refused, or none accepted in time. The error has neither cause nor context: libpq's
+    text may quote a part of a password.
     """
     error: OrderlibError
     try:

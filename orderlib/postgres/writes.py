@@ -137,7 +137,7 @@ def _store(
         (queries.SAVEPOINT, ()),
         (queries.SEQSCAN, ()),
         (queries.DISABLE_SEQSCAN, ()),
-        # A statement before the next one, whose snapshot then has every forget that is not after this transaction.
+        # Take the lock in its own statement, so that the snapshot of the next one includes every committed forget.
         (queries.HOLD_OFF_FORGET, ()),
         (queries.FORGOTTEN_ORDERS, [uids]),
         (queries.STORED_STATES, [uids]),

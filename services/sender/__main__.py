@@ -55,7 +55,7 @@ _PROGRESS_EVERY_S = 0.2
 
 #: ``--wait`` gives up after this time in which no record was handled.
 NO_PROGRESS_S = 60.0
-#: It asks again after this time at first, and less and less often up to the second while nothing changes.
+#: It queries again after this pause, which doubles up to the longest one while nothing changes.
 _FIRST_POLL_S = 0.02
 _LONGEST_POLL_S = 0.5
 
