@@ -264,11 +264,13 @@ class Pool:
             self._fail_waiters(_closed_error())
         while self._waiters and self._idle:
             waiter = self._waiters.popleft()
-            waiter.session = self._idle.pop()
+            waiter.session = session = self._idle.pop()
             try:
                 waiter.wake()
             except RuntimeError:
-                self._idle.append(waiter.session)
+                # Not its session any more: otherwise ``cancel`` would give it back a second time.
+                waiter.session = None
+                self._idle.append(session)
 
     def _fail_waiters(self, failure: Exception, waiters: Container[Waiter] | None = None) -> None:
         """Let these calls, or all calls, raise this error if they still wait. The caller holds the lock."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -703,4 +704,24 @@ def test_one_reader_serves_several_event_loops(stored: Database) -> None:
     reader = AsyncPostgresOrderRepository(stored.reader_url, max_connections=1)
     for _ in range(3):
         assert asyncio.run(reader.get(UID)) == SAMPLE
+    asyncio.run(reader.close())
+
+
+def test_a_call_of_a_closed_event_loop_leaves_its_connection_to_one_other_call(stored: Database) -> None:
+    reader = AsyncPostgresOrderRepository(stored.reader_url, max_connections=1)
+    asyncio.run(reader.count())
+    session = reader._pool.take()
+    assert session is not None
+    loop = asyncio.new_event_loop()
+    waiting_call = loop.create_task(reader.count())
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    reader._pool.give_back(session)
+    # asyncio would log that the task never ended.
+    waiting_call._log_destroy_pending = False  # type: ignore[attr-defined]
+    del waiting_call
+    gc.collect()
+    assert reader._pool.take() is session
+    assert reader._pool.take() is None
+    reader._pool.give_back(session)
     asyncio.run(reader.close())
