@@ -272,17 +272,22 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
 
     async def _pages(self, query: ListQuery) -> AsyncGenerator[Page, None]:
         call = Call(self._pool)
-        session = await self._session(call)
-        try:
+        while True:
+            session = await self._session(call)
             reader = PageReader(session.read_queries, query)
-            while (page := await _run(session, reader.next_page(), call)) is not None:
-                yield page
-                call = Call(self._pool)
-        except READ_ERRORS as exc:
-            raise call.read_error(session, exc) from exc
-        finally:
-            # An iteration that did not reach its end leaves a transaction open, and the pool closes the session.
-            self._pool.give_back(session)
+            try:
+                while (page := await _run(session, reader.next_page(), call)) is not None:
+                    yield page
+                    call = Call(self._pool)
+            except READ_ERRORS as exc:
+                # Another session has another snapshot, so not after the first page.
+                if not call.may_repeat_read(session, exc) or reader.begun:
+                    raise call.read_error(session, exc) from exc
+            else:
+                return
+            finally:
+                # An iteration that did not reach its end leaves a transaction open, and the pool closes the session.
+                self._pool.give_back(session)
 
     async def _session(self, call: Call) -> Session:
         """Return a session for a call, or raise the reason why there is none."""

@@ -318,15 +318,17 @@ class PageReader:
         self._read_queries = read_queries
         self._query = query
         self._limit = STREAM_SIZE
-        self._begun = self._ended = False
+        #: Whether a page was returned.
+        self.begun = False
+        self._ended = False
 
     def next_page(self) -> PQGen[Page | None]:
         """Return the next page. After the last one, end the snapshot and return ``None``."""
         if self._ended:
             yield from self._read_queries.end()
             return None
-        page = yield from self._read_queries.page(self._query, self._limit, begin=not self._begun)
-        self._begun, self._ended = True, page.next_cursor is None
+        page = yield from self._read_queries.page(self._query, self._limit, begin=not self.begun)
+        self.begun, self._ended = True, page.next_cursor is None
         self._query = attrs.evolve(self._query, cursor=page.next_cursor)
         items = sum(len(stored.order.items) for stored in page.orders)
         # A page with too many items is read twice, so leave a margin.

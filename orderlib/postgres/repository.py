@@ -201,18 +201,23 @@ class PostgresOrderRepository(OrderRepositoryBase):
 
     def _pages(self, query: ListQuery) -> Generator[Page, None, None]:
         call = Call(self._pool)
-        session = self._session(call)
-        try:
+        while True:
+            session = self._session(call)
             reader = PageReader(session.read_queries, query)
-            while (page := session.wait(reader.next_page())) is not None:
-                yield page
-                call = Call(self._pool)
-                session.deadline = call.deadline
-        except READ_ERRORS as exc:
-            raise call.read_error(session, exc) from exc
-        finally:
-            # An iteration that did not reach its end leaves a transaction open, and the pool closes the session.
-            self._pool.give_back(session)
+            try:
+                while (page := session.wait(reader.next_page())) is not None:
+                    yield page
+                    call = Call(self._pool)
+                    session.deadline = call.deadline
+            except READ_ERRORS as exc:
+                # Another session has another snapshot, so not after the first page.
+                if not call.may_repeat_read(session, exc) or reader.begun:
+                    raise call.read_error(session, exc) from exc
+            else:
+                return
+            finally:
+                # An iteration that did not reach its end leaves a transaction open, and the pool closes the session.
+                self._pool.give_back(session)
 
     def _read(self, read: Callable[[ReadQueries], PQGen[T]], timeout_s: float | None = None, /) -> T:
         call = Call(self._pool, timeout_s)

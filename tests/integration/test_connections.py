@@ -223,7 +223,7 @@ def test_a_repository_recovers_within_a_second_after_an_outage_of_any_length(sto
         assert repository.save(SAMPLE) is Outcome.DUPLICATE
 
 
-@pytest.mark.parametrize("call", ["get", "get_many", "save"])
+@pytest.mark.parametrize("call", ["get", "get_many", "stream", "save"])
 def test_a_connection_lost_while_idle_fails_no_call(stored: Database, call: str) -> None:
     with TcpProxy(stored.writer_url) as wire, orderlib.connect(wire.url, max_connections=3) as repository:
         with ThreadPoolExecutor(3) as threads:
@@ -235,8 +235,22 @@ def test_a_connection_lost_while_idle_fails_no_call(stored: Database, call: str)
         elif call == "get_many":
             # The second attempt needs the order_uids again.
             assert repository.get_many(iter([UID])) == {UID: SAMPLE}
+        elif call == "stream":
+            assert [found.order for found in repository.stream()] == [SAMPLE]
         else:
             assert repository.save(SAMPLE) is Outcome.DUPLICATE
+
+
+def test_a_connection_lost_while_idle_fails_no_stream_of_a_task(stored: Database) -> None:
+    async def ask(wire: TcpProxy) -> None:
+        async with AsyncPostgresOrderRepository(wire.url) as reader:
+            await reader.count()
+            wire.cut()
+            wire.mend()
+            assert [found.order async for found in reader.stream()] == [SAMPLE]
+
+    with TcpProxy(stored.reader_url) as wire:
+        asyncio.run(ask(wire))
 
 
 def test_a_connection_attempt_from_before_a_call_does_not_fail_it(
