@@ -273,8 +273,8 @@ class StoreWorker:
 class ConsumerRunner:
     """Runs until a stop request, the end of the topic (with ``--exit-at-end``), or an error that a person must correct.
 
-    It logs the reason. The exit status has the same reason: 0 for a stop request or the end, 2 for an ACL that is
-    missing at the start, else 1.
+    It logs the reason. The exit status has the same reason: 0 for a stop request or the end, 2 for a configuration
+    error of a fetch before the first record, for example a missing ACL, else 1.
     """
 
     _core: ConsumerCore
@@ -298,7 +298,7 @@ class ConsumerRunner:
     _kafka_offsets: dict[TopicPartition, int] = attrs.field(factory=dict, init=False)
     _commit_to_kafka_at_s: float = attrs.field(default=0.0, init=False)
     _fetched: bool = attrs.field(default=False, init=False)
-    _lacks_right: bool = attrs.field(default=False, init=False)
+    _set_up_wrong: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._lag_monitor = LagMonitor(self._kafka, self._metrics.lag, self._clock, self._log)
@@ -348,7 +348,7 @@ class ConsumerRunner:
             self._log("end_reached")
         if self._stop_requested or error is None:
             return EXIT_DONE
-        return EXIT_SETUP if self._lacks_right else EXIT_FAILED
+        return EXIT_SETUP if self._set_up_wrong else EXIT_FAILED
 
     def _give_up(self, exc: Exception) -> int:
         """Log where the error happened. Its message is left out, because it may contain data of a record."""
@@ -470,8 +470,9 @@ class ConsumerRunner:
         """Continue if the error is transient, because the client retries by itself; else stop."""
         error = failed.error
         if not isinstance(error, TransientError):
-            # A missing ACL causes an error at the first request that needs it.
-            self._lacks_right = isinstance(error, ConfigurationError) and not self._fetched
+            if self._core.error is None:
+                # A missing ACL causes an error at the first request that needs it.
+                self._set_up_wrong = isinstance(error, ConfigurationError) and not self._fetched
             self._core.on_fatal(error)
             return
         self._metrics.retries.labels(type(error).__name__).inc()

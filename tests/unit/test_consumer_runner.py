@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from orderlib.errors import DatabaseUnavailable
+from orderlib.errors import ConfigurationError, DatabaseUnavailable, OrderlibError
 from orderlib.ingestion.consumer_core import (
     MAX_RECORDS,
     AwaitedServer,
@@ -23,9 +23,10 @@ from orderlib.ingestion.consumer_core import (
 from orderlib.ingestion.records import PreparedOrder, Record, Reject, TopicPartition
 from orderlib.repository import Outcome, RecordPosition
 from services.consumer.health import ConsumerMetrics, Health
-from services.consumer.kafka_client import KafkaClient, PollResult
+from services.consumer.kafka_client import FetchFailed, KafkaClient, PollResult
 from services.consumer.runner import ConsumerRunner, Result
 from services.kafka import TopicInfo
+from services.program import EXIT_FAILED, EXIT_SETUP
 
 PARTITION = TopicPartition("orders", 0)
 TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -57,6 +58,8 @@ class World(KafkaClient):
         self._task: StoreTask | None = None
         self._done_at_s = 0.0
         self.down_until_s = 0.0
+        #: What the first fetch returns instead of records.
+        self.failures: list[PollResult] = []
         #: Seconds from the arrival of each record until it was committed.
         self.waited_s: list[float] = []
         self.batches: list[int] = []
@@ -68,14 +71,15 @@ class World(KafkaClient):
         self.core = ConsumerCore(rejected, Random(1))
         self.core.on_partitions_assigned([PARTITION])
 
-    def run(self) -> None:
-        """Run until all records are committed, and stop."""
+    def run(self) -> int:
+        """Run until all records are committed, and stop. Return the exit status."""
         runner = ConsumerRunner(
             self.core, self, self, Health(self.clock), METRICS, self.clock, self.stop_event, self.log
         )
-        while runner.run_once() is None:
+        while (status := runner.run_once()) is None:
             if len(self.waited_s) == len(self._arrivals_s):
                 self.stop_event.set()
+        return status
 
     def clock(self) -> float:
         return self.now_s
@@ -91,7 +95,7 @@ class World(KafkaClient):
         elif timeout_s:
             self.now_s += timeout_s
         self.now_s += FETCH_S
-        found: list[PollResult] = []
+        found, self.failures = self.failures, []
         while (
             PARTITION in self.core.assigned
             and len(found) < min(limit, READY_RECORDS)
@@ -224,3 +228,12 @@ def test_idle_time_is_not_summed_up_and_does_not_count_in_the_rate() -> None:
     [(_, of_all)] = summaries(world, "summary_of_all")
     assert (of_all["records"], of_all["seconds"]) == (400, 4.0)
     assert abs(of_all["records_per_second"] - 100) <= 2
+
+
+def test_the_exit_status_has_the_reason_that_is_logged() -> None:
+    acl, lost = ConfigurationError("no ACL"), OrderlibError("record lost")
+    for first, second, expected in ((acl, lost, EXIT_SETUP), (lost, acl, EXIT_FAILED)):
+        world = World([1.0])
+        world.failures = [FetchFailed(None, first), FetchFailed(None, second)]
+        assert world.run() == expected
+        assert [fields["reason"] for _, name, fields in world.logged if name == "stopped"] == [str(first)]
