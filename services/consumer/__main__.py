@@ -65,9 +65,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         event("started", metrics=str(server.address), topic=settings.kafka.topic, group=settings.group)
         kafka = KafkaConsumer(settings)
         try:
-            topics = _wait_for(kafka.describe, "Kafka", stop_event, health)
-            partitions = [TopicPartition(topic, number) for topic, info in topics.items() for number in info.partitions]
-            ends = _wait_for(lambda: kafka.ends(partitions), "Kafka", stop_event, health)
+            ends = _wait_for(lambda: _ends(kafka), "Kafka", stop_event, health)
             _wait_for(store.check, "PostgreSQL", stop_event, health)
         except _StopRequested:
             return EXIT_DONE
@@ -92,6 +90,12 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
             worker.close(timeout_s=1)
             left_group = kafka.close(STOP_CLOSE_S)
             event("exited", left_group=left_group)
+
+
+def _ends(kafka: KafkaConsumer) -> Mapping[TopicPartition, int]:
+    """Return the log end of each partition of the topics."""
+    topics = kafka.describe()
+    return kafka.ends(TopicPartition(topic, number) for topic, info in topics.items() for number in info.partitions)
 
 
 def _wait_for(request: Callable[[], T], server: str, stop_event: threading.Event, health: Health) -> T:
