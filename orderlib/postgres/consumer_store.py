@@ -149,7 +149,7 @@ class ConsumerStore:
                     raise self._end_blockers(connection, self._keys(batch.topic_ids, batch.ranges)) from exc
                 if self._has_committed and PREPARED_IS_STALE.intersection(sqlstates(exc)):
                     # A session that has not committed a batch has no older statements, so a retry would not help it.
-                    connection.close()
+                    self.close()
                     raise TransactionConflict(
                         "PostgreSQL: a table has changed since its statements were prepared"
                     ) from exc
@@ -185,24 +185,39 @@ class ConsumerStore:
     @contextlib.contextmanager
     def _use_connection(self) -> Iterator[Connection]:
         """Use a connection, a new one if the last was lost. Translate the errors of the block."""
-        if self._connection is None or is_lost(self._connection):
+        self._require_not_aborted()
+        connection = self._connection
+        if connection is None or is_lost(connection):
             self.close()
-            connection = open_connection(self._url, application_name=self.APPLICATION_NAME)
-            with self._abort_lock:
-                self._connection = connection
-            self._wire = Wire(connection.pgconn)
-            self._has_committed = False
-            check_schema(connection)
-        if self._aborted:
-            raise DatabaseUnavailable("PostgreSQL: interrupted")
+            connection = self._connect()
         try:
-            with translate_errors(self._connection):
-                yield self._connection
+            with translate_errors(connection):
+                yield connection
         except BaseException as exc:
             # Do not depend on the state of the transaction, and leave a standby: the next call connects again.
-            if self._connection.pgconn.transaction_status != TransactionStatus.IDLE or READ_ONLY in sqlstates(exc):
-                self._connection.close()
+            if connection.pgconn.transaction_status != TransactionStatus.IDLE or READ_ONLY in sqlstates(exc):
+                self.close()
             raise
+
+    def _connect(self) -> Connection:
+        """Connect, and check the schema."""
+        connection = open_connection(self._url, application_name=self.APPLICATION_NAME)
+        with self._abort_lock:
+            self._connection = connection
+        self._wire = Wire(connection.pgconn)
+        self._has_committed = False
+        try:
+            self._require_not_aborted()
+            check_schema(connection)
+        except BaseException:
+            # Otherwise the next call would use it without the check.
+            self.close()
+            raise
+        return connection
+
+    def _require_not_aborted(self) -> None:
+        if self._aborted:
+            raise DatabaseUnavailable("PostgreSQL: interrupted")
 
     def _require_own_group(self, connection: Connection) -> None:
         found = connection.execute(queries.GROUP).fetchone()

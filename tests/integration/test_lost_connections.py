@@ -14,8 +14,9 @@ import attrs
 import psycopg
 import pytest
 
-from orderlib.errors import DatabaseUnavailable, FenceLost, OrderlibError, TransactionConflict
+from orderlib.errors import ConfigurationError, DatabaseUnavailable, FenceLost, OrderlibError, TransactionConflict
 from orderlib.ingestion.records import Batch, OffsetRange, Record, TopicPartition, classify_record
+from orderlib.postgres import schema
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rows import pack_rows
@@ -219,3 +220,13 @@ def test_a_table_that_changed_after_its_statements_were_prepared_costs_a_batch_o
         with pytest.raises(TransactionConflict, match="a table has changed"):
             store.write(batch(1, (None, SAMPLE)), ignore)
         assert store.write(batch(1, (None, SAMPLE)), ignore).outcomes[Outcome.DUPLICATE] == 1
+
+
+def test_a_connection_whose_schema_was_not_accepted_is_not_used_by_the_next_call(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "LATEST_MIGRATION", schema.LATEST_MIGRATION + 1)
+    with contextlib.closing(ConsumerStore(database.writer_url, "tests", lambda: 0.0)) as store:
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match="orderlib migrate"):
+                store.next_offsets(TOPIC_IDS, [PARTITION])
