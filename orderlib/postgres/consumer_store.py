@@ -171,7 +171,11 @@ class ConsumerStore:
         with self._abort_lock:
             self._aborted = True
             if self._connection is not None and not self._connection.closed:
-                with contextlib.suppress(OSError), socket.socket(fileno=self._connection.fileno()) as shut:
+                # psycopg's error: libpq itself closed the socket meanwhile.
+                with (
+                    contextlib.suppress(OSError, psycopg.Error),
+                    socket.socket(fileno=self._connection.fileno()) as shut,
+                ):
                     try:
                         shut.shutdown(socket.SHUT_RDWR)
                     finally:
@@ -180,7 +184,9 @@ class ConsumerStore:
     def close(self) -> None:
         """Close the connection."""
         if self._connection is not None:
-            self._connection.close()
+            # Not while ``abort`` uses the socket: its number may soon be that of another one.
+            with self._abort_lock:
+                self._connection.close()
 
     @contextlib.contextmanager
     def _use_connection(self) -> Iterator[Connection]:
