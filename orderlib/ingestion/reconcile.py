@@ -232,8 +232,8 @@ class Reconciliation:
         self._versions: dict[str, dict[int, _Version]] = {}
         #: By order_uid, where it was erased.
         self._erased: dict[str, RecordPosition] = {}
-        #: Valid records and tombstones with a reject that no redrive has stored, by order_uid.
-        self._unsettled: dict[str, dict[tuple[int, int], _Version]] = {}
+        #: Valid records and tombstones with a reject that was not redriven, by order_uid.
+        self._not_redriven: dict[str, dict[tuple[int, int], _Version]] = {}
         #: Those of the originals that no record has had as its value.
         self._originals = set(originals)
         self._findings: list[Finding] = []
@@ -373,14 +373,14 @@ class Reconciliation:
             self._find(f"stored as {reject.code}, but {expected.code} by the rules of this release", position)
         elif (reject.faults_total, reject.fault_paths) != (expected.total_faults, [f.path for f in expected.faults]):
             self._find("the faults of the reject differ from those that this release finds", position)
-        is_settled = outcome not in {None, Outcome.REJECTED}
+        is_redriven = outcome not in {None, Outcome.REJECTED}
         if outcome not in {None, *Outcome}:
             self._find("the reject has an unknown redrive_outcome", position)
         if outcome == Outcome.FORGOTTEN and not self._is_forgotten(record, classified):
             self._find("redriven as forgotten, but its order is not forgotten", position)
         change = classified if tombstone is None else tombstone
         if isinstance(change, Reject):
-            if is_settled:
+            if is_redriven:
                 self._find(f"redriven as {outcome}, but invalid ({change.code}) by the rules of this release", position)
             return
         if self._is_forgotten(record, classified):
@@ -393,8 +393,8 @@ class Reconciliation:
             self._check_redrive(change, position, version)
             self._add_version(change.order_uid, version, position.partition)
             return
-        self._unsettled.setdefault(change.order_uid, {})[position.partition, position.offset] = version
-        if is_settled or tombstone:
+        self._not_redriven.setdefault(change.order_uid, {})[position.partition, position.offset] = version
+        if is_redriven or tombstone:
             return
         if reject.code == RefusedByDatabase.code:
             self._cannot_prove("rejects that PostgreSQL refused: only a redrive can try them again", position)
@@ -442,10 +442,10 @@ class Reconciliation:
         uid = erased.order_uid
         position = RecordPosition(topic_id=erased.topic_id, partition=erased.partition, offset=erased.offset)
         self._erased[uid] = position
-        versions, unsettled = self._versions.get(uid, {}), self._unsettled.get(uid, {})
+        versions, not_redriven = self._versions.get(uid, {}), self._not_redriven.get(uid, {})
         expected = versions.get(position.partition)
         # A tombstone may also be a reject, from a time when tombstones were rejects.
-        reject = unsettled.get((position.partition, position.offset))
+        reject = not_redriven.get((position.partition, position.offset))
         if reject is not None and (expected is None or expected.offset < reject.offset):
             expected = reject
         if _sha256(uid.encode()) in self._forgotten:
@@ -470,7 +470,7 @@ class Reconciliation:
         """Add a stored order, after all records."""
         self.counts["orders"] += 1
         uid = stored.order_uid
-        versions, unsettled = self._versions.pop(uid, {}), self._unsettled.pop(uid, {})
+        versions, not_redriven = self._versions.pop(uid, {}), self._not_redriven.pop(uid, {})
         source = stored.topic_id, stored.partition, stored.offset, stored.source_time
         position = _position(stored)
         if self._forgotten and _sha256(uid.encode()) in self._forgotten:
@@ -500,7 +500,7 @@ class Reconciliation:
         elif problem := self._why_impossible(position):
             self._find(problem, position, uid)
         else:
-            self._check_source(stored, position, versions, unsettled)
+            self._check_source(stored, position, versions, not_redriven)
         self._check_redriven_at(stored, versions)
 
     def _check_original(self, stored: SnapshotOrder, position: RecordPosition | None) -> None:
@@ -536,12 +536,12 @@ class Reconciliation:
         stored: SnapshotOrder,
         position: RecordPosition,
         versions: Mapping[int, _Version],
-        unsettled: Mapping[tuple[int, int], _Version],
+        not_redriven: Mapping[tuple[int, int], _Version],
     ) -> None:
         uid, partition = stored.order_uid, position.partition
         expected = versions.get(partition)
         # After a rewind, the record of a reject may be stored, if the rules were relaxed.
-        reject = unsettled.get((partition, position.offset)) if position.topic_id == self._topic.topic_id else None
+        reject = not_redriven.get((partition, position.offset)) if position.topic_id == self._topic.topic_id else None
         if reject is not None and (expected is None or expected.offset < reject.offset):
             expected = reject
             if _was_stored_by(stored, reject):
@@ -576,7 +576,7 @@ class Reconciliation:
             self._find("differs from the record at its source", position, uid)
         elif not _is_same_time(stored.source_time, expected.time):
             self._find("its source_time is not the time of its record", position, uid)
-        for (other, offset), version in unsettled.items():
+        for (other, offset), version in not_redriven.items():
             if (
                 version.redriven == Outcome.SUPERSEDED
                 and versions.keys() <= {partition}
@@ -621,8 +621,8 @@ class Reconciliation:
                 else "is not stored: it was lost"
             )
             yield Finding(what=what, order_uid=order_uid, partition=partition, offset=version.offset)
-        for order_uid, unsettled in self._unsettled.items():
-            for (partition, offset), version in unsettled.items():
+        for order_uid, not_redriven in self._not_redriven.items():
+            for (partition, offset), version in not_redriven.items():
                 is_known = order_uid in self._versions or order_uid in self._erased
                 if version.redriven == Outcome.SUPERSEDED and not is_known:
                     what = "redriven as superseded, but not stored: it was lost"

@@ -158,14 +158,14 @@ ORDER BY o.updated_at DESC LIMIT 1
 #: The stored offset of each partition of a topic id.
 NEXT_OFFSETS_OF_TOPIC: LiteralString = "SELECT partition, next_offset FROM consumer_offsets WHERE topic_id = $1"
 
-#: Whether a reject still stands: it was not redriven, or was rejected again.
-_UNSETTLED: LiteralString = "(redrive_outcome IS NULL OR redrive_outcome = 'rejected')"
+#: Whether a reject was not redriven, or was rejected again.
+_NOT_REDRIVEN: LiteralString = "(redrive_outcome IS NULL OR redrive_outcome = 'rejected')"
 
-#: The rejects of a range of offsets, without those that a redrive has settled.
+#: The rejects of a range of offsets, without the redriven ones.
 REJECTED_RECORDS: LiteralString = f"""
 SELECT record_offset, code, faults -> 'first' -> 0 ->> 'path' FROM rejects
 WHERE topic_id = $1 AND partition = $2::integer AND record_offset BETWEEN $3::bigint AND $4::bigint
-    AND {_UNSETTLED}
+    AND {_NOT_REDRIVEN}
 ORDER BY record_offset LIMIT $5::bigint
 """
 
@@ -733,11 +733,11 @@ FROM rejects WHERE topic = %(topic)s AND partition = %(partition)s AND record_of
 ORDER BY rejected_at DESC
 """
 
-#: The next rejects that a redrive has not settled yet, after a position; locked until the transaction ends.
+#: The next rejects that were not redriven, after a position; locked until the transaction ends.
 REJECTS_TO_REDRIVE: LiteralString = f"""
 SELECT topic_id, partition, record_offset, topic, record_time, coalesce(octet_length(value), 0)
 FROM rejects
-WHERE {_UNSETTLED}
+WHERE {_NOT_REDRIVEN}
   AND (%(code)s::text IS NULL OR code = %(code)s)
   AND (%(topic)s::text IS NULL OR (topic = %(topic)s AND partition = %(partition)s AND record_offset = %(offset)s))
   AND (topic_id, partition, record_offset) > (%(after_topic_id)s, %(after_partition)s, %(after_offset)s)

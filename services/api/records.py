@@ -36,7 +36,7 @@ _POLL_GAP_S = 0.002
 #: The names that Kafka accepts for a topic; also not ``.`` and ``..``, which no client can send in a path.
 TOPIC_PATTERN = "^[A-Za-z0-9._-]{1,249}$"
 
-_SETTLED = {RecordState.HANDLED, RecordState.REJECTED}
+_HANDLED = {RecordState.HANDLED, RecordState.REJECTED}
 
 
 class RecordResource:
@@ -70,7 +70,10 @@ class RecordResource:
     on_head = on_get
 
     async def _state_after(self, position: tuple[str, int, int], wait_s: float) -> PositionState:
-        """Return the state once it is settled, or after this time. A read that fails meanwhile is repeated."""
+        """Return the state once the record is handled or rejected, or after this time.
+
+        A read that fails meanwhile is repeated.
+        """
         end = time.monotonic() + wait_s
         limit_s = max(ANSWER_TIMEOUT_S, wait_s + _LAST_READ_S)
         self._waiting += 1
@@ -90,7 +93,7 @@ class RecordResource:
                 if remaining_s <= 0:
                     raise
             else:
-                if remaining_s <= 0 or state.state in _SETTLED:
+                if remaining_s <= 0 or state.state in _HANDLED:
                     return state
             await asyncio.sleep(min(max(poll_s, self._waiting * _POLL_GAP_S), max(0.0, remaining_s)))
             poll_s = min(2 * poll_s, LONGEST_POLL_S)

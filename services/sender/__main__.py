@@ -91,7 +91,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         if manifest is not None:
             # If nothing was sent, an older manifest must not remain.
             manifest.begin()
-        sending.settle()
+        sending.wait_for_acknowledgements()
         if sent_records is not None:
             sending.wait_until_handled(sent_records, topic_id)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -149,7 +149,7 @@ class _Sending:
             if self._stop_event.is_set():
                 return
 
-    def settle(self) -> None:
+    def wait_for_acknowledgements(self) -> None:
         """Wait until every sent record is acknowledged or failed. After a signal, give up after ``STOP_TIMEOUT_S``."""
         deadline_s = None
         while self._publisher.unacknowledged:

@@ -25,8 +25,8 @@ class SentRecords:
         self._topic_id = ""
         #: Sorted from ``begin`` on. Eight bytes a record.
         self._offsets: dict[int, array[int]] = {}
-        #: How many of these are settled: handled or rejected.
-        self._settled: dict[int, int] = {}
+        #: How many of these are handled, which includes rejected.
+        self._handled: dict[int, int] = {}
         self._rejects_by_code: Counter[str] = Counter()
         self._named: list[str] = []
         self.total = 0
@@ -46,20 +46,20 @@ class SentRecords:
 
     @property
     def waiting(self) -> int:
-        """The number of records that are not settled yet."""
-        return self.total - sum(self._settled.values())
+        """The number of records that are not handled yet."""
+        return self.total - sum(self._handled.values())
 
     def refresh(self) -> bool:
-        """Ask what has been settled meanwhile. Return whether there was progress: not during an outage."""
+        """Query what has been handled meanwhile. Return whether there was progress: not during an outage."""
         before = self.waiting
         try:
             next_offsets = self._reader.next_offsets(self._topic_id)
             for partition, offsets in self._offsets.items():
-                begin = self._settled.get(partition, 0)
+                begin = self._handled.get(partition, 0)
                 end = bisect_left(offsets, next_offsets.get(partition, 0), lo=begin)
                 if end > begin:
                     self._add_rejects(partition, offsets[begin], offsets[end - 1])
-                    self._settled[partition] = end
+                    self._handled[partition] = end
         except DatabaseUnavailable as exc:
             self.outage = exc
         else:

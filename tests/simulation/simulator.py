@@ -247,7 +247,7 @@ class Simulator:
         """A process has waited 5 s for a lock: the other consumers' backends that hold locks are terminated."""
         self.now_s += 5
         ended = self.orphans[:]
-        self._settle_orphans()
+        self._end_orphans()
         for other in self.processes:
             if other is not process and other.job is not None and other.job.step is Step.WORKING:
                 ended.append(other.job)
@@ -288,7 +288,7 @@ class Simulator:
         elif choice < 0.5:
             self.kafka_down = False
         elif choice < 0.6:
-            self._settle_orphans()
+            self._end_orphans()
         else:
             self._wake()
 
@@ -313,7 +313,7 @@ class Simulator:
         else:
             job.steps.close()
 
-    def _settle_orphans(self) -> None:
+    def _end_orphans(self) -> None:
         """Roll abandoned transactions back, or let the COMMIT take effect if it was sent."""
         orphans, self.orphans = self.orphans, []
         for job in orphans:
@@ -402,12 +402,12 @@ class Simulator:
     def _postgres_outage(self) -> None:
         self.fault("PostgreSQL down")
         self.store.down = True
-        self._settle_orphans()
+        self._end_orphans()
         for process in self.processes:
             if process.job is not None:
                 self._abandon(process)
                 process.finish(DatabaseUnavailable("down"))
-        self._settle_orphans()
+        self._end_orphans()
 
     def _kafka_outage(self) -> None:
         self.fault("Kafka down")
@@ -478,7 +478,7 @@ class Simulator:
         self.note("everything heals")
         self.healing, self.store.down, self.kafka_down, self._rewind_wanted = True, False, False, False
         self.revoked = self.refusing = False
-        self._settle_orphans()
+        self._end_orphans()
         for _ in list(self.processes):
             self._wake()
         for _ in range(ROUNDS):
@@ -501,7 +501,7 @@ class Simulator:
 
     def _round(self) -> None:
         self.now_s += 0.06
-        self._settle_orphans()
+        self._end_orphans()
         for process in self.processes[:]:
             process.turn()
             while process.job is not None and process in self.processes:

@@ -452,7 +452,7 @@ def test_an_outage_while_rejects_are_read_counts_none_twice(monkeypatch: pytest.
     assert more == "and 10 more rejected records"
 
 
-def test_offsets_of_an_older_topic_with_the_same_name_settle_nothing() -> None:
+def test_offsets_of_an_older_topic_with_the_same_name_count_nothing_as_handled() -> None:
     reads = Reads()
     reads.next = {0: 1_000}
     records = sent_to(reads, [(0, 1)], topic_id="recreated")
