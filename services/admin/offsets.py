@@ -95,16 +95,16 @@ def _timestamp_ms(moment: dt.datetime) -> int:
 def _lag(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with open_database(environ, "ORDERS_READER_URL") as connection:
         stored, advice = stored_offsets(connection), index_advice(connection)
-    log = TopicReader(KafkaSettings.from_mapping(environ))
-    next_offsets = {offset.partition: offset for offset in stored if offset.topic_id == log.topic_id}
-    earliest, ends = log.earliest(), log.ends()
+    topic_reader = TopicReader(KafkaSettings.from_mapping(environ))
+    next_offsets = {offset.partition: offset for offset in stored if offset.topic_id == topic_reader.topic_id}
+    earliest, ends = topic_reader.earliest(), topic_reader.ends()
     rows = []
-    for partition in sorted(log.partitions):
+    for partition in sorted(topic_reader.partitions):
         known = next_offsets.get(partition)
         next_offset = known.next_offset if known else earliest[partition]
         rows.append(
             {
-                "topic": log.topic,
+                "topic": topic_reader.topic,
                 "partition": partition,
                 "next_offset": next_offset,
                 "log_end": ends[partition],
@@ -140,19 +140,23 @@ def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if options.to_offset is not None and options.partition is None:
         raise ConfigurationError("--to-offset needs --partition")
     url = database_url(environ, "ORDERS_MIGRATOR_URL")
-    log = TopicReader(KafkaSettings.from_mapping(environ))
+    topic_reader = TopicReader(KafkaSettings.from_mapping(environ))
     with open_connection(url, application_name=APPLICATION_NAME) as connection:
         with as_owner(connection):
             stored = stored_offsets(connection)
         mine = {
             offset.partition: offset
             for offset in stored
-            if offset.topic_id == log.topic_id and options.partition in {None, offset.partition}
+            if offset.topic_id == topic_reader.topic_id and options.partition in {None, offset.partition}
         }
         if not mine:
             which = "" if options.partition is None else f"[{options.partition}]"
-            raise ConfigurationError(f"no offsets of topic {log.topic}{which} are stored")
-        wanted = {partition: offset for partition, offset in _target_offsets(options, log).items() if partition in mine}
+            raise ConfigurationError(f"no offsets of topic {topic_reader.topic}{which} are stored")
+        wanted = {
+            partition: offset
+            for partition, offset in _target_offsets(options, topic_reader).items()
+            if partition in mine
+        }
         rows = [
             {
                 "partition": partition,
@@ -170,8 +174,8 @@ def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         group = next(iter(mine.values())).group
         if not confirm(f"move the offsets of group {group!r}", yes=options.yes):
             return EXIT_FAILED
-        _require_stopped(log, group)
-        reset_offsets(connection, group, log.topic_id, wanted)
+        _require_stopped(topic_reader, group)
+        reset_offsets(connection, group, topic_reader.topic_id, wanted)
         print("moved the offsets", file=sys.stderr)
     return EXIT_DONE
 
@@ -180,7 +184,7 @@ def _set_group(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_MIGRATOR_URL")
     if not options.group.strip():
         raise ConfigurationError("GROUP must not be empty")
-    log = TopicReader(KafkaSettings.from_mapping(environ))
+    topic_reader = TopicReader(KafkaSettings.from_mapping(environ))
     with open_connection(url, application_name=APPLICATION_NAME) as connection:
         with as_owner(connection):
             group = consumer_group(connection)
@@ -199,22 +203,22 @@ def _set_group(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         ):
             return EXIT_FAILED
         for name in {group, options.group} - {None}:
-            _require_stopped(log, name)
+            _require_stopped(topic_reader, name)
         set_consumer_group(connection, options.group)
         print(f"the database now belongs to consumer group {options.group!r}", file=sys.stderr)
     return EXIT_DONE
 
 
-def _target_offsets(options: argparse.Namespace, log: TopicReader) -> dict[int, int]:
+def _target_offsets(options: argparse.Namespace, topic_reader: TopicReader) -> dict[int, int]:
     if options.to_earliest:
-        return log.earliest()
+        return topic_reader.earliest()
     if options.to_latest:
-        return log.ends()
+        return topic_reader.ends()
     if options.to_time is not None:
-        return log.at_time(_timestamp_ms(options.to_time))
-    earliest, ends = log.earliest(), log.ends()
+        return topic_reader.at_time(_timestamp_ms(options.to_time))
+    earliest, ends = topic_reader.earliest(), topic_reader.ends()
     if options.partition not in ends:
-        raise ConfigurationError(f"topic {log.topic!r} has no partition {options.partition}")
+        raise ConfigurationError(f"topic {topic_reader.topic!r} has no partition {options.partition}")
     if not earliest[options.partition] <= options.to_offset <= ends[options.partition]:
         raise ConfigurationError(
             f"--to-offset must be from {earliest[options.partition]} to {ends[options.partition]}: Kafka has no others"
@@ -222,8 +226,8 @@ def _target_offsets(options: argparse.Namespace, log: TopicReader) -> dict[int, 
     return {options.partition: options.to_offset}
 
 
-def _require_stopped(log: TopicReader, group: str) -> None:
-    future = log.cluster.admin.describe_consumer_groups([group], request_timeout=REQUEST_TIMEOUT_S)[group]
-    found = log.cluster.wait_for(future)
+def _require_stopped(topic_reader: TopicReader, group: str) -> None:
+    future = topic_reader.cluster.admin.describe_consumer_groups([group], request_timeout=REQUEST_TIMEOUT_S)[group]
+    found = topic_reader.cluster.wait_for(future)
     if found.state not in _STOPPED:
         raise ConfigurationError(f"group {group!r} has {len(found.members)} running consumers; stop them first")

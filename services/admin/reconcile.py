@@ -93,46 +93,48 @@ def _read_manifest(path: Path, topic: str) -> tuple[_Manifest, list[Finding]]:
 
 
 @attrs.define
-class _First(Generic[T]):
-    """The first elements of an iterable, and how many there were."""
+class _Bounded(Generic[T]):
+    """The first elements that were added, and how many there were."""
 
     _limit: int
-    first: list[T] = attrs.field(factory=list, init=False)
+    listed: list[T] = attrs.field(factory=list, init=False)
     total: int = attrs.field(default=0, init=False)
 
     def add(self, elements: Iterable[T]) -> None:
         for element in elements:
             self.total += 1
-            if len(self.first) < self._limit:
-                self.first.append(element)
+            if len(self.listed) < self._limit:
+                self.listed.append(element)
 
 
 def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_READER_URL")
     max_bytes = max_record_bytes(environ)
-    log = TopicReader(KafkaSettings.from_mapping(environ))
-    manifest, without_offset = _read_manifest(options.manifest, log.topic) if options.manifest else (None, [])
+    topic_reader = TopicReader(KafkaSettings.from_mapping(environ))
+    manifest, without_offset = _read_manifest(options.manifest, topic_reader.topic) if options.manifest else (None, [])
     # Read before the snapshot: Kafka may delete more records while the consumer handles others.
-    earliest = log.earliest()
+    earliest = topic_reader.earliest()
     progress = ProgressLine("records read")
-    findings, several = _First[Finding](MAX_FINDINGS), _First[str](_SHOWN)
+    findings, several = _Bounded[Finding](MAX_FINDINGS), _Bounded[str](_SHOWN)
     with snapshot(url, APPLICATION_NAME) as stored:
         offsets = stored.offsets()
-        next_offsets = {offset.partition: offset.next_offset for offset in offsets if offset.topic_id == log.topic_id}
-        if not next_offsets and not stored.has_topic(log.topic_id):
-            raise ConfigurationError(f"no consumer group has stored offsets of topic {log.topic!r} yet")
+        next_offsets = {
+            offset.partition: offset.next_offset for offset in offsets if offset.topic_id == topic_reader.topic_id
+        }
+        if not next_offsets and not stored.has_topic(topic_reader.topic_id):
+            raise ConfigurationError(f"no consumer group has stored offsets of topic {topic_reader.topic!r} yet")
         topic = TopicState(
-            topic=log.topic,
-            topic_id=log.topic_id,
+            topic=topic_reader.topic,
+            topic_id=topic_reader.topic_id,
             earliest=earliest,
-            ends=log.ends(),
-            is_compacted=log.is_compacted(),
+            ends=topic_reader.ends(),
+            is_compacted=topic_reader.is_compacted(),
         )
-        first = _first(log.earliest(), next_offsets, manifest)
+        start_offsets = _start_offsets(topic_reader.earliest(), next_offsets, manifest)
         digests = stored.forgotten(), stored.original_digests()
-        proof = Reconciliation(topic, first, stored.group(), offsets, stored.rejects(), *digests)
+        proof = Reconciliation(topic, start_offsets, stored.group(), offsets, stored.rejects(), *digests)
         missing = dict(manifest or {})
-        for record in log.records(first, next_offsets):
+        for record in topic_reader.records(start_offsets, next_offsets):
             proof.on_record(record, classify_record(record, max_bytes))
             findings.add(_compare(record, missing))
             progress.at(proof.counts["records"])
@@ -141,7 +143,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         proof.on_stored(stored.erased(), stored.orders(), stored.orphans())
     findings.add(proof.findings())
     findings.total += proof.unlisted
-    findings.add(_explain_missing(missing, first, next_offsets))
+    findings.add(_explain_missing(missing, start_offsets, next_offsets))
     not_proved = list(proof.not_proved())
     if without_offset:
         examples = tuple(without_offset[:MAX_EXAMPLES])
@@ -150,14 +152,16 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return EXIT_FAILED if findings.total else EXIT_DONE
 
 
-def _first(earliest: Mapping[int, int], next_offsets: Mapping[int, int], manifest: _Manifest | None) -> dict[int, int]:
+def _start_offsets(
+    earliest: Mapping[int, int], next_offsets: Mapping[int, int], manifest: _Manifest | None
+) -> dict[int, int]:
     """Return where to begin in each partition: at its earliest record, or at the first record of the manifest."""
     if manifest is None:
         return dict(earliest)
-    first = {partition: next_offsets.get(partition, offset) for partition, offset in earliest.items()}
+    start_offsets = {partition: next_offsets.get(partition, offset) for partition, offset in earliest.items()}
     for partition, offset in manifest:
-        first[partition] = max(earliest.get(partition, 0), min(first.get(partition, offset), offset))
-    return first
+        start_offsets[partition] = max(earliest.get(partition, 0), min(start_offsets.get(partition, offset), offset))
+    return start_offsets
 
 
 def _compare(record: Record, missing: _Manifest) -> Iterator[Finding]:
@@ -187,18 +191,18 @@ def _explain_missing(
 def _report(
     options: argparse.Namespace,
     proof: Reconciliation,
-    findings: _First[Finding],
-    several: _First[str],
+    findings: _Bounded[Finding],
+    several: _Bounded[str],
     not_proved: Sequence[NotProved],
 ) -> None:
-    unread = [{"partition": p, "first": first, "next": last} for p, first, last in proof.unread_ranges()]
+    unread = [{"partition": p, "first": first, "next": next_offset} for p, first, next_offset in proof.unread_ranges()]
     if options.json:
         result = {
             "holds": not findings.total,
             "counts": proof.counts,
-            "findings": [attrs.asdict(finding) for finding in findings.first],
+            "findings": [attrs.asdict(finding) for finding in findings.listed],
             "findings_total": findings.total,
-            "several_partitions": several.first,
+            "several_partitions": several.listed,
             "several_partitions_total": several.total,
             "not_read": unread,
             "not_proved": [attrs.asdict(kind) for kind in not_proved],
@@ -215,14 +219,14 @@ def _report(
         lines.append(f"not proved, {kind.count:,}: {kind.what}")
         lines += (f"  {attrs.evolve(finding, what='not proved')}" for finding in kind.examples)
         lines += [f"  … and {kind.count - len(kind.examples):,} more"] if kind.count > len(kind.examples) else []
-    for order_uid in several.first:
+    for order_uid in several.listed:
         lines.append(
             f"{order_uid}: has records in several partitions; its producer does not key by order_uid, or "
             "partitions were added"
         )
-    if several.total > len(several.first):
-        lines.append(f"… and {several.total - len(several.first):,} more with records in several partitions")
-    lines += map(str, findings.first[:_SHOWN])
+    if several.total > len(several.listed):
+        lines.append(f"… and {several.total - len(several.listed):,} more with records in several partitions")
+    lines += map(str, findings.listed[:_SHOWN])
     if findings.total > _SHOWN:
         lines.append(f"… and {findings.total - _SHOWN:,} more")
     # order_uids may come from a damaged database or a manifest.
