@@ -108,7 +108,7 @@ def record_time(timestamp_ms: int) -> dt.datetime:
 class PackedRows:
     """An order's rows in the binary format of PostgreSQL's COPY, one field for each table."""
 
-    #: Without the last four columns, which ``pack_version`` adds in the transaction.
+    #: Without the last four columns, which ``pack_store_columns`` adds in the transaction.
     order: bytes
     delivery: bytes
     payment: bytes
@@ -298,7 +298,7 @@ class StoredVersion:
     #: ``None`` if it was erased.
     first_stored_at: dt.datetime | None
     #: 1, 2, … per order_uid; 0 if it was erased.
-    number: int = 1
+    version_number: int = 1
 
 
 @attrs.frozen(kw_only=True)
@@ -311,7 +311,7 @@ class WritePlan:
     writes: tuple[OrderChange, ...]
     #: The version number of each write, 0 of a tombstone. Orders of the batch that were superseded count, so it does
     #: not depend on where batches are cut.
-    numbers: tuple[int, ...]
+    version_numbers: tuple[int, ...]
     #: When the order of each write was stored for the first time; ``None`` if that is now.
     first_stored: tuple[dt.datetime | None, ...]
     #: By order_uid: the record that confirmed a stored order, or that it is erased. Only the stored position moves.
@@ -336,7 +336,7 @@ def plan_writes(
     decodes it again after a rewind.
     """
     versions: dict[str, StoredVersion | OrderChange] = dict(stored)
-    numbers: dict[str, int] = {}
+    version_numbers: dict[str, int] = {}
     first_stored: dict[str, dt.datetime | None] = {}
     writes: dict[str, OrderChange] = {}
     write_index: dict[str, int] = {}
@@ -357,13 +357,15 @@ def plan_writes(
                 outcomes[write_index.pop(uid)] = Outcome.SUPERSEDED
             if isinstance(change, Tombstone):
                 outcomes.append(Outcome.ERASED)
-                numbers[uid], first_stored[uid] = 0, None
+                version_numbers[uid], first_stored[uid] = 0, None
             else:
                 outcomes.append(Outcome.STORED)
-                if uid not in numbers:
+                if uid not in version_numbers:
                     before = stored.get(uid)
-                    numbers[uid], first_stored[uid] = (before.number, before.first_stored_at) if before else (0, None)
-                numbers[uid] += 1
+                    version_numbers[uid], first_stored[uid] = (
+                        (before.version_number, before.first_stored_at) if before else (0, None)
+                    )
+                version_numbers[uid] += 1
                 write_index[uid] = index
             writes[uid] = change
             moves.pop(uid, None)
@@ -380,7 +382,7 @@ def plan_writes(
     return WritePlan(
         outcomes=tuple(outcomes),
         writes=tuple(writes.values()),
-        numbers=tuple(numbers[uid] for uid in writes),
+        version_numbers=tuple(version_numbers[uid] for uid in writes),
         first_stored=tuple(first_stored[uid] for uid in writes),
         moves=moves,
     )
@@ -404,7 +406,7 @@ def plan_redrive(
     uid = change.order_uid
     if uid in forgotten or may_redrive(change, stored.get(uid)):
         return plan_writes(changes, stored, forgotten)
-    return WritePlan(outcomes=(Outcome.SUPERSEDED,), writes=(), numbers=(), first_stored=(), moves={})
+    return WritePlan(outcomes=(Outcome.SUPERSEDED,), writes=(), version_numbers=(), first_stored=(), moves={})
 
 
 def plan_backfill(

@@ -20,7 +20,7 @@ from orderlib.ingestion.records import OrderChange, PreparedOrder, StoredVersion
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
 from orderlib.postgres.errors import translate
-from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, Row, original_row, pack_version
+from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, Row, original_row, pack_store_columns
 from orderlib.postgres.wire import Copy, Statement, Wire
 from orderlib.repository import Outcome, RecordPosition
 
@@ -177,7 +177,7 @@ def versions_of(rows: Iterable[Row]) -> dict[str, StoredVersion]:
     for order_uid, sha256, topic_id, partition, offset, first_stored_at, number in rows:
         source = RecordPosition(topic_id=topic_id, partition=partition, offset=offset) if topic_id else None
         stored[order_uid] = StoredVersion(
-            content_sha256=sha256, source=source, first_stored_at=first_stored_at, number=number
+            content_sha256=sha256, source=source, first_stored_at=first_stored_at, version_number=number
         )
     return stored
 
@@ -188,7 +188,7 @@ def _erased_versions(rows: Iterable[Row]) -> dict[str, StoredVersion]:
             content_sha256=None,
             source=RecordPosition(topic_id=topic_id, partition=partition, offset=offset),
             first_stored_at=None,
-            number=0,
+            version_number=0,
         )
         for order_uid, topic_id, partition, offset in rows
     }
@@ -217,13 +217,13 @@ def _copies(plan: WritePlan, now: dt.datetime) -> list[Copy]:
         if first_stored_at is None:
             if number == 1 and not has_original:
                 return write.rows.order + first
-            return write.rows.order + pack_version(now, now, number, has_original)
-        return write.rows.order + pack_version(first_stored_at, max(now, first_stored_at), number, has_original)
+            return write.rows.order + pack_store_columns(now, now, number, has_original)
+        return write.rows.order + pack_store_columns(first_stored_at, max(now, first_stored_at), number, has_original)
 
-    first = pack_version(now, now, 1, False)
+    first = pack_store_columns(now, now, 1, False)
     orders = [
         (write, number, first_stored_at)
-        for write, number, first_stored_at in zip(plan.writes, plan.numbers, plan.first_stored, strict=True)
+        for write, number, first_stored_at in zip(plan.writes, plan.version_numbers, plan.first_stored, strict=True)
         if isinstance(write, PreparedOrder)
     ]
     if not orders:

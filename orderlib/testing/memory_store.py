@@ -165,7 +165,7 @@ class MemoryStore:
         now = self._clock()
         with self._lock:
             plan = plan_writes(prepared_orders, self._versions, self._forgotten)
-            for write, number, first_stored in zip(plan.writes, plan.numbers, plan.first_stored, strict=True):
+            for write, number, first_stored in zip(plan.writes, plan.version_numbers, plan.first_stored, strict=True):
                 assert isinstance(write, PreparedOrder)
                 uid, first_stored_at = write.order_uid, first_stored or now
                 self._stored[uid] = StoredOrder(
@@ -179,7 +179,10 @@ class MemoryStore:
                 )
                 self._originals[uid] = write.original
                 self._versions[uid] = StoredVersion(
-                    content_sha256=write.content_sha256, source=None, first_stored_at=first_stored_at, number=number
+                    content_sha256=write.content_sha256,
+                    source=None,
+                    first_stored_at=first_stored_at,
+                    version_number=number,
                 )
         return Counter(plan.outcomes)
 

@@ -54,7 +54,7 @@ def tombstone(uid: str, at: RecordPosition) -> Tombstone:
 
 def version(of: OrderChange, number: int = 1, first_stored_at: dt.datetime | None = LATER) -> StoredVersion:
     return StoredVersion(
-        content_sha256=of.content_sha256, source=of.source, first_stored_at=first_stored_at, number=number
+        content_sha256=of.content_sha256, source=of.source, first_stored_at=first_stored_at, version_number=number
     )
 
 
@@ -65,7 +65,7 @@ def after(
     plan = plan_writes(changes, stored, forgotten)
     written = {
         write.order_uid: version(write, number, None if isinstance(write, Tombstone) else first_stored or LATER)
-        for write, number, first_stored in zip(plan.writes, plan.numbers, plan.first_stored, strict=True)
+        for write, number, first_stored in zip(plan.writes, plan.version_numbers, plan.first_stored, strict=True)
     }
     moved = {uid: attrs.evolve(stored[uid], source=at.source) for uid, at in plan.moves.items()}
     assert not written.keys() & moved.keys()

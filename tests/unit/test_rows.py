@@ -30,7 +30,7 @@ from orderlib.postgres.rows import (
     order_from_rows,
     orders_from_rows,
     pack_rows,
-    pack_version,
+    pack_store_columns,
 )
 from orderlib.repository import Direction, RecordPosition
 from orderlib.testing import SAMPLE
@@ -213,7 +213,7 @@ def test_packed_rows_equal_those_of_psycopg(
 
     position = None if source is None else RecordPosition(topic_id=source[0], partition=source[1], offset=source[2])
     rows = pack_rows(canonical_form(order), sha256, position, time)
-    assert rows.order + pack_version(first_stored_at, stored_at, number, has_original) == written_by_psycopg(
+    assert rows.order + pack_store_columns(first_stored_at, stored_at, number, has_original) == written_by_psycopg(
         None, queries.COPY_ORDERS, of_order
     )
     for name, made, statement, names in (
