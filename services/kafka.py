@@ -324,10 +324,10 @@ def record_of(message: Message, topic_ids: Mapping[str, str]) -> Record:
     except Exception:  # noqa: BLE001 - its class depends on the versions of Python and of the binding
         headers = None
     _, timestamp_ms = message.timestamp()
-    topic = known(message.topic())
+    topic = not_none(message.topic())
     return Record(
         source=RecordPosition(
-            topic_id=topic_ids[topic], partition=known(message.partition()), offset=known(message.offset())
+            topic_id=topic_ids[topic], partition=not_none(message.partition()), offset=not_none(message.offset())
         ),
         time=record_time(timestamp_ms),
         topic=topic,
@@ -337,7 +337,7 @@ def record_of(message: Message, topic_ids: Mapping[str, str]) -> Record:
     )
 
 
-def known(value: T | None) -> T:
+def not_none(value: T | None) -> T:
     """Return a value that librdkafka sets on every delivered message."""
     assert value is not None
     return value

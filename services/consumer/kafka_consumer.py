@@ -24,7 +24,7 @@ from services.kafka import (
     SILENT,
     Cluster,
     TopicInfo,
-    known,
+    not_none,
     record_of,
 )
 from services.kafka_errors import (
@@ -229,11 +229,11 @@ class KafkaConsumer(KafkaClient):
             return record_of(message, topic_ids)
         if error.code() == PARTITION_EOF:
             self._on_reachable()
-            partition = TopicPartition(known(message.topic()), known(message.partition()))
-            return PartitionEof(partition=partition, next_offset=known(message.offset()))
+            partition = TopicPartition(not_none(message.topic()), not_none(message.partition()))
+            return PartitionEof(partition=partition, next_offset=not_none(message.offset()))
         # An error of the whole group has no topic, and has partition 0.
         topic = message.topic()
-        failed = None if topic is None else TopicPartition(topic, known(message.partition()))
+        failed = None if topic is None else TopicPartition(topic, not_none(message.partition()))
         if error.code() == OFFSET_LOST:
             lost = OrderlibError(
                 f"Kafka no longer holds the next record of {failed} ({error.str()}): "

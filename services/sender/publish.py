@@ -11,7 +11,7 @@ import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from orderlib.models import Order
-from services.kafka import SILENT, Cluster, known
+from services.kafka import SILENT, Cluster, not_none
 from services.kafka_errors import translate_kafka_errors
 from services.program import event
 from services.sender.manifest import Manifest
@@ -137,7 +137,7 @@ class Publisher:
             return
         self.acknowledged += 1
         if self._on_acknowledged is not None:
-            self._on_acknowledged(known(message.partition()), message.offset())
+            self._on_acknowledged(not_none(message.partition()), message.offset())
         if self._manifest is not None:
             self._lines.append(_manifest_line(message))
 
@@ -155,6 +155,6 @@ def _manifest_line(message: Message) -> bytes:
         "partition": message.partition(),
         "offset": message.offset(),
         "order_uid": None if key is None else key.decode(),
-        "sha256": hashlib.sha256(known(message.value())).hexdigest(),
+        "sha256": hashlib.sha256(not_none(message.value())).hexdigest(),
     }
     return msgspec.json.encode(line) + b"\n"

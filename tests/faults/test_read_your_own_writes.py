@@ -20,7 +20,7 @@ from confluent_kafka import KafkaError, Message, Producer
 
 import orderlib
 from orderlib import DatabaseUnavailable, Order, RecordState
-from services.kafka import SILENT, known
+from services.kafka import SILENT, not_none
 from tests.support.api_process import Service, serving
 from tests.support.consumer_process import consuming
 from tests.support.databases import Database
@@ -47,7 +47,7 @@ class AsyncProducer:
 
         def on_delivery(error: KafkaError | None, message: Message) -> None:
             assert error is None, error
-            acknowledged.set_result((self._topic, known(message.partition()), known(message.offset())))
+            acknowledged.set_result((self._topic, not_none(message.partition()), not_none(message.offset())))
 
         self._producer.produce(self._topic, value, key.encode(), on_delivery=on_delivery)
         return await acknowledged
@@ -110,7 +110,7 @@ class Run:
 
     sends: int
     kills: int
-    settled: int = 0
+    handled: int = 0
     killed: int = 0
     crashed: bool = False
     failure: BaseException | None = None
@@ -137,7 +137,7 @@ async def client(name: str, sends: int, producer: AsyncProducer, reader: Library
             stored = orderlib.decode_order(value)
         found = await reader.get(name)
         assert found == stored, f"{name}: expected version {number}, found {found.track_number}"
-        run.settled += 1
+        run.handled += 1
         if run.failure is not None:
             raise run.failure
 
@@ -152,7 +152,7 @@ def killed_consumers(environ: dict[str, str], run: Run) -> Iterator[None]:
             while not stop.is_set():
                 with consuming(environ) as consumer:
                     next_kill = (run.killed + 1) * run.sends // (run.kills + 1)
-                    while not stop.is_set() and not (run.killed < run.kills and run.settled >= next_kill):
+                    while not stop.is_set() and not (run.killed < run.kills and run.handled >= next_kill):
                         assert consumer.process.poll() is None, "the consumer stopped by itself"
                         time.sleep(0.005)
                     if not stop.is_set():
@@ -173,7 +173,7 @@ def killed_consumers(environ: dict[str, str], run: Run) -> Iterator[None]:
 
 async def crash_postgres(database: Database, run: Run) -> None:
     """Kill a session of the consumer with SIGKILL at half of the sends: PostgreSQL ends all sessions and recovers."""
-    while run.settled < run.sends // 2:
+    while run.handled < run.sends // 2:
         await asyncio.sleep(0.005)
     while not run.crashed:
         with psycopg.connect(database.superuser_url, autocommit=True) as connection:
@@ -212,4 +212,4 @@ def test_what_was_sent_is_read_after_the_wait(
 
     with serving(member) as api, killed_consumers(member, run):
         asyncio.run(all_clients(api))
-    assert (run.settled, run.killed, run.crashed) == (sends, kills, True)
+    assert (run.handled, run.killed, run.crashed) == (sends, kills, True)

@@ -12,7 +12,7 @@ import attrs
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Message, Producer, TopicPartition
 
 from orderlib.testing import SAMPLE
-from services.kafka import SILENT, known
+from services.kafka import SILENT, not_none
 from services.kafka_errors import PARTITION_EOF
 
 Headers = list[tuple[str, str | bytes | None]]
@@ -109,7 +109,7 @@ class Sender:
     ) -> None:
         def acknowledged(error: KafkaError | None, message: Message) -> None:
             assert error is None, error
-            partition, offset = known(message.partition()), message.offset()
+            partition, offset = not_none(message.partition()), message.offset()
             record = Acknowledged(
                 partition=partition,
                 offset=-1 if offset is None else offset,
@@ -150,7 +150,7 @@ class Sender:
             while self._without_offset and partitions:
                 message = consumer.poll(self.flush_within_s)
                 assert message is not None, "Kafka does not answer"
-                partition, offset, error = known(message.partition()), known(message.offset()), message.error()
+                partition, offset, error = not_none(message.partition()), not_none(message.offset()), message.error()
                 if error is not None:
                     assert error.code() == PARTITION_EOF, error
                     partitions.discard(partition)
