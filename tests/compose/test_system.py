@@ -1,4 +1,4 @@
-"""``docker compose up`` on a real engine: it works, each container has minimal rights and recovers from a crash."""
+"""``docker compose up`` on a real engine: it works, each container has minimal privileges and recovers from a crash."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_kafka_accepts_records_in_every_compression(running: System, compression
 
 
 @pytest.mark.parametrize("service", [*PROGRAMS, "postgres", "kafka"])
-def test_a_container_has_no_unneeded_rights(running: System, service: str) -> None:
+def test_a_container_has_no_unneeded_privileges(running: System, service: str) -> None:
     found = running.inspect(service)
     host = found["HostConfig"]
     assert found["Config"]["User"] not in {"", "0", "root", "0:0"}

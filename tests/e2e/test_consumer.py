@@ -109,7 +109,7 @@ def test_a_signal_stops_it_with_0(
         assert "Traceback" not in consumer.stderr.read_text()
 
 
-def test_a_right_that_is_revoked_stops_it_with_1_and_a_reason(
+def test_a_privilege_that_is_revoked_stops_it_with_1_and_a_reason(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 100))

@@ -187,7 +187,7 @@ def test_the_backend_of_a_frozen_consumer_that_locks_an_order_is_terminated(
     "privilege",
     ["INSERT ON items", pytest.param("UPDATE (next_offset) ON consumer_offsets", marks=pytest.mark.faults)],
 )
-def test_a_revoked_right_stops_the_consumer_and_rejects_nothing(
+def test_a_revoked_privilege_stops_the_consumer_and_rejects_nothing(
     privilege: str, member: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 10))

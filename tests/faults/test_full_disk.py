@@ -49,7 +49,7 @@ def small_disk(postgres: PostgresServer) -> Iterator[Path]:
         disk.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
         if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-            pytest.skip("a small disk takes the right to mount one")
+            pytest.skip("a small disk needs the privilege to mount one")
         shutil.chown(disk, postgres.folder.owner())
         yield disk
         postgres.stop("immediate")

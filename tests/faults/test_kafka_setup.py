@@ -156,7 +156,7 @@ def test_describing_a_topic_leaks_no_memory(secure: SecureKafka, secure_topic: s
     assert min(added_blocks() for _ in range(3)) < 50
 
 
-def test_the_documented_rights_are_enough_for_each_program(
+def test_the_documented_acls_are_enough_for_each_program(
     secure: SecureKafka, environ: dict[str, str], secure_topic: str, database: Database
 ) -> None:
     del database
@@ -182,7 +182,7 @@ def test_the_documented_rights_are_enough_for_each_program(
 
 @pytest.mark.parametrize("program", ["consumer", "sender --count 5"])
 @pytest.mark.parametrize("acls", [(), (AclOperation.DESCRIBE,)], ids=["none", "describe"])
-def test_a_missing_right_ends_a_program_with_the_cause(
+def test_a_missing_acl_ends_a_program_with_the_cause(
     program: str, acls: tuple[AclOperation, ...], secure: SecureKafka, environ: dict[str, str], secure_topic: str
 ) -> None:
     user = f"user-{secrets.token_hex(4)}"
@@ -195,7 +195,7 @@ def test_a_missing_right_ends_a_program_with_the_cause(
     assert "Traceback" not in done.stderr
 
 
-def test_a_missing_right_on_the_group_ends_the_consumer_with_the_cause(
+def test_a_missing_acl_on_the_group_ends_the_consumer_with_the_cause(
     secure: SecureKafka, environ: dict[str, str], secure_topic: str
 ) -> None:
     user = f"user-{secrets.token_hex(4)}"

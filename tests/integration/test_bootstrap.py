@@ -150,7 +150,7 @@ def test_an_administrator_who_owns_the_database_need_not_be_a_superuser(server: 
 
 
 @pytest.mark.parametrize("owner_may_use", [True, False])
-def test_an_administrator_without_usage_on_the_schema_checks_the_rights_or_names_the_schema(
+def test_an_administrator_without_usage_on_the_schema_checks_the_privileges_or_names_the_schema(
     server: PostgresServer, *, owner_may_use: bool
 ) -> None:
     password = secrets.token_hex(8)

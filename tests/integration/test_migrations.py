@@ -126,7 +126,7 @@ def test_a_database_without_a_schema_is_a_configuration_error_that_names_the_com
         check_schema(superuser)
 
 
-def test_a_revoked_right_is_named(database: Database) -> None:
+def test_a_revoked_privilege_is_named(database: Database) -> None:
     with connected(database.superuser_url) as superuser:
         superuser.execute("REVOKE INSERT ON items FROM orders_writer")
     with (

@@ -602,7 +602,9 @@ def test_nobody_listening_is_an_outage(emptied: Database) -> None:
         ({"user": "no_such_role"}, "password authentication failed"),
     ],
 )
-def test_a_url_that_leads_nowhere_is_a_broken_setup(emptied: Database, change: dict[str, str], told: str) -> None:
+def test_a_url_that_leads_nowhere_is_a_configuration_error(
+    emptied: Database, change: dict[str, str], told: str
+) -> None:
     with pytest.raises(ConfigurationError, match=told) as refusal:
         connect(make_conninfo(emptied.writer_url, **change))
     assert "wrong-secret" not in str(refusal.value)
@@ -616,12 +618,14 @@ def test_a_url_that_is_none_is_not_quoted(url: str) -> None:
     assert "secret" not in str(refusal.value)
 
 
-def test_a_database_without_our_schema_is_a_broken_setup_that_names_the_command(empty_database: Database) -> None:
+def test_a_database_without_the_schema_is_a_configuration_error_that_names_the_command(
+    empty_database: Database,
+) -> None:
     with pytest.raises(ConfigurationError, match=r"python -m orderlib migrate"):
         connect(empty_database.superuser_url)
 
 
-def test_a_schema_that_is_older_than_the_program_is_a_broken_setup(database: Database) -> None:
+def test_a_schema_that_is_older_than_the_program_is_a_configuration_error(database: Database) -> None:
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
         superuser.execute("DELETE FROM schema_migrations WHERE number = (SELECT max(number) FROM schema_migrations)")
     with pytest.raises(
@@ -637,7 +641,7 @@ def test_a_schema_that_is_newer_than_the_program_is_fine(database: Database) -> 
         repository.get("a")
 
 
-def test_a_table_that_went_missing_is_a_broken_setup(database: Database) -> None:
+def test_a_missing_table_is_a_configuration_error(database: Database) -> None:
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
         superuser.execute("DROP TABLE items")
     with connect(database.writer_url) as repository, pytest.raises(ConfigurationError, match="42P01"):

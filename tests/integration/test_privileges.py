@@ -74,12 +74,12 @@ def granted_matrix(connection: psycopg.Connection) -> Matrix:
     return matrix
 
 
-def test_the_rights_of_all_roles_on_all_tables_are_the_listed_ones(database: Database) -> None:
+def test_the_privileges_of_all_roles_on_all_tables_are_the_listed_ones(database: Database) -> None:
     with psycopg.connect(database.superuser_url) as connection:
         assert granted_matrix(connection) == written_matrix()
 
 
-def test_the_rights_that_migrate_restores_are_the_listed_ones() -> None:
+def test_the_privileges_that_migrate_restores_are_the_listed_ones() -> None:
     restored = {
         (table, role): set().union(*(privileges(text) for text in texts))
         for table, roles in PRIVILEGES.items()
@@ -90,7 +90,7 @@ def test_the_rights_that_migrate_restores_are_the_listed_ones() -> None:
     assert {table for table, _ in restored} == {table for table, _ in written_matrix()}
 
 
-def test_migrate_restores_every_right_that_was_revoked_or_added(database: Database) -> None:
+def test_migrate_restores_every_privilege_that_was_revoked_or_added(database: Database) -> None:
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
         for table in PRIVILEGES:
             superuser.execute(f"REVOKE ALL ON {table} FROM orders_writer".encode())
@@ -100,7 +100,7 @@ def test_migrate_restores_every_right_that_was_revoked_or_added(database: Databa
         assert granted_matrix(superuser) == written_matrix()
 
 
-def test_the_list_of_rights_has_every_role_and_every_table() -> None:
+def test_the_list_of_privileges_has_every_role_and_every_table() -> None:
     written = written_matrix()
     assert {role for _, role in written} == {"orders_owner", "orders_migrator", "orders_writer", "orders_reader"}
     for table in {table for table, _ in written}:
@@ -120,7 +120,7 @@ def test_the_list_of_rights_has_every_role_and_every_table() -> None:
         "ALTER TABLE items OWNER TO orders_migrator",
     ],
 )
-def test_every_object_and_right_of_a_later_migration_must_be_listed(database: Database, change: str) -> None:
+def test_every_object_and_privilege_of_a_later_migration_must_be_listed(database: Database, change: str) -> None:
     with psycopg.connect(database.superuser_url) as connection:
         if "OWNER" not in change:
             connection.execute("SET ROLE orders_owner")
@@ -139,7 +139,7 @@ USES = {
 
 
 @pytest.mark.parametrize("role", ["orders_migrator", "orders_writer", "orders_reader"])
-def test_a_role_has_the_listed_rights_and_no_others(module_database: Database, role: str) -> None:
+def test_a_role_has_the_listed_privileges_and_no_others(module_database: Database, role: str) -> None:
     url = {
         "orders_migrator": module_database.migrator_url,
         "orders_writer": module_database.writer_url,
@@ -232,7 +232,7 @@ def test_no_role_may_create_temporary_tables(empty_database: Database) -> None:
             connection.execute("CREATE TEMPORARY TABLE mine (n int)")
 
 
-def test_the_migrator_alone_has_no_rights_until_it_becomes_the_owner(database: Database) -> None:
+def test_the_migrator_alone_has_no_privileges_until_it_becomes_the_owner(database: Database) -> None:
     with psycopg.connect(database.migrator_url) as connection:
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute("SELECT * FROM orders")
@@ -241,7 +241,7 @@ def test_the_migrator_alone_has_no_rights_until_it_becomes_the_owner(database: D
         assert connection.execute("SELECT count(*) FROM orders").fetchone() == (0,)
 
 
-def test_repeated_bootstrap_and_migrate_change_no_right(empty_database: Database) -> None:
+def test_repeated_bootstrap_and_migrate_change_no_privilege(empty_database: Database) -> None:
     for expected in (True, False):
         with open_connection(empty_database.superuser_url, application_name="tests") as connection:
             create_roles(connection, role_passwords(empty_database))

@@ -79,7 +79,7 @@ def test_each_store_has_its_own_consumer_group_and_offsets(stores: tuple[Databas
     assert states == [orderlib.RecordState.WAITING, orderlib.RecordState.HANDLED]
 
 
-def test_the_migrations_and_rights_of_one_store_do_not_depend_on_the_other(
+def test_the_migrations_and_privileges_of_one_store_do_not_depend_on_the_other(
     stores: tuple[Database, Database],
 ) -> None:
     first, second = stores

@@ -54,7 +54,7 @@ def test_bootstrap_without_passwords_leaves_them_unchanged(database: Database) -
         assert orderlib.migrate(database.migrator_url) == []
 
 
-def test_a_migration_restores_a_right_and_says_so(database: Database) -> None:
+def test_a_migration_restores_a_privilege_and_says_so(database: Database) -> None:
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
         superuser.execute("REVOKE INSERT ON payment FROM orders_writer")
     messages: list[str] = []

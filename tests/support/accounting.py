@@ -1,4 +1,4 @@
-"""An independent proof that nothing was lost, doubled or changed, which asks nothing of ours but `reconcile`."""
+"""Prove from Kafka and PostgreSQL alone that no record was lost, stored twice or changed; compare with `reconcile`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Manifest = Iterable[Acknowledged]
 
 
 def next_offsets(database: Database) -> dict[int, int]:
-    """Where the group stands; the topic's only life is meant."""
+    """Return the stored next offset of each partition. The topic must never have been recreated."""
     with psycopg.connect(database.superuser_url) as connection:
         return dict(connection.execute("SELECT partition, next_offset FROM consumer_offsets").fetchall())
 
@@ -38,14 +38,14 @@ def wait_until_handled(manifest: Manifest, database: Database, within_s: float =
     wait_for(
         is_handled,
         within_s,
-        describe=lambda: f"the group is at {next_offsets(database)}, the log's end is {ends}",
+        describe=lambda: f"the stored offsets are {next_offsets(database)}, the log ends {ends}",
     )
 
 
 def assert_all_accounted_for(manifest: Manifest, database: Database, environ: Mapping[str, str]) -> None:
-    """Every acknowledged record is the stored order, or was followed by it, or is a reject; and there is nothing else.
+    """Assert that the orders are the last acknowledged valid records, and the rejects all the other records.
 
-    `admin reconcile` must come to the same end. Each order must have been sent to one partition only.
+    `admin reconcile` must find no discrepancy either. Each order must have been sent to one partition only.
     """
     expected_orders: dict[str, tuple[int, dict[str, Any]]] = {}
     expected_rejects = {}
@@ -59,7 +59,7 @@ def assert_all_accounted_for(manifest: Manifest, database: Database, environ: Ma
     stored = stored_orders(database)
     missing, surplus = expected_orders.keys() - stored.keys(), stored.keys() - expected_orders.keys()
     assert not missing, f"{len(missing)} orders are missing, such as {min(missing)}"
-    assert not surplus, f"{len(surplus)} orders came from nowhere, such as {min(surplus)}"
+    assert not surplus, f"{len(surplus)} orders were never sent, such as {min(surplus)}"
     for order_uid, (partition, content) in expected_orders.items():
         assert stored[order_uid] == _comparable(content), (
             f"{order_uid} of partition {partition} is not its last version"
@@ -69,9 +69,9 @@ def assert_all_accounted_for(manifest: Manifest, database: Database, environ: Ma
 
 
 def stored_orders(database: Database) -> dict[str, dict[str, Any]]:
-    """What the four tables say, in the shape of the JSON that orders are sent in."""
+    """Return the orders in the four tables, in the shape of the JSON in which they are sent."""
     with psycopg.connect(database.superuser_url, row_factory=dict_row) as connection:
-        # One look at all of them: the consumer may be at work.
+        # One snapshot of all tables: the consumer may be running.
         connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         connection.execute("SET LOCAL TIME ZONE 'UTC'")
         orders = {row["order_uid"]: row for row in connection.execute("SELECT * FROM orders")}
@@ -90,7 +90,7 @@ def stored_orders(database: Database) -> dict[str, dict[str, Any]]:
 
 
 def stored_rejects(database: Database) -> dict[tuple[int, int], tuple[bytes | None, bytes | None, Any]]:
-    """Key, value and headers of every reject by partition and offset."""
+    """Return key, value and headers of every reject, by partition and offset."""
     with psycopg.connect(database.superuser_url) as connection:
         rows = connection.execute("SELECT partition, record_offset, key, value, headers FROM rejects").fetchall()
     return {(partition, offset): (key, value, _decoded(headers)) for partition, offset, key, value, headers in rows}

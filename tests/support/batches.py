@@ -17,7 +17,7 @@ PARTITION = TopicPartition("orders", 0)
 
 @contextmanager
 def consumer_store(database: Database) -> Iterator[ConsumerStore]:
-    """The store of a consumer that begins at offset 0."""
+    """Yield the store of a consumer that begins at offset 0."""
     store = ConsumerStore(database.writer_url, "tests", lambda: 0.0)
     store.check()
     store.start_partitions({"orders": "topic"}, {PARTITION: 0})
@@ -28,7 +28,7 @@ def consumer_store(database: Database) -> Iterator[ConsumerStore]:
 def batch(
     offset: int, *contents: tuple[bytes | None, bytes | None], tombstones: Tombstones = Tombstones.REJECT
 ) -> Batch:
-    """A batch of records with these keys and values."""
+    """Return a batch of records with these keys and values."""
     records = [
         Record(
             source=RecordPosition(topic_id="topic", partition=0, offset=offset + index),

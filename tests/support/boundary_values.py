@@ -35,7 +35,7 @@ class Place:
 
     @property
     def path(self) -> str:
-        """The JSON path of the field."""
+        """Return the JSON path of the field."""
         prefix = {None: "$", "items": "$.items[0]"}.get(self.part, f"$.{self.part}")
         return f"{prefix}.{self.name}"
 
@@ -129,7 +129,7 @@ def _texts(rule: StrType) -> Iterator[str]:
 
 
 def model_accepts(place: Place, order: Order, value: object) -> bool:
-    """Return whether a model made in Python accepts the value."""
+    """Return whether a model created in Python accepts the value."""
     try:
         place.in_model(order, value)
     except InvalidOrder:

@@ -94,7 +94,7 @@ class Coordinator(_Node):
                 )
 
     def set_passwords(self, name: str, passwords: Mapping[str, str]) -> None:
-        """Let the nodes connect to each other as these roles."""
+        """Set the passwords with which the nodes connect to each other as these roles."""
         for node in (*self.workers, self):
             with psycopg.connect(node.superuser_url, dbname=name, autocommit=True) as connection:
                 for role, password in passwords.items():

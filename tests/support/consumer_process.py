@@ -1,4 +1,4 @@
-"""The consumer as its operators meet it: a process of its own, which logs, counts and ends."""
+"""Run the consumer as a process, and read its log, metrics and health."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.api_process import get_page
 from tests.support.fork_server import Process, start
 from tests.support.waiting import wait_for
 
-#: The longest that a consumer may take to leave.
+#: A consumer must stop within this time.
 STOPS_WITHIN_S = 10.0
 
 
@@ -32,14 +32,14 @@ class Consuming:
     stderr: Path
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
-        """The log so far, or the events of one name."""
+        """Return the log events so far, or those of one name."""
         # The last line may be half-written.
         lines = self.stderr.read_text().rpartition("\n")[0].splitlines()
         events = [json.loads(line) for line in lines if line.startswith("{")]
         return [event for event in events if name in (None, event["event"])]
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and body of a page of its health server."""
+        """Return status and body of a page of its health server."""
         return get_page(self.events("started")[0]["metrics"], path)
 
     @property
@@ -51,40 +51,40 @@ class Consuming:
         return self.get("/readyz")[0] == 200
 
     def metric(self, sample: str) -> float:
-        """A number of ``/metrics`` by its name with labels, as it is written there; 0 if it is not."""
+        """Return the value of a sample of ``/metrics``, named as there with its labels; 0 if there is none."""
         found = re.search(rf"^{re.escape(sample)} (\S+)$", self.get("/metrics")[1], re.MULTILINE)
         return float(found[1]) if found else 0.0
 
     def freeze(self) -> None:
-        """Stop it as a debugger or an overloaded machine would, without its knowing."""
+        """Suspend it with SIGSTOP, as an overloaded machine would."""
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill it with SIGKILL."""
         self.process.kill()
         self.process.wait()
 
     def status(self, within_s: float) -> int:
-        """Its exit status, once it ends by itself."""
+        """Wait until it ends by itself, and return its exit status."""
         return self.process.wait(within_s)
 
     def stop(self) -> int:
-        """Tell it to stop, more than once, and give its exit status. Fails if that takes longer than promised."""
+        """Send SIGTERM repeatedly, and return the exit status. Fail if it does not stop within ``STOPS_WITHIN_S``."""
         began_s = time.monotonic()
         while self.process.poll() is None and time.monotonic() - began_s < STOPS_WITHIN_S:
             self.process.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.5)
-        assert self.process.poll() is not None, f"still there {STOPS_WITHIN_S:g} s after SIGTERM"
+        assert self.process.poll() is not None, f"still running {STOPS_WITHIN_S:g} s after SIGTERM"
         return self.process.wait()
 
 
 @contextmanager
 def consuming(environ: Mapping[str, str], *arguments: str) -> Iterator[Consuming]:
-    """``python -m services.consumer`` with these settings, past its configuration; gone at the end."""
+    """Run ``python -m services.consumer`` until the block ends. Yield it once it has logged ``started``."""
     with tempfile.TemporaryDirectory() as folder:
         stderr = Path(folder) / "stderr"
         with stderr.open("wb") as log:

@@ -36,7 +36,7 @@ class Database:
     reader_url: str
 
     def environ(self) -> dict[str, str]:
-        """The URLs as settings."""
+        """Return the URLs as environment variables."""
         return {
             "ORDERS_BOOTSTRAP_URL": self.superuser_url,
             "ORDERS_MIGRATOR_URL": self.migrator_url,
@@ -118,7 +118,7 @@ def delete_rows(superuser: psycopg.Connection) -> None:
 
 @contextmanager
 def without_foreign_keys(database: Database) -> Iterator[psycopg.Connection]:
-    """A superuser's session that does not check foreign keys."""
+    """Yield a superuser's session that does not check foreign keys."""
     _change_sessions_of_workers(database, "SET session_replication_role = replica")
     try:
         with psycopg.connect(database.superuser_url, autocommit=True) as connection:
@@ -129,7 +129,7 @@ def without_foreign_keys(database: Database) -> Iterator[psycopg.Connection]:
 
 
 def _change_sessions_of_workers(database: Database, change: str) -> None:
-    """With Citus, change what new sessions of the superuser on workers begin with."""
+    """With Citus, change what new sessions of the superuser on workers start with."""
     if CITUS in os.environ:
         with psycopg.connect(database.superuser_url, autocommit=True) as connection:
             connection.execute("SELECT run_command_on_workers(%s)", [f"ALTER ROLE postgres {change}"])

@@ -1,4 +1,4 @@
-"""A server that refuses each connection with a chosen error, in the words of a chosen language."""
+"""A server that refuses each connection with a chosen error, localized for a chosen language."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def error_response(sqlstate: str, message: str, severity: str = "FATAL") -> byte
 
 @contextmanager
 def refusing(answer: bytes) -> Iterator[int]:
-    """Answer each startup message with these bytes and hang up. Yield the port."""
+    """Answer each startup message with these bytes and close the connection. Yield the port."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
 
     def serve() -> None:

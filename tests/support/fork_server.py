@@ -91,7 +91,7 @@ def start(
 
 
 def prepare() -> None:
-    """Start the fork server now, so that its imports take no time of the first program."""
+    """Start the fork server now, so that the first program does not wait for its imports."""
     _control(ROOT)
 
 

@@ -1,4 +1,4 @@
-"""Somebody else's locks."""
+"""Hold locks in another session."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import psycopg
 
 from tests.support.databases import Database
 
-#: All that a consumer writes orders into.
+#: Blocks every write of an order.
 TABLE = "LOCK TABLE orders"
-#: The rows that it moves first in each batch.
+#: Blocks the first UPDATE of each batch, which moves the stored offsets.
 FENCE = "SELECT FROM consumer_offsets FOR UPDATE"
 
 
 @contextmanager
 def locked(database: Database, statement: str) -> Iterator[psycopg.Connection]:
-    """A stranger's transaction that holds what the statement locks."""
-    with psycopg.connect(database.superuser_url) as stranger:
-        stranger.execute(statement)
-        yield stranger
-        stranger.rollback()
+    """Run the statement in a transaction of another session, and yield that session. Roll it back at the end."""
+    with psycopg.connect(database.superuser_url) as connection:
+        connection.execute(statement)
+        yield connection
+        connection.rollback()

@@ -19,7 +19,7 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 @contextmanager
 def event_loop() -> Iterator[Run]:
-    """Run an event loop in a thread of its own."""
+    """Run an event loop in a separate thread."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -56,12 +56,12 @@ async def _next(stored: AsyncGenerator[StoredOrder, None]) -> StoredOrder | None
 
 
 def over_asyncio(repository: AsyncOrderRepository, run: Run) -> OrderRepository:
-    """Return the repository with methods that run in the event loop until they are done."""
+    """Return the repository with methods that run in the event loop until they end."""
     return cast("OrderRepository", _OverAsyncio(repository, run))
 
 
 async def cancelled_after(rounds: int, call: Awaitable[object]) -> bool:
-    """Let the event loop run this many rounds, then cancel the call. Return whether it was cancelled."""
+    """Let the event loop run this many turns, then cancel the call. Return whether it was cancelled."""
     task = asyncio.ensure_future(call)
     for _ in range(rounds):
         await asyncio.sleep(0)

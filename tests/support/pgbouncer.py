@@ -1,4 +1,4 @@
-"""PgBouncer before a database of the sandbox."""
+"""PgBouncer in front of a database of the sandbox."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STARTS_WITHIN_S = 10.0
 def pgbouncer(database: Database, *, transaction_role: str = "", **settings: str) -> Iterator[dict[str, str]]:
     """Run PgBouncer, in session mode by default, and in transaction mode for one role if it is given.
 
-    Yield the URLs of all roles through it. Skip the test without it.
+    Yield the URLs of all roles through it. Skip the test if PgBouncer is not installed.
     """
     if PGBOUNCER is None:
         pytest.skip("pgbouncer is not installed (on Debian: apt-get install pgbouncer)")

@@ -1,4 +1,4 @@
-"""Seeing from outside what is left of a sandbox."""
+"""Find the processes and open ports that a sandbox has left."""
 
 import socket
 from contextlib import suppress
@@ -8,7 +8,7 @@ import psutil
 
 
 def listens(port: int) -> bool:
-    """Tell whether anybody takes connections on a port of 127.0.0.1."""
+    """Return whether a server accepts connections on a port of 127.0.0.1."""
     try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
     except OSError:
@@ -17,7 +17,7 @@ def listens(port: int) -> bool:
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Return the command lines of all processes that were started on, or work in, something in the folder."""
+    """Return the command lines of all processes with the folder in their arguments, or as their working directory."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):

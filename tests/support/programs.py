@@ -69,7 +69,7 @@ def peak_bytes(program: str, environ: Mapping[str, str], stdout: Path) -> int:
 
 @contextmanager
 def running(program: str, environ: Mapping[str, str], log_path: Path, *, checkout: Path = ROOT) -> Iterator[Process]:
-    """Run ``services.PROGRAM`` meanwhile, its log going to a file; killed at the end if it still runs."""
+    """Run ``services.PROGRAM`` during the block, with its log in a file. Kill it at the end if it still runs."""
     with log_path.open("ab") as log:
         process = start(program.split(), environ, stdout=log.fileno(), stderr=log.fileno(), checkout=checkout)
     try:
@@ -80,5 +80,5 @@ def running(program: str, environ: Mapping[str, str], log_path: Path, *, checkou
 
 
 def events(log: str) -> list[dict[str, Any]]:
-    """The events in a log of JSON lines."""
+    """Return the events in a log of JSON lines."""
     return [json.loads(line) for line in log.splitlines() if line.startswith("{")]

@@ -1,4 +1,4 @@
-"""A produce request made by hand: what a careless client may put into Kafka, and no library lets us."""
+"""Send a produce request without a client library, with headers that no library accepts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PRODUCE, VERSION = 0, 3
 
 
 def produce(bootstrap_servers: str, topic: str, partition: int, value: bytes, header_names: list[bytes]) -> None:
-    """Publish one record whose headers have these names, to the one broker. Fails if it is refused."""
+    """Publish one record whose headers have these names, to the only broker. Fail if it is refused."""
     records = _batch(_record(value, header_names))
     request = b"".join(
         [

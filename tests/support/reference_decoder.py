@@ -50,12 +50,12 @@ def reference_unknown_fields(data: bytes) -> dict[str, dict[str, object]]:
 
 
 def as_readable(fields: object) -> object:
-    """Return fields with the texts that ``unknown_fields`` has: for what no text can have, U+0000 and four digits."""
+    """Return fields with the texts that ``unknown_fields`` has: U+0000 and four digits for a forbidden character."""
     return _with_texts(fields, lambda text: _UNREADABLE.sub(lambda found: f"\0{ord(found[0]):04x}", text))
 
 
 def from_readable(fields: Mapping[str, msgspec.Raw]) -> object:
-    """Parse fields that ``unknown_fields`` returned. The digits behind U+0000 may have been capitals."""
+    """Parse fields that ``unknown_fields`` returned. The digits after U+0000 may have been upper case."""
     parsed = {name: _loads(bytes(value).decode()) for name, value in fields.items()}
     return _with_texts(parsed, lambda text: re.sub(r"\0....", lambda found: found[0].lower(), text))
 

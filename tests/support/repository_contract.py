@@ -38,14 +38,14 @@ from orderlib.testing import SAMPLE
 
 SAMPLE_ORDER = decode_order(SAMPLE)
 
-#: What nobody can have stored, though somebody may ask for it.
+#: Texts that cannot be the order_uid of a stored order.
 STRANGE_UIDS = ["", ".", "a\0b", "\ud800", "x" * 10_000, "'; DROP TABLE orders; --", "ключ", "b563feb7b2b84b6test "]
 
 
 def an_order(
     order_uid: str, version: int = 0, *, customer_id: str = "c", track_number: str = "t", items: int = 2
 ) -> Order:
-    """An order in all of whose tables the version can be seen."""
+    """Return an order whose row in each table shows the version."""
     [item] = SAMPLE_ORDER.items[:1]
     return attrs.evolve(
         SAMPLE_ORDER,
@@ -60,18 +60,18 @@ def an_order(
 
 
 def with_unknown(order_uid: str, value: bytes) -> bytes:
-    """The JSON text of ``an_order`` with an unknown field of this value."""
+    """Return the JSON text of ``an_order`` with an unknown field of this value."""
     return encode_order(an_order(order_uid))[:-1] + b', "later": ' + value + b"}"
 
 
 def versions_in(order: Order) -> set[int]:
-    """The versions that the parts of ``an_order`` are of; more than one is a mixture."""
+    """Return the versions of the parts of ``an_order``; more than one is a mixture."""
     of_items = {item.price for item in order.items}
     return {order.sm_id, int(order.delivery.name.removeprefix("version ")), order.payment.amount, *of_items}
 
 
 def reached_at(order_uid: str, phone: str, email: str, *, customer_id: str = "c") -> Order:
-    """An order with this phone number and e-mail address."""
+    """Return an order with this phone number and e-mail address."""
     delivery = attrs.evolve(SAMPLE_ORDER.delivery, phone=phone, email=email)
     return attrs.evolve(an_order(order_uid, customer_id=customer_id), delivery=delivery)
 
@@ -86,7 +86,7 @@ def uids(page_orders: tuple[StoredOrder, ...]) -> list[str]:
 
 
 class RepositoryContract:
-    """The suite."""
+    """The contract of ``OrderRepository``, except streams and positions."""
 
     # One order
 
@@ -142,7 +142,7 @@ class RepositoryContract:
         assert repository.content_sha256(SAMPLE_ORDER.order_uid) == content_sha256(SAMPLE_ORDER)
 
     def test_unknown_fields_are_part_of_the_content(self, repository: OrderRepository) -> None:
-        """Of equal content the text that came first is kept. The text of a replaced version is removed."""
+        """For equal content, the first text is kept. The text of a replaced version is removed."""
         order = an_order("a")
         first, respelled, other = (with_unknown("a", value) for value in (b"[1]", b" [ 1 ]", b"[2]"))
         saved: list[tuple[bytes | None, Outcome, bytes | None, int]] = [
@@ -300,7 +300,7 @@ class RepositoryContract:
         assert all(stored.first_stored_at.utcoffset() == dt.timedelta() for stored in page.orders)
 
     def test_orders_stored_together_are_listed_by_order_uid_backwards(self, repository: OrderRepository) -> None:
-        """By its code points, whatever language the store was set up in."""
+        """By code points, with any collation of the database."""
         repository.save_many(an_order(uid) for uid in ("b", "B", "a-b", "a.c", "ab", "A", "_", "10", "9"))
         page = repository.list_orders()
         assert uids(page.orders) == sorted(("b", "B", "a-b", "a.c", "ab", "A", "_", "10", "9"), reverse=True)

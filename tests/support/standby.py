@@ -14,7 +14,7 @@ from sandbox.postgres import PostgresServer
 
 
 class QuietPostgres(PostgresServer):
-    """A primary without autovacuum, which would cause recovery conflicts of its own."""
+    """A primary without autovacuum, which would cause more recovery conflicts."""
 
     settings: ClassVar[dict[str, str]] = {"autovacuum": "off", "shared_buffers": "16MB"}
 
@@ -23,7 +23,7 @@ class QuietPostgres(PostgresServer):
 
 
 class Standby(QuietPostgres):
-    """A hot standby, made by ``pg_basebackup``. It cancels at once each read that is in the way of replay."""
+    """A hot standby, created by ``pg_basebackup``. It cancels each read that conflicts with replay at once."""
 
     settings: ClassVar[dict[str, str]] = {
         **QuietPostgres.settings,

@@ -55,7 +55,7 @@ class TcpProxy:
         self._on_message = on_message
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self._port = self._listener.getsockname()[1]
-        #: Encryption would begin with an answer that is no message.
+        #: Encryption would begin with an answer that is not a message.
         self.url = make_conninfo(url, host="127.0.0.1", port=self._port, sslmode="disable", gssencmode="disable")
         #: How many statements clients have sent for execution, not counting those of the simple protocol.
         self.executed = 0
@@ -77,7 +77,7 @@ class TcpProxy:
         self.cut()
 
     def set_trap(self, moment: Moment) -> None:
-        """Freeze when the next connection comes to this moment."""
+        """Freeze when the next connection reaches this moment."""
         self.trapped.clear()
         self._trap = moment
 
@@ -86,11 +86,11 @@ class TcpProxy:
         self._flowing.clear()
 
     def thaw(self) -> None:
-        """Forward what was held back, and what follows."""
+        """Forward the held data, and what follows."""
         self._flowing.set()
 
     def drop(self) -> None:
-        """End every connection; what was held back is lost. New connections are accepted."""
+        """End every connection; held data is lost. New connections are accepted."""
         with self._lock:
             sockets, self._sockets = self._sockets, set()
         for end in sockets:

@@ -45,7 +45,7 @@ class Environment:
         return run(self.python, "-I", "-W", "error", "-c", f"import os; os.chdir('/')\n{code}")
 
     def can_import(self, module: str) -> bool:
-        """Whether the environment has a module."""
+        """Return whether the environment has a module."""
         return self.run(f"import importlib.util as u; print(u.find_spec({module!r}) is not None)") == "True\n"
 
 

@@ -98,7 +98,7 @@ def test_a_module_of_the_library_imports_only_what_it_may(path: Path) -> None:
     assert imported - {room} <= MAY_IMPORT[room]
 
 
-def test_foreign_libraries_stay_in_their_rooms() -> None:
+def test_foreign_libraries_are_imported_only_where_they_belong() -> None:
     for path in SOURCES:
         for name in imports_of(path):
             rooms = ROOMS.get(name.partition(".")[0])

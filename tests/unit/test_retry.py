@@ -32,7 +32,7 @@ from sandbox.postgres import INSTALLATION
         ("3D000", ErrorAction.STOP),  # no such database
         ("40001", ErrorAction.RETRY),  # serialization failure
         ("40P01", ErrorAction.RETRY),  # deadlock
-        ("42501", ErrorAction.STOP),  # no such right
+        ("42501", ErrorAction.STOP),  # no such privilege
         ("42P01", ErrorAction.STOP),  # no such table
         ("53100", ErrorAction.OUTAGE),  # disk full
         ("53300", ErrorAction.OUTAGE),  # too many connections
