@@ -34,19 +34,23 @@ Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[AsgiEvent]]
 Send = Callable[[AsgiSendMsg], Awaitable[None]]
 
-#: The routes of the API.
-ROUTES = (
-    "/",
-    "/orders",
-    "/orders/{order_uid}",
-    "/search",
-    "/rejects",
-    "/records/{topic}/{partition}/{offset}",
-    "/static/{name}",
-    "/openapi.json",
-    "/livez",
-    "/readyz",
-)
+#: The routes of the API, and what creates the resource of each.
+_RESOURCES: dict[str, Callable[[Reader, Pages], object]] = {
+    "/": HomeResource,
+    "/orders": OrdersResource,
+    "/orders/{order_uid}": OrderResource,
+    "/search": SearchResource,
+    "/rejects": RejectsResource,
+    "/records/{topic}/{partition}/{offset}": lambda reader, _pages: RecordResource(reader),
+    "/static/{name}": lambda _reader, pages: StaticResource(pages),
+    "/openapi.json": lambda _reader, _pages: OpenApiResource(),
+}
+#: Those that both addresses serve.
+_HEALTH_RESOURCES: dict[str, Callable[[AsyncOrderRepository], object]] = {
+    "/livez": lambda _reader: LiveResource(),
+    "/readyz": ReadyResource,
+}
+ROUTES = (*_RESOURCES, *_HEALTH_RESOURCES)
 METRICS_ROUTE = "/metrics"
 
 _ASCII = bytes(range(128)).decode()
@@ -119,20 +123,9 @@ def create_app(
     """Return the API over a reader. ``/readyz`` uses ``health_reader`` if it is given."""
     pages = Pages(settings.status_words)
     app = Api(RequestMetricsMiddleware(metrics, make_id), pages, AuthMiddleware(settings))
-    resources = (
-        HomeResource(reader, pages),
-        OrdersResource(reader, pages),
-        OrderResource(reader, pages),
-        SearchResource(reader, pages),
-        RejectsResource(reader, pages),
-        RecordResource(reader),
-        StaticResource(pages),
-        OpenApiResource(),
-        LiveResource(),
-        ReadyResource(health_reader or reader),
-    )
-    for route, resource in zip(ROUTES, resources, strict=True):
-        app.add_route(route, resource)
+    for route, create_resource in _RESOURCES.items():
+        app.add_route(route, create_resource(reader, pages))
+    _add_health(app, health_reader or reader)
     return app
 
 
@@ -140,6 +133,10 @@ def create_metrics_app(health_reader: AsyncOrderRepository, metrics: ApiMetrics,
     """Return the application for ``ORDERS_METRICS_BIND``: metrics, and health for when clients overload the API."""
     app = Api(RequestMetricsMiddleware(metrics, make_id), Pages())
     app.add_route(METRICS_ROUTE, MetricsResource(metrics))
-    app.add_route("/livez", LiveResource())
-    app.add_route("/readyz", ReadyResource(health_reader))
+    _add_health(app, health_reader)
     return app
+
+
+def _add_health(app: Api, reader: AsyncOrderRepository) -> None:
+    for route, create_resource in _HEALTH_RESOURCES.items():
+        app.add_route(route, create_resource(reader))
