@@ -91,14 +91,16 @@ class TopicState:
 
 
 @attrs.frozen(kw_only=True)
-class SnapshotOffset:
-    """A row of ``consumer_offsets``."""
+class StoredOffset:
+    """The stored offset of a group for one partition of one topic id."""
 
     group: str
     topic: str
     topic_id: str
     partition: int
     next_offset: int
+    #: When a batch last moved it; UTC.
+    updated_at: dt.datetime
 
 
 @attrs.frozen(kw_only=True)
@@ -209,7 +211,7 @@ class Reconciliation:
         topic: TopicState,
         first: Mapping[int, int],
         group: str | None,
-        offsets: Sequence[SnapshotOffset],
+        offsets: Sequence[StoredOffset],
         rejects: Iterable[SnapshotReject],
         forgotten: Collection[bytes] = (),
         originals: Iterable[bytes] = (),
@@ -249,7 +251,7 @@ class Reconciliation:
 
     # Offsets
 
-    def _check_offsets(self, group: str | None, offsets: Iterable[SnapshotOffset]) -> None:
+    def _check_offsets(self, group: str | None, offsets: Iterable[StoredOffset]) -> None:
         topic = self._topic
         for offset in offsets:
             topic_id, partition = offset.topic_id, offset.partition

@@ -10,23 +10,11 @@ from contextlib import contextmanager
 import attrs
 
 from orderlib.errors import ConfigurationError
+from orderlib.ingestion.reconcile import StoredOffset
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
 from orderlib.postgres.errors import translate_errors
 from orderlib.postgres.schema import check_schema
-
-
-@attrs.frozen(kw_only=True)
-class StoredOffset:
-    """The stored offset of a group for one partition of one topic id."""
-
-    group: str
-    topic: str
-    topic_id: str
-    partition: int
-    next_offset: int
-    #: When a batch last moved it; UTC.
-    updated_at: dt.datetime
 
 
 @contextmanager

@@ -11,12 +11,12 @@ import psycopg
 
 from orderlib.ingestion.reconcile import (
     SnapshotErased,
-    SnapshotOffset,
     SnapshotOrder,
     SnapshotOriginal,
     SnapshotReject,
+    StoredOffset,
 )
-from orderlib.postgres import queries
+from orderlib.postgres import operations, queries
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.errors import translate_errors
 from orderlib.postgres.rows import JOINED_WIDTH, order_from_rows
@@ -39,19 +39,15 @@ class Snapshot:
 
     def group(self) -> str | None:
         """Return the consumer group that the database belongs to."""
-        row = self._connection.execute(queries.GROUP).fetchone()
-        return None if row is None else str(row[0])
+        return operations.consumer_group(self._connection)
 
-    def forgotten(self) -> frozenset[bytes]:
+    def forgotten(self) -> list[bytes]:
         """Return the SHA-256 digests of all forgotten order_uids."""
-        return frozenset(digest for (digest,) in self._connection.execute(queries.FORGOTTEN))
+        return operations.forgotten(self._connection)
 
-    def offsets(self) -> list[SnapshotOffset]:
+    def offsets(self) -> list[StoredOffset]:
         """Return the stored offsets of all topics."""
-        return [
-            SnapshotOffset(group=group, topic=topic, topic_id=topic_id, partition=partition, next_offset=next_offset)
-            for group, topic, topic_id, partition, next_offset, _ in self._connection.execute(queries.ALL_OFFSETS)
-        ]
+        return operations.stored_offsets(self._connection)
 
     def has_topic(self, topic_id: str) -> bool:
         """Return whether an order or a reject of this topic id is stored."""
