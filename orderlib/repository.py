@@ -492,9 +492,9 @@ class OrderRepository(Protocol):
         ...
 
     def check(self) -> float | None:
-        """Return ``Stats.replication_delay_s`` if the store can be read.
+        """Check that the store can be read, and return ``Stats.replication_delay_s``.
 
-        Raises DatabaseUnavailable or ConfigurationError.
+        Raises DatabaseUnavailable or ConfigurationError if it cannot.
         """
         ...
 
