@@ -14,9 +14,8 @@ from orderlib.ingestion.records import PreparedOrder, plan_backfill
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
 from orderlib.postgres.errors import translate_errors
-from orderlib.postgres.rejects import within_bytes
 from orderlib.postgres.rows import pack_rows
-from orderlib.postgres.writes import store, versions_of
+from orderlib.postgres.writes import store, versions_of, within_bytes
 from orderlib.repository import Outcome
 
 #: One transaction takes originals up to this number and size, but at least one. The consumer waits while it stores.

@@ -16,12 +16,13 @@ from psycopg import sql
 from orderlib.errors import ConfigurationError
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, open_connection
+from orderlib.postgres.ddl import ignore_message
 from orderlib.postgres.errors import translate_errors
 from orderlib.postgres.privileges import OWNER
 
 
 def distribute(
-    url: str, *, shards: int, application_name: str, on_message: Callable[[str], None] = lambda _text: None
+    url: str, *, shards: int, application_name: str, on_message: Callable[[str], None] = ignore_message
 ) -> None:
     """Distribute every table of this schema that has an order_uid over the workers, by order_uid.
 

@@ -495,8 +495,8 @@ WHERE l.granted AND l.pid IS DISTINCT FROM pg_backend_pid() AND l.locktype = 're
     OR (l.relation IN ('pg_authid'::regclass, 'pg_auth_members'::regclass) AND l.mode <> 'AccessShareLock'))
 ORDER BY l.pid LIMIT 3
 """
-DATABASE: LiteralString = (
-    "SELECT pg_encoding_to_char(encoding), datname FROM pg_database WHERE datname = current_database()"
+DATABASE_ENCODING: LiteralString = (
+    "SELECT pg_encoding_to_char(encoding) FROM pg_database WHERE datname = current_database()"
 )
 BECOME_OWNER: LiteralString = "SET LOCAL ROLE orders_owner"
 SCHEMA_MIGRATIONS: LiteralString = """
@@ -723,7 +723,7 @@ def count_rejects(filters: Collection[str]) -> LiteralString:
 
 
 #: One reject, with the first bytes and the size of each part that may be large.
-GET_REJECT: LiteralString = """
+GET_REJECTS: LiteralString = """
 SELECT topic, partition, record_offset, topic_id, record_time,
        substring(key FROM 1 FOR %(max_bytes)s) AS key, octet_length(key) AS key_bytes,
        substring(value FROM 1 FOR %(max_bytes)s) AS value, octet_length(value) AS value_bytes,

@@ -19,7 +19,7 @@ from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.reject_list import RejectPage, RejectPosition, RejectQuery
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.wire import Wire
-from orderlib.postgres.writes import store
+from orderlib.postgres.writes import store, within_bytes
 from orderlib.repository import Outcome, RecordPosition
 
 #: One transaction redrives rejects up to this number and size, but at least one. The consumer waits for it.
@@ -56,7 +56,7 @@ def list_rejects(connection: Connection, query: RejectQuery) -> tuple[RejectPage
         return connection.wait(reads.list_rejects(query)), connection.wait(reads.count_rejects(query))
 
 
-def get_reject(connection: Connection, position: RejectPosition, max_bytes: int) -> Iterator[dict[str, Any]]:
+def get_rejects(connection: Connection, position: RejectPosition, max_bytes: int) -> Iterator[dict[str, Any]]:
     """Yield the rejects at a position, one for each topic id, the newest first.
 
     Each of key, value and headers (as JSON) has at most ``max_bytes``. Raises RejectNotFound.
@@ -64,7 +64,7 @@ def get_reject(connection: Connection, position: RejectPosition, max_bytes: int)
     found = False
     which = {**attrs.asdict(position), "max_bytes": max_bytes}
     with translate_errors(connection), connection.cursor(row_factory=dict_row) as cursor:
-        for row in cursor.stream(queries.GET_REJECT, which, binary=True):
+        for row in cursor.stream(queries.GET_REJECTS, which, binary=True):
             found = True
             for part in ("key", "value", "headers"):
                 size_bytes = row.pop(f"{part}_bytes")
@@ -138,16 +138,6 @@ def _redrive_batch(
         connection.execute(queries.RECORD_REDRIVE, done)
         outcomes[outcome] += 1
     return (rows[-1][:3] if rows else None), outcomes
-
-
-def within_bytes(rows: list[tuple[Any, ...]], max_bytes: int) -> list[tuple[Any, ...]]:
-    """Return the first rows, up to this size of values but at least one. The last column is the size of its value."""
-    total_bytes = 0
-    for index, (*_, size_bytes) in enumerate(rows):
-        total_bytes += size_bytes
-        if index and total_bytes > max_bytes:
-            return rows[:index]
-    return rows
 
 
 def _store_one(connection: Connection, change: OrderChange) -> Outcome:

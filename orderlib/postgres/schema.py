@@ -79,7 +79,7 @@ def table_schema(connection: Connection) -> str:
 
 def require_utf8(connection: Connection) -> None:
     """Raise ConfigurationError if the database has another encoding."""
-    encoding, _ = one_row(connection, queries.DATABASE)
+    [encoding] = one_row(connection, queries.DATABASE_ENCODING)
     if encoding != "UTF8":
         raise ConfigurationError(f"the encoding of the database is {encoding}, but orderlib needs UTF8")
 

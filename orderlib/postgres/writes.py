@@ -171,6 +171,16 @@ def _store(
     return plan.outcomes
 
 
+def within_bytes(rows: list[Row], max_bytes: int) -> list[Row]:
+    """Return the first rows, up to this size of values but at least one. The last column is the size of its value."""
+    total_bytes = 0
+    for index, (*_, size_bytes) in enumerate(rows):
+        total_bytes += size_bytes
+        if index and total_bytes > max_bytes:
+            return rows[:index]
+    return rows
+
+
 def versions_of(rows: Iterable[Row]) -> dict[str, StoredVersion]:
     """Return the versions in rows of STORED_STATES, by order_uid."""
     stored = {}

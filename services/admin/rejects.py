@@ -17,7 +17,7 @@ from orderlib.errors import REJECT_CODES
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.operations import count_old_rejects, purge_rejects
 from orderlib.postgres.reject_list import RejectPosition, RejectQuery
-from orderlib.postgres.rejects import Prefix, get_reject, list_rejects, redrive
+from orderlib.postgres.rejects import Prefix, get_rejects, list_rejects, redrive
 from orderlib.repository import Outcome, is_position
 from services.admin.database import APPLICATION_NAME, open_database
 from services.admin.output import (
@@ -148,7 +148,7 @@ def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _show(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with open_database(environ, "ORDERS_DATABASE_URL") as connection:
-        for reject in get_reject(connection, options.position, SHOWN_BYTES):
+        for reject in get_rejects(connection, options.position, SHOWN_BYTES):
             headers = reject["headers"]
             plain = {
                 **reject,
@@ -179,7 +179,7 @@ def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     progress = ProgressLine("rejects redriven")
     with open_database(environ, "ORDERS_DATABASE_URL") as connection:
         if options.position is not None:
-            list(get_reject(connection, options.position, max_bytes=0))
+            list(get_rejects(connection, options.position, max_bytes=0))
         for batch in redrive(
             connection, max_bytes, code=options.code, position=options.position, tombstones=tombstones(environ)
         ):
