@@ -177,7 +177,7 @@ def test_two_thousand_idle_connections_lock_no_client_out(api: Service, sent: by
 
 
 def limit_files(api: Service, soft: int, hard: int) -> None:
-    """Replace its worker by one that may open only so many files."""
+    """Replace its worker by one whose number of open files is limited."""
     assert api.get("/livez").status == 200  # there is a worker
     before = api.workers()
     resource.prlimit(api.process.pid, resource.RLIMIT_NOFILE, (soft, hard))

@@ -90,9 +90,7 @@ def ask(api: Service, path: str, method: str = "GET") -> Callable[[], tuple[int,
     ],
 )
 @pytest.mark.usefixtures("topic")
-def test_the_state_of_a_record_is_told_without_its_values(
-    api: Service, position: str, state: dict[str, object]
-) -> None:
+def test_the_state_of_a_record_shows_none_of_its_values(api: Service, position: str, state: dict[str, object]) -> None:
     answer = api.get(f"/records/{position}", AUTHORIZED)
     assert (answer.status, answer.json) == (200, state)
     assert answer.headers["Cache-Control"] == "no-store"

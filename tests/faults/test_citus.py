@@ -147,7 +147,7 @@ def test_distribute_is_idempotent_and_moves_the_rows_that_are_there(
     succeed("admin forget order-7 --yes", environ)
     assert run("admin get order-7", environ).returncode == 1
     succeed("admin migrate", environ)
-    # Nobody can log in as the owner from outside.
+    # A client cannot log in as the owner.
     with psycopg.connect(empty_database.superuser_url) as connection:
         assert connection.execute("SELECT rolcanlogin FROM pg_roles WHERE rolname = 'orders_owner'").fetchall() == [
             (False,)

@@ -28,7 +28,7 @@ from tests.support.sending import order
 
 #: The longest that a record may take to be handled, with all kills.
 _HANDLED_WITHIN_S = 60.0
-#: Every so many records of a client is invalid.
+#: Each client sends an invalid record after this number of records.
 _BAD_EVERY = 7
 
 

@@ -226,7 +226,7 @@ def test_a_page_of_very_large_orders_ends_early_and_the_next_goes_on(postgres: P
 
 
 def with_unchecked(order: Order, **fields: object) -> Order:
-    """The order with values that nobody checked."""
+    """The order with unchecked values."""
     return unchecked(Order, **{field.name: getattr(order, field.name) for field in attrs.fields(Order)} | fields)
 
 
@@ -583,7 +583,7 @@ def test_a_connection_that_the_server_ended_is_replaced(postgres: PostgresOrderR
     assert until_reachable(lambda: postgres.get("a")) == an_order("a")
 
 
-def test_nobody_listening_is_an_outage(emptied: Database) -> None:
+def test_a_refused_connection_is_an_outage(emptied: Database) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(DatabaseUnavailable) as refusal:

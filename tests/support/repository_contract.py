@@ -646,7 +646,7 @@ class RepositoryContract:
 
     # Status
 
-    def test_the_status_tells_the_newest_order_and_how_many_came_lately(self, repository: OrderRepository) -> None:
+    def test_stats_have_the_newest_order_and_how_many_were_stored_recently(self, repository: OrderRepository) -> None:
         empty = repository.stats()
         assert (empty.newest_first_stored_at, empty.stored_recently) == (None, 0)
         repository.save_many([an_order("a"), an_order("b")])

@@ -1,4 +1,4 @@
-"""Imports point one way, and each foreign library has its room. Read off the source, run by a test or not."""
+"""Imports point one way, and each foreign library is imported only in its places. The sources are parsed, not run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 #: Foreign libraries, and the only places that may import them.
-ROOMS = {
+PLACES = {
     "psycopg": ("orderlib/postgres/", "sandbox/postgres.py"),
     "confluent_kafka": (
         *("services/kafka.py", "services/kafka_errors.py", "services/kafka_listener.py"),
@@ -58,7 +58,7 @@ ROOMS = {
     "services": ("services/",),
 }
 
-#: The only places that may look at the environment: where a program starts.
+#: The only places that may read the environment: where a program starts.
 STARTS = re.compile(r"orderlib/__main__\.py|services/\w+/(__main__|wsgi|asgi)\.py|sandbox/\w+\.py")
 
 SOURCES = sorted(
@@ -78,31 +78,31 @@ def imports_of(path: Path) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def room_in_library(name: str) -> str:
+def layer_of(name: str) -> str:
     """Which module or package of the library an imported name belongs to; empty for the package itself."""
-    room = name.split(".")[1] if "." in name else ""
-    return room if room in MAY_IMPORT else ""
+    layer = name.split(".")[1] if "." in name else ""
+    return layer if layer in MAY_IMPORT else ""
 
 
 def test_imports_within_the_library_point_one_way() -> None:
-    """What ``MAY_IMPORT`` allows has no circle."""
+    """What ``MAY_IMPORT`` allows has no cycle."""
     graphlib.TopologicalSorter(MAY_IMPORT).prepare()
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.parts[0] == "orderlib"], ids=str)
 def test_a_module_of_the_library_imports_only_what_it_may(path: Path) -> None:
     inside = path.relative_to("orderlib").with_suffix("").parts
-    room = "" if inside == ("__init__",) else inside[0]
-    assert room in MAY_IMPORT, f"say in MAY_IMPORT what {path} may import"
-    imported = {room_in_library(name) for name in imports_of(path) if name.partition(".")[0] == "orderlib"}
-    assert imported - {room} <= MAY_IMPORT[room]
+    layer = "" if inside == ("__init__",) else inside[0]
+    assert layer in MAY_IMPORT, f"say in MAY_IMPORT what {path} may import"
+    imported = {layer_of(name) for name in imports_of(path) if name.partition(".")[0] == "orderlib"}
+    assert imported - {layer} <= MAY_IMPORT[layer]
 
 
 def test_foreign_libraries_are_imported_only_where_they_belong() -> None:
     for path in SOURCES:
         for name in imports_of(path):
-            rooms = ROOMS.get(name.partition(".")[0])
-            assert rooms is None or path.as_posix().startswith(rooms), f"{path} imports {name}"
+            places = PLACES.get(name.partition(".")[0])
+            assert places is None or path.as_posix().startswith(places), f"{path} imports {name}"
 
 
 def test_programs_do_not_import_each_other() -> None:

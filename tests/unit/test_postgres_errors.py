@@ -1,4 +1,4 @@
-"""Every error of the driver has one of ours in its place, and none of them quotes a row."""
+"""Every error of the driver is translated, and no message quotes a row."""
 
 from __future__ import annotations
 

@@ -245,7 +245,7 @@ def everything_shown(error: BaseException) -> str:
 def test_no_piece_of_a_password_is_shown_whatever_the_url(
     sqlstate: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Misread URLs name hosts that do not exist; nobody asks a resolver for them.
+    # Misread URLs name hosts that do not exist; no resolver is asked for them.
     def unresolved(host: object, *_: object, **__: object) -> None:
         raise OSError(-2, "Name or service not known", host)
 
