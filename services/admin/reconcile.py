@@ -64,6 +64,7 @@ class _Acknowledged:
 _Manifest = dict[tuple[int, int], _Acknowledged]
 
 _WITHOUT_OFFSET = "acknowledged, but the sender could not know its offset"
+_COMPACTION_UNKNOWN = "that Kafka does not compact the topic: the ACL DescribeConfigs is missing"
 
 
 def _read_manifest(path: Path, topic: str) -> tuple[_Manifest, list[Finding]]:
@@ -123,12 +124,13 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         }
         if not next_offsets and not stored.has_topic(topic_reader.topic_id):
             raise ConfigurationError(f"no consumer group has stored offsets of topic {topic_reader.topic!r} yet")
+        is_compacted = topic_reader.is_compacted()
         topic = TopicState(
             topic=topic_reader.topic,
             topic_id=topic_reader.topic_id,
             earliest=earliest,
             ends=topic_reader.ends(),
-            is_compacted=topic_reader.is_compacted(),
+            is_compacted=is_compacted is True,
         )
         start_offsets = _start_offsets(topic_reader.earliest(), next_offsets, manifest)
         digests = stored.forgotten(), stored.original_digests()
@@ -148,6 +150,8 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if without_offset:
         examples = tuple(without_offset[:MAX_EXAMPLES])
         not_proved.append(NotProved(what=_WITHOUT_OFFSET, count=len(without_offset), examples=examples))
+    if is_compacted is None:
+        not_proved.append(NotProved(what=_COMPACTION_UNKNOWN, count=1, examples=()))
     _report(options, proof, findings, several, not_proved)
     return EXIT_FAILED if findings.total else EXIT_DONE
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import ConfigResource, OffsetSpec, ResourceType
 
 from orderlib.errors import ConfigurationError
 from orderlib.ingestion.records import Record
 from services.kafka import CONSUMER_DEFAULTS, CONSUMER_PROPERTIES, REQUEST_TIMEOUT_S, SILENT, Cluster, record_of
-from services.kafka_errors import NO_GROUP_ACL, PARTITION_EOF, translate_kafka_error, translate_kafka_errors
+from services.kafka_errors import (
+    NO_GROUP_ACL,
+    NO_TOPIC_ACL,
+    PARTITION_EOF,
+    translate_kafka_error,
+    translate_kafka_errors,
+)
 from services.settings import KafkaSettings
 
 #: What librdkafka may fetch ahead: in KiB in total, in bytes for each partition and for each request. A larger record
@@ -47,18 +53,21 @@ class TopicReader:
         """Return the log end of each partition."""
         return self.cluster.ends(self.topic, self.partitions)
 
-    def is_compacted(self) -> bool:
+    def is_compacted(self) -> bool | None:
         """Return whether Kafka compacts the topic, so that any record before the log end may be missing.
 
-        Without the ACL to describe the topic's configuration, return False.
+        Return ``None`` without the ACL to describe the topic's configuration.
         """
         resource = ConfigResource(ResourceType.TOPIC, self.topic)
         try:
             found = self.cluster.wait_for(
                 self.cluster.admin.describe_configs([resource], request_timeout=REQUEST_TIMEOUT_S)[resource]
             )
-        except ConfigurationError:
-            return False
+        except ConfigurationError as exc:
+            cause = exc.__cause__
+            if isinstance(cause, KafkaException) and cause.args[0].code() == NO_TOPIC_ACL:
+                return None
+            raise
         return "compact" in str(found["cleanup.policy"].value)
 
     def at_time(self, timestamp_ms: int) -> dict[int, int]:

@@ -12,7 +12,8 @@ from confluent_kafka.admin import TopicDescription
 
 from orderlib.errors import ConfigurationError
 from services import kafka
-from services.kafka import Cluster
+from services.admin.topic_reader import TopicReader
+from services.kafka import Cluster, TopicInfo
 from services.settings import KafkaSettings
 
 
@@ -37,3 +38,19 @@ def test_a_new_topic_that_a_broker_does_not_know_yet_is_described(monkeypatch: p
     answers = iter([unknown, described])
     monkeypatch.setattr(cluster, "request_description", lambda _: next(answers))
     assert cluster.describe("orders").partitions == {0}
+
+
+def test_only_without_the_acl_it_is_unknown_whether_a_topic_is_compacted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cluster, "describe", lambda *_: TopicInfo(topic_id="id", partitions=frozenset({0})))
+    reader = TopicReader(KafkaSettings.from_mapping({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}))
+
+    def fail(code: int) -> None:
+        answer: Future[None] = Future()
+        answer.set_exception(KafkaException(KafkaError(code)))
+        monkeypatch.setattr(reader.cluster.admin, "describe_configs", lambda resources, **_: {resources[0]: answer})
+
+    fail(KafkaError.TOPIC_AUTHORIZATION_FAILED)
+    assert reader.is_compacted() is None
+    fail(KafkaError.UNKNOWN_TOPIC_OR_PART)
+    with pytest.raises(ConfigurationError):
+        reader.is_compacted()
