@@ -7,9 +7,15 @@ Two decisions need more than the SQLSTATE: ``postgres.pool`` repeats a read once
 from __future__ import annotations
 
 import enum
+import functools
 from random import Random
 
 import attrs
+
+#: After this number of conflicts of one transaction, retrying probably does not help.
+_MAX_CONFLICTS = 20
+#: For the jitter between retries of several writers.
+_RNG = Random()  # noqa: S311  not used for a secret
 
 
 class ErrorAction(enum.Enum):
@@ -116,3 +122,19 @@ class Backoff:
     def reset(self) -> None:
         """Begin again with the shortest wait, after a success."""
         self._tries = 0
+
+
+class Conflicts:
+    """The conflicts of one transaction with other writers, each of which may repeat it."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    @functools.cached_property
+    def _backoff(self) -> Backoff:
+        return Backoff(_RNG, first_s=0.01, max_s=0.5)
+
+    def next_wait_s(self) -> float | None:
+        """Count a conflict. Return how long to wait before the transaction is repeated; ``None`` to give up."""
+        self._count += 1
+        return self._backoff.next_wait_s() if self._count <= _MAX_CONFLICTS else None

@@ -13,9 +13,8 @@ from orderlib.errors import Fault, InvalidOrder, RejectedError, TransactionConfl
 from orderlib.ingestion.records import PreparedOrder, plan_backfill
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
-from orderlib.postgres.errors import translate_errors
 from orderlib.postgres.rows import pack_rows
-from orderlib.postgres.writes import store, versions_of, within_bytes
+from orderlib.postgres.writes import run_transaction, store, versions_of, within_bytes
 from orderlib.repository import Outcome
 
 #: One transaction takes originals up to this number and size, but at least one. The consumer waits while it stores.
@@ -45,14 +44,10 @@ def backfill(connection: Connection, *, after: str = "", dry_run: bool = False) 
     * ``rejected``: the original is not valid by the rules of this release, or PostgreSQL refuses it.
 
     A second run changes nothing. With ``dry_run`` nothing is stored, and ``stored`` counts what would be.
-    Needs the writer's privileges.
+    Needs the writer's privileges. Raises TransactionConflict if other writers keep changing the same orders.
     """
     while True:
-        try:
-            with translate_errors(connection), connection.transaction():
-                batch = _backfill_batch(connection, after, dry_run)
-        except TransactionConflict:
-            continue
+        batch = run_transaction(connection, partial(_backfill_batch, connection, after, dry_run))
         if batch is None:
             return
         after = batch.last

@@ -10,13 +10,11 @@ from __future__ import annotations
 import _thread
 import contextlib
 import copy
-import functools
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Container
-from random import Random
 from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
@@ -27,7 +25,7 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.pq.abc import PGconn
 
 from orderlib.errors import ConfigurationError, DatabaseUnavailable, OrderlibError, TransactionConflict
-from orderlib.ingestion.retry import Backoff
+from orderlib.ingestion.retry import Conflicts
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, connection_arguments, prepare_session
 from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translate, translate_errors
@@ -51,12 +49,6 @@ _SET_UP_WITHIN_S = 5.0
 #: 40), a cancelled statement (57014), or a stale prepared statement.
 _REPEATABLE = {"57014", *PREPARED_IS_STALE}
 _REPEATABLE_CLASS = "40"
-
-
-#: After this number of conflicts in one call, retrying probably does not help.
-_MAX_CONFLICTS = 20
-#: For the jitter between retries of several writers.
-_RNG = Random()  # noqa: S311  not used for a secret
 
 #: The errors of a read that are translated, or repaired by a retry.
 READ_ERRORS = (psycopg.Error, UnicodeEncodeError, DeadlineExceeded)
@@ -356,11 +348,7 @@ class Call:
         self._timeout_s = pool.timeout_s if timeout_s is None else min(pool.timeout_s, timeout_s)
         self.deadline = time.monotonic() + self._timeout_s
         self._repeated = False
-        self._conflicts = 0
-
-    @functools.cached_property
-    def _backoff(self) -> Backoff:
-        return Backoff(_RNG, first_s=0.01, max_s=0.5)
+        self._conflicts = Conflicts()
 
     @property
     def connection_wait_s(self) -> float:
@@ -394,9 +382,8 @@ class Call:
             return 0
         translated = self._write_error(session, error, committing=committing)
         if isinstance(translated, TransactionConflict):
-            self._conflicts += 1
-            wait_s = self._backoff.next_wait_s()
-            if self._conflicts <= _MAX_CONFLICTS and time.monotonic() + wait_s < self.deadline:
+            wait_s = self._conflicts.next_wait_s()
+            if wait_s is not None and time.monotonic() + wait_s < self.deadline:
                 return wait_s
         raise translated from (error.__cause__ if translated is error else error)
 

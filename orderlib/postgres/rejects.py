@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import attrs
 from psycopg.rows import dict_row
 
-from orderlib.errors import RejectNotFound, TransactionConflict
+from orderlib.errors import RejectNotFound
 from orderlib.ingestion.records import OrderChange, Record, Reject, Tombstones, classify_record, plan_redrive
 from orderlib.postgres import queries
 from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
@@ -19,7 +20,7 @@ from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.reject_list import RejectPage, RejectPosition, RejectQuery
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.wire import Wire
-from orderlib.postgres.writes import store, within_bytes
+from orderlib.postgres.writes import run_transaction, store, within_bytes
 from orderlib.repository import Outcome, RecordPosition
 
 #: One transaction redrives rejects up to this number and size, but at least one. The consumer waits for it.
@@ -88,15 +89,13 @@ def redrive(
     An order is stored, or erased by a tombstone, if the database does not have it, or has a version from a lower offset
     of the same partition. Otherwise the outcome is superseded. The reject stays, with outcome and time. Rejects with an
     outcome other than rejected are skipped, so redriving twice is safe. A value above ``max_bytes`` is not read and
-    stays rejected.
+    stays rejected. Raises TransactionConflict if other writers keep changing the same orders.
     """
     after = ("", -1, -1)
     while True:
-        try:
-            with translate_errors(connection), connection.transaction():
-                last, outcomes = _redrive_batch(connection, max_bytes, code, position, after, tombstones)
-        except TransactionConflict:
-            continue
+        last, outcomes = run_transaction(
+            connection, partial(_redrive_batch, connection, max_bytes, code, position, after, tombstones)
+        )
         if last is None:
             return
         after = last

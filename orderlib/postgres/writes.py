@@ -9,20 +9,25 @@ import contextlib
 import datetime as dt
 import hashlib
 import itertools
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import psycopg
 from psycopg.abc import PQGen
 
 from orderlib.errors import RefusedByDatabase, TransactionConflict
 from orderlib.ingestion.records import OrderChange, PreparedOrder, StoredVersion, Tombstone, WritePlan, plan_writes
+from orderlib.ingestion.retry import Conflicts
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
-from orderlib.postgres.errors import translate
+from orderlib.postgres.errors import translate, translate_errors
 from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, Row, original_row, pack_store_columns
 from orderlib.postgres.wire import Copy, Statement, Wire
 from orderlib.repository import Outcome, RecordPosition
+
+T = TypeVar("T")
 
 #: Plans what to write from the changes, the stored versions and the forgotten order_uids.
 Planner = Callable[[Sequence[OrderChange], Mapping[str, StoredVersion], Collection[str]], WritePlan]
@@ -64,6 +69,23 @@ def store(
 ) -> list[Outcome | RefusedByDatabase]:
     """Run ``store_orders`` over a psycopg connection that is in a transaction."""
     return connection.wait(store_orders(Wire(connection.pgconn, keeps_statements=False), changes, planner))
+
+
+def run_transaction(connection: Connection, work: Callable[[], T]) -> T:
+    """Run work in a transaction, again after each conflict with other writers, and translate the errors.
+
+    Raises TransactionConflict after too many conflicts.
+    """
+    conflicts = Conflicts()
+    while True:
+        try:
+            with translate_errors(connection), connection.transaction():
+                return work()
+        except TransactionConflict:
+            wait_s = conflicts.next_wait_s()
+            if wait_s is None:
+                raise
+        time.sleep(wait_s)
 
 
 class Save:

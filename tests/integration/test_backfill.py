@@ -14,6 +14,8 @@ import pytest
 
 import orderlib
 from orderlib import InvalidOrder, Outcome, decode_order, encode_order
+from orderlib.errors import TransactionConflict
+from orderlib.ingestion import retry
 from orderlib.ingestion.records import (
     Batch,
     OffsetRange,
@@ -220,3 +222,23 @@ def wait_until_blocked(database: Database, is_done: Callable[[], bool]) -> None:
     with psycopg.connect(database.superuser_url, autocommit=True) as observer:
         while not observer.execute("SELECT FROM pg_locks WHERE NOT granted").fetchall():
             assert not is_done()
+
+
+def test_it_gives_up_after_too_many_conflicts_in_one_transaction(
+    writer: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = 0
+
+    def conflicts(*_: object) -> None:
+        nonlocal attempts
+        attempts += 1
+        raise TransactionConflict("another writer")
+
+    save(writer, by_an_earlier_release("a", text("a")))
+    before = stored(writer)
+    monkeypatch.setattr(module, "store", conflicts)
+    monkeypatch.setattr(retry, "_MAX_CONFLICTS", 2)
+    with pytest.raises(TransactionConflict):
+        list(backfill(writer))
+    assert attempts == 3
+    assert stored(writer) == before

@@ -9,8 +9,10 @@ import attrs
 import pytest
 
 from orderlib import Order, Outcome, decode_order, encode_order
-from orderlib.errors import Fault, MalformedJson
+from orderlib.errors import Fault, MalformedJson, TransactionConflict
+from orderlib.ingestion import retry
 from orderlib.ingestion.records import Batch, OffsetRange, PreparedOrder, Record, Reject, TopicPartition
+from orderlib.postgres import rejects
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rejects import redrive
@@ -67,3 +69,24 @@ def test_a_reject_replaces_only_a_version_from_a_lower_offset(
             stored = writer.execute("SELECT sm_id, source_offset FROM orders").fetchall()
             replaced = outcome in {Outcome.STORED, Outcome.DUPLICATE}
             assert stored == [(in_reject.sm_id if replaced else ORDER.sm_id, 5 if replaced else stored_offset)]
+
+
+def test_a_conflict_repeats_the_transaction_until_there_are_too_many(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = 0
+
+    def conflicts(*_: object) -> None:
+        nonlocal attempts
+        attempts += 1
+        raise TransactionConflict("another writer")
+
+    keep_reject(database, ORDER, 5)
+    with open_connection(database.writer_url, application_name="tests") as writer:
+        with monkeypatch.context() as patched:
+            patched.setattr(rejects, "store", conflicts)
+            patched.setattr(retry, "_MAX_CONFLICTS", 2)
+            with pytest.raises(TransactionConflict):
+                list(redrive(writer, 10_000))
+        assert attempts == 3
+        assert sum(redrive(writer, 10_000), Counter()) == Counter({Outcome.STORED: 1})
