@@ -327,6 +327,8 @@ class ConsumerRunner:
             with never_fatal("lag"):
                 self._update_lag()
         except OrderlibError as exc:
+            # Also if it is transient: a command was not carried out, or the client dropped the records of the fetch
+            # that failed. To continue would skip them; a restart continues at the stored offsets.
             self._core.on_fatal(exc)
         except Exception as exc:  # noqa: BLE001  a bug: the state is unknown
             return self._give_up(exc)
