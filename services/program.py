@@ -5,11 +5,13 @@ Logs go to stderr, one event per line: JSON, or a readable format on a terminal.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import logging
+import os
 import sys
-from collections.abc import Mapping
-from typing import TextIO
+from collections.abc import Callable, Mapping
+from typing import NoReturn, TextIO
 
 import msgspec
 import structlog
@@ -36,6 +38,7 @@ __all__ = [
     "event",
     "log",
     "run",
+    "run_with_kafka",
     "set_up_logging",
 ]
 
@@ -74,6 +77,18 @@ def begin(environ: Mapping[str, str]) -> None:
     set_up_logging()
     for variable, nearest in sorted(misspelt(environ).items()):
         event("unknown_setting", logging.WARNING, variable=variable, nearest=nearest)
+
+
+def run_with_kafka(main: Callable[[], int]) -> NoReturn:
+    """Run a program that uses librdkafka, and end the process with its exit status.
+
+    librdkafka's threads may still wait for a network. Python's own end would wait for them, or crash under them.
+    """
+    status = run(main)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def set_up_logging(stream: TextIO | None = None, level: int = logging.INFO) -> None:

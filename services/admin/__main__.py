@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from orderlib import commands as library_commands
 from services.admin import backfill, distribute, drift, export, offsets, orders, reconcile, rejects, topics
 from services.kafka import REQUEST_TIMEOUT_S
-from services.program import begin, run
+from services.program import begin, run_with_kafka
 
 RunCommand = Callable[[argparse.Namespace, Mapping[str, str]], int]
 
@@ -38,4 +38,4 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
 
 if __name__ == "__main__":
     begin(os.environ)
-    sys.exit(run(lambda: main(sys.argv[1:], os.environ)))
+    run_with_kafka(lambda: main(sys.argv[1:], os.environ))

@@ -25,7 +25,7 @@ from orderlib.postgres.rows import pack_rows
 from services.consumer.health import ConsumerMetrics, Health, HealthServer
 from services.consumer.kafka_consumer import KafkaConsumer
 from services.consumer.runner import STOP_CLOSE_S, ConsumerRunner, StoreWorker
-from services.program import EXIT_DONE, EXIT_STATUSES, begin, event, run
+from services.program import EXIT_DONE, EXIT_STATUSES, begin, event, run_with_kafka
 from services.settings import ConsumerSettings
 
 T = TypeVar("T")
@@ -152,8 +152,4 @@ def _tune_interpreter() -> None:
 if __name__ == "__main__":
     begin(os.environ)
     _tune_interpreter()
-    status = run(lambda: main(sys.argv[1:], os.environ))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # librdkafka's threads may still wait for an unreachable network. Everything else has ended.
-    os._exit(status)
+    run_with_kafka(lambda: main(sys.argv[1:], os.environ))

@@ -18,7 +18,7 @@ from random import Random
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.positions import PositionReader
 from services.kafka import REQUEST_TIMEOUT_S
-from services.program import EXIT_DONE, EXIT_FAILED, SETUP_STATUS, begin, run
+from services.program import EXIT_DONE, EXIT_FAILED, SETUP_STATUS, begin, run_with_kafka
 from services.sender.generate import generate_values
 from services.sender.input_lines import lines, warn_about_invalid
 from services.sender.manifest import Manifest
@@ -316,4 +316,4 @@ def _generated_values(options: argparse.Namespace) -> Iterator[bytes]:
 
 if __name__ == "__main__":
     begin(os.environ)
-    sys.exit(run(lambda: main(sys.argv[1:], os.environ)))
+    run_with_kafka(lambda: main(sys.argv[1:], os.environ))
