@@ -31,8 +31,8 @@ from services.sender.generate import generate_order
 
 #: How many orders the tables have at each measurement.
 SIZES = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
-#: Orders that the consumer stores before each measurement. Then the pages are in memory, and most of them were written to
-#: the log since the last checkpoint.
+#: Orders that the consumer stores before each measurement. Then the pages are in memory, and most of them were written
+#: to the log since the last checkpoint.
 WARM_UP_ORDERS = 60_000
 #: Orders that the consumer stores at each measurement.
 NEW_ORDERS = 40_000
