@@ -146,14 +146,14 @@ def test_describing_a_topic_leaks_no_memory(secure: SecureKafka, secure_topic: s
         """Return how many more blocks of memory Python holds after some descriptions."""
         gc.collect()
         before = sys.getallocatedblocks()
-        for _ in range(100):
+        for _ in range(300):
             cluster.describe(secure_topic)
         gc.collect()
         return sys.getallocatedblocks() - before
 
     added_blocks()
-    # The leak was an object with its id a call.
-    assert min(added_blocks() for _ in range(3)) < 50
+    # The leak was an object with its id a call. Caches of the first calls add some dozens of blocks.
+    assert min(added_blocks() for _ in range(3)) < 150
 
 
 def test_the_documented_acls_are_enough_for_each_program(

@@ -666,7 +666,9 @@ def test_a_page_is_read_along_its_index_and_never_sorted(
     used = {"customer_id": customer, "track_number": track, "since": times, "until": times}
     filters = [name for name, is_used in used.items() if is_used]
     statement = queries.list_orders(direction, filters, cursor=cursor)
-    plan = plan_by_index(module_database, statement)
+    # With so few rows, another of these indexes with a filter may be cheaper.
+    others = {"orders_newest", "orders_newest_of_customer", "orders_newest_of_track"} - {index}
+    plan = plan_by_index(module_database, statement, *others)
     assert any(f"using {index} on orders" in line for line in plan), plan
     assert not any("Sort" in line for line in plan), plan
     if times:
@@ -682,8 +684,8 @@ def test_the_items_of_a_page_are_read_along_their_index_and_never_sorted(module_
     assert not any("Sort" in line for line in plan), plan
 
 
-def plan_by_index(database: Database, statement: LiteralString) -> list[str]:
-    """The plan of a statement if an index serves its conditions and its order.
+def plan_by_index(database: Database, statement: LiteralString, *dropped: str) -> list[str]:
+    """The plan of a statement if an index serves its conditions and its order, and the ``dropped`` ones do not exist.
 
     Autovacuum may have collected statistics of the few rows here, with which another plan is cheaper.
     """
@@ -691,6 +693,8 @@ def plan_by_index(database: Database, statement: LiteralString) -> list[str]:
         superuser.execute("DELETE FROM pg_statistic")
         for table in ("orders", "delivery", "payment", "items"):
             superuser.execute("SELECT pg_clear_relation_stats('public', %s)", [table])
+        for index in dropped:
+            superuser.execute(sql.SQL("DROP INDEX {}").format(sql.Identifier(index)))
         superuser.execute("SET enable_seqscan = off")
         superuser.execute("SET enable_sort = off")
         return [line for (line,) in superuser.execute(sql.SQL("EXPLAIN (GENERIC_PLAN) ") + sql.SQL(statement))]
