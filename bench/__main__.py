@@ -12,7 +12,7 @@ import sys
 from bench.page import write_page
 from bench.report import add_write_option
 
-#: The benchmarks. ``bench.growth`` takes hours, so it is not one of them.
+#: The benchmarks. ``bench.growth`` takes too long, and ``bench.citus`` needs Citus, so they are not among them.
 TOPICS = ("decode", "ingest", "parts", "api", "go")
 
 

@@ -8,7 +8,6 @@ little.
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -18,6 +17,7 @@ import psutil
 from psycopg.conninfo import make_conninfo
 
 import orderlib
+from bench.ingest import utc_now
 from orderlib import Order, PostgresOrderRepository
 from orderlib.postgres.citus import distribute
 from sandbox import PostgresServer
@@ -80,7 +80,7 @@ def _measure(database: Database, servers: Sequence[PostgresServer], calls: int) 
     """Return the CPU milliseconds of each call."""
     processes = [psutil.Process(server.pid) for server in servers]
     rng = Random(1)
-    orders = [generate_order(rng, _now) for _ in range(ORDERS)]
+    orders = [generate_order(rng, utc_now) for _ in range(ORDERS)]
     costs = {}
     with orderlib.connect(database.writer_url, timeout_s=60) as repository:
         for start in range(0, ORDERS, 1_000):
@@ -93,10 +93,6 @@ def _measure(database: Database, servers: Sequence[PostgresServer], calls: int) 
                 call(repository, orders, number)
             costs[name] = (sum(map(_cpu_s, processes)) - before) / calls * 1000
     return costs
-
-
-def _now() -> dt.datetime:
-    return dt.datetime.now(dt.UTC)
 
 
 def _cpu_s(server: psutil.Process) -> float:

@@ -24,7 +24,7 @@ import psycopg
 import orderlib
 from bench.api import VARIANTS, run_wrk, serving
 from bench.ingest import IngestBench, admin, produce, running, utc_now, wait
-from bench.report import Figure, add_write_option, publish
+from bench.report import Figure, add_write_option, print_progress, publish
 from bench.servers import benchmark_sandbox
 from sandbox import Sandbox
 from services.sender.generate import generate_order
@@ -200,7 +200,7 @@ def measure(bench: GrowthBench, options: argparse.Namespace) -> list[Figure]:
     sizes: list[Figure] = []
     copies = 0
     for size in [size for size in SIZES if size <= options.orders]:
-        _print_progress(f"growing to {size:,} orders")
+        print_progress(f"growing to {size:,} orders")
         # The restart with the last of the settings is still in effect; the first size has few pages.
         bench.grow(copies, size // TEMPLATES)
         copies = size // TEMPLATES
@@ -214,7 +214,7 @@ def measure(bench: GrowthBench, options: argparse.Namespace) -> list[Figure]:
             orders_per_s = bench.orders_per_s()
             p50_ms, p99_ms = bench.get_ms(copies, options.seconds)
             measured[name][size] = Measurement(orders_per_s=orders_per_s, p50_ms=p50_ms, p99_ms=p99_ms)
-            _print_progress(f"{size:,} orders, {name}: {orders_per_s:,.0f}/s, GET {p50_ms:.1f} and {p99_ms:.1f} ms")
+            print_progress(f"{size:,} orders, {name}: {orders_per_s:,.0f}/s, GET {p50_ms:.1f} and {p99_ms:.1f} ms")
     return [*_ratios(measured), *_details(measured), *sizes]
 
 
@@ -244,10 +244,6 @@ def _details(measured: Mapping[str, Mapping[int, Measurement]]) -> list[Figure]:
                 Figure(f"{prefix}: GET p99", one.p99_ms, "ms"),
             ]
     return figures
-
-
-def _print_progress(step: str) -> None:
-    print(f"bench: {step}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import psycopg
 from confluent_kafka import Producer
 
 import orderlib
-from bench.report import Figure, add_write_option, publish
+from bench.report import Figure, add_write_option, print_progress, publish
 from bench.servers import benchmark_servers
 from orderlib.postgres.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS
 from sandbox.server import free_port
@@ -228,7 +228,7 @@ def throughput(bench: IngestBench, rounds: int) -> list[Figure]:
     new, raw, inserts, duplicate, mixed = [], [], [], [], []
     batches: list[dict[str, bytes]] = []
     for number in range(rounds):
-        _print_progress(f"throughput, round {number + 1} of {rounds}")
+        print_progress(f"throughput, round {number + 1} of {rounds}")
         bench.empty()
         new.append(bench.consume())
         batches = batches or bench.prebuild()
@@ -259,7 +259,7 @@ def throughput(bench: IngestBench, rounds: int) -> list[Figure]:
 
 def timeline(bench: IngestBench) -> list[Figure]:
     """Measure where the store's thread spends its time at full speed. The rest is waiting for Python."""
-    _print_progress("timeline")
+    print_progress("timeline")
     bench.empty()
     port = free_port()
     with running({**bench.environ, "ORDERS_METRICS_BIND": f"127.0.0.1:{port}"}, "services.consumer"):
@@ -283,7 +283,7 @@ def batch_sizes(bench: IngestBench) -> list[Figure]:
     """Measure ``save_many`` alone, for several numbers of orders in a transaction."""
     figures = []
     for size in (1, 10, 100, 500, 2_000, 5_000):
-        _print_progress(f"batches of {size:,}")
+        print_progress(f"batches of {size:,}")
         bench.empty()
         orders = bench.orders[: 20 * size + 1_000]
         with orderlib.connect(bench.environ["ORDERS_DATABASE_URL"]) as repository:
@@ -303,7 +303,7 @@ def several_consumers(bench: IngestBench) -> list[Figure]:
     bench.consume()
     for consumers in (1, 2, 3):
         name = f"{consumers} consumer{'s' * (consumers > 1)}"
-        _print_progress(name)
+        print_progress(name)
         orders_per_s, balance = bench.consume_together(consumers)
         figures.append(Figure(f"ingest with {name}", orders_per_s, "orders/s"))
         if consumers > 1:
@@ -340,9 +340,9 @@ def latency(bench: IngestBench, seconds: int) -> list[Figure]:
     """Measure the time from sending an order until a reader finds it, at several loads and at full speed."""
     figures = []
     for per_s in LOADS:
-        _print_progress(f"latency at {per_s:,} orders/s")
+        print_progress(f"latency at {per_s:,} orders/s")
         figures += measure_latency(bench, per_s, seconds).figures(f"{per_s:,} orders/s")
-    _print_progress("latency at full speed")
+    print_progress("latency at full speed")
     return figures + measure_latency(bench, None, seconds).figures("full speed")
 
 
@@ -435,7 +435,7 @@ def memory(bench: IngestBench, lags: tuple[int, int]) -> list[Figure]:
     peaks_mb = []
     values = [(order.order_uid, orderlib.encode_order(order)) for order in bench.orders[:10_000]]
     for lag in lags:
-        _print_progress(f"memory at a lag of {lag:,}")
+        print_progress(f"memory at a lag of {lag:,}")
         environ = {**bench.environ, "ORDERS_TOPIC": f"orders-{lag}", "ORDERS_METRICS_BIND": "127.0.0.1:0"}
         bench.empty()
         admin(environ, "topics")
@@ -489,10 +489,6 @@ def utc_now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
 
 
-def _print_progress(step: str) -> None:
-    print(f"bench: {step}", file=sys.stderr, flush=True)
-
-
 def main() -> None:
     """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.ingest", description=__doc__)
@@ -516,7 +512,7 @@ def measure(environ: Mapping[str, str], options: argparse.Namespace) -> list[Fig
     for command in ("bootstrap", "migrate", "topics"):
         admin(environ, command)
     rng = Random(1)
-    _print_progress(f"generating and sending {options.count:,} orders")
+    print_progress(f"generating and sending {options.count:,} orders")
     orders = [generate_order(rng, utc_now) for _ in range(options.count)]
     produce(environ, ((order.order_uid, orderlib.encode_order(order)) for order in orders))
     bench = IngestBench(environ=environ, superuser_url=environ["ORDERS_BOOTSTRAP_URL"], orders=orders)

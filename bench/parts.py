@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Mapping
 from random import Random
 
@@ -19,7 +18,7 @@ from psycopg.conninfo import make_conninfo
 
 import orderlib
 from bench.ingest import IngestBench, admin, utc_now
-from bench.report import Figure, add_write_option, publish
+from bench.report import Figure, add_write_option, print_progress, publish
 from bench.servers import benchmark_servers
 from services.sender.generate import generate_order
 
@@ -68,7 +67,7 @@ def measure(environ: Mapping[str, str], options: argparse.Namespace) -> list[Fig
     variants = _create_variants(bench)
     us: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(options.rounds):
-        print(f"bench: round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
+        print_progress(f"round {number + 1} of {options.rounds}")
         for name, variant in variants.items():
             variant.empty()
             us[name].append(1e6 / variant.raw_copy(batches))

@@ -7,6 +7,7 @@ import datetime as dt
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 
 import attrs
@@ -67,6 +68,11 @@ def publish(topic: str, figures: list[Figure], *, write: bool) -> None:
     entries = [{**attrs.asdict(figure), "verdict": figure.verdict} for figure in figures]
     text = json.dumps({"machine": machine(), "figures": entries}, indent=2, ensure_ascii=False)
     (RESULTS / f"{topic}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def print_progress(step: str) -> None:
+    """Print what a benchmark is doing, to stderr."""
+    print(f"bench: {step}", file=sys.stderr, flush=True)
 
 
 def number(value: float) -> str:
