@@ -186,14 +186,11 @@ class Cluster:
 
     def describe(self, topic: str) -> TopicInfo:
         """Describe a topic. Raises ConfigurationError, naming the command, if it does not exist."""
-        began_s = time.monotonic()
-        while True:
-            try:
-                return self.request_topic(topic)()
-            except _NoTopic:
-                if time.monotonic() - began_s >= _NEW_TOPIC_S:
-                    raise
-            time.sleep(_POLL_S)
+
+        def request() -> TopicInfo:
+            return self.request_topic(topic)()
+
+        return _repeat(request)
 
     def request_topic(self, topic: str, timeout_s: float = REQUEST_TIMEOUT_S) -> Callable[[], TopicInfo]:
         """Send the request of ``describe`` now, and return a callable that waits for its result."""
@@ -232,8 +229,12 @@ class Cluster:
 
     def offsets(self, topic: str, partitions: Iterable[int], spec: OffsetSpec) -> dict[int, int]:
         """Return an offset of each partition; -1 if no record has it."""
-        futures = self._request_offsets(topic, partitions, spec)
-        return {partition: self.wait_for(future).offset for partition, future in futures.items()}
+
+        def request() -> dict[int, int]:
+            futures = self._request_offsets(topic, partitions, spec)
+            return {partition: self.wait_for(future).offset for partition, future in futures.items()}
+
+        return _repeat(request)
 
     def request_ends(self, topic: str, partitions: Iterable[int]) -> Callable[[], dict[int, int] | None]:
         """Request the log ends. The result returns ``None`` until all requests have ended, then the known ends."""
@@ -283,6 +284,23 @@ class Cluster:
                     f"Kafka at {address} expects security.protocol {expected}, and not {configured}: set "
                     "ORDERS_KAFKA_SECURITY_PROTOCOL"
                 )
+
+
+def _repeat(request: Callable[[], T]) -> T:
+    """Return the result of a request; repeat it while brokers refuse it in a state that ends by itself.
+
+    Examples are a partition without a leader, and a topic that was just created. A request without an answer has
+    waited for its whole timeout, and is not repeated.
+    """
+    began_s = time.monotonic()
+    while True:
+        try:
+            return request()
+        except (BrokerUnavailable, _NoTopic) as exc:
+            limit_s = _NEW_TOPIC_S if isinstance(exc, _NoTopic) else REQUEST_TIMEOUT_S
+            if time.monotonic() - began_s >= limit_s:
+                raise
+        time.sleep(_POLL_S)
 
 
 def _topic_id(description: TopicDescription) -> str:

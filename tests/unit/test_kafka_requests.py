@@ -10,7 +10,7 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException, Uuid
 from confluent_kafka.admin import TopicDescription
 
-from orderlib.errors import ConfigurationError
+from orderlib.errors import BrokerUnavailable, ConfigurationError
 from services import kafka
 from services.admin.topic_reader import TopicReader
 from services.kafka import Cluster, TopicInfo
@@ -38,6 +38,27 @@ def test_a_new_topic_that_a_broker_does_not_know_yet_is_described(monkeypatch: p
     answers = iter([unknown, described])
     monkeypatch.setattr(cluster, "request_description", lambda _: next(answers))
     assert cluster.describe("orders").partitions == {0}
+
+
+def test_log_ends_are_asked_for_again_while_a_partition_has_no_leader(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(KafkaSettings.from_mapping({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}))
+    no_leader: Future[SimpleNamespace] = Future()
+    no_leader.set_exception(KafkaException(KafkaError(KafkaError._NOENT)))
+    end: Future[SimpleNamespace] = Future()
+    end.set_result(SimpleNamespace(offset=7))
+    answers = iter([no_leader, end])
+    monkeypatch.setattr(cluster.admin, "list_offsets", lambda places, **_: dict.fromkeys(places, next(answers)))
+    assert cluster.ends("orders", [0]) == {0: 7}
+
+
+def test_log_ends_fail_if_a_partition_gets_no_leader(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(KafkaSettings.from_mapping({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}))
+    no_leader: Future[SimpleNamespace] = Future()
+    no_leader.set_exception(KafkaException(KafkaError(KafkaError._NOENT)))
+    monkeypatch.setattr(cluster.admin, "list_offsets", lambda places, **_: dict.fromkeys(places, no_leader))
+    monkeypatch.setattr(kafka, "REQUEST_TIMEOUT_S", 0.2)
+    with pytest.raises(BrokerUnavailable, match="_NOENT"):
+        cluster.ends("orders", [0])
 
 
 def test_only_without_the_acl_it_is_unknown_whether_a_topic_is_compacted(monkeypatch: pytest.MonkeyPatch) -> None:
