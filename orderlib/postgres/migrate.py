@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import resources
 
 import psycopg
@@ -120,9 +120,23 @@ def _apply(connection: Connection, number: int, name: str) -> bool:
         return False
     connection.execute(queries.LIFT_TIME_LIMITS)
     script = resources.files("orderlib.postgres").joinpath("migrations", name).read_text(encoding="utf-8")
-    connection.execute(script.encode())
+    for statement in _statements(script):
+        # Binary results use the extended protocol, which refuses a text with several statements, as Citus does.
+        connection.execute(statement.encode(), binary=True)
     connection.execute(queries.RECORD_MIGRATION, {"number": number, "name": name})
     return True
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Yield the statements of a migration. Each ends with a semicolon at the end of a line, but not inside ``$$``."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if line.rstrip().endswith(";") and statement.count("$$") % 2 == 0:
+            yield statement
+            statement = ""
+    if statement.strip():
+        yield statement
 
 
 def _restore_grants(connection: Connection) -> list[str]:
