@@ -7,11 +7,12 @@ READY := .venv/.ready
 export PYTHONDONTWRITEBYTECODE :=
 SANDBOX := $(BIN)/python -m sandbox --
 
-.PHONY: help demo test check coverage bench bench-growth docs test-faults test-page test-compose test-citus lock clean
+.PHONY: help venv demo test check coverage bench bench-growth docs test-faults test-page test-compose test-citus lock clean
 
 help:
 	@echo "make demo          the whole system on this machine: sender, Kafka, consumer, PostgreSQL, API; Ctrl-C stops it"
 	@echo "make test          checks and tests, with a real PostgreSQL and Kafka"
+	@echo "make venv          install all dependencies into .venv; the other targets do this themselves"
 	@echo "make check         format, lint, types, architecture"
 	@echo "make coverage      run the tests and report the lines of library and programs that they miss"
 	@echo "make bench         run the benchmarks and print the figures as tables; uses wrk and go if they are installed"
@@ -35,6 +36,8 @@ $(READY): requirements/dev.txt
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/dev.txt
 	@touch $@
+
+venv: $(READY)
 
 demo: $(READY)
 	@$(SANDBOX) $(BIN)/python -m sandbox.demo
