@@ -344,7 +344,7 @@ def record_of(message: Message, topic_ids: Mapping[str, str]) -> Record:
     _, timestamp_ms = message.timestamp()
     topic = not_none(message.topic())
     return Record(
-        source=RecordPosition(
+        position=RecordPosition(
             topic_id=topic_ids[topic], partition=not_none(message.partition()), offset=not_none(message.offset())
         ),
         time=record_time(timestamp_ms),

@@ -326,15 +326,15 @@ class ConsumerCore:
         while fetched and len(classified) < MAX_RECORDS and self._bytes < max_bytes:
             item = fetched.popleft()
             if isinstance(item, Record):
-                source = item.source
+                position = item.position
                 # Kafka returns many records of a partition in a row: look its offset up once.
-                if source.partition != number or item.topic != topic:
-                    topic, number = item.topic, source.partition
+                if position.partition != number or item.topic != topic:
+                    topic, number = item.topic, position.partition
                     partition = TopicPartition(topic, number)
                     next_offset = fetched_offset.get(partition)
-                if next_offset is None or source.offset < next_offset:
+                if next_offset is None or position.offset < next_offset:
                     continue
-                next_offset = fetched_offset[partition] = source.offset + 1
+                next_offset = fetched_offset[partition] = position.offset + 1
                 classified.append((item, self._classify_record(item)))
                 self._bytes += item.size_bytes
             elif item.next_offset > fetched_offset.get(item.partition, item.next_offset):
@@ -562,4 +562,4 @@ class ConsumerCore:
 
 
 def _partition_of(fetched: Record | PartitionEof) -> tuple[str, int]:
-    return (fetched.topic, fetched.source.partition) if isinstance(fetched, Record) else fetched.partition
+    return (fetched.topic, fetched.position.partition) if isinstance(fetched, Record) else fetched.partition

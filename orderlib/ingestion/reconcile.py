@@ -311,7 +311,7 @@ class Reconciliation:
         Whether tombstones are rejects does not matter: a tombstone without a reject must have erased its order.
         """
         self.counts["records"] += 1
-        position = record.source
+        position = record.position
         if self._originals:
             self._originals.discard(_sha256(record.value) or b"")
         reject = self._rejects.pop((position.partition, position.offset), None)
@@ -353,10 +353,10 @@ class Reconciliation:
             "headers": reject.headers_sha256 == _sha256(None if headers is None else headers.encode()),
         }
         if different := [name for name, is_same in same.items() if not is_same]:
-            self._find(f"the reject differs from Kafka's record in {', '.join(different)}", record.source)
+            self._find(f"the reject differs from Kafka's record in {', '.join(different)}", record.position)
 
     def _compare_classification(self, record: Record, classified: Classified, reject: SnapshotReject) -> None:
-        outcome, position, tombstone = reject.redrive_outcome, record.source, tombstone_of(record)
+        outcome, position, tombstone = reject.redrive_outcome, record.position, tombstone_of(record)
         expected = _other_refusal(record, reject.code)
         if isinstance(classified, Reject) and not (tombstone and reject.code == RefusedByDatabase.code):
             expected = classified
@@ -473,7 +473,7 @@ class Reconciliation:
         self.counts["orders"] += 1
         uid = stored.order_uid
         versions, not_redriven = self._versions.pop(uid, {}), self._not_redriven.pop(uid, {})
-        source = stored.topic_id, stored.partition, stored.offset, stored.source_time
+        position_columns = stored.topic_id, stored.partition, stored.offset, stored.source_time
         position = _position(stored)
         if self._forgotten and _sha256(uid.encode()) in self._forgotten:
             self._find("stored, but forgotten: forget it again", position, uid)
@@ -494,15 +494,15 @@ class Reconciliation:
             self._find(
                 "its first_stored_at is later than its stored_at, or one of them is not a possible time", position, uid
             )
-        if source == (None,) * 4:
+        if position_columns == (None,) * 4:
             self.counts["saved from Python"] += 1
             self._check_saved(stored, versions)
         elif position is None or stored.source_time is None:
-            self._find("its source is incomplete", position, uid)
+            self._find("its position is incomplete", position, uid)
         elif problem := self._why_impossible(position):
             self._find(problem, position, uid)
         else:
-            self._check_source(stored, position, versions, not_redriven)
+            self._check_position(stored, position, versions, not_redriven)
         self._check_redriven_at(stored, versions)
 
     def _check_original(self, stored: SnapshotOrder, position: RecordPosition | None) -> None:
@@ -526,14 +526,14 @@ class Reconciliation:
             self._find("its original is not the value of a record", position, uid)
 
     def _check_saved(self, stored: SnapshotOrder, versions: Mapping[int, _Version]) -> None:
-        """Report an order without a source. Its content cannot be compared with anything."""
+        """Report an order without a position. Its content cannot be compared with anything."""
         what = "saved from Python"
         if versions:
             is_same = any(version.content_sha256 == stored.content_sha256 for version in versions.values())
             what += f" after Kafka's record of it, with {'the same' if is_same else 'other'} content"
         self._cannot_prove(what, None, stored.order_uid)
 
-    def _check_source(
+    def _check_position(
         self,
         stored: SnapshotOrder,
         position: RecordPosition,
@@ -562,7 +562,7 @@ class Reconciliation:
             self.counts["from records that were not read"] += 1
             self._cannot_prove("stored from records that were not read", position, uid)
         elif expected is None or expected.offset != position.offset:
-            what = "Kafka has no record of it at its source"
+            what = "Kafka has no record of it at its position"
             if self._topic.is_compacted:
                 self._cannot_prove(f"{what}: the topic is compacted", position, uid)
             else:
@@ -575,7 +575,7 @@ class Reconciliation:
             what = "stored by an earlier release without the unknown fields of its record: a rewind stores them"
             self._cannot_prove(what, position, uid)
         elif expected.content_sha256 != _current_sha256(stored):
-            self._find("differs from the record at its source", position, uid)
+            self._find("differs from the record at its position", position, uid)
         elif not _is_same_time(stored.source_time, expected.time):
             self._find("its source_time is not the time of its record", position, uid)
         for (other, offset), version in not_redriven.items():
@@ -711,7 +711,7 @@ def _version(
     if isinstance(change, PreparedOrder) and (change.original is not None or may_have_optional_fields(value)):
         required = required_sha256(value)
     return _Version(
-        offset=record.source.offset,
+        offset=record.position.offset,
         content_sha256=content,
         required_sha256=required,
         time=record.time,
@@ -725,7 +725,7 @@ def _earlier_version(record: Record) -> tuple[str, _Version] | None:
     value = record.value or b""
     for order, _ in earlier_forms(value):
         version = _Version(
-            offset=record.source.offset,
+            offset=record.position.offset,
             content_sha256=None,
             required_sha256=required_sha256(value),
             time=record.time,

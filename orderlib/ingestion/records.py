@@ -53,7 +53,7 @@ def _size(part: bytes | Headers | None) -> str:
 class Record:
     """One Kafka message, byte for byte. Its repr shows no content."""
 
-    source: RecordPosition
+    position: RecordPosition
     #: The record's timestamp, in UTC. It does not order records: producers may set any.
     time: dt.datetime
     topic: str
@@ -122,7 +122,7 @@ _NO_ROWS = PackedRows(b"", b"", b"", b"")
 
 
 def pack_no_rows(
-    _order: CanonicalOrder, _content_sha256: bytes, _source: RecordPosition | None, _time: dt.datetime | None
+    _order: CanonicalOrder, _content_sha256: bytes, _position: RecordPosition | None, _time: dt.datetime | None
 ) -> PackedRows:
     """Return empty rows, for an order that is compared and never stored in PostgreSQL."""
     return _NO_ROWS
@@ -138,26 +138,26 @@ class PreparedOrder:
     #: The JSON text of the order if it has unknown fields, otherwise ``None``.
     original: bytes | None = attrs.field(default=None, repr=_size)
     #: The record's position and time. Both are ``None`` for an order that was saved from Python.
-    source: RecordPosition | None = None
+    position: RecordPosition | None = None
     time: dt.datetime | None = None
 
     @classmethod
     def of(
         cls,
         order: Order,
-        source: RecordPosition | None = None,
+        position: RecordPosition | None = None,
         time: dt.datetime | None = None,
         *,
         pack_rows: PackRows = pack_no_rows,
     ) -> PreparedOrder:
         """Prepare an order without unknown fields. Without a position it is one that is saved from Python."""
-        return cls._of_canonical(canonical_form(order), source, time, pack_rows)
+        return cls._of_canonical(canonical_form(order), position, time, pack_rows)
 
     @classmethod
     def of_text(
         cls,
         text: bytes,
-        source: RecordPosition | None = None,
+        position: RecordPosition | None = None,
         time: dt.datetime | None = None,
         *,
         pack_rows: PackRows = pack_no_rows,
@@ -165,14 +165,14 @@ class PreparedOrder:
         """Prepare the order in a JSON text, with its unknown fields. Raises the errors of ``decode_order``."""
         order, unknown = decode_canonical(text)
         if not unknown:
-            return cls._of_canonical(order, source, time, pack_rows)
-        return cls._of_canonical(order, source, time, pack_rows, unknown, text)
+            return cls._of_canonical(order, position, time, pack_rows)
+        return cls._of_canonical(order, position, time, pack_rows, unknown, text)
 
     @classmethod
     def _of_canonical(
         cls,
         order: CanonicalOrder,
-        source: RecordPosition | None,
+        position: RecordPosition | None,
         time: dt.datetime | None,
         pack_rows: PackRows,
         unknown: bytes = b"",
@@ -182,9 +182,9 @@ class PreparedOrder:
         return cls(
             order_uid=order.order_uid,
             content_sha256=sha256,
-            rows=pack_rows(order, sha256, source, time),
+            rows=pack_rows(order, sha256, position, time),
             original=original,
-            source=source,
+            position=position,
             time=time,
         )
 
@@ -239,7 +239,7 @@ class Tombstone:
     """A record that erases an order."""
 
     order_uid: str
-    source: RecordPosition
+    position: RecordPosition
     time: dt.datetime
 
     @property
@@ -264,7 +264,7 @@ def tombstone_of(record: Record) -> Tombstone | None:
         order_uid = msgspec.convert(record.key.decode("ascii"), _ORDER_UID)
     except (UnicodeDecodeError, msgspec.ValidationError):
         return None
-    return Tombstone(order_uid=order_uid, source=record.source, time=record.time)
+    return Tombstone(order_uid=order_uid, position=record.position, time=record.time)
 
 
 def classify_record(
@@ -283,7 +283,7 @@ def classify_record(
         if len(value) > max_bytes:
             found = f"{len(value):,} bytes"
             raise TooLarge([Fault(path="$", expected=f"at most {max_bytes:,} bytes", found=found)])
-        return PreparedOrder.of_text(value, record.source, record.time, pack_rows=pack_rows)
+        return PreparedOrder.of_text(value, record.position, record.time, pack_rows=pack_rows)
     except RejectedError as error:
         return Reject.of(record, error)
 
@@ -294,7 +294,7 @@ class StoredVersion:
 
     #: ``None`` if it was erased.
     content_sha256: bytes | None
-    source: RecordPosition | None
+    position: RecordPosition | None
     #: ``None`` if it was erased.
     first_stored_at: dt.datetime | None
     #: 1, 2, … per order_uid; 0 if it was erased.
@@ -348,9 +348,9 @@ def plan_writes(
             outcomes.append(Outcome.FORGOTTEN)
             continue
         version = versions.get(uid)
-        current = None if version is None else version.source
+        current = None if version is None else version.position
         if version is None or version.content_sha256 != change.content_sha256:
-            if current is not None and current.is_after(change.source):
+            if current is not None and current.is_after(change.position):
                 outcomes.append(Outcome.SUPERSEDED)
                 continue
             if uid in write_index:
@@ -371,8 +371,8 @@ def plan_writes(
             moves.pop(uid, None)
         else:
             outcomes.append(Outcome.DUPLICATE)
-            source = change.source
-            if source is None or source == current or (current is not None and current.is_after(source)):
+            position = change.position
+            if position is None or position == current or (current is not None and current.is_after(position)):
                 continue
             if uid in writes:
                 writes[uid] = change
@@ -395,7 +395,7 @@ def may_redrive(change: OrderChange, stored: StoredVersion | None) -> bool:
     """
     if stored is None:
         return True
-    return change.source is not None and change.source.is_after(stored.source)
+    return change.position is not None and change.position.is_after(stored.position)
 
 
 def plan_redrive(
@@ -461,6 +461,6 @@ class Batch:
             classified=tuple(
                 (record, classified)
                 for record, classified in self.classified
-                if (record.topic, record.source.partition) not in dropped
+                if (record.topic, record.position.partition) not in dropped
             ),
         )

@@ -70,7 +70,7 @@ def _backfill_batch(connection: Connection, after: str, dry_run: bool) -> Backfi
         if uid not in values:
             raise _conflict_error(uid)
         try:
-            prepared_order = PreparedOrder.of_text(values[uid], version.source, row[-2], pack_rows=pack_rows)
+            prepared_order = PreparedOrder.of_text(values[uid], version.position, row[-2], pack_rows=pack_rows)
             if prepared_order.order_uid != uid:
                 raise InvalidOrder([Fault(path="$.order_uid", expected="that of the stored order", found="another")])
         except RejectedError as error:
@@ -83,7 +83,7 @@ def _backfill_batch(connection: Connection, after: str, dry_run: bool) -> Backfi
     if dry_run:
         outcomes[Outcome.STORED] += len(changed)
     elif changed:
-        topic_ids = {prepared_order.source.topic_id for prepared_order in changed if prepared_order.source}
+        topic_ids = {prepared_order.position.topic_id for prepared_order in changed if prepared_order.position}
         # A batch of the consumer could confirm one of these versions meanwhile, and its position would move back.
         connection.execute(queries.LOCK_OFFSETS, {"topic_ids": sorted(topic_ids)})
         results = store(connection, changed, partial(plan_backfill, read))

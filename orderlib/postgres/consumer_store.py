@@ -327,17 +327,17 @@ def _copy_rejects(connection: Connection, rejects: Sequence[Reject]) -> None:
     """Store the rejects that are not stored yet. The fence prevents others from storing them meanwhile."""
     if not rejects:
         return
-    sources = [reject.record.source for reject in rejects]
-    positions = {
-        "topic_ids": [source.topic_id for source in sources],
-        "partitions": [source.partition for source in sources],
-        "offsets": [source.offset for source in sources],
+    positions = [reject.record.position for reject in rejects]
+    keys = {
+        "topic_ids": [position.topic_id for position in positions],
+        "partitions": [position.partition for position in positions],
+        "offsets": [position.offset for position in positions],
     }
-    stored = set(connection.execute(queries.STORED_REJECTS, positions).fetchall())
+    stored = set(connection.execute(queries.STORED_REJECTS, keys).fetchall())
     new = [
         reject
-        for reject, source in zip(rejects, sources, strict=True)
-        if (source.topic_id, source.partition, source.offset) not in stored
+        for reject, position in zip(rejects, positions, strict=True)
+        if (position.topic_id, position.partition, position.offset) not in stored
     ]
     if not new:
         return
@@ -348,12 +348,12 @@ def _copy_rejects(connection: Connection, rejects: Sequence[Reject]) -> None:
 
 def _row(reject: Reject) -> Iterator[bytes]:
     record = reject.record
-    source, unstorable = record.source, record.unstorable
+    position, unstorable = record.position, record.unstorable
+    key = position.topic_id, position.partition, position.offset
     headers = None if "headers" in unstorable else record.headers_json
     value = None if "value" in unstorable else record.value
     contents = record.key, value, None if headers is None else headers.encode()
-    position = source.topic_id, source.partition, source.offset
-    return reject_row(position, record.topic, record.time, contents, reject.code, _faults_json(reject))
+    return reject_row(key, record.topic, record.time, contents, reject.code, _faults_json(reject))
 
 
 def _in_chunks(parts: Iterable[bytes]) -> Iterator[bytes]:

@@ -388,8 +388,8 @@ INSERT INTO erased (order_uid, topic_id, partition, record_offset)
 SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::bigint[])
 """
 
-#: A duplicate changes only the source: the position that last confirmed the content.
-MOVE_SOURCES: LiteralString = """
+#: A duplicate changes only the position that last confirmed the content.
+MOVE_POSITIONS: LiteralString = """
 UPDATE orders o
 SET source_topic_id = n.topic_id, source_partition = n.partition, source_offset = n.record_offset,
     source_time = n.record_time
@@ -833,7 +833,7 @@ SELECT topic_id, partition, record_offset, topic, {_representable_time("record_t
 FROM reject_digests
 """
 
-#: Every order with its digest, its source and a check of its times. Clocks may differ by a day.
+#: Every order with its digest, its position and a check of its times. Clocks may differ by a day.
 SNAPSHOT_ORDERS: LiteralString = f"""
 SELECT {", ".join(_representable_time(f"o.{name}") if name in ORDER_TIMES else f"o.{name}" for name in ORDER_COLUMNS)},
     {_columns(DELIVERY_COLUMNS, "d.")}, {_columns(PAYMENT_COLUMNS, "p.")},

@@ -125,15 +125,15 @@ def _redrive_batch(
     [(redriven_at,)] = connection.execute(queries.CLOCK).fetchall()
     outcomes: Counter[Outcome] = Counter()
     for topic_id, partition, offset, topic, record_time, size_bytes in rows:
-        source = {"topic_id": topic_id, "partition": partition, "offset": offset}
+        key_columns = {"topic_id": topic_id, "partition": partition, "offset": offset}
         outcome = Outcome.REJECTED
         if size_bytes <= max_bytes:
-            [(key, value)] = connection.execute(queries.REJECT_VALUE, source, binary=True).fetchall()
-            record = Record(source=RecordPosition(**source), time=record_time, topic=topic, key=key, value=value)
+            [(key, value)] = connection.execute(queries.REJECT_VALUE, key_columns, binary=True).fetchall()
+            record = Record(position=RecordPosition(**key_columns), time=record_time, topic=topic, key=key, value=value)
             classified = classify_record(record, max_bytes, pack_rows, tombstones)
             if not isinstance(classified, Reject):
                 outcome = _store_one(connection, classified)
-        done = {**source, "outcome": outcome, "redriven_at": redriven_at}
+        done = {**key_columns, "outcome": outcome, "redriven_at": redriven_at}
         connection.execute(queries.RECORD_REDRIVE, done)
         outcomes[outcome] += 1
     return (rows[-1][:3] if rows else None), outcomes

@@ -146,11 +146,11 @@ _PACKING = {
 def _packer(model: type[attrs.AttrsInstance], names: Sequence[str]) -> Callable[[object], bytes]:
     """Return a function that packs a model's columns as the fields of a binary row.
 
-    Its source is generated from the contract, as attrs generates methods: a call for each field took twice the time.
+    Its code is generated from the contract, as attrs generates methods: a call for each field took twice the time.
     """
     rules = {field.name: rule_of(field) for field in rules_of(model).fields}
     fields = ", ".join(_PACKING[column_type(rules[name])].format(name=name) for name in names)
-    # The source has nothing from outside: only names of fields.
+    # The code has nothing from outside: only names of fields.
     pack: Callable[[object], bytes] = eval(f"lambda model: b''.join(({fields}))", globals())  # noqa: S307
     return pack
 
@@ -168,18 +168,21 @@ _ORIGINAL_HEAD = _field_count(2)
 
 
 def pack_rows(
-    order: CanonicalOrder, content_sha256: bytes, source: RecordPosition | None, time: dt.datetime | None
+    order: CanonicalOrder, content_sha256: bytes, position: RecordPosition | None, time: dt.datetime | None
 ) -> PackedRows:
     """Encode an order's rows for a binary COPY into each table (``PackRows``)."""
     uid = _text(order.order_uid)
-    if source is None or time is None:
-        position = _NULL * 4
+    if position is None or time is None:
+        packed_position = _NULL * 4
     else:
-        position = (
-            _text(source.topic_id) + _integer(4, source.partition) + _bigint(8, source.offset) + _timestamptz(time)
+        packed_position = (
+            _text(position.topic_id)
+            + _integer(4, position.partition)
+            + _bigint(8, position.offset)
+            + _timestamptz(time)
         )
     return PackedRows(
-        order=_ORDER_HEAD + _order_fields(order) + _bytea(content_sha256) + position,
+        order=_ORDER_HEAD + _order_fields(order) + _bytea(content_sha256) + packed_position,
         delivery=_DELIVERY_HEAD + uid + _delivery_fields(order.delivery),
         payment=_PAYMENT_HEAD + uid + _payment_fields(order.payment),
         items=b"".join(

@@ -27,7 +27,7 @@ from orderlib.repository import Filters, StoredOrder
 _FETCH_SIZE = 500
 #: The columns of the content. Those of delivery or payment are null if that part is missing.
 _CONTENT = slice(0, JOINED_WIDTH)
-#: The other columns: digest, source and times.
+#: The other columns: digest, position and times.
 _STORE = slice(JOINED_WIDTH, None)
 
 

@@ -207,9 +207,9 @@ def versions_of(rows: Iterable[Row]) -> dict[str, StoredVersion]:
     """Return the versions in rows of STORED_STATES, by order_uid."""
     stored = {}
     for order_uid, sha256, topic_id, partition, offset, first_stored_at, number in rows:
-        source = RecordPosition(topic_id=topic_id, partition=partition, offset=offset) if topic_id else None
+        position = RecordPosition(topic_id=topic_id, partition=partition, offset=offset) if topic_id else None
         stored[order_uid] = StoredVersion(
-            content_sha256=sha256, source=source, first_stored_at=first_stored_at, version_number=number
+            content_sha256=sha256, position=position, first_stored_at=first_stored_at, version_number=number
         )
     return stored
 
@@ -218,7 +218,7 @@ def _erased_versions(rows: Iterable[Row]) -> dict[str, StoredVersion]:
     return {
         order_uid: StoredVersion(
             content_sha256=None,
-            source=RecordPosition(topic_id=topic_id, partition=partition, offset=offset),
+            position=RecordPosition(topic_id=topic_id, partition=partition, offset=offset),
             first_stored_at=None,
             version_number=0,
         )
@@ -278,17 +278,17 @@ def _copies(plan: WritePlan, now: dt.datetime) -> list[Copy]:
 
 def _moves(moves: Iterable[PreparedOrder]) -> Statement:
     ordered = [
-        (move.order_uid, move.source, move.time)
+        (move.order_uid, move.position, move.time)
         for move in sorted(moves, key=lambda move: move.order_uid)
-        if move.source
+        if move.position
     ]
     return (
-        queries.MOVE_SOURCES,
+        queries.MOVE_POSITIONS,
         [
             [uid for uid, _, _ in ordered],
-            [source.topic_id for _, source, _ in ordered],
-            [source.partition for _, source, _ in ordered],
-            [source.offset for _, source, _ in ordered],
+            [position.topic_id for _, position, _ in ordered],
+            [position.partition for _, position, _ in ordered],
+            [position.offset for _, position, _ in ordered],
             [time for _, _, time in ordered],
         ],
     )
@@ -300,8 +300,8 @@ def _insert_erased(tombstones: Iterable[Tombstone]) -> Statement:
         queries.INSERT_ERASED,
         [
             [tombstone.order_uid for tombstone in ordered],
-            [tombstone.source.topic_id for tombstone in ordered],
-            [tombstone.source.partition for tombstone in ordered],
-            [tombstone.source.offset for tombstone in ordered],
+            [tombstone.position.topic_id for tombstone in ordered],
+            [tombstone.position.partition for tombstone in ordered],
+            [tombstone.position.offset for tombstone in ordered],
         ],
     )

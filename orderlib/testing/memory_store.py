@@ -180,7 +180,7 @@ class MemoryStore:
                 self._originals[uid] = write.original
                 self._versions[uid] = StoredVersion(
                     content_sha256=write.content_sha256,
-                    source=None,
+                    position=None,
                     first_stored_at=first_stored_at,
                     version_number=number,
                 )

@@ -169,13 +169,13 @@ def _start_offsets(
 
 
 def _compare(record: Record, missing: _Manifest) -> Iterator[Finding]:
-    acknowledged = missing.pop((record.source.partition, record.source.offset), None)
+    acknowledged = missing.pop((record.position.partition, record.position.offset), None)
     if acknowledged and hashlib.sha256(record.value or b"").hexdigest() != acknowledged.sha256:
         yield Finding(
             what="the value in Kafka differs from the acknowledged one",
             order_uid=acknowledged.order_uid,
-            partition=record.source.partition,
-            offset=record.source.offset,
+            partition=record.position.partition,
+            offset=record.position.offset,
         )
 
 

@@ -495,13 +495,13 @@ def _rejected(batch: Batch, result: BatchResult) -> Iterator[bool]:
 
 
 def _log_reject(reject: Reject) -> None:
-    source = reject.record.source
+    position = reject.record.position
     event(
         "rejected",
         logging.WARNING,
         topic=reject.record.topic,
-        partition=source.partition,
-        offset=source.offset,
+        partition=position.partition,
+        offset=position.offset,
         code=reject.code,
         fault=str(reject.faults[0]),
         faults=reject.total_faults,

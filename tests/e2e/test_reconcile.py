@@ -338,7 +338,7 @@ PLANTED = {
         """,
         {"order_uid": "updated"},
     ),
-    "an order has the source of another one": (
+    "an order has the position of another one": (
         """
         UPDATE orders o SET source_partition = n.source_partition, source_offset = n.source_offset,
             source_time = n.source_time
@@ -346,11 +346,11 @@ PLANTED = {
         """,
         {"order_uid": "updated"},
     ),
-    "an order has an older source": (
+    "an order has an older position": (
         "UPDATE orders SET source_offset = 0 WHERE order_uid = 'updated'",
         {"order_uid": "updated"},
     ),
-    "an order has a negative source": (
+    "an order has a negative position": (
         "UPDATE orders SET source_offset = -5 WHERE order_uid = 'updated'",
         {"order_uid": "updated"},
     ),
@@ -358,11 +358,11 @@ PLANTED = {
         "UPDATE orders SET source_topic_id = 'AAAAAAAAAAAAAAAAAAAAAA' WHERE order_uid = 'updated'",
         {"order_uid": "updated"},
     ),
-    "an order has half a source": (
+    "an order has half a position": (
         "UPDATE orders SET source_topic_id = NULL, source_partition = NULL WHERE order_uid = 'updated'",
         {"order_uid": "updated"},
     ),
-    "an order is copied, with the source of the first": (
+    "an order is copied, with the position of the first": (
         """
         INSERT INTO orders SELECT (jsonb_populate_record(o, '{"order_uid": "extra"}')).* FROM orders o
         WHERE order_uid = 'updated';
@@ -537,7 +537,7 @@ def test_a_planted_corruption_is_a_discrepancy_that_names_the_place(
 
 
 def test_an_order_that_was_replaced_from_python_is_named(history: Place) -> None:
-    """A save after the record is allowed. It looks like a change of content, digest and source together."""
+    """A save after the record is allowed. It looks like a change of content, digest and position together."""
     with corrupted(history):
         with orderlib.connect(history.database.writer_url) as repository:
             repository.save(attrs.evolve(SAMPLE_ORDER, order_uid="updated", sm_id=77))

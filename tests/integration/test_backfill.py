@@ -47,10 +47,10 @@ def text(uid: str, sm_id: object = 7, unknown: bytes = b"") -> bytes:
     return order.replace(b'"sm_id":0', b'"sm_id":' + str(sm_id).encode())[:-1] + unknown + b"}"
 
 
-def by_an_earlier_release(uid: str, original: bytes, source: RecordPosition | None = POSITION) -> PreparedOrder:
+def by_an_earlier_release(uid: str, original: bytes, position: RecordPosition | None = POSITION) -> PreparedOrder:
     """What a release would prepare that does not know ``sm_id``, and whose default for it is 0."""
     order = attrs.evolve(ORDER, order_uid=uid, sm_id=0)
-    known = PreparedOrder.of(order, source, TIME if source else None, pack_rows=pack_rows)
+    known = PreparedOrder.of(order, position, TIME if position else None, pack_rows=pack_rows)
     return attrs.evolve(known, original=original)
 
 
@@ -180,7 +180,7 @@ def test_what_changed_after_it_was_read_is_left_as_it_is(
                 repository.save(attrs.evolve(ORDER, order_uid=uid, sm_id=9))
         elif uid == "erased":
             with open_connection(database.writer_url, application_name="tests") as other:
-                save(other, Tombstone(order_uid=uid, source=attrs.evolve(POSITION, offset=6), time=TIME))
+                save(other, Tombstone(order_uid=uid, position=attrs.evolve(POSITION, offset=6), time=TIME))
         else:
             with open_connection(database.migrator_url, application_name="tests") as migrator:
                 forget(migrator, uid)
@@ -199,7 +199,7 @@ def test_the_position_that_a_batch_of_the_consumer_confirms_meanwhile_does_not_m
     consumer = ConsumerStore(database.writer_url, "tests", lambda: 0.0)
     consumer.start_partitions({"orders": "topic"}, {partition: 6})
     position = attrs.evolve(POSITION, offset=6)
-    record = Record(source=position, time=TIME, topic="orders", key=None, value=text("a", sm_id=0))
+    record = Record(position=position, time=TIME, topic="orders", key=None, value=text("a", sm_id=0))
     confirming = Batch(
         topic_ids={"orders": "topic"},
         ranges={partition: OffsetRange(expected_offset=6, next_offset=7)},

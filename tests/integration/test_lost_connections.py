@@ -102,8 +102,8 @@ class Writer:
         ]
         classified = []
         for line, value in enumerate(values):
-            source = RecordPosition(topic_id=TOPIC_ID, partition=0, offset=at + line)
-            record = Record(source=source, time=dt.datetime.now(dt.UTC), topic="orders", key=None, value=value)
+            position = RecordPosition(topic_id=TOPIC_ID, partition=0, offset=at + line)
+            record = Record(position=position, time=dt.datetime.now(dt.UTC), topic="orders", key=None, value=value)
             classified.append((record, classify_record(record, 8 << 20, pack_rows)))
         offset_range = OffsetRange(expected_offset=at, next_offset=at + len(values))
         return Batch(topic_ids=TOPIC_IDS, ranges={PARTITION: offset_range}, classified=tuple(classified))

@@ -118,7 +118,7 @@ class KafkaRecords:
         offset = self._next_offsets[partition]
         self._next_offsets[partition] = offset + 1
         record = Record(
-            source=RecordPosition(topic_id=self._topic_id, partition=partition, offset=offset),
+            position=RecordPosition(topic_id=self._topic_id, partition=partition, offset=offset),
             time=dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
             topic=self._topic,
             key=None,

@@ -60,10 +60,10 @@ class History:
 
     def produce(self, partition: int, kind: str, uid: str, content: int, gap: int) -> None:
         log = self.records[partition]
-        offset = (log[-1].source.offset if log else -1) + 1 + gap
+        offset = (log[-1].position.offset if log else -1) + 1 + gap
         position = RecordPosition(topic_id=TOPIC_ID, partition=partition, offset=offset)
         record = Record(
-            source=position,
+            position=position,
             time=START + dt.timedelta(milliseconds=offset),
             topic=TOPIC,
             key=uid.encode() if content else None,
@@ -74,7 +74,7 @@ class History:
 
     def end(self, partition: int) -> int:
         log = self.records[partition]
-        return log[-1].source.offset + 1 if log else 0
+        return log[-1].position.offset + 1 if log else 0
 
     def handle(self, partition: int, count: int, max_bytes: int, tombstones: Tombstones) -> None:
         ledger = ConsumerStore(self.database.writer_url, GROUP, time.monotonic)
@@ -82,13 +82,15 @@ class History:
             ledger.check()
             of_topic = [TopicPartition(TOPIC, number) for number in PARTITIONS]
             expected = ledger.start_partitions(TOPIC_IDS, dict.fromkeys(of_topic, 0))[of_topic[partition]]
-            taken = [record for record in self.records[partition] if record.source.offset >= expected][:count]
+            taken = [record for record in self.records[partition] if record.position.offset >= expected][:count]
             if not taken:
                 return
             batch = Batch(
                 topic_ids=TOPIC_IDS,
                 ranges={
-                    of_topic[partition]: OffsetRange(expected_offset=expected, next_offset=taken[-1].source.offset + 1)
+                    of_topic[partition]: OffsetRange(
+                        expected_offset=expected, next_offset=taken[-1].position.offset + 1
+                    )
                 },
                 classified=tuple(
                     (record, classify_record(record, max_bytes, pack_rows, tombstones)) for record in taken
@@ -153,7 +155,7 @@ class History:
             proof = Reconciliation(topic, first, stored.group(), offsets, rejects, stored.forgotten(), originals)
             for partition, records in self.records.items():
                 for record in records:
-                    if record.source.offset < proof.next_offsets.get(partition, 0):
+                    if record.position.offset < proof.next_offsets.get(partition, 0):
                         proof.on_record(record, classify_record(record, USUAL_BYTES))
             proof.on_stored(stored.erased(), stored.orders(), stored.orphans())
         return list(proof.findings())

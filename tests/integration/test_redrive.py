@@ -33,7 +33,7 @@ def position(offset: int) -> RecordPosition:
 
 def keep_reject(database: Database, order: Order, offset: int) -> None:
     """Store a record as a reject, as a consumer would that could not read it."""
-    record = Record(source=position(offset), time=TIME, topic="orders", key=None, value=encode_order(order))
+    record = Record(position=position(offset), time=TIME, topic="orders", key=None, value=encode_order(order))
     ledger = ConsumerStore(database.writer_url, "tests", lambda: 0.0)
     partition = TopicPartition("orders", 0)
     ledger.start_partitions({"orders": "topic"}, {partition: offset})

@@ -50,7 +50,7 @@ class Invariants:
         bad = 0
         for record, _ in batch.classified:
             assert isinstance(record, Fetched)
-            records[record.source.partition].append(record)
+            records[record.position.partition].append(record)
             bad += record.entry.kind in CODES
         for (_, partition), offset_range in batch.ranges.items():
             key = (life.topic_id, partition)
@@ -63,7 +63,7 @@ class Invariants:
                 entry = log[offset] if offset < len(log) else None
                 if entry is None:
                     continue
-                if at == len(here) or here[at].source.offset != offset or here[at].entry != entry:
+                if at == len(here) or here[at].position.offset != offset or here[at].entry != entry:
                     raise InvariantViolation(f"{key} offset {offset} is not in its batch: {offset_range}")
                 at += 1
             if at != len(here):
@@ -90,11 +90,13 @@ class Invariants:
                 self._fault("stored after a tombstone")
             if old is None or uid not in KEYED or old == after:
                 continue
-            if after.source is None or (old.source is not None and old.source.topic_id != after.source.topic_id):
+            if after.position is None or (
+                old.position is not None and old.position.topic_id != after.position.topic_id
+            ):
                 continue
-            if old.source is None or after.source.offset < old.source.offset:
+            if old.position is None or after.position.offset < old.position.offset:
                 raise InvariantViolation(f"{uid} went back from {old} to {after}")
-            if after.source.offset == old.source.offset and old.content_sha256 != after.content_sha256:
+            if after.position.offset == old.position.offset and old.content_sha256 != after.content_sha256:
                 raise InvariantViolation(f"{uid} has another content at the same place: {old}, {after}")
 
     def on_redriven(self, place: Place, before: Outcome | None, outcome: Outcome) -> None:
@@ -154,18 +156,18 @@ class Invariants:
         if orders.keys() != last.keys():
             raise InvariantViolation(f"stored are {sorted(orders)}, expected {sorted(last)}")
         for uid, version in orders.items():
-            source = version.source
-            if source is None:
-                raise InvariantViolation(f"{uid} has no source")
+            position = version.position
+            if position is None:
+                raise InvariantViolation(f"{uid} has no position")
             candidates = last[uid]
             if len(candidates) > 1:
-                # Two partitions may write at the same time: a duplicate then has its source beside the other content.
+                # Two partitions may write at the same time: a duplicate then has its position beside the other content.
                 # And a reject that was redriven before a rewind is not redriven again after it.
                 contents = {content for at in candidates.values() for content, _ in at} | cut_short[uid]
                 holds = version.content_sha256 in contents
             else:
-                at = candidates.get((source.topic_id, source.partition), [(b"", -1)])
-                holds = at[-1] == (version.content_sha256, source.offset)
+                at = candidates.get((position.topic_id, position.partition), [(b"", -1)])
+                holds = at[-1] == (version.content_sha256, position.offset)
             if not holds:
                 raise InvariantViolation(f"{uid} is {version}, expected one of {candidates}")
 
@@ -174,14 +176,14 @@ class Invariants:
 
         That form does not exist for an order_uid in several partitions.
         """
-        expected = {uid: (version.content_sha256, version.source) for uid, version in before.items()}
+        expected = {uid: (version.content_sha256, version.position) for uid, version in before.items()}
         for _, classified in batch.classified:
             if not isinstance(classified, Reject) and classified.content_sha256 != b"!":
-                uid, source = classified.order_uid, classified.source
+                uid, position = classified.order_uid, classified.position
                 at = expected[uid][1] if uid in expected else None
                 # The record at the stored position itself counts, too: it may decode differently now.
-                if at is None or source is None or at.topic_id != source.topic_id or at.offset <= source.offset:
-                    expected[uid] = (classified.content_sha256, source)
+                if at is None or position is None or at.topic_id != position.topic_id or at.offset <= position.offset:
+                    expected[uid] = (classified.content_sha256, position)
         for uid, version in after.items():
-            if uid in KEYED and (version.content_sha256, version.source) != expected[uid]:
+            if uid in KEYED and (version.content_sha256, version.position) != expected[uid]:
                 raise InvariantViolation(f"{uid} becomes {version}, one by one they would give {expected[uid]}")

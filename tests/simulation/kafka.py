@@ -68,23 +68,23 @@ class Fetched(Record):
     redriven: OrderChange | None
 
     def __repr__(self) -> str:
-        return f"{self.source.partition}:{self.source.offset} {self.entry}"
+        return f"{self.position.partition}:{self.position.offset} {self.entry}"
 
 
 @functools.cache
 def fetched(topic_id: str, partition: int, offset: int, entry: Entry) -> Fetched:
     """Return the record that a consumer with this topic id gets."""
-    source = RecordPosition(topic_id=topic_id, partition=partition, offset=offset)
-    plain = Record(source=source, time=_TIME, topic=TOPIC, key=None, value=b"value")
+    position = RecordPosition(topic_id=topic_id, partition=partition, offset=offset)
+    plain = Record(position=position, time=_TIME, topic=TOPIC, key=None, value=b"value")
     change: OrderChange
     if entry.kind in TOMBSTONES:
-        change = Tombstone(order_uid=f"u{entry.uid}", source=source, time=_TIME)
+        change = Tombstone(order_uid=f"u{entry.uid}", position=position, time=_TIME)
     else:
         content_sha256 = b"!" if entry.kind == REFUSED else b"%d" % entry.content
-        change = attrs.evolve(_ARRIVALS[entry.uid], content_sha256=content_sha256, source=source, time=_TIME)
+        change = attrs.evolve(_ARRIVALS[entry.uid], content_sha256=content_sha256, position=position, time=_TIME)
     is_reject = entry.kind in {POISON, TOO_LARGE, REJECTED_TOMBSTONE}
     return Fetched(
-        source=source,
+        position=position,
         time=_TIME,
         topic=TOPIC,
         key=None,

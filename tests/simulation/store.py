@@ -201,9 +201,9 @@ class Store:
         if not any(change.content_sha256 == b"!" for change in changes):
             plan = planner(changes, stored)
             for write in plan.writes:
-                stored[write.order_uid] = _version(write.content_sha256, write.source)
+                stored[write.order_uid] = _version(write.content_sha256, write.position)
             for uid, move in plan.moves.items():
-                stored[uid] = _version(stored[uid].content_sha256, move.source)
+                stored[uid] = _version(stored[uid].content_sha256, move.position)
             return list(plan.outcomes)
         if len(changes) == 1:
             return [Outcome.REJECTED]
@@ -220,7 +220,7 @@ class Store:
                 raise TransactionConflict("another transaction stored the same order meanwhile")
             version = after[uid]
             if uid in read and read[uid].content_sha256 == version.content_sha256:
-                version = _version(self.orders[uid].content_sha256, version.source)
+                version = _version(self.orders[uid].content_sha256, version.position)
             changes[uid] = version
         return changes
 
@@ -231,8 +231,8 @@ class Store:
         if self._bug is Bug.REJECT_SKIPPED:
             bad = [record for record in bad if record.entry.kind != REFUSED or len(batch.classified) == 1]
         for record in bad:
-            source = record.source
-            self.rejects.setdefault((source.topic_id, source.partition, source.offset), (record, None))
+            position = record.position
+            self.rejects.setdefault((position.topic_id, position.partition, position.offset), (record, None))
 
     def _is_waiting(self, place: Place) -> bool:
         return self.rejects[place][1] in {None, Outcome.REJECTED} or self._bug is Bug.DOUBLE_REDRIVE
@@ -241,5 +241,5 @@ class Store:
         return sorted(place for place in self.rejects if self._is_waiting(place))
 
 
-def _version(content_sha256: bytes | None, source: RecordPosition | None) -> StoredVersion:
-    return StoredVersion(content_sha256=content_sha256, source=source, first_stored_at=None)
+def _version(content_sha256: bytes | None, position: RecordPosition | None) -> StoredVersion:
+    return StoredVersion(content_sha256=content_sha256, position=position, first_stored_at=None)

@@ -31,7 +31,7 @@ def batch(
     """Return a batch of records with these keys and values."""
     records = [
         Record(
-            source=RecordPosition(topic_id="topic", partition=0, offset=offset + index),
+            position=RecordPosition(topic_id="topic", partition=0, offset=offset + index),
             time=dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
             topic="orders",
             key=key,

@@ -133,7 +133,7 @@ DIFFERENCES = {
         (
             *(f"{_CHANGE}[{number}]" for number in range(3)),
             f"{_CORRUPTION}[content and digest are those of another order]",
-            f"{_CORRUPTION}[an order has the source of another one]",
+            f"{_CORRUPTION}[an order has the position of another one]",
             f"{_CORRUPTION}[an erased order is stored again]",
         ),
         "Citus refuses the statement that plants the corruption: it changes an order_uid, joins, or is not immutable",

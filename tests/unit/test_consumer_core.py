@@ -52,8 +52,8 @@ P0, P1, P2 = (TopicPartition("orders", number) for number in range(3))
 
 
 def record(offset: int, partition: int = 0, value: bytes = b"", headers: Headers = ()) -> Record:
-    source = RecordPosition(topic_id="id", partition=partition, offset=offset)
-    return Record(source=source, time=TIME, topic="orders", key=None, value=value, headers=headers)
+    position = RecordPosition(topic_id="id", partition=partition, offset=offset)
+    return Record(position=position, time=TIME, topic="orders", key=None, value=value, headers=headers)
 
 
 def rejected(one: Record) -> PreparedOrder | Reject:
@@ -201,7 +201,7 @@ def test_one_turn_classifies_a_bounded_amount_and_the_next_continues_in_order() 
         turns += 1
     assert turns == 4
     batch = driver.write()
-    assert [one.source.offset for one, _ in batch.classified] == [0, 1, 2, 3, 4, 0, 1]
+    assert [one.position.offset for one, _ in batch.classified] == [0, 1, 2, 3, 4, 0, 1]
     assert batch.ranges == {
         P0: OffsetRange(expected_offset=0, next_offset=7),
         P1: OffsetRange(expected_offset=0, next_offset=2),
@@ -298,7 +298,7 @@ def test_a_partition_end_that_is_not_further_changes_nothing() -> None:
 def test_a_record_that_was_fetched_before_is_skipped() -> None:
     driver = started(0)
     driver.fetch(record(0), record(1), record(0))
-    assert [one.source.offset for one, _ in driver.write().classified] == [0, 1]
+    assert [one.position.offset for one, _ in driver.write().classified] == [0, 1]
 
 
 # The group.
@@ -337,7 +337,7 @@ def test_a_revocation_drops_the_records_of_its_partition_and_keeps_the_others() 
     driver.fetch(record(1, 0))
     batch = driver.write()
     assert batch.ranges == {P1: OffsetRange(expected_offset=0, next_offset=1)}
-    assert [one.source.partition for one, _ in batch.classified] == [1]
+    assert [one.position.partition for one, _ in batch.classified] == [1]
 
 
 def test_dropped_records_count_neither_for_the_size_nor_for_the_age_of_a_batch() -> None:

@@ -102,8 +102,8 @@ class World(KafkaClient):
             and self._fetched < len(self._arrivals_s)
             and self._arrivals_s[self._fetched] <= self.now_s
         ):
-            source = RecordPosition(topic_id="id", partition=0, offset=self._fetched)
-            found.append(Record(source=source, time=TIME, topic="orders", key=None, value=b"value"))
+            position = RecordPosition(topic_id="id", partition=0, offset=self._fetched)
+            found.append(Record(position=position, time=TIME, topic="orders", key=None, value=b"value"))
             self._fetched += 1
         return found
 
@@ -151,7 +151,9 @@ class World(KafkaClient):
             case CommitBatch(batch):
                 self.batches.append(len(batch.classified))
                 self.outcomes = self.outcomes + Counter({Outcome.REJECTED: len(batch.classified)})
-                self.waited_s += [self.now_s - self._arrivals_s[record.source.offset] for record, _ in batch.classified]
+                self.waited_s += [
+                    self.now_s - self._arrivals_s[record.position.offset] for record, _ in batch.classified
+                ]
                 return ConsumerCore.on_batch_committed
             case ResolveOffsets():
                 return lambda core: core.on_offsets_resolved({"orders": "id"}, {PARTITION: 0})

@@ -275,8 +275,8 @@ def test_a_record_without_a_value_is_malformed() -> None:
 
 def record(value: bytes | None) -> Record:
     """Return a record with this value."""
-    source = RecordPosition(topic_id="topic", partition=0, offset=0)
-    return Record(source=source, time=record_time(0), topic="orders", key=None, value=value)
+    position = RecordPosition(topic_id="topic", partition=0, offset=0)
+    return Record(position=position, time=record_time(0), topic="orders", key=None, value=value)
 
 
 def test_a_short_fuzzing_run_finds_no_disagreement_with_the_reference() -> None:

@@ -131,9 +131,9 @@ def test_the_repr_of_an_order_has_its_order_uid_and_the_number_of_items(order: O
 @settings(max_examples=20)
 def test_the_reprs_of_a_record_and_its_classification_show_no_content(order: Order, junk: bytes) -> None:
     for value in (orderlib.encode_order(order), SECRET.encode() + junk, None):
-        source = RecordPosition(topic_id="id", partition=0, offset=7)
+        position = RecordPosition(topic_id="id", partition=0, offset=7)
         record = Record(
-            source=source,
+            position=position,
             time=dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
             topic="orders",
             key=SECRET.encode(),

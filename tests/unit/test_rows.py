@@ -188,13 +188,13 @@ def written_by_psycopg(part: str | None, statement: str, values: Mapping[str, ob
 def test_packed_rows_equal_those_of_psycopg(
     order: Order,
     sha256: bytes,
-    source: Place | None,
+    place: Place | None,
     first_stored_at: dt.datetime,
     stored_at: dt.datetime,
     number: int,
     has_original: bool,
 ) -> None:
-    topic_id, partition, offset, time = source or (None, None, None, None)
+    topic_id, partition, offset, time = place or (None, None, None, None)
     of_order = {
         **{name: getattr(order, name) for name in ORDER_COLUMNS},
         "content_sha256": sha256,
@@ -211,7 +211,7 @@ def test_packed_rows_equal_those_of_psycopg(
     def of_part(part: object, names: tuple[str, ...]) -> dict[str, object]:
         return {"order_uid": order.order_uid, **{name: getattr(part, name) for name in names}}
 
-    position = None if source is None else RecordPosition(topic_id=source[0], partition=source[1], offset=source[2])
+    position = None if place is None else RecordPosition(topic_id=place[0], partition=place[1], offset=place[2])
     rows = pack_rows(canonical_form(order), sha256, position, time)
     assert rows.order + pack_store_columns(first_stored_at, stored_at, number, has_original) == written_by_psycopg(
         None, queries.COPY_ORDERS, of_order
