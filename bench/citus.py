@@ -1,7 +1,7 @@
-"""What a call costs on Citus, beside plain PostgreSQL: ``python -m bench.citus FOLDER``.
+"""Measure what a call costs on Citus, beside plain PostgreSQL: ``python -m bench.citus FOLDER``.
 
 FOLDER is a PostgreSQL 18 with the extension Citus. The benchmark starts a coordinator with two workers, and a plain
-server. It prints the CPU time of all processes of PostgreSQL for each call, which other load on the machine changes
+server. It prints the CPU time of all processes of PostgreSQL for each call. Other load on the machine changes it
 little.
 """
 

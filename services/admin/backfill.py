@@ -28,9 +28,9 @@ def add_commands(commands: Commands) -> None:
         help="decode the stored originals again, after an upgrade that knows more fields",
         description="Decode every stored original again by the rules of this release (ORDERS_DATABASE_URL). An order "
         "whose original has fields that an earlier release did not know becomes a new version with these fields, from "
-        "the same record (stored). Nothing changes for the others (duplicate), nor if the original is not valid by the "
-        "rules of this release (rejected): these are named. Run it when no program of the earlier release is left. "
-        "The consumer may run meanwhile.",
+        "the same record (stored). Other orders stay as they are (duplicate). If an original is not valid by the rules "
+        "of this release, its order is named and stays as it is (rejected). Run it when no program of the earlier "
+        "release is left. The consumer may run meanwhile.",
         epilog="Exit status 1 if an original is not valid. It works in small transactions: it can be stopped at any "
         "time, and running it twice is safe.",
     )

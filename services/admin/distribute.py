@@ -1,4 +1,4 @@
-"""``distribute``: spread the tables of orders over the workers of Citus."""
+"""``distribute``: distribute the tables of orders over the workers of Citus."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_commands(commands: Commands) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "distribute",
-        help="spread the tables over the workers of Citus",
+        help="distribute the tables over the workers of Citus",
         description="Distribute the tables of orders by order_uid, with the rows that they have. Needs a superuser of "
         "the coordinator (ORDERS_BOOTSTRAP_URL). Run it after `migrate`, with all other programs stopped. Tables that "
         "are distributed already stay as they are.",

@@ -30,10 +30,10 @@ def add_commands(commands: Commands) -> None:
         "export",
         help="print all orders as JSON lines",
         description="Print the current version of every order from one snapshot, as canonical JSON, one order per "
-        "line, newest first (ORDERS_READER_URL). Of an order with fields that orderlib does not know it prints the "
-        "original, with spaces in place of line breaks. `sender --file` sends the lines again; `tac` reverses "
-        "them, so that the list keeps its sequence. Memory does not depend on the number of orders. On a "
-        "terminal, control characters are escaped.",
+        "line, newest first (ORDERS_READER_URL). For an order with fields that orderlib does not know, print the "
+        "original, with spaces in place of line breaks. `sender --file` sends the lines again. `tac` reverses them, so "
+        "that the oldest order is sent first. Memory does not depend on the number of orders. On a terminal, control "
+        "characters are escaped.",
         epilog="On Ctrl-C or SIGTERM it ends after a complete line, with exit status 1. A second signal ends it "
         "immediately.",
     )
@@ -43,8 +43,7 @@ def add_commands(commands: Commands) -> None:
         type=rfc3339_time,
         help="only orders whose current version was stored at this RFC 3339 time or later: new and changed ones. "
         "Give a time a few minutes before the start of the previous export, because stored_at is set before "
-        "COMMIT. Every order is still "
-        "read",
+        "COMMIT. Every order is still read",
     )
     parser.add_argument("--customer", metavar="ID", help="only orders with exactly this customer_id")
     parser.set_defaults(command=_export)

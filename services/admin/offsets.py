@@ -37,7 +37,7 @@ def add_commands(commands: Commands) -> None:
     lag = commands.add_parser(
         "lag",
         help="show how many records the consumer has not handled yet",
-        description="Log end minus next offset of each partition (ORDERS_READER_URL).",
+        description="Print the lag of each partition: log end minus next offset (ORDERS_READER_URL).",
     )
     add_json_option(lag)
     lag.set_defaults(command=_lag)

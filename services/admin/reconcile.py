@@ -47,7 +47,7 @@ def add_commands(commands: Commands) -> None:
         "--manifest",
         type=Path,
         metavar="FILE",
-        help="a manifest of the sender: its records must be in Kafka unchanged; reads from its first records on",
+        help="a manifest of the sender: its records must be in Kafka unchanged; reading begins at its first records",
     )
     add_json_option(parser)
     parser.set_defaults(command=_reconcile)

@@ -67,8 +67,8 @@ def add_commands(commands: Commands) -> None:
         "show",
         help="print one complete reject (ORDERS_DATABASE_URL)",
         description="Print everything stored of a reject as JSON. Key and value are text if they are UTF-8, otherwise "
-        f"base64. Control characters are escaped. Of a key, a value or headers above {SHOWN_BYTES >> 20} MiB it prints "
-        "the beginning and the size.",
+        f"base64. Control characters are escaped. If a key, a value or headers are larger than {SHOWN_BYTES >> 20} "
+        "MiB, print the beginning and the size.",
     )
     showing.add_argument("position", metavar="POSITION", type=_position)
     showing.set_defaults(command=_show)
@@ -91,8 +91,8 @@ def add_commands(commands: Commands) -> None:
     purging = actions.add_parser(
         "purge",
         help="delete old rejects permanently (ORDERS_MIGRATOR_URL)",
-        description="Delete the rejects that are older than AGE, whether they were redriven or not. Only moving the "
-        "offsets back stores them again.",
+        description="Delete the rejects that are older than AGE, whether they were redriven or not. They are stored "
+        "again only if the offsets are moved back.",
     )
     purging.add_argument("--older-than", metavar="AGE", type=_age, required=True, help="such as 90d, 12h or 30m")
     add_yes_option(purging)

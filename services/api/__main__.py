@@ -28,10 +28,10 @@ DESCRIPTION = f"""\
 Serve stored orders over HTTP: as JSON to programs, as pages to people.
 
 ORDERS_READER_URL       URL of PostgreSQL, with the role orders_reader
-ORDERS_API_BIND         address to listen on ({_BIND}); port 0 takes a free port
+ORDERS_API_BIND         address to listen on ({_BIND}); port 0 selects a free port
 ORDERS_API_TOKENS       tokens of clients: name:token, several separated by commas
 ORDERS_API_AUTH=off     no tokens: anyone on this machine may read, and only localhost is served
-ORDERS_API_KEEPALIVE_S  seconds until an idle connection is closed ({_KEEPALIVE_S}); more than at a load balancer
+ORDERS_API_KEEPALIVE_S  seconds until an idle connection is closed ({_KEEPALIVE_S}); set it above the load balancer's
 ORDERS_API_STATUS_WORDS what the status codes of items mean: code:word, several separated by commas
 ORDERS_METRICS_BIND     address of /metrics, and of /livez and /readyz for probes ({API_METRICS_BIND})
 WEB_CONCURRENCY         number of worker processes (1)

@@ -80,7 +80,7 @@ _PARAMETERS: _Part = {
     "format": _query("format", "`json` returns JSON to a browser, too.", {"type": "string", "enum": ["json"]}),
     "meta": _query(
         "meta",
-        "Add the member `meta` to each order: times, version, position in Kafka, and whether it has an original. Of "
+        "Add the member `meta` to each order: times, version, position in Kafka, and whether it has an original. For "
         "one order, the ETag is then the SHA-256 of the response. Not with `format=original`; ignored for pages.",
         {"type": "string", "enum": ["1"]},
     ),
@@ -330,7 +330,7 @@ _SCHEMAS: _Part = {
         "properties": {
             "first_stored_at": {**_TIME, "description": "When an order with this order_uid was first stored."},
             "stored_at": {**_TIME, "description": "When the current version was stored."},
-            "version": {"type": "integer", "minimum": 1, "description": "Counts the versions of this order_uid."},
+            "version": {"type": "integer", "minimum": 1, "description": "Number of this version of the order: 1, 2, …"},
             "has_original": {
                 "type": "boolean",
                 "description": "Whether it was sent with fields that this service does not know. `format=original` "
@@ -398,9 +398,9 @@ _SCHEMAS: _Part = {
             "replication_delay_s": {
                 "type": "number",
                 "minimum": 0,
-                "description": "Only if the database is a standby: how many seconds it is behind its primary at most. "
-                "0: it has replayed everything that it received. Otherwise the age of the last replayed transaction, "
-                "which without streaming replication also grows while the primary is idle.",
+                "description": "Only if the database is a standby: how many seconds it is behind its primary, at "
+                "most. 0: it has replayed everything that it received. Otherwise it is the age of the last replayed "
+                "transaction. Without streaming replication, that age also grows while the primary is idle.",
             },
         },
     },
@@ -425,7 +425,7 @@ def _matches_schema(fields: _Part, payment_fields: _Part) -> _Part:
         "required": [field.name for field in attrs.fields(OrderSummary)] + ["fields"],
         "properties": {
             **{name: fields[name] for name in ("order_uid", "customer_id", "track_number")},
-            "items": {"type": "integer", "minimum": 1, "description": "How many it has."},
+            "items": {"type": "integer", "minimum": 1, "description": "How many items the order has."},
             **{name: payment_fields[name] for name in ("amount", "currency")},
             "first_stored_at": _TIME,
             "fields": {

@@ -88,7 +88,10 @@ class ConsumerMetrics:
         )
         self.lag = Gauge("orders_lag_records", "Log end minus next offset", ["partition"], registry=self.registry)
         self.retries = Count(
-            "orders_retries", "Failed store tasks and unreadable records", ["cause"], registry=self.registry
+            "orders_retries",
+            "Failed attempts to use PostgreSQL or Kafka, and unreadable records",
+            ["cause"],
+            registry=self.registry,
         )
         self.end_to_end = _EndToEnd()
         self.registry.register(self.end_to_end)
