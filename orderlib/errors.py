@@ -174,8 +174,8 @@ class RejectNotFound(OrderlibError):
 class FenceLost(OrderlibError):
     """The stored offsets differ from what this batch expected.
 
-    Another consumer handled its records, or this one did in a COMMIT whose response was lost. Or a server was promoted
-    that lacks the last transactions. This call stores nothing. Only the consumer raises it, never a repository.
+    Another consumer has handled its records, or this one has, in a COMMIT whose response was lost; or a promoted
+    standby lacks the last transactions. This call stores nothing. Only the consumer raises it, never a repository.
     """
 
     def __init__(self, partitions: Collection[tuple[str, int]], next_offsets: Mapping[_TopicPartition, int]) -> None:

@@ -107,10 +107,10 @@ def parse_cursor(text: str, of_plain: Callable[[str], T]) -> T:
 
 @attrs.frozen(kw_only=True)
 class Cursor:
-    """A position in the list of orders: that of an order, which the page after it does not repeat.
+    """A place in the list of orders. It names an order, and the next page begins after that order.
 
     ``str`` encodes it as URL-safe text, and ``parse`` decodes that text. Raises TypeError for values of other types,
-    and ValueError for a time without an offset or a text that no order_uid can be.
+    and ValueError for a time without an offset or a text that cannot be an order_uid.
     """
 
     #: When the order was stored for the first time; UTC.
@@ -169,7 +169,7 @@ class StoredOrder:
     #: Identifies the content of the current version: 32 bytes. Without an original it is ``orderlib.content_sha256`` of
     #: the order; with one it covers the unknown fields, too.
     content_sha256: bytes
-    #: Counts the versions of this order_uid from 1; each change of the content is one.
+    #: The number of the current version: 1, 2, …; each change of the content is a new version.
     version: int
     #: The Kafka record that last confirmed the content; ``None`` for an order saved from Python.
     position: RecordPosition | None
@@ -266,7 +266,7 @@ class PositionState:
 class Stats:
     """Statistics of the store. No count is greater than ``COUNT_LIMIT``."""
 
-    #: The store's clock when it was asked; UTC.
+    #: When the database was asked, by its clock; UTC.
     asked_at: dt.datetime
     #: ``first_stored_at`` of the newest order; ``None`` without orders.
     newest_first_stored_at: dt.datetime | None
@@ -274,10 +274,9 @@ class Stats:
     stored_recently: int
     #: How many rejects are stored, for every code.
     rejects_by_code: Mapping[str, int]
-    #: How many seconds the store is behind its primary at most; ``None`` if it is a primary. 0 means that a standby has
-    #: replayed everything that it received over streaming replication. Otherwise it is the age of the last replayed
-    #: transaction: also while the standby has no connection to the primary, or gets its WAL from an archive. That age
-    #: grows while the primary writes nothing.
+    #: How many seconds a standby is behind its primary, at most; ``None`` for a primary. 0: it has replayed everything
+    #: that it received over streaming replication. Otherwise it is the age of the last replayed transaction. Without
+    #: streaming replication, that age also grows while the primary writes nothing.
     replication_delay_s: float | None
 
 
@@ -288,7 +287,7 @@ class Filters(TypedDict, total=False):
     customer_id: str | None
     #: Only orders with exactly this track_number.
     track_number: str | None
-    #: Only orders whose phone number has exactly these digits. Other characters of both do not count.
+    #: Only orders whose phone number has exactly these digits. Other characters are ignored.
     phone: str | None
     #: Only orders with this e-mail address. The case of the letters A to Z does not count.
     email: str | None
@@ -418,9 +417,10 @@ class OrderRepository(Protocol):
         ...
 
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
-        """Return those of these orders that exist, by order_uid, from one snapshot, with as many queries as for one.
+        """Return these orders by order_uid, without those that do not exist.
 
-        Raises TypeError for a string instead of several.
+        They are read from one snapshot, with as few queries as one order. Raises TypeError for one string in place of
+        several.
         """
         ...
 
@@ -434,8 +434,8 @@ class OrderRepository(Protocol):
     def original(self, order_uid: str) -> bytes | None:
         """Return the JSON text of the current version, byte for byte as it was sent.
 
-        It is kept for an order with fields that orderlib does not know; for others return ``None``: the order is equal
-        to what was sent. Raises OrderNotFound.
+        Return ``None`` for an order without unknown fields: no text is kept, because the order is equal to what was
+        sent. Raises OrderNotFound.
         """
         ...
 
@@ -456,10 +456,10 @@ class OrderRepository(Protocol):
         """Return the orders that a text identifies, newest ``first_stored_at`` first, with the fields that match.
 
         The text is a complete order_uid in any case, the URL of an order's page, a track number, a customer_id, a phone
-        number in any format (only its digits count), an e-mail address in any case, or the rid of an item. If nothing
-        of these matches, it is the beginning of an order_uid in any case; these orders are sorted by order_uid. White
-        space around the text does not count. At most ``limit`` orders, 1 to 100; to know whether there are more, ask
-        for one more. Raises InvalidQuery for another limit.
+        number in any format (only its digits count), an e-mail address in any case, or the rid of an item. If none of
+        these matches, the text is taken as the beginning of an order_uid in any case, and the orders are sorted by
+        order_uid. White space around the text does not count. At most ``limit`` orders, 1 to 100; to know whether there
+        are more, ask for one more. Raises InvalidQuery for another limit.
         """
         ...
 

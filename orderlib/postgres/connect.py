@@ -13,7 +13,7 @@ def connect(
 
     ``url`` is any URL that libpq accepts; the reader's is enough for reads. PostgreSQL shows ``application_name`` in
     pg_stat_activity. Every call, also this one, ends within ``timeout_s`` seconds, if necessary with
-    DatabaseUnavailable. The wait for a connection while all ``max_connections`` are in use counts. To save many
+    DatabaseUnavailable. This includes the wait for a connection while all ``max_connections`` are in use. To save many
     thousands of orders in one call, set a larger ``timeout_s``.
 
     Raises DatabaseUnavailable, or ConfigurationError for a wrong URL, password, database or schema. Close the

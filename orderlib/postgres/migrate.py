@@ -30,8 +30,8 @@ def migrate(
     ``bootstrap``. Then one database can have several sets of tables, each with its own orders.
 
     Each migration is applied once, in its own transaction. ``on_applied`` receives its name after that. Also restores
-    the privileges on the tables. Idempotent, and safe to run concurrently: ``on_message`` receives who holds a lock
-    that this waits for, warnings of migrations, and corrected privileges.
+    the privileges on the tables. Idempotent, and safe to run concurrently: ``on_message`` receives the holder of each
+    lock that this waits for, warnings of migrations, and corrected privileges.
 
     Raises ConfigurationError for a role that may not do this, or a database that is not UTF8, and DatabaseUnavailable
     if there is no connection, or no lock within a minute. The migration at fault is rolled back; those before it stay

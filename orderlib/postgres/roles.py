@@ -62,10 +62,10 @@ def bootstrap(
     """Create the roles orders_owner, orders_migrator, orders_writer and orders_reader, with their privileges.
 
     ``url`` belongs to a superuser, or to a role with CREATEROLE that owns the database. Each given password replaces
-    the one that the role had. Without one, an existing role stays as it is, and a new role cannot log in; nobody can
-    log in as orders_owner. PostgreSQL receives only the SCRAM verifier of a password. Also corrects attributes,
-    memberships and privileges that are not as they must be, and returns what this role may not correct. Idempotent, and
-    safe to run concurrently: ``on_message`` receives who holds a lock that this waits for.
+    the one that the role had. Without one, an existing role stays as it is, and a new role cannot log in. orders_owner
+    can never log in. PostgreSQL receives only the SCRAM verifier of a password. Also corrects attributes, memberships
+    and privileges that are not as they must be, and returns what this role may not correct. Idempotent, and safe to run
+    concurrently: ``on_message`` receives the holder of each lock that this waits for.
 
     Raises ConfigurationError, with nothing changed, for a database that is not UTF8, or if this role may not do what is
     necessary; and DatabaseUnavailable, if there is no connection, or no lock within a minute. Tables and orders are
