@@ -372,8 +372,9 @@ class ConsumerRunner:
         result = self._worker.take_result(timeout_s)
         if isinstance(result, OrderlibError):
             self._metrics.retries.labels(type(result).__name__).inc()
-            if isinstance(result, TransactionConflict):
-                self._log("transaction_conflict", logging.WARNING, reason=str(result))
+            if isinstance(result, TransactionConflict | FenceLost):
+                name = "fence_lost" if isinstance(result, FenceLost) else "transaction_conflict"
+                self._log(name, logging.WARNING, reason=str(result))
             self._core.on_failed(result, self._clock())
         elif isinstance(result, BaseException):
             raise result
@@ -396,7 +397,7 @@ class ConsumerRunner:
                 case Seek(partition, next_offset):
                     self._kafka.seek(partition, next_offset)
                     self._log(
-                        "fence_lost",
+                        "stored_offset_changed",
                         logging.WARNING,
                         topic=partition.topic,
                         partition=partition.partition,

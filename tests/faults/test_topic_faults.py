@@ -145,7 +145,7 @@ def test_the_consumer_follows_rewound_offsets_and_overwrites_nothing_newer(
             # The fence notices with the next record of each partition.
             sender.send_orders(uids("later", 30))
             wait_until_handled(sender.manifest, database)
-            assert len(consumer.events("fence_lost")) == 3
+            assert len(consumer.events("stored_offset_changed")) == 3
         assert consumer.stop() == 0
     if not while_running:
         rewind()
@@ -174,7 +174,7 @@ def test_the_consumer_follows_offsets_rewound_in_an_outage(
             connection.execute("DELETE FROM orders WHERE source_offset >= 5")
         between.drop()
         wait_until_handled(sender.manifest, database)
-        assert consumer.events("fence_lost")
+        assert consumer.events("stored_offset_changed")
         assert_all_accounted_for(sender.manifest, database, environ)
         assert consumer.stop() == 0
 

@@ -117,8 +117,8 @@ class Process:
         self._simulator.note(self.name, "logs", name, fields)
         if name == "batch_aborted":
             self._simulator.fault("batch aborted")
-        elif name == "fence_lost":
-            self._simulator.fault("seek after a lost fence")
+        elif name == "stored_offset_changed":
+            self._simulator.fault("seek to a stored offset")
 
     def on_fatal(self, error: OrderlibError | MistakeError) -> None:
         """The process receives a fatal error, and must stop."""

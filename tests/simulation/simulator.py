@@ -63,7 +63,7 @@ FAULTS = {
     *("killed before COMMIT", "killed between batches", "killed in COMMIT", "offsets rewound", "partitions lost"),
     *("tombstone", "tombstone that was a reject", "stored after a tombstone", "erased by a redrive"),
     *("poison", "rebalance", "redrive", "redrive beside a newer version", "refused by PostgreSQL"),
-    *("seek after a lost fence", "stall", "superseded", "stopped", "stopped in a batch", "too large"),
+    *("seek to a stored offset", "stall", "superseded", "stopped", "stopped in a batch", "too large"),
     *(
         "no answer while it stops",
         "batch aborted",

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from orderlib.errors import ConfigurationError, DatabaseUnavailable, OrderlibError
+from orderlib.errors import ConfigurationError, DatabaseUnavailable, FenceLost, OrderlibError
 from orderlib.ingestion.consumer_core import (
     MAX_RECORDS,
     AwaitedServer,
+    CheckTopics,
     CommitBatch,
     ConsumerCore,
     ResolveOffsets,
@@ -58,6 +59,8 @@ class World(KafkaClient):
         self._task: StoreTask | None = None
         self._done_at_s = 0.0
         self.down_until_s = 0.0
+        #: Returns the result of a store task in place of the simulated store's own, or ``None``.
+        self.fail_task: Callable[[StoreTask], Result | None] = lambda _task: None
         #: What the first fetch returns instead of records.
         self.failures: list[PollResult] = []
         #: Seconds from the arrival of each record until it was committed.
@@ -118,6 +121,9 @@ class World(KafkaClient):
     def assign(self, next_offsets: Mapping[TopicPartition, int]) -> None:
         pass
 
+    def seek(self, partition: TopicPartition, next_offset: int) -> None:
+        self._fetched = next_offset
+
     def pause(self) -> None:
         pass
 
@@ -130,7 +136,7 @@ class World(KafkaClient):
     def describe(self) -> Mapping[str, TopicInfo]:
         raise NotImplementedError
 
-    request_topics = earliest = ends = join = seek = close = describe  # type: ignore[assignment]  # never called
+    request_topics = earliest = ends = join = close = describe  # type: ignore[assignment]  # never called
 
     # The store.
 
@@ -147,6 +153,8 @@ class World(KafkaClient):
         task, self._task = self._task, None
         if self.now_s < self.down_until_s:
             return DatabaseUnavailable("down")
+        if (result := self.fail_task(task)) is not None:
+            return result
         match task:
             case CommitBatch(batch):
                 self.batches.append(len(batch.classified))
@@ -239,3 +247,31 @@ def test_the_exit_status_has_the_reason_that_is_logged() -> None:
         world.failures = [FetchFailed(None, first), FetchFailed(None, second)]
         assert world.run() == expected
         assert [fields["reason"] for _, name, fields in world.logged if name == "stopped"] == [str(first)]
+
+
+def test_a_lost_fence_and_a_changed_stored_offset_are_logged_each_by_its_name() -> None:
+    names = {"fence_lost", "stored_offset_changed"}
+
+    def commit_twice(task: StoreTask) -> Result | None:
+        """An earlier COMMIT of this batch succeeded, and its response was lost."""
+        if not isinstance(task, CommitBatch):
+            return None
+        world.stop_event.set()
+        return FenceLost({PARTITION}, {PARTITION: 1})
+
+    def go_back(task: StoreTask) -> Result | None:
+        """A standby without the last transactions was promoted. The idle consumer notices that by itself."""
+        if isinstance(task, CheckTopics):
+            return lambda core: core.on_topics_checked({}, {PARTITION: 0})
+        return None
+
+    world = World([1.0])
+    world.fail_task = commit_twice
+    world.run()
+    assert [name for _, name, _ in world.logged if name in names] == ["fence_lost"]
+
+    world = World([1.0, 60.0])
+    world.fail_task = go_back
+    world.run()
+    found = [(name, fields) for _, name, fields in world.logged if name in names]
+    assert found == [("stored_offset_changed", {"topic": "orders", "partition": 0, "next_offset": 0})]
