@@ -516,7 +516,7 @@ class OrderRepository(Protocol):
         stored order. If several have the same order_uid, the last one wins, and the others count as SUPERSEDED or
         DUPLICATE. A forgotten order counts as FORGOTTEN and is not stored.
 
-        Raises RefusedByDatabase that names the order at fault; nothing is stored then.
+        Raises RefusedByDatabase that names the refused order; nothing is stored then.
         Raises DatabaseUnavailable if the outcome is unknown, or TransactionConflict if the transaction conflicted with
         other writers many times; it is safe to repeat the call.
         """

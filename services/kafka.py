@@ -28,7 +28,7 @@ from services.kafka_errors import (
     translate_kafka_error,
     translate_kafka_errors,
 )
-from services.kafka_listener import certificate_fault, expected_protocol
+from services.kafka_listener import certificate_problem, expected_protocol
 from services.settings import KafkaSettings
 
 T = TypeVar("T")
@@ -153,7 +153,7 @@ class Cluster:
                 return result
 
     def _unanswered(self, timeout_s: float) -> OrderlibError:
-        return self.unreachable_error() if timeout_s >= _PERSISTS_S else self._no_answer(timeout_s)
+        return self.unavailable_error() if timeout_s >= _PERSISTS_S else self._no_answer(timeout_s)
 
     def _find_brokers_again(self) -> None:
         """Ask any broker for the present ones.
@@ -165,7 +165,7 @@ class Cluster:
         with contextlib.suppress(KafkaException):
             self.admin.list_topics(timeout=_FIND_BROKERS_S)
 
-    def unreachable_error(self) -> OrderlibError:
+    def unavailable_error(self) -> OrderlibError:
         """Return the error for a request without an answer, with the cause that librdkafka reported."""
         self.admin.poll(0)
         # Read once: the answer of another thread's request removes it.
@@ -175,7 +175,9 @@ class Cluster:
         return self._no_answer(REQUEST_TIMEOUT_S)
 
     def _no_answer(self, waited_s: float) -> BrokerUnavailable:
-        return BrokerUnavailable(f"Kafka at {self.addresses} did not answer{self.last_error or f' in {waited_s:g} s'}")
+        return BrokerUnavailable(
+            f"Kafka at {self.addresses} did not answer{self.last_error or f' within {waited_s:g} s'}"
+        )
 
     @property
     def last_error(self) -> str:
@@ -266,9 +268,9 @@ class Cluster:
 
     def _wrong_setting(self, error: KafkaError) -> ConfigurationError:
         ca_location = self._settings.properties.get("ssl.ca.location")
-        faults = filter(None, (certificate_fault(address, ca_location) for address in self._addresses()))
-        fault = next(faults, None) if error.code() == SSL_ERROR else None
-        cause = f"{fault}: " if fault else ""
+        problems = filter(None, (certificate_problem(address, ca_location) for address in self._addresses()))
+        problem = next(problems, None) if error.code() == SSL_ERROR else None
+        cause = f"{problem}: " if problem else ""
         return ConfigurationError(f"Kafka at {self.addresses}: {cause}{error.str()} ({error.name()})")
 
     def _addresses(self) -> list[str]:

@@ -59,7 +59,7 @@ _NAMES: dict[KafkaErrorAction, tuple[str, ...]] = {
         "_REVOKE_PARTITIONS",
     ),
     KafkaErrorAction.OUTAGE: (
-        # The broker is starting, stopping, electing, overloaded or unreachable.
+        # The broker is starting, stopping, electing, overloaded or lost.
         "BROKER_NOT_AVAILABLE",
         "CONCURRENT_TRANSACTIONS",
         "COORDINATOR_LOAD_IN_PROGRESS",

@@ -23,7 +23,7 @@ def expected_protocol(address: str) -> str | None:
     return None
 
 
-def certificate_fault(address: str, ca_location: str | None) -> str | None:
+def certificate_problem(address: str, ca_location: str | None) -> str | None:
     """Return why the certificate does not verify, in OpenSSL's words; ``None`` if it does or cannot be read."""
     try:
         context = ssl.create_default_context(cafile=ca_location)

@@ -367,7 +367,7 @@ class ConsumerCore:
                 self._start(self._task, now_s)
         elif not self._paused and now_s - self._task_since_s >= STALL_S:
             kind = BrokerUnavailable if awaited is AwaitedServer.KAFKA else DatabaseUnavailable
-            self._pause(kind(f"{awaited.value} has not answered for {STALL_S:g} s"), 0)
+            self._pause(kind(f"{awaited.value} did not answer within {STALL_S:g} s"), 0)
 
     # Results of the store task in progress.
 

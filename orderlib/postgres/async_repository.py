@@ -191,9 +191,9 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
     """An ``AsyncOrderRepository`` on PostgreSQL. Created by ``connect_async``.
 
     It connects when a call needs a connection, at most ``max_connections`` times at once, so it can be created while
-    PostgreSQL is down. Each new connection checks the schema, and raises ConfigurationError if that is behind. A call
-    raises DatabaseUnavailable after ``connection_timeout_s`` without a connection, and after ``timeout_s`` without an
-    answer; then the connection is closed. ``get``, ``get_stored`` and ``content_sha256`` share round trips with
+    PostgreSQL is unavailable. Each new connection checks the schema, and raises ConfigurationError if that is behind. A
+    call raises DatabaseUnavailable after ``connection_timeout_s`` without a connection, and after ``timeout_s`` without
+    an answer; then the connection is closed. ``get``, ``get_stored`` and ``content_sha256`` share round trips with
     concurrent calls of the same event loop. A cancelled save is either stored completely or not at all. Close the
     repository, or use it in ``async with``. After that, and in a forked process, calls raise ConfigurationError.
     """

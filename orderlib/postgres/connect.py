@@ -34,9 +34,10 @@ def connect_async(
 ) -> AsyncPostgresOrderRepository:
     """Return a repository for asyncio that connects when a call needs a connection.
 
-    So it can be created while PostgreSQL is down. It uses at most ``max_connections`` at once. Each new connection
-    checks the schema: calls raise ConfigurationError for a wrong URL, password, database or schema. A call raises
-    DatabaseUnavailable after ``connection_timeout_s`` without a connection, and after ``timeout_s`` without an answer.
+    So it can be created while PostgreSQL is unavailable. It uses at most ``max_connections`` at once. Each new
+    connection checks the schema: calls raise ConfigurationError for a wrong URL, password, database or schema. A call
+    raises DatabaseUnavailable after ``connection_timeout_s`` without a connection, and after ``timeout_s`` without an
+    answer.
 
     Use it in ``async with``, or await ``close``. After that, and in a forked process, calls raise ConfigurationError.
     """

@@ -34,7 +34,7 @@ def migrate(
     lock that this waits for, warnings of migrations, and corrected privileges.
 
     Raises ConfigurationError for a role that may not do this, or a database that is not UTF8, and DatabaseUnavailable
-    if there is no connection, or no lock within a minute. The migration at fault is rolled back; those before it stay
+    if there is no connection, or no lock within a minute. The failed migration is rolled back; those before it stay
     applied. Orders are never changed.
     """
     applied: list[str] = []

@@ -372,7 +372,7 @@ class Call:
     ) -> OrderlibError:
         """Return the library's error for a failed read."""
         if isinstance(error, DeadlineExceeded):
-            return DatabaseUnavailable(f"PostgreSQL: no answer within {self._timeout_s:g} s")
+            return DatabaseUnavailable(f"PostgreSQL did not answer within {self._timeout_s:g} s")
         return translate(error, session, writing=False)
 
     def wait_before_retry_s(self, session: Session, error: psycopg.Error | OrderlibError, *, committing: bool) -> float:
@@ -393,7 +393,7 @@ class Call:
         """Return the library's error for a failed write. Its message says whether the orders may be stored."""
         timed_out = isinstance(error, DeadlineExceeded)
         translated = translate(error, session) if isinstance(error, psycopg.Error) else error
-        reason = f"PostgreSQL: no answer within {self._timeout_s:g} s" if timed_out else str(translated)
+        reason = f"PostgreSQL did not answer within {self._timeout_s:g} s" if timed_out else str(translated)
         if committing and session.is_lost(error):
             return DatabaseUnavailable(f"{reason}; whether the orders are stored is unknown; saving them again is safe")
         return DatabaseUnavailable(f"{reason}; nothing was stored") if timed_out else translated

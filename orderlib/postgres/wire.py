@@ -48,7 +48,7 @@ def run_until(steps: PQGen[T], deadline: float) -> PQGen[T]:
         while True:
             ready = yield wait
             if time.monotonic() >= deadline:
-                raise DeadlineExceeded("PostgreSQL: no answer in time")
+                raise DeadlineExceeded("PostgreSQL did not answer in time")
             wait = steps.send(ready)
     except StopIteration as done:
         result: T = done.value

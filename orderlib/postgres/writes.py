@@ -97,7 +97,7 @@ class Save:
         self.committing = False
 
     def steps(self, wire: Wire) -> PQGen[Counter[Outcome]]:
-        """Return how many orders had each outcome. Raises RefusedByDatabase naming the order at fault."""
+        """Return how many orders had each outcome. Raises RefusedByDatabase naming the refused order."""
         self.committing = False
         yield from wire.pipeline((queries.BEGIN_WRITE, ()))
         try:
@@ -114,7 +114,7 @@ class Save:
 def store_all(wire: Wire, prepared_orders: Sequence[PreparedOrder]) -> PQGen[Counter[Outcome]]:
     """Store all orders or none inside the caller's transaction, and count their outcomes.
 
-    Raises RefusedByDatabase naming the first order at fault; the caller rolls back then.
+    Raises RefusedByDatabase naming the first refused order; the caller rolls back then.
     """
     if not prepared_orders:
         return Counter()

@@ -118,7 +118,7 @@ class TopicReader:
             if messages:
                 answered_at_s = time.monotonic()
             elif time.monotonic() - answered_at_s > REQUEST_TIMEOUT_S:
-                raise self.cluster.unreachable_error()
+                raise self.cluster.unavailable_error()
             for message in messages:
                 partition, offset, error = message.partition(), message.offset(), message.error()
                 if error is not None and error.code() == NO_GROUP_ACL:

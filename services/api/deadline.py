@@ -28,6 +28,6 @@ def with_deadline(
             async with asyncio.timeout(timeout_s):
                 return await respond(*args, **kwargs)
         except TimeoutError as exc:
-            raise DatabaseUnavailable(f"PostgreSQL: no answer within {timeout_s:.2g} s") from exc
+            raise DatabaseUnavailable(f"PostgreSQL did not answer within {timeout_s:.2g} s") from exc
 
     return bounded

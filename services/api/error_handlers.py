@@ -108,7 +108,7 @@ def _http_error(req: Request, exc: Exception) -> falcon.HTTPError:
         case TransientError():
             req.context.reason = str(exc)
             return falcon.HTTPServiceUnavailable(
-                description="The database does not answer. Please try again.", retry_after=RETRY_AFTER_S
+                description="The database is unavailable. Please try again.", retry_after=RETRY_AFTER_S
             )
         case ConfigurationError():
             req.context.reason = str(exc)

@@ -115,7 +115,7 @@ _PROBLEMS: _Part = {
     "401": _problem("The token is missing or unknown.", "WWW-Authenticate"),
     "406": _problem("The client accepts neither application/json nor text/html."),
     "421": _problem("Authentication is off, and the Host header does not name localhost."),
-    "503": _problem("The database does not answer, or the service is not configured correctly.", "Retry-After"),
+    "503": _problem("The database is unavailable, or the service is not configured correctly.", "Retry-After"),
 }
 
 

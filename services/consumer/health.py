@@ -179,16 +179,16 @@ class HealthServer:
             case "/metrics":
                 return self._metrics(environ, start_response)
             case "/livez":
-                fault = None if self._health.live else _HANGS
+                problem = None if self._health.live else _HANGS
             case "/readyz":
-                fault = self._health.not_ready_reason if self._health.live else _HANGS
+                problem = self._health.not_ready_reason if self._health.live else _HANGS
             case _:
                 start_response("404 Not Found", [("Content-Type", "text/plain")])
                 return [b"/metrics, /livez, /readyz\n"]
         start_response(
-            "503 Service Unavailable" if fault else "200 OK", [("Content-Type", "text/plain; charset=utf-8")]
+            "503 Service Unavailable" if problem else "200 OK", [("Content-Type", "text/plain; charset=utf-8")]
         )
-        return [f"{fault or 'ok'}\n".encode()]
+        return [f"{problem or 'ok'}\n".encode()]
 
 
 class _Quiet(WSGIRequestHandler):

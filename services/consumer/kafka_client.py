@@ -46,12 +46,12 @@ class KafkaClient(Protocol):
     """
 
     @property
-    def down(self) -> bool:
+    def unavailable(self) -> bool:
         """Return whether no broker can be reached, as far as the client knows."""
 
     @property
-    def unreachable_message(self) -> str:
-        """Return a message for the case that Kafka does not answer. It has the addresses and the last error."""
+    def unavailable_message(self) -> str:
+        """Return the message that Kafka is unavailable. It has the addresses and the last error of a connection."""
 
     # Requests to the cluster.
 

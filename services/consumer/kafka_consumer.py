@@ -59,7 +59,7 @@ class KafkaConsumer(KafkaClient):
     def __init__(self, settings: ConsumerSettings) -> None:
         self._topics = [settings.kafka.topic]
         self._assigned: set[TopicPartition] = set()
-        self._down = threading.Event()
+        self._unavailable = threading.Event()
         self._cluster = Cluster(settings.kafka)
         #: Errors that librdkafka reported outside of the messages, and that must stop the consumer.
         self._fatal: list[OrderlibError] = []
@@ -85,14 +85,14 @@ class KafkaConsumer(KafkaClient):
             )
 
     @property
-    def down(self) -> bool:
+    def unavailable(self) -> bool:
         """Return whether no broker can be reached, as far as librdkafka has reported."""
-        return self._down.is_set()
+        return self._unavailable.is_set()
 
     @property
-    def unreachable_message(self) -> str:
-        """Return a message for the case that Kafka does not answer."""
-        return f"Kafka at {self._cluster.addresses} does not answer{self._cluster.last_error}"
+    def unavailable_message(self) -> str:
+        """Return the message that Kafka is unavailable."""
+        return f"Kafka at {self._cluster.addresses} is unavailable{self._cluster.last_error}"
 
     # Requests to the cluster.
 
@@ -199,10 +199,10 @@ class KafkaConsumer(KafkaClient):
     def _on_error(self, error: KafkaError) -> None:
         self._cluster.on_error(error)
         if error.code() == ALL_BROKERS_DOWN:
-            if not self._down.is_set():
-                self._down.set()
-                event("kafka_unreachable", logging.WARNING, reason=self.unreachable_message)
-                self._request_until_up()
+            if not self._unavailable.is_set():
+                self._unavailable.set()
+                event("kafka_unavailable", logging.WARNING, reason=self.unavailable_message)
+                self._request_until_available()
         elif classify_kafka_error(error) is KafkaErrorAction.STOP:
             self._fatal.append(translate_kafka_error(error))
 
@@ -210,25 +210,25 @@ class KafkaConsumer(KafkaClient):
         fatal, self._fatal = self._fatal, []
         return [FetchFailed(None, error) for error in fatal]
 
-    def _request_until_up(self) -> None:
+    def _request_until_available(self) -> None:
         """Repeat a request until Kafka responds, because without records nothing else shows that it is back."""
         self._cluster.request_description(self._topics[0]).add_done_callback(self._on_response)
 
     def _on_response(self, future: Future[TopicDescription]) -> None:
         error = future.exception()
         if isinstance(error, KafkaException) and isinstance(translate_kafka_error(error.args[0]), BrokerUnavailable):
-            if self._down.is_set():
-                self._request_until_up()
+            if self._unavailable.is_set():
+                self._request_until_available()
         else:
-            self._on_reachable()
+            self._on_available()
 
     def _convert(self, message: Message, topic_ids: Mapping[str, str]) -> PollResult:
         error = message.error()
         if error is None:
-            self._on_reachable()
+            self._on_available()
             return record_of(message, topic_ids)
         if error.code() == PARTITION_EOF:
-            self._on_reachable()
+            self._on_available()
             partition = TopicPartition(not_none(message.topic()), not_none(message.partition()))
             return PartitionEof(partition=partition, next_offset=not_none(message.offset()))
         # An error of the whole group has no topic, and has partition 0.
@@ -242,10 +242,10 @@ class KafkaConsumer(KafkaClient):
             return FetchFailed(failed, lost)
         return FetchFailed(failed, translate_kafka_error(error, message))
 
-    def _on_reachable(self) -> None:
-        if self._down.is_set():
-            self._down.clear()
-            event("kafka_reachable")
+    def _on_available(self) -> None:
+        if self._unavailable.is_set():
+            self._unavailable.clear()
+            event("kafka_available")
 
 
 def _by_topic(partitions: Iterable[TopicPartition]) -> Iterable[tuple[str, list[int]]]:

@@ -125,7 +125,7 @@ class LagMonitor:
                 return known.error
         return None
 
-    def fault(self) -> str | None:
+    def stalled_reason(self) -> str | None:
         """Return why records are not stored, or ``None`` if no partition is stalled."""
         if (error := self.error()) is not None:
             return str(error)

@@ -409,7 +409,7 @@ class ConsumerRunner:
                 case Pause(reason, wait_s):
                     self._kafka.pause()
                     stalled_by_kafka = not wait_s and isinstance(reason, BrokerUnavailable)
-                    cause = self._kafka.unreachable_message if stalled_by_kafka else str(reason)
+                    cause = self._kafka.unavailable_message if stalled_by_kafka else str(reason)
                     self._health.not_ready_reason = cause
                     self._log("retrying", logging.WARNING, reason=cause, seconds=round(wait_s, 2))
                 case Resume():
@@ -417,7 +417,7 @@ class ConsumerRunner:
                     self._log("resumed")
         if not self._core.stopping and not self._core.in_outage:
             self._health.not_ready_reason = (
-                self._kafka.unreachable_message if self._kafka.down else self._lag_monitor.fault()
+                self._kafka.unavailable_message if self._kafka.unavailable else self._lag_monitor.stalled_reason()
             )
 
     @property
@@ -449,7 +449,7 @@ class ConsumerRunner:
                 self._on_fetch_failed(item)
 
     def _update_lag(self) -> None:
-        in_outage = self._core.in_outage or self._kafka.down
+        in_outage = self._core.in_outage or self._kafka.unavailable
         assigned = self._core.assigned
         self._lag_monitor.update(assigned, self._worker.stored_offsets, in_outage=in_outage)
         self._core.on_lag(self._lag_monitor.lag(assigned))

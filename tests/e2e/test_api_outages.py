@@ -80,7 +80,7 @@ def test_a_database_that_refuses_connections_means_503_within_two_seconds(api: S
         assert api.get("/livez").status == 200
         page = api.page("/")
         assert page.status == 503
-        assert "does not answer" in page.text
+        assert "is unavailable" in page.text
     finally:
         wire.mend()
     assert api.get(PATH).status == 200

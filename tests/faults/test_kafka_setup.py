@@ -84,7 +84,7 @@ def test_wrong_settings_end_every_program_with_the_cause(
     assert settings["ORDERS_KAFKA_SASL_PASSWORD"] not in done.stderr
 
 
-def test_sender_and_admin_give_up_on_an_unreachable_server_after_ten_seconds_and_name_its_address(
+def test_sender_and_admin_give_up_on_an_unavailable_server_after_ten_seconds_and_name_its_address(
     environ: dict[str, str],
 ) -> None:
     away = {**environ, "ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}
@@ -103,7 +103,7 @@ def test_sender_and_admin_give_up_on_an_unreachable_server_after_ten_seconds_and
             assert done.stderr.startswith("error: Kafka at 127.0.0.1:1 ")
 
 
-def test_the_consumer_waits_for_an_unreachable_server_and_names_its_address(environ: dict[str, str]) -> None:
+def test_the_consumer_waits_for_an_unavailable_server_and_names_its_address(environ: dict[str, str]) -> None:
     with consuming({**environ, "ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}) as consumer:
         wait_for(lambda: "127.0.0.1:1" in consumer.get("/readyz")[1], 15)
         assert "127.0.0.1:1" in consumer.events("waiting_for_server")[0]["reason"]

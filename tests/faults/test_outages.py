@@ -158,7 +158,7 @@ def test_idle_consumers_are_ready_again_after_a_crash_of_kafka(own_sandbox: Sand
 
 
 @pytest.mark.parametrize("server", ["PostgreSQL", pytest.param("Kafka", marks=pytest.mark.faults)])
-def test_a_server_that_is_unreachable_at_the_start_is_named_once_and_waited_for(
+def test_a_server_that_is_unavailable_at_the_start_is_named_once_and_waited_for(
     server: str, own_sandbox: Sandbox, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 50))

@@ -329,7 +329,7 @@ def test_a_stopped_backend_delays_a_call_no_longer_than_its_limit(
         repository.get(UID)
         with stopped(stored, "bounded"):
             begin = time.monotonic()
-            with pytest.raises(DatabaseUnavailable, match=r"no answer within 0\.5 s"):
+            with pytest.raises(DatabaseUnavailable, match=r"did not answer within 0\.5 s"):
                 call(repository)
             assert time.monotonic() - begin < 0.5 + MACHINE_S
             # The silent connection was given up.

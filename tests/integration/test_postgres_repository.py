@@ -548,13 +548,13 @@ def test_an_outage_ends_a_stream_and_a_new_one_works(emptied: Database, is_async
         with pytest.raises(DatabaseUnavailable):
             list(stream)
         proxy.mend()
-        assert until_reachable(lambda: len(list(repository.stream()))) == STREAM_SIZE + 1
+        assert until_available(lambda: len(list(repository.stream()))) == STREAM_SIZE + 1
 
 
 # Outages
 
 
-def test_a_server_that_is_gone_is_unreachable_and_comes_back_by_itself(emptied: Database) -> None:
+def test_a_server_that_is_gone_is_unavailable_and_comes_back_by_itself(emptied: Database) -> None:
     with TcpProxy(emptied.writer_url) as proxy, connect(proxy.url, timeout_s=1) as repository:
         repository.save(an_order("a", 1))
         proxy.cut()
@@ -562,11 +562,11 @@ def test_a_server_that_is_gone_is_unreachable_and_comes_back_by_itself(emptied: 
             with pytest.raises(DatabaseUnavailable):
                 call()
         proxy.mend()
-        assert until_reachable(lambda: repository.save(an_order("a", 3))) is Outcome.STORED
+        assert until_available(lambda: repository.save(an_order("a", 3))) is Outcome.STORED
         assert versions_in(repository.get("a")) == {3}
 
 
-def until_reachable(call: Callable[[], T]) -> T:
+def until_available(call: Callable[[], T]) -> T:
     """The result of a call once the pool has found its way back; it waits longer after each failure."""
     for _ in range(30):
         try:
@@ -580,7 +580,7 @@ def test_a_connection_that_the_server_ended_is_replaced(postgres: PostgresOrderR
     postgres.save(an_order("a"))
     with psycopg.connect(emptied.superuser_url, autocommit=True) as superuser:
         superuser.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'orders_writer'")
-    assert until_reachable(lambda: postgres.get("a")) == an_order("a")
+    assert until_available(lambda: postgres.get("a")) == an_order("a")
 
 
 def test_a_refused_connection_is_an_outage(emptied: Database) -> None:

@@ -74,7 +74,7 @@ def test_a_role_that_may_not_set_up_is_refused_and_nothing_changes(empty_databas
         orderlib.connect(empty_database.writer_url)
 
 
-def test_an_unreachable_server_is_a_transient_error() -> None:
+def test_an_unavailable_server_is_a_transient_error() -> None:
     for call in (orderlib.migrate, orderlib.bootstrap):
         with pytest.raises(DatabaseUnavailable):
             call("postgresql://127.0.0.1:1/orders")

@@ -192,7 +192,7 @@ def test_a_read_without_an_answer_fails_alone(stored: Database) -> None:
             stuck, *others = [asyncio.create_task(reader.get(f"u-{number}")) for number in range(4)]
             assert await asyncio.gather(*others) == [order(number) for number in range(1, 4)]
             assert not stuck.done()
-            with pytest.raises(DatabaseUnavailable, match="no answer within 2 s"):
+            with pytest.raises(DatabaseUnavailable, match="did not answer within 2 s"):
                 await stuck
         finally:
             os.kill(pid, signal.SIGCONT)

@@ -510,7 +510,7 @@ def test_without_the_database_the_page_says_so_and_tries_again(
         wire.cut()
         browser.get(f"http://{cut_off.address}/orders/retried")
         assert one(browser, "h1").text == "Orders cannot be read at the moment"
-        assert "The database does not answer" in one(browser, "main").text
+        assert "The database is unavailable" in one(browser, "main").text
         assert one(browser, "meta[http-equiv=refresh]").get_attribute("content") == "5"
         assert one(browser, "#q").is_displayed()
         wire.mend()

@@ -23,8 +23,8 @@ class InvariantViolation(BaseException):
 class Invariants:
     """Receives every commit. Raises InvariantViolation."""
 
-    def __init__(self, fault: Callable[[str], None]) -> None:
-        self._fault = fault
+    def __init__(self, count: Callable[[str], None]) -> None:
+        self._count = count
         self.lives: dict[str, Life] = {}
         #: Next record to be handled, by topic id and partition; an operator's rewind sets it back.
         self.handled: dict[tuple[str, int], int] = {}
@@ -79,7 +79,7 @@ class Invariants:
         if len(outcomes) - refused != len(batch.classified) - bad or outcomes.count(Outcome.REJECTED) != refused:
             raise InvariantViolation(f"{len(batch.classified)} records, {bad} of them bad, came to {outcomes}")
         if Outcome.SUPERSEDED in outcomes:
-            self._fault("superseded")
+            self._count("superseded")
         self.on_orders(before, changes)
 
     def on_orders(self, before: Mapping[str, StoredVersion], changes: Mapping[str, StoredVersion]) -> None:
@@ -87,7 +87,7 @@ class Invariants:
         for uid, after in changes.items():
             old = before.get(uid)
             if old is not None and old.content_sha256 is None and after.content_sha256 is not None:
-                self._fault("stored after a tombstone")
+                self._count("stored after a tombstone")
             if old is None or uid not in KEYED or old == after:
                 continue
             if after.position is None or (
@@ -104,9 +104,9 @@ class Invariants:
         if before not in {None, Outcome.REJECTED, outcome}:
             raise InvariantViolation(f"the reject {place} was {before} when redriven, and is {outcome} now")
         if outcome is Outcome.SUPERSEDED:
-            self._fault("redrive beside a newer version")
+            self._count("redrive beside a newer version")
         elif outcome is Outcome.ERASED:
-            self._fault("erased by a redrive")
+            self._count("erased by a redrive")
 
     def on_rewind(self, topic_id: str, partition: int, next_offset: int) -> None:
         """An operator moved an offset back: the records after it are handled again."""

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class SimulatedKafka(KafkaClient):
     """The Kafka client of one simulated consumer."""
 
-    down = False
-    unreachable_message = "Kafka does not answer"
+    unavailable = False
+    unavailable_message = "Kafka is unavailable"
 
     def __init__(self, simulator: Simulator, process: Process, rng: Random) -> None:
         self._simulator = simulator
@@ -45,7 +45,7 @@ class SimulatedKafka(KafkaClient):
     # Requests to the cluster.
 
     def describe(self) -> dict[str, TopicInfo]:
-        if self._simulator.kafka_down:
+        if self._simulator.kafka_unavailable:
             raise BrokerUnavailable("down")
         return {TOPIC: TopicInfo(topic_id=self._simulator.life.topic_id, partitions=frozenset(range(PARTITIONS)))}
 
@@ -70,7 +70,7 @@ class SimulatedKafka(KafkaClient):
         """The lag only decides how long a batch may fill, so a wrong one must be harmless."""
         ends = self.ends(partitions)
         if not self._simulator.healing and self._rng.random() < 0.2:
-            self._simulator.fault("wrong lag")
+            self._simulator.count("wrong lag")
             ends = {partition: end + MAX_RECORDS + 1 for partition, end in ends.items()}
         return lambda: ends
 
@@ -142,7 +142,7 @@ class SimulatedKafka(KafkaClient):
         """Return a few records of some partitions, and the partition ends that were reached."""
         found: list[PollResult] = []
         simulator, next_offsets, chance = self._simulator, self._next_offsets, self._rng.random
-        if simulator.kafka_down or not topic_ids:
+        if simulator.kafka_unavailable or not topic_ids:
             return found
         for partition in shuffled(self._rng, list(next_offsets)):
             next_offset, log = next_offsets[partition], simulator.life.logs[partition.partition]

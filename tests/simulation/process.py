@@ -116,9 +116,9 @@ class Process:
         self._logged.append((name, str(fields.get("reason", ""))))
         self._simulator.note(self.name, "logs", name, fields)
         if name == "batch_aborted":
-            self._simulator.fault("batch aborted")
+            self._simulator.count("batch aborted")
         elif name == "stored_offset_changed":
-            self._simulator.fault("seek to a stored offset")
+            self._simulator.count("seek to a stored offset")
 
     def on_fatal(self, error: OrderlibError | MistakeError) -> None:
         """The process receives a fatal error, and must stop."""
@@ -129,7 +129,7 @@ class Process:
         """Advance the store task by one step. Return its progress, or ``None`` if it has ended."""
         assert self.job is not None
         try:
-            if self._simulator.store.down:
+            if self._simulator.store.unavailable:
                 raise DatabaseUnavailable("down")
             if self._simulator.revoked and self.job.step is Step.WORKING:
                 raise ConfigurationError("permission denied for table items")
@@ -161,7 +161,7 @@ class Process:
     def take_result(self, timeout_s: float) -> Told | OrderlibError | MistakeError | None:
         if timeout_s:
             filling = "collected while the store works" if self.core.wants_records else "batch full"
-            self._simulator.fault("waited to stop" if self.core.stopping else filling)
+            self._simulator.count("waited to stop" if self.core.stopping else filling)
             # While it waits, its store task advances.
             while self.job is not None and self._rng.random() < 0.5:
                 self.advance()

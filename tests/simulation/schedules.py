@@ -10,11 +10,11 @@ from tests.simulation.store import Bug
 
 
 def explore(first_seed: int, count: int, bug: Bug | None = None) -> Counter[str]:
-    """Run ``count`` schedules, and return in how many each fault occurred.
+    """Run ``count`` schedules, and return in how many each of ``OCCURRENCES`` was seen.
 
     A violation has a note with the command that replays its schedule.
     """
-    faults: Counter[str] = Counter()
+    occurrences: Counter[str] = Counter()
     for seed in range(first_seed, first_seed + count):
         simulator = Simulator(seed, bug)
         try:
@@ -23,10 +23,10 @@ def explore(first_seed: int, count: int, bug: Bug | None = None) -> Counter[str]
             planted = f" --bug {bug.value}" if bug is not None else ""
             exc.add_note(f"replay: python -m tests.simulation {seed}{planted}")
             raise
-        faults.update(simulator.faults)
-    return faults
+        occurrences.update(simulator.occurred)
+    return occurrences
 
 
-def table(faults: Counter[str], count: int) -> str:
-    """Format the faults, the most frequent first."""
-    return "\n".join(f"{occurred / count:8.2%}  {fault}" for fault, occurred in faults.most_common())
+def table(occurrences: Counter[str], count: int) -> str:
+    """Format the occurrences, the most frequent first."""
+    return "\n".join(f"{schedules / count:8.2%}  {name}" for name, schedules in occurrences.most_common())

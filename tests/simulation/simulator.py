@@ -1,7 +1,7 @@
-"""A schedule: consumers, a topic, a store and the faults between them, all decided by one seed.
+"""A schedule: consumers, a topic, a store and the failures between them, all decided by one seed.
 
-There are no threads, and the clock is simulated. First, steps are random. Then all faults end, the consumers handle the
-rest, and the result is checked.
+There are no threads, and the clock is simulated. First, steps are random. Then all failures end, the consumers handle
+the rest, and the result is checked.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ PROCESSES = 3
 #: A schedule has at least STEPS random steps, and fewer than MORE_STEPS in addition.
 STEPS, MORE_STEPS = 100, 150
 
-#: One schedule uses this number of kinds of faults.
-FAULTS_AT_ONCE = 5
+#: One schedule uses this number of kinds of failures.
+FAILURES_AT_ONCE = 5
 
-#: After all faults have ended, this number of rounds must be enough.
+#: After all failures have ended, this number of rounds must be enough.
 ROUNDS = 200
 
 #: Fatal errors that a schedule causes.
@@ -48,8 +48,14 @@ MISTAKE = "a mistake in the program"
 FATAL = {RIGHT_REVOKED, NOT_AUTHORIZED, MISTAKE}
 
 #: Everything that may occur in a schedule and is counted.
-FAULTS = {
-    *("COMMIT took effect late", "COMMIT without an answer", "Kafka down", "PostgreSQL down", "batch full"),
+OCCURRENCES = {
+    *(
+        "COMMIT took effect late",
+        "COMMIT without an answer",
+        "Kafka unavailable",
+        "PostgreSQL unavailable",
+        "batch full",
+    ),
     *("collected while the store works", "wrong lag"),
     *("blocker ended", "transaction conflict", "connection cut", "duplicate", "end reached", "fence lost", "frozen"),
     *(
@@ -96,16 +102,16 @@ class Simulator:
         self.rng = Random(seed)
         self._chance = self.rng.random
         self._tell = tell
-        #: The faults that occurred in this schedule.
-        self.faults: set[str] = set()
+        #: What occurred in this schedule.
+        self.occurred: set[str] = set()
         self.now_s = 0.0
         self.healing = False
-        self.kafka_down = False
+        self.kafka_unavailable = False
         #: The writer lacks a privilege; Kafka refuses the next fetch.
         self.revoked = False
         self.refusing = False
         self.bug = bug
-        self.invariants = Invariants(self.fault)
+        self.invariants = Invariants(self.count)
         self.store = Store(self.invariants, bug)
         self.group = Group(self._chance)
         self.processes: list[Process] = []
@@ -122,7 +128,7 @@ class Simulator:
         """Run the schedule. Raise InvariantViolation if the consumer breaks a promise."""
         for _ in range(1 + self._below(PROCESSES)):
             self._start()
-        faults = [
+        failures = [
             self._crash,
             self._cut,
             self._collide,
@@ -139,9 +145,9 @@ class Simulator:
             self._redrive,
             self._break,
         ]
-        self.rng.shuffle(faults)
+        self.rng.shuffle(failures)
         ordinary = [self._turn] * 20 + [self._advance] * 20 + [self._produce] * 4 + [self._restore, self._start_anew]
-        table = ordinary + faults[:FAULTS_AT_ONCE]
+        table = ordinary + failures[:FAILURES_AT_ONCE]
         size, chance = len(table), self._chance
         for _ in range(STEPS + self._below(MORE_STEPS)):
             self.now_s += chance() * 0.05
@@ -155,9 +161,9 @@ class Simulator:
         if self._tell is not None:
             self._tell(f"{self.now_s:8.3f}  {' '.join(map(str, words))}")
 
-    def fault(self, name: str, *words: object) -> None:
-        """Count a fault."""
-        self.faults.add(name)
+    def count(self, name: str, *words: object) -> None:
+        """Record that this occurred."""
+        self.occurred.add(name)
         if self._tell is not None:
             self.note("!", name, *words)
 
@@ -169,7 +175,7 @@ class Simulator:
 
     def on_end_reached(self, process: Process) -> None:
         """A process reports that it has reached the offsets to stop at."""
-        self.fault("end reached")
+        self.count("end reached")
         reached = self.invariants.reached
         until = process.until or {}
         behind = [p for p, end in until.items() if reached[self.life.topic_id, p.partition] < end]
@@ -179,11 +185,11 @@ class Simulator:
     def on_fatal(self, process: Process, error: Exception) -> None:
         """A process receives an error that a retry cannot correct."""
         if isinstance(error, TopicRecreated):
-            self.fault("topic id differs")
+            self.count("topic id differs")
         elif str(error) not in FATAL and self.life.number == 0:
             raise InvariantViolation(f"{process.name} stops because of {error!r}")
 
-    # Steps without faults.
+    # Steps without failures.
 
     def _below(self, bound: int) -> int:
         return int(self._chance() * bound)
@@ -206,26 +212,26 @@ class Simulator:
             log = self.life.logs[partition]
             if chance() < 0.15:
                 log.append(None)
-                self.faults.add("gap in the log")
+                self.occurred.add("gap in the log")
             kind = _KINDS[int(chance() * len(_KINDS))]
-            self.faults.add(_NAMES[kind])
+            self.occurred.add(_NAMES[kind])
             log.append(Entry(uid, int(chance() * 3), kind, self.life.number))
             if chance() < 0.1:
                 log.append(log[-1])
-                self.faults.add("duplicate")
+                self.occurred.add("duplicate")
             if chance() < 0.1:
                 log.append(Entry(uid, int(chance() * 3), kind, self.life.number))
-                self.faults.add("version")
+                self.occurred.add("version")
             if chance() < 0.1:
                 log.append(None)
-                self.faults.add("gap at the end")
+                self.occurred.add("gap at the end")
 
     def _turn(self) -> None:
         process = self._any_process()
         if process is not None and not process.frozen:
             process.turn()
             if process.core.stopping and process.job is not None and self._chance() < 0.3:
-                self.fault("no answer while it stops")
+                self.count("no answer while it stops")
                 self.now_s += 6
 
     def _advance(self) -> None:
@@ -241,7 +247,7 @@ class Simulator:
         if step is Step.WAITING and self._chance() < 0.3:
             self._end_blockers(process)
         elif isinstance(process.result, FenceLost):
-            self.fault("zombie at the fence" if process.kafka.deaf else "fence lost")
+            self.count("zombie at the fence" if process.kafka.deaf else "fence lost")
 
     def _end_blockers(self, process: Process) -> None:
         """A process has waited 5 s for a lock: the other consumers' backends that hold locks are terminated."""
@@ -253,12 +259,12 @@ class Simulator:
                 ended.append(other.job)
                 self._throw(other, DatabaseUnavailable("terminated"))
         if ended:
-            self.fault("blocker ended")
+            self.count("blocker ended")
         self._throw(process, TransactionConflict("ended blockers") if ended else DatabaseUnavailable("a lock is held"))
 
     def _advance_redrive(self, job: Job) -> None:
         try:
-            if self.store.down:
+            if self.store.unavailable:
                 raise DatabaseUnavailable("down")
             job.step = next(job.steps)
         except (StopIteration, DatabaseUnavailable):
@@ -280,13 +286,13 @@ class Simulator:
         self.group.join(process)
 
     def _restore(self) -> None:
-        """End one fault."""
+        """End one failure."""
         choice = self._chance()
         self.revoked = False
         if choice < 0.3:
-            self.store.down = False
+            self.store.unavailable = False
         elif choice < 0.5:
-            self.kafka_down = False
+            self.kafka_unavailable = False
         elif choice < 0.6:
             self._end_orphans()
         else:
@@ -301,7 +307,7 @@ class Simulator:
                 self.group.join(process)
                 return
 
-    # Faults.
+    # Failures.
 
     def _abandon(self, process: Process) -> None:
         """The process no longer waits for its store task. PostgreSQL may still continue it."""
@@ -318,7 +324,7 @@ class Simulator:
         orphans, self.orphans = self.orphans, []
         for job in orphans:
             if job.step is Step.COMMITTING and self._chance() < 0.6:
-                self.fault("COMMIT took effect late")
+                self.count("COMMIT took effect late")
                 next(job.steps)
             job.steps.close()
 
@@ -344,7 +350,7 @@ class Simulator:
             Step.COMMITTING: "in COMMIT",
             Step.ANSWERING: "after COMMIT",
         }.get(step, "before COMMIT")
-        self.fault(f"killed {when}", process.name)
+        self.count(f"killed {when}", process.name)
         self._abandon(process)
         self._remove(process)
 
@@ -354,19 +360,19 @@ class Simulator:
         if process is None or process.job is None or process.frozen:
             return
         after = process.job.step in {Step.COMMITTING, Step.ANSWERING}
-        self.fault("COMMIT without an answer" if after else "connection cut", process.name)
+        self.count("COMMIT without an answer" if after else "connection cut", process.name)
         self._abandon(process)
         process.finish(DatabaseUnavailable("cut"))
 
     def _collide(self) -> None:
         process = self._any_process()
         if process is not None and process.job is not None and process.job.step is Step.WORKING and not process.frozen:
-            self.fault("transaction conflict", process.name)
+            self.count("transaction conflict", process.name)
             self._throw(process, TransactionConflict("deadlock"))
 
     def _stall(self) -> None:
         """Nothing responds for a long time."""
-        self.fault("stall")
+        self.count("stall")
         self.now_s += 3 + 4 * self._chance()
 
     def _freeze(self) -> None:
@@ -374,7 +380,7 @@ class Simulator:
         process = self._any_process()
         if process is not None and not process.frozen:
             in_transaction = process.job is not None and process.job.step is Step.WORKING
-            self.fault("frozen in its transaction" if in_transaction else "frozen", process.name)
+            self.count("frozen in its transaction" if in_transaction else "frozen", process.name)
             process.frozen = True
             self._fall_silent(process)
 
@@ -382,7 +388,7 @@ class Simulator:
         """The group receives no heartbeat and removes the process, which continues to work."""
         process = self._any_process()
         if process is not None and not process.kafka.deaf:
-            self.fault("zombie", process.name)
+            self.count("zombie", process.name)
             self._fall_silent(process)
 
     def _fall_silent(self, process: Process) -> None:
@@ -395,13 +401,13 @@ class Simulator:
         """The group has removed the process, which learns it at once."""
         process = self._any_process()
         if process is not None and not process.kafka.deaf:
-            self.fault("partitions lost", process.name)
+            self.count("partitions lost", process.name)
             self._fall_silent(process)
             self._wake()
 
     def _postgres_outage(self) -> None:
-        self.fault("PostgreSQL down")
-        self.store.down = True
+        self.count("PostgreSQL unavailable")
+        self.store.unavailable = True
         self._end_orphans()
         for process in self.processes:
             if process.job is not None:
@@ -410,23 +416,23 @@ class Simulator:
         self._end_orphans()
 
     def _kafka_outage(self) -> None:
-        self.fault("Kafka down")
-        self.kafka_down = True
+        self.count("Kafka unavailable")
+        self.kafka_unavailable = True
 
     def _tell_to_stop(self) -> None:
         process = self._any_process()
         if process is not None and not process.stop_event.is_set():
-            self.fault("stopped in a batch" if process.job is not None else "stopped", process.name)
+            self.count("stopped in a batch" if process.job is not None else "stopped", process.name)
             process.stop_event.set()
 
     def _rebalance(self) -> None:
-        self.fault("rebalance")
+        self.count("rebalance")
         self.group.rebalance()
 
     def _recreate_topic(self) -> None:
         """The topic is recreated, and has records at once."""
         if len(self.invariants.lives) < 3:
-            self.fault("topic recreated")
+            self.count("topic recreated")
             self.life = self._begin_life([0] * PARTITIONS)
             for _ in range(self._below(8)):
                 self._produce()
@@ -445,7 +451,7 @@ class Simulator:
             earliest, now = self.life.earliest[partition], self.store.offsets[topic_id, partition]
             if now > earliest and self._chance() < 0.7:
                 to = earliest + self._below(now - earliest)
-                self.fault("offsets rewound", partition, "to", to)
+                self.count("offsets rewound", partition, "to", to)
                 self.store.offsets[topic_id, partition] = to
                 self.invariants.on_rewind(topic_id, partition, to)
         self._rewind_wanted = False
@@ -456,27 +462,27 @@ class Simulator:
         kind = self._below(3)
         process = self._any_process()
         if kind == 0:
-            self.fault("privilege revoked")
+            self.count("privilege revoked")
             self.revoked = True
         elif kind == 1:
-            self.fault("not authorized by Kafka")
+            self.count("not authorized by Kafka")
             self.refusing = True
         elif process is not None and process.job is not None and not process.frozen:
-            self.fault("mistake in the program", process.name)
+            self.count("mistake in the program", process.name)
             self._abandon(process)
             process.finish(MistakeError(MISTAKE))
 
     def _redrive(self) -> None:
         if len(self.redrives) < 2 and self.store.rejects:
-            self.fault("two redrives at once" if self.redrives else "redrive")
+            self.count("two redrives at once" if self.redrives else "redrive")
             self.redrives.append(Job(self.store.redrive()))
 
     # The end.
 
     def _heal(self) -> None:
-        """End all faults. Then the consumers must handle everything correctly."""
+        """End all failures. Then the consumers must handle everything correctly."""
         self.note("everything heals")
-        self.healing, self.store.down, self.kafka_down, self._rewind_wanted = True, False, False, False
+        self.healing, self.store.unavailable, self.kafka_unavailable, self._rewind_wanted = True, False, False, False
         self.revoked = self.refusing = False
         self._end_orphans()
         for _ in list(self.processes):

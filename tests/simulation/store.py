@@ -1,6 +1,6 @@
 """A simulated PostgreSQL, with the real rules of ``orderlib.ingestion``.
 
-Every operation is a generator. At each ``yield`` others may act and faults may occur. An operation that is closed
+Every operation is a generator. At each ``yield`` others may act and failures may occur. An operation that is closed
 before its COMMIT is rolled back.
 """
 
@@ -79,7 +79,7 @@ class Store:
         #: With the outcome of a redrive.
         self.rejects: dict[Place, tuple[Fetched, Outcome | None]] = {}
         self.locks: dict[Row, object] = {}
-        self.down = False
+        self.unavailable = False
 
     def next_offsets(
         self, topic_ids: Mapping[str, str], partitions: Iterable[TopicPartition]

@@ -509,7 +509,7 @@ def test_the_reason_of_a_pause_names_the_server_that_does_not_respond(
     [pause] = driver.core.take_commands()
     assert isinstance(pause, Pause)
     assert type(pause.reason) is kind
-    assert str(pause.reason) == f"{awaited.value} has not answered for 2 s"
+    assert str(pause.reason) == f"{awaited.value} did not answer within 2 s"
 
 
 def test_each_attempt_has_its_own_time_limit() -> None:

@@ -48,8 +48,8 @@ def rejected(record: Record) -> PreparedOrder | Reject:
 class World(KafkaClient):
     """A partition whose records arrive at given times, the store, and the clock of both."""
 
-    down = False
-    unreachable_message = ""
+    unavailable = False
+    unavailable_message = ""
     awaited = AwaitedServer.POSTGRES
 
     def __init__(self, arrivals_s: Iterable[float]) -> None:
@@ -121,7 +121,7 @@ class World(KafkaClient):
     def assign(self, next_offsets: Mapping[TopicPartition, int]) -> None:
         pass
 
-    def seek(self, partition: TopicPartition, next_offset: int) -> None:
+    def seek(self, _partition: TopicPartition, next_offset: int) -> None:
         self._fetched = next_offset
 
     def pause(self) -> None:
