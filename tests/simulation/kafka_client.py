@@ -60,11 +60,11 @@ class SimulatedKafka(KafkaClient):
         return lambda: early
 
     def earliest(self, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
-        return {partition: self._simulator.life.earliest[partition.partition] for partition in partitions}
+        return {partition: self._simulator.life.earliest[partition.partition] for partition in sorted(partitions)}
 
     def ends(self, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
         ends = self._simulator.life.ends()
-        return {partition: ends[partition] for partition in partitions}
+        return {partition: ends[partition] for partition in sorted(partitions)}
 
     def request_ends(self, partitions: Iterable[TopicPartition]) -> Callable[[], Mapping[TopicPartition, int] | None]:
         """The lag only decides how long a batch may fill, so a wrong one must be harmless."""

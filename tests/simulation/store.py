@@ -84,7 +84,7 @@ class Store:
     def next_offsets(
         self, topic_ids: Mapping[str, str], partitions: Iterable[TopicPartition]
     ) -> dict[TopicPartition, int]:
-        rows = {partition: (topic_ids[partition.topic], partition.partition) for partition in partitions}
+        rows = {partition: (topic_ids[partition.topic], partition.partition) for partition in sorted(partitions)}
         return {partition: self.offsets[row] for partition, row in rows.items() if row in self.offsets}
 
     def start_partitions(
