@@ -239,6 +239,13 @@ def test_the_runbook_has_a_section_for_each_alert_and_for_nothing_else() -> None
     assert sections == [alert["alert"] for alert in ALERTS]
 
 
+def test_the_dashboard_has_every_panel_that_the_runbook_names() -> None:
+    """The runbook has the titles of panels in italics."""
+    named = set(re.findall(r"(?<!\*)\*([^*\n]+)\*(?!\*)", RUNBOOK.read_text(encoding="utf-8")))
+    assert named
+    assert named <= {panel["title"] for panel in PANELS}
+
+
 @pytest.mark.parametrize("page", [RUNBOOK, METRICS_TABLE], ids=["runbook", "metrics"])
 def test_every_link_has_a_target(page: Path) -> None:
     for path, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
