@@ -3,7 +3,8 @@
 import os
 import sys
 
-from orderlib.commands import main, run, set_up_streams
+from orderlib.commands import main
+from orderlib.entry_point import run, set_up_streams
 
 if __name__ == "__main__":
     set_up_streams()

@@ -1,27 +1,18 @@
-"""The commands ``bootstrap`` and ``migrate``, and how a program of orderlib ends: status, and one line on stderr."""
+"""The commands ``bootstrap`` and ``migrate``: of ``python -m orderlib``, and of the admin."""
 
 from __future__ import annotations
 
 import argparse
-import io
-import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-from orderlib.errors import ConfigurationError, OrderlibError
+from orderlib.entry_point import EXIT_DONE, EXIT_STATUSES
+from orderlib.errors import ConfigurationError
 from orderlib.postgres.migrate import migrate
 from orderlib.postgres.privileges import MIGRATOR, OWNER, READER, WRITER
 from orderlib.postgres.roles import bootstrap, password_of
 from orderlib.postgres.schema import LATEST_MIGRATION
-
-EXIT_DONE = 0
-EXIT_FAILED = 1
-EXIT_SETUP = 2
-
-#: For ``--help``.
-SETUP_STATUS = f"{EXIT_SETUP} usage, configuration or set-up"
-EXIT_STATUSES = f"Exit status: {EXIT_DONE} done, {EXIT_FAILED} failed or stopped itself, {SETUP_STATUS}."
 
 _APPLICATION_NAME = "orderlib-admin"
 
@@ -104,45 +95,3 @@ def _url(environ: Mapping[str, str], name: str) -> str:
 
 def _print_message(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def run(main: Callable[[], int]) -> int:
-    """Run a program and return its exit status. An error of orderlib becomes its status and one line on stderr."""
-    try:
-        status = main()
-        sys.stdout.flush()
-    except ConfigurationError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return EXIT_SETUP
-    except OrderlibError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_FAILED
-    except BrokenPipeError:
-        # The reader of stdout has closed it.
-        _drop_output()
-        return EXIT_FAILED
-    except OSError as exc:
-        _drop_output()
-        print(f"error: {exc.strerror or exc}", file=sys.stderr)
-        return EXIT_FAILED
-    else:
-        return status
-
-
-def _drop_output() -> None:
-    """Discard what is still buffered for stdout. Python would flush it at exit, and report the failure again."""
-    with open(os.devnull, "wb") as devnull:  # noqa: PTH123 - a device
-        os.dup2(devnull.fileno(), sys.stdout.fileno())
-
-
-def set_up_streams() -> None:
-    """Write UTF-8 in every locale, and discard output if the caller closed stdout or stderr (Python has None there)."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - a device; never closed
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -112,7 +112,7 @@ class Cluster:
         if error.code() not in CONNECTION:
             return
         self._last_error = error
-        if classify_kafka_error(error) is KafkaErrorAction.SETUP:
+        if classify_kafka_error(error) is KafkaErrorAction.CONFIGURATION:
             self._setting_error_at_s = time.monotonic()
             if self._setting_error is None:
                 self._setting_error_since_s = self._setting_error_at_s

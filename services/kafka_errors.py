@@ -26,7 +26,7 @@ class KafkaErrorAction(Enum):
     #: Wait, then try again.
     OUTAGE = "outage"
     #: A setting, an ACL or the topic is wrong. Waiting does not help.
-    SETUP = "setup"
+    CONFIGURATION = "configuration"
     #: One record batch cannot be read. The partition waits for an operator.
     UNREADABLE = "unreadable"
     #: Stop and name the code: the client is unusable, or the program's requests must not cause this error.
@@ -133,7 +133,7 @@ _NAMES: dict[KafkaErrorAction, tuple[str, ...]] = {
         "UNKNOWN_TOPIC_ID",
         "TOPIC_ALREADY_EXISTS",
     ),
-    KafkaErrorAction.SETUP: (
+    KafkaErrorAction.CONFIGURATION: (
         "CLUSTER_AUTHORIZATION_FAILED",
         "DELEGATION_TOKEN_AUTHORIZATION_FAILED",
         "DELEGATION_TOKEN_AUTH_DISABLED",
@@ -267,7 +267,7 @@ def classify_kafka_error(error: KafkaError) -> KafkaErrorAction:
     """Return what to do about an error. A code outside the table is an outage if it is retriable; otherwise stop."""
     unforeseen = KafkaErrorAction.OUTAGE if error.retriable() else KafkaErrorAction.STOP
     action = ACTIONS.get(error.code(), unforeseen)
-    return KafkaErrorAction.STOP if error.fatal() and action is not KafkaErrorAction.SETUP else action
+    return KafkaErrorAction.STOP if error.fatal() and action is not KafkaErrorAction.CONFIGURATION else action
 
 
 def translate_kafka_error(error: KafkaError, message: Message | None = None) -> OrderlibError:
@@ -278,7 +278,7 @@ def translate_kafka_error(error: KafkaError, message: Message | None = None) -> 
     if message is not None and topic is not None:
         text = f"{topic}[{message.partition()}] at offset {message.offset()}: {text}"
     match classify_kafka_error(error):
-        case KafkaErrorAction.SETUP:
+        case KafkaErrorAction.CONFIGURATION:
             return ConfigurationError(text)
         case KafkaErrorAction.UNREADABLE:
             return UnreadableRecord(text)

@@ -1,4 +1,4 @@
-"""Scaffolding of the programs: logs, exit statuses, and error messages of one line.
+"""Logs of the programs, and how those with librdkafka end.
 
 Logs go to stderr, one event per line: JSON, or a readable format on a terminal.
 """
@@ -17,30 +17,8 @@ import msgspec
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
-from orderlib.commands import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_SETUP,
-    EXIT_STATUSES,
-    SETUP_STATUS,
-    run,
-    set_up_streams,
-)
+from orderlib.entry_point import run, set_up_streams
 from services.settings import misspelt
-
-__all__ = [
-    "EXIT_DONE",
-    "EXIT_FAILED",
-    "EXIT_SETUP",
-    "EXIT_STATUSES",
-    "SETUP_STATUS",
-    "begin",
-    "event",
-    "log",
-    "run",
-    "run_with_kafka",
-    "set_up_logging",
-]
 
 log: FilteringBoundLogger = structlog.get_logger()
 
@@ -72,7 +50,7 @@ class _LineHandler(logging.StreamHandler[TextIO]):
     debug = info = warning = error = critical = write_line
 
 
-def begin(environ: Mapping[str, str]) -> None:
+def set_up_program(environ: Mapping[str, str]) -> None:
     """Set up logs, and warn of misspelt settings. Call this once, when a program starts."""
     set_up_logging()
     for variable, nearest in sorted(misspelt(environ).items()):

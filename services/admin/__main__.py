@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Mapping
 
 from orderlib import commands as library_commands
+from orderlib.entry_point import EXIT_STATUSES
 from services.admin import backfill, distribute, drift, export, offsets, orders, reconcile, rejects, topics
 from services.kafka import REQUEST_TIMEOUT_S
-from services.program import begin, run_with_kafka
+from services.program import run_with_kafka, set_up_program
 
 RunCommand = Callable[[argparse.Namespace, Mapping[str, str]], int]
 
@@ -21,7 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m services.admin",
         description="Set up and operate orderlib. A command fails after "
         f"{REQUEST_TIMEOUT_S:g} s if a server does not answer.",
-        epilog=library_commands.EXIT_STATUSES,
+        epilog=EXIT_STATUSES,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in (library_commands, distribute, topics, offsets, rejects, reconcile, drift, backfill, orders, export):
@@ -37,5 +38,5 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    begin(os.environ)
+    set_up_program(os.environ)
     run_with_kafka(lambda: main(sys.argv[1:], os.environ))

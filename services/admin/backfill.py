@@ -10,12 +10,12 @@ from collections.abc import Mapping
 import msgspec
 
 from orderlib.commands import Commands
+from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.errors import RejectedError
 from orderlib.postgres.backfill import backfill
 from orderlib.repository import Outcome
 from services.admin.database import open_database
 from services.admin.output import ProgressLine, add_json_option, count_of, print_table, printable
-from services.program import EXIT_DONE, EXIT_FAILED
 
 #: More refused originals than this are counted, but not listed.
 _MAX_REFUSED = 10_000

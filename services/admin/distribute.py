@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Mapping
 
 from orderlib.commands import Commands
+from orderlib.entry_point import EXIT_DONE
 from orderlib.postgres.citus import distribute
 from services.admin.database import APPLICATION_NAME
 from services.admin.output import positive
-from services.program import EXIT_DONE
 from services.settings import database_url
 
 #: Every batch of the consumer is split over all shards.

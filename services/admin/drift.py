@@ -13,10 +13,10 @@ import attrs
 
 from orderlib.codecs import unknown_fields
 from orderlib.commands import Commands
+from orderlib.entry_point import EXIT_DONE
 from orderlib.postgres.snapshot import snapshot
 from services.admin.database import APPLICATION_NAME
 from services.admin.output import add_json_option, print_table
-from services.program import EXIT_DONE
 from services.settings import database_url
 
 #: More different paths than this are counted, but not listed: a producer may use any text as a name.

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 
 import orderlib
 from orderlib.commands import Commands
+from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.postgres.snapshot import Snapshot, snapshot
 from orderlib.repository import Filters, StoredOrder
 from services.admin.database import APPLICATION_NAME
 from services.admin.output import ProgressLine, count_of, printable, rfc3339_time
-from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import database_url
 
 _PROGRESS_EVERY_S = 0.2

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from confluent_kafka import ConsumerGroupState
 
 from orderlib.commands import Commands
+from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.operations import (
@@ -24,7 +25,6 @@ from services.admin.database import APPLICATION_NAME, open_database
 from services.admin.output import add_json_option, add_yes_option, confirm, print_table, rfc3339_time
 from services.admin.topic_reader import TopicReader
 from services.kafka import REQUEST_TIMEOUT_S
-from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import KafkaSettings, database_url
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)

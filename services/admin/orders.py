@@ -13,12 +13,12 @@ import attrs
 
 import orderlib
 from orderlib.commands import Commands
+from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.operations import Forgotten, forget, forget_again, forget_customer, forgotten
 from services.admin.database import APPLICATION_NAME, open_database
 from services.admin.output import add_json_option, add_yes_option, confirm, count_of, print_result, printable
-from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import database_url
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from orderlib.commands import Commands
+from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.errors import REJECT_CODES
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.operations import count_old_rejects, purge_rejects
@@ -32,7 +33,6 @@ from services.admin.output import (
     printable,
     rfc3339_time,
 )
-from services.program import EXIT_DONE, EXIT_FAILED
 from services.settings import database_url, max_record_bytes, tombstones
 
 #: ``rejects show`` prints at most this part of a key, a value or the headers.

@@ -10,10 +10,10 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
 
 from orderlib.commands import Commands
+from orderlib.entry_point import EXIT_DONE
 from orderlib.errors import BrokerUnavailable, OrderlibError
 from services.admin.output import count_of, positive
 from services.kafka import REQUEST_TIMEOUT_S, Cluster
-from services.program import EXIT_DONE
 from services.settings import KafkaSettings, max_record_bytes
 
 #: The space that the key, the headers and the framing of a record need beside the largest value.

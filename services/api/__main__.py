@@ -11,6 +11,7 @@ import sys
 
 import attrs
 
+from orderlib.entry_point import EXIT_DONE, EXIT_STATUSES, run
 from orderlib.errors import ConfigurationError, DatabaseUnavailable
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.grants import check_privileges
@@ -19,7 +20,7 @@ from orderlib.postgres.schema import check_schema
 from services.api.app import METRICS_ROUTE, ROUTES
 from services.api.asgi import build
 from services.api.metrics import ApiMetrics
-from services.program import EXIT_DONE, EXIT_STATUSES, begin, event, run
+from services.program import event, set_up_program
 from services.settings import API_METRICS_BIND, DEFAULTS, ApiSettings
 
 _BIND, _KEEPALIVE_S = DEFAULTS["ORDERS_API_BIND"], DEFAULTS["ORDERS_API_KEEPALIVE_S"]
@@ -81,5 +82,5 @@ def _check_database(url: str) -> None:
 
 
 if __name__ == "__main__":
-    begin(os.environ)
+    set_up_program(os.environ)
     sys.exit(run(main))

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from orderlib.entry_point import EXIT_DONE, EXIT_STATUSES
 from orderlib.errors import TransientError
 from orderlib.ingestion.consumer_core import Breaker, ConsumerCore
 from orderlib.ingestion.records import TopicPartition, classify_record
@@ -25,7 +26,7 @@ from orderlib.postgres.rows import pack_rows
 from services.consumer.health import ConsumerMetrics, Health, HealthServer
 from services.consumer.kafka_consumer import KafkaConsumer
 from services.consumer.runner import STOP_CLOSE_S, ConsumerRunner, StoreWorker
-from services.program import EXIT_DONE, EXIT_STATUSES, begin, event, run_with_kafka
+from services.program import event, run_with_kafka, set_up_program
 from services.settings import ConsumerSettings
 
 T = TypeVar("T")
@@ -150,6 +151,6 @@ def _tune_interpreter() -> None:
 
 
 if __name__ == "__main__":
-    begin(os.environ)
+    set_up_program(os.environ)
     _tune_interpreter()
     run_with_kafka(lambda: main(sys.argv[1:], os.environ))

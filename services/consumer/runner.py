@@ -21,6 +21,7 @@ from typing import Protocol, TypeVar
 
 import attrs
 
+from orderlib.entry_point import EXIT_CONFIGURATION, EXIT_DONE, EXIT_FAILED
 from orderlib.errors import (
     BrokerUnavailable,
     ConfigurationError,
@@ -52,7 +53,7 @@ from services.consumer.kafka_client import FetchFailed, KafkaClient
 from services.consumer.lag import LagMonitor
 from services.consumer.summary import Summary
 from services.kafka import TopicInfo
-from services.program import EXIT_DONE, EXIT_FAILED, EXIT_SETUP, event
+from services.program import event
 
 T = TypeVar("T")
 
@@ -298,7 +299,7 @@ class ConsumerRunner:
     _kafka_offsets: dict[TopicPartition, int] = attrs.field(factory=dict, init=False)
     _commit_to_kafka_at_s: float = attrs.field(default=0.0, init=False)
     _fetched: bool = attrs.field(default=False, init=False)
-    _set_up_wrong: bool = attrs.field(default=False, init=False)
+    _configuration_failed: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._lag_monitor = LagMonitor(self._kafka, self._metrics.lag, self._clock, self._log)
@@ -350,7 +351,7 @@ class ConsumerRunner:
             self._log("end_reached")
         if self._stop_requested or error is None:
             return EXIT_DONE
-        return EXIT_SETUP if self._set_up_wrong else EXIT_FAILED
+        return EXIT_CONFIGURATION if self._configuration_failed else EXIT_FAILED
 
     def _give_up(self, exc: Exception) -> int:
         """Log where the error happened. Its message is left out, because it may contain data of a record."""
@@ -475,7 +476,7 @@ class ConsumerRunner:
         if not isinstance(error, TransientError):
             if self._core.error is None:
                 # A missing ACL causes an error at the first request that needs it.
-                self._set_up_wrong = isinstance(error, ConfigurationError) and not self._fetched
+                self._configuration_failed = isinstance(error, ConfigurationError) and not self._fetched
             self._core.on_fatal(error)
             return
         self._metrics.retries.labels(type(error).__name__).inc()

@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from random import Random
 
+from orderlib.entry_point import CONFIGURATION_STATUS, EXIT_DONE, EXIT_FAILED
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.positions import PositionReader
 from services.kafka import REQUEST_TIMEOUT_S
-from services.program import EXIT_DONE, EXIT_FAILED, SETUP_STATUS, begin, run_with_kafka
+from services.program import run_with_kafka, set_up_program
 from services.sender.generate import generate_values
 from services.sender.input_lines import lines, warn_about_invalid
 from services.sender.manifest import Manifest
@@ -42,7 +43,7 @@ On Ctrl-C or SIGTERM it stops sending, waits up to {STOP_TIMEOUT_S:g} s for ackn
 A signal alone is not a failure. It also ends the wait of --wait.
 
 Exit status: 0 every sent record is acknowledged, 1 some are not, or Kafka did not answer for {REQUEST_TIMEOUT_S:g} s,
-{SETUP_STATUS}. With --wait, 0 also means that every record has an outcome, which may be
+{CONFIGURATION_STATUS}. With --wait, 0 also means that every record has an outcome, which may be
 a reject, and 1 that some have none.
 """
 DEFAULT_COUNT = 1000
@@ -166,7 +167,7 @@ class _Sending:
         After a signal, ask once more and return.
         """
         self._is_waiting = True
-        sent_records.begin(topic_id)
+        sent_records.set_topic_id(topic_id)
         progress_s, pause_s = time.monotonic(), _FIRST_POLL_S
         while True:
             if sent_records.refresh():
@@ -315,5 +316,5 @@ def _generated_values(options: argparse.Namespace) -> Iterator[bytes]:
 
 
 if __name__ == "__main__":
-    begin(os.environ)
+    set_up_program(os.environ)
     run_with_kafka(lambda: main(sys.argv[1:], os.environ))

@@ -23,7 +23,7 @@ class SentRecords:
         self._reader = reader
         self._topic = topic
         self._topic_id = ""
-        #: Sorted from ``begin`` on. Eight bytes a record.
+        #: Sorted from ``set_topic_id`` on. Eight bytes a record.
         self._offsets: dict[int, array[int]] = {}
         #: How many of these are handled, which includes rejected.
         self._handled: dict[int, int] = {}
@@ -33,7 +33,7 @@ class SentRecords:
         #: The last outage; ``None`` if the last query was answered.
         self.outage: DatabaseUnavailable | None = None
 
-    def begin(self, topic_id: str) -> None:
+    def set_topic_id(self, topic_id: str) -> None:
         """Set the id of the topic: a recreated topic with the same name has other records at these offsets."""
         self._topic_id = topic_id
         self._offsets = {partition: array("q", sorted(offsets)) for partition, offsets in self._offsets.items()}

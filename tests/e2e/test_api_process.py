@@ -363,7 +363,7 @@ def test_a_gunicorn_without_a_required_part_is_named(stored: Database) -> None:
         [
             sys.executable,
             "-c",
-            f"{without}; from services.program import run; from services.api.__main__ import main; run(main)",
+            f"{without}; from orderlib.entry_point import run; from services.api.__main__ import main; run(main)",
         ],
         env=settings_for(stored.reader_url),
         cwd=ROOT,

@@ -638,7 +638,7 @@ def test_a_conflict_with_recovery_is_retried_once(
             if times == 1:
                 assert read() == SAMPLE
             else:
-                # A prepared statement that fails again is a wrong set-up, not an outage.
+                # A prepared statement that fails again is a configuration error, not an outage.
                 with pytest.raises(
                     ConfigurationError if code in ("0A000", "26000") else DatabaseUnavailable, match=code
                 ):

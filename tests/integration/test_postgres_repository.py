@@ -591,7 +591,7 @@ def test_a_refused_connection_is_an_outage(emptied: Database) -> None:
     assert str(conninfo_to_dict(emptied.writer_url)["password"]) not in str(refusal.value)
 
 
-# Broken set-ups
+# Configuration errors
 
 
 @pytest.mark.parametrize(

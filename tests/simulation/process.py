@@ -9,6 +9,7 @@ from random import Random
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
+from orderlib.entry_point import EXIT_CONFIGURATION, EXIT_DONE, EXIT_FAILED
 from orderlib.errors import (
     ConfigurationError,
     DatabaseUnavailable,
@@ -22,7 +23,6 @@ from orderlib.ingestion.records import TopicPartition
 from orderlib.repository import Outcome
 from services.consumer.health import ConsumerMetrics, Health
 from services.consumer.runner import ConsumerRunner
-from services.program import EXIT_DONE, EXIT_FAILED, EXIT_SETUP
 from tests.simulation.invariants import InvariantViolation
 from tests.simulation.kafka import PARTITIONS, TOPIC, classified
 from tests.simulation.kafka_client import SimulatedKafka
@@ -96,7 +96,7 @@ class Process:
         """Check that exit status and log have the reason of its end."""
         last = self._logged[-1] if self._logged else ("", "")
         by_itself = bool(self._fatal) and not self._told_first
-        if status not in ({EXIT_FAILED, EXIT_SETUP} if by_itself else {EXIT_DONE}):
+        if status not in ({EXIT_FAILED, EXIT_CONFIGURATION} if by_itself else {EXIT_DONE}):
             raise InvariantViolation(f"{self.name} exits with {status} after {self._fatal}; its last line: {last}")
         if self._fatal:
             if last != ("stopped", self._fatal[0]):

@@ -172,7 +172,11 @@ LEFT_OUT = {
         "they have PostgreSQL servers of their own",
     ),
     **dict.fromkeys(
-        ("tests/e2e/test_api_process.py", "tests/faults/test_api_faults.py", "tests/faults/test_kafka_setup.py"),
+        (
+            "tests/e2e/test_api_process.py",
+            "tests/faults/test_api_faults.py",
+            "tests/faults/test_kafka_configuration.py",
+        ),
         "they are about a program's own connections and settings",
     ),
 }

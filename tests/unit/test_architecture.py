@@ -33,8 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "postgres": {"ingestion", "codecs", "repository", "search", "models", "contract", "errors"},
     "testing": {"ingestion", "codecs", "repository", "search", "models", "contract", "errors"},
     # What programs start with, and `python -m orderlib`.
-    "commands": {"postgres", "errors"},
-    "__main__": {"commands"},
+    "entry_point": {"errors"},
+    "commands": {"entry_point", "postgres", "errors"},
+    "__main__": {"commands", "entry_point"},
     # The package itself: the public names.
     "": {"postgres", "codecs", "repository", "search", "models", "errors"},
 }

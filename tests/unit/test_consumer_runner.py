@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from orderlib.entry_point import EXIT_CONFIGURATION, EXIT_FAILED
 from orderlib.errors import ConfigurationError, DatabaseUnavailable, FenceLost, OrderlibError
 from orderlib.ingestion.consumer_core import (
     MAX_RECORDS,
@@ -27,7 +28,6 @@ from services.consumer.health import ConsumerMetrics, Health
 from services.consumer.kafka_client import FetchFailed, KafkaClient, PollResult
 from services.consumer.runner import ConsumerRunner, Result
 from services.kafka import TopicInfo
-from services.program import EXIT_FAILED, EXIT_SETUP
 
 PARTITION = TopicPartition("orders", 0)
 TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -242,7 +242,7 @@ def test_idle_time_is_not_summed_up_and_does_not_count_in_the_rate() -> None:
 
 def test_the_exit_status_has_the_reason_that_is_logged() -> None:
     acl, lost = ConfigurationError("no ACL"), OrderlibError("record lost")
-    for first, second, expected in ((acl, lost, EXIT_SETUP), (lost, acl, EXIT_FAILED)):
+    for first, second, expected in ((acl, lost, EXIT_CONFIGURATION), (lost, acl, EXIT_FAILED)):
         world = World([1.0])
         world.failures = [FetchFailed(None, first), FetchFailed(None, second)]
         assert world.run() == expected

@@ -30,7 +30,7 @@ def test_every_code_has_exactly_one_entry() -> None:
 
 def test_an_error_is_translated_according_to_the_table_and_names_its_code() -> None:
     kinds = {
-        KafkaErrorAction.SETUP: ConfigurationError,
+        KafkaErrorAction.CONFIGURATION: ConfigurationError,
         KafkaErrorAction.UNREADABLE: UnreadableRecord,
         KafkaErrorAction.OUTAGE: BrokerUnavailable,
         KafkaErrorAction.NONE: BrokerUnavailable,

@@ -19,8 +19,9 @@ import pytest
 import structlog
 
 from orderlib import ConfigurationError, DatabaseUnavailable, OrderlibError, RefusedByDatabase
+from orderlib.entry_point import run
 from services import program
-from services.program import event, run, set_up_logging
+from services.program import event, set_up_logging
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,7 +169,7 @@ def test_any_other_exception_is_a_bug_and_keeps_its_traceback() -> None:
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_that_cannot_be_written_is_one_line_and_a_status(unbuffered: str) -> None:
-    program = "import sys; from services.program import run; sys.exit(run(lambda: print('an order') or 0))"
+    program = "import sys; from orderlib.entry_point import run; sys.exit(run(lambda: print('an order') or 0))"
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [sys.executable, "-c", program],
@@ -185,7 +186,7 @@ def test_output_that_cannot_be_written_is_one_line_and_a_status(unbuffered: str)
 def test_a_closed_pipe_gives_no_traceback() -> None:
     program = (
         "import sys\n"
-        "from services.program import run\n"
+        "from orderlib.entry_point import run\n"
         "def main():\n"
         "    while True:\n"
         "        print('an order')\n"
@@ -205,7 +206,7 @@ def test_a_closed_pipe_gives_no_traceback() -> None:
 @pytest.mark.parametrize("closed", ["", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_standard_streams_do_not_make_a_program_fail(closed: str) -> None:
     code = (
-        "import sys; from services.program import *; set_up_logging(); "
+        "import sys; from orderlib.entry_point import run; from services.program import *; set_up_logging(); "
         "sys.exit(run(lambda: print('out') or event('started') or 7))"
     )
     done = subprocess.run(
@@ -221,7 +222,7 @@ def test_closed_standard_streams_do_not_make_a_program_fail(closed: str) -> None
 
 def test_output_is_utf_8_in_every_locale() -> None:
     code = (
-        "from services.program import *; set_up_logging(); "
+        "from orderlib.entry_point import run; from services.program import *; set_up_logging(); "
         "run(lambda: print('\\u0437\\xe7', '\\ud800') or event('started', topic='\\u0437') or 0)"
     )
     done = subprocess.run(

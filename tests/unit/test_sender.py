@@ -20,11 +20,11 @@ import pytest
 from confluent_kafka import Message
 
 from orderlib.codecs import decode_order, encode_order
+from orderlib.entry_point import run
 from orderlib.errors import ConfigurationError, DatabaseUnavailable, RejectedError
 from orderlib.models import Delivery, Order
 from orderlib.postgres.positions import PositionReader, RejectedRecord
 from orderlib.testing import SAMPLE
-from services.program import run
 from services.sender import wait
 from services.sender.__main__ import main
 from services.sender.generate import generate_order, generate_values
@@ -282,7 +282,7 @@ def test_wrong_usage_exits_with_2(options: str, capsys: pytest.CaptureFixture[st
         ("--manifest /no/such/folder/manifest", {}, "/no/such/folder/manifest: No such file"),
     ],
 )
-def test_a_wrong_set_up_is_one_line_and_exits_with_2(
+def test_a_configuration_error_is_one_line_and_exits_with_2(
     options: str, settings: dict[str, str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environ = settings if not options else {"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}
@@ -407,7 +407,7 @@ def sent_to(reads: Reads, offsets: Iterable[tuple[int, int | None]], topic_id: s
     records = SentRecords(cast("PositionReader", reads), "orders")
     for partition, offset in offsets:
         records.add(partition, offset)
-    records.begin(topic_id)
+    records.set_topic_id(topic_id)
     return records
 
 

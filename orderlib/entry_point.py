@@ -1,0 +1,60 @@
+"""How every program of orderlib starts and ends: its streams, its exit status, and one line on stderr for an error."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable
+
+from orderlib.errors import ConfigurationError, OrderlibError
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_CONFIGURATION = 2
+
+#: For ``--help``.
+CONFIGURATION_STATUS = f"{EXIT_CONFIGURATION} wrong usage or configuration"
+EXIT_STATUSES = f"Exit status: {EXIT_DONE} done, {EXIT_FAILED} failed or stopped itself, {CONFIGURATION_STATUS}."
+
+
+def run(main: Callable[[], int]) -> int:
+    """Run a program and return its exit status. An error of orderlib becomes its status and one line on stderr."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except ConfigurationError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return EXIT_CONFIGURATION
+    except OrderlibError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        # The reader of stdout has closed it.
+        _drop_output()
+        return EXIT_FAILED
+    except OSError as exc:
+        _drop_output()
+        print(f"error: {exc.strerror or exc}", file=sys.stderr)
+        return EXIT_FAILED
+    else:
+        return status
+
+
+def _drop_output() -> None:
+    """Discard what is still buffered for stdout. Python would flush it at exit, and report the failure again."""
+    with open(os.devnull, "wb") as devnull:  # noqa: PTH123 - a device
+        os.dup2(devnull.fileno(), sys.stdout.fileno())
+
+
+def set_up_streams() -> None:
+    """Write UTF-8 in every locale, and discard output if the caller closed stdout or stderr (Python has None there)."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - a device; never closed
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
