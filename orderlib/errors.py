@@ -15,7 +15,7 @@
     ├── OrderNotFound               no order has this order_uid
     ├── RejectNotFound              no reject has this position
     ├── InvalidQuery                an argument of a query is invalid: change it
-    ├── FenceLost                   the stored offsets are others than expected: continue from them
+    ├── FenceLost                   the stored offsets are not the expected ones: continue from them
     ├── BreakerTripped              nearly every record was rejected: probably the wrong topic or release
     └── ConfigurationError          a missing table, privilege or setting: stop
         └── TopicRecreated          the topic was deleted and created again: restart to read the new one

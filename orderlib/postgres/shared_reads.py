@@ -1,7 +1,7 @@
 """Concurrent reads of single orders, or of their digests, share round trips.
 
-A read leaves at once if none is in flight. Those that arrive later leave together when it ends: in one transaction,
-whose snapshot is taken after all of them have arrived.
+A read is sent at once if none is in flight. Reads that begin meanwhile are sent together when it ends: in one
+transaction, whose snapshot is taken after all of them have begun.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class _CoalescedRead(Generic[T]):
         task.add_done_callback(functools.partial(self._arrive, group))
 
     def _arrive(self, group: Sequence[_Waiter[T]], task: asyncio.Task[dict[str, T | None]]) -> None:
-        """Pass the result of a read to its calls. The next group leaves first, so that PostgreSQL works meanwhile."""
+        """Pass the result of a read to its calls. The next group is sent first, so that PostgreSQL works meanwhile."""
         self._tasks.discard(task)
         self._end_read()
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
