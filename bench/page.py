@@ -34,7 +34,8 @@ HEAD = """\
 
 Generated from the JSON files in this folder; do not edit it. `make bench` measures the same on your machine, and
 `python -m bench --write` replaces this page. Everything ran on one machine at the same time, PostgreSQL and Kafka
-included, and its speed varies. So compare ratios: both sides of a ratio were measured in turns, in one run.
+included, and its speed varies. So compare ratios: both sides of a ratio were measured in turns, in one run. *Limit* is
+what orderlib should reach, *goal* what would be better.
 """
 
 WORDS = """\
@@ -44,6 +45,7 @@ WORDS = """\
   one query for the items.
 - *Bare msgspec*: decodes the same JSON and checks the types, but none of the rules.
 - *The Go way*: a service in Go (`bench/go_way/`) with one INSERT per row and four SELECTs.
+- *Fixed body*: the same server returns a constant response without a database.
 - *p99*: 99 % of the values are not greater.
 - *Settings for the memory*: those of PostgreSQL that [Tune](../tune.md#postgresql) recommends.
 """
