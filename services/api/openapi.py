@@ -274,7 +274,7 @@ def _record() -> _Part:
             "operationId": "getRecord",
             "summary": "Tell what happened to a Kafka record",
             "description": "After `handled`, an order that was sent in this record can be read, unless a later record "
-            "has replaced it.",
+            "has replaced or erased it, or it was forgotten.",
         },
         {"operationId": "headRecord", "summary": "Return the headers of the state of a record"},
         {
@@ -369,8 +369,8 @@ _SCHEMAS: _Part = {
             "state": {
                 "enum": list(RecordState),
                 "description": "`waiting`: the consumer has not handled it yet. `handled`: the order was stored, or "
-                "the stored version is the same or newer. `rejected`: it is stored as a reject. `unknown`: no consumer "
-                "has read this partition.",
+                "the stored version is the same or newer, or the order was erased or forgotten. `rejected`: it is "
+                "stored as a reject. `unknown`: no consumer has read this partition.",
             },
             "code": {"enum": [*REJECT_CODES, None], "description": "Why it was rejected."},
             "faults": _ref("schemas", "Faults"),
