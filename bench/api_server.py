@@ -51,7 +51,7 @@ def _stored_order(results: list[list[Row]]) -> StoredOrder:
     return StoredOrder(order=order_from_rows(order[:width] + delivery + payment, items), position=None, **store_values)
 
 
-class FourQueriesReader(AsyncPostgresOrderRepository):
+class FourQueriesRepository(AsyncPostgresOrderRepository):
     """Read an order with four SELECTs, one after another and without a transaction around them."""
 
     def __init__(self, url: str) -> None:
@@ -79,8 +79,8 @@ class FourQueriesReader(AsyncPostgresOrderRepository):
         return _stored_order(results)
 
 
-class FourQueriesOwnDriverReader(AsyncPostgresOrderRepository):
-    """Read an order with the same four SELECTs, through the connections of orderlib's own reader."""
+class FourQueriesOwnDriverRepository(AsyncPostgresOrderRepository):
+    """Read an order with the same four SELECTs, through the connections of orderlib's own repository."""
 
     async def get_stored(self, order_uid: str) -> StoredOrder:  # noqa: D102 - the class docstring describes it
         def run_queries(queries: ReadQueries) -> PQGen[StoredOrder]:
@@ -167,10 +167,10 @@ def build(application: str) -> Any:
         wsgi.add_route("/orders/{order_uid}", _SyncOrder(url))
         wsgi.add_route("/hello", _SyncHello())
         return wsgi
-    reader = {"four-queries": FourQueriesReader, "four-queries-own-driver": FourQueriesOwnDriverReader}.get(
+    repository = {"four-queries": FourQueriesRepository, "four-queries-own-driver": FourQueriesOwnDriverRepository}.get(
         application, AsyncPostgresOrderRepository
     )(url)
-    app = create_app(reader, settings, metrics, _make_id)
+    app = create_app(repository, settings, metrics, _make_id)
     app.add_route("/hello", Hello())
     return app
 

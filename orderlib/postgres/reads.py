@@ -237,14 +237,14 @@ class ReadQueries:
         return count
 
     def next_offsets(self, topic_id: str) -> PQGen[dict[int, int]]:
-        """See ``PositionReader.next_offsets``."""
+        """See ``ConsumerProgressRepository.next_offsets``."""
         [rows] = yield from self._wire.pipeline((queries.NEXT_OFFSETS_OF_TOPIC, [topic_id]))
         return dict(rows)
 
     def rejected_records(
         self, topic_id: str, partition: int, first_offset: int, last_offset: int, limit: int
     ) -> PQGen[list[Row]]:
-        """See ``PositionReader.rejected_records``."""
+        """See ``ConsumerProgressRepository.rejected_records``."""
         parameters = [topic_id, partition, first_offset, last_offset, limit]
         [rows] = yield from self._wire.pipeline((queries.REJECTED_RECORDS, parameters))
         return rows

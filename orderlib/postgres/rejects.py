@@ -42,7 +42,7 @@ class Prefix:
         return len(self.content) == self.size_bytes
 
 
-class PostgresReader(AsyncPostgresOrderRepository):
+class AsyncPostgresOrderAndRejectRepository(AsyncPostgresOrderRepository):
     """An ``AsyncOrderRepository`` that also lists rejects. It needs the reader's privileges."""
 
     async def list_rejects(self, query: RejectQuery) -> RejectPage:

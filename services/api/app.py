@@ -1,4 +1,4 @@
-"""The application: resources, middleware and error handlers. The caller provides the reader."""
+"""The application: resources, middleware and error handlers. The caller provides the repository."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from services.api.orders import OrderResource, OrdersResource
 from services.api.pages import Pages, StaticResource
 from services.api.parameters import ParametersMiddleware
 from services.api.records import RecordResource
-from services.api.rejects import RejectReader, RejectsResource
+from services.api.rejects import AsyncRejectRepository, RejectsResource
 from services.api.request_metrics import RequestMetricsMiddleware
 from services.api.search import SearchResource
 from services.settings import ApiSettings
@@ -35,19 +35,19 @@ Receive = Callable[[], Awaitable[AsgiEvent]]
 Send = Callable[[AsgiSendMsg], Awaitable[None]]
 
 #: The routes of the API, and what creates the resource of each.
-_RESOURCES: dict[str, Callable[[Reader, Pages], object]] = {
+_RESOURCES: dict[str, Callable[[ApiRepository, Pages], object]] = {
     "/": HomeResource,
     "/orders": OrdersResource,
     "/orders/{order_uid}": OrderResource,
     "/search": SearchResource,
     "/rejects": RejectsResource,
-    "/records/{topic}/{partition}/{offset}": lambda reader, _pages: RecordResource(reader),
-    "/static/{name}": lambda _reader, pages: StaticResource(pages),
-    "/openapi.json": lambda _reader, _pages: OpenApiResource(),
+    "/records/{topic}/{partition}/{offset}": lambda repository, _pages: RecordResource(repository),
+    "/static/{name}": lambda _repository, pages: StaticResource(pages),
+    "/openapi.json": lambda _repository, _pages: OpenApiResource(),
 }
 #: Those that both addresses serve.
 _HEALTH_RESOURCES: dict[str, Callable[[AsyncOrderRepository], object]] = {
-    "/livez": lambda _reader: LiveResource(),
+    "/livez": lambda _repository: LiveResource(),
     "/readyz": ReadyResource,
 }
 ROUTES = (*_RESOURCES, *_HEALTH_RESOURCES)
@@ -109,34 +109,34 @@ class MetricsResource:
         resp.data = generate_latest(self._registry)
 
 
-class Reader(AsyncOrderRepository, RejectReader, Protocol):
-    """What the API reads from."""
+class ApiRepository(AsyncOrderRepository, AsyncRejectRepository, Protocol):
+    """The orders and rejects that the API reads."""
 
 
 def create_app(
-    reader: Reader,
+    repository: ApiRepository,
     settings: ApiSettings,
     metrics: ApiMetrics,
     make_id: Callable[[], str],
-    health_reader: AsyncOrderRepository | None = None,
+    health_repository: AsyncOrderRepository | None = None,
 ) -> Api:
-    """Return the API over a reader. ``/readyz`` uses ``health_reader`` if it is given."""
+    """Return the API over a repository. ``/readyz`` uses ``health_repository`` if it is given."""
     pages = Pages(settings.status_words)
     app = Api(RequestMetricsMiddleware(metrics, make_id), pages, AuthMiddleware(settings))
     for route, create_resource in _RESOURCES.items():
-        app.add_route(route, create_resource(reader, pages))
-    _add_health(app, health_reader or reader)
+        app.add_route(route, create_resource(repository, pages))
+    _add_health(app, health_repository or repository)
     return app
 
 
-def create_metrics_app(health_reader: AsyncOrderRepository, metrics: ApiMetrics, make_id: Callable[[], str]) -> Api:
+def create_metrics_app(health_repository: AsyncOrderRepository, metrics: ApiMetrics, make_id: Callable[[], str]) -> Api:
     """Return the application for ``ORDERS_METRICS_BIND``: metrics, and health for when clients overload the API."""
     app = Api(RequestMetricsMiddleware(metrics, make_id), Pages())
     app.add_route(METRICS_ROUTE, MetricsResource(metrics))
-    _add_health(app, health_reader)
+    _add_health(app, health_repository)
     return app
 
 
-def _add_health(app: Api, reader: AsyncOrderRepository) -> None:
+def _add_health(app: Api, repository: AsyncOrderRepository) -> None:
     for route, create_resource in _HEALTH_RESOURCES.items():
-        app.add_route(route, create_resource(reader))
+        app.add_route(route, create_resource(repository))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
-from orderlib.postgres.rejects import PostgresReader
+from orderlib.postgres.rejects import AsyncPostgresOrderAndRejectRepository
 from services.api.app import Api, Receive, Scope, Send, create_app, create_metrics_app
 from services.api.metrics import ApiMetrics
 from services.settings import ApiSettings
@@ -31,28 +31,30 @@ class AddressRouter:
         await (self._metrics if is_for_metrics else self._api)(scope, receive, send)
 
 
-class _CloseReaders:
-    """Middleware that closes the readers when the worker stops."""
+class _CloseRepositories:
+    """Middleware that closes the repositories when the worker stops."""
 
-    def __init__(self, *readers: AsyncPostgresOrderRepository) -> None:
-        self._readers = readers
+    def __init__(self, *repositories: AsyncPostgresOrderRepository) -> None:
+        self._repositories = repositories
 
     async def process_shutdown(self, scope: Mapping[str, Any], event: Mapping[str, Any]) -> None:  # noqa: ARG002 - the parameters that Falcon passes
         """Close the connections to PostgreSQL."""
-        for reader in self._readers:
-            await reader.close()
+        for repository in self._repositories:
+            await repository.close()
 
 
 def build(settings: ApiSettings, metrics: ApiMetrics) -> AddressRouter:
     """Return the application of one worker process. All workers share ``metrics``."""
-    reader = PostgresReader(settings.reader_url, application_name="orderlib-api", timeout_s=4.0)
+    repository = AsyncPostgresOrderAndRejectRepository(
+        settings.reader_url, application_name="orderlib-api", timeout_s=4.0
+    )
     # Requests that wait for a connection must not make the service report that it is not ready.
-    health_reader = AsyncPostgresOrderRepository(
+    health_repository = AsyncPostgresOrderRepository(
         settings.reader_url, application_name="orderlib-api", max_connections=HEALTH_CONNECTIONS, timeout_s=4.0
     )
-    api = create_app(reader, settings, metrics, _new_id, health_reader)
-    api.add_middleware(_CloseReaders(reader, health_reader))
-    return AddressRouter(api, create_metrics_app(health_reader, metrics, _new_id), settings.metrics_bind.port)
+    api = create_app(repository, settings, metrics, _new_id, health_repository)
+    api.add_middleware(_CloseRepositories(repository, health_repository))
+    return AddressRouter(api, create_metrics_app(health_repository, metrics, _new_id), settings.metrics_bind.port)
 
 
 def _new_id() -> str:

@@ -26,8 +26,8 @@ class LiveResource:
 class ReadyResource:
     """``/readyz``: the database answers, and the reader may read the tables."""
 
-    def __init__(self, reader: AsyncOrderRepository) -> None:
-        self._reader = reader
+    def __init__(self, repository: AsyncOrderRepository) -> None:
+        self._repository = repository
         self._check: asyncio.Task[float | None] | None = None
 
     async def on_get(self, _req: Request, resp: Response) -> None:
@@ -37,7 +37,7 @@ class ReadyResource:
         readers would have none.
         """
         if self._check is None or self._check.done():
-            self._check = asyncio.create_task(self._reader.check())
+            self._check = asyncio.create_task(self._repository.check())
         delay_s = await asyncio.shield(self._check)
         answer: dict[str, object] = {"status": "ready"}
         if delay_s is not None:

@@ -17,15 +17,15 @@ SHOWN_DELAY_S = 5.0
 class HomeResource:
     """``/``."""
 
-    def __init__(self, reader: AsyncOrderRepository, pages: Pages) -> None:
-        self._reader = reader
+    def __init__(self, repository: AsyncOrderRepository, pages: Pages) -> None:
+        self._repository = repository
         self._pages = pages
 
     @with_deadline
     async def on_get(self, _req: Request, resp: Response) -> None:
         """Show the newest orders and the statistics."""
-        page = await self._reader.list_orders()
-        stats = await self._reader.stats()
+        page = await self._repository.list_orders()
+        stats = await self._repository.stats()
         delay_s = stats.replication_delay_s or 0.0
         self._pages.show(
             resp,

@@ -46,8 +46,8 @@ class OrderResource:
 
     PARAMETERS = frozenset({"format", "meta", "view"})
 
-    def __init__(self, reader: AsyncOrderRepository, pages: Pages) -> None:
-        self._reader = reader
+    def __init__(self, repository: AsyncOrderRepository, pages: Pages) -> None:
+        self._repository = repository
         self._pages = pages
 
     async def on_get(self, req: Request, resp: Response, order_uid: str) -> None:
@@ -65,7 +65,7 @@ class OrderResource:
         if req.params.get("view", "json") != "json":
             raise bad_parameter("view", "json", "another text")
         if prefers_page(req):
-            stored = await self._reader.get_stored(order_uid)
+            stored = await self._repository.get_stored(order_uid)
             req.context.order_uid = order_uid
             if single_parameter(req, "view") == "json":
                 readable = msgspec.json.format(encode_order(stored.order), indent=2).decode()
@@ -76,10 +76,10 @@ class OrderResource:
             return
         resp.set_header("Cache-Control", _REVALIDATE)
         known = known_etags(req)
-        get_stored = self._reader.get_stored
+        get_stored = self._repository.get_stored
         if known and not with_meta:
             began_s = time.monotonic()
-            etag = (await self._reader.content_sha256(order_uid)).hex()
+            etag = (await self._repository.content_sha256(order_uid)).hex()
             if _is_not_modified(resp, etag, known):
                 req.context.order_uid = order_uid
                 return
@@ -99,7 +99,7 @@ class OrderResource:
 
     async def _show_original(self, req: Request, resp: Response, order_uid: str) -> None:
         """Return the order byte for byte as it was sent. The ETag is the SHA-256 of these bytes."""
-        original = await self._reader.original(order_uid)
+        original = await self._repository.original(order_uid)
         req.context.order_uid = order_uid
         if original is None:
             raise falcon.HTTPNotFound(
@@ -131,8 +131,8 @@ class OrdersResource:
 
     PARAMETERS = frozenset({"limit", "cursor", *TEXT_FILTERS, *PERIOD, "format", "meta"})
 
-    def __init__(self, reader: AsyncOrderRepository, pages: Pages) -> None:
-        self._reader = reader
+    def __init__(self, repository: AsyncOrderRepository, pages: Pages) -> None:
+        self._repository = repository
         self._pages = pages
 
     @with_deadline
@@ -145,7 +145,7 @@ class OrdersResource:
         texts = {name: text_parameter(req, name) for name in TEXT_FILTERS}
         period = {name: time_parameter(req, name) for name in PERIOD}
         filters = cast("Filters", texts | period)
-        page = await self._reader.list_orders(cursor=cursor, direction=direction, limit=limit, **filters)
+        page = await self._repository.list_orders(cursor=cursor, direction=direction, limit=limit, **filters)
         if not prefers_page(req):
             resp.set_header("Cache-Control", _REVALIDATE)
             resp.content_type = falcon.MEDIA_JSON
@@ -154,7 +154,7 @@ class OrdersResource:
         if direction is Direction.NEWER and page.next_cursor is None and len(page.orders) < limit:
             # Back at the top: show a full page, not only the few orders that are newer.
             cursor, direction = None, Direction.OLDER
-            page = await self._reader.list_orders(direction=direction, limit=limit, **filters)
+            page = await self._repository.list_orders(direction=direction, limit=limit, **filters)
         newer, older = _neighbours(page, direction, is_top=cursor is None)
         self._pages.show(
             resp,
@@ -175,7 +175,7 @@ class OrdersResource:
         """Return how many orders the whole list has. ``cursor`` is where the page begins."""
         if cursor is None and page.next_cursor is None:
             return len(page.orders)
-        return await self._reader.count(**filters)
+        return await self._repository.count(**filters)
 
     on_head = on_get
 

@@ -44,8 +44,8 @@ class RecordResource:
 
     PARAMETERS = frozenset({"wait"})
 
-    def __init__(self, reader: AsyncOrderRepository) -> None:
-        self._reader = reader
+    def __init__(self, repository: AsyncOrderRepository) -> None:
+        self._repository = repository
         self._connections = asyncio.Semaphore(_MAX_CONNECTIONS)
         self._waiting = 0
 
@@ -88,7 +88,7 @@ class RecordResource:
             remaining_s = end - time.monotonic()
             try:
                 async with self._connections:
-                    state = await self._reader.position_state(*position)
+                    state = await self._repository.position_state(*position)
             except DatabaseUnavailable:
                 if remaining_s <= 0:
                     raise

@@ -22,8 +22,8 @@ from services.api.parameters import PERIOD, bad_parameter, limit_parameter, sing
 _PERIODS = {"last hour": dt.timedelta(hours=1), "last day": dt.timedelta(days=1), "last week": dt.timedelta(days=7)}
 
 
-class RejectReader(Protocol):
-    """What the resource reads from."""
+class AsyncRejectRepository(Protocol):
+    """Lists rejects, for asyncio."""
 
     async def list_rejects(self, query: RejectQuery) -> RejectPage:
         """Return a page of the list of rejects."""
@@ -35,8 +35,8 @@ class RejectsResource:
 
     PARAMETERS = frozenset({"limit", "cursor", "code", *PERIOD, "format"})
 
-    def __init__(self, reader: RejectReader, pages: Pages) -> None:
-        self._reader = reader
+    def __init__(self, repository: AsyncRejectRepository, pages: Pages) -> None:
+        self._repository = repository
         self._pages = pages
 
     @with_deadline
@@ -54,7 +54,7 @@ class RejectsResource:
             cursor=None if cursor is None else RejectCursor.parse(cursor),
             limit=limit_parameter(req),
         )
-        page = await self._reader.list_rejects(query)
+        page = await self._repository.list_rejects(query)
         resp.set_header("Cache-Control", "no-store")
         if not prefers_page(req):
             resp.content_type = falcon.MEDIA_JSON

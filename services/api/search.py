@@ -35,8 +35,8 @@ class SearchResource:
 
     PARAMETERS = frozenset({"q", "limit", "format"})
 
-    def __init__(self, reader: AsyncOrderRepository, pages: Pages) -> None:
-        self._reader = reader
+    def __init__(self, repository: AsyncOrderRepository, pages: Pages) -> None:
+        self._repository = repository
         self._pages = pages
 
     @with_deadline
@@ -51,11 +51,11 @@ class SearchResource:
         if not prefers_page(req):
             if not text.strip():
                 raise bad_parameter("q", "a text", "none")
-            found = await self._reader.find(text, limit=limit)
+            found = await self._repository.find(text, limit=limit)
             resp.content_type = falcon.MEDIA_JSON
             resp.data = msgspec.json.encode({"matches": [_plain(match) for match in found]})
             return
-        found = await self._reader.find(text, limit=min(limit + 1, MAX_PAGE_SIZE)) if text.strip() else ()
+        found = await self._repository.find(text, limit=min(limit + 1, MAX_PAGE_SIZE)) if text.strip() else ()
         if len(found) == 1:
             resp.set_header("Location", f"/orders/{quote(found[0].order.order_uid, safe=':')}")
             resp.status = falcon.HTTP_SEE_OTHER

@@ -17,7 +17,7 @@ from random import Random
 
 from orderlib.entry_point import CONFIGURATION_STATUS, EXIT_DONE, EXIT_FAILED
 from orderlib.errors import ConfigurationError
-from orderlib.postgres.positions import PositionReader
+from orderlib.postgres.consumer_progress import ConsumerProgressRepository
 from services.kafka import REQUEST_TIMEOUT_S
 from services.program import run_with_kafka, set_up_program
 from services.sender.generate import generate_values
@@ -80,9 +80,11 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         values = _generated_values(options) if source is None else _input_values(options, source)
         sent_records = None
         if options.wait:
-            reader = stack.enter_context(PositionReader.connect(reader_url, application_name="orderlib-sender"))
-            reader.check()
-            sent_records = SentRecords(reader, settings.topic)
+            progress = stack.enter_context(
+                ConsumerProgressRepository.connect(reader_url, application_name="orderlib-sender")
+            )
+            progress.check()
+            sent_records = SentRecords(progress, settings.topic)
         publisher = Publisher(settings, manifest, sent_records.add if sent_records else None)
         topic_id = publisher.check_topic()
         sending = _Sending(publisher, sent_records)
@@ -91,7 +93,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         sending.send(values, options.rate)
         if manifest is not None:
             # If nothing was sent, an older manifest must not remain.
-            manifest.begin()
+            manifest.empty()
         sending.wait_for_acknowledgements()
         if sent_records is not None:
             sending.wait_until_handled(sent_records, topic_id)

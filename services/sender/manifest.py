@@ -23,7 +23,7 @@ class _Line(msgspec.Struct):
 
 
 class Manifest:
-    """A file for the manifest, which keeps its old content until ``begin``.
+    """A file for the manifest, which keeps its old content until ``empty``.
 
     Raises OSError if the file cannot be opened, and ConfigurationError if writing to it would destroy the input
     (``source``, a file descriptor), the output, or a file that is not a manifest.
@@ -33,22 +33,22 @@ class Manifest:
         _check(path, source)
         # Without O_TRUNC: the old content must stay until the first value is valid.
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._begun = False
+        self._emptied = False
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
 
-    def begin(self) -> None:
+    def empty(self) -> None:
         """Empty the file at the first call. Raises ConfigurationError if that fails."""
         with _translate_errors():
-            if not self._begun and stat.S_ISREG(os.fstat(self._file).st_mode):
+            if not self._emptied and stat.S_ISREG(os.fstat(self._file).st_mode):
                 os.ftruncate(self._file, 0)
-        self._begun = True
+        self._emptied = True
 
     def write(self, lines: bytes) -> None:
         """Append these lines. Raises ConfigurationError if they cannot be written."""
-        self.begin()
+        self.empty()
         with _translate_errors():
             while lines:
                 lines = lines[os.write(self._file, lines) :]

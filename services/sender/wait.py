@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from orderlib.errors import DatabaseUnavailable
-from orderlib.postgres.positions import PositionReader
+from orderlib.postgres.consumer_progress import ConsumerProgressRepository
 
 #: Rejects that one query returns at most.
 _REJECTS_AT_ONCE = 1000
@@ -19,8 +19,8 @@ _MAX_NAMED = 10
 class SentRecords:
     """The acknowledged records of one run, by partition, and what the consumer has done with them."""
 
-    def __init__(self, reader: PositionReader, topic: str) -> None:
-        self._reader = reader
+    def __init__(self, progress: ConsumerProgressRepository, topic: str) -> None:
+        self._progress = progress
         self._topic = topic
         self._topic_id = ""
         #: Sorted from ``set_topic_id`` on. Eight bytes a record.
@@ -53,7 +53,7 @@ class SentRecords:
         """Query what has been handled meanwhile. Return whether there was progress: not during an outage."""
         before = self.waiting
         try:
-            next_offsets = self._reader.next_offsets(self._topic_id)
+            next_offsets = self._progress.next_offsets(self._topic_id)
             for partition, offsets in self._offsets.items():
                 begin = self._handled.get(partition, 0)
                 end = bisect_left(offsets, next_offsets.get(partition, 0), lo=begin)
@@ -71,7 +71,7 @@ class SentRecords:
         sent = self._offsets[partition]
         found = []
         while True:
-            rejects = self._reader.rejected_records(self._topic_id, partition, first, last, _REJECTS_AT_ONCE)
+            rejects = self._progress.rejected_records(self._topic_id, partition, first, last, _REJECTS_AT_ONCE)
             for reject in rejects:
                 index = bisect_left(sent, reject.offset)
                 # Between our records may be those of other senders.

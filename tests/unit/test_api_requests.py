@@ -25,8 +25,7 @@ from orderlib.postgres.reject_list import RejectPage, RejectQuery
 from orderlib.repository import StoredOrder
 from orderlib.testing import SAMPLE, MemoryOrderRepository
 from services.api import orders
-from services.api.app import METRICS_ROUTE, ROUTES, Api, create_app
-from services.api.app import Reader as ApiReader
+from services.api.app import METRICS_ROUTE, ROUTES, Api, ApiRepository, create_app
 from services.api.metrics import ApiMetrics
 from services.api.pages import Pages
 from services.api.request_metrics import SECURITY_HEADERS
@@ -41,7 +40,7 @@ Headers = list[tuple[bytes, bytes]]
 
 
 @attrs.frozen
-class Reader:
+class RepositoryWithoutRejects:
     """The in-memory repository for asyncio, without rejects."""
 
     repository: MemoryOrderRepository
@@ -109,12 +108,12 @@ class Application:
 
 
 def application_over(
-    repository: MemoryOrderRepository, metrics: ApiMetrics | None = None, reader: Reader | None = None
+    repository: MemoryOrderRepository, metrics: ApiMetrics | None = None, reads: RepositoryWithoutRejects | None = None
 ) -> Api:
     address = Address(host="127.0.0.1", port=0)
     settings = ApiSettings(reader_url="", bind=address, metrics_bind=address, tokens={"test": TOKEN})
-    api_reader = cast("ApiReader", reader or Reader(repository))
-    return create_app(api_reader, settings, metrics or ApiMetrics([*ROUTES, METRICS_ROUTE]), make_id=lambda: "made")
+    api_repository = cast("ApiRepository", reads or RepositoryWithoutRejects(repository))
+    return create_app(api_repository, settings, metrics or ApiMetrics([*ROUTES, METRICS_ROUTE]), make_id=lambda: "made")
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +416,7 @@ def test_every_route_has_its_own_counts(application: Application) -> None:
 
 
 def test_both_reads_of_a_changed_order_have_one_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    class SecondReadHangs(Reader):
+    class SecondReadHangs(RepositoryWithoutRejects):
         async def get_stored(self, order_uid: str) -> StoredOrder:
             await asyncio.sleep(1)
             return self.repository.get_stored(order_uid)
@@ -425,6 +424,6 @@ def test_both_reads_of_a_changed_order_have_one_time_limit(monkeypatch: pytest.M
     monkeypatch.setattr(orders, "ANSWER_TIMEOUT_S", 0.1)
     repository = MemoryOrderRepository()
     repository.save(ORDER)
-    application = Application(application_over(repository, reader=SecondReadHangs(repository)), ApiMetrics(ROUTES), [])
+    application = Application(application_over(repository, reads=SecondReadHangs(repository)), ApiMetrics(ROUTES), [])
     older = with_token((b"if-none-match", b'"an older version"'))
     assert application.send(f"/orders/{ORDER.order_uid}", headers=older).status == 503

@@ -22,7 +22,7 @@ from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.repository import Outcome
 from services.admin.__main__ import make_parser
 from services.api import metrics
-from services.api.app import ROUTES, Reader, create_app, create_metrics_app
+from services.api.app import ROUTES, ApiRepository, create_app, create_metrics_app
 from services.consumer import health
 from services.settings import Address, ApiSettings
 
@@ -103,8 +103,8 @@ def routes() -> set[str]:
         metrics_bind=Address(host="127.0.0.1", port=0),
         tokens={},
     )
-    counts, reader = metrics.ApiMetrics(ROUTES), cast("Reader", None)
-    apps = create_app(reader, settings, counts, make_id=str), create_metrics_app(reader, counts, make_id=str)
+    counts, repository = metrics.ApiMetrics(ROUTES), cast("ApiRepository", None)
+    apps = create_app(repository, settings, counts, make_id=str), create_metrics_app(repository, counts, make_id=str)
     return {route.path for app in apps for route in falcon.inspect.inspect_routes(app)} | {
         metrics.UNMATCHED,
         metrics.UNREADABLE,

@@ -23,7 +23,7 @@ from orderlib.codecs import decode_order, encode_order
 from orderlib.entry_point import run
 from orderlib.errors import ConfigurationError, DatabaseUnavailable, RejectedError
 from orderlib.models import Delivery, Order
-from orderlib.postgres.positions import PositionReader, RejectedRecord
+from orderlib.postgres.consumer_progress import ConsumerProgressRepository, RejectedRecord
 from orderlib.testing import SAMPLE
 from services.sender import wait
 from services.sender.__main__ import main
@@ -404,7 +404,7 @@ class Reads:
 
 
 def sent_to(reads: Reads, offsets: Iterable[tuple[int, int | None]], topic_id: str = "id") -> SentRecords:
-    records = SentRecords(cast("PositionReader", reads), "orders")
+    records = SentRecords(cast("ConsumerProgressRepository", reads), "orders")
     for partition, offset in offsets:
         records.add(partition, offset)
     records.set_topic_id(topic_id)
@@ -493,7 +493,7 @@ def test_a_manifest_that_cannot_be_emptied_is_a_configuration_error(
     manifest = Manifest(str(tmp_path / "manifest"), None)
     monkeypatch.setattr(os, "ftruncate", fail)
     with pytest.raises(ConfigurationError, match="the manifest cannot be written: Input/output error"):
-        manifest.begin()
+        manifest.empty()
     manifest.close()
 
 

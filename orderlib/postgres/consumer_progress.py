@@ -1,4 +1,4 @@
-"""What happened to many records, asked with few queries. For programs that send many and wait for all."""
+"""How far the consumer is, asked with few queries. For programs that send many records and wait for all."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class RejectedRecord:
     first_path: str | None
 
 
-class PositionReader(PostgresOrderRepository):
-    """A repository that also tells how far the consumer is. It needs the reader's privileges."""
+class ConsumerProgressRepository(PostgresOrderRepository):
+    """A repository of orders that also tells how far the consumer is. It needs the reader's privileges."""
 
     def next_offsets(self, topic_id: str) -> dict[int, int]:
         """Return the next offset of each partition that a consumer has begun to read."""
