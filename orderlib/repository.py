@@ -38,8 +38,8 @@ COUNT_LIMIT = 10_000
 STREAM_SIZE = 500
 
 #: ``wait_until_handled`` queries again after this pause, which then doubles up to the longest one.
-FIRST_POLL_S = 0.005
-LONGEST_POLL_S = 0.1
+_FIRST_PAUSE_S = 0.005
+_LONGEST_PAUSE_S = 0.1
 #: How long its last query may take, after the timeout.
 _LAST_QUERY_S = 0.5
 
@@ -370,11 +370,11 @@ class ListQuery:
 
 
 class Polling:
-    """When ``wait_until_handled`` queries the state of a record: after pauses that double, until its timeout."""
+    """When a wait for a record queries its state: after pauses that double, until the timeout."""
 
     def __init__(self, timeout_s: float) -> None:
         self._deadline_s = time.monotonic() + timeout_s
-        self._pause_s = FIRST_POLL_S
+        self._pause_s = _FIRST_PAUSE_S
 
     @property
     def remaining_s(self) -> float:
@@ -390,10 +390,10 @@ class Polling:
         """Return whether this state is the result."""
         return state.state in {RecordState.HANDLED, RecordState.REJECTED} or not self.remaining_s
 
-    def next_pause_s(self) -> float:
-        """Return how long to wait before the next query."""
-        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, LONGEST_POLL_S)
-        return min(pause_s, self.remaining_s)
+    def next_pause_s(self, min_s: float = 0.0) -> float:
+        """Return how long to wait before the next query: at least ``min_s``, but never beyond the timeout."""
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        return min(max(pause_s, min_s), self.remaining_s)
 
 
 class OrderRepository(Protocol):

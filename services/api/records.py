@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 
 import attrs
 import falcon
@@ -13,13 +12,11 @@ from falcon.asgi import Request, Response
 
 from orderlib.errors import DatabaseUnavailable
 from orderlib.repository import (
-    FIRST_POLL_S,
-    LONGEST_POLL_S,
     MAX_OFFSET,
     MAX_PARTITION,
     AsyncOrderRepository,
+    Polling,
     PositionState,
-    RecordState,
 )
 from services.api.deadline import ANSWER_TIMEOUT_S, with_deadline
 from services.api.parameters import bad_parameter, single_parameter
@@ -35,8 +32,6 @@ _POLL_GAP_S = 0.002
 
 #: The names that Kafka accepts for a topic; also not ``.`` and ``..``, which no client can send in a path.
 TOPIC_PATTERN = "^[A-Za-z0-9._-]{1,249}$"
-
-_HANDLED = {RecordState.HANDLED, RecordState.REJECTED}
 
 
 class RecordResource:
@@ -74,29 +69,25 @@ class RecordResource:
 
         A read that fails meanwhile is repeated.
         """
-        end = time.monotonic() + wait_s
+        polling = Polling(wait_s)
         limit_s = max(ANSWER_TIMEOUT_S, wait_s + _LAST_READ_S)
         self._waiting += 1
         try:
-            return await with_deadline(self._poll, limit_s)(position, end)
+            return await with_deadline(self._poll, limit_s)(position, polling)
         finally:
             self._waiting -= 1
 
-    async def _poll(self, position: tuple[str, int, int], end: float) -> PositionState:
-        poll_s = FIRST_POLL_S
+    async def _poll(self, position: tuple[str, int, int], polling: Polling) -> PositionState:
         while True:
-            remaining_s = end - time.monotonic()
             try:
                 async with self._connections:
                     state = await self._repository.position_state(*position)
-            except DatabaseUnavailable:
-                if remaining_s <= 0:
-                    raise
-            else:
-                if remaining_s <= 0 or state.state in _HANDLED:
+                if polling.ends_with(state):
                     return state
-            await asyncio.sleep(min(max(poll_s, self._waiting * _POLL_GAP_S), max(0.0, remaining_s)))
-            poll_s = min(2 * poll_s, LONGEST_POLL_S)
+            except DatabaseUnavailable:
+                if not polling.remaining_s:
+                    raise
+            await asyncio.sleep(polling.next_pause_s(self._waiting * _POLL_GAP_S))
 
 
 def _integer(name: str, text: str, most: int) -> int:
