@@ -198,22 +198,8 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
     repository, or use it in ``async with``. After that, and in a forked process, calls raise ConfigurationError.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        application_name: str = "orderlib",
-        max_connections: int = 8,
-        timeout_s: float = 5.0,
-        connection_timeout_s: float = 1.5,
-    ) -> None:
-        self._pool = Pool(
-            url,
-            application_name=application_name,
-            max_connections=max_connections,
-            timeout_s=timeout_s,
-            connection_timeout_s=connection_timeout_s,
-        )
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
         #: By event loop. A value must not refer to its loop, which would then never be freed.
         self._shared_reads: WeakKeyDictionary[asyncio.AbstractEventLoop, SharedReads] = WeakKeyDictionary()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
+from orderlib.postgres.pool import Pool
 from orderlib.postgres.repository import PostgresOrderRepository
 
 
@@ -19,9 +20,8 @@ def connect(
     Raises DatabaseUnavailable, or ConfigurationError for a wrong URL, password, database or schema. Close the
     repository, or use it in ``with``. After that, and in a forked process, calls raise ConfigurationError.
     """
-    return PostgresOrderRepository.connect(
-        url, application_name=application_name, max_connections=max_connections, timeout_s=timeout_s
-    )
+    pool = Pool(url, application_name=application_name, max_connections=max_connections, timeout_s=timeout_s)
+    return PostgresOrderRepository(pool)
 
 
 def connect_async(
@@ -41,10 +41,11 @@ def connect_async(
 
     Use it in ``async with``, or await ``close``. After that, and in a forked process, calls raise ConfigurationError.
     """
-    return AsyncPostgresOrderRepository(
+    pool = Pool(
         url,
         application_name=application_name,
         max_connections=max_connections,
         timeout_s=timeout_s,
         connection_timeout_s=connection_timeout_s,
     )
+    return AsyncPostgresOrderRepository(pool)

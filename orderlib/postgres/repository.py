@@ -157,22 +157,11 @@ class PostgresOrderRepository(OrderRepositoryBase):
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-
-    @classmethod
-    def connect(
-        cls, url: str, *, application_name: str = "orderlib", max_connections: int = 4, timeout_s: float = 5.0
-    ) -> Self:
-        """See ``orderlib.connect``."""
-        repository = cls(
-            Pool(url, application_name=application_name, max_connections=max_connections, timeout_s=timeout_s)
-        )
         try:
-            call = Call(repository._pool)
-            repository._pool.give_back(repository._session(call))
+            self._pool.give_back(self._session(Call(self._pool)))
         except BaseException:
-            repository.close()
+            self.close()
             raise
-        return repository
 
     def close(self) -> None:
         """Close every connection: idle ones at once, one in use at the end of its call. Later calls raise."""

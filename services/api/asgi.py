@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
+from orderlib.postgres.pool import Pool
 from orderlib.postgres.rejects import AsyncPostgresOrderAndRejectRepository
 from services.api.app import Api, Receive, Scope, Send, create_app, create_metrics_app
 from services.api.metrics import ApiMetrics
 from services.settings import ApiSettings
 
-#: Connections to PostgreSQL, for each worker, that serve health only.
+#: Connections of each worker to PostgreSQL.
+API_CONNECTIONS = 8
+#: Those that serve health only.
 HEALTH_CONNECTIONS = 2
 
 
@@ -45,16 +48,22 @@ class _CloseRepositories:
 
 def build(settings: ApiSettings, metrics: ApiMetrics) -> AddressRouter:
     """Return the application of one worker process. All workers share ``metrics``."""
-    repository = AsyncPostgresOrderAndRejectRepository(
-        settings.reader_url, application_name="orderlib-api", timeout_s=4.0
-    )
+    repository = AsyncPostgresOrderAndRejectRepository(_pool(settings, API_CONNECTIONS))
     # Requests that wait for a connection must not make the service report that it is not ready.
-    health_repository = AsyncPostgresOrderRepository(
-        settings.reader_url, application_name="orderlib-api", max_connections=HEALTH_CONNECTIONS, timeout_s=4.0
-    )
+    health_repository = AsyncPostgresOrderRepository(_pool(settings, HEALTH_CONNECTIONS))
     api = create_app(repository, settings, metrics, _new_id, health_repository)
     api.add_middleware(_CloseRepositories(repository, health_repository))
     return AddressRouter(api, create_metrics_app(health_repository, metrics, _new_id), settings.metrics_bind.port)
+
+
+def _pool(settings: ApiSettings, max_connections: int) -> Pool:
+    return Pool(
+        settings.reader_url,
+        application_name="orderlib-api",
+        max_connections=max_connections,
+        timeout_s=4.0,
+        connection_timeout_s=1.5,
+    )
 
 
 def _new_id() -> str:

@@ -18,6 +18,7 @@ from random import Random
 from orderlib.entry_point import CONFIGURATION_STATUS, EXIT_DONE, EXIT_FAILED
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.consumer_progress import ConsumerProgressRepository
+from orderlib.postgres.pool import Pool
 from services.kafka import REQUEST_TIMEOUT_S
 from services.program import run_with_kafka, set_up_program
 from services.sender.generate import generate_values
@@ -81,7 +82,9 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         sent_records = None
         if options.wait:
             progress = stack.enter_context(
-                ConsumerProgressRepository.connect(reader_url, application_name="orderlib-sender")
+                ConsumerProgressRepository(
+                    Pool(reader_url, application_name="orderlib-sender", max_connections=4, timeout_s=5.0)
+                )
             )
             progress.check()
             sent_records = SentRecords(progress, settings.topic)

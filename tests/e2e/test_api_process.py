@@ -29,7 +29,7 @@ import orderlib
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
-from services.api.asgi import HEALTH_CONNECTIONS
+from services.api.asgi import API_CONNECTIONS, HEALTH_CONNECTIONS
 from services.api.request_metrics import SECURITY_HEADERS
 from tests.support import ROOT
 from tests.support.api_process import HALF_A_REQUEST, Answer, Service, clients, serving, settings_for
@@ -395,7 +395,7 @@ def test_clients_that_close_early_leave_nothing_behind(api: Service, stored: Dat
             assert row is not None
             return int(row[0])
 
-        wait_for(lambda: sessions("%") <= 8 + HEALTH_CONNECTIONS, 20)
+        wait_for(lambda: sessions("%") <= API_CONNECTIONS + HEALTH_CONNECTIONS, 20)
         assert sessions("%transaction%") == 0
 
 

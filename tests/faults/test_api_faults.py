@@ -16,7 +16,7 @@ from orderlib.postgres.migrate import apply_migrations
 from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from sandbox import PostgresServer
-from services.api.asgi import HEALTH_CONNECTIONS
+from services.api.asgi import API_CONNECTIONS, HEALTH_CONNECTIONS
 from tests.support.api_process import HALF_A_REQUEST, clients, serving, settings_for
 from tests.support.databases import Database
 from tests.support.waiting import wait_for
@@ -63,7 +63,7 @@ def test_after_a_restart_under_load_the_api_recovers_and_no_response_was_wrong()
             assert set.union(*(one.result() for one in asking)) == {200, 503}
             with psycopg.connect(server.superuser_url) as superuser:
                 sessions = superuser.execute("SELECT FROM pg_stat_activity WHERE application_name = 'orderlib-api'")
-                assert sessions.rowcount <= 8 + HEALTH_CONNECTIONS
+                assert sessions.rowcount <= API_CONNECTIONS + HEALTH_CONNECTIONS
             assert api.events("request_failed") == []
     finally:
         server.close()

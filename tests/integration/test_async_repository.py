@@ -15,7 +15,6 @@ from psycopg.conninfo import make_conninfo
 import orderlib
 from orderlib.errors import ConfigurationError, DatabaseUnavailable, OrderNotFound
 from orderlib.models import Order
-from orderlib.postgres.async_repository import AsyncPostgresOrderRepository
 from orderlib.repository import AsyncOrderRepository, Direction
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from orderlib.testing.strategies import orders
@@ -41,7 +40,7 @@ def store(module_database: Database) -> Iterator[orderlib.PostgresOrderRepositor
 def read(module_database: Database, store: object) -> Callable[[Callable[[AsyncOrderRepository], Awaitable[T]]], T]:  # noqa: ARG001 - a fixture that it needs
     def read(question: Callable[[AsyncOrderRepository], Awaitable[T]]) -> T:
         async def ask() -> T:
-            async with AsyncPostgresOrderRepository(module_database.reader_url) as reader:
+            async with orderlib.connect_async(module_database.reader_url) as reader:
                 return await question(reader)
 
         return asyncio.run(ask())
@@ -56,7 +55,7 @@ def test_every_read_returns_what_the_repository_returns(
     store: orderlib.PostgresOrderRepository, module_database: Database
 ) -> None:
     async def compare() -> None:
-        async with AsyncPostgresOrderRepository(module_database.reader_url) as reader:
+        async with orderlib.connect_async(module_database.reader_url) as reader:
             assert await reader.get("u-3") == store.get("u-3")
             assert await reader.get_stored("u-3") == store.get_stored("u-3")
             uids = ["u-1", "missing", "u-2", "a\0b"]
@@ -97,7 +96,7 @@ def test_a_limit_outside_its_bounds_is_an_invalid_query(read: Read[object]) -> N
 @pytest.mark.usefixtures("store")
 def test_an_invalid_query_leaves_the_connection_usable(module_database: Database) -> None:
     async def ask() -> Order:
-        async with AsyncPostgresOrderRepository(module_database.reader_url, max_connections=1) as reader:
+        async with orderlib.connect_async(module_database.reader_url, max_connections=1) as reader:
             with pytest.raises(ValueError, match="limit"):
                 await reader.list_orders(limit=101)
             with pytest.raises(OrderNotFound):
@@ -111,7 +110,7 @@ def test_an_invalid_query_leaves_the_connection_usable(module_database: Database
 def test_a_cancelled_read_releases_its_connection(module_database: Database) -> None:
     async def ask() -> None:
         with TcpProxy(module_database.reader_url) as wire:
-            async with AsyncPostgresOrderRepository(wire.url, max_connections=1) as reader:
+            async with orderlib.connect_async(wire.url, max_connections=1) as reader:
                 await reader.get("u-1")
                 wire.freeze()
                 for _ in range(3):
@@ -126,7 +125,7 @@ def test_a_cancelled_read_releases_its_connection(module_database: Database) -> 
 @pytest.mark.usefixtures("store")
 def test_more_readers_than_connections_take_turns(module_database: Database) -> None:
     async def ask() -> list[Order]:
-        async with AsyncPostgresOrderRepository(module_database.reader_url, max_connections=2) as reader:
+        async with orderlib.connect_async(module_database.reader_url, max_connections=2) as reader:
             return list(await asyncio.gather(*(reader.get(f"u-{n % 12}") for n in range(100))))
 
     assert [order.order_uid for order in asyncio.run(ask())] == [f"u-{n % 12}" for n in range(100)]
@@ -134,7 +133,7 @@ def test_more_readers_than_connections_take_turns(module_database: Database) -> 
 
 def test_an_outage_is_not_a_configuration_error(module_database: Database, empty_database: Database) -> None:
     async def ask(url: str) -> None:
-        async with AsyncPostgresOrderRepository(url) as reader:
+        async with orderlib.connect_async(url) as reader:
             await reader.get("u-1")
 
     with pytest.raises(DatabaseUnavailable):
@@ -147,7 +146,7 @@ def test_an_outage_is_not_a_configuration_error(module_database: Database, empty
 
 def test_a_check_notices_a_table_that_cannot_be_read(database: Database) -> None:
     async def check() -> None:
-        async with AsyncPostgresOrderRepository(database.reader_url) as reader:
+        async with orderlib.connect_async(database.reader_url) as reader:
             await reader.check()
 
     asyncio.run(check())
@@ -162,7 +161,7 @@ def test_postgresql_ends_a_statement_that_waits_for_a_lock(module_database: Data
     """The statement does not continue to wait in PostgreSQL after the read has ended."""
 
     async def ask() -> None:
-        async with AsyncPostgresOrderRepository(module_database.reader_url) as reader:
+        async with orderlib.connect_async(module_database.reader_url) as reader:
             await reader.get("u-1")
 
     with psycopg.connect(module_database.superuser_url) as locker:

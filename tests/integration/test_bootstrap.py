@@ -15,13 +15,12 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from orderlib import ConfigurationError, DatabaseUnavailable, decode_order
+from orderlib import ConfigurationError, DatabaseUnavailable, connect, decode_order
 from orderlib.ingestion.records import PreparedOrder, TopicPartition
 from orderlib.postgres import ddl, migrate, queries
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.migrate import apply_migrations
-from orderlib.postgres.repository import PostgresOrderRepository
 from orderlib.postgres.roles import BootstrapResult, create_roles
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.schema import LATEST_MIGRATION, migrations
@@ -143,9 +142,9 @@ def test_an_administrator_who_owns_the_database_need_not_be_a_superuser(server: 
     assert consumer.start_partitions({"orders": "topic"}, {partition: 3}) == {partition: 3}
     consumer.close()
     order = decode_order(SAMPLE)
-    with PostgresOrderRepository.connect(database.writer_url) as writer:
+    with connect(database.writer_url) as writer:
         writer.save_many([order])
-    with PostgresOrderRepository.connect(database.reader_url) as reader:
+    with connect(database.reader_url) as reader:
         assert reader.get(order.order_uid) == order
 
 
@@ -309,9 +308,9 @@ def test_databases_of_one_server_can_be_set_up_at_once(server: PostgresServer) -
     order = decode_order(SAMPLE)
     for database in databases:
         assert set_up(database).corrected == ()
-        with PostgresOrderRepository.connect(database.writer_url) as writer:
+        with connect(database.writer_url) as writer:
             writer.save_many([order])
-        with PostgresOrderRepository.connect(database.reader_url) as reader:
+        with connect(database.reader_url) as reader:
             assert reader.get(order.order_uid) == order
 
 
@@ -325,7 +324,7 @@ def test_a_schema_outside_the_search_path_is_distinguished_from_a_missing_one(
             superuser.execute("REVOKE USAGE ON SCHEMA shop FROM PUBLIC, orders_reader")
     expected = "search_path of role orders_reader" if may_use else "role orders_reader lacks USAGE"
     with pytest.raises(ConfigurationError, match=f"the tables are in schema shop, .*{expected}"):
-        PostgresOrderRepository.connect(database.reader_url)
+        connect(database.reader_url)
     with (
         open_connection(database.migrator_url, application_name="tests") as migrator,
         pytest.raises(ConfigurationError, match="in schema shop"),
@@ -338,7 +337,7 @@ def test_stored_at_is_never_before_first_stored_at(database: Database) -> None:
     order = decode_order(SAMPLE)
     with open_connection(database.writer_url, application_name="tests") as early, early.transaction():
         early.execute("SELECT now()")
-        with PostgresOrderRepository.connect(database.writer_url) as other:
+        with connect(database.writer_url) as other:
             other.save_many([order])
         store(early, [PreparedOrder.of(attrs.evolve(order, sm_id=order.sm_id + 1), pack_rows=pack_rows)])
     with psycopg.connect(database.superuser_url) as superuser:

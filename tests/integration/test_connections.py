@@ -108,7 +108,7 @@ def seconds(call: Callable[[], object]) -> float:
 @pytest.mark.parametrize("mode", ["any", "read-write", "prefer-standby", "primary"])
 def test_a_silent_first_host_does_not_keep_readers_from_the_second(stored: Database, mode: str) -> None:
     async def ask(url: str) -> orderlib.Order:
-        async with AsyncPostgresOrderRepository(url) as reader:
+        async with orderlib.connect_async(url) as reader:
             return await reader.get(UID)
 
     with silent_host() as silent:
@@ -158,7 +158,7 @@ def test_a_connection_that_takes_longer_than_a_call_serves_a_later_one(
         return connected(arguments)
 
     async def ask() -> None:
-        async with AsyncPostgresOrderRepository(stored.reader_url, connection_timeout_s=0.2) as reader:
+        async with orderlib.connect_async(stored.reader_url, connection_timeout_s=0.2) as reader:
             with pytest.raises(DatabaseUnavailable, match=r"no connection within 0\.2 s"):
                 await reader.get(UID)
             may_connect.set()
@@ -185,7 +185,7 @@ def test_a_connection_that_takes_longer_than_a_call_serves_a_later_one(
     ],
 )
 def test_options_of_other_types_are_refused_by_name(wrong: dict[str, Any], message: str) -> None:
-    for create in (orderlib.connect, AsyncPostgresOrderRepository):
+    for create in (orderlib.connect, orderlib.connect_async):
         with pytest.raises(TypeError, match=message):
             create("postgresql://127.0.0.1:1/orders", **wrong)
 
@@ -243,7 +243,7 @@ def test_a_connection_lost_while_idle_fails_no_call(stored: Database, call: str)
 
 def test_a_connection_lost_while_idle_fails_no_stream_of_a_task(stored: Database) -> None:
     async def ask(wire: TcpProxy) -> None:
-        async with AsyncPostgresOrderRepository(wire.url) as reader:
+        async with orderlib.connect_async(wire.url) as reader:
             await reader.count()
             wire.cut()
             wire.mend()
@@ -267,7 +267,7 @@ def test_a_connection_attempt_from_before_a_call_does_not_fail_it(
         return connected(arguments)
 
     async def ask() -> None:
-        async with AsyncPostgresOrderRepository(stored.reader_url, max_connections=1, connection_timeout_s=5) as reader:
+        async with orderlib.connect_async(stored.reader_url, max_connections=1, connection_timeout_s=5) as reader:
             before = asyncio.create_task(reader.get(UID))
             while not began.is_set():
                 await asyncio.sleep(0.001)
@@ -401,7 +401,7 @@ def test_a_closed_repository_raises_one_error(
 
 def test_a_closed_reader_raises_the_same_error_and_does_not_reconnect(stored: Database) -> None:
     async def ask() -> None:
-        reader = AsyncPostgresOrderRepository(stored.reader_url, application_name="closed")
+        reader = orderlib.connect_async(stored.reader_url, application_name="closed")
         await reader.get(UID)
         await reader.close()
         for call in (reader.get(UID), reader.list_orders(), reader.check()):
@@ -434,7 +434,7 @@ def test_close_ends_the_wait_of_a_task(stored: Database) -> None:
     async def ask() -> None:
         with psycopg.connect(stored.superuser_url) as locker:
             locker.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
-            reader = AsyncPostgresOrderRepository(stored.reader_url, max_connections=1, connection_timeout_s=5)
+            reader = orderlib.connect_async(stored.reader_url, max_connections=1, connection_timeout_s=5)
             reading = [asyncio.create_task(reader.get(UID)) for _ in range(3)]
             # One has the connection, and the others wait for it.
             while not (reader._pool._sessions and reader._pool._waiters):
@@ -628,7 +628,7 @@ def test_a_conflict_with_recovery_is_retried_once(
     monkeypatch.setattr("orderlib.postgres.async_repository.run_until", conflicting)
 
     async def ask() -> orderlib.Order:
-        async with AsyncPostgresOrderRepository(stored.reader_url) as reader:
+        async with orderlib.connect_async(stored.reader_url) as reader:
             return await reader.get(UID)
 
     with orderlib.connect(stored.reader_url) as repository:
@@ -681,7 +681,7 @@ def test_a_read_cancelled_at_any_step_loses_no_connection(stored: Database, monk
         return any(await asyncio.gather(*(cancelled_after(rounds, reader.get(UID)) for _ in range(3))))
 
     async def ask() -> None:
-        async with AsyncPostgresOrderRepository(
+        async with orderlib.connect_async(
             stored.reader_url, max_connections=1, application_name="cancelled", connection_timeout_s=5
         ) as reader:
             rounds = cancels = 0
@@ -698,9 +698,7 @@ def test_a_read_cancelled_at_any_step_loses_no_connection(stored: Database, monk
 
 def test_tasks_that_are_cancelled_while_they_wait_leave_the_connection_to_others(stored: Database) -> None:
     async def ask() -> None:
-        async with AsyncPostgresOrderRepository(
-            stored.reader_url, max_connections=2, connection_timeout_s=10
-        ) as reader:
+        async with orderlib.connect_async(stored.reader_url, max_connections=2, connection_timeout_s=10) as reader:
             for step in range(60):
                 tasks = [asyncio.create_task(reader.get(UID)) for _ in range(8)]
                 await asyncio.sleep(0.0001 * step)
@@ -715,14 +713,14 @@ def test_tasks_that_are_cancelled_while_they_wait_leave_the_connection_to_others
 
 
 def test_one_reader_serves_several_event_loops(stored: Database) -> None:
-    reader = AsyncPostgresOrderRepository(stored.reader_url, max_connections=1)
+    reader = orderlib.connect_async(stored.reader_url, max_connections=1)
     for _ in range(3):
         assert asyncio.run(reader.get(UID)) == SAMPLE
     asyncio.run(reader.close())
 
 
 def test_a_call_of_a_closed_event_loop_leaves_its_connection_to_one_other_call(stored: Database) -> None:
-    reader = AsyncPostgresOrderRepository(stored.reader_url, max_connections=1)
+    reader = orderlib.connect_async(stored.reader_url, max_connections=1)
     asyncio.run(reader.count())
     session = reader._pool.take()
     assert session is not None

@@ -23,7 +23,6 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import orderlib
 from orderlib import (
-    AsyncPostgresOrderRepository,
     ConfigurationError,
     DatabaseUnavailable,
     Item,
@@ -36,6 +35,7 @@ from orderlib import (
     RecordState,
     RefusedByDatabase,
     connect,
+    connect_async,
     encode_order,
 )
 from orderlib.contract import unchecked
@@ -154,7 +154,7 @@ class TestAsyncPostgresOrderRepository(RepositoryContract, StreamContract, Posit
     @pytest.fixture
     def repository(self, emptied: Database) -> Iterator[OrderRepository]:
         with event_loop() as run:
-            repository = AsyncPostgresOrderRepository(emptied.writer_url)
+            repository = connect_async(emptied.writer_url)
             yield over_asyncio(repository, run)
             run(repository.close())
 
@@ -495,7 +495,7 @@ def pool(url: str, *, is_async: bool, timeout_s: float = 1) -> Iterator[OrderRep
             yield repository
         return
     with event_loop() as run:
-        async_repository = AsyncPostgresOrderRepository(url, timeout_s=timeout_s)
+        async_repository = connect_async(url, timeout_s=timeout_s)
         yield over_asyncio(async_repository, run)
         run(async_repository.close())
 

@@ -13,10 +13,9 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from orderlib import decode_order
+from orderlib import connect, decode_order
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.migrate import apply_migrations
-from orderlib.postgres.repository import PostgresOrderRepository
 from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE
 from sandbox import PostgresServer
@@ -65,7 +64,7 @@ def test_a_dump_is_restored_as_documented(tmp_path: Path, *, is_superuser: bool)
         with open_connection(database.migrator_url, application_name="tests") as migrator:
             apply_migrations(migrator)
         order = decode_order(SAMPLE)
-        with PostgresOrderRepository.connect(database.writer_url) as writer:
+        with connect(database.writer_url) as writer:
             writer.save_many([order])
         run_documented("pg_dump", database, tmp_path)
 
@@ -79,5 +78,5 @@ def test_a_dump_is_restored_as_documented(tmp_path: Path, *, is_superuser: bool)
             assert apply_migrations(migrator, messages.append, messages.append) == 0
         assert messages == []
         assert bootstrap_it(database) == ()
-        with PostgresOrderRepository.connect(database.reader_url) as reader:
+        with connect(database.reader_url) as reader:
             assert reader.get(order.order_uid) == order

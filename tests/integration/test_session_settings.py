@@ -14,11 +14,11 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from orderlib import (
-    AsyncPostgresOrderRepository,
     ConfigurationError,
     Order,
     Outcome,
-    PostgresOrderRepository,
+    connect,
+    connect_async,
     decode_order,
     encode_order,
 )
@@ -244,14 +244,14 @@ def test_the_library_works_with_any_initial_settings(
         for name, value in ENVIRONMENT.items():
             monkeypatch.setenv(name, value)
     orders = some_orders()
-    with PostgresOrderRepository.connect(database.writer_url) as repository:
+    with connect(database.writer_url) as repository:
         assert repository.save_many(orders) == {Outcome.STORED: 3}
         assert repository.save_many(orders) == {Outcome.DUPLICATE: 3}
         assert [repository.get(order.order_uid) for order in orders] == orders
         assert [found.order for found in reversed(repository.list_orders().orders)] == orders
 
     async def read() -> list[Order]:
-        async with AsyncPostgresOrderRepository(database.reader_url) as reader:
+        async with connect_async(database.reader_url) as reader:
             await reader.check()
             return [await reader.get(order.order_uid) for order in orders]
 

@@ -44,7 +44,7 @@ def order(number: int) -> Order:
 
 def with_reader(url: str, ask: Callable[[AsyncPostgresOrderRepository], Awaitable[T]], **options: Any) -> T:
     async def run() -> T:
-        async with AsyncPostgresOrderRepository(url, application_name=NAME, **options) as reader:
+        async with orderlib.connect_async(url, application_name=NAME, **options) as reader:
             return await ask(reader)
 
     return asyncio.run(run())
@@ -216,7 +216,7 @@ def test_an_outage_fails_every_read_of_a_group(stored: Database) -> None:
 
 
 def test_each_event_loop_keeps_its_shared_reads_until_it_ends() -> None:
-    reader = AsyncPostgresOrderRepository("postgresql://nobody@127.0.0.1:1/none")
+    reader = orderlib.connect_async("postgresql://nobody@127.0.0.1:1/none")
 
     async def shared() -> int:
         return id(reader._shared())

@@ -16,7 +16,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import orderlib
-from orderlib import AsyncPostgresOrderRepository, DatabaseUnavailable, Order, Outcome
+from orderlib import DatabaseUnavailable, Order, Outcome
 from orderlib.ingestion.records import TopicPartition
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.testing import SAMPLE as SAMPLE_JSON
@@ -188,7 +188,7 @@ def get(url: str) -> Order:
 
 def get_async(url: str) -> Order:
     async def read() -> Order:
-        async with AsyncPostgresOrderRepository(url, timeout_s=60, connection_timeout_s=30) as reader:
+        async with orderlib.connect_async(url, timeout_s=60, connection_timeout_s=30) as reader:
             return await reader.get(UID)
 
     return asyncio.run(read())

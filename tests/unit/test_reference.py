@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import pydoc
 import re
-from collections.abc import Callable
 from types import ModuleType
 
 import attrs
@@ -15,14 +13,10 @@ import pytest
 from docs import reference
 from docs.reference import MODULES, PAGE, public_names
 from orderlib import (
-    AsyncPostgresOrderRepository,
     Delivery,
     Item,
     Order,
     Payment,
-    PostgresOrderRepository,
-    connect,
-    connect_async,
     errors,
     json_schema,
 )
@@ -92,13 +86,3 @@ def test_a_public_name_that_promises_nothing_makes_no_page(monkeypatch: pytest.M
     monkeypatch.setattr(errors.TooLarge, "__doc__", None)
     with pytest.raises(LookupError, match="TooLarge"):
         reference.make_page()
-
-
-@pytest.mark.parametrize(
-    ("function", "made_by"),
-    [(connect, PostgresOrderRepository.connect), (connect_async, AsyncPostgresOrderRepository)],
-)
-def test_connecting_has_the_defaults_of_the_repository(
-    function: Callable[..., object], made_by: Callable[..., object]
-) -> None:
-    assert inspect.signature(function).parameters == inspect.signature(made_by).parameters

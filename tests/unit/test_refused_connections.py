@@ -20,11 +20,11 @@ import pytest
 from psycopg import errors
 
 from orderlib import (
-    AsyncPostgresOrderRepository,
     ConfigurationError,
     DatabaseUnavailable,
     OrderlibError,
-    PostgresOrderRepository,
+    connect,
+    connect_async,
 )
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
@@ -175,7 +175,7 @@ def test_every_sqlstate_gives_one_of_two_errors_with_its_code() -> None:
 
 def test_the_repositories_tell_outage_and_configuration_apart() -> None:
     async def read(url: str) -> None:
-        async with AsyncPostgresOrderRepository(url) as reader:
+        async with connect_async(url) as reader:
             await reader.get("x")
 
     for sqlstate, kind in {
@@ -186,7 +186,7 @@ def test_the_repositories_tell_outage_and_configuration_apart() -> None:
         with refusing(error_response(sqlstate, "Wörter", "SCHWERWIEGEND")) as port:
             url = f"postgresql://u:p@127.0.0.1:{port}/d"
             with pytest.raises(kind):
-                PostgresOrderRepository.connect(url)
+                connect(url)
             with pytest.raises(kind):
                 asyncio.run(read(url))
 
@@ -264,7 +264,7 @@ def test_no_piece_of_a_password_is_shown_whatever_the_url(
                 except OrderlibError as exc:
                     assert_no_piece_is_shown(password, everything_shown(exc))
                 try:
-                    AsyncPostgresOrderRepository(url)
+                    connect_async(url)
                 except OrderlibError as exc:
                     assert_no_piece_is_shown(password, everything_shown(exc))
 
@@ -296,7 +296,7 @@ def broken_forms(password: str) -> list[str]:
 
 
 async def read_once(url: str) -> None:
-    async with AsyncPostgresOrderRepository(url) as reader:
+    async with connect_async(url) as reader:
         await reader.get("x")
 
 
@@ -307,7 +307,7 @@ def take_snapshot(url: str) -> None:
 
 #: Every public call that takes a database URL.
 PLACES: dict[str, Callable[[str], object]] = {
-    "library": PostgresOrderRepository.connect,
+    "library": connect,
     "asyncio": lambda url: asyncio.run(read_once(url)),
     "one connection": lambda url: open_connection(url, application_name="tests"),
     "roles": lambda url: password_of("orders_writer", "ORDERS_DATABASE_URL", url),
