@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import attrs
@@ -38,6 +38,9 @@ CONNECTIONS = (1, 16)
 
 UNCACHED = "GET, uncached"
 FOUR_QUERIES = "GET, four queries"
+NOT_MODIFIED = "GET, 304"
+FIXED = "fixed body"
+BARE = "fixed body without middleware"
 
 
 @attrs.frozen
@@ -67,9 +70,10 @@ REQUESTS = {
 VARIANTS = (
     Variant(UNCACHED, "orderlib", "asgi", "random"),
     Variant(FOUR_QUERIES, "four-queries", "asgi", "random"),
-    Variant("GET, 304", "orderlib", "asgi", "known"),
+    Variant(NOT_MODIFIED, "orderlib", "asgi", "known"),
     Variant("list of 20 orders", "orderlib", "asgi", "list"),
-    Variant("fixed body", "orderlib", "asgi", "hello"),
+    Variant(FIXED, "orderlib", "asgi", "hello"),
+    Variant(BARE, "bare", "asgi", "hello"),
     Variant("GET, four queries, orderlib's driver", "four-queries-own-driver", "asgi", "random"),
     Variant("GET, uncached, uvloop", "orderlib", "uvloop", "random"),
     Variant("fixed body, uvloop", "orderlib", "uvloop", "hello"),
@@ -125,13 +129,37 @@ def measure(environ: Mapping[str, str], options: argparse.Namespace) -> dict[tup
 
 
 def figures(results: Mapping[tuple[str, int], list[WrkResult]]) -> Iterator[Figure]:
-    """Yield the median of each value. The ratio to four queries is the median of the ratios of the rounds."""
+    """Yield the ratios, each as the median of those of the rounds, then the median of each value."""
+
+    def ratio(
+        name: str, connections: int, variants: tuple[str, ...], of_round: Callable[..., float], **limits: float
+    ) -> Iterator[Figure]:
+        rounds = [results.get((variant, connections), []) for variant in variants]
+        if all(rounds):
+            value = statistics.median(of_round(*same_round) for same_round in zip(*rounds, strict=True))
+            yield Figure(f"{name}, {_count(connections)}", value, "×", **limits)
+
     for connections in CONNECTIONS:
-        uncached = results.get((UNCACHED, connections))
-        four_queries = results.get((FOUR_QUERIES, connections))
-        if uncached and four_queries:
-            ratio = statistics.median(a.per_s / b.per_s for a, b in zip(uncached, four_queries, strict=True))
-            yield Figure(f"GET, uncached / four queries, {_count(connections)}", ratio, "×", at_least=1.4)
+        variants = (UNCACHED, FOUR_QUERIES)
+        yield from ratio(
+            "GET, uncached / four queries", connections, variants, lambda a, b: a.per_s / b.per_s, at_least=1.4
+        )
+    yield from ratio(
+        "time of a 304 / of a GET, uncached",
+        16,
+        (NOT_MODIFIED, UNCACHED),
+        lambda not_modified, uncached: uncached.per_s / not_modified.per_s,
+        at_most=0.6,
+        goal=0.5,
+    )
+    yield from ratio(
+        "CPU of log, metrics, access check and headers / of a GET, uncached",
+        16,
+        (FIXED, BARE, UNCACHED),
+        lambda fixed, bare, uncached: (fixed.cpu_us - bare.cpu_us) / uncached.cpu_us,
+        at_most=0.15,
+        goal=0.1,
+    )
     for (name, connections), rounds in results.items():
         prefix = f"{name}, {_count(connections)}"
         yield Figure(prefix, statistics.median(result.per_s for result in rounds), "/s")

@@ -5,12 +5,14 @@ Each application also has a fixed body at ``/hello``. The applications:
 * ``orderlib``: the API of ``services.api``
 * ``four-queries``: reads with four SELECTs through psycopg and its pool, as the service that orderlib replaces
 * ``four-queries-own-driver``: the same four SELECTs through orderlib's own connections
+* ``bare``: only the fixed body, without the API's middleware
 * ``wsgi``: the API as a WSGI application
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 from collections.abc import Coroutine
 from typing import Any
@@ -30,6 +32,7 @@ from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.repository import PostgresOrderRepository
 from orderlib.postgres.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS, Row, order_from_rows
 from orderlib.repository import StoredOrder
+from services.api import server as api_server
 from services.api.app import ROUTES, create_app
 from services.api.asgi import API_CONNECTIONS
 from services.api.auth import AuthMiddleware
@@ -170,6 +173,10 @@ def _make_id() -> str:
 def build(application: str) -> Any:
     """Create an application from the settings in the environment."""
     set_up_logging(open(os.devnull, "w"))  # noqa: PTH123, SIM115 - it stays open until the process ends
+    if application == "bare":
+        bare = falcon.asgi.App()
+        bare.add_route("/hello", Hello())
+        return bare
     settings = ApiSettings.from_mapping({**os.environ, "ORDERS_API_AUTH": "off"})
     metrics = ApiMetrics(ROUTES)
     url = settings.reader_url
@@ -194,7 +201,7 @@ def build(application: str) -> Any:
 def main() -> None:
     """Serve until stopped."""
     parser = argparse.ArgumentParser(prog="python -m bench.api_server", description=__doc__)
-    parser.add_argument("application", choices=["orderlib", "four-queries", "four-queries-own-driver", "wsgi"])
+    parser.add_argument("application", choices=["orderlib", "four-queries", "four-queries-own-driver", "bare", "wsgi"])
     parser.add_argument("server", choices=["asgi", "uvloop", "sync", "gthread", "granian"])
     parser.add_argument("port", type=int)
     options = parser.parse_args()
@@ -224,7 +231,8 @@ def main() -> None:
         gunicorn.cfg.set("worker_class", server)
         gunicorn.cfg.set("threads", 8 if server == "gthread" else 1)
     if server == "uvloop":
-        gunicorn.cfg.set("asgi_loop", "uvloop")
+        # The API sets its own event loop, and so ignores gunicorn's setting.
+        api_server._EventLoop = importlib.import_module("uvloop").Loop  # type: ignore[misc]  # noqa: SLF001 - uvloop is measured, and not used
     gunicorn.run()
 
 

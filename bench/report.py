@@ -26,7 +26,7 @@ class Figure:
     at_least: float | None = attrs.field(default=None, kw_only=True)
     #: The upper limit.
     at_most: float | None = attrs.field(default=None, kw_only=True)
-    #: A value above the lower limit that is worth reaching.
+    #: A better value than the limit, which is worth reaching.
     goal: float | None = attrs.field(default=None, kw_only=True)
 
     @property
@@ -39,7 +39,10 @@ class Figure:
         )
         if not passed:
             return "missed"
-        return "goal reached" if self.goal is not None and self.value >= self.goal else "passed"
+        is_reached = self.goal is not None and (
+            self.value >= self.goal if self.at_least is not None else self.value <= self.goal
+        )
+        return "goal reached" if is_reached else "passed"
 
 
 def machine() -> dict[str, object]:
@@ -86,9 +89,11 @@ def table(figures: list[Figure]) -> str:
     for figure in figures:
         limit = ""
         if figure.at_least is not None:
-            limit = f"≥ {figure.at_least:g}" + (f", goal {figure.goal:g}" if figure.goal is not None else "")
+            limit = f"≥ {figure.at_least:g}"
         if figure.at_most is not None:
             limit = f"≤ {figure.at_most:g}"
+        if figure.goal is not None:
+            limit += f", goal {figure.goal:g}"
         lines.append(f"| {figure.name} | {number(figure.value)} {figure.unit} | {limit} | {figure.verdict} |")
     return "\n".join(lines)
 
