@@ -153,7 +153,7 @@ def figures(results: Mapping[tuple[str, int], list[WrkResult]]) -> Iterator[Figu
         goal=0.5,
     )
     yield from ratio(
-        "CPU of log, metrics, access check and headers / of a GET, uncached",
+        "CPU of log, metrics and access check / of a GET, uncached",
         16,
         (FIXED, BARE, UNCACHED),
         lambda fixed, bare, uncached: (fixed.cpu_us - bare.cpu_us) / uncached.cpu_us,

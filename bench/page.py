@@ -71,8 +71,8 @@ HEADLINES = (
     Headline("api", "time of a 304 / of a GET, uncached, 16 connections", "Time of a 304 ÷ of a GET, 16 connections"),
     Headline(
         "api",
-        "CPU of log, metrics, access check and headers / of a GET, uncached, 16 connections",
-        "CPU of log, metrics, access check and headers ÷ of a GET",
+        "CPU of log, metrics and access check / of a GET, uncached, 16 connections",
+        "CPU of log, metrics and access check ÷ of a GET",
     ),
     Headline("go", "GET / the Go way, 16 connections", "Requests per second, GET ÷ the Go way, 16 connections"),
     Headline("go", "GET / the Go way, 64 connections", "Requests per second, GET ÷ the Go way, 64 connections"),

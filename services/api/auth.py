@@ -44,7 +44,7 @@ class AuthMiddleware:
         name = self._settings.name_of(token) if token else None
         if name is None:
             raise falcon.HTTPUnauthorized(description="A token is required.", challenges=_CHALLENGES)
-        req.context.token_name = name
+        req.context.log_fields["token_name"] = name
 
 
 def _token_in(authorization: str) -> str | None:

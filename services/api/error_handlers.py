@@ -106,12 +106,12 @@ def _http_error(req: Request, exc: Exception) -> falcon.HTTPError:
         case InvalidQuery():
             return falcon.HTTPBadRequest(description=f"{exc}.")
         case TransientError():
-            req.context.reason = str(exc)
+            req.context.log_fields["reason"] = str(exc)
             return falcon.HTTPServiceUnavailable(
                 description="The database is unavailable. Please try again.", retry_after=RETRY_AFTER_S
             )
         case ConfigurationError():
-            req.context.reason = str(exc)
+            req.context.log_fields["reason"] = str(exc)
             return falcon.HTTPServiceUnavailable(
                 description="The service is not configured correctly. Its log names the cause.",
                 retry_after=RETRY_AFTER_S,

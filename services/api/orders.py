@@ -66,7 +66,7 @@ class OrderResource:
             raise bad_parameter("view", "json", "another text")
         if prefers_page(req):
             stored = await self._repository.get_stored(order_uid)
-            req.context.order_uid = order_uid
+            req.context.log_fields["order_uid"] = order_uid
             if single_parameter(req, "view") == "json":
                 readable = msgspec.json.format(encode_order(stored.order), indent=2).decode()
                 self._pages.show(resp, "json.html", order_uid=order_uid, json=readable, query="")
@@ -81,11 +81,11 @@ class OrderResource:
             began_s = time.monotonic()
             etag = (await self._repository.content_sha256(order_uid)).hex()
             if _is_not_modified(resp, etag, known):
-                req.context.order_uid = order_uid
+                req.context.log_fields["order_uid"] = order_uid
                 return
             get_stored = with_deadline(get_stored, ANSWER_TIMEOUT_S - (time.monotonic() - began_s))
         stored = await get_stored(order_uid)
-        req.context.order_uid = order_uid
+        req.context.log_fields["order_uid"] = order_uid
         etag, data = stored.content_sha256.hex(), encode_order(stored.order)
         if with_meta:
             # The position may move while the content stays the same.
@@ -100,7 +100,7 @@ class OrderResource:
     async def _show_original(self, req: Request, resp: Response, order_uid: str) -> None:
         """Return the order byte for byte as it was sent. The ETag is the SHA-256 of these bytes."""
         original = await self._repository.original(order_uid)
-        req.context.order_uid = order_uid
+        req.context.log_fields["order_uid"] = order_uid
         if original is None:
             raise falcon.HTTPNotFound(
                 description="This order has no unknown fields, so no original is kept: its JSON has everything that "

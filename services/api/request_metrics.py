@@ -17,18 +17,6 @@ from services.program import event
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _METHODS = frozenset(HTTPMethod)
 
-SECURITY_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
-        "frame-ancestors 'none'"
-    ),
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-}
-
 
 class RequestMetricsMiddleware:
     """The outermost middleware: log and count every request, also one that another middleware refuses."""
@@ -38,36 +26,33 @@ class RequestMetricsMiddleware:
         self._make_id = make_id
 
     async def process_request(self, req: Request, resp: Response) -> None:
-        """Start the clock, and set the request id: the client's if it is valid, else a new one."""
+        """Start the clock, and set the request id: the client's if it is valid, else a new one.
+
+        ``log_fields`` are added to the log line.
+        """
         req.context.started = time.perf_counter()
-        req.context.token_name = None
-        req.context.reason = None
-        req.context.order_uid = None
+        req.context.log_fields = {}
         given = req.get_header("X-Request-Id", default="")
         req.context.request_id = given if _REQUEST_ID.fullmatch(given) else self._make_id()
         resp.set_header("X-Request-Id", req.context.request_id)
 
     async def process_response(self, req: Request, resp: Response, _resource: object, _succeeded: bool) -> None:
-        """Set the security headers, and log and count the request."""
-        resp.set_headers(SECURITY_HEADERS)
+        """Log and count the request."""
         seconds = time.perf_counter() - req.context.started
         route = req.uri_template or UNMATCHED
         method = req.method if req.method in _METHODS else OTHER_METHOD
-        self._metrics.count(route, method, resp.status_code, seconds)
-        known = {
-            name: value
-            for name in ("token_name", "order_uid", "reason")
-            if (value := getattr(req.context, name)) is not None
-        }
+        status = resp.status_code
+        self._metrics.count(route, method, status, seconds)
+        fields = req.context.log_fields
         event(
             "request",
-            logging.WARNING if "reason" in known else logging.INFO,
+            logging.WARNING if "reason" in fields else logging.INFO,
             route=route,
             method=method,
-            status=resp.status_code,
+            status=status,
             ms=round(seconds * 1000, 2),
             request_id=req.context.request_id,
-            **known,
+            **fields,
         )
 
     def refuse(self, status: HTTPStatus, route: str) -> tuple[dict[str, str], bytes]:
@@ -77,7 +62,6 @@ class RequestMetricsMiddleware:
         event("request", logging.WARNING, route=route, method=OTHER_METHOD, status=status, request_id=request_id)
         body = problem(status, status.description or status.phrase, request_id)
         return {
-            **SECURITY_HEADERS,
             "Cache-Control": "no-store",
             "Content-Type": PROBLEM_JSON,
             "Content-Length": str(len(body)),

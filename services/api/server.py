@@ -20,7 +20,7 @@ from typing import Any
 # gunicorn ships no types: mypy takes the five imports, and the four classes below that inherit from them, for Any.
 import gunicorn  # type: ignore[import-untyped]
 from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
-from gunicorn.asgi.protocol import ASGIProtocol  # type: ignore[import-untyped]
+from gunicorn.asgi import protocol  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 from gunicorn.workers import base, gasgi  # type: ignore[import-untyped]
 
@@ -46,12 +46,28 @@ BACKLOG = 4096
 #: connections that clients open at the same time, and the other workers none.
 ACCEPT_AT_ONCE = 1
 
+#: Added to every response. gunicorn checks and formats what an application sets again for each response, which would be
+#: a tenth of the CPU time of a read.
+SECURITY_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+_SECURITY_LINES = "".join(f"{name}: {value}\r\n" for name, value in SECURITY_HEADERS.items())
+
 #: The private parts of gunicorn that this module uses.
 _PRIVATE = {
     gasgi: ("ASGIProtocol",),
+    protocol: ("_CACHED_SERVER_HEADER",),
     base: ("WorkerTmp",),
     gasgi.ASGIWorker: ("_setup_event_loop", "_shutdown"),
-    ASGIProtocol: (
+    protocol.ASGIProtocol: (
         *("_arm_keepalive_timer", "_cancel_keepalive_timer", "_close_transport", "_is_websocket_upgrade"),
         *("_keepalive_timeout", "_safe_write", "_send_error_response"),
     ),
@@ -69,7 +85,7 @@ class _Log(Logger):  # type: ignore[misc]
         self.error_log.setLevel(logging.WARNING)
 
 
-class _Protocol(ASGIProtocol):  # type: ignore[misc]
+class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
     """gunicorn's HTTP connection with the limits that it lacks."""
 
     _send_timer: asyncio.TimerHandle | None = None
@@ -135,7 +151,8 @@ class _Protocol(ASGIProtocol):  # type: ignore[misc]
             *(f"{name}: {value}" for name, value in headers.items()),
             "Connection: close",
         ]
-        self._safe_write("\r\n".join([*lines, "", ""]).encode() + body)
+        head = "".join(f"{line}\r\n" for line in lines) + _SECURITY_LINES + "\r\n"
+        self._safe_write(head.encode() + body)
 
     def _check_sending(self, before: int | None = None) -> None:
         """Abort if the client has read nothing since the last check; else check again later."""
@@ -218,7 +235,9 @@ class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
     """gunicorn's asgi worker with ``_Protocol``."""
 
     def init_process(self) -> None:
-        gasgi.ASGIProtocol = _Protocol  # gunicorn has no setting for it
+        # gunicorn has no setting for either. The second is what it adds to every response: the name of the server.
+        gasgi.ASGIProtocol = _Protocol
+        protocol._CACHED_SERVER_HEADER = _SECURITY_LINES.encode()  # noqa: SLF001 - see above
         files = max(_raise_file_limit() - OTHER_FILES, MAX_METRICS_CONNECTIONS)
         self._connections = _Connections(min(MAX_CONNECTIONS, files))
         self._metrics_connections = _Connections(MAX_METRICS_CONNECTIONS)
@@ -235,8 +254,8 @@ class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
 
     async def _shutdown(self) -> None:
         """Close the idle connections, and let gunicorn finish the requests that have begun."""
-        for protocol in [*self._connections, *self._metrics_connections]:
-            protocol.close_if_idle()
+        for connection in [*self._connections, *self._metrics_connections]:
+            connection.close_if_idle()
         await super()._shutdown()
 
 

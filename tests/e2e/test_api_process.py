@@ -30,7 +30,7 @@ from orderlib.postgres.connections import open_connection
 from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from services.api.asgi import API_CONNECTIONS, HEALTH_CONNECTIONS
-from services.api.request_metrics import SECURITY_HEADERS
+from services.api.server import SECURITY_HEADERS
 from tests.support import ROOT
 from tests.support.api_process import HALF_A_REQUEST, Answer, Service, clients, serving, settings_for
 from tests.support.databases import Database, role_passwords
