@@ -57,6 +57,11 @@ _POLL_S = 0.1
 #: The id that a broker without topic ids reports for every topic.
 NO_TOPIC_ID = "A" * 22
 
+#: Properties of every client that sends requests, which settings may change. While a request waits for a broker that
+#: refuses connections, librdkafka would connect again at once, and use a whole core. Connected to all brokers, it
+#: waits between its attempts.
+ADMIN_DEFAULTS: Mapping[str, Any] = {"enable.sparse.connections": False, "reconnect.backoff.max.ms": 1_000}
+
 #: Properties of every consumer, which settings may change. A full queue is emptied soon, and librdkafka's default would
 #: wait for a second.
 CONSUMER_DEFAULTS: Mapping[str, Any] = {"fetch.queue.backoff.ms": 2}
@@ -103,7 +108,7 @@ class Cluster:
         self._last_error: KafkaError | None = None
         self._setting_error: KafkaError | None = None
         self._setting_error_since_s = self._setting_error_at_s = 0.0
-        properties: dict[str, Any] = {**settings.client_properties(), "error_cb": self.on_error}
+        properties: dict[str, Any] = {**ADMIN_DEFAULTS, **settings.client_properties(), "error_cb": self.on_error}
         with translate_kafka_errors():
             self.admin = AdminClient(properties, logger=SILENT)
 
