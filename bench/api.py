@@ -28,8 +28,6 @@ import orderlib
 from bench.report import Figure, add_write_option, publish
 from bench.servers import benchmark_servers
 from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations
-from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE
 from sandbox.server import free_port
 
@@ -176,10 +174,13 @@ def prepare(environ: Mapping[str, str]) -> None:
     """Create the roles, the tables and the orders."""
     urls = [environ[f"ORDERS_{name}_URL"] for name in ("MIGRATOR", "DATABASE", "READER")]
     passwords = {str(url["user"]): str(url["password"]) for url in map(conninfo_to_dict, urls)}
-    with open_connection(environ["ORDERS_BOOTSTRAP_URL"], application_name="bench") as superuser:
-        create_roles(superuser, passwords)
-    with open_connection(environ["ORDERS_MIGRATOR_URL"], application_name="bench") as migrator:
-        apply_migrations(migrator)
+    orderlib.bootstrap(
+        environ["ORDERS_BOOTSTRAP_URL"],
+        migrator_password=passwords["orders_migrator"],
+        writer_password=passwords["orders_writer"],
+        reader_password=passwords["orders_reader"],
+    )
+    orderlib.migrate(environ["ORDERS_MIGRATOR_URL"])
     sample = orderlib.decode_order(SAMPLE)
     with orderlib.connect(environ["ORDERS_DATABASE_URL"]) as repository:
         for begin in range(0, ORDERS, 2000):

@@ -37,56 +37,32 @@ def migrate(
     if there is no connection, or no lock within a minute. The failed migration is rolled back; those before it stay
     applied. Orders are never changed.
     """
-    applied: list[str] = []
-
-    def note(name: str) -> None:
-        applied.append(name)
-        if on_applied:
-            on_applied(name)
-
-    with open_connection(url, application_name=application_name) as connection:
-        apply_migrations(connection, note, on_message or ignore_message)
-    return applied
-
-
-def apply_migrations(
-    connection: Connection,
-    on_applied: Callable[[str], None] = ignore_message,
-    on_message: Callable[[str], None] = ignore_message,
-) -> int:
-    """Apply the missing migrations, each in its own transaction as the owner. Return how many were applied.
-
-    Also restores the privileges on the tables. Idempotent, and safe to run concurrently. ``on_message`` receives
-    warnings of migrations, corrected privileges, and the sessions that hold a lock that this waits for. Raises
-    DatabaseUnavailable, naming them, if a migration does not get its lock within a minute. The migrations before it
-    stay applied.
-    """
+    tell = on_message or ignore_message
 
     def on_notice(diagnostic: psycopg.errors.Diagnostic) -> None:
         if diagnostic.severity_nonlocalized == "WARNING":
-            on_message(str(diagnostic.message_primary))
+            tell(str(diagnostic.message_primary))
 
-    connection.add_notice_handler(on_notice)
-    try:
-        # If two calls create the same table, one fails on the catalog's unique index. It retries and finds the table.
-        # If two calls grant privileges on one table, one fails with an internal error: "tuple concurrently updated".
-        conflicts = (
-            psycopg.errors.UniqueViolation,
-            psycopg.errors.DuplicateTable,
-            psycopg.errors.DuplicateObject,  # the table's row type
-            psycopg.errors.InternalError_,
-        )
-        run_ddl(connection, lambda: _prepare(connection), conflicts, on_message)
-        applied = 0
+    # If two calls create the same table, one fails on the catalog's unique index. It retries and finds the table.
+    # If two calls grant privileges on one table, one fails with an internal error: "tuple concurrently updated".
+    conflicts = (
+        psycopg.errors.UniqueViolation,
+        psycopg.errors.DuplicateTable,
+        psycopg.errors.DuplicateObject,  # the table's row type
+        psycopg.errors.InternalError_,
+    )
+    applied: list[str] = []
+    with open_connection(url, application_name=application_name) as connection:
+        connection.add_notice_handler(on_notice)
+        run_ddl(connection, lambda: _prepare(connection), conflicts, tell)
         for number, name in migrations().items():
-            if run_ddl(connection, functools.partial(_apply, connection, number, name), (), on_message):
-                on_applied(name)
-                applied += 1
-        for statement in run_ddl(connection, lambda: _restore_grants(connection), conflicts, on_message):
-            on_message(f"corrected: {statement}")
-        return applied
-    finally:
-        connection.remove_notice_handler(on_notice)
+            if run_ddl(connection, functools.partial(_apply, connection, number, name), (), tell):
+                applied.append(name)
+                if on_applied:
+                    on_applied(name)
+        for statement in run_ddl(connection, lambda: _restore_grants(connection), conflicts, tell):
+            tell(f"corrected: {statement}")
+    return applied
 
 
 def _prepare(connection: Connection) -> None:

@@ -77,27 +77,14 @@ def bootstrap(
         for role, password in passwords.items()
         if password is not None
     }
-    with open_connection(url, application_name=application_name) as connection:
-        return create_roles(connection, given, on_message or ignore_message)
-
-
-def create_roles(
-    connection: Connection, passwords: Mapping[str, str], on_message: Callable[[str], None] = ignore_message
-) -> BootstrapResult:
-    """Create the four roles and give them this database. Idempotent, and safe to run concurrently.
-
-    Needs a superuser, or a role with CREATEROLE that owns the database. ``passwords`` sets the passwords of the
-    three login roles, by name. Corrects wrong attributes, memberships and privileges, and returns those that this
-    connection's role may not correct. Raises ConfigurationError, with nothing changed, if the programs could not work:
-    the database is not UTF8, or a privilege is missing.
-    """
     # Of two concurrent calls, one fails at a role or at the database's entry. It starts again and finds the work done.
     conflicts = (
         psycopg.errors.UniqueViolation,
         psycopg.errors.DuplicateObject,
         psycopg.errors.InternalError_,
     )
-    return run_ddl(connection, lambda: _bootstrap(connection, passwords), conflicts, on_message)
+    with open_connection(url, application_name=application_name) as connection:
+        return run_ddl(connection, lambda: _bootstrap(connection, given), conflicts, on_message or ignore_message)
 
 
 def _bootstrap(connection: Connection, passwords: Mapping[str, str]) -> BootstrapResult:

@@ -26,14 +26,12 @@ from hypothesis import strategies as st
 from psycopg.conninfo import make_conninfo
 
 import orderlib
-from orderlib.postgres.connections import open_connection
-from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from services.api.asgi import API_CONNECTIONS, HEALTH_CONNECTIONS
 from services.api.server import SECURITY_HEADERS
 from tests.support import ROOT
 from tests.support.api_process import HALF_A_REQUEST, Answer, Service, clients, serving, settings_for
-from tests.support.databases import Database, role_passwords
+from tests.support.databases import Database, bootstrap
 from tests.support.programs import run
 from tests.support.tcp_proxy import TcpProxy
 from tests.support.waiting import wait_for
@@ -93,8 +91,7 @@ def test_wrong_settings_are_named_in_one_line(stored: Database, changed: dict[st
 
 
 def test_a_database_without_schema_is_named_in_one_line(stored: Database, empty_database: Database) -> None:
-    with open_connection(empty_database.superuser_url, application_name="tests") as superuser:
-        create_roles(superuser, role_passwords(empty_database))
+    bootstrap(empty_database)
     assert "python -m orderlib migrate" in refused(settings_for(empty_database.reader_url))
     wrong_password = refused(settings_for(make_conninfo(stored.reader_url, password="wrong")))
     assert "password authentication failed" in wrong_password

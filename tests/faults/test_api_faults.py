@@ -11,9 +11,6 @@ import psycopg
 import pytest
 
 import orderlib
-from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations
-from orderlib.postgres.roles import create_roles
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from sandbox import PostgresServer
 from services.api.asgi import API_CONNECTIONS, HEALTH_CONNECTIONS
@@ -70,11 +67,8 @@ def test_after_a_restart_under_load_the_api_recovers_and_no_response_was_wrong()
 
 
 def _prepared(server: PostgresServer) -> str:
-    passwords = {"orders_migrator": "m", "orders_writer": "w", "orders_reader": "r"}
-    with open_connection(server.superuser_url, application_name="tests") as superuser:
-        create_roles(superuser, passwords)
-    with open_connection(server.url("orders_migrator", "m"), application_name="tests") as migrator:
-        apply_migrations(migrator)
+    orderlib.bootstrap(server.superuser_url, migrator_password="m", writer_password="w", reader_password="r")
+    orderlib.migrate(server.url("orders_migrator", "m"))
     with orderlib.connect(server.url("orders_writer", "w")) as repository:
         repository.save(SAMPLE)
     return server.url("orders_reader", "r")

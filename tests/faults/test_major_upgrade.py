@@ -10,12 +10,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from orderlib.postgres.connections import open_connection
-from orderlib.postgres.roles import create_roles
 from sandbox import PostgresServer, Sandbox
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
 from tests.support.consumer_process import consuming
-from tests.support.databases import Database, role_passwords
+from tests.support.databases import Database, bootstrap
 from tests.support.programs import succeed
 from tests.support.sending import Sender, uids
 from tests.support.waiting import wait_for
@@ -118,8 +116,8 @@ def test_the_consumer_continues_at_its_offsets_after_a_major_upgrade(
             reader_url=old.url("orders_reader", "r"),
         )
         environ = {**environ, **urls.environ()}
-        with open_connection(urls.superuser_url, application_name="tests") as connection:
-            create_roles(connection, role_passwords(urls))
+        bootstrap(urls)
+        with psycopg.connect(urls.superuser_url) as connection:
             [(before,)] = connection.execute("SHOW server_version_num").fetchall()
         succeed("admin migrate", environ)
         sender = Sender(sandbox.kafka.bootstrap_servers, topic)
@@ -173,8 +171,7 @@ def test_the_consumer_continues_on_a_server_that_was_filled_by_logical_replicati
             for server in (old, new)
         )
         for urls in (of_old, of_new):
-            with open_connection(urls.superuser_url, application_name="tests") as connection:
-                create_roles(connection, role_passwords(urls))
+            bootstrap(urls)
             succeed("admin migrate", {**environ, **urls.environ()})
         sender = Sender(sandbox.kafka.bootstrap_servers, topic)
         sender.send_orders(uids("order", 2_000))

@@ -15,19 +15,18 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+import orderlib
 from orderlib import ConfigurationError, DatabaseUnavailable, connect, decode_order
 from orderlib.ingestion.records import PreparedOrder, TopicPartition
 from orderlib.postgres import ddl, migrate, queries
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
-from orderlib.postgres.migrate import apply_migrations
-from orderlib.postgres.roles import BootstrapResult, create_roles
 from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.schema import LATEST_MIGRATION, migrations
 from orderlib.postgres.writes import store
 from orderlib.testing import SAMPLE
 from sandbox import PostgresServer
-from tests.support.databases import Database, role_passwords
+from tests.support.databases import Database, bootstrap
 
 #: Whatever differs from what it must be.
 DISORDER = """
@@ -86,11 +85,9 @@ def database_of(server: PostgresServer, bootstrap_url: str) -> Database:
     )
 
 
-def set_up(database: Database) -> BootstrapResult:
-    with open_connection(database.superuser_url, application_name="tests") as administrator:
-        result = create_roles(administrator, role_passwords(database))
-    with open_connection(database.migrator_url, application_name="tests") as migrator:
-        apply_migrations(migrator)
+def set_up(database: Database) -> orderlib.BootstrapResult:
+    result = bootstrap(database)
+    orderlib.migrate(database.migrator_url)
     return result
 
 
@@ -127,11 +124,8 @@ def test_an_administrator_who_owns_the_database_need_not_be_a_superuser(server: 
         superuser.execute("GRANT SELECT ON orders TO PUBLIC; GRANT TEMPORARY ON DATABASE orders TO PUBLIC")
         superuser.execute("ALTER ROLE orders_reader SUPERUSER")
         # A superuser cannot be altered by this administrator, not even its password.
-        with (
-            open_connection(database.superuser_url, application_name="tests") as manager,
-            pytest.raises(ConfigurationError, match="role manager may not"),
-        ):
-            create_roles(manager, role_passwords(database))
+        with pytest.raises(ConfigurationError, match="role manager may not"):
+            bootstrap(database)
         superuser.execute("ALTER ROLE orders_reader NOSUPERUSER")
         result = set_up(database)
         assert len(result.corrected) == 2, result.corrected
@@ -166,24 +160,22 @@ def test_an_administrator_without_usage_on_the_schema_checks_the_privileges_or_n
         if not owner_may_use:
             superuser.execute("REVOKE ALL ON SCHEMA public FROM orders_owner")
             superuser.execute("GRANT CREATE ON SCHEMA public TO orders_owner")
-        with open_connection(database.superuser_url, application_name="tests") as manager:
-            if owner_may_use:
-                result = create_roles(manager, role_passwords(database))
-                assert any("orders" in text and "PUBLIC" in text for text in result.corrected), result.corrected
-                superuser.execute("ALTER SCHEMA public OWNER TO pg_database_owner")
-                assert {row for row in state(superuser) if str(row[0]).startswith("table")} == {
-                    row for row in wanted if str(row[0]).startswith("table")
-                }
-            else:
-                with pytest.raises(ConfigurationError, match="orders_owner was not granted USAGE on schema public"):
-                    create_roles(manager, role_passwords(database))
+        if owner_may_use:
+            result = bootstrap(database)
+            assert any("orders" in text and "PUBLIC" in text for text in result.corrected), result.corrected
+            superuser.execute("ALTER SCHEMA public OWNER TO pg_database_owner")
+            assert {row for row in state(superuser) if str(row[0]).startswith("table")} == {
+                row for row in wanted if str(row[0]).startswith("table")
+            }
+        else:
+            with pytest.raises(ConfigurationError, match="orders_owner was not granted USAGE on schema public"):
+                bootstrap(database)
 
 
 def test_create_of_public_is_revoked_only_on_schemas_that_are_used(database: Database) -> None:
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
         superuser.execute("CREATE SCHEMA tools; GRANT CREATE ON SCHEMA public, tools TO PUBLIC")
-        with open_connection(database.superuser_url, application_name="tests") as administrator:
-            result = create_roles(administrator, role_passwords(database))
+        result = bootstrap(database)
         assert [text for text in result.corrected if "CREATE on schema" in text] == [
             "PUBLIC has CREATE on schema public: REVOKE CREATE ON SCHEMA public FROM PUBLIC CASCADE"
         ]
@@ -197,36 +189,28 @@ def test_create_of_public_is_revoked_only_on_schemas_that_are_used(database: Dat
 
 
 def test_a_reader_with_the_former_advisory_lock_blocks_no_migration(empty_database: Database) -> None:
-    with open_connection(empty_database.superuser_url, application_name="tests") as administrator:
-        create_roles(administrator, role_passwords(empty_database))
+    bootstrap(empty_database)
     with psycopg.connect(empty_database.reader_url) as reader:
         reader.execute("SELECT pg_advisory_xact_lock(x'6f7264657273'::bigint)")
-        with open_connection(empty_database.migrator_url, application_name="tests") as migrator:
-            assert apply_migrations(migrator) == LATEST_MIGRATION
-        with open_connection(empty_database.superuser_url, application_name="tests") as administrator:
-            create_roles(administrator, role_passwords(empty_database))
+        assert len(orderlib.migrate(empty_database.migrator_url)) == LATEST_MIGRATION
+        bootstrap(empty_database)
 
 
 def test_migrate_names_who_holds_its_lock_and_gives_up(
     empty_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with open_connection(empty_database.superuser_url, application_name="tests") as administrator:
-        create_roles(administrator, role_passwords(empty_database))
-        with monkeypatch.context() as first_only:
-            one = dict(list(migrations().items())[:1])
-            first_only.setattr(migrate, "migrations", lambda: one)
-            with open_connection(empty_database.migrator_url, application_name="tests") as migrator:
-                apply_migrations(migrator)
+    bootstrap(empty_database)
+    with monkeypatch.context() as first_only:
+        one = dict(list(migrations().items())[:1])
+        first_only.setattr(migrate, "migrations", lambda: one)
+        orderlib.migrate(empty_database.migrator_url)
     monkeypatch.setattr(ddl, "LOCK_WITHIN_S", 3.0)
     messages: list[str] = []
     with psycopg.connect(make_conninfo(empty_database.superuser_url, application_name="holder")) as holder:
         holder.execute("LOCK TABLE schema_migrations IN SHARE MODE")
         named = rf"held by pid {holder.info.backend_pid} \(role postgres, application 'holder'\)"
-        with (
-            open_connection(empty_database.migrator_url, application_name="tests") as migrator,
-            pytest.raises(DatabaseUnavailable, match=named),
-        ):
-            apply_migrations(migrator, on_message=messages.append)
+        with pytest.raises(DatabaseUnavailable, match=named):
+            orderlib.migrate(empty_database.migrator_url, on_message=messages.append)
     [message] = messages
     assert "application 'holder'" in message
 
@@ -234,17 +218,13 @@ def test_migrate_names_who_holds_its_lock_and_gives_up(
 def test_a_reader_with_every_lock_that_it_may_take_does_not_delay_migrate(
     empty_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with open_connection(empty_database.superuser_url, application_name="tests") as administrator:
-        create_roles(administrator, role_passwords(empty_database))
+    bootstrap(empty_database)
     # The next one alters orders, which has to wait for its readers.
     every = dict(list(migrations().items())[:5])
     monkeypatch.setattr(migrate, "migrations", lambda: every)
-    with (
-        monkeypatch.context() as first_only,
-        open_connection(empty_database.migrator_url, application_name="tests") as migrator,
-    ):
+    with monkeypatch.context() as first_only:
         first_only.setattr(migrate, "migrations", lambda: dict(list(every.items())[:2]))
-        apply_migrations(migrator)
+        orderlib.migrate(empty_database.migrator_url)
     monkeypatch.setattr(ddl, "LOCK_WITHIN_S", 3.0)
     with psycopg.connect(make_conninfo(empty_database.reader_url, application_name="report")) as reader:
         for mode in lock_modes_of_the_reader(reader):
@@ -253,10 +233,8 @@ def test_a_reader_with_every_lock_that_it_may_take_does_not_delay_migrate(
         reader.execute("SELECT pg_advisory_xact_lock(key) FROM generate_series(-100, 100) AS key")
         reader.execute("SELECT pg_advisory_xact_lock(oid::bigint) FROM pg_class WHERE oid >= 16384")
         messages: list[str] = []
-        with open_connection(empty_database.migrator_url, application_name="tests") as migrator:
-            assert apply_migrations(migrator, on_message=messages.append) == len(every) - 2
-        with open_connection(empty_database.superuser_url, application_name="tests") as administrator:
-            create_roles(administrator, role_passwords(empty_database))
+        assert len(orderlib.migrate(empty_database.migrator_url, on_message=messages.append)) == len(every) - 2
+        bootstrap(empty_database)
         assert messages == []
 
         # A later migration may change a table that is being read. It gives up and names the reader.
@@ -266,11 +244,8 @@ def test_a_reader_with_every_lock_that_it_may_take_does_not_delay_migrate(
             rf"held by pid {reader.info.backend_pid} \(role orders_reader, application 'report'\); this step was rolled"
         )
         began_s = time.monotonic()
-        with (
-            open_connection(empty_database.migrator_url, application_name="tests") as migrator,
-            pytest.raises(DatabaseUnavailable, match=named),
-        ):
-            apply_migrations(migrator)
+        with pytest.raises(DatabaseUnavailable, match=named):
+            orderlib.migrate(empty_database.migrator_url)
         # PostgreSQL ends each wait, so this is bounded.
         assert time.monotonic() - began_s < 30
 
@@ -299,7 +274,7 @@ def test_databases_of_one_server_can_be_set_up_at_once(server: PostgresServer) -
     ]
     barrier = threading.Barrier(len(databases))
 
-    def start(database: Database) -> BootstrapResult:
+    def start(database: Database) -> orderlib.BootstrapResult:
         barrier.wait()
         return set_up(database)
 
@@ -325,11 +300,8 @@ def test_a_schema_outside_the_search_path_is_distinguished_from_a_missing_one(
     expected = "search_path of role orders_reader" if may_use else "role orders_reader lacks USAGE"
     with pytest.raises(ConfigurationError, match=f"the tables are in schema shop, .*{expected}"):
         connect(database.reader_url)
-    with (
-        open_connection(database.migrator_url, application_name="tests") as migrator,
-        pytest.raises(ConfigurationError, match="in schema shop"),
-    ):
-        apply_migrations(migrator)
+    with pytest.raises(ConfigurationError, match="in schema shop"):
+        orderlib.migrate(database.migrator_url)
 
 
 def test_stored_at_is_never_before_first_stored_at(database: Database) -> None:

@@ -8,16 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 import pytest
 
+import orderlib
 from orderlib import ConfigurationError
 from orderlib.ingestion.records import TopicPartition
 from orderlib.postgres import migrate
-from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
-from orderlib.postgres.migrate import apply_migrations
 from orderlib.postgres.operations import set_consumer_group
 from orderlib.postgres.schema import migrations
-from tests.integration.test_migrations import bootstrap_it, connected
-from tests.support.databases import Database
+from tests.integration.test_migrations import connected
+from tests.support.databases import Database, bootstrap
 
 TOPIC_IDS = {"orders": "topic"}
 PARTITIONS = [TopicPartition("orders", number) for number in range(3)]
@@ -83,12 +82,11 @@ def test_postgresql_itself_refuses_a_second_group(database: Database) -> None:
 def test_a_database_with_offsets_of_two_groups_is_repaired_by_migrate(
     empty_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bootstrap_it(empty_database)
+    bootstrap(empty_database)
     with monkeypatch.context() as previous_release:
         two = dict(list(migrations().items())[:2])
         previous_release.setattr(migrate, "migrations", lambda: two)
-        with connected(empty_database.migrator_url) as migrator:
-            apply_migrations(migrator)
+        orderlib.migrate(empty_database.migrator_url)
     with connected(empty_database.superuser_url) as superuser:
         superuser.execute(
             """
@@ -98,8 +96,7 @@ def test_a_database_with_offsets_of_two_groups_is_repaired_by_migrate(
             """
         )
     messages: list[str] = []
-    with open_connection(empty_database.migrator_url, application_name="tests") as migrator:
-        apply_migrations(migrator, on_message=messages.append)
+    orderlib.migrate(empty_database.migrator_url, on_message=messages.append)
     [warning] = messages
     assert "kept 'newer', removed 'older', 'third'" in warning
     newer, older = ledger(empty_database, "newer"), ledger(empty_database, "older")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import psycopg
 import pytest
@@ -17,12 +19,12 @@ import orderlib
 from orderlib import ConfigurationError, DatabaseUnavailable
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.grants import check_privileges
-from orderlib.postgres.migrate import apply_migrations
 from orderlib.postgres.privileges import READER_PRIVILEGES, WRITER_PRIVILEGES
-from orderlib.postgres.roles import create_roles
 from orderlib.postgres.schema import LATEST_MIGRATION, check_schema
 from sandbox import Sandbox
-from tests.support.databases import Database, drop_database, of_database, role_passwords
+from tests.support.databases import Database, bootstrap, drop_database, of_database, role_passwords
+
+T = TypeVar("T")
 
 FILES = sorted(path.name for path in (Path(orderlib.__file__).parent / "postgres" / "migrations").glob("*.sql"))
 
@@ -33,17 +35,7 @@ def connected(url: str) -> Iterator[Connection]:
         yield connection
 
 
-def bootstrap_it(database: Database) -> None:
-    with connected(database.superuser_url) as superuser:
-        create_roles(superuser, role_passwords(database))
-
-
-def migrate_it(database: Database) -> int:
-    with connected(database.migrator_url) as migrator:
-        return apply_migrations(migrator)
-
-
-def at_once(work: Callable[[], int], times: int) -> list[int]:
+def at_once(work: Callable[[], T], times: int) -> list[T]:
     """Do the same work in several threads at once. Return the results."""
     with ThreadPoolExecutor(times) as threads:
         return [result.result() for result in [threads.submit(work) for _ in range(times)]]
@@ -54,12 +46,10 @@ def test_migrations_are_numbered_from_one_without_gaps() -> None:
 
 
 def test_migrate_applies_every_migration_once_and_reports_it(empty_database: Database) -> None:
-    bootstrap_it(empty_database)
+    bootstrap(empty_database)
     applied: list[str] = []
-    with connected(empty_database.migrator_url) as migrator:
-        assert apply_migrations(migrator, applied.append) == LATEST_MIGRATION
-        assert applied == FILES
-        assert apply_migrations(migrator, applied.append) == 0
+    for expected in (FILES, []):
+        assert orderlib.migrate(empty_database.migrator_url, on_applied=applied.append) == expected
         assert applied == FILES
     with connected(empty_database.reader_url) as reader:
         check_schema(reader)
@@ -68,20 +58,17 @@ def test_migrate_applies_every_migration_once_and_reports_it(empty_database: Dat
 
 
 def test_concurrent_migrations_are_applied_once(empty_database: Database) -> None:
-    bootstrap_it(empty_database)
-    assert sum(at_once(lambda: migrate_it(empty_database), 4)) == LATEST_MIGRATION
+    bootstrap(empty_database)
+    applied = at_once(lambda: orderlib.migrate(empty_database.migrator_url), 4)
+    assert sorted(itertools.chain(*applied)) == FILES
     with connected(empty_database.reader_url) as reader:
         check_schema(reader)
 
 
 def test_repeated_and_concurrent_bootstraps_succeed(empty_database: Database) -> None:
-    def once() -> int:
-        bootstrap_it(empty_database)
-        return 1
-
-    assert at_once(once, 3) == [1, 1, 1]
-    assert migrate_it(empty_database) == LATEST_MIGRATION
-    bootstrap_it(empty_database)
+    at_once(lambda: bootstrap(empty_database), 3)
+    assert orderlib.migrate(empty_database.migrator_url) == FILES
+    bootstrap(empty_database)
     with connected(empty_database.writer_url) as writer, connected(empty_database.reader_url) as reader:
         check_privileges(writer, WRITER_PRIVILEGES)
         check_privileges(reader, READER_PRIVILEGES)
@@ -97,25 +84,25 @@ def test_tables_belong_to_the_owner_who_cannot_log_in(database: Database) -> Non
 
 
 def test_a_migration_that_fails_leaves_nothing_behind(empty_database: Database) -> None:
-    bootstrap_it(empty_database)
+    bootstrap(empty_database)
     with connected(empty_database.superuser_url) as superuser:
         # In the way of the first migration's last table.
         superuser.execute("CREATE TABLE items ()")
         with pytest.raises(ConfigurationError, match="42P07"):
-            migrate_it(empty_database)
+            orderlib.migrate(empty_database.migrator_url)
         left = superuser.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").fetchall()
         # The table of migrations stays, empty: it is what concurrent migrations lock.
         assert sorted(left) == [("items",), ("schema_migrations",)]
         assert superuser.execute("SELECT * FROM schema_migrations").fetchall() == []
         superuser.execute("DROP TABLE items")
-    assert migrate_it(empty_database) == LATEST_MIGRATION
+    assert orderlib.migrate(empty_database.migrator_url) == FILES
 
 
 def test_only_the_migrator_can_migrate(empty_database: Database) -> None:
-    bootstrap_it(empty_database)
+    bootstrap(empty_database)
     for url in (empty_database.writer_url, empty_database.reader_url):
-        with connected(url) as connection, pytest.raises(ConfigurationError, match="42501"):
-            apply_migrations(connection)
+        with pytest.raises(ConfigurationError, match="42501"):
+            orderlib.migrate(url)
 
 
 def test_a_database_without_a_schema_is_a_configuration_error_that_names_the_command(empty_database: Database) -> None:
@@ -155,16 +142,16 @@ def foreign_database(sandbox: Sandbox, request: pytest.FixtureRequest) -> Iterat
 def test_a_database_in_another_encoding_is_refused(foreign_database: Database) -> None:
     with connected(foreign_database.superuser_url) as superuser:
         encoding = str(conninfo_to_dict(foreign_database.superuser_url)["dbname"]).removeprefix("test_").upper()
-        for refused in (lambda: create_roles(superuser, {}), lambda: apply_migrations(superuser)):
+        for refused in (orderlib.bootstrap, orderlib.migrate):
             with pytest.raises(
                 ConfigurationError, match=f"encoding of the database is {encoding}, but orderlib needs UTF8"
             ):
-                refused()
+                refused(foreign_database.superuser_url)
         assert superuser.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)
 
 
 def test_no_password_is_stored_or_shown_as_plain_text(empty_database: Database) -> None:
-    bootstrap_it(empty_database)
+    bootstrap(empty_database)
     passwords = role_passwords(empty_database)
     with connected(empty_database.superuser_url) as superuser:
         kept = dict(superuser.execute("SELECT rolname, rolpassword FROM pg_authid").fetchall())

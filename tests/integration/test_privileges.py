@@ -9,12 +9,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations
+from orderlib import migrate
 from orderlib.postgres.privileges import OWNER, PRIVILEGES
-from orderlib.postgres.roles import create_roles
 from tests.support import ROOT
-from tests.support.databases import Database, role_passwords
+from tests.support.databases import Database, bootstrap
 
 DOCUMENT = (ROOT / "docs" / "run-in-production.md").read_text(encoding="utf-8")
 
@@ -95,8 +93,7 @@ def test_migrate_restores_every_privilege_that_was_revoked_or_added(database: Da
         for table in PRIVILEGES:
             superuser.execute(f"REVOKE ALL ON {table} FROM orders_writer".encode())
             superuser.execute(f"GRANT ALL ON {table} TO orders_reader, orders_migrator, PUBLIC".encode())
-        with open_connection(database.migrator_url, application_name="tests") as migrator:
-            apply_migrations(migrator)
+        migrate(database.migrator_url)
         assert granted_matrix(superuser) == written_matrix()
 
 
@@ -225,8 +222,7 @@ def test_reader_and_writer_create_nothing_and_set_no_other_role(module_database:
 
 
 def test_no_role_may_create_temporary_tables(empty_database: Database) -> None:
-    with open_connection(empty_database.superuser_url, application_name="tests") as connection:
-        create_roles(connection, role_passwords(empty_database))
+    bootstrap(empty_database)
     for url in (empty_database.writer_url, empty_database.reader_url, empty_database.migrator_url):
         with psycopg.connect(url) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute("CREATE TEMPORARY TABLE mine (n int)")
@@ -243,10 +239,8 @@ def test_the_migrator_alone_has_no_privileges_until_it_becomes_the_owner(databas
 
 def test_repeated_bootstrap_and_migrate_change_no_privilege(empty_database: Database) -> None:
     for expected in (True, False):
-        with open_connection(empty_database.superuser_url, application_name="tests") as connection:
-            create_roles(connection, role_passwords(empty_database))
-        with open_connection(empty_database.migrator_url, application_name="tests") as connection:
-            assert bool(apply_migrations(connection)) is expected
+        bootstrap(empty_database)
+        assert bool(migrate(empty_database.migrator_url)) is expected
 
 
 def test_select_on_every_table_is_granted_by_name(database: Database) -> None:

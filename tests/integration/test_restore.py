@@ -13,14 +13,11 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from orderlib import connect, decode_order
-from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations
-from orderlib.postgres.roles import create_roles
+from orderlib import connect, decode_order, migrate
 from orderlib.testing import SAMPLE
 from sandbox import PostgresServer
 from tests.support import ROOT
-from tests.support.databases import Database, role_passwords
+from tests.support.databases import Database, bootstrap, set_up
 
 
 def run_documented(program: str, database: Database, folder: Path) -> None:
@@ -36,11 +33,6 @@ def run_documented(program: str, database: Database, folder: Path) -> None:
         ["sh", "-c", line], cwd=folder, env=environ, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def bootstrap_it(database: Database) -> tuple[str, ...]:
-    with open_connection(database.superuser_url, application_name="tests") as administrator:
-        return create_roles(administrator, role_passwords(database)).corrected
 
 
 @pytest.mark.parametrize("is_superuser", [True, False])
@@ -60,9 +52,7 @@ def test_a_dump_is_restored_as_documented(tmp_path: Path, *, is_superuser: bool)
             writer_url=server.url("orders_writer", password),
             reader_url=server.url("orders_reader", password),
         )
-        bootstrap_it(database)
-        with open_connection(database.migrator_url, application_name="tests") as migrator:
-            apply_migrations(migrator)
+        set_up(database)
         order = decode_order(SAMPLE)
         with connect(database.writer_url) as writer:
             writer.save_many([order])
@@ -71,12 +61,11 @@ def test_a_dump_is_restored_as_documented(tmp_path: Path, *, is_superuser: bool)
         with psycopg.connect(make_conninfo(administrator_url, dbname="postgres"), autocommit=True) as administrator:
             administrator.execute("ALTER DATABASE orders RENAME TO orders_before")
             administrator.execute("CREATE DATABASE orders ENCODING 'UTF8' TEMPLATE template0")
-        bootstrap_it(database)
+        bootstrap(database)
         run_documented("pg_restore", database, tmp_path)
-        with open_connection(database.migrator_url, application_name="tests") as migrator:
-            messages: list[str] = []
-            assert apply_migrations(migrator, messages.append, messages.append) == 0
+        messages: list[str] = []
+        assert migrate(database.migrator_url, on_message=messages.append) == []
         assert messages == []
-        assert bootstrap_it(database) == ()
+        assert bootstrap(database).corrected == ()
         with connect(database.reader_url) as reader:
             assert reader.get(order.order_uid) == order

@@ -11,10 +11,8 @@ import attrs
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+import orderlib
 from orderlib.postgres.citus import distribute
-from orderlib.postgres.connections import open_connection
-from orderlib.postgres.migrate import apply_migrations
-from orderlib.postgres.roles import create_roles
 from sandbox import Sandbox
 from tests.support import CITUS
 from tests.support.citus import SHARDS, Coordinator
@@ -137,7 +135,16 @@ def _change_sessions_of_workers(database: Database, change: str) -> None:
 
 def set_up(database: Database) -> None:
     """Create the roles and the tables."""
-    with open_connection(database.superuser_url, application_name="tests") as connection:
-        create_roles(connection, role_passwords(database))
-    with open_connection(database.migrator_url, application_name="tests") as connection:
-        apply_migrations(connection)
+    bootstrap(database)
+    orderlib.migrate(database.migrator_url)
+
+
+def bootstrap(database: Database) -> orderlib.BootstrapResult:
+    """Create the roles."""
+    passwords = role_passwords(database)
+    return orderlib.bootstrap(
+        database.superuser_url,
+        migrator_password=passwords["orders_migrator"],
+        writer_password=passwords["orders_writer"],
+        reader_password=passwords["orders_reader"],
+    )
