@@ -14,7 +14,6 @@ from random import Random
 
 import attrs
 import psutil
-from psycopg.conninfo import make_conninfo
 
 import orderlib
 from bench.ingest import utc_now
@@ -23,7 +22,7 @@ from orderlib.postgres.citus import distribute
 from sandbox import PostgresServer
 from services.sender.generate import generate_order
 from tests.support.citus import SHARDS, Coordinator
-from tests.support.databases import Database, role_passwords, set_up
+from tests.support.databases import Database, of_database, on_server, role_passwords, set_up
 
 ORDERS = 10_000
 
@@ -51,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     with Coordinator(options.folder) as citus, PostgresServer() as plain:
         citus.add_database("bench")
-        on_plain, on_citus = _database(plain, "orders"), _database(citus, "bench")
+        on_plain, on_citus = on_server(plain), of_database(on_server(citus).environ(), "bench")
         for database in (on_plain, on_citus):
             set_up(database)
         citus.set_passwords("bench", role_passwords(on_citus))
@@ -62,18 +61,6 @@ def main() -> None:
     for call in CALLS:
         one, other = costs[call], costs_on_citus[call]
         print(f"| {call} | {one:.2f} ms | {other:.2f} ms | {other / one:.1f} |")
-
-
-def _database(server: PostgresServer, name: str) -> Database:
-    def url(role: str) -> str:
-        return make_conninfo(server.url(role, f"password-of-{role}"), dbname=name)
-
-    return Database(
-        superuser_url=make_conninfo(server.superuser_url, dbname=name),
-        migrator_url=url("orders_migrator"),
-        writer_url=url("orders_writer"),
-        reader_url=url("orders_reader"),
-    )
 
 
 def _measure(database: Database, servers: Sequence[PostgresServer], calls: int) -> dict[str, float]:

@@ -23,18 +23,18 @@ _BATCH_BYTES = 8 * 1024 * 1024
 
 
 @attrs.frozen(kw_only=True)
-class Backfilled:
+class BackfillBatch:
     """What one transaction did."""
 
     #: The order_uid of its last original. The next transaction continues after it.
     last: str
-    #: How many orders had each outcome; ``rejected`` are those in ``refused``.
+    #: How many orders had each outcome; ``rejected`` are those in ``errors``.
     outcomes: Counter[Outcome]
     #: Originals that the rules of this release or PostgreSQL refuse, by order_uid. They and their orders stay.
-    refused: dict[str, RejectedError]
+    errors: dict[str, RejectedError]
 
 
-def backfill(connection: Connection, *, after: str = "", dry_run: bool = False) -> Iterator[Backfilled]:
+def backfill(connection: Connection, *, after: str = "", dry_run: bool = False) -> Iterator[BackfillBatch]:
     """Decode the stored originals again, sorted by order_uid and beginning after one. Yield what each transaction did.
 
     * ``stored``: the original has other content by the rules of this release, which is now a new version of the order,
@@ -54,7 +54,7 @@ def backfill(connection: Connection, *, after: str = "", dry_run: bool = False) 
         yield batch
 
 
-def _backfill_batch(connection: Connection, after: str, dry_run: bool) -> Backfilled | None:
+def _backfill_batch(connection: Connection, after: str, dry_run: bool) -> BackfillBatch | None:
     page = {"after": after, "limit": _BATCH_ORIGINALS}
     rows = within_bytes(connection.execute(queries.ORIGINALS_TO_BACKFILL, page).fetchall(), _BATCH_BYTES)
     if not rows:
@@ -63,7 +63,7 @@ def _backfill_batch(connection: Connection, after: str, dry_run: bool) -> Backfi
     with psycopg.RawCursor(connection) as cursor:
         values: dict[str, bytes] = dict(cursor.execute(queries.GET_ORIGINALS, [list(read)], binary=True))
     outcomes: Counter[Outcome] = Counter()
-    refused: dict[str, RejectedError] = {}
+    errors: dict[str, RejectedError] = {}
     changed: list[PreparedOrder] = []
     for row in rows:
         uid, version = row[0], read[row[0]]
@@ -74,7 +74,7 @@ def _backfill_batch(connection: Connection, after: str, dry_run: bool) -> Backfi
             if prepared_order.order_uid != uid:
                 raise InvalidOrder([Fault(path="$.order_uid", expected="that of the stored order", found="another")])
         except RejectedError as error:
-            refused[uid] = error
+            errors[uid] = error
             continue
         if prepared_order.content_sha256 == version.content_sha256:
             outcomes[Outcome.DUPLICATE] += 1
@@ -93,9 +93,9 @@ def _backfill_batch(connection: Connection, after: str, dry_run: bool) -> Backfi
             if isinstance(result, Outcome):
                 outcomes[result] += 1
             else:
-                refused[prepared_order.order_uid] = result
-    outcomes[Outcome.REJECTED] = len(refused)
-    return Backfilled(last=rows[-1][0], outcomes=outcomes, refused=refused)
+                errors[prepared_order.order_uid] = result
+    outcomes[Outcome.REJECTED] = len(errors)
+    return BackfillBatch(last=rows[-1][0], outcomes=outcomes, errors=errors)
 
 
 def _conflict_error(order_uid: str) -> TransactionConflict:

@@ -17,8 +17,8 @@ from orderlib.repository import Outcome
 from services.admin.database import open_database
 from services.admin.output import ProgressLine, add_json_option, count_of, print_table, printable
 
-#: More refused originals than this are counted, but not listed.
-_MAX_REFUSED = 10_000
+#: More rejected originals than this are counted, but not listed.
+_MAX_LISTED = 10_000
 
 
 def add_commands(commands: Commands) -> None:
@@ -47,7 +47,7 @@ def add_commands(commands: Commands) -> None:
 
 def _backfill(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     outcomes: Counter[Outcome] = Counter()
-    refused: dict[str, RejectedError] = {}
+    errors: dict[str, RejectedError] = {}
     last = options.after
     progress = ProgressLine("originals read")
     is_complete = False
@@ -56,7 +56,7 @@ def _backfill(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             for batch in backfill(connection, after=options.after, dry_run=options.dry_run):
                 outcomes += batch.outcomes
                 last = batch.last
-                refused.update(list(batch.refused.items())[: _MAX_REFUSED - len(refused)])
+                errors.update(list(batch.errors.items())[: _MAX_LISTED - len(errors)])
                 progress.at(outcomes.total())
         is_complete = True
     finally:
@@ -65,14 +65,14 @@ def _backfill(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             print(printable(f"not complete: continue with --after={last}"), file=sys.stderr)
     counts = {"originals": outcomes.total(), **{str(outcome): outcomes[outcome] for outcome in Outcome}}
     if options.json:
-        named = [{"order_uid": uid, "code": error.code, "path": error.faults[0].path} for uid, error in refused.items()]
+        named = [{"order_uid": uid, "code": error.code, "path": error.faults[0].path} for uid, error in errors.items()]
         result = {"dry_run": options.dry_run, "last": last or None, **counts, "rejected_originals": named}
         print(printable(msgspec.json.format(msgspec.json.encode(result), indent=2).decode()))
     else:
         print_table([counts], as_json=False)
-        for uid, error in refused.items():
+        for uid, error in errors.items():
             print(printable(f"{uid}: {error}"))
-        if unlisted := outcomes[Outcome.REJECTED] - len(refused):
+        if unlisted := outcomes[Outcome.REJECTED] - len(errors):
             print(f"… and {count_of(unlisted, 'more original')}")
         if options.dry_run:
             print("dry run: nothing was stored", file=sys.stderr)

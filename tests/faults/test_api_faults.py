@@ -15,7 +15,7 @@ from orderlib.testing import SAMPLE as SAMPLE_JSON
 from sandbox import PostgresServer
 from services.api.asgi import API_CONNECTIONS, HEALTH_CONNECTIONS
 from tests.support.api_process import HALF_A_REQUEST, clients, serving, settings_for
-from tests.support.databases import Database
+from tests.support.databases import Database, on_server, set_up
 from tests.support.waiting import wait_for
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
@@ -67,11 +67,11 @@ def test_after_a_restart_under_load_the_api_recovers_and_no_response_was_wrong()
 
 
 def _prepared(server: PostgresServer) -> str:
-    orderlib.bootstrap(server.superuser_url, migrator_password="m", writer_password="w", reader_password="r")
-    orderlib.migrate(server.url("orders_migrator", "m"))
-    with orderlib.connect(server.url("orders_writer", "w")) as repository:
+    database = on_server(server)
+    set_up(database)
+    with orderlib.connect(database.writer_url) as repository:
         repository.save(SAMPLE)
-    return server.url("orders_reader", "r")
+    return database.reader_url
 
 
 @pytest.mark.faults

@@ -8,11 +8,11 @@ import psycopg
 import pytest
 
 from tests.support.accounting import assert_all_accounted_for, next_offsets, stored_orders, wait_until_handled
-from tests.support.consumer_process import consuming
+from tests.support.consumer_process import consuming, consuming_through_proxy
 from tests.support.databases import Database
 from tests.support.locking import FENCE, TABLE, locked
 from tests.support.sending import Sender, uids
-from tests.support.tcp_proxy import Moment, TcpProxy
+from tests.support.tcp_proxy import Moment
 from tests.support.waiting import wait_for
 
 
@@ -29,10 +29,7 @@ def test_a_connection_lost_in_a_batch_neither_loses_nor_duplicates_a_record(
     moment: Moment, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 300))
-    with (
-        TcpProxy(database.writer_url) as between,
-        consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as consumer,
-    ):
+    with consuming_through_proxy(environ, database) as (between, consumer):
         wait_until_handled(sender.manifest, database)
         between.set_trap(moment)
         sender.send_orders(uids("order", 500), version=2)
@@ -52,10 +49,7 @@ def test_a_batch_whose_commit_response_was_lost_is_not_written_again(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 10))
-    with (
-        TcpProxy(database.writer_url) as between,
-        consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as consumer,
-    ):
+    with consuming_through_proxy(environ, database) as (between, consumer):
         wait_until_handled(sender.manifest, database)
         between.set_trap(Moment.COMMITTED)
         sender.send_orders(uids("order", 500), version=2)
@@ -80,10 +74,7 @@ def versions(database: Database) -> dict[str, tuple[object, ...]]:
 def test_a_database_that_does_not_respond_is_an_outage(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
-    with (
-        TcpProxy(database.writer_url) as between,
-        consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as consumer,
-    ):
+    with consuming_through_proxy(environ, database) as (between, consumer):
         sender.send_orders(uids("order", 10))
         wait_until_handled(sender.manifest, database)
         wait_for(lambda: consumer.ready, 20)

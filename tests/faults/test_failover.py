@@ -14,14 +14,14 @@ import attrs
 import psutil
 import psycopg
 import pytest
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import make_conninfo
 
 from sandbox import Sandbox
 from sandbox.postgres import PostgresServer
 from tests.support.accounting import assert_all_accounted_for, next_offsets, wait_until_handled
 from tests.support.api_process import serving
 from tests.support.consumer_process import consuming
-from tests.support.databases import Database, set_up
+from tests.support.databases import Database, on_server, set_up
 from tests.support.sending import Sender, repeating, uids
 from tests.support.standby import QuietPostgres, Standby
 from tests.support.waiting import wait_for
@@ -30,42 +30,38 @@ WITHIN_S = 30.0
 
 
 @attrs.define
-class Cluster:
-    """A primary, which each run replaces by its standby."""
+class CurrentPrimary:
+    """The primary, which each run replaces by its standby."""
 
-    primary: PostgresServer
+    server: PostgresServer
 
     def make_database(self) -> str:
         """Create a migrated database. Return its name."""
         name = f"run_{secrets.token_hex(4)}"
-        with psycopg.connect(self.primary.superuser_url, dbname="postgres", autocommit=True) as connection:
+        with psycopg.connect(self.server.superuser_url, dbname="postgres", autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name} TEMPLATE orders".encode())
         return name
 
 
-def urls_of(name: str, *servers: PostgresServer) -> Database:
+def on_whichever_accepts_writes(name: str, *servers: PostgresServer) -> Database:
     """Return the URLs of a database, on the first of the servers that accepts writes."""
-    hosts = ",".join(f"127.0.0.1:{server.port}" for server in servers)
-
-    def url(role: str, password: str) -> str:
-        return f"postgresql://{role}:{password}@{hosts}/{name}?target_session_attrs=read-write"
-
-    return Database(
-        superuser_url=url("postgres", str(conninfo_to_dict(servers[0].superuser_url)["password"])),
-        migrator_url=url("orders_migrator", "m"),
-        writer_url=url("orders_writer", "w"),
-        reader_url=url("orders_reader", "r"),
-    )
+    several = {
+        "dbname": name,
+        "host": ",".join("127.0.0.1" for _ in servers),
+        "port": ",".join(str(server.port) for server in servers),
+        "target_session_attrs": "read-write",
+    }
+    one = attrs.asdict(on_server(servers[0]))
+    return Database(**{role: make_conninfo(url, **several) for role, url in one.items()})
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def current() -> Iterator[CurrentPrimary]:
     with QuietPostgres() as server:
-        urls = urls_of("orders", server)
-        set_up(urls)
-        cluster = Cluster(server)
-        yield cluster
-        cluster.primary.close()
+        set_up(on_server(server))
+        current = CurrentPrimary(server)
+        yield current
+        current.server.close()
 
 
 def sending_meanwhile(sender: Sender, rng: Random) -> contextlib.AbstractContextManager[None]:
@@ -82,16 +78,16 @@ def sending_meanwhile(sender: Sender, rng: Random) -> contextlib.AbstractContext
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(20))
 def test_what_a_promoted_standby_lacks_is_read_again(
-    seed: int, cluster: Cluster, sandbox: Sandbox, topic: str, environ: dict[str, str]
+    seed: int, current: CurrentPrimary, sandbox: Sandbox, topic: str, environ: dict[str, str]
 ) -> None:
     rng = Random(seed)
-    name = cluster.make_database()
-    primary = cluster.primary
+    name = current.make_database()
+    primary = current.server
     sender = Sender(sandbox.kafka.bootstrap_servers, topic)
     standby = Standby(primary)
     standby.start()
-    cluster.primary = standby
-    urls = urls_of(name, primary, standby)
+    current.server = standby
+    urls = on_whichever_accepts_writes(name, primary, standby)
     environ = {**environ, **urls.environ()}
     try:
         # Nothing, the last batches, or everything since the consumer started for the first time.

@@ -14,7 +14,7 @@ import pytest
 from sandbox import PostgresServer
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
 from tests.support.consumer_process import consuming
-from tests.support.databases import Database, set_up
+from tests.support.databases import Database, on_server, set_up
 from tests.support.sending import Sender, uids
 from tests.support.waiting import wait_for
 
@@ -30,12 +30,7 @@ def postgres() -> Iterator[PostgresServer]:
 
 @pytest.fixture
 def database(postgres: PostgresServer) -> Database:
-    database = Database(
-        superuser_url=postgres.superuser_url,
-        migrator_url=postgres.url("orders_migrator", "migrator"),
-        writer_url=postgres.url("orders_writer", "writer"),
-        reader_url=postgres.url("orders_reader", "reader"),
-    )
+    database = on_server(postgres)
     set_up(database)
     return database
 

@@ -7,11 +7,11 @@ from contextlib import ExitStack
 import pytest
 
 from tests.support.accounting import assert_all_accounted_for, next_offsets, wait_until_handled
-from tests.support.consumer_process import Consuming, consuming
+from tests.support.consumer_process import Consuming, consuming, consuming_through_proxy
 from tests.support.databases import Database
 from tests.support.locking import TABLE, locked
 from tests.support.sending import Sender, uids
-from tests.support.tcp_proxy import Moment, TcpProxy
+from tests.support.tcp_proxy import Moment
 from tests.support.waiting import wait_for
 
 
@@ -62,10 +62,7 @@ def test_a_frozen_consumer_is_replaced_and_does_no_harm_when_it_continues(
 ) -> None:
     """It holds the locks of its offset rows, in the middle of a COPY. Only the end of its backend releases them."""
     sender.send_orders(uids("order", 300))
-    with (
-        TcpProxy(database.writer_url) as between,
-        consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as frozen,
-    ):
+    with consuming_through_proxy(environ, database) as (between, frozen):
         wait_until_handled(sender.manifest, database)
         before = next_offsets(database)
         between.set_trap(Moment.COPY)
@@ -96,10 +93,7 @@ def test_a_partition_revoked_and_assigned_again_in_an_outage_is_read(
 ) -> None:
     """Fetching is paused in an outage, and librdkafka keeps a partition paused that is revoked and assigned again."""
     sender.send_orders(uids("order", 50))
-    with (
-        TcpProxy(database.writer_url) as between,
-        consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as consumer,
-    ):
+    with consuming(environ) as consumer:
         wait_until_handled(sender.manifest, database)
         with locked(database, TABLE):
             sender.send_orders(uids("order", 50), version=2)

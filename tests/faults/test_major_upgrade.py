@@ -13,7 +13,7 @@ import pytest
 from sandbox import PostgresServer, Sandbox
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
 from tests.support.consumer_process import consuming
-from tests.support.databases import Database, bootstrap
+from tests.support.databases import bootstrap, on_server
 from tests.support.programs import succeed
 from tests.support.sending import Sender, uids
 from tests.support.waiting import wait_for
@@ -109,12 +109,7 @@ def test_the_consumer_continues_at_its_offsets_after_a_major_upgrade(
     installation = old_installation()
     assert installation is not None
     with OldPostgres(installation) as old:
-        urls = Database(
-            superuser_url=old.superuser_url,
-            migrator_url=old.url("orders_migrator", "m"),
-            writer_url=old.url("orders_writer", "w"),
-            reader_url=old.url("orders_reader", "r"),
-        )
+        urls = on_server(old)
         environ = {**environ, **urls.environ()}
         bootstrap(urls)
         with psycopg.connect(urls.superuser_url) as connection:
@@ -161,15 +156,7 @@ def test_the_consumer_continues_on_a_server_that_was_filled_by_logical_replicati
     installation = old_installation()
     assert installation is not None
     with ReplicatedPostgres(installation) as old, PostgresServer() as new:
-        of_old, of_new = (
-            Database(
-                superuser_url=server.superuser_url,
-                migrator_url=server.url("orders_migrator", "m"),
-                writer_url=server.url("orders_writer", "w"),
-                reader_url=server.url("orders_reader", "r"),
-            )
-            for server in (old, new)
-        )
+        of_old, of_new = on_server(old), on_server(new)
         for urls in (of_old, of_new):
             bootstrap(urls)
             succeed("admin migrate", {**environ, **urls.environ()})

@@ -20,11 +20,10 @@ from tests.support.accounting import (
     stored_rejects,
     wait_until_handled,
 )
-from tests.support.consumer_process import Consuming, consuming
+from tests.support.consumer_process import Consuming, consuming, consuming_through_proxy
 from tests.support.databases import Database
 from tests.support.raw_produce import produce
 from tests.support.sending import Sender, order, uids
-from tests.support.tcp_proxy import TcpProxy
 from tests.support.waiting import wait_for
 
 
@@ -161,10 +160,7 @@ def test_the_consumer_follows_offsets_rewound_in_an_outage(
 ) -> None:
     """Fetching is paused when the fence is lost. librdkafka must continue from the offset of the seek."""
     sender.send_orders(uids("order", 300))
-    with (
-        TcpProxy(database.writer_url) as between,
-        consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as consumer,
-    ):
+    with consuming_through_proxy(environ, database) as (between, consumer):
         wait_until_handled(sender.manifest, database)
         between.freeze()
         sender.send_orders(uids("order", 100), version=2)

@@ -14,8 +14,6 @@ import pytest
 
 import orderlib
 from orderlib import InvalidOrder, Outcome, decode_order, encode_order
-from orderlib.errors import TransactionConflict
-from orderlib.ingestion import retry
 from orderlib.ingestion.records import (
     Batch,
     OffsetRange,
@@ -27,7 +25,7 @@ from orderlib.ingestion.records import (
     classify_record,
 )
 from orderlib.postgres import backfill as module
-from orderlib.postgres.backfill import Backfilled, backfill
+from orderlib.postgres.backfill import BackfillBatch, backfill
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.operations import forget
@@ -35,6 +33,7 @@ from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import store
 from orderlib.repository import RecordPosition
 from orderlib.testing import SAMPLE
+from tests.support.conflicts import given_up_after_conflicts
 from tests.support.databases import Database
 
 ORDER = decode_order(SAMPLE)
@@ -76,7 +75,7 @@ def save(connection: psycopg.Connection, *changes: OrderChange) -> None:
         store(connection, changes)
 
 
-def outcomes(batches: Iterable[Backfilled]) -> Counter[Outcome]:
+def outcomes(batches: Iterable[BackfillBatch]) -> Counter[Outcome]:
     return +sum((batch.outcomes for batch in batches), Counter[Outcome]())
 
 
@@ -145,7 +144,7 @@ def test_an_original_that_the_rules_refuse_is_named_and_stays_with_its_order(wri
     before = stored(writer)
     [batch] = backfill(writer)
     assert batch.outcomes == Counter({Outcome.STORED: 1, Outcome.REJECTED: 2})
-    assert {uid: (type(error), error.faults[0].path) for uid, error in batch.refused.items()} == {
+    assert {uid: (type(error), error.faults[0].path) for uid, error in batch.errors.items()} == {
         "invalid": (InvalidOrder, "$.sm_id"),
         "swapped": (InvalidOrder, "$.order_uid"),
     }
@@ -158,7 +157,7 @@ def test_an_order_that_postgresql_refuses_is_named_and_stays(database: Database,
         superuser.execute("ALTER TABLE orders ADD CHECK (order_uid <> 'refused' OR sm_id = 0)")
     save(writer, *(by_an_earlier_release(uid, text(uid)) for uid in ("a", "refused", "z")))
     [batch] = backfill(writer)
-    assert (batch.outcomes[Outcome.STORED], list(batch.refused)) == (2, ["refused"])
+    assert (batch.outcomes[Outcome.STORED], list(batch.errors)) == (2, ["refused"])
     assert {uid: row[:3] for uid, row in stored(writer).items()} == {
         "a": (7, 2, False),
         "refused": (0, 1, True),
@@ -224,21 +223,9 @@ def wait_until_blocked(database: Database, is_done: Callable[[], bool]) -> None:
             assert not is_done()
 
 
-def test_it_gives_up_after_too_many_conflicts_in_one_transaction(
-    writer: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    attempts = 0
-
-    def conflicts(*_: object) -> None:
-        nonlocal attempts
-        attempts += 1
-        raise TransactionConflict("another writer")
-
+def test_it_gives_up_after_too_many_conflicts_in_one_transaction(writer: psycopg.Connection) -> None:
     save(writer, by_an_earlier_release("a", text("a")))
     before = stored(writer)
-    monkeypatch.setattr(module, "store", conflicts)
-    monkeypatch.setattr(retry, "_MAX_CONFLICTS", 2)
-    with pytest.raises(TransactionConflict):
+    with given_up_after_conflicts(module):
         list(backfill(writer))
-    assert attempts == 3
     assert stored(writer) == before

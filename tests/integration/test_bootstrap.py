@@ -26,7 +26,7 @@ from orderlib.postgres.schema import LATEST_MIGRATION, migrations
 from orderlib.postgres.writes import store
 from orderlib.testing import SAMPLE
 from sandbox import PostgresServer
-from tests.support.databases import Database, bootstrap
+from tests.support.databases import Database, bootstrap, on_server
 
 #: Whatever differs from what it must be.
 DISORDER = """
@@ -76,15 +76,6 @@ def server() -> Iterator[PostgresServer]:
         yield running
 
 
-def database_of(server: PostgresServer, bootstrap_url: str) -> Database:
-    return Database(
-        superuser_url=bootstrap_url,
-        migrator_url=server.url("orders_migrator", secrets.token_hex(8)),
-        writer_url=server.url("orders_writer", secrets.token_hex(8)),
-        reader_url=server.url("orders_reader", secrets.token_hex(8)),
-    )
-
-
 def set_up(database: Database) -> orderlib.BootstrapResult:
     result = bootstrap(database)
     orderlib.migrate(database.migrator_url)
@@ -96,7 +87,7 @@ def state(superuser: psycopg.Connection) -> list[tuple[object, ...]]:
 
 
 def test_a_superuser_corrects_every_difference_and_says_which(server: PostgresServer) -> None:
-    database = database_of(server, server.superuser_url)
+    database = on_server(server)
     assert set_up(database).remaining == ()
     with psycopg.connect(server.superuser_url, autocommit=True) as superuser:
         wanted = state(superuser)
@@ -116,7 +107,7 @@ def test_an_administrator_who_owns_the_database_need_not_be_a_superuser(server: 
     with psycopg.connect(server.superuser_url, autocommit=True) as superuser:
         superuser.execute(f"CREATE ROLE manager LOGIN CREATEROLE PASSWORD '{password}'".encode())
         superuser.execute("ALTER DATABASE orders OWNER TO manager")
-        database = database_of(server, server.url("manager", password))
+        database = on_server(server, server.url("manager", password))
         [remaining] = set_up(database).remaining
         assert "large objects" in remaining
         assert "REVOKE EXECUTE ON FUNCTION lo_" in remaining
@@ -150,7 +141,7 @@ def test_an_administrator_without_usage_on_the_schema_checks_the_privileges_or_n
     with psycopg.connect(server.superuser_url, autocommit=True) as superuser:
         superuser.execute(f"CREATE ROLE manager LOGIN CREATEROLE PASSWORD '{password}'".encode())
         superuser.execute("ALTER DATABASE orders OWNER TO manager")
-        database = database_of(server, server.url("manager", password))
+        database = on_server(server, server.url("manager", password))
         set_up(database)
         wanted = state(superuser)
         superuser.execute(
@@ -267,7 +258,7 @@ def test_databases_of_one_server_can_be_set_up_at_once(server: PostgresServer) -
     with psycopg.connect(server.superuser_url, autocommit=True) as superuser:
         for name in names[1:]:
             superuser.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-    one = database_of(server, server.superuser_url)
+    one = on_server(server)
     databases = [
         Database(**{field: make_conninfo(url, dbname=name) for field, url in attrs.asdict(one).items()})
         for name in names

@@ -9,8 +9,7 @@ import attrs
 import pytest
 
 from orderlib import Order, Outcome, decode_order, encode_order
-from orderlib.errors import Fault, MalformedJson, TransactionConflict
-from orderlib.ingestion import retry
+from orderlib.errors import Fault, MalformedJson
 from orderlib.ingestion.records import Batch, OffsetRange, PreparedOrder, Record, Reject, TopicPartition
 from orderlib.postgres import rejects
 from orderlib.postgres.connections import open_connection
@@ -20,6 +19,7 @@ from orderlib.postgres.rows import pack_rows
 from orderlib.postgres.writes import store
 from orderlib.repository import RecordPosition
 from orderlib.testing import SAMPLE
+from tests.support.conflicts import given_up_after_conflicts
 from tests.support.databases import Database
 
 TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -71,22 +71,9 @@ def test_a_reject_replaces_only_a_version_from_a_lower_offset(
             assert stored == [(in_reject.sm_id if replaced else ORDER.sm_id, 5 if replaced else stored_offset)]
 
 
-def test_a_conflict_repeats_the_transaction_until_there_are_too_many(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    attempts = 0
-
-    def conflicts(*_: object) -> None:
-        nonlocal attempts
-        attempts += 1
-        raise TransactionConflict("another writer")
-
+def test_a_conflict_repeats_the_transaction_until_there_are_too_many(database: Database) -> None:
     keep_reject(database, ORDER, 5)
     with open_connection(database.writer_url, application_name="tests") as writer:
-        with monkeypatch.context() as patched:
-            patched.setattr(rejects, "store", conflicts)
-            patched.setattr(retry, "_MAX_CONFLICTS", 2)
-            with pytest.raises(TransactionConflict):
-                list(redrive(writer, 10_000))
-        assert attempts == 3
+        with given_up_after_conflicts(rejects):
+            list(redrive(writer, 10_000))
         assert sum(redrive(writer, 10_000), Counter()) == Counter({Outcome.STORED: 1})

@@ -17,7 +17,7 @@ from orderlib import connect, decode_order, migrate
 from orderlib.testing import SAMPLE
 from sandbox import PostgresServer
 from tests.support import ROOT
-from tests.support.databases import Database, bootstrap, set_up
+from tests.support.databases import Database, bootstrap, on_server, set_up
 
 
 def run_documented(program: str, database: Database, folder: Path) -> None:
@@ -46,12 +46,7 @@ def test_a_dump_is_restored_as_documented(tmp_path: Path, *, is_superuser: bool)
                 superuser.execute(f"CREATE ROLE manager LOGIN CREATEROLE CREATEDB PASSWORD '{password}'".encode())
                 superuser.execute("ALTER DATABASE orders OWNER TO manager")
             administrator_url = server.url("manager", password)
-        database = Database(
-            superuser_url=administrator_url,
-            migrator_url=server.url("orders_migrator", password),
-            writer_url=server.url("orders_writer", password),
-            reader_url=server.url("orders_reader", password),
-        )
+        database = on_server(server, administrator_url)
         set_up(database)
         order = decode_order(SAMPLE)
         with connect(database.writer_url) as writer:

@@ -22,7 +22,7 @@ from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from sandbox.postgres import PostgresServer
 from tests.support.api_process import Service, serving, settings_for
-from tests.support.databases import Database, set_up
+from tests.support.databases import on_server, set_up
 from tests.support.programs import succeed
 from tests.support.sending import Sender
 from tests.support.standby import QuietPostgres, Standby
@@ -36,15 +36,6 @@ WITHIN_S = 20.0
 GATE = 4711
 
 
-def urls_of(server: PostgresServer) -> Database:
-    return Database(
-        superuser_url=server.superuser_url,
-        migrator_url=server.url("orders_migrator", "m"),
-        writer_url=server.url("orders_writer", "w"),
-        reader_url=server.url("orders_reader", "r"),
-    )
-
-
 def slowed(url: str) -> str:
     """Return the URL for reads of items that wait at the gate."""
     return make_conninfo(url, options="-c search_path=slowed,public")
@@ -53,7 +44,7 @@ def slowed(url: str) -> str:
 @pytest.fixture(scope="module")
 def primary() -> Iterator[PostgresServer]:
     with QuietPostgres() as server:
-        urls = urls_of(server)
+        urls = on_server(server)
         set_up(urls)
         with psycopg.connect(urls.superuser_url, autocommit=True) as connection:
             connection.execute("CREATE TABLE scratch (number int)")
@@ -78,17 +69,17 @@ def standby(primary: PostgresServer) -> Iterator[Standby]:
 
 @pytest.fixture(scope="module")
 def api(standby: Standby) -> Iterator[Service]:
-    with serving(settings_for(urls_of(standby).reader_url)) as service:
+    with serving(settings_for(on_server(standby).reader_url)) as service:
         yield service
 
 
 def save(primary: PostgresServer, order_uid: str) -> None:
-    with orderlib.connect(urls_of(primary).writer_url) as repository:
+    with orderlib.connect(on_server(primary).writer_url) as repository:
         assert repository.save(attrs.evolve(SAMPLE, order_uid=order_uid)) is Outcome.STORED
 
 
 def delay_of(server: PostgresServer) -> float | None:
-    with orderlib.connect(urls_of(server).reader_url) as repository:
+    with orderlib.connect(on_server(server).reader_url) as repository:
         return repository.stats().replication_delay_s
 
 
@@ -117,7 +108,7 @@ def test_a_primary_has_no_replication_delay(primary: PostgresServer) -> None:
 
 
 def test_a_standby_serves_reads_and_shows_its_delay(primary: PostgresServer, standby: Standby, api: Service) -> None:
-    with orderlib.connect(urls_of(standby).reader_url) as repository:
+    with orderlib.connect(on_server(standby).reader_url) as repository:
         assert repository.get(UID) == SAMPLE
         wait_for(lambda: repository.stats().replication_delay_s == 0, WITHIN_S)
         assert orderlib.decode_order(api.get(f"/orders/{UID}").body) == SAMPLE
@@ -245,7 +236,7 @@ def test_a_read_survives_one_recovery_conflict(
     with ThreadPoolExecutor() as threads:
         with psycopg.connect(standby.superuser_url, autocommit=True) as gate:
             gate.execute("SELECT pg_advisory_lock(%s)", [GATE])
-            result = threads.submit(read, slowed(urls_of(standby).reader_url))
+            result = threads.submit(read, slowed(on_server(standby).reader_url))
             for _ in range(times):
                 wait_for(lambda: reads_again(result), WITHIN_S)
                 conflict(primary)
@@ -268,8 +259,8 @@ def test_a_write_on_a_standby_is_an_outage_that_ends_with_its_promotion(primary:
     with psycopg.connect(primary.superuser_url) as connection:
         connection.execute("DELETE FROM consumer_offsets")
         connection.execute("DELETE FROM consumer_groups")
-    with Standby(primary) as standby, orderlib.connect(urls_of(standby).writer_url) as repository:
-        ledger = ConsumerStore(urls_of(standby).writer_url, "tests", time.monotonic)
+    with Standby(primary) as standby, orderlib.connect(on_server(standby).writer_url) as repository:
+        ledger = ConsumerStore(on_server(standby).writer_url, "tests", time.monotonic)
         for _ in range(2):
             with pytest.raises(DatabaseUnavailable, match="25006"):
                 repository.save(order)
@@ -299,7 +290,7 @@ def test_every_program_finds_the_primary_behind_another_host(
         if first == "refusing":
             listener.close()
         hosts = {"host": "127.0.0.1,127.0.0.1", "port": f"{port},{primary.port}", "target_session_attrs": "read-write"}
-        urls = {name: make_conninfo(url, **hosts) for name, url in urls_of(primary).environ().items()}
+        urls = {name: make_conninfo(url, **hosts) for name, url in on_server(primary).environ().items()}
         environ = {**environ, **urls}
         sender = Sender(environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"], topic)
         sender.send_orders([f"{first}-order"])
@@ -318,7 +309,7 @@ def test_a_consumer_that_reached_a_standby_looks_for_the_primary_again(
     primary: PostgresServer, standby: Standby
 ) -> None:
     """Without target_session_attrs, it may find the standby first: then the next attempt connects anew."""
-    with TcpProxy(urls_of(primary).writer_url) as wire:
+    with TcpProxy(on_server(primary).writer_url) as wire:
         ports = f"{conninfo_to_dict(wire.url)['port']},{standby.port}"
         url = make_conninfo(wire.url, host="127.0.0.1,127.0.0.1", port=ports)
         store = ConsumerStore(url, "order-consumer", time.monotonic)

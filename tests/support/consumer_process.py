@@ -17,7 +17,9 @@ from typing import Any
 import attrs
 
 from tests.support.api_process import get_page
+from tests.support.databases import Database
 from tests.support.fork_server import Process, start
+from tests.support.tcp_proxy import TcpProxy
 from tests.support.waiting import wait_for
 
 #: A consumer must stop within this time.
@@ -100,3 +102,13 @@ def consuming(environ: Mapping[str, str], *arguments: str) -> Iterator[Consuming
         finally:
             if process.poll() is None:
                 consumer.kill()
+
+
+@contextmanager
+def consuming_through_proxy(environ: Mapping[str, str], database: Database) -> Iterator[tuple[TcpProxy, Consuming]]:
+    """Run the consumer with a proxy between it and PostgreSQL. Yield both."""
+    with (
+        TcpProxy(database.writer_url) as proxy,
+        consuming({**environ, "ORDERS_DATABASE_URL": proxy.url}) as consumer,
+    ):
+        yield proxy, consumer

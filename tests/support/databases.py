@@ -13,7 +13,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import orderlib
 from orderlib.postgres.citus import distribute
-from sandbox import Sandbox
+from sandbox import PostgresServer, Sandbox
 from tests.support import CITUS
 from tests.support.citus import SHARDS, Coordinator
 
@@ -54,6 +54,20 @@ def of_database(environ: Mapping[str, str], name: str) -> Database:
         migrator_url=url("ORDERS_MIGRATOR_URL"),
         writer_url=url("ORDERS_DATABASE_URL"),
         reader_url=url("ORDERS_READER_URL"),
+    )
+
+
+def on_server(server: PostgresServer, administrator_url: str | None = None) -> Database:
+    """Return the URLs of a server's own database. The superuser's may be replaced by another administrator's."""
+
+    def url(role: str) -> str:
+        return server.url(role, f"password-of-{role}")
+
+    return Database(
+        superuser_url=administrator_url or server.superuser_url,
+        migrator_url=url("orders_migrator"),
+        writer_url=url("orders_writer"),
+        reader_url=url("orders_reader"),
     )
 
 
