@@ -32,7 +32,7 @@ from bench.report import Figure, add_write_option, print_progress, publish
 from bench.servers import benchmark_servers
 from orderlib.postgres.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS
 from sandbox.server import free_port
-from services.kafka import SILENT
+from services.kafka import SILENT_LOGGER
 from services.sender.generate import generate_order
 
 #: Orders in a transaction of raw COPY: the largest batch of the consumer.
@@ -185,7 +185,7 @@ def produce(environ: Mapping[str, str], values: Iterator[tuple[str, bytes]]) -> 
             "linger.ms": 20,
             "acks": "all",
         },
-        logger=SILENT,
+        logger=SILENT_LOGGER,
     )
     for uid, value in values:
         while True:
@@ -426,7 +426,8 @@ def _send_at(bench: IngestBench, per_s: int | None, ended: threading.Event) -> N
 def _producer(environ: Mapping[str, str]) -> Producer:
     """Return a producer with the defaults of the sender."""
     return Producer(
-        {"bootstrap.servers": environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"], "linger.ms": 5, "acks": "all"}, logger=SILENT
+        {"bootstrap.servers": environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"], "linger.ms": 5, "acks": "all"},
+        logger=SILENT_LOGGER,
     )
 
 

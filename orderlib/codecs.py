@@ -70,7 +70,7 @@ class _HasTime(Protocol):
 T = TypeVar("T")
 
 #: Fields, each with its model, that are treated as unknown.
-Hidden: TypeAlias = "frozenset[tuple[Hashable, str]]"
+HiddenFields: TypeAlias = "frozenset[tuple[Hashable, str]]"
 
 
 @functools.cache
@@ -370,7 +370,7 @@ def _make_readable(data: bytes) -> bytes:
     return _with_escaped_nul(_BEFORE_UNREADABLE_DIGITS, data) if b"\\u" in data else data
 
 
-def _unknown_fields(readable: bytes, hidden: Hidden = frozenset()) -> dict[str, dict[str, msgspec.Raw]]:
+def _unknown_fields(readable: bytes, hidden: HiddenFields = frozenset()) -> dict[str, dict[str, msgspec.Raw]]:
     found: dict[str, dict[str, msgspec.Raw]] = {}
     _find_unknown(_OBJECT.decode(readable), Order, "$", found, hidden)
     return found
@@ -381,7 +381,7 @@ def _find_unknown(
     model: Hashable,
     path: str,
     found: dict[str, dict[str, msgspec.Raw]],
-    hidden: Hidden,
+    hidden: HiddenFields,
 ) -> None:
     """Add the unknown ones of these fields and of their parts to ``found``. Remove the known ones from ``fields``."""
     for name, (part, is_array) in _layout(model).items():
@@ -406,7 +406,7 @@ def _layout(model: Hashable) -> Mapping[str, tuple[Hashable, bool]]:
     return {name: (model_of(rule), isinstance(rule, VarTupleType)) for name, rule in rules.items()}
 
 
-def _unknown_text(readable: bytes, hidden: Hidden = frozenset()) -> bytes:
+def _unknown_text(readable: bytes, hidden: HiddenFields = frozenset()) -> bytes:
     """Return the unknown fields as lines of JSON, sorted and without other whitespace; empty if the order has none.
 
     A line is the path of an object, or the name and the value of one of its unknown fields.
@@ -434,12 +434,12 @@ def earlier_forms(data: bytes) -> Iterator[tuple[CanonicalOrder, bytes]]:
             continue
         with contextlib.suppress(RejectedError, msgspec.DecodeError):
             if unknown := _with_complete_stack(functools.partial(_unknown_text, hidden=hidden), _make_readable(data)):
-                yield _without(hidden, data), unknown
+                yield _without_fields(hidden, data), unknown
 
 
 def required_sha256(data: bytes) -> bytes:
     """Return the digest of the required fields of an order: releases that ignored unknown fields knew no others."""
-    return digest(_without(frozenset((model, name) for model, _ in _PARTS for name in defaults_of(model)), data))
+    return digest(_without_fields(frozenset((model, name) for model, _ in _PARTS for name in defaults_of(model)), data))
 
 
 def may_have_optional_fields(data: bytes) -> bool:
@@ -447,13 +447,13 @@ def may_have_optional_fields(data: bytes) -> bool:
     return any(name in data for name in _OPTIONAL_NAMES)
 
 
-def _without(hidden: Hidden, data: bytes) -> CanonicalOrder:
+def _without_fields(hidden: HiddenFields, data: bytes) -> CanonicalOrder:
     """Return the order in a JSON text without its unknown fields and without these ones."""
     known = _with_complete_stack(functools.partial(_known_fields, model=Order, hidden=hidden), _make_readable(data))
     return decode_canonical(msgspec.json.encode(known))[0]
 
 
-def _known_fields(readable: bytes | msgspec.Raw, model: Hashable, hidden: Hidden) -> dict[str, object]:
+def _known_fields(readable: bytes | msgspec.Raw, model: Hashable, hidden: HiddenFields) -> dict[str, object]:
     fields = _OBJECT.decode(readable)
     known: dict[str, object] = {}
     for name, (part, is_array) in _layout(model).items():

@@ -20,7 +20,7 @@ from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError
 from orderlib.ingestion.records import Headers, Record, record_time
 from orderlib.repository import RecordPosition
 from services.kafka_errors import (
-    CONNECTION,
+    CONNECTION_ERRORS,
     NO_TOPIC,
     SSL_ERROR,
     KafkaErrorAction,
@@ -76,9 +76,9 @@ CONSUMER_PROPERTIES: Mapping[str, Any] = {
 }
 
 #: For a client's ``logger``: its lines repeat the errors that the programs log, in another format.
-SILENT = logging.getLogger("librdkafka")
-SILENT.addHandler(logging.NullHandler())
-SILENT.propagate = False
+SILENT_LOGGER = logging.getLogger("librdkafka")
+SILENT_LOGGER.addHandler(logging.NullHandler())
+SILENT_LOGGER.propagate = False
 
 
 @attrs.frozen(kw_only=True)
@@ -110,11 +110,11 @@ class Cluster:
         self._setting_error_since_s = self._setting_error_at_s = 0.0
         properties: dict[str, Any] = {**ADMIN_DEFAULTS, **settings.client_properties(), "error_cb": self.on_error}
         with translate_kafka_errors():
-            self.admin = AdminClient(properties, logger=SILENT)
+            self.admin = AdminClient(properties, logger=SILENT_LOGGER)
 
     def on_error(self, error: KafkaError) -> None:
         """Remember the error of a connection. For ``error_cb`` of every client of this cluster."""
-        if error.code() not in CONNECTION:
+        if error.code() not in CONNECTION_ERRORS:
             return
         self._last_error = error
         if classify_kafka_error(error) is KafkaErrorAction.CONFIGURATION:
@@ -150,7 +150,7 @@ class Cluster:
                     check_protocol_at_s = waited_s + _CHECK_PROTOCOL_EVERY_S
                     self._check_protocol()
             except KafkaException as exc:
-                if exc.args[0].code() in CONNECTION:
+                if exc.args[0].code() in CONNECTION_ERRORS:
                     raise self._unanswered(timeout_s) from exc
                 raise translate_kafka_error(exc.args[0]) from exc
             else:

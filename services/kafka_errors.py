@@ -46,7 +46,7 @@ OFFSET_LOST = _code("_AUTO_OFFSET_RESET")
 SSL_ERROR = _code("_SSL")
 NO_TOPIC = frozenset({_code("UNKNOWN_TOPIC_OR_PART"), _code("_UNKNOWN_TOPIC")})
 #: Reported for a connection. They name the cause of an outage, or the setting that is wrong.
-CONNECTION = frozenset(
+CONNECTION_ERRORS = frozenset(
     {_code("_AUTHENTICATION"), _code("_SSL"), _code("_TRANSPORT"), _code("_RESOLVE"), _code("_TIMED_OUT")}
 )
 

@@ -18,7 +18,7 @@ import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
 from orderlib.entry_point import run, set_up_streams
-from services.settings import misspelt
+from services.settings import misspelt_settings
 
 log: FilteringBoundLogger = structlog.get_logger()
 
@@ -53,7 +53,7 @@ class _LineHandler(logging.StreamHandler[TextIO]):
 def set_up_program(environ: Mapping[str, str]) -> None:
     """Set up logs, and warn of misspelt settings. Call this once, when a program starts."""
     set_up_logging()
-    for variable, nearest in sorted(misspelt(environ).items()):
+    for variable, nearest in sorted(misspelt_settings(environ).items()):
         event("unknown_setting", logging.WARNING, variable=variable, nearest=nearest)
 
 

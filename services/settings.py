@@ -77,7 +77,7 @@ _KAFKA_SERVER = re.compile(
 _HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):(?P<port>\d{1,5})")
 
 
-def misspelt(environ: Mapping[str, str]) -> dict[str, str]:
+def misspelt_settings(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that are probably meant to be a setting, each with the nearest setting.
 
     ``ORDERS_KAFKA_X_Y`` may be any property of librdkafka, so only a name close to that of the servers is one of them.

@@ -39,11 +39,11 @@ MAX_BYTES = 16 * 1024 * 1024
 
 #: With a larger lag than a batch, the store waits for a full batch, but at most for this time: orders that are late
 #: anyway are stored faster in fewer transactions.
-FILL_S = 0.05
+LINGER_S = 0.05
 
 #: One turn of the loop classifies at least one record, and no more after this number of bytes. A record of 8 MiB takes
 #: up to a second, and the loop must check for signals between two of them.
-TURN_BYTES = 1024 * 1024
+CLASSIFY_BYTES = 1024 * 1024
 
 #: One fetch returns at most this number of records, and fewer if their expected size exceeds this number of bytes.
 FETCH_RECORDS = 200
@@ -213,7 +213,7 @@ class ConsumerCore:
         self._mean_bytes = FETCH_BYTES
         self._batch_opened_at_s: float | None = None
         #: The lag was larger than a batch when it was last reported.
-        self._behind = False
+        self._has_large_lag = False
         self._task: StoreTask | None = None
         self._task_since_s = 0.0
         #: The store task failed; its next attempt begins at this time.
@@ -265,7 +265,7 @@ class ConsumerCore:
         return self._task is not None and self._retry_at_s is None
 
     @property
-    def starved(self) -> bool:
+    def waits_only_for_records(self) -> bool:
         """Return whether the runner may wait for the next record.
 
         No store task is in progress, or due before that record or the next tick.
@@ -274,7 +274,7 @@ class ConsumerCore:
             self._task is None
             and not self._unresolved
             and not self._fetched
-            and (self._batch_opened_at_s is None or self._behind)
+            and (self._batch_opened_at_s is None or self._has_large_lag)
         )
 
     @property
@@ -300,7 +300,7 @@ class ConsumerCore:
         """
         for partition in partitions:
             self._unresolved.discard(partition)
-            self._forget(partition)
+            self._drop(partition)
             self._just_revoked.add(partition)
 
     def on_fetched(self, fetched: Iterable[Record | PartitionEof]) -> None:
@@ -320,7 +320,7 @@ class ConsumerCore:
             return
         fetched, fetched_offset, classified = self._fetched, self._fetched_offset, self._classified
         before, bytes_before = len(classified), self._bytes
-        max_bytes = min(self._bytes + TURN_BYTES, MAX_BYTES)
+        max_bytes = min(self._bytes + CLASSIFY_BYTES, MAX_BYTES)
         topic, number, partition = "", -1, TopicPartition("", -1)
         next_offset: int | None = None
         while fetched and len(classified) < MAX_RECORDS and self._bytes < max_bytes:
@@ -347,7 +347,7 @@ class ConsumerCore:
 
     def on_lag(self, records: int) -> None:
         """The lag of the assigned partitions was measured. It affects latency and throughput, never what is stored."""
-        self._behind = records > MAX_RECORDS
+        self._has_large_lag = records > MAX_RECORDS
 
     def on_fatal(self, error: OrderlibError) -> None:
         """Stop because of an error that a retry cannot correct."""
@@ -389,7 +389,7 @@ class ConsumerCore:
         self._finish()
         if self._is_recreated(topic_ids):
             return
-        self._follow(next_offsets)
+        self._continue_at_stored(next_offsets)
         if self._until is not None and all(
             next_offsets.get(partition, 0) >= end for partition, end in self._until.items()
         ):
@@ -403,7 +403,7 @@ class ConsumerCore:
         committed = {p: offset_range.next_offset for p, offset_range in ranges.items() if p in self._fetched_offset}
         if committed:
             self._commands.append(CommitKafkaOffsets(committed))
-        self._follow(next_offsets)
+        self._continue_at_stored(next_offsets)
 
     def on_failed(self, error: OrderlibError, now_s: float) -> None:
         """The store task in progress failed, and changed nothing in the store.
@@ -463,7 +463,7 @@ class ConsumerCore:
     def _is_due(self, now_s: float) -> bool:
         """Return whether to commit the open batch although it is not full."""
         opened_at_s = self._batch_opened_at_s
-        return opened_at_s is not None and (not self._behind or now_s - opened_at_s >= FILL_S)
+        return opened_at_s is not None and (not self._has_large_lag or now_s - opened_at_s >= LINGER_S)
 
     def _close_batch(self) -> Batch:
         ranges = {
@@ -512,7 +512,7 @@ class ConsumerCore:
         self._error = self._error or error
         self.on_stop()
 
-    def _forget(self, partition: TopicPartition) -> None:
+    def _drop(self, partition: TopicPartition) -> None:
         self._fetched_offset.pop(partition, None)
         self._submitted_offset.pop(partition, None)
         # Records fetched before a seek must not enter a batch after it.
@@ -539,7 +539,7 @@ class ConsumerCore:
         else:
             self._finish()
 
-    def _follow(self, next_offsets: Mapping[TopicPartition, int]) -> None:
+    def _continue_at_stored(self, next_offsets: Mapping[TopicPartition, int]) -> None:
         """Continue at the stored offsets. With no batch in progress, they are those of the last batch of this consumer.
 
         A server that is promoted without the last transactions has earlier ones. A partition without new records would
@@ -556,7 +556,7 @@ class ConsumerCore:
             self._commands.append(CommitKafkaOffsets(moved))
 
     def _continue_at(self, partition: TopicPartition, stored_offset: int) -> None:
-        self._forget(partition)
+        self._drop(partition)
         self._fetched_offset[partition] = self._submitted_offset[partition] = stored_offset
         self._commands.append(Seek(partition, stored_offset))
 

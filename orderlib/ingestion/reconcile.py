@@ -257,24 +257,24 @@ class Reconciliation:
             topic_id, partition = offset.topic_id, offset.partition
             if offset.group != group:
                 what = f"its offset belongs to consumer group {offset.group!r}, but the database to {group!r}"
-                self._find(what, partition=partition)
+                self._add_finding(what, partition=partition)
             if topic_id != topic.topic_id:
                 what = "offsets of another topic or of an earlier topic id"
-                self._cannot_prove(what, order_uid=f"{offset.topic} ({topic_id})", partition=partition)
+                self._add_not_proved(what, order_uid=f"{offset.topic} ({topic_id})", partition=partition)
                 continue
             if offset.topic != topic.topic:
-                self._find(f"its offset names topic {offset.topic!r}", partition=partition)
+                self._add_finding(f"its offset names topic {offset.topic!r}", partition=partition)
             if partition not in topic.ends:
-                self._find("it has a stored offset, but Kafka does not have this partition", partition=partition)
+                self._add_finding("it has a stored offset, but Kafka does not have this partition", partition=partition)
             elif offset.next_offset > topic.ends[partition]:
                 what = f"next_offset {offset.next_offset:,} is after the log end {topic.ends[partition]:,}"
-                self._find(what, partition=partition)
+                self._add_finding(what, partition=partition)
             elif offset.next_offset < topic.earliest[partition]:
                 what = f"records {offset.next_offset:,} to {topic.earliest[partition] - 1:,} were never handled, and "
-                self._find(what + "Kafka no longer has them", partition=partition)
+                self._add_finding(what + "Kafka no longer has them", partition=partition)
         for partition, end in sorted(topic.ends.items()):
             if partition not in self.next_offsets and topic.earliest[partition] < end:
-                self._find("it has records, but no stored offset", partition=partition)
+                self._add_finding("it has records, but no stored offset", partition=partition)
 
     def _why_impossible(self, position: RecordPosition, done: str = "stored") -> str | None:
         """Return why nothing can be stored or erased from this position, or ``None`` if that is possible."""
@@ -294,16 +294,16 @@ class Reconciliation:
     def _add_reject(self, reject: SnapshotReject) -> None:
         position = RecordPosition(topic_id=reject.topic_id, partition=reject.partition, offset=reject.offset)
         if not reject.times_in_order:
-            self._find("the reject was redriven before it was rejected", position)
+            self._add_finding("the reject was redriven before it was rejected", position)
         if reject.key_sha256 in self._forgotten:
-            self._find("its key is a forgotten order: forget it again", position)
+            self._add_finding("its key is a forgotten order: forget it again", position)
         if problem := self._why_impossible(position):
-            self._find(f"the reject was {problem}", position)
+            self._add_finding(f"the reject was {problem}", position)
         elif self._was_read(position):
             self._rejects[position.partition, position.offset] = reject
         else:
             self.counts["rejects of records that were not read"] += 1
-            self._cannot_prove("rejects of records that were not read", position)
+            self._add_not_proved("rejects of records that were not read", position)
 
     def on_record(self, record: Record, classified: Classified) -> None:
         """Add a record below the stored offset, and its classification by the rules of this release.
@@ -328,7 +328,7 @@ class Reconciliation:
             self._add_version(*earlier, position.partition)
         elif isinstance(classified, Reject):
             what = f"invalid ({classified.code}), but not stored as a reject: it was purged or lost"
-            self._find(what, position)
+            self._add_finding(what, position)
         else:
             self._add_version(classified.order_uid, _version(record, classified), position.partition)
 
@@ -353,7 +353,7 @@ class Reconciliation:
             "headers": reject.headers_sha256 == _sha256(None if headers is None else headers.encode()),
         }
         if different := [name for name, is_same in same.items() if not is_same]:
-            self._find(f"the reject differs from Kafka's record in {', '.join(different)}", record.position)
+            self._add_finding(f"the reject differs from Kafka's record in {', '.join(different)}", record.position)
 
     def _compare_classification(self, record: Record, classified: Classified, reject: SnapshotReject) -> None:
         outcome, position, tombstone = reject.redrive_outcome, record.position, tombstone_of(record)
@@ -363,33 +363,35 @@ class Reconciliation:
         if expected is None:
             # The rules of an earlier release refused it, so only the form of its faults can be checked.
             if reject.code not in REJECT_CODES:
-                self._find("the reject has an unknown code", position)
-            self._cannot_prove("rejects that only the rules of an earlier release reject", position)
+                self._add_finding("the reject has an unknown code", position)
+            self._add_not_proved("rejects that only the rules of an earlier release reject", position)
             if not _is_plausible(reject):
-                self._find("the faults of the reject are malformed", position)
+                self._add_finding("the faults of the reject are malformed", position)
         elif reject.code == TooLarge.code != expected.code and _may_have_been_too_large(record, reject):
-            self._cannot_prove(
+            self._add_not_proved(
                 "rejects that were too large for an earlier limit, and are invalid for another reason now", position
             )
         elif reject.code != expected.code:
-            self._find(f"stored as {reject.code}, but {expected.code} by the rules of this release", position)
+            self._add_finding(f"stored as {reject.code}, but {expected.code} by the rules of this release", position)
         elif (reject.faults_total, reject.fault_paths) != (expected.total_faults, [f.path for f in expected.faults]):
-            self._find("the faults of the reject differ from those that this release finds", position)
+            self._add_finding("the faults of the reject differ from those that this release finds", position)
         is_redriven = outcome not in {None, Outcome.REJECTED}
         if outcome not in {None, *Outcome}:
-            self._find("the reject has an unknown redrive_outcome", position)
+            self._add_finding("the reject has an unknown redrive_outcome", position)
         if outcome == Outcome.FORGOTTEN and not self._is_forgotten(record, classified):
-            self._find("redriven as forgotten, but its order is not forgotten", position)
+            self._add_finding("redriven as forgotten, but its order is not forgotten", position)
         change = classified if tombstone is None else tombstone
         if isinstance(change, Reject):
             if is_redriven:
-                self._find(f"redriven as {outcome}, but invalid ({change.code}) by the rules of this release", position)
+                self._add_finding(
+                    f"redriven as {outcome}, but invalid ({change.code}) by the rules of this release", position
+                )
             return
         if self._is_forgotten(record, classified):
             self.counts["forgotten"] += 1
             return
         if outcome == (Outcome.STORED if tombstone else Outcome.ERASED):
-            self._find(f"redriven as {outcome}, but it is {'' if tombstone else 'not '}a tombstone", position)
+            self._add_finding(f"redriven as {outcome}, but it is {'' if tombstone else 'not '}a tombstone", position)
         version = _version(record, change, outcome, reject.redriven_at)
         if outcome in {Outcome.STORED, Outcome.DUPLICATE, Outcome.ERASED}:
             self._check_redrive(change, position, version)
@@ -399,9 +401,11 @@ class Reconciliation:
         if is_redriven or tombstone:
             return
         if reject.code == RefusedByDatabase.code:
-            self._cannot_prove("rejects that PostgreSQL refused: only a redrive can try them again", position)
+            self._add_not_proved("rejects that PostgreSQL refused: only a redrive can try them again", position)
         else:
-            self._find("stored as a reject, but a valid order by the rules of this release: redrive it", position)
+            self._add_finding(
+                "stored as a reject, but a valid order by the rules of this release: redrive it", position
+            )
 
     def _check_redrive(self, change: OrderChange, position: RecordPosition, version: _Version) -> None:
         """Compare the outcome of a redrive with the previous valid record, the only one that it can replace."""
@@ -410,10 +414,12 @@ class Reconciliation:
         # Earlier releases ignored unknown fields.
         may_be_same = before is not None and before.required_sha256 == version.required_sha256
         if version.redriven != Outcome.DUPLICATE and is_same:
-            self._find(f"redriven as {version.redriven}, but it was so already", position, change.order_uid)
+            self._add_finding(f"redriven as {version.redriven}, but it was so already", position, change.order_uid)
         is_complete = not self._topic.is_compacted and self._first[position.partition] == 0
         if version.redriven == Outcome.DUPLICATE and not may_be_same and (before is not None or is_complete):
-            self._find("redriven as duplicate, but its content was not stored before", position, change.order_uid)
+            self._add_finding(
+                "redriven as duplicate, but its content was not stored before", position, change.order_uid
+            )
 
     def _add_version(self, order_uid: str, version: _Version, partition: int) -> None:
         self._versions.setdefault(order_uid, {})[partition] = version
@@ -451,22 +457,22 @@ class Reconciliation:
         if reject is not None and (expected is None or expected.offset < reject.offset):
             expected = reject
         if _sha256(uid.encode()) in self._forgotten:
-            self._find("erased, but forgotten: forget it again", position, uid)
+            self._add_finding("erased, but forgotten: forget it again", position, uid)
         elif problem := self._why_impossible(position, "erased"):
-            self._find(problem, position, uid)
+            self._add_finding(problem, position, uid)
         elif position.topic_id != self._topic.topic_id:
-            self._cannot_prove("erased by tombstones of another topic, or of an earlier topic id", position, uid)
+            self._add_not_proved("erased by tombstones of another topic, or of an earlier topic id", position, uid)
         elif expected is not None and position.offset < expected.offset:
             what = f"erased, but its later record [{position.partition}]@{expected.offset} was not handled"
-            self._find(what, position, uid)
+            self._add_finding(what, position, uid)
         elif not self._was_read(position):
-            self._cannot_prove("erased by tombstones that were not read", position, uid)
+            self._add_not_proved("erased by tombstones that were not read", position, uid)
         elif expected is None or expected.offset != position.offset or expected.content_sha256 != _NO_CONTENT:
             what = "erased, but Kafka has no tombstone of it at this position"
             if self._topic.is_compacted:
-                self._cannot_prove(f"{what}: the topic is compacted", position, uid)
+                self._add_not_proved(f"{what}: the topic is compacted", position, uid)
             else:
-                self._find(what, position, uid)
+                self._add_finding(what, position, uid)
 
     def on_order(self, stored: SnapshotOrder) -> None:
         """Add a stored order, after all records."""
@@ -476,31 +482,31 @@ class Reconciliation:
         position_columns = stored.topic_id, stored.partition, stored.offset, stored.source_time
         position = _position(stored)
         if self._forgotten and _sha256(uid.encode()) in self._forgotten:
-            self._find("stored, but forgotten: forget it again", position, uid)
+            self._add_finding("stored, but forgotten: forget it again", position, uid)
             return
         erased = self._erased.get(uid)
         if erased and position and (erased.topic_id, erased.partition) == (position.topic_id, position.partition):
-            self._find(f"stored, but erased at offset {erased.offset} of its partition", position, uid)
+            self._add_finding(f"stored, but erased at offset {erased.offset} of its partition", position, uid)
         if stored.order is None:
-            self._find(
+            self._add_finding(
                 "a part of the order is missing or unreadable, or the line numbers of its items have a gap",
                 position,
                 uid,
             )
         elif not _matches_digest(stored, content_sha256(stored.order)):
-            self._find("its content does not match content_sha256, or its original is missing", position, uid)
+            self._add_finding("its content does not match content_sha256, or its original is missing", position, uid)
         self._check_original(stored, position)
         if not stored.times_in_order:
-            self._find(
+            self._add_finding(
                 "its first_stored_at is later than its stored_at, or one of them is not a possible time", position, uid
             )
         if position_columns == (None,) * 4:
             self.counts["saved from Python"] += 1
             self._check_saved(stored, versions)
         elif position is None or stored.source_time is None:
-            self._find("its position is incomplete", position, uid)
+            self._add_finding("its position is incomplete", position, uid)
         elif problem := self._why_impossible(position):
-            self._find(problem, position, uid)
+            self._add_finding(problem, position, uid)
         else:
             self._check_position(stored, position, versions, not_redriven)
         self._check_redriven_at(stored, versions)
@@ -508,7 +514,7 @@ class Reconciliation:
     def _check_original(self, stored: SnapshotOrder, position: RecordPosition | None) -> None:
         original, uid = stored.original, stored.order_uid
         if stored.has_original != (original is not None):
-            self._find("has_original does not say whether it has an original", position, uid)
+            self._add_finding("has_original does not say whether it has an original", position, uid)
         if original is None:
             return
         self.counts["originals"] += 1
@@ -516,14 +522,14 @@ class Reconciliation:
             what = "originals with fields that an earlier release did not know: run `admin backfill`"
             if original.content_sha256 is None:
                 what = "originals that only the rules of an earlier release accept"
-            self._cannot_prove(what, position, uid)
+            self._add_not_proved(what, position, uid)
         if original.value_sha256 not in self._originals:
             return
         # Of records with the same content, the original is that of the first one.
         if position is None or self._topic.is_compacted or any(self._first.values()):
-            self._cannot_prove("originals of records that were not read", position, uid)
+            self._add_not_proved("originals of records that were not read", position, uid)
         else:
-            self._find("its original is not the value of a record", position, uid)
+            self._add_finding("its original is not the value of a record", position, uid)
 
     def _check_saved(self, stored: SnapshotOrder, versions: Mapping[int, _Version]) -> None:
         """Report an order without a position. Its content cannot be compared with anything."""
@@ -531,7 +537,7 @@ class Reconciliation:
         if versions:
             is_same = any(version.content_sha256 == stored.content_sha256 for version in versions.values())
             what += f" after Kafka's record of it, with {'the same' if is_same else 'other'} content"
-        self._cannot_prove(what, None, stored.order_uid)
+        self._add_not_proved(what, None, stored.order_uid)
 
     def _check_position(
         self,
@@ -547,37 +553,39 @@ class Reconciliation:
         if reject is not None and (expected is None or expected.offset < reject.offset):
             expected = reject
             if _was_stored_by(stored, reject):
-                self._find("redriven as superseded, but that redrive stored its order", position, uid)
+                self._add_finding("redriven as superseded, but that redrive stored its order", position, uid)
         if position.topic_id != self._topic.topic_id:
             known = self._offsets[position.topic_id, partition]
             if known.topic == self._topic.topic and versions:
-                self._find("stored from an earlier topic id, but the current topic has records of it", position, uid)
+                self._add_finding(
+                    "stored from an earlier topic id, but the current topic has records of it", position, uid
+                )
             else:
-                self._cannot_prove("stored from another topic, or from an earlier topic id", position, uid)
+                self._add_not_proved("stored from another topic, or from an earlier topic id", position, uid)
         elif expected is not None and position.offset < expected.offset:
             is_tombstone = expected.content_sha256 == _NO_CONTENT
             what = "tombstone [{}]@{} did not erase it" if is_tombstone else "record [{}]@{} was not stored"
-            self._find("its later " + what.format(partition, expected.offset), position, uid)
+            self._add_finding("its later " + what.format(partition, expected.offset), position, uid)
         elif not self._was_read(position):
             self.counts["from records that were not read"] += 1
-            self._cannot_prove("stored from records that were not read", position, uid)
+            self._add_not_proved("stored from records that were not read", position, uid)
         elif expected is None or expected.offset != position.offset:
             what = "Kafka has no record of it at its position"
             if self._topic.is_compacted:
-                self._cannot_prove(f"{what}: the topic is compacted", position, uid)
+                self._add_not_proved(f"{what}: the topic is compacted", position, uid)
             else:
-                self._find(what, position, uid)
+                self._add_finding(what, position, uid)
         elif (
             stored.original is None
             and expected.content_sha256 != stored.content_sha256 == expected.required_sha256
             and _is_same_time(stored.source_time, expected.time)
         ):
             what = "stored by an earlier release without the unknown fields of its record: a rewind stores them"
-            self._cannot_prove(what, position, uid)
+            self._add_not_proved(what, position, uid)
         elif expected.content_sha256 != _current_sha256(stored):
-            self._find("differs from the record at its position", position, uid)
+            self._add_finding("differs from the record at its position", position, uid)
         elif not _is_same_time(stored.source_time, expected.time):
-            self._find("its source_time is not the time of its record", position, uid)
+            self._add_finding("its source_time is not the time of its record", position, uid)
         for (other, offset), version in not_redriven.items():
             if (
                 version.redriven == Outcome.SUPERSEDED
@@ -586,7 +594,7 @@ class Reconciliation:
                 and offset > position.offset
             ):
                 what = "redriven as superseded, but the stored order is older"
-                self._find(what, attrs.evolve(position, offset=offset), uid)
+                self._add_finding(what, attrs.evolve(position, offset=offset), uid)
 
     def _check_redriven_at(self, stored: SnapshotOrder, versions: Mapping[int, _Version]) -> None:
         for partition, version in versions.items():
@@ -594,13 +602,13 @@ class Reconciliation:
                 continue
             if stored.stored_at < version.redriven_at - _MAX_REDRIVE_TIME:
                 position = RecordPosition(topic_id=self._topic.topic_id, partition=partition, offset=version.offset)
-                self._find(
+                self._add_finding(
                     "redriven as stored, but its order was stored before the redrive", position, stored.order_uid
                 )
 
     def on_orphan(self, table: str, order_uid: str) -> None:
         """Add a row of another table whose order is not stored."""
-        self._find(f"{table} has a row of this order, but the order is not stored", order_uid=order_uid)
+        self._add_finding(f"{table} has a row of this order, but the order is not stored", order_uid=order_uid)
 
     # Results
 
@@ -649,7 +657,7 @@ class Reconciliation:
             if unread := min(first, self.next_offsets.get(partition, 0)):
                 yield partition, 0, unread
 
-    def _find(
+    def _add_finding(
         self,
         what: str,
         position: RecordPosition | None = None,
@@ -657,11 +665,11 @@ class Reconciliation:
         partition: int | None = None,
     ) -> None:
         if len(self._findings) < MAX_FINDINGS:
-            self._findings.append(self._finding(what, position, order_uid, partition))
+            self._findings.append(self._make_finding(what, position, order_uid, partition))
         else:
             self.unlisted += 1
 
-    def _cannot_prove(
+    def _add_not_proved(
         self,
         what: str,
         position: RecordPosition | None = None,
@@ -671,9 +679,9 @@ class Reconciliation:
         self._not_proved[what] += 1
         examples = self._examples.setdefault(what, [])
         if len(examples) < MAX_EXAMPLES:
-            examples.append(self._finding(what, position, order_uid, partition))
+            examples.append(self._make_finding(what, position, order_uid, partition))
 
-    def _finding(
+    def _make_finding(
         self, what: str, position: RecordPosition | None, order_uid: str | None, partition: int | None
     ) -> Finding:
         if position is None:

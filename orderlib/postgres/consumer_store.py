@@ -146,7 +146,7 @@ class ConsumerStore:
                     connection.wait(wire.pipeline((queries.ROLLBACK, ())))
                 if isinstance(exc, psycopg.errors.LockNotAvailable):
                     # Only after the rollback, because a failed transaction accepts no query.
-                    raise self._end_blockers(connection, self._keys(batch.topic_ids, batch.ranges)) from exc
+                    raise self._terminate_blockers(connection, self._keys(batch.topic_ids, batch.ranges)) from exc
                 if self._has_committed and PREPARED_IS_STALE.intersection(sqlstates(exc)):
                     # A session that has not committed a batch has no older statements, so a retry would not help it.
                     self.close()
@@ -265,11 +265,11 @@ class ConsumerStore:
                 self._require_own_group(connection)
             raise FenceLost(lost, stored)
 
-    def _end_blockers(
+    def _terminate_blockers(
         self, connection: Connection, keys: Mapping[str, object]
     ) -> TransactionConflict | DatabaseUnavailable:
         """Terminate the blocking backends of this role and program. Return the error that the batch raises."""
-        terminated = connection.execute(queries.END_BLOCKERS, keys).fetchall()
+        terminated = connection.execute(queries.TERMINATE_BLOCKERS, keys).fetchall()
         if terminated:
             return TransactionConflict(f"terminated {len(terminated)} backend(s) of a frozen consumer that held a lock")
         return DatabaseUnavailable("PostgreSQL: another session holds a lock that the batch needs")
@@ -313,7 +313,7 @@ def _without_forgotten(connection: Connection, rejects: list[Reject]) -> list[Re
     digests = {id(reject): hashlib.sha256(reject.record.key).digest() for reject in rejects if reject.record.key}
     if not digests:
         return rejects
-    connection.execute(queries.HOLD_OFF_FORGET)
+    connection.execute(queries.FORGET_LOCK_SHARED)
     rows = connection.execute(queries.FORGOTTEN_DIGESTS, {"digests": list(digests.values())})
     forgotten = {digest for (digest,) in rows}
     return [reject for reject in rejects if digests.get(id(reject)) not in forgotten]

@@ -131,7 +131,7 @@ def forgotten(connection: Connection) -> list[bytes]:
 
 def _forget(connection: Connection, find: Callable[[], Iterable[str]], digests: Collection[bytes] = ()) -> Forgotten:
     with as_owner(connection):
-        connection.execute(queries.HOLD_OFF_WRITES)
+        connection.execute(queries.FORGET_LOCK_EXCLUSIVE)
         order_uids = list(find())
         all_digests = list({*digests, *(hashlib.sha256(uid.encode()).digest() for uid in order_uids)})
         new = connection.execute(queries.FORGET_DIGESTS, {"digests": all_digests}).rowcount

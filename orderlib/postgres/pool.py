@@ -37,7 +37,7 @@ from orderlib.postgres.wire import PREPARED_IS_STALE, DeadlineExceeded, Wire, ru
 T = TypeVar("T")
 
 #: Threads of one pool that connect at the same time.
-_MAX_OPENERS = 2
+_MAX_CONNECTING_THREADS = 2
 #: PostgreSQL itself ends a statement after this part of ``timeout_s``, so that no statement outlives its caller.
 _STATEMENT_SHARE = 0.9
 #: About eleven days: PostgreSQL counts the milliseconds of a timeout in 32 bits.
@@ -173,7 +173,7 @@ class Pool:
         #: it.
         self._sessions: WeakSet[Session] = WeakSet()
         #: One key for each thread that connects.
-        self._openers: set[object] = set()
+        self._connecting_threads: set[object] = set()
 
     def take(self) -> Session | None:
         """Return an idle session, or ``None`` if the call must wait for one. Raise ConfigurationError if closed."""
@@ -275,28 +275,28 @@ class Pool:
     def _connect_more(self) -> None:
         """Start a thread that connects, if calls wait and the pool is not full. The caller holds the lock."""
         if (
-            len(self._openers) < min(_MAX_OPENERS, len(self._waiters))
-            and len(self._sessions) + len(self._openers) < self._max_connections
+            len(self._connecting_threads) < min(_MAX_CONNECTING_THREADS, len(self._waiters))
+            and len(self._sessions) + len(self._connecting_threads) < self._max_connections
         ):
-            opener = object()
+            thread = object()
             try:
-                self._openers.add(opener)
+                self._connecting_threads.add(thread)
                 # Not Thread.start: it waits for the thread, and an interrupt there can raise RuntimeError instead.
-                _thread.start_new_thread(self._open, (opener,))
+                _thread.start_new_thread(self._connect_in_thread, (thread,))
             except BaseException:
-                self._openers.discard(opener)
+                self._connecting_threads.discard(thread)
                 raise
 
-    def _open(self, opener: object) -> None:
+    def _connect_in_thread(self, thread: object) -> None:
         """Connect while calls wait and the pool is not full."""
         try:
-            while self._open_one(opener):
+            while self._connect_once(thread):
                 pass
         finally:
-            self._openers.discard(opener)
+            self._connecting_threads.discard(thread)
 
-    def _open_one(self, opener: object) -> bool:
-        """Connect once. Return whether to connect again; if not, the opener is no longer counted."""
+    def _connect_once(self, thread: object) -> bool:
+        """Connect once. Return whether to connect again; if not, the thread is no longer counted."""
         with self._lock:
             waiting_before = set(self._waiters)
         session, failure = self._open_session()
@@ -310,11 +310,11 @@ class Pool:
                 # If there are other sessions, one may still be given back. A call that began to wait during this
                 # attempt gets its own attempt: the server may have become available meanwhile.
                 self._fail_waiters(failure, waiting_before)
-            again = len(self._sessions) + len(self._openers) <= self._max_connections and (
+            again = len(self._sessions) + len(self._connecting_threads) <= self._max_connections and (
                 bool(self._waiters) if failure is None else not waiting_before.issuperset(self._waiters)
             )
             if not again:
-                self._openers.discard(opener)
+                self._connecting_threads.discard(thread)
         if session is not None and not is_wanted:
             session.close()
         return again

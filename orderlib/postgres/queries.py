@@ -322,8 +322,8 @@ HAVING sum(size) > pg_size_bytes(current_setting('shared_buffers'))
 
 #: A write and `forget` exclude each other until the end of the transaction; writes do not exclude each other. A lock of
 #: the table would also wait for readers, such as a long `reconcile`.
-HOLD_OFF_FORGET: LiteralString = "SELECT FROM pg_advisory_xact_lock_shared(7305804402566722661)"
-HOLD_OFF_WRITES: LiteralString = "SELECT FROM pg_advisory_xact_lock(7305804402566722661)"
+FORGET_LOCK_SHARED: LiteralString = "SELECT FROM pg_advisory_xact_lock_shared(7305804402566722661)"
+FORGET_LOCK_EXCLUSIVE: LiteralString = "SELECT FROM pg_advisory_xact_lock(7305804402566722661)"
 
 #: The digests of those of these orders that were forgotten. While none was, no digest is computed. By an array, because
 #: a join would read all digests.
@@ -661,7 +661,7 @@ LIMIT_LOCK_WAIT: LiteralString = f"SET LOCAL lock_timeout = '{_LOCK_WAIT}'"
 #: offsets (a row's xmax is the locking transaction), and frozen ones, which have sent nothing for that long in a
 #: transaction and may have locked an order. The blockers are materialized first, because the planner could call
 #: pg_terminate_backend before the other conditions, for every session.
-END_BLOCKERS: LiteralString = f"""
+TERMINATE_BLOCKERS: LiteralString = f"""
 WITH candidates AS MATERIALIZED (
     SELECT pid, backend_xid, wait_event_type = 'Client' AND state_change < now() - interval '{_LOCK_WAIT}' AS is_frozen
     FROM pg_stat_activity

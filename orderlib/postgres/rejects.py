@@ -117,7 +117,7 @@ def _redrive_batch(
         "limit": _REDRIVE_RECORDS,
     }
     # Before any row is locked, because `forget` locks in this sequence.
-    connection.execute(queries.HOLD_OFF_FORGET)
+    connection.execute(queries.FORGET_LOCK_SHARED)
     rows = within_bytes(connection.execute(queries.REJECTS_TO_REDRIVE, which).fetchall(), _REDRIVE_BYTES)
     connection.execute(queries.LOCK_OFFSETS, {"topic_ids": sorted({row[0] for row in rows})})
     # This time is after every batch that this redrive sees, and before every order that it stores. From it, reconcile

@@ -95,7 +95,7 @@ class _CoalescedRead(Generic[T]):
         waiter: _Waiter[T] = _Waiter(order_uid, call, loop.create_future())
         self._waiters.append(waiter)
         if self._timer is None:
-            self._timer = loop.call_later(_MAX_WAIT_S, self._leave_all)
+            self._timer = loop.call_later(_MAX_WAIT_S, self._send_all)
         found = await waiter.found
         if (value := found.get(order_uid)) is not None:
             return value
@@ -109,13 +109,13 @@ class _CoalescedRead(Generic[T]):
     def _end_read(self) -> None:
         self._in_flight -= 1
         if not self._in_flight:
-            self._leave()
+            self._send()
 
-    def _leave_all(self) -> None:
+    def _send_all(self) -> None:
         while self._waiters:
-            self._leave()
+            self._send()
 
-    def _leave(self) -> None:
+    def _send(self) -> None:
         """Read the orders of the calls that have waited longest."""
         group, self._waiters = self._waiters[:_MAX_ORDERS], self._waiters[_MAX_ORDERS:]
         if not self._waiters and self._timer is not None:
@@ -131,9 +131,9 @@ class _CoalescedRead(Generic[T]):
         read = self._read(lambda read_queries: self._many(read_queries, order_uids), group[0].call)
         task = asyncio.get_running_loop().create_task(read)
         self._tasks.add(task)
-        task.add_done_callback(functools.partial(self._arrive, group))
+        task.add_done_callback(functools.partial(self._on_result, group))
 
-    def _arrive(self, group: Sequence[_Waiter[T]], task: asyncio.Task[dict[str, T | None]]) -> None:
+    def _on_result(self, group: Sequence[_Waiter[T]], task: asyncio.Task[dict[str, T | None]]) -> None:
         """Pass the result of a read to its calls. The next group is sent first, so that PostgreSQL works meanwhile."""
         self._tasks.discard(task)
         self._end_read()

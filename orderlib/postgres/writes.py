@@ -160,7 +160,7 @@ def _store(
         (queries.SEQSCAN, ()),
         (queries.DISABLE_SEQSCAN, ()),
         # Take the lock in its own statement, so that the snapshot of the next one includes every committed forget.
-        (queries.HOLD_OFF_FORGET, ()),
+        (queries.FORGET_LOCK_SHARED, ()),
         (queries.FORGOTTEN_ORDERS, [uids]),
         (queries.STORED_STATES, [uids]),
         (queries.ERASED_STATES, [uids]),

@@ -10,7 +10,7 @@ from confluent_kafka.admin import ConfigResource, OffsetSpec, ResourceType
 
 from orderlib.errors import ConfigurationError
 from orderlib.ingestion.records import Record
-from services.kafka import CONSUMER_DEFAULTS, CONSUMER_PROPERTIES, REQUEST_TIMEOUT_S, SILENT, Cluster, record_of
+from services.kafka import CONSUMER_DEFAULTS, CONSUMER_PROPERTIES, REQUEST_TIMEOUT_S, SILENT_LOGGER, Cluster, record_of
 from services.kafka_errors import (
     NO_GROUP_ACL,
     NO_TOPIC_ACL,
@@ -99,7 +99,7 @@ class TopicReader:
                 "fetch.wait.max.ms": 10,
                 "error_cb": self.cluster.on_error,
             },
-            logger=SILENT,
+            logger=SILENT_LOGGER,
         )
         try:
             consumer.assign([TopicPartition(self.topic, partition, first[partition]) for partition in open_until])

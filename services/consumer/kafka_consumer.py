@@ -21,7 +21,7 @@ from services.kafka import (
     CONSUMER_DEFAULTS,
     CONSUMER_PROPERTIES,
     REQUEST_TIMEOUT_S,
-    SILENT,
+    SILENT_LOGGER,
     Cluster,
     TopicInfo,
     not_none,
@@ -81,7 +81,7 @@ class KafkaConsumer(KafkaClient):
                     "on_commit": _on_committed,
                     "error_cb": self._on_error,
                 },
-                logger=SILENT,
+                logger=SILENT_LOGGER,
             )
 
     @property

@@ -332,7 +332,7 @@ class ConsumerRunner:
             # that failed. To continue would skip them; a restart continues at the stored offsets.
             self._core.on_fatal(exc)
         except Exception as exc:  # noqa: BLE001  a bug: the state is unknown
-            return self._give_up(exc)
+            return self._on_unexpected_error(exc)
         if self._core.stopped:
             return self._end()
         if self._stop_by_s is not None and self._clock() >= self._stop_by_s:
@@ -353,7 +353,7 @@ class ConsumerRunner:
             return EXIT_DONE
         return EXIT_CONFIGURATION if self._configuration_failed else EXIT_FAILED
 
-    def _give_up(self, exc: Exception) -> int:
+    def _on_unexpected_error(self, exc: Exception) -> int:
         """Log where the error happened. Its message is left out, because it may contain data of a record."""
         frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(exc.__traceback__)]
         self._log("unexpected_error", logging.ERROR, error=type(exc).__name__, frames=frames)
@@ -435,7 +435,7 @@ class ConsumerRunner:
         topic_ids = self._core.topic_ids
         if self._core.wants_records:
             limit = self._core.fetch_limit
-            fetched = self._kafka.fetch(topic_ids, limit, _POLL_S if self._core.starved else 0)
+            fetched = self._kafka.fetch(topic_ids, limit, _POLL_S if self._core.waits_only_for_records else 0)
             self._more_ready = len(fetched) >= limit
         elif self._core.in_outage:
             fetched = self._kafka.poll(topic_ids, _POLL_PAUSED_S)
@@ -454,7 +454,7 @@ class ConsumerRunner:
         assigned = self._core.assigned
         self._lag_monitor.update(assigned, self._worker.stored_offsets, in_outage=in_outage)
         self._core.on_lag(self._lag_monitor.lag(assigned))
-        self._summary.update(self._worker.outcomes, self._remaining, idle=self._core.starved)
+        self._summary.update(self._worker.outcomes, self._remaining, idle=self._core.waits_only_for_records)
 
     def _remaining(self) -> int | None:
         return self._lag_monitor.remaining(self._core.assigned)

@@ -11,7 +11,7 @@ import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from orderlib.models import Order
-from services.kafka import SILENT, Cluster, not_none
+from services.kafka import SILENT_LOGGER, Cluster, not_none
 from services.kafka_errors import translate_kafka_errors
 from services.program import event
 from services.sender.manifest import Manifest
@@ -84,7 +84,7 @@ class Publisher:
                     "partitioner": "murmur2_random",
                     "error_cb": self._cluster.on_error,
                 },
-                logger=SILENT,
+                logger=SILENT_LOGGER,
             )
 
     @property

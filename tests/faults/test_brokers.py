@@ -14,7 +14,7 @@ from confluent_kafka.admin import AdminClient, PartitionMetadata
 
 from sandbox import Sandbox, running_sandbox
 from sandbox.kafka import KafkaServer
-from services.kafka import SILENT, Cluster
+from services.kafka import SILENT_LOGGER, Cluster
 from services.settings import KafkaSettings
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
 from tests.support.consumer_process import consuming
@@ -79,7 +79,7 @@ class Topic:
     def __init__(self, sandbox: Sandbox, name: str) -> None:
         self.name = name
         self.brokers = {node.node_id: node for node in sandbox.brokers}
-        self._admin = AdminClient({"bootstrap.servers": sandbox.kafka.bootstrap_servers}, logger=SILENT)
+        self._admin = AdminClient({"bootstrap.servers": sandbox.kafka.bootstrap_servers}, logger=SILENT_LOGGER)
 
     def _partitions(self) -> Mapping[int, PartitionMetadata]:
         """Return what a broker knows of the partitions; nothing if none answers."""

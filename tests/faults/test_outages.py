@@ -15,7 +15,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from sandbox import Sandbox
 from sandbox.kafka import KafkaServer
-from services.kafka import SILENT
+from services.kafka import SILENT_LOGGER
 from tests.support import ROOT
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
 from tests.support.consumer_process import consuming
@@ -40,7 +40,7 @@ def database(own_sandbox: Sandbox) -> Database:
 
 def make_topic(sandbox: Sandbox, partitions: int) -> str:
     name = f"orders-{secrets.token_hex(6)}"
-    admin = AdminClient({"bootstrap.servers": sandbox.kafka.bootstrap_servers}, logger=SILENT)
+    admin = AdminClient({"bootstrap.servers": sandbox.kafka.bootstrap_servers}, logger=SILENT_LOGGER)
     admin.create_topics([NewTopic(name, num_partitions=partitions)])[name].result(30)
     return name
 

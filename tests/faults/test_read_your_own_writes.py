@@ -20,7 +20,7 @@ from confluent_kafka import KafkaError, Message, Producer
 
 import orderlib
 from orderlib import DatabaseUnavailable, Order, RecordState
-from services.kafka import SILENT, not_none
+from services.kafka import SILENT_LOGGER, not_none
 from tests.support.api_process import Service, serving
 from tests.support.consumer_process import consuming
 from tests.support.databases import Database
@@ -38,7 +38,7 @@ class AsyncProducer:
     def __init__(self, bootstrap_servers: str, topic: str) -> None:
         self._topic = topic
         self._producer = Producer(
-            {"bootstrap.servers": bootstrap_servers, "enable.idempotence": True, "linger.ms": 1}, logger=SILENT
+            {"bootstrap.servers": bootstrap_servers, "enable.idempotence": True, "linger.ms": 1}, logger=SILENT_LOGGER
         )
 
     async def send(self, key: str, value: bytes) -> tuple[str, int, int]:

@@ -245,11 +245,11 @@ class Simulator:
     def _advance_job_of(self, process: Process) -> None:
         step = process.advance()
         if step is Step.WAITING and self._chance() < 0.3:
-            self._end_blockers(process)
+            self._terminate_blockers(process)
         elif isinstance(process.result, FenceLost):
             self.count("zombie at the fence" if process.kafka.deaf else "fence lost")
 
-    def _end_blockers(self, process: Process) -> None:
+    def _terminate_blockers(self, process: Process) -> None:
         """A process has waited 5 s for a lock: the other consumers' backends that hold locks are terminated."""
         self.now_s += 5
         ended = self.orphans[:]

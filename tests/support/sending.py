@@ -12,7 +12,7 @@ import attrs
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Message, Producer, TopicPartition
 
 from orderlib.testing import SAMPLE
-from services.kafka import SILENT, not_none
+from services.kafka import SILENT_LOGGER, not_none
 from services.kafka_errors import PARTITION_EOF
 
 Headers = list[tuple[str, str | bytes | None]]
@@ -66,7 +66,7 @@ class Sender:
                 "message.max.bytes": 16 * 1024 * 1024,
                 **{name.replace("_", "."): value for name, value in properties.items()},
             },
-            logger=SILENT,
+            logger=SILENT_LOGGER,
         )
 
     @property
@@ -142,7 +142,7 @@ class Sender:
                 "auto.offset.reset": "error",
                 "enable.partition.eof": True,
             },
-            logger=SILENT,
+            logger=SILENT_LOGGER,
         )
         partitions = {record.partition for record in self._without_offset}
         consumer.assign([TopicPartition(self.topic, partition, OFFSET_BEGINNING) for partition in partitions])

@@ -22,14 +22,14 @@ from orderlib.errors import (
 from orderlib.ingestion import consumer_core
 from orderlib.ingestion.consumer_core import (
     BREAKER_RECORDS,
+    CLASSIFY_BYTES,
     END_CHECK_S,
     FETCH_BYTES,
     FETCH_RECORDS,
-    FILL_S,
+    LINGER_S,
     MAX_RECORDS,
     STALL_S,
     TOPIC_CHECK_S,
-    TURN_BYTES,
     Assign,
     Breaker,
     CheckTopics,
@@ -134,7 +134,7 @@ def test_a_batch_closes_at_once_if_the_store_is_idle_and_the_next_one_when_the_s
 def test_with_a_lag_of_more_than_a_batch_the_store_waits_50_ms_for_a_full_one() -> None:
     driver = started(0, lag=MAX_RECORDS + 1)
     driver.fetch(record(0))
-    assert driver.core.starved
+    assert driver.core.waits_only_for_records
     assert driver.tick(0.045) == []
     driver.fetch(record(1))
     [command] = driver.tick(0.01)
@@ -147,7 +147,7 @@ def test_without_that_lag_a_batch_that_fills_closes_at_once() -> None:
     driver.fetch(record(0))
     assert driver.tick() == []
     driver.core.on_lag(MAX_RECORDS)
-    assert not driver.core.starved
+    assert not driver.core.waits_only_for_records
     assert driver.write().ranges == {P0: OffsetRange(expected_offset=0, next_offset=1)}
 
 
@@ -190,9 +190,9 @@ def test_headers_count_towards_the_size_of_a_batch(headers: Headers, records_in_
 
 def test_one_turn_classifies_a_bounded_amount_and_the_next_continues_in_order() -> None:
     driver = started(0, 1)
-    value = bytes(TURN_BYTES // 2)
+    value = bytes(CLASSIFY_BYTES // 2)
     driver.core.on_fetched([record(offset, value=value) for offset in range(5)])
-    driver.core.on_fetched([PartitionEof(P0, 7), record(0, 1, bytes(8 * TURN_BYTES)), record(1, 1)])
+    driver.core.on_fetched([PartitionEof(P0, 7), record(0, 1, bytes(8 * CLASSIFY_BYTES)), record(1, 1)])
     assert not driver.wants_records()
     turns = 0
     while driver.core.has_more:
@@ -346,16 +346,16 @@ def test_dropped_records_count_neither_for_the_size_nor_for_the_age_of_a_batch()
     assert not driver.wants_records()
     driver.core.on_partitions_revoked([P0])
     assert driver.wants_records()
-    assert driver.tick(FILL_S) == []
+    assert driver.tick(LINGER_S) == []
     driver.fetch(record(0, 1))
     assert driver.tick() == []
-    assert len(driver.tick(FILL_S * 1.01)) == 1
+    assert len(driver.tick(LINGER_S * 1.01)) == 1
 
 
 def test_a_revocation_does_not_delay_the_records_of_other_partitions() -> None:
     driver = started(0, 1, lag=MAX_RECORDS + 1)
     driver.fetch(record(0, 0), record(0, 1))
-    driver.now_s += FILL_S
+    driver.now_s += LINGER_S
     driver.core.on_partitions_revoked([P0])
     driver.fetch(record(1, 1))
     assert driver.write().ranges == {P1: OffsetRange(expected_offset=0, next_offset=2)}

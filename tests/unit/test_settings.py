@@ -19,7 +19,7 @@ from services.settings import (
     KafkaSettings,
     database_url,
     max_record_bytes,
-    misspelt,
+    misspelt_settings,
 )
 from tests.support.programs import run
 
@@ -290,7 +290,7 @@ def test_settings_are_frozen_and_show_no_secret(settings: ConsumerSettings | Api
     ],
 )
 def test_a_misspelt_variable_is_found_with_its_nearest_setting(variable: str, nearest: str) -> None:
-    assert misspelt({**CONSUMER, **API, variable: SECRET}) == {variable: nearest}
+    assert misspelt_settings({**CONSUMER, **API, variable: SECRET}) == {variable: nearest}
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_misspelt_variable_is_found_with_its_nearest_setting(variable: str, ne
     ],
 )
 def test_other_variables_are_not_taken_for_misspelt_settings(variable: str) -> None:
-    assert misspelt({**CONSUMER, **API, variable: SECRET}) == {}
+    assert misspelt_settings({**CONSUMER, **API, variable: SECRET}) == {}
 
 
 @pytest.mark.parametrize("program", ["admin lag", "api", "consumer", "sender --count 1"])
