@@ -201,7 +201,7 @@ class _Version:
 class Reconciliation:
     """Compares one topic id of a topic with one snapshot of the store.
 
-    ``first`` is where reading began in each partition: at the earliest record that Kafka still holds, or later.
+    ``start_offsets`` is where reading began in each partition: at the earliest record that Kafka still has, or later.
     ``group`` is the consumer group that the database belongs to, ``forgotten`` has the SHA-256 digests of the forgotten
     order_uids, ``originals`` those of the stored originals.
     """
@@ -209,7 +209,7 @@ class Reconciliation:
     def __init__(
         self,
         topic: TopicState,
-        first: Mapping[int, int],
+        start_offsets: Mapping[int, int],
         group: str | None,
         offsets: Sequence[StoredOffset],
         rejects: Iterable[SnapshotReject],
@@ -220,7 +220,7 @@ class Reconciliation:
         self._forgotten = frozenset(forgotten)
         #: Those of the forgotten orders of which no record was read yet.
         self._forgotten_without_record = set(forgotten)
-        self._first = first
+        self._start_offsets = start_offsets
         self._offsets = {(offset.topic_id, offset.partition): offset for offset in offsets}
         #: The stored offset of each partition.
         self.next_offsets = {
@@ -286,7 +286,7 @@ class Reconciliation:
         return None
 
     def _was_read(self, position: RecordPosition) -> bool:
-        first = self._first.get(position.partition)
+        first = self._start_offsets.get(position.partition)
         return position.topic_id == self._topic.topic_id and first is not None and first <= position.offset
 
     # Rejects
@@ -415,7 +415,7 @@ class Reconciliation:
         may_be_same = before is not None and before.required_sha256 == version.required_sha256
         if version.redriven != Outcome.DUPLICATE and is_same:
             self._add_finding(f"redriven as {version.redriven}, but it was so already", position, change.order_uid)
-        is_complete = not self._topic.is_compacted and self._first[position.partition] == 0
+        is_complete = not self._topic.is_compacted and self._start_offsets[position.partition] == 0
         if version.redriven == Outcome.DUPLICATE and not may_be_same and (before is not None or is_complete):
             self._add_finding(
                 "redriven as duplicate, but its content was not stored before", position, change.order_uid
@@ -526,7 +526,7 @@ class Reconciliation:
         if original.value_sha256 not in self._originals:
             return
         # Of records with the same content, the original is that of the first one.
-        if position is None or self._topic.is_compacted or any(self._first.values()):
+        if position is None or self._topic.is_compacted or any(self._start_offsets.values()):
             self._add_not_proved("originals of records that were not read", position, uid)
         else:
             self._add_finding("its original is not the value of a record", position, uid)
@@ -653,7 +653,7 @@ class Reconciliation:
 
     def unread_ranges(self) -> Iterator[tuple[int, int, int]]:
         """Yield the handled ranges that were not read: partition, first offset, and the offset after the last."""
-        for partition, first in sorted(self._first.items()):
+        for partition, first in sorted(self._start_offsets.items()):
             if unread := min(first, self.next_offsets.get(partition, 0)):
                 yield partition, 0, unread
 

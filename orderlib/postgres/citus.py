@@ -67,7 +67,7 @@ def _let_owner_reach_workers(connection: Connection) -> None:
     [secret] = connection.execute(queries.OWNER_VERIFIER).fetchone() or [""]
     password = hashlib.sha256(str(secret).encode()).hexdigest()
     verifier = connection.pgconn.encrypt_password(password.encode(), OWNER.encode(), b"scram-sha-256").decode()
-    command = sql.SQL(queries.LET_OWNER_LOG_IN_ON_WORKER).format(sql.Literal(verifier)).as_string(connection)
+    command = sql.SQL(queries.ALLOW_OWNER_LOGIN_ON_WORKER).format(sql.Literal(verifier)).as_string(connection)
     for address, succeeded, result in connection.execute(queries.RUN_ON_WORKERS, {"command": command}).fetchall():
         if not succeeded:
             raise ConfigurationError(f"Citus: worker {address}: {' '.join(str(result).split())}")

@@ -73,7 +73,7 @@ def _first_accepted(arguments: Mapping[str, str | int]) -> PGconn:
             break
     for attempt in pending:
         failures.setdefault(attempt.host, psycopg.errors.ConnectionTimeout("connection timeout expired"))
-    raise _summary(failures)
+    raise _error_to_raise(failures)
 
 
 class _Attempt:
@@ -112,7 +112,7 @@ def _ready(attempts: list[_Attempt], timeout_s: float) -> list[_Attempt]:
     return [attempt for attempt in attempts if attempt.file in found]
 
 
-def _summary(failures: Mapping[int, psycopg.Error]) -> psycopg.Error:
+def _error_to_raise(failures: Mapping[int, psycopg.Error]) -> psycopg.Error:
     """Return the error to raise: the first outage, because that host may recover, else the error of the last host."""
     outages = (
         failures[host] for host in sorted(failures) if isinstance(translate(failures[host]), DatabaseUnavailable)

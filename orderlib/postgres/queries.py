@@ -531,7 +531,7 @@ MISSING_ROLES: LiteralString = """
 SELECT role FROM unnest(%(roles)s::text[]) AS role WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = role)
 """
 CREATE_ROLE: LiteralString = "CREATE ROLE {}"
-LET_LOG_IN: LiteralString = "ALTER ROLE {} LOGIN PASSWORD {}"
+ALLOW_LOGIN: LiteralString = "ALTER ROLE {} LOGIN PASSWORD {}"
 #: For a bootstrap role that is not a superuser: it has ADMIN on the owner, but SET ROLE needs SET.
 ALLOW_BECOMING_OWNER: LiteralString = "GRANT orders_owner TO CURRENT_USER WITH INHERIT FALSE, SET TRUE"
 FORBID_BECOMING_OWNER: LiteralString = "REVOKE orders_owner FROM CURRENT_USER GRANTED BY CURRENT_USER"
@@ -895,7 +895,7 @@ RUN_ON_WORKERS: LiteralString = (
     "SELECT nodename || ':' || nodeport, success, result FROM run_command_on_workers(%(command)s)"
 )
 #: Only on this worker: Citus would change the role on every node.
-LET_OWNER_LOG_IN_ON_WORKER: LiteralString = """
+ALLOW_OWNER_LOGIN_ON_WORKER: LiteralString = """
 DO $do$ BEGIN
     SET LOCAL citus.enable_alter_role_propagation = off;
     ALTER ROLE orders_owner LOGIN PASSWORD {};

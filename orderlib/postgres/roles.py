@@ -96,8 +96,8 @@ def _bootstrap(connection: Connection, passwords: Mapping[str, str]) -> Bootstra
             connection.execute(sql.SQL(queries.CREATE_ROLE).format(sql.Identifier(role)))
         for role, password in passwords.items():
             verifier = connection.pgconn.encrypt_password(password.encode(), role.encode(), b"scram-sha-256")
-            let_log_in = sql.SQL(queries.LET_LOG_IN)
-            connection.execute(let_log_in.format(sql.Identifier(role), sql.Literal(verifier.decode())))
+            allow_login = sql.SQL(queries.ALLOW_LOGIN)
+            connection.execute(allow_login.format(sql.Identifier(role), sql.Literal(verifier.decode())))
     except psycopg.errors.InsufficientPrivilege as exc:
         me = connection.info.user
         raise ConfigurationError(

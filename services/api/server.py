@@ -128,7 +128,7 @@ class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
             REQUEST_HEAD_TIMEOUT_S if self.req_count <= 1 else self._keepalive
         )
 
-    def give_up(self) -> None:
+    def close_now(self) -> None:
         """Close at once, so that others can connect. Data that the client has not read is lost."""
         self._keepalive_timeout()
         if self.transport.get_write_buffer_size():
@@ -189,7 +189,7 @@ class _Connections(set[_Protocol]):
         # each of the others, close the new one.
         for _, _, other in sorted(waiting)[: 1 + self.limit // 50] or [(0.0, 0, protocol)]:
             self.discard(other)
-            other.give_up()
+            other.close_now()
 
 
 class _Heartbeat:
