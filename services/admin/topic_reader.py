@@ -76,13 +76,13 @@ class TopicReader:
         found = self.cluster.offsets(self.topic, self.partitions, OffsetSpec.for_timestamp(timestamp_ms))
         return {partition: offset if offset >= 0 else ends[partition] for partition, offset in found.items()}
 
-    def records(self, first: Mapping[int, int], until: Mapping[int, int]) -> Iterator[Record]:
-        """Yield the committed records from the offsets in ``first`` up to, not including, those in ``until``."""
+    def records(self, start_offsets: Mapping[int, int], end_offsets: Mapping[int, int]) -> Iterator[Record]:
+        """Yield the committed records from the start offsets up to, not including, the end offsets."""
         ends = self.ends()
         open_until = {
-            partition: min(until[partition], ends[partition])
-            for partition, offset in first.items()
-            if offset < min(until.get(partition, 0), ends[partition])
+            partition: min(end_offsets[partition], ends[partition])
+            for partition, offset in start_offsets.items()
+            if offset < min(end_offsets.get(partition, 0), ends[partition])
         }
         if not open_until:
             return
@@ -102,7 +102,9 @@ class TopicReader:
             logger=SILENT_LOGGER,
         )
         try:
-            consumer.assign([TopicPartition(self.topic, partition, first[partition]) for partition in open_until])
+            consumer.assign(
+                [TopicPartition(self.topic, partition, start_offsets[partition]) for partition in open_until]
+            )
             yield from self._fetch(consumer, open_until)
         finally:
             consumer.close()

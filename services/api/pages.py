@@ -138,7 +138,7 @@ _SHOWN_ELSEWHERE = frozenset({"order_uid", "date_created", "delivery", "payment"
 
 
 @attrs.frozen(kw_only=True)
-class Fact:
+class ShownField:
     """A field of an order with its value, as the page shows it. Its repr shows no value."""
 
     name: str
@@ -161,21 +161,21 @@ class Fact:
 
     @property
     def is_sum(self) -> bool:
-        """Whether it is the sum of the facts above it."""
+        """Whether it is the sum of the fields above it."""
         return self.name == "amount"
 
 
-def facts(part: attrs.AttrsInstance) -> list[Fact]:
+def shown_fields(part: attrs.AttrsInstance) -> list[ShownField]:
     """Return the fields of an order, or of its delivery or payment, in the sequence of ``LABELS``."""
     names = [field.name for field in attrs.fields(type(part)) if field.name not in _SHOWN_ELSEWHERE]
     places = list(LABELS)
     names.sort(key=lambda name: places.index(name) if name in LABELS else len(places))
-    return [Fact(name=name, value=getattr(part, name)) for name in names]
+    return [ShownField(name=name, value=getattr(part, name)) for name in names]
 
 
-def optional_facts(item: attrs.AttrsInstance) -> dict[str, object]:
+def optional_fields(item: attrs.AttrsInstance) -> dict[str, object]:
     """Return the values of an item's optional fields by label, which the template does not name: ``Gift note``."""
-    return {Fact(name=name, value="").label: getattr(item, name) for name in defaults_of(type(item))}
+    return {ShownField(name=name, value="").label: getattr(item, name) for name in defaults_of(type(item))}
 
 
 class Pages:
@@ -206,8 +206,8 @@ class Pages:
             duration=duration,
             counted=counted,
             shortened=shortened,
-            facts=facts,
-            optional_facts=optional_facts,
+            shown_fields=shown_fields,
+            optional_fields=optional_fields,
             status=self._status,
         )
 
