@@ -56,7 +56,7 @@ def large(uid: str, content: int) -> bytes:
 
 
 @attrs.frozen
-class Place:
+class DatabaseAndTopic:
     """A database and a topic, and the environment of programs that use them."""
 
     environ: Mapping[str, str]
@@ -118,11 +118,11 @@ class Place:
 
 
 @pytest.fixture
-def place(environ: dict[str, str], database: Database) -> Place:
-    return Place(environ, database)
+def place(environ: dict[str, str], database: Database) -> DatabaseAndTopic:
+    return DatabaseAndTopic(environ, database)
 
 
-def fill(place: Place) -> None:
+def fill(place: DatabaseAndTopic) -> None:
     """Write a history of every kind of record through the real consumer, redrive and repository."""
     place.produce(
         order("updated", 1),
@@ -159,7 +159,7 @@ def fill(place: Place) -> None:
     place.consume(tombstones="erase")
 
 
-def outcomes(place: Place) -> dict[int, str | None]:
+def outcomes(place: DatabaseAndTopic) -> dict[int, str | None]:
     with place.superuser() as connection:
         return dict(
             connection.execute("SELECT record_offset, redrive_outcome FROM rejects WHERE partition = 0").fetchall()
@@ -167,12 +167,12 @@ def outcomes(place: Place) -> dict[int, str | None]:
 
 
 @pytest.fixture(scope="module")
-def history(sandbox: Sandbox, _template: str) -> Iterator[Place]:
+def history(sandbox: Sandbox, _template: str) -> Iterator[DatabaseAndTopic]:
     """A filled place. Every test restores its tables."""
     database = make_database(sandbox, _template)
     topic = f"reconciled-{time.time_ns()}"
     admin = AdminClient({"bootstrap.servers": sandbox.kafka.bootstrap_servers})
-    place = Place(
+    place = DatabaseAndTopic(
         {
             **database.environ(),
             "PATH": "/usr/bin:/bin",
@@ -205,7 +205,7 @@ def tables(connection: psycopg.Connection) -> list[str]:
 
 
 @contextlib.contextmanager
-def corrupted(place: Place, *changed: str) -> Iterator[psycopg.Connection]:
+def corrupted(place: DatabaseAndTopic, *changed: str) -> Iterator[psycopg.Connection]:
     """A superuser's session. At its end the changed tables are restored, by default all."""
     with place.superuser() as connection:
         try:
@@ -217,7 +217,7 @@ def corrupted(place: Place, *changed: str) -> Iterator[psycopg.Connection]:
             connection.execute(restore.encode())
 
 
-def test_a_real_history_has_no_discrepancy_and_what_cannot_be_proved_is_named(history: Place) -> None:
+def test_a_real_history_has_no_discrepancy_and_what_cannot_be_proved_is_named(history: DatabaseAndTopic) -> None:
     result = history.assert_holds()
     # 2: never before; 3: a later record won; 4: nothing before; 9: refused; 14 and 15: one after the other.
     assert {k: v for k, v in outcomes(history).items() if v} == {
@@ -268,7 +268,9 @@ def places_of(table: str) -> list[tuple[str, dict[str, object]]]:
 @pytest.mark.parametrize(
     "number", [0, *(pytest.param(n, marks=pytest.mark.faults) for n in range(1, max(map(len, CHANGES.values()))))]
 )
-def test_a_change_of_any_column_of_any_table_is_a_discrepancy_that_names_the_place(history: Place, number: int) -> None:
+def test_a_change_of_any_column_of_any_table_is_a_discrepancy_that_names_the_place(
+    history: DatabaseAndTopic, number: int
+) -> None:
     """Read from information_schema, so that a new column must be proved, or listed with the reason why it cannot be."""
     missed = []
     with history.superuser() as connection:
@@ -527,7 +529,7 @@ PLANTED = {
 
 @pytest.mark.parametrize(("statements", "named"), PLANTED.values(), ids=PLANTED.keys())
 def test_a_planted_corruption_is_a_discrepancy_that_names_the_place(
-    history: Place, statements: str, named: dict[str, object]
+    history: DatabaseAndTopic, statements: str, named: dict[str, object]
 ) -> None:
     with corrupted(history) as connection:
         for statement in statements.split(";"):
@@ -536,7 +538,7 @@ def test_a_planted_corruption_is_a_discrepancy_that_names_the_place(
     assert any(named.items() <= finding.items() for finding in findings), findings
 
 
-def test_an_order_that_was_replaced_from_python_is_named(history: Place) -> None:
+def test_an_order_that_was_replaced_from_python_is_named(history: DatabaseAndTopic) -> None:
     """A save after the record is allowed. It looks like a change of content, digest and position together."""
     with corrupted(history):
         with orderlib.connect(history.database.writer_url) as repository:
@@ -547,7 +549,7 @@ def test_an_order_that_was_replaced_from_python_is_named(history: Place) -> None
         assert "updated: " in history.admin("reconcile")[1]
 
 
-def test_the_reader_cannot_read_the_content_of_a_reject(history: Place) -> None:
+def test_the_reader_cannot_read_the_content_of_a_reject(history: DatabaseAndTopic) -> None:
     with psycopg.connect(history.database.reader_url, autocommit=True) as connection:
         columns = connection.execute("SELECT * FROM reject_digests LIMIT 1").description or []
         assert not {"key", "value", "headers", "faults"} & {column.name for column in columns}
@@ -556,7 +558,7 @@ def test_the_reader_cannot_read_the_content_of_a_reject(history: Place) -> None:
                 connection.execute(f"SELECT {column} FROM rejects".encode())
 
 
-def test_a_rewind_is_a_discrepancy_until_all_records_are_handled_again(place: Place) -> None:
+def test_a_rewind_is_a_discrepancy_until_all_records_are_handled_again(place: DatabaseAndTopic) -> None:
     place.produce(order("a", 1), large("b", 1), b"no JSON", order("a", 2))
     place.produce(order("a", 3), partition=1)
     place.consume(max_record_bytes=4000)
@@ -570,9 +572,9 @@ def test_a_rewind_is_a_discrepancy_until_all_records_are_handled_again(place: Pl
     place.assert_holds()
 
 
-def test_a_compacted_topic_has_no_discrepancy(place: Place, make_topic: Callable[..., str]) -> None:
+def test_a_compacted_topic_has_no_discrepancy(place: DatabaseAndTopic, make_topic: Callable[..., str]) -> None:
     topic = make_topic(1, cleanup_policy="compact", segment_ms="100", min_cleanable_dirty_ratio="0.0001")
-    place = Place({**place.environ, "ORDERS_TOPIC": topic}, place.database)
+    place = DatabaseAndTopic({**place.environ, "ORDERS_TOPIC": topic}, place.database)
     place.produce(order("first", 1), order("second", 1), b"no JSON")
     place.consume()
     place.produce(order("third", 1))
@@ -589,7 +591,7 @@ def test_a_compacted_topic_has_no_discrepancy(place: Place, make_topic: Callable
     assert place.not_proved()["rejects whose record Kafka no longer has: the topic is compacted"] == 1
 
 
-def test_ranges_that_kafka_no_longer_holds_are_named(place: Place) -> None:
+def test_ranges_that_kafka_no_longer_holds_are_named(place: DatabaseAndTopic) -> None:
     place.produce(order("gone", 1), b"no JSON", order("there", 1))
     place.consume()
     admin = AdminClient({"bootstrap.servers": place.environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"]})
@@ -607,7 +609,7 @@ def test_ranges_that_kafka_no_longer_holds_are_named(place: Place) -> None:
     assert any("never handled" in finding["what"] for finding in place.reconcile()["findings"])
 
 
-def test_records_of_a_forgotten_order_are_counted(place: Place) -> None:
+def test_records_of_a_forgotten_order_are_counted(place: DatabaseAndTopic) -> None:
     place.produce(order("person", 1), order("other", 1))
     place.consume()
     for uid in ("person", "not-sent"):
@@ -622,7 +624,7 @@ def test_the_page_lists_every_column_that_cannot_be_proved() -> None:
         assert f"`{table}.{column}`" in page
 
 
-def test_orders_in_several_partitions_are_counted_and_the_first_are_named(place: Place) -> None:
+def test_orders_in_several_partitions_are_counted_and_the_first_are_named(place: DatabaseAndTopic) -> None:
     for partition in (0, 1):
         place.produce(*(order(f"order-{number}") for number in range(103)), partition=partition)
     place.consume()
