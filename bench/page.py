@@ -39,14 +39,21 @@ what orderlib should reach, *goal* what would be better.
 """
 
 WORDS = """\
-- *Raw COPY*: binary COPY of the same rows, prepared before, into the same tables, with the same batches and durability.
-- *One INSERT per row*: one transaction for each order, as in the service that orderlib replaces.
-- *Four SELECTs*: an order read with one query for each table, by the same server. orderlib's own reads are one JOIN and
-  one query for the items.
+- *Raw COPY*: binary COPY of the same rows, prepared in advance, into the same tables, with the same batches and
+  durability.
+- *One INSERT per row*: one transaction for each order.
+- *Four SELECTs* or *four queries*: an order read with one query for each table, by the same server, through psycopg's
+  pool; with *orderlib's driver*, through the connections of orderlib. orderlib's own reads are one JOIN and one query
+  for the items.
 - *Bare msgspec*: decodes the same JSON and checks the types, but none of the rules.
-- *The Go way*: a service in Go (`bench/go_way/`) with one INSERT per row and four SELECTs.
+- *The Go way*: a service in Go (`bench/go_way/`) with one INSERT per row and four SELECTs. It uses all cores, so beside
+  it the API has a worker for each core; elsewhere it has one.
+- *Uncached*: each request asks for a random order, without `If-None-Match`. All orders fit into `shared_buffers`.
 - *Fixed body*: the same server returns a constant response without a database.
-- *p99*: 99 % of the values are not greater.
+- *Handled*: how many orders the consumer handled per second at this load.
+- *Full speed*: 4,000 orders, two full batches, wait in Kafka at any time, and each order waits for those before it.
+- *Smallest share*: how many orders the least busy consumer handled, compared with an even share.
+- *p50*, *p99*: 50 % or 99 % of the values are not greater; p50 is the median.
 - *Settings for the memory*: those of PostgreSQL that [Tune](../tune.md#postgresql) recommends.
 """
 
