@@ -73,7 +73,7 @@ class Direction(enum.StrEnum):
     NEWER = "newer"
 
 
-def _in_utc(time: Any) -> Any:
+def in_utc(time: Any) -> Any:
     """Return a time in UTC, because PostgreSQL refuses offsets of 16 hours or more. Validators refuse other values.
 
     A time whose UTC year is 0 or 10000 becomes the first or the last one that a datetime can be.
@@ -114,7 +114,7 @@ class Cursor:
     """
 
     #: When the order was stored for the first time; UTC.
-    first_stored_at: dt.datetime = attrs.field(converter=_in_utc)
+    first_stored_at: dt.datetime = attrs.field(converter=in_utc)
     #: Breaks ties.
     order_uid: str
 
@@ -338,8 +338,8 @@ class ListQuery:
     phone: str | None = attrs.field(default=None, converter=_digits, repr=False)
     #: In small letters.
     email: str | None = attrs.field(default=None, converter=_lower, repr=False)
-    since: dt.datetime | None = attrs.field(default=None, converter=_in_utc)
-    until: dt.datetime | None = attrs.field(default=None, converter=_in_utc)
+    since: dt.datetime | None = attrs.field(default=None, converter=in_utc)
+    until: dt.datetime | None = attrs.field(default=None, converter=in_utc)
 
     @cursor.validator
     def _check_cursor(self, _attribute: object, cursor: object) -> None:

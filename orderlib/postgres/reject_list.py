@@ -7,9 +7,8 @@ from typing import Self
 
 import attrs
 
-from orderlib.contract import fits_postgres
 from orderlib.errors import Fault
-from orderlib.repository import MAX_OFFSET, MAX_PARTITION, PAGE_SIZE, encode_cursor, parse_cursor
+from orderlib.repository import PAGE_SIZE, encode_cursor, in_utc, is_position, parse_cursor
 
 
 @attrs.frozen(kw_only=True)
@@ -48,8 +47,7 @@ class RejectCursor:
         cursor = cls(
             rejected_at=dt.datetime.fromisoformat(time), partition=int(partition), offset=int(offset), topic_id=topic_id
         )
-        fits = cursor.partition <= MAX_PARTITION and cursor.offset <= MAX_OFFSET and fits_postgres(topic_id)
-        if not fits or cursor.rejected_at.utcoffset() is None:
+        if not is_position(topic_id, cursor.partition, cursor.offset) or cursor.rejected_at.utcoffset() is None:
             raise ValueError("not a position in the list of rejects")
         return cursor
 
@@ -100,9 +98,9 @@ class RejectQuery:
     #: The key of the record. Only the writer may read it.
     key: bytes | None = attrs.field(default=None, repr=False)
     #: Only rejects of this time or later, by ``rejected_at``.
-    since: dt.datetime | None = None
+    since: dt.datetime | None = attrs.field(default=None, converter=in_utc)
     #: Only rejects from before this time.
-    until: dt.datetime | None = None
+    until: dt.datetime | None = attrs.field(default=None, converter=in_utc)
     #: Only rejects that were never redriven.
     not_redriven: bool = False
     oldest_first: bool = False

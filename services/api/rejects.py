@@ -13,6 +13,7 @@ from falcon.asgi import Request, Response
 
 from orderlib.errors import REJECT_CODES
 from orderlib.postgres.reject_list import RejectCursor, RejectPage, RejectQuery, RejectSummary
+from orderlib.repository import PAGE_SIZE
 from services.api.deadline import with_deadline
 from services.api.negotiation import prefers_page, require_acceptable
 from services.api.pages import Pages
@@ -66,7 +67,7 @@ class RejectsResource:
             )
             return
         first = attrs.evolve(query, cursor=None)
-        now = self._pages.now()
+        now = self._pages.now().replace(microsecond=0)
         self._pages.show(
             resp,
             "rejects.html",
@@ -105,9 +106,9 @@ def _plain(reject: RejectSummary) -> dict[str, object]:
 def _link(query: RejectQuery) -> str:
     parameters = {
         "code": query.code,
-        "since": query.since and query.since.isoformat(timespec="seconds"),
-        "until": query.until and query.until.isoformat(timespec="seconds"),
-        "limit": query.limit if query.limit != attrs.fields(RejectQuery).limit.default else None,
+        "since": query.since and query.since.isoformat(),
+        "until": query.until and query.until.isoformat(),
+        "limit": query.limit if query.limit != PAGE_SIZE else None,
         "cursor": query.cursor,
     }
     given = {name: str(value) for name, value in parameters.items() if value is not None}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Iterator
+from urllib.parse import parse_qs
 
 import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
+from orderlib.repository import encode_cursor
 from tests.support.api_process import Service, serving, settings_for
 from tests.support.databases import Database
 
@@ -75,6 +79,9 @@ def test_rejects_are_filtered_by_code_and_time(api: Service) -> None:
     assert offsets(api, "until=2026-01-01T03:00:00%2B01:00") == [1, 0]
     assert offsets(api, "code=invalid_order&since=2026-01-01T01:00:00Z&until=2026-01-01T04:00:00Z") == [2]
     assert offsets(api, "code=too_large") == []
+    # PostgreSQL itself refuses offsets of 16 hours and more.
+    assert offsets(api, "since=2026-01-02T02:59:00%2B23:59") == [4, 3]
+    assert offsets(api, "until=2026-01-01T03:01:00-23:59&since=2026-01-01T04:00:00Z") == [4]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
@@ -93,6 +100,22 @@ def test_following_the_cursors_shows_each_reject_once(api: Service, store: psyco
         "UPDATE rejects SET rejected_at = '2026-01-01T00:00:00Z'::timestamptz + record_offset * interval '1 h'"
     )
     assert seen == [4, 3, 2, 1, 0]
+
+
+def test_the_link_to_older_rejects_keeps_the_filters(api: Service) -> None:
+    page = api.page("/rejects?since=2026-01-01T00:00:00.25Z&until=2026-01-01T03:00:00.75Z&limit=1").text
+    [older] = re.findall(r'href="/rejects\?([^"]*cursor=[^"]*)"', page)
+    filters = parse_qs(html.unescape(older))
+    assert (filters["since"], filters["until"]) == (
+        ["2026-01-01T00:00:00.250000+00:00"],
+        ["2026-01-01T03:00:00.750000+00:00"],
+    )
+
+
+def test_a_cursor_of_a_position_that_cannot_exist_is_an_invalid_query(api: Service) -> None:
+    for position in ("-1 0", "0 -1", "-99999999999 0", "0 -99999999999999999999"):
+        cursor = encode_cursor(f"2026-01-01T00:00:00+00:00 {position} id")
+        assert api.get(f"/rejects?cursor={cursor}").status == 400
 
 
 def test_the_page_shows_every_fault_and_explains_redrive(api: Service) -> None:
