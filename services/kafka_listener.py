@@ -65,10 +65,14 @@ def _connect(address: str) -> socket.socket:
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
-    """Split host:port. The default port is 9092, as in librdkafka. Raises OSError if the port is invalid."""
+    """Split host:port, which a protocol may precede. The default port is 9092, as in librdkafka.
+
+    Raises OSError if the port is invalid.
+    """
+    address = address.rpartition("://")[2]
     host, colon, port = address.rpartition(":")
     if not colon or port.endswith("]"):
         return address.strip("[]"), 9092
     if not port.isdecimal() or int(port) > 65535:
         raise OSError(f"not an address: {address}")
-    return host.rpartition("://")[2].strip("[]"), int(port)
+    return host.strip("[]"), int(port)

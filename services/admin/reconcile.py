@@ -21,6 +21,7 @@ from orderlib.postgres.snapshot import snapshot
 from services.admin.database import APPLICATION_NAME
 from services.admin.output import ProgressLine, add_json_option, count_of, printable
 from services.admin.topic_reader import TopicReader
+from services.manifest_line import ManifestLine
 from services.settings import KafkaSettings, database_url, max_record_bytes
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ def add_commands(commands: Commands) -> None:
 
 @attrs.frozen(kw_only=True)
 class _Acknowledged:
-    """A line of a sender's manifest."""
+    """A record in a sender's manifest."""
 
     order_uid: str | None
     sha256: str
@@ -73,22 +74,21 @@ def _read_manifest(path: Path, topic: str) -> tuple[_Manifest, list[Finding]]:
     without_offset: list[Finding] = []
     number = 0
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, text in enumerate(lines, start=1):  # noqa: B007  the error names it
-                line = json.loads(text)
-                if line["topic"] != topic:
+                line = ManifestLine.decode(text)
+                if line.topic != topic:
                     continue
-                partition, offset = int(line["partition"]), line["offset"]
-                acknowledged = _Acknowledged(order_uid=line["order_uid"], sha256=line["sha256"])
-                if offset is None:
+                if line.offset is None:
                     without_offset.append(
-                        Finding(what=_WITHOUT_OFFSET, order_uid=acknowledged.order_uid, partition=partition)
+                        Finding(what=_WITHOUT_OFFSET, order_uid=line.order_uid, partition=line.partition)
                     )
                 else:
-                    manifest[partition, int(offset)] = acknowledged
+                    acknowledged = _Acknowledged(order_uid=line.order_uid, sha256=line.sha256)
+                    manifest[line.partition, line.offset] = acknowledged
     except OSError as exc:
         raise ConfigurationError(f"{path}: {exc.strerror}") from exc
-    except (ValueError, KeyError, TypeError) as exc:
+    except ValueError as exc:
         raise ConfigurationError(f"{path}: line {number} is not a line of a manifest") from exc
     return manifest, without_offset
 
@@ -116,7 +116,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     # Read before the snapshot: Kafka may delete more records while the consumer handles others.
     earliest = topic_reader.earliest()
     progress = ProgressLine("records read")
-    findings, several = _Bounded[Finding](MAX_FINDINGS), _Bounded[str](_SHOWN)
+    findings, several_partitions = _Bounded[Finding](MAX_FINDINGS), _Bounded[str](_SHOWN)
     with snapshot(url, APPLICATION_NAME) as stored:
         offsets = stored.offsets()
         next_offsets = {
@@ -141,7 +141,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             findings.add(_compare(record, missing))
             progress.at(proof.counts["records"])
         progress.end()
-        several.add(proof.several_partitions())
+        several_partitions.add(proof.several_partitions())
         proof.on_stored(stored.erased(), stored.orders(), stored.orphans())
     findings.add(proof.findings())
     findings.total += proof.unlisted
@@ -152,7 +152,7 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         not_proved.append(NotProved(what=_WITHOUT_OFFSET, count=len(without_offset), examples=examples))
     if is_compacted is None:
         not_proved.append(NotProved(what=_COMPACTION_UNKNOWN, count=1, examples=()))
-    _report(options, proof, findings, several, not_proved)
+    _report(options, proof, findings, several_partitions, not_proved)
     return EXIT_FAILED if findings.total else EXIT_DONE
 
 
@@ -180,12 +180,12 @@ def _compare(record: Record, missing: _Manifest) -> Iterator[Finding]:
 
 
 def _explain_missing(
-    missing: _Manifest, earliest: Mapping[int, int], next_offsets: Mapping[int, int]
+    missing: _Manifest, start_offsets: Mapping[int, int], next_offsets: Mapping[int, int]
 ) -> Iterator[Finding]:
     for (partition, offset), acknowledged in missing.items():
         if offset >= next_offsets.get(partition, 0):
             what = "acknowledged, but not handled yet"
-        elif offset < earliest.get(partition, 0):
+        elif offset < start_offsets.get(partition, 0):
             what = "acknowledged, but Kafka no longer has the record: its value cannot be compared"
         else:
             what = "acknowledged, but not in the topic"
@@ -196,7 +196,7 @@ def _report(
     options: argparse.Namespace,
     proof: Reconciliation,
     findings: _Bounded[Finding],
-    several: _Bounded[str],
+    several_partitions: _Bounded[str],
     not_proved: Sequence[NotProved],
 ) -> None:
     unread = [{"partition": p, "first": first, "next": next_offset} for p, first, next_offset in proof.unread_ranges()]
@@ -206,8 +206,8 @@ def _report(
             "counts": proof.counts,
             "findings": [attrs.asdict(finding) for finding in findings.listed],
             "findings_total": findings.total,
-            "several_partitions": several.listed,
-            "several_partitions_total": several.total,
+            "several_partitions": several_partitions.listed,
+            "several_partitions_total": several_partitions.total,
             "not_read": unread,
             "not_proved": [attrs.asdict(kind) for kind in not_proved],
         }
@@ -223,13 +223,13 @@ def _report(
         lines.append(f"not proved, {kind.count:,}: {kind.what}")
         lines += (f"  {attrs.evolve(finding, what='not proved')}" for finding in kind.examples)
         lines += [f"  … and {kind.count - len(kind.examples):,} more"] if kind.count > len(kind.examples) else []
-    for order_uid in several.listed:
+    for order_uid in several_partitions.listed:
         lines.append(
             f"{order_uid}: has records in several partitions; its producer does not key by order_uid, or "
             "partitions were added"
         )
-    if several.total > len(several.listed):
-        lines.append(f"… and {several.total - len(several.listed):,} more with records in several partitions")
+    if (unlisted := several_partitions.total - len(several_partitions.listed)) > 0:
+        lines.append(f"… and {unlisted:,} more with records in several partitions")
     lines += map(str, findings.listed[:_SHOWN])
     if findings.total > _SHOWN:
         lines.append(f"… and {findings.total - _SHOWN:,} more")

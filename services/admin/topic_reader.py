@@ -77,12 +77,14 @@ class TopicReader:
         return {partition: offset if offset >= 0 else ends[partition] for partition, offset in found.items()}
 
     def records(self, start_offsets: Mapping[int, int], end_offsets: Mapping[int, int]) -> Iterator[Record]:
-        """Yield the committed records from the start offsets up to, not including, the end offsets."""
-        ends = self.ends()
+        """Yield the committed records from the start offsets up to, not including, the end offsets.
+
+        Ignore partitions that the topic does not have, and those without a start or an end.
+        """
         open_until = {
-            partition: min(end_offsets[partition], ends[partition])
-            for partition, offset in start_offsets.items()
-            if offset < min(end_offsets.get(partition, 0), ends[partition])
+            partition: min(end_offsets[partition], end)
+            for partition, end in self.ends().items()
+            if start_offsets.get(partition, end) < min(end_offsets.get(partition, 0), end)
         }
         if not open_until:
             return

@@ -291,8 +291,8 @@ def _parse_options(arguments: list[str]) -> argparse.Namespace:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError("must be a whole number")
+    if not text.isdecimal() or len(text) > 15:
+        raise argparse.ArgumentTypeError("must be an integer from 0 to 999999999999999")
     return int(text)
 
 

@@ -8,18 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
-
 from orderlib.errors import ConfigurationError
-
-
-class _Line(msgspec.Struct):
-    topic: str
-    partition: int
-    #: ``None`` if a broker was lost: Kafka has the record, and the sender does not know where.
-    offset: int | None
-    order_uid: str | None
-    sha256: str
+from services.manifest_line import ManifestLine
 
 
 class Manifest:
@@ -89,7 +79,7 @@ def _is_manifest(path: str) -> bool:
     with Path(path).open("rb") as file:
         line = file.readline(64 * 1024)
     try:
-        msgspec.json.decode(line, type=_Line)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        ManifestLine.decode(line)
+    except ValueError:
         return False
     return True

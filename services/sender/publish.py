@@ -13,6 +13,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from orderlib.models import Order
 from services.kafka import SILENT_LOGGER, Cluster, not_none
 from services.kafka_errors import translate_kafka_errors
+from services.manifest_line import ManifestLine
 from services.program import event
 from services.sender.manifest import Manifest
 from services.settings import KafkaSettings
@@ -150,11 +151,11 @@ class Publisher:
 
 def _manifest_line(message: Message) -> bytes:
     key = message.key()
-    line = {
-        "topic": message.topic(),
-        "partition": message.partition(),
-        "offset": message.offset(),
-        "order_uid": None if key is None else key.decode(),
-        "sha256": hashlib.sha256(not_none(message.value())).hexdigest(),
-    }
+    line = ManifestLine(
+        topic=not_none(message.topic()),
+        partition=not_none(message.partition()),
+        offset=message.offset(),
+        order_uid=None if key is None else key.decode(),
+        sha256=hashlib.sha256(not_none(message.value())).hexdigest(),
+    )
     return msgspec.json.encode(line) + b"\n"

@@ -14,6 +14,7 @@ from orderlib.errors import BrokerUnavailable, ConfigurationError
 from services import kafka
 from services.admin.topic_reader import TopicReader
 from services.kafka import Cluster, TopicInfo
+from services.kafka_listener import expected_protocol
 from services.settings import KafkaSettings
 
 
@@ -59,6 +60,40 @@ def test_log_ends_fail_if_a_partition_gets_no_leader(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(kafka, "REQUEST_TIMEOUT_S", 0.2)
     with pytest.raises(BrokerUnavailable, match="_NOENT"):
         cluster.ends("orders", [0])
+
+
+@pytest.mark.parametrize(
+    ("address", "host_and_port"),
+    [
+        ("host", ("host", 9092)),
+        ("host:9093", ("host", 9093)),
+        ("SASL_SSL://host:9093", ("host", 9093)),
+        ("SSL://host", ("host", 9092)),
+        ("[::1]", ("::1", 9092)),
+        ("SSL://[::1]", ("::1", 9092)),
+        ("SSL://[::1]:9093", ("::1", 9093)),
+    ],
+)
+def test_every_address_that_librdkafka_accepts_is_probed(
+    monkeypatch: pytest.MonkeyPatch, address: str, host_and_port: tuple[str, int]
+) -> None:
+    probed: list[tuple[str, int]] = []
+
+    def refuse(place: tuple[str, int], **_: object) -> None:
+        probed.append(place)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr("services.kafka_listener.socket.create_connection", refuse)
+    assert expected_protocol(address) is None
+    assert set(probed) == {host_and_port}
+
+
+def test_a_partition_that_the_topic_does_not_have_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest may name it: a recreated topic can have fewer partitions."""
+    monkeypatch.setattr(Cluster, "describe", lambda *_: TopicInfo(topic_id="id", partitions=frozenset({0})))
+    monkeypatch.setattr(Cluster, "ends", lambda *_: {0: 0})
+    reader = TopicReader(KafkaSettings.from_mapping({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}))
+    assert list(reader.records({0: 0, 9: 5}, {0: 0})) == []
 
 
 def test_only_without_the_acl_it_is_unknown_whether_a_topic_is_compacted(monkeypatch: pytest.MonkeyPatch) -> None:

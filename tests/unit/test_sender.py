@@ -251,6 +251,7 @@ def test_without_a_rate_every_record_is_due() -> None:
     [
         "--count -1",
         "--count many",
+        "--count 99999999999999999999",
         "--rate 0",
         "--rate nan",
         "--bad-rate 1.1",
