@@ -13,7 +13,7 @@ from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.ddl import ignore_message, run_ddl
 from orderlib.postgres.grants import correct_grants, grant_statement
 from orderlib.postgres.privileges import PRIVILEGES
-from orderlib.postgres.schema import migrations, one_row, require_utf8, table_schema, tables_elsewhere_error
+from orderlib.postgres.schema import migrations, one_row, require_usable_database, table_schema, tables_elsewhere_error
 
 
 def migrate(
@@ -33,9 +33,9 @@ def migrate(
     the privileges on the tables. Idempotent, and safe to run concurrently: ``on_message`` receives the holder of each
     lock that this waits for, warnings of migrations, and corrected privileges.
 
-    Raises ConfigurationError for a role that may not do this, or a database that is not UTF8, and DatabaseUnavailable
-    if there is no connection, or no lock within a minute. The failed migration is rolled back; those before it stay
-    applied. Orders are never changed.
+    Raises ConfigurationError for a role that may not do this, a server older than PostgreSQL 16, or a database that is
+    not UTF8; and DatabaseUnavailable if there is no connection, or no lock within a minute. The failed migration is
+    rolled back; those before it stay applied. Orders are never changed.
     """
     tell = on_message or ignore_message
 
@@ -71,7 +71,7 @@ def _prepare(connection: Connection) -> None:
     If another schema has one, the search_path may be wrong: refuse, unless the URL chooses this schema.
     """
     connection.execute(queries.BECOME_OWNER)
-    require_utf8(connection)
+    require_usable_database(connection)
     found, login_role, search_path, other_schema, is_usable = one_row(connection, queries.SCHEMA_LOCATION)
     if found:
         return

@@ -15,7 +15,7 @@ from orderlib.postgres.connections import Connection, connection_arguments, open
 from orderlib.postgres.ddl import ignore_message, run_ddl
 from orderlib.postgres.grants import correct_grants
 from orderlib.postgres.privileges import MIGRATOR, OWNER, READER, ROLES, WRITER
-from orderlib.postgres.schema import one_row, quote_identifier, require_utf8, schema_to_set_up
+from orderlib.postgres.schema import one_row, quote_identifier, require_usable_database, schema_to_set_up
 from orderlib.repository import require_type
 
 #: The errors of a correction that this role may not make.
@@ -67,9 +67,9 @@ def bootstrap(
     and privileges that are not as they must be, and returns what this role may not correct. Idempotent, and safe to run
     concurrently: ``on_message`` receives the holder of each lock that this waits for.
 
-    Raises ConfigurationError, with nothing changed, for a database that is not UTF8, or if this role may not do what is
-    necessary; and DatabaseUnavailable, if there is no connection, or no lock within a minute. Tables and orders are
-    never changed.
+    Raises ConfigurationError, with nothing changed, for a server older than PostgreSQL 16, for a database that is not
+    UTF8, or if this role may not do what is necessary; and DatabaseUnavailable, if there is no connection, or no lock
+    within a minute. Tables and orders are never changed.
     """
     passwords = {MIGRATOR: migrator_password, WRITER: writer_password, READER: reader_password}
     given = {
@@ -88,7 +88,7 @@ def bootstrap(
 
 
 def _bootstrap(connection: Connection, passwords: Mapping[str, str]) -> BootstrapResult:
-    require_utf8(connection)
+    require_usable_database(connection)
     schema = schema_to_set_up(connection)
     connection.execute(queries.USE_SCHEMA, {"schema": schema})
     try:

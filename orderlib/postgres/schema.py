@@ -25,6 +25,9 @@ def migrations() -> dict[int, str]:
 
 LATEST_MIGRATION = max(migrations())
 
+#: The oldest major version of PostgreSQL. It lets a role grant memberships with options (SET, INHERIT).
+OLDEST_POSTGRESQL = 16
+
 
 def check_schema(connection: Connection) -> None:
     """Raise ConfigurationError, with the remedy, if the schema is missing or older than this program needs."""
@@ -77,8 +80,13 @@ def table_schema(connection: Connection) -> str:
     return str(schema)
 
 
-def require_utf8(connection: Connection) -> None:
-    """Raise ConfigurationError if the database has another encoding."""
+def require_usable_database(connection: Connection) -> None:
+    """Raise ConfigurationError if the server is too old, or if the database has another encoding than UTF8."""
+    major_version = connection.info.server_version // 10_000
+    if major_version < OLDEST_POSTGRESQL:
+        raise ConfigurationError(
+            f"PostgreSQL {major_version} is too old: orderlib needs version {OLDEST_POSTGRESQL} or newer"
+        )
     [encoding] = one_row(connection, queries.DATABASE_ENCODING)
     if encoding != "UTF8":
         raise ConfigurationError(f"the encoding of the database is {encoding}, but orderlib needs UTF8")

@@ -17,6 +17,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import orderlib
 from orderlib import ConfigurationError, DatabaseUnavailable
+from orderlib.postgres import schema
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.grants import check_privileges
 from orderlib.postgres.privileges import READER_PRIVILEGES, WRITER_PRIVILEGES
@@ -148,6 +149,13 @@ def test_a_database_in_another_encoding_is_refused(foreign_database: Database) -
             ):
                 refused(foreign_database.superuser_url)
         assert superuser.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)
+
+
+def test_a_server_that_is_too_old_is_refused(empty_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "OLDEST_POSTGRESQL", 99)
+    for refused in (orderlib.bootstrap, orderlib.migrate):
+        with pytest.raises(ConfigurationError, match=r"PostgreSQL \d\d is too old: orderlib needs version 99 or newer"):
+            refused(empty_database.superuser_url)
 
 
 def test_no_password_is_stored_or_shown_as_plain_text(empty_database: Database) -> None:
