@@ -38,11 +38,10 @@ def add_commands(commands: Commands) -> None:
         help="prove that every record is accounted for",
         description="Read the topic below the stored offsets and compare it with one snapshot of the database "
         "(ORDERS_READER_URL), in both directions: every invalid record is a reject and every reject an invalid record; "
-        "every order equals, field by field, the last valid record of one of its partitions. Lists the discrepancies "
-        "and exits 1 if there are any. Also lists what cannot be proved, such as orders saved from Python. The "
-        "consumer may run meanwhile. Records of forgotten orders are counted. A purged reject is a discrepancy while "
-        f"Kafka still has its record. With --json, the first {MAX_FINDINGS:,} "
-        "discrepancies are listed and all are counted.",
+        "every order equals, field by field, the last valid record of one of its partitions. Exits 1 if there are "
+        f"discrepancies. Counts all of them and lists the first {_SHOWN} (--json: {MAX_FINDINGS:,}). Also shows what "
+        "cannot be proved, such as orders saved from Python. The consumer may run meanwhile. Records of forgotten "
+        "orders are counted. A purged reject is a discrepancy while Kafka still has its record.",
     )
     parser.add_argument(
         "--manifest",
