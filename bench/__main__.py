@@ -1,6 +1,6 @@
-"""Run every benchmark, one after another, and print the figures as tables. ``make bench`` runs this.
+"""Run every benchmark, one after another, and print the figures as tables. `make bench` runs this.
 
-The benchmarks start the servers they use. ``--write`` replaces the published figures and their page in docs/bench/.
+The benchmarks start the servers they use. `--write` replaces the published figures and their page in docs/bench/.
 """
 
 from __future__ import annotations

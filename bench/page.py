@@ -246,7 +246,7 @@ def page(results: Mapping[str, Result]) -> str:
     plots = [f"![{plot.title}]({plot.name}.svg)" for plot in PLOTS if plot.topic in results]
     sections = [
         HEAD,
-        f"## Ratios\n\n{table(headlines(results))}\n\n{WORDS}",
+        f"## Summary\n\n{table(headlines(results))}\n\n{WORDS}",
         "## Plots\n\n" + "\n".join(plots) + "\n",
         "## Every figure\n",
     ]
