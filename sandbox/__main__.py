@@ -66,7 +66,7 @@ def _parse_options() -> argparse.Namespace:
         type=int,
         choices=range(1, 10),
         default=1,
-        help="number of Kafka's nodes (%(default)s)",
+        help="number of Kafka brokers (%(default)s)",
     )
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="the command to run, with its arguments")
     options = parser.parse_args()

@@ -20,8 +20,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="python -m services.admin",
-        description="Set up and operate orderlib. A command fails after "
-        f"{REQUEST_TIMEOUT_S:g} s if a server does not answer.",
+        description="Set up and operate orderlib. A command fails if it cannot reach a server within "
+        f"{REQUEST_TIMEOUT_S:g} s.",
         epilog=EXIT_STATUSES,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -79,7 +79,8 @@ def add_commands(commands: Commands) -> None:
         description="Process rejects again by the rules of this release, each at its own position. A valid order is "
         "stored if the database does not have it, or has a version from a lower offset of the same partition. "
         "Other outcomes: duplicate, superseded, forgotten, or rejected again. With ORDERS_TOMBSTONES=erase, a "
-        "tombstone erases its order in the same way. The reject stays, with its outcome. Redriving twice is safe.",
+        "tombstone erases its order in the same way. The reject stays, with its outcome. A later redrive skips it, "
+        "unless it was rejected again.",
     )
     which = redriving.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="redrive all rejects")

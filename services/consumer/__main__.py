@@ -46,7 +46,8 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         description="Store each order of the topic in PostgreSQL exactly once. SIGTERM and Ctrl-C stop it cleanly.",
         epilog="Settings are environment variables: ORDERS_DATABASE_URL, ORDERS_KAFKA_BOOTSTRAP_SERVERS, ORDERS_TOPIC, "
         "ORDERS_CONSUMER_GROUP, ORDERS_MAX_RECORD_BYTES, ORDERS_TOMBSTONES, ORDERS_METRICS_BIND, "
-        f"ORDERS_BREAKER_FRACTION. {EXIT_STATUSES}",
+        "ORDERS_BREAKER_FRACTION, and ORDERS_KAFKA_X_Y for librdkafka's property x.y. "
+        f"{EXIT_STATUSES}",
     )
     parser.add_argument(
         "--exit-at-end",
