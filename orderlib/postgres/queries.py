@@ -1,7 +1,7 @@
 """Every SQL statement of orderlib, each with its purpose. Values go only as parameters.
 
-Written to run unchanged with the tables distributed by ``order_uid`` on Citus: every table has its own condition on
-``order_uid``, and no temporary table is joined.
+Written to run unchanged with the tables distributed by ``order_uid`` on Citus: a query by ``order_uid`` has a condition
+on it for each of its tables, and no temporary table is joined.
 """
 
 from collections.abc import Collection, Iterable, Iterator
