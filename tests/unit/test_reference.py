@@ -50,7 +50,7 @@ def test_every_entry_shows_its_own_definition(module: ModuleType) -> None:
             assert re.search(rf"^### {name}\n\n```python\n{keyword} {name}\b", page, re.MULTILINE), name
 
 
-#: Public functions that DESIGN.md, section 4, promises.
+#: The functions that a program begins with.
 FUNCTIONS = ("migrate", "bootstrap", "connect", "connect_async", "using", "using_async")
 
 
