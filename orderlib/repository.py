@@ -313,6 +313,11 @@ class ListOptions(Filters, total=False):
     limit: int
 
 
+def _direction(direction: Any) -> Any:
+    """Return the direction that a text names. Validators refuse other values."""
+    return Direction(direction) if isinstance(direction, str) and direction in set(Direction) else direction
+
+
 def _digits(phone: Any) -> Any:
     return phone_digits(phone) if isinstance(phone, str) else phone
 
@@ -325,15 +330,15 @@ def _lower(email: Any) -> Any:
 class ListQuery:
     """The arguments of ``list_orders`` with their defaults, checked: what an implementation reads.
 
-    Raises InvalidQuery for a limit outside its bounds, a time without an offset or a phone number without digits, and
-    TypeError for an argument of another type.
+    Raises InvalidQuery for a limit outside its bounds, an unknown direction, a time without an offset or a phone number
+    without digits, and TypeError for an argument of another type.
     """
 
     cursor: Cursor | None = attrs.field(default=None)
-    direction: Direction = attrs.field(default=Direction.OLDER, converter=Direction)
+    direction: Direction = attrs.field(default=Direction.OLDER, converter=_direction)
     limit: int = attrs.field(default=PAGE_SIZE)
-    customer_id: str | None = attrs.field(default=None)
-    track_number: str | None = attrs.field(default=None)
+    customer_id: str | None = attrs.field(default=None, repr=False)
+    track_number: str | None = attrs.field(default=None, repr=False)
     #: Its digits.
     phone: str | None = attrs.field(default=None, converter=_digits, repr=False)
     #: In small letters.
@@ -345,6 +350,12 @@ class ListQuery:
     def _check_cursor(self, _attribute: object, cursor: object) -> None:
         if cursor is not None:
             require_type("cursor", cursor, Cursor)
+
+    @direction.validator
+    def _check_direction(self, _attribute: object, direction: object) -> None:
+        if isinstance(direction, str) and not isinstance(direction, Direction):
+            raise InvalidQuery(f"direction: expected {' or '.join(Direction)}, found another text")
+        require_type("direction", direction, Direction)
 
     @customer_id.validator
     @track_number.validator
@@ -373,7 +384,7 @@ class Polling:
     """When a wait for a record queries its state: after pauses that double, until the timeout."""
 
     def __init__(self, timeout_s: float) -> None:
-        self._deadline_s = time.monotonic() + timeout_s
+        self._deadline_s = time.monotonic() + require_seconds("timeout_s", timeout_s)
         self._pause_s = _FIRST_PAUSE_S
 
     @property
@@ -594,6 +605,13 @@ def require_type(name: str, value: object, kind: type[T]) -> T:
     return value
 
 
+def require_seconds(name: str, value: float) -> float:
+    """Return an argument that is a number of seconds, or raise TypeError naming it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+    return value
+
+
 def check_limit(limit: int) -> None:
     """Raise InvalidQuery for a limit outside 1 to 100, and TypeError for a value of another type."""
     if type(limit) is not int:
@@ -618,3 +636,10 @@ def require_uids(order_uids: Iterable[str]) -> list[str]:
             f"get_many takes several order_uids, not one {type(order_uids).__name__}; use get for one order"
         )
     return [require_type("an order_uid", uid, str) for uid in order_uids]
+
+
+def require_orders(orders: Iterable[Order]) -> Iterable[Order]:
+    """Return the orders, or raise TypeError for a value that is not iterable, such as one order."""
+    if not isinstance(orders, Iterable):
+        raise TypeError(f"save_many takes several orders, not one {type(orders).__name__}; use save for one order")
+    return orders

@@ -193,6 +193,8 @@ def prepare_order(order: Order, original: bytes | None, *, pack_rows: PackRows =
     """Prepare an order that is saved from Python, with its JSON text if there is one (see ``OrderRepository.save``)."""
     if original is None:
         return PreparedOrder.of(order, pack_rows=pack_rows)
+    if not isinstance(original, bytes):
+        raise TypeError(f"original must be bytes, not {type(original).__name__}")
     if canonical_form(order) != canonical_form(decode_order(original)):
         raise ValueError("original must be the JSON text of the order that is saved")
     return PreparedOrder.of_text(original, pack_rows=pack_rows)

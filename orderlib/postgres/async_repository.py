@@ -41,6 +41,7 @@ from orderlib.repository import (
     Stats,
     StoredOrder,
     check_limit,
+    require_orders,
     require_uids,
 )
 
@@ -154,7 +155,7 @@ class AsyncOrderRepositoryBase(ABC):
 
     async def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
         """See ``OrderRepository.save_many``."""
-        return await self._save([PreparedOrder.of(order, pack_rows=pack_rows) for order in orders])
+        return await self._save([PreparedOrder.of(order, pack_rows=pack_rows) for order in require_orders(orders)])
 
 
 class _TaskWaiter:

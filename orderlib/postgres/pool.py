@@ -33,6 +33,7 @@ from orderlib.postgres.hosts import connect_to_any
 from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.schema import check_schema
 from orderlib.postgres.wire import PREPARED_IS_STALE, DeadlineExceeded, Wire, run_until
+from orderlib.repository import require_seconds
 
 T = TypeVar("T")
 
@@ -150,9 +151,9 @@ class Pool:
         timeout_s: float,
         connection_timeout_s: float | None = None,
     ) -> None:
-        for name, value in (("timeout_s", timeout_s), ("connection_timeout_s", connection_timeout_s or 0.0)):
-            if type(value) not in {int, float}:
-                raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+        require_seconds("timeout_s", timeout_s)
+        if connection_timeout_s is not None:
+            require_seconds("connection_timeout_s", connection_timeout_s)
         if type(max_connections) is not int:
             raise TypeError(f"max_connections must be an int, not {type(max_connections).__name__}")
         if max_connections < 1:

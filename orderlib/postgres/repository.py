@@ -33,6 +33,7 @@ from orderlib.repository import (
     Stats,
     StoredOrder,
     check_limit,
+    require_orders,
     require_uids,
 )
 
@@ -145,7 +146,7 @@ class OrderRepositoryBase(ABC):
 
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
         """See ``OrderRepository.save_many``."""
-        return self._save([PreparedOrder.of(order, pack_rows=pack_rows) for order in orders])
+        return self._save([PreparedOrder.of(order, pack_rows=pack_rows) for order in require_orders(orders)])
 
 
 class PostgresOrderRepository(OrderRepositoryBase):

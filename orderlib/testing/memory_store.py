@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -13,6 +14,7 @@ from orderlib.ingestion.records import PreparedOrder, StoredVersion, plan_writes
 from orderlib.models import Order
 from orderlib.repository import (
     COUNT_LIMIT,
+    MAX_PAGE_ITEMS,
     STORED_RECENTLY,
     Cursor,
     Direction,
@@ -28,6 +30,7 @@ from orderlib.repository import (
     StoredOrder,
     check_limit,
     is_position,
+    require_orders,
     require_type,
     require_uids,
 )
@@ -82,8 +85,8 @@ class MemoryStore:
         with self._lock:
             listed = sorted(self._stored.values(), key=lambda stored: _position(stored.cursor), reverse=is_older)
         matching = [stored for stored in listed if _matches(stored, query)]
-        page = matching[: query.limit]
-        next_cursor = page[-1].cursor if len(matching) > query.limit else None
+        page = _without_too_many_items(matching[: query.limit])
+        next_cursor = page[-1].cursor if len(matching) > len(page) else None
         return Page(orders=tuple(page if is_older else page[::-1]), next_cursor=next_cursor)
 
     def count(self, **filters: Unpack[Filters]) -> int:
@@ -155,7 +158,7 @@ class MemoryStore:
 
     def save_many(self, orders: Iterable[Order]) -> Counter[Outcome]:
         """See ``OrderRepository.save_many``."""
-        orders = list(orders)
+        orders = list(require_orders(orders))
         return self._save(orders, [PreparedOrder.of(order) for order in orders])
 
     def _save(self, orders: Iterable[Order], prepared_orders: Sequence[PreparedOrder]) -> Counter[Outcome]:
@@ -185,6 +188,12 @@ class MemoryStore:
                     version_number=number,
                 )
         return Counter(plan.outcomes)
+
+
+def _without_too_many_items(orders: list[StoredOrder]) -> list[StoredOrder]:
+    """Return the first of these orders, which have fewer than ``MAX_PAGE_ITEMS`` items together."""
+    totals = itertools.accumulate(len(stored.order.items) for stored in orders)
+    return orders[: sum(total < MAX_PAGE_ITEMS for total in totals)]
 
 
 def _matches(stored: StoredOrder, query: ListQuery) -> bool:

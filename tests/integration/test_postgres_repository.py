@@ -214,17 +214,6 @@ class TestUsingAsyncInOneSnapshot(TestUsingInOneSnapshot):
             yield repository
 
 
-def test_a_page_of_very_large_orders_ends_early_and_the_next_goes_on(postgres: PostgresOrderRepository) -> None:
-    large = attrs.evolve(SAMPLE_ORDER, items=SAMPLE_ORDER.items[:1] * 1_000)
-    postgres.save_many(attrs.evolve(large, order_uid=f"large-{number}") for number in range(12))
-    pages = [postgres.list_orders(limit=100)]
-    while (cursor := pages[-1].next_cursor) is not None:
-        pages.append(postgres.list_orders(limit=100, cursor=cursor))
-    assert [len(page.orders) for page in pages] == [4, 4, 4]
-    assert {len(stored.order.items) for page in pages for stored in page.orders} == {1_000}
-    assert len({stored.order.order_uid for page in pages for stored in page.orders}) == 12
-
-
 def with_unchecked(order: Order, **fields: object) -> Order:
     """The order with unchecked values."""
     return unchecked(Order, **{field.name: getattr(order, field.name) for field in attrs.fields(Order)} | fields)

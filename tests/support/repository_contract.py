@@ -162,7 +162,7 @@ class RepositoryContract:
             repository.save(an_order("a", 1), original=with_unknown("a", b"1"))
         with pytest.raises(RejectedError):
             repository.save(an_order("a"), original=b"{}")
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match=r"original must be bytes, not str$"):
             repository.save(an_order("a"), original="{}")  # type: ignore[arg-type]  # a wrong type
         with pytest.raises(OrderNotFound):
             repository.get("a")
@@ -171,6 +171,11 @@ class RepositoryContract:
         repository.save(an_order("a"))
         with pytest.raises(TypeError, match="several"):
             repository.get_many("a")
+
+    @pytest.mark.parametrize("value", [SAMPLE_ORDER, 5, None])
+    def test_one_order_is_not_taken_for_several(self, repository: OrderRepository, value: Any) -> None:
+        with pytest.raises(TypeError, match=f"save_many takes several orders, not one {type(value).__name__}"):
+            repository.save_many(value)
 
     def test_the_digest_of_an_order_is_that_of_its_current_content(self, repository: OrderRepository) -> None:
         for order in (an_order("a", 1), an_order("a", 2)):
@@ -359,6 +364,19 @@ class RepositoryContract:
             page = repository.list_orders(cursor=page.next_cursor, direction=Direction.NEWER, limit=limit)
         assert seen == list("abcdefg")
 
+    def test_a_page_of_very_large_orders_ends_early_and_the_next_goes_on(self, repository: OrderRepository) -> None:
+        repository.save_many(an_order(f"large-{number:02}", items=1_000) for number in range(12))
+        pages = [repository.list_orders(limit=100)]
+        while (cursor := pages[-1].next_cursor) is not None:
+            pages.append(repository.list_orders(limit=100, cursor=cursor))
+        assert [len(page.orders) for page in pages] == [4, 4, 4]
+        assert {len(stored.order.items) for page in pages for stored in page.orders} == {1_000}
+        newest_first = [f"large-{number:02}" for number in reversed(range(12))]
+        assert [uid for page in pages for uid in uids(page.orders)] == newest_first
+        newer = repository.list_orders(limit=100, cursor=pages[2].orders[-1].cursor, direction=Direction.NEWER)
+        assert uids(newer.orders) == newest_first[7:11]
+        assert newer.next_cursor == newer.orders[0].cursor
+
     def test_filters_are_exact_and_both_hold(self, repository: OrderRepository) -> None:
         for uid, customer_id, track_number in (
             ("a", "one", "x"),
@@ -467,6 +485,21 @@ class RepositoryContract:
     def test_a_limit_is_an_integer(self, repository: OrderRepository, limit: Any, kind: str) -> None:
         with pytest.raises(TypeError, match=f"limit must be an int, not {kind}$"):
             repository.list_orders(limit=limit)
+
+    @pytest.mark.parametrize("value", [5, None, b"older"])
+    def test_a_direction_of_another_type_is_refused_without_its_value(
+        self, repository: OrderRepository, value: Any
+    ) -> None:
+        with pytest.raises(TypeError, match=f"direction must be a Direction, not {type(value).__name__}$"):
+            repository.list_orders(direction=value)
+
+    def test_a_direction_is_also_taken_by_its_text(self, repository: OrderRepository) -> None:
+        repository.save_many([an_order("a"), an_order("b")])
+        older, newer = ("older", "newer")
+        assert uids(repository.list_orders(direction=older, limit=1).orders) == ["b"]  # type: ignore[arg-type]
+        assert uids(repository.list_orders(direction=newer, limit=1).orders) == ["a"]  # type: ignore[arg-type]
+        with pytest.raises(InvalidQuery, match="direction: expected older or newer, found another text"):
+            repository.list_orders(direction="SECRET")  # type: ignore[arg-type]
 
     def test_a_limit_is_checked_even_if_no_order_can_match(self, repository: OrderRepository) -> None:
         with pytest.raises(InvalidQuery, match="limit: expected 1 to 100"):
@@ -830,6 +863,11 @@ class PositionContract:
                 repository.position_state(topic, partition, offset)
             with pytest.raises(TypeError, match=reason):
                 repository.wait_until_handled(topic, partition, offset, timeout_s=0)
+
+    @pytest.mark.parametrize("value", [None, "5", True])
+    def test_a_timeout_of_another_type_is_refused(self, repository: OrderRepository, value: Any) -> None:
+        with pytest.raises(TypeError, match=f"timeout_s must be a number of seconds, not {type(value).__name__}$"):
+            repository.wait_until_handled("orders", 0, 0, timeout_s=value)
 
     @pytest.mark.parametrize(("error", "expected"), [(None, HANDLED), (REJECTION, REJECTED)])
     def test_waiting_ends_when_the_record_is_handled(
