@@ -164,7 +164,8 @@ def test_the_documented_acls_are_enough_for_each_program(
     secure.make_user("consumer", {topic: _READS, group: (AclOperation.READ,)})
     secure.make_user("sender", {topic: (AclOperation.WRITE, AclOperation.DESCRIBE)})
     secure.make_user("reader", {topic: _READS})
-    secure.make_user("mover", {topic: _READS, group: (AclOperation.DESCRIBE,)})
+    secure.make_user("watcher", {topic: (AclOperation.DESCRIBE,)})
+    secure.make_user("mover", {topic: (AclOperation.DESCRIBE,), group: (AclOperation.DESCRIBE,)})
     made = (_TOPIC, f"{secure_topic}-made")
     secure.make_user(
         "maker",
@@ -174,7 +175,8 @@ def test_the_documented_acls_are_enough_for_each_program(
     succeed("consumer --exit-at-end", {**environ, **secure.settings("consumer")})
     reader = {**environ, **secure.settings("reader")}
     assert "the ACL DescribeConfigs is missing" in succeed("admin reconcile", reader)
-    assert sum(row["lag"] for row in json.loads(succeed("admin lag --json", reader))) == 0
+    watcher = {**environ, **secure.settings("watcher")}
+    assert sum(row["lag"] for row in json.loads(succeed("admin lag --json", watcher))) == 0
     succeed("admin offsets reset --to-earliest --execute --yes", {**environ, **secure.settings("mover")})
     for _ in range(2):
         succeed("admin topics", {**environ, **secure.settings("maker"), "ORDERS_TOPIC": made[1]})
