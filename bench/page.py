@@ -34,8 +34,9 @@ HEAD = """\
 
 Generated from the JSON files in this folder; do not edit it. `make bench` measures the same on your machine, and
 `python -m bench --write` replaces this page. Everything ran on one machine at the same time, PostgreSQL and Kafka
-included, and its speed varies. So compare ratios: both sides of a ratio were measured in turns, in one run. *Limit* is
-what orderlib should reach, *goal* what would be better.
+included, and its speed varies. So compare ratios: both sides of a ratio were measured in turns, in one run. A ratio is
+the median of the ratios of all rounds, so it may differ from the ratio of the two figures. *Limit* is what orderlib
+should reach, *goal* what would be better.
 """
 
 WORDS = """\
