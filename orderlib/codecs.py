@@ -198,7 +198,11 @@ def _decode(data: bytes) -> Order:
 
 
 def _decode_readable(data: bytes, readable: bytes) -> Order:
-    """Decode a text. ``readable`` is its ``_make_readable`` form, whose known fields differ only in U+0000."""
+    """Decode a text. ``readable`` is its ``_make_readable`` form.
+
+    msgspec refuses an escaped lone surrogate, also in an unknown field. The readable form has U+0000 in its place. So
+    if the order decoded from that form has no U+0000, its known fields are those of the text, and valid.
+    """
     if readable is not data:
         with contextlib.suppress(msgspec.DecodeError, RecursionError):
             order = _decoder.decode(readable)

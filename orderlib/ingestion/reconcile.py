@@ -36,7 +36,7 @@ MAX_EXAMPLES = 100
 #: The digest of what is stored after a tombstone.
 _NO_CONTENT = b""
 
-#: How many findings are listed. All are counted.
+#: How many findings are kept, and how many `reconcile` lists. All are counted.
 MAX_FINDINGS = 10_000
 
 #: A lower limit of records is not realistic, because orders would not fit.
@@ -336,10 +336,10 @@ class Reconciliation:
         """Return whether nothing of this record is stored because its order was forgotten."""
         if not self._forgotten:
             return False
-        digest = _sha256(record.key if isinstance(classified, Reject) else classified.order_uid.encode())
-        if digest not in self._forgotten:
+        uid_sha256 = _sha256(record.key if isinstance(classified, Reject) else classified.order_uid.encode())
+        if uid_sha256 not in self._forgotten:
             return False
-        self._forgotten_without_record.discard(digest)
+        self._forgotten_without_record.discard(uid_sha256)
         return True
 
     def _compare_content(self, record: Record, reject: SnapshotReject) -> None:

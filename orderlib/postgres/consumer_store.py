@@ -134,11 +134,11 @@ class ConsumerStore:
             try:
                 self._begin(connection, wire, batch)
                 lap("fence")
-                written = attrs.evolve(_write_orders(connection, wire, batch), seconds=seconds)
+                result = attrs.evolve(_write_orders(connection, wire, batch), seconds=seconds)
                 lap("orders")
-                _copy_rejects(connection, written.rejects)
+                _copy_rejects(connection, result.rejects)
                 lap("rejects")
-                before_commit(written)
+                before_commit(result)
                 lap("check")
                 connection.wait(wire.pipeline((queries.COMMIT, ())))
             except BaseException as exc:
@@ -156,7 +156,7 @@ class ConsumerStore:
                 raise
             lap("commit")
             self._has_committed = True
-            return written
+            return result
 
     def index_advice(self) -> str | None:
         """Return a line of advice if the indexes have outgrown PostgreSQL's memory, else ``None``."""
@@ -258,7 +258,7 @@ class ConsumerStore:
             )
         )
         moved_rows = set(moved)
-        lost = {one for one in partitions if (batch.topic_ids[one.topic], one.partition) not in moved_rows}
+        lost = {p for p in partitions if (batch.topic_ids[p.topic], p.partition) not in moved_rows}
         if lost:
             stored = _next_offsets(connection, keys, batch.topic_ids)
             if lost - stored.keys():

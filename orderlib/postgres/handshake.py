@@ -19,6 +19,7 @@ from psycopg.pq import ConnStatus, PollingStatus
 from psycopg.pq.abc import PGconn
 from psycopg.waiting import Wait
 
+#: Members of libpq's PGVerbosity.
 _DEFAULT, _VERBOSE = 1, 2
 
 #: The SQLSTATE after the severity, which is in any language. The error of the last host comes last.

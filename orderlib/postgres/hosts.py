@@ -56,23 +56,23 @@ def _first_accepted(arguments: Mapping[str, str | int]) -> PGconn:
     next_start = -math.inf
     while (now := time.monotonic()) < limit:
         if now >= next_start:
-            host = started % len(hosts)
+            host_index = started % len(hosts)
             started += 1
             next_start = now + (_NEXT_HOST_AFTER_S if started < len(hosts) else _SAME_HOST_AFTER_S / len(hosts))
-            pending.append(_Attempt(host, hosts[host]))
+            pending.append(_Attempt(host_index, hosts[host_index]))
         for attempt in _ready(pending, min(next_start, limit) - now):
             try:
                 if attempt.advance():
                     return attempt.connection
             except psycopg.Error as exc:
-                failures[attempt.host] = exc
+                failures[attempt.host_index] = exc
                 pending.remove(attempt)
                 if started < len(hosts):
                     next_start = -math.inf
         if not pending and started >= len(hosts):
             break
     for attempt in pending:
-        failures.setdefault(attempt.host, psycopg.errors.ConnectionTimeout("connection timeout expired"))
+        failures.setdefault(attempt.host_index, psycopg.errors.ConnectionTimeout("connection timeout expired"))
     raise _error_to_raise(failures)
 
 
@@ -81,8 +81,8 @@ class _Attempt:
 
     connection: PGconn
 
-    def __init__(self, host: int, parameters: ConnDict) -> None:
-        self.host = host
+    def __init__(self, host_index: int, parameters: ConnDict) -> None:
+        self.host_index = host_index
         self._steps = connect_steps(make_conninfo("", **parameters))
         self._started = False
         self.file = -1
@@ -114,7 +114,5 @@ def _ready(attempts: list[_Attempt], timeout_s: float) -> list[_Attempt]:
 
 def _error_to_raise(failures: Mapping[int, psycopg.Error]) -> psycopg.Error:
     """Return the error to raise: the first outage, because that host may recover, else the error of the last host."""
-    outages = (
-        failures[host] for host in sorted(failures) if isinstance(translate(failures[host]), DatabaseUnavailable)
-    )
+    outages = (error for _, error in sorted(failures.items()) if isinstance(translate(error), DatabaseUnavailable))
     return next(outages, failures[max(failures)]).with_traceback(None)

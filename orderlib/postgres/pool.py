@@ -357,7 +357,10 @@ class Call:
         return max(0.0, min(self._pool.connection_timeout_s, self.deadline - time.monotonic()))
 
     def may_repeat(self, session: Session, error: Exception) -> bool:
-        """Return whether to repeat the call on another session, because this one was only lost while idle."""
+        """Return whether to repeat the call on another session, because this one was only lost while idle.
+
+        Also close the idle sessions if they are probably lost, and this one if it is on a standby and cannot write.
+        """
         if READ_ONLY in sqlstates(error):
             # The server became a standby after the session was connected, or the URL allows a standby.
             session.abort()

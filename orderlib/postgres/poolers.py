@@ -54,7 +54,7 @@ def refuse_transaction_pooler(connection: psycopg.Connection[TupleRow], argument
 
         try:
             shared = rows_of_second((queries.BEGIN_READ, ()), (queries.SESSION_MARK, ())) == [[(token,)]]
-            # It holds its session meanwhile.
+            # The second connection holds its session until its transaction ends.
             kept = not shared and _is_marked(connection, token)
             rows_of_second((queries.ROLLBACK, ()))
         except (psycopg.Error, OrderlibError):

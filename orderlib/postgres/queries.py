@@ -92,7 +92,10 @@ SET_STATEMENT_TIMEOUT: LiteralString = "SET statement_timeout = {}"
 #: Begin a read: all its statements see one snapshot, and none can write.
 BEGIN_READ: LiteralString = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 COMMIT: LiteralString = "COMMIT"
-ISOLATION: LiteralString = "SELECT current_setting('transaction_isolation')"
+#: Whether each statement of the transaction has its own snapshot.
+HAS_NEW_SNAPSHOTS: LiteralString = (
+    "SELECT current_setting('transaction_isolation') IN ('read committed', 'read uncommitted')"
+)
 ROLLBACK: LiteralString = "ROLLBACK"
 BEGIN_WRITE: LiteralString = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
@@ -158,14 +161,14 @@ ORDER BY o.updated_at DESC LIMIT 1
 #: The stored offset of each partition of a topic id.
 NEXT_OFFSETS_OF_TOPIC: LiteralString = "SELECT partition, next_offset FROM consumer_offsets WHERE topic_id = $1"
 
-#: Whether a reject was not redriven, or was rejected again.
-_NOT_REDRIVEN: LiteralString = "(redrive_outcome IS NULL OR redrive_outcome = 'rejected')"
+#: Whether a reject was never redriven, or was rejected again.
+_STILL_REJECTED: LiteralString = "(redrive_outcome IS NULL OR redrive_outcome = 'rejected')"
 
-#: The rejects of a range of offsets, without the redriven ones.
+#: The records of a range of offsets that are still rejected.
 REJECTED_RECORDS: LiteralString = f"""
 SELECT record_offset, code, faults -> 'first' -> 0 ->> 'path' FROM rejects
 WHERE topic_id = $1 AND partition = $2::integer AND record_offset BETWEEN $3::bigint AND $4::bigint
-    AND {_NOT_REDRIVEN}
+    AND {_STILL_REJECTED}
 ORDER BY record_offset LIMIT $5::bigint
 """
 
@@ -208,7 +211,7 @@ _ORDER_CONDITIONS: dict[str, LiteralString] = {
     "since": "o.first_stored_at >= {}::timestamptz",
     "until": "o.first_stored_at < {}::timestamptz",
 }
-_NUMBERS: tuple[LiteralString, ...] = ("$1", "$2", "$3", "$4", "$5", "$6", "$7", "$8", "$9")
+_PLACEHOLDERS: tuple[LiteralString, ...] = ("$1", "$2", "$3", "$4", "$5", "$6", "$7", "$8", "$9")
 
 
 def list_orders(direction: Direction, filters: Collection[str], *, cursor: bool) -> LiteralString:
@@ -218,7 +221,7 @@ def list_orders(direction: Direction, filters: Collection[str], *, cursor: bool)
     """
     comparison, sort = _DIRECTIONS[direction]
     after = f" AND (o.first_stored_at, o.order_uid) {comparison} ($2::timestamptz, $3)" if cursor else ""
-    where = _all_of(_ORDER_CONDITIONS, filters, iter(_NUMBERS[3 if cursor else 1 :]))
+    where = _all_of(_ORDER_CONDITIONS, filters, iter(_PLACEHOLDERS[3 if cursor else 1 :]))
     return f"""
 SELECT {_ORDER_COLUMNS}
 FROM {_JOINED_TABLES}
@@ -229,15 +232,15 @@ ORDER BY o.first_stored_at {sort}, o.order_uid {sort} LIMIT $1
 
 def count_orders(filters: Collection[str]) -> LiteralString:
     """Return the query for the number of orders, up to $1. The other parameters are those of the filters as given."""
-    where = _all_of(_ORDER_CONDITIONS, filters, iter(_NUMBERS[1:]))
+    where = _all_of(_ORDER_CONDITIONS, filters, iter(_PLACEHOLDERS[1:]))
     return f"SELECT count(*) FROM (SELECT 1 FROM orders o WHERE {where} LIMIT $1) found"
 
 
 def _all_of(
-    conditions: dict[str, LiteralString], filters: Collection[str], numbers: Iterator[LiteralString]
+    conditions: dict[str, LiteralString], filters: Collection[str], placeholders: Iterator[LiteralString]
 ) -> LiteralString:
-    """Return the conditions of these filters, each with the next parameter."""
-    return " AND ".join(["true", *(conditions[name].format(next(numbers)) for name in filters)])
+    """Return the conditions of these filters, each with the next placeholder."""
+    return " AND ".join(["true", *(conditions[name].format(next(placeholders)) for name in filters)])
 
 
 #: The newest orders that match a complete value $1, at most $2, for each field of a search.
@@ -322,8 +325,9 @@ HAVING sum(size) > pg_size_bytes(current_setting('shared_buffers'))
 
 #: A write and `forget` exclude each other until the end of the transaction; writes do not exclude each other. A lock of
 #: the table would also wait for readers, such as a long `reconcile`.
-FORGET_LOCK_SHARED: LiteralString = "SELECT FROM pg_advisory_xact_lock_shared(7305804402566722661)"
-FORGET_LOCK_EXCLUSIVE: LiteralString = "SELECT FROM pg_advisory_xact_lock(7305804402566722661)"
+_FORGET_LOCK: LiteralString = "7305804402566722661"
+FORGET_LOCK_SHARED: LiteralString = f"SELECT FROM pg_advisory_xact_lock_shared({_FORGET_LOCK})"
+FORGET_LOCK_EXCLUSIVE: LiteralString = f"SELECT FROM pg_advisory_xact_lock({_FORGET_LOCK})"
 
 #: The digests of those of these orders that were forgotten. While none was, no digest is computed. By an array, because
 #: a join would read all digests.
@@ -344,11 +348,11 @@ order_uid, content_sha256, source_topic_id, source_partition, source_offset, fir
 """
 
 #: The stored versions of these orders.
-STORED_STATES: LiteralString = f"SELECT {_VERSION_COLUMNS} FROM orders WHERE order_uid = ANY($1::text[])"
+STORED_VERSIONS: LiteralString = f"SELECT {_VERSION_COLUMNS} FROM orders WHERE order_uid = ANY($1::text[])"
 #: The positions at which tombstones erased orders: all, or these. An order may be stored beside its position here, if
 #: another session stored it at the same time; then the stored order counts.
 ALL_ERASED: LiteralString = "SELECT order_uid, topic_id, partition, record_offset FROM erased"
-ERASED_STATES: LiteralString = f"{ALL_ERASED} WHERE order_uid = ANY($1::text[])"
+ERASED_VERSIONS: LiteralString = f"{ALL_ERASED} WHERE order_uid = ANY($1::text[])"
 #: The time of a write, read after the stored versions. now() may be earlier than a first_stored_at among them.
 CLOCK: LiteralString = "SELECT clock_timestamp()"
 
@@ -702,27 +706,28 @@ def list_rejects(filters: Collection[str], *, cursor: bool, oldest_first: bool) 
 
     Its parameters are those of the filters in the sequence given, the four of the cursor, and the limit.
     """
-    numbers = iter(_NUMBERS)
+    placeholders = iter(_PLACEHOLDERS)
     comparison, sort = _DIRECTIONS[Direction.NEWER if oldest_first else Direction.OLDER]
-    where = _all_of(_REJECT_CONDITIONS, filters, numbers)
+    where = _all_of(_REJECT_CONDITIONS, filters, placeholders)
     if cursor:
         row: LiteralString = (
-            f"{next(numbers)}::timestamptz, {next(numbers)}, {next(numbers)}::integer, {next(numbers)}::bigint"
+            f"{next(placeholders)}::timestamptz, {next(placeholders)}, {next(placeholders)}::integer, "
+            f"{next(placeholders)}::bigint"
         )
         where = f"{where} AND (rejected_at, topic_id, partition, record_offset) {comparison} ({row})"
     return f"""
 SELECT topic, partition, record_offset, topic_id, record_time, code, faults, rejected_at, redriven_at, redrive_outcome
 FROM rejects WHERE {where}
-ORDER BY rejected_at {sort}, topic_id {sort}, partition {sort}, record_offset {sort} LIMIT {next(numbers)}
+ORDER BY rejected_at {sort}, topic_id {sort}, partition {sort}, record_offset {sort} LIMIT {next(placeholders)}
 """
 
 
 def count_rejects(filters: Collection[str]) -> LiteralString:
     """Return the query for the number of rejects. Its parameters are those of the filters in the sequence given."""
-    return f"SELECT count(*) FROM rejects WHERE {_all_of(_REJECT_CONDITIONS, filters, iter(_NUMBERS))}"
+    return f"SELECT count(*) FROM rejects WHERE {_all_of(_REJECT_CONDITIONS, filters, iter(_PLACEHOLDERS))}"
 
 
-#: One reject, with the first bytes and the size of each part that may be large.
+#: The reject at a position of each topic id, with the first bytes and the size of each part that may be large.
 GET_REJECTS: LiteralString = """
 SELECT topic, partition, record_offset, topic_id, record_time,
        substring(key FROM 1 FOR %(max_bytes)s) AS key, octet_length(key) AS key_bytes,
@@ -733,11 +738,11 @@ FROM rejects WHERE topic = %(topic)s AND partition = %(partition)s AND record_of
 ORDER BY rejected_at DESC
 """
 
-#: The next rejects that were not redriven, after a position; locked until the transaction ends.
+#: The next records that are still rejected, after a position; their rejects are locked until the transaction ends.
 REJECTS_TO_REDRIVE: LiteralString = f"""
 SELECT topic_id, partition, record_offset, topic, record_time, coalesce(octet_length(value), 0)
 FROM rejects
-WHERE {_NOT_REDRIVEN}
+WHERE {_STILL_REJECTED}
   AND (%(code)s::text IS NULL OR code = %(code)s)
   AND (%(topic)s::text IS NULL OR (topic = %(topic)s AND partition = %(partition)s AND record_offset = %(offset)s))
   AND (topic_id, partition, record_offset) > (%(after_topic_id)s, %(after_partition)s, %(after_offset)s)

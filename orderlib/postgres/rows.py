@@ -197,9 +197,9 @@ def original_row(order_uid: str, value: bytes) -> Iterator[bytes]:
     yield value
 
 
-def pack_store_columns(first_stored_at: dt.datetime, stored_at: dt.datetime, number: int, has_original: bool) -> bytes:
+def pack_store_columns(first_stored_at: dt.datetime, stored_at: dt.datetime, version: int, has_original: bool) -> bytes:
     """Pack the last four columns of ``orders``; most of them are known only in the transaction."""
-    return _timestamptz(first_stored_at) + _timestamptz(stored_at) + _bigint(8, number) + _boolean(1, has_original)
+    return _timestamptz(first_stored_at) + _timestamptz(stored_at) + _bigint(8, version) + _boolean(1, has_original)
 
 
 _REJECT_HEAD = _field_count(10)

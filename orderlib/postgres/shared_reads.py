@@ -81,7 +81,8 @@ class _CoalescedRead(Generic[T]):
     async def get(self, order_uid: str, call: Call) -> T:
         """Return what is read of an order. Raises OrderNotFound.
 
-        Of the errors, only an outage is common to calls that share a read.
+        If a shared read fails because of an outage, all its calls raise that. After any other error each call reads
+        its own order again.
         """
         if not fits_postgres(require_type("order_uid", order_uid, str)):
             raise OrderNotFound(order_uid)

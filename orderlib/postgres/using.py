@@ -161,16 +161,13 @@ def _in_savepoint(wire: Wire, steps: PQGen[T]) -> PQGen[T]:
 
 def _require_one_snapshot(wire: Wire) -> PQGen[None]:
     """Raise ConfigurationError if each statement of the transaction has its own snapshot."""
-    if (yield from _has_new_snapshots(wire)):
+    [[(has_new_snapshots,)]] = yield from wire.pipeline((queries.HAS_NEW_SNAPSHOTS, ()))
+    if has_new_snapshots:
         raise ConfigurationError("stream() in a caller's transaction needs ISOLATION LEVEL REPEATABLE READ")
 
 
 def _require_new_snapshots(wire: Wire) -> PQGen[None]:
     """Raise ConfigurationError if the transaction never sees what others commit."""
-    if not (yield from _has_new_snapshots(wire)):
+    [[(has_new_snapshots,)]] = yield from wire.pipeline((queries.HAS_NEW_SNAPSHOTS, ()))
+    if not has_new_snapshots:
         raise ConfigurationError("wait_until_handled() in a caller's transaction needs ISOLATION LEVEL READ COMMITTED")
-
-
-def _has_new_snapshots(wire: Wire) -> PQGen[bool]:
-    [[(isolation,)]] = yield from wire.pipeline((queries.ISOLATION, ()))
-    return isolation in {"read committed", "read uncommitted"}

@@ -131,11 +131,11 @@ def _has_changed(wire: Wire, changes: Sequence[OrderChange], seen: Mapping[str, 
 
     If so, the existing key is a conflict and not a bad row. A transaction with one snapshot cannot see it: assume it.
     """
-    [[(isolation,)]] = yield from wire.pipeline((queries.ISOLATION, ()))
-    if isolation not in {"read committed", "read uncommitted"}:
+    [[(has_new_snapshots,)]] = yield from wire.pipeline((queries.HAS_NEW_SNAPSHOTS, ()))
+    if not has_new_snapshots:
         return True
     uids = _uids(changes)
-    rows, erased = yield from wire.pipeline((queries.STORED_STATES, [uids]), (queries.ERASED_STATES, [uids]))
+    rows, erased = yield from wire.pipeline((queries.STORED_VERSIONS, [uids]), (queries.ERASED_VERSIONS, [uids]))
     return {**_erased_versions(erased), **versions_of(rows)} != seen
 
 
@@ -162,8 +162,8 @@ def _store(
         # Take the lock in its own statement, so that the snapshot of the next one includes every committed forget.
         (queries.FORGET_LOCK_SHARED, ()),
         (queries.FORGOTTEN_ORDERS, [uids]),
-        (queries.STORED_STATES, [uids]),
-        (queries.ERASED_STATES, [uids]),
+        (queries.STORED_VERSIONS, [uids]),
+        (queries.ERASED_VERSIONS, [uids]),
         (queries.CLOCK, ()),
     )
     assert isinstance(now, dt.datetime)
@@ -204,7 +204,7 @@ def within_bytes(rows: list[Row], max_bytes: int) -> list[Row]:
 
 
 def versions_of(rows: Iterable[Row]) -> dict[str, StoredVersion]:
-    """Return the versions in rows of STORED_STATES, by order_uid."""
+    """Return the versions in rows of STORED_VERSIONS, by order_uid."""
     stored = {}
     for order_uid, sha256, topic_id, partition, offset, first_stored_at, number in rows:
         position = RecordPosition(topic_id=topic_id, partition=partition, offset=offset) if topic_id else None
@@ -244,18 +244,18 @@ def _text_array(order_uids: Iterable[str]) -> str:
 def _copies(plan: WritePlan, now: dt.datetime) -> list[Copy]:
     """Return the COPY of each table for which the plan has rows."""
 
-    def order_row(write: PreparedOrder, number: int, first_stored_at: dt.datetime | None) -> bytes:
+    def order_row(write: PreparedOrder, version: int, first_stored_at: dt.datetime | None) -> bytes:
         has_original = write.original is not None
         if first_stored_at is None:
-            if number == 1 and not has_original:
-                return write.rows.order + first
-            return write.rows.order + pack_store_columns(now, now, number, has_original)
-        return write.rows.order + pack_store_columns(first_stored_at, max(now, first_stored_at), number, has_original)
+            if version == 1 and not has_original:
+                return write.rows.order + columns_of_new_order
+            return write.rows.order + pack_store_columns(now, now, version, has_original)
+        return write.rows.order + pack_store_columns(first_stored_at, max(now, first_stored_at), version, has_original)
 
-    first = pack_store_columns(now, now, 1, False)
+    columns_of_new_order = pack_store_columns(now, now, 1, False)
     orders = [
-        (write, number, first_stored_at)
-        for write, number, first_stored_at in zip(plan.writes, plan.version_numbers, plan.first_stored, strict=True)
+        (write, version, first_stored_at)
+        for write, version, first_stored_at in zip(plan.writes, plan.version_numbers, plan.first_stored, strict=True)
         if isinstance(write, PreparedOrder)
     ]
     if not orders:

@@ -172,9 +172,9 @@ def _bad_value(rule: Type, good: Any, kind: FaultKind, rng: Random) -> bytes | N
                 rng.choice(["", "yesterday", "1637907739", good[:10], f"0{good}", f"{good}\n", "2021-02-30T00:00:00Z"])
             )
         case FaultKind.NUL_CHARACTER, StrType() | DateTimeType():
-            return _text(_with(good, "\0", rng))
+            return _text(_with_character(good, "\0", rng))
         case FaultKind.LONE_SURROGATE, StrType() | DateTimeType():
-            return _text(_with(good, rng.choice("\ud800\udbff\udc00\udfff"), rng))
+            return _text(_with_character(good, rng.choice("\ud800\udbff\udc00\udfff"), rng))
         case FaultKind.RAW_CONTROL_CHARACTER, StrType():
             return _text(good)[:-1] + bytes([rng.randrange(32)]) + b'"'
         case FaultKind.TOO_SMALL, IntType(ge=int(minimum)):
@@ -238,7 +238,7 @@ def _text(text: str) -> bytes:
     return json.dumps(text).encode()
 
 
-def _with(good: str, character: str, rng: Random) -> str:
+def _with_character(good: str, character: str, rng: Random) -> str:
     """Return the text with one character replaced, so that its length stays valid."""
     at = rng.randrange(max(len(good), 1))
     return good[:at] + character + good[at + 1 :]

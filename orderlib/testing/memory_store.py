@@ -83,7 +83,7 @@ class MemoryStore:
         query = ListQuery(**options)
         is_older = query.direction is Direction.OLDER
         with self._lock:
-            listed = sorted(self._stored.values(), key=lambda stored: _position(stored.cursor), reverse=is_older)
+            listed = sorted(self._stored.values(), key=lambda stored: _sort_key(stored.cursor), reverse=is_older)
         matching = [stored for stored in listed if _matches(stored, query)]
         page = _without_too_many_items(matching[: query.limit])
         next_cursor = page[-1].cursor if len(matching) > len(page) else None
@@ -98,8 +98,8 @@ class MemoryStore:
         check_limit(limit)
         search = SearchText.parse(require_type("text", text, str))
         with self._lock:
-            listed = sorted(self._stored.values(), key=lambda stored: _position(stored.cursor), reverse=True)
-        found = [(stored, fields) for stored in listed if search and (fields := _matching(stored.order, search))]
+            listed = sorted(self._stored.values(), key=lambda stored: _sort_key(stored.cursor), reverse=True)
+        found = [(stored, fields) for stored in listed if search and (fields := _matching_fields(stored.order, search))]
         if search and search.order_uid and not found:
             prefix = search.order_uid
             listed.sort(key=lambda stored: (stored.order.order_uid.lower(), stored.order.order_uid))
@@ -111,7 +111,7 @@ class MemoryStore:
         """See ``OrderRepository.stream``."""
         query = ListQuery(**filters)
         with self._lock:
-            listed = sorted(self._stored.values(), key=lambda stored: _position(stored.cursor), reverse=True)
+            listed = sorted(self._stored.values(), key=lambda stored: _sort_key(stored.cursor), reverse=True)
         return (stored for stored in listed if _matches(stored, query))
 
     def position_state(self, topic: str, partition: int, offset: int) -> PositionState:
@@ -198,8 +198,8 @@ def _without_too_many_items(orders: list[StoredOrder]) -> list[StoredOrder]:
 
 def _matches(stored: StoredOrder, query: ListQuery) -> bool:
     if query.cursor is not None:
-        position, start = _position(stored.cursor), _position(query.cursor)
-        if not (position < start if query.direction is Direction.OLDER else position > start):
+        key, start = _sort_key(stored.cursor), _sort_key(query.cursor)
+        if not (key < start if query.direction is Direction.OLDER else key > start):
             return False
     return (
         query.customer_id in {None, stored.order.customer_id}
@@ -211,7 +211,7 @@ def _matches(stored: StoredOrder, query: ListQuery) -> bool:
     )
 
 
-def _matching(order: Order, search: SearchText) -> tuple[SearchField, ...]:
+def _matching_fields(order: Order, search: SearchText) -> tuple[SearchField, ...]:
     """Return the fields that match a search completely."""
     matches = {
         SearchField.ORDER_UID: order.order_uid.lower() == search.order_uid,
@@ -224,5 +224,5 @@ def _matching(order: Order, search: SearchText) -> tuple[SearchField, ...]:
     return tuple(field for field, is_match in matches.items() if is_match)
 
 
-def _position(cursor: Cursor) -> tuple[dt.datetime, str]:
+def _sort_key(cursor: Cursor) -> tuple[dt.datetime, str]:
     return cursor.first_stored_at, cursor.order_uid
