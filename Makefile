@@ -79,7 +79,7 @@ test-compose: $(READY)
 test-citus: $(READY)
 	@test -n "$(CITUS)" -a -x "$(CITUS)/bin/postgres" \
 		|| { echo "set CITUS to the folder of a PostgreSQL 18 with the extension Citus: it has bin/postgres"; exit 2; }
-	TESTS_CITUS="$(CITUS)" $(BIN)/pytest -m "faults or not faults" --timeout 900 --numprocesses 2 --dist loadfile \
+	TESTS_CITUS="$(CITUS)" $(BIN)/pytest -m "faults or not faults" --timeout 900 --numprocesses 3 --dist loadfile \
 		tests/integration tests/e2e tests/faults
 
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \

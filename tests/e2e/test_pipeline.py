@@ -68,7 +68,7 @@ def assert_all_accounted_for(environ: Mapping[str, str], database: Database, man
             bad[place] = values[place]
         else:
             last[order.order_uid] = order
-    with orderlib.connect(database.reader_url) as repository:
+    with orderlib.connect(database.reader_url, timeout_s=60) as repository:
         assert repository.get_many(last) == last
     with psycopg.connect(database.superuser_url) as connection:
         rows = connection.execute("SELECT partition, record_offset, value FROM rejects").fetchall()
