@@ -14,7 +14,8 @@ from orderlib.postgres.privileges import MIGRATOR, OWNER, READER, WRITER
 from orderlib.postgres.roles import bootstrap, password_of
 from orderlib.postgres.schema import LATEST_MIGRATION
 
-_APPLICATION_NAME = "orderlib-admin"
+#: What PostgreSQL shows of a command, also of one of the admin.
+APPLICATION_NAME = "orderlib-admin"
 
 #: The variables with the URLs of the roles, and so with their passwords.
 _ROLE_URLS = {MIGRATOR: "ORDERS_MIGRATOR_URL", WRITER: "ORDERS_DATABASE_URL", READER: "ORDERS_READER_URL"}
@@ -64,7 +65,7 @@ def _bootstrap(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         migrator_password=passwords[MIGRATOR],
         writer_password=passwords[WRITER],
         reader_password=passwords[READER],
-        application_name=_APPLICATION_NAME,
+        application_name=APPLICATION_NAME,
         on_message=_print_message,
     )
     for text in result.corrected:
@@ -78,7 +79,7 @@ def _bootstrap(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 def _migrate(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     migrate(
         _url(environ, "ORDERS_MIGRATOR_URL"),
-        application_name=_APPLICATION_NAME,
+        application_name=APPLICATION_NAME,
         on_applied=lambda name: print(f"applied {name}"),
         on_message=_print_message,
     )

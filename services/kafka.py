@@ -257,13 +257,13 @@ class Cluster:
     def _request_offsets(
         self, topic: str, partitions: Iterable[int], spec: OffsetSpec
     ) -> dict[int, Future[ListOffsetsResultInfo]]:
-        places = {TopicPartition(topic, partition): spec for partition in partitions}
-        if not places:
+        specs = {TopicPartition(topic, partition): spec for partition in partitions}
+        if not specs:
             return {}
         futures = self.admin.list_offsets(
-            places, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=REQUEST_TIMEOUT_S
+            specs, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=REQUEST_TIMEOUT_S
         )
-        return {place.partition: future for place, future in futures.items()}
+        return {found.partition: future for found, future in futures.items()}
 
     def _is_persistent(self) -> bool:
         now_s = time.monotonic()

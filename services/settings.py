@@ -264,7 +264,7 @@ class ApiSettings:
     def from_mapping(cls, environ: Mapping[str, str]) -> ApiSettings:
         """Read the settings. Raises ConfigurationError, also if neither tokens nor ORDERS_API_AUTH=off are set."""
         bind = Address.parse("ORDERS_API_BIND", _text(environ, "ORDERS_API_BIND"))
-        if environ.get("ORDERS_API_AUTH") == "off" and not bind.is_loopback:
+        if _text(environ, "ORDERS_API_AUTH") == "off" and not bind.is_loopback:
             raise ConfigurationError("ORDERS_API_BIND must be localhost, 127.0.0.1 or [::1] if ORDERS_API_AUTH=off")
         return cls(
             reader_url=_required(environ, "ORDERS_READER_URL"),

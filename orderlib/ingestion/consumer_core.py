@@ -489,7 +489,7 @@ class ConsumerCore:
         """Return whether a topic was recreated since its first offsets were resolved; if so, stop."""
         for topic, topic_id in topic_ids.items():
             if (known := self._topic_ids.get(topic, topic_id)) != topic_id:
-                self._stop(TopicRecreated(f"topic {topic} was recreated: its id is {topic_id}, it was {known}"))
+                self._stop(recreated_error(topic, topic_id, known))
                 return True
         return False
 
@@ -559,6 +559,11 @@ class ConsumerCore:
         self._drop(partition)
         self._fetched_offset[partition] = self._submitted_offset[partition] = stored_offset
         self._commands.append(Seek(partition, stored_offset))
+
+
+def recreated_error(topic: str, topic_id: str, known_topic_id: str) -> TopicRecreated:
+    """Return the error for a topic whose present id is not the known one."""
+    return TopicRecreated(f"topic {topic} was recreated: its id is {topic_id}, it was {known_topic_id}")
 
 
 def _partition_of(fetched: Record | PartitionEof) -> tuple[str, int]:

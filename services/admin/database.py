@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from orderlib.commands import APPLICATION_NAME
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.schema import check_schema
 from services.settings import database_url
-
-APPLICATION_NAME = "orderlib-admin"
 
 
 @contextmanager

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from orderlib.commands import Commands
+from orderlib.commands import APPLICATION_NAME, Commands
 from orderlib.entry_point import EXIT_DONE
 from orderlib.postgres.citus import distribute
-from services.admin.database import APPLICATION_NAME
 from services.admin.output import positive
 from services.settings import database_url
 
-#: Every batch of the consumer is split over all shards.
+#: Few, because every batch of the consumer is split over all shards.
 _SHARDS = 8
 
 

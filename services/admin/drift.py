@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping
 import attrs
 
 from orderlib.codecs import unknown_fields
-from orderlib.commands import Commands
+from orderlib.commands import APPLICATION_NAME, Commands
 from orderlib.entry_point import EXIT_DONE
 from orderlib.postgres.snapshot import snapshot
-from services.admin.database import APPLICATION_NAME
 from services.admin.output import add_json_option, print_table
 from services.settings import database_url
 

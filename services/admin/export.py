@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import orderlib
-from orderlib.commands import Commands
+from orderlib.commands import APPLICATION_NAME, Commands
 from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.postgres.snapshot import Snapshot, snapshot
 from orderlib.repository import Filters, StoredOrder
-from services.admin.database import APPLICATION_NAME
-from services.admin.output import ProgressLine, count_of, printable, rfc3339_time
+from services.admin.output import ProgressLine, count_of, print_bytes, rfc3339_time
 from services.settings import database_url
 
 _PROGRESS_EVERY_S = 0.2
@@ -59,7 +58,7 @@ def _export(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         for stored in _select_orders(stored_orders, options.customer, options.since):
             if stop_event.is_set():
                 break
-            _print_line(_line(stored_orders, stored))
+            print_bytes(_line(stored_orders, stored) + b"\n")
             exported += 1
             if progress is not None and time.monotonic() - shown_s >= _PROGRESS_EVERY_S:
                 shown_s = time.monotonic()
@@ -88,12 +87,6 @@ def _line(stored_orders: Snapshot, stored: StoredOrder) -> bytes:
         return orderlib.encode_order(stored.order)
     # Only between the parts of a JSON text are line breaks allowed, so the content stays equal.
     return stored_orders.original(stored.order.order_uid).translate(_BREAKS_TO_SPACES)
-
-
-def _print_line(line: bytes) -> None:
-    text = line + b"\n"
-    # The same bytes for programs. A terminal would obey control characters in them.
-    sys.stdout.buffer.write(printable(text.decode()).encode() if sys.stdout.isatty() else text)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from confluent_kafka import ConsumerGroupState
 
-from orderlib.commands import Commands
+from orderlib.commands import APPLICATION_NAME, Commands
 from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.connections import open_connection
@@ -21,7 +21,7 @@ from orderlib.postgres.operations import (
     set_consumer_group,
     stored_offsets,
 )
-from services.admin.database import APPLICATION_NAME, open_database
+from services.admin.database import open_database
 from services.admin.output import add_json_option, add_yes_option, confirm, print_table, rfc3339_time
 from services.admin.topic_reader import TopicReader
 from services.kafka import REQUEST_TIMEOUT_S

@@ -12,13 +12,13 @@ from pathlib import Path
 import attrs
 
 import orderlib
-from orderlib.commands import Commands
+from orderlib.commands import APPLICATION_NAME, Commands
 from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.operations import Forgotten, forget, forget_again, forget_customer, forgotten
-from services.admin.database import APPLICATION_NAME, open_database
-from services.admin.output import add_json_option, add_yes_option, confirm, count_of, print_result, printable
+from services.admin.database import open_database
+from services.admin.output import add_json_option, add_yes_option, confirm, count_of, print_bytes, print_result
 from services.settings import database_url
 
 
@@ -74,9 +74,7 @@ def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_READER_URL")
     with orderlib.connect(url, application_name=APPLICATION_NAME, max_connections=1) as repository:
         order = repository.get(options.order_uid)
-    text = orderlib.encode_order(order) + b"\n"
-    # Programs get the canonical bytes. A terminal would interpret control characters in them.
-    sys.stdout.buffer.write(printable(text.decode()).encode() if sys.stdout.isatty() else text)
+    print_bytes(orderlib.encode_order(order) + b"\n")
     return EXIT_DONE
 
 
@@ -87,7 +85,7 @@ def _original(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if original is None:
         print("error: this order has no unknown fields, so no original is kept: use `get`", file=sys.stderr)
         return EXIT_FAILED
-    sys.stdout.buffer.write(printable(original.decode()).encode() if sys.stdout.isatty() else original)
+    print_bytes(original)
     return EXIT_DONE
 
 

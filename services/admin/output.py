@@ -34,6 +34,11 @@ def _escape_character(char: str) -> str:
     return json.dumps(char, ensure_ascii=True)[1:-1] if char != "\x7f" else "\\u007f"
 
 
+def print_bytes(data: bytes) -> None:
+    """Print a text in UTF-8: unchanged for a program, and escaped for a terminal, which would obey its characters."""
+    sys.stdout.buffer.write(printable(data.decode()).encode() if sys.stdout.isatty() else data)
+
+
 def count_of(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number with its noun: ``1 order``, ``2 orders``."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

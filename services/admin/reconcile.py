@@ -12,13 +12,12 @@ from typing import Generic, TypeVar
 
 import attrs
 
-from orderlib.commands import Commands
+from orderlib.commands import APPLICATION_NAME, Commands
 from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.errors import ConfigurationError
 from orderlib.ingestion.reconcile import MAX_EXAMPLES, MAX_FINDINGS, Finding, NotProved, Reconciliation, TopicState
 from orderlib.ingestion.records import Record, classify_record
 from orderlib.postgres.snapshot import snapshot
-from services.admin.database import APPLICATION_NAME
 from services.admin.output import ProgressLine, add_json_option, count_of, printable
 from services.admin.topic_reader import TopicReader
 from services.manifest_line import ManifestLine

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
-from orderlib.commands import Commands
+from orderlib.commands import APPLICATION_NAME, Commands
 from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.errors import REJECT_CODES
 from orderlib.postgres.connections import open_connection
@@ -20,7 +20,7 @@ from orderlib.postgres.operations import count_old_rejects, purge_rejects
 from orderlib.postgres.reject_list import RejectPosition, RejectQuery
 from orderlib.postgres.rejects import Prefix, get_rejects, list_rejects, redrive
 from orderlib.repository import Outcome, is_position
-from services.admin.database import APPLICATION_NAME, open_database
+from services.admin.database import open_database
 from services.admin.output import (
     ProgressLine,
     add_json_option,
@@ -180,6 +180,7 @@ def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     progress = ProgressLine("rejects redriven")
     with open_database(environ, "ORDERS_DATABASE_URL") as connection:
         if options.position is not None:
+            # Raise RejectNotFound if there is none: ``redrive`` would do nothing.
             list(get_rejects(connection, options.position, max_bytes=0))
         for batch in redrive(
             connection, max_bytes, code=options.code, position=options.position, tombstones=tombstones(environ)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import ConfigResource, OffsetSpec, ResourceType
 
+from orderlib.commands import APPLICATION_NAME
 from orderlib.errors import ConfigurationError
 from orderlib.ingestion.records import Record
 from services.kafka import CONSUMER_DEFAULTS, CONSUMER_PROPERTIES, REQUEST_TIMEOUT_S, SILENT_LOGGER, Cluster, record_of
@@ -96,7 +97,7 @@ class TopicReader:
                 **CONSUMER_DEFAULTS,
                 **self._settings.client_properties(),
                 **CONSUMER_PROPERTIES,
-                "group.id": "orderlib-admin",  # required, but not joined: the partitions are assigned by ``assign``
+                "group.id": APPLICATION_NAME,  # required, but not joined: the partitions are assigned by ``assign``
                 # All records exist already. librdkafka reports the end of a partition after an empty response.
                 "fetch.wait.max.ms": 10,
                 "error_cb": self.cluster.on_error,

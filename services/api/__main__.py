@@ -18,7 +18,7 @@ from orderlib.postgres.grants import check_privileges
 from orderlib.postgres.privileges import READER_PRIVILEGES
 from orderlib.postgres.schema import check_schema
 from services.api.app import METRICS_ROUTE, ROUTES
-from services.api.asgi import build
+from services.api.asgi import APPLICATION_NAME, build
 from services.api.metrics import ApiMetrics
 from services.program import event, set_up_program
 from services.settings import API_METRICS_BIND, DEFAULTS, ApiSettings
@@ -74,7 +74,7 @@ def main() -> int:
 def _check_database(url: str) -> None:
     """Raise ConfigurationError for what an operator must correct. Log an outage and return: the service waits."""
     try:
-        with open_connection(url, application_name="orderlib-api") as connection:
+        with open_connection(url, application_name=APPLICATION_NAME) as connection:
             check_schema(connection)
             check_privileges(connection, READER_PRIVILEGES)
     except DatabaseUnavailable as exc:

@@ -13,6 +13,7 @@ from services.api.app import Api, Receive, Scope, Send, create_app, create_metri
 from services.api.metrics import ApiMetrics
 from services.settings import ApiSettings
 
+APPLICATION_NAME = "orderlib-api"
 #: Connections of each worker to PostgreSQL.
 API_CONNECTIONS = 8
 #: Those that serve health only.
@@ -59,7 +60,7 @@ def build(settings: ApiSettings, metrics: ApiMetrics) -> AddressRouter:
 def _pool(settings: ApiSettings, max_connections: int) -> Pool:
     return Pool(
         settings.reader_url,
-        application_name="orderlib-api",
+        application_name=APPLICATION_NAME,
         max_connections=max_connections,
         timeout_s=4.0,
         connection_timeout_s=1.5,

@@ -19,7 +19,7 @@ _MAX_HEADER_LENGTH = 2_000
 
 
 def prefers_page(req: Request) -> bool:
-    """Tell whether to answer with a page: for a browser that did not ask for ``format=json``."""
+    """Return whether to answer with a page: for a browser that did not ask for ``format=json``."""
     if req.params.get("format") == "json":
         return False
     return _preferred(req) == falcon.MEDIA_HTML
@@ -51,7 +51,7 @@ def _best_match(accept: str) -> str | None:
 
 
 def _is_readable(media_range: str) -> bool:
-    """Tell whether a part of ``Accept`` is a media range. Other parts are ignored (RFC 9110, 5.6.1)."""
+    """Return whether a part of ``Accept`` is a media range. Other parts are ignored (RFC 9110, 5.6.1)."""
     try:
         falcon.mediatypes.quality(falcon.MEDIA_JSON, media_range)
     except ValueError:

@@ -30,7 +30,7 @@ _MAX_CONNECTIONS = 4
 #: With many waiting clients, each asks less often, so that all together ask at most 500 times a second.
 _POLL_GAP_S = 0.002
 
-#: The names that Kafka accepts for a topic; also not ``.`` and ``..``, which no client can send in a path.
+#: The names that Kafka accepts for a topic, and ``.`` and ``..``, which no client can send in a path.
 TOPIC_PATTERN = "^[A-Za-z0-9._-]{1,249}$"
 
 

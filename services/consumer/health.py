@@ -31,8 +31,8 @@ MAX_CONNECTIONS = 32
 CONNECTION_S = 5.0
 
 #: If the main loop has not run for this time, the consumer is not live.
-LOOP_S = 30.0
-_HANGS = f"the main loop has not run for {LOOP_S:g} s"
+LIVE_WITHIN_S = 30.0
+_HANGS = f"the main loop has not run for {LIVE_WITHIN_S:g} s"
 
 #: A failure of monitoring that repeats is logged this often.
 MONITORING_LOGGED_S = 60.0
@@ -123,7 +123,7 @@ class Health:
     @property
     def live(self) -> bool:
         """Return whether the loop turned recently."""
-        return self._clock() - self._heartbeat_at_s < LOOP_S
+        return self._clock() - self._heartbeat_at_s < LIVE_WITHIN_S
 
 
 #: When a failure of each kind of monitoring was last logged.

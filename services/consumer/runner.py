@@ -27,7 +27,6 @@ from orderlib.errors import (
     ConfigurationError,
     FenceLost,
     OrderlibError,
-    TopicRecreated,
     TransactionConflict,
     TransientError,
 )
@@ -44,6 +43,7 @@ from orderlib.ingestion.consumer_core import (
     Resume,
     Seek,
     StoreTask,
+    recreated_error,
 )
 from orderlib.ingestion.records import Batch, Record, Reject, TopicPartition
 from orderlib.postgres.consumer_store import BatchResult, ConsumerStore
@@ -189,8 +189,8 @@ class StoreWorker:
                 raise self._breaker.error(result.rejects)
             topics = wait_for_topics()
             for topic, topic_id in batch.topic_ids.items():
-                if (now := topics[topic].topic_id) != topic_id:
-                    raise TopicRecreated(f"topic {topic} was recreated: its id is {now}, it was {topic_id}")
+                if (current_id := topics[topic].topic_id) != topic_id:
+                    raise recreated_error(topic, current_id, topic_id)
 
         try:
             result = self._store.write(batch, check)

@@ -15,10 +15,16 @@ from orderlib.errors import (
     DatabaseUnavailable,
     FenceLost,
     OrderlibError,
-    TopicRecreated,
     TransientError,
 )
-from orderlib.ingestion.consumer_core import AwaitedServer, CheckTopics, CommitBatch, ConsumerCore, ResolveOffsets
+from orderlib.ingestion.consumer_core import (
+    AwaitedServer,
+    CheckTopics,
+    CommitBatch,
+    ConsumerCore,
+    ResolveOffsets,
+    recreated_error,
+)
 from orderlib.ingestion.records import TopicPartition
 from orderlib.repository import Outcome
 from services.consumer.health import ConsumerMetrics, Health
@@ -218,5 +224,5 @@ class Process:
     def _on_topic_id(self, topic_id: str) -> None:
         """The process receives the topic id, and must stop if it has changed."""
         known = self.core.topic_ids.get(TOPIC)
-        if known not in {None, topic_id}:
-            self.on_fatal(TopicRecreated(f"topic {TOPIC} was recreated: its id is {topic_id}, it was {known}"))
+        if known is not None and known != topic_id:
+            self.on_fatal(recreated_error(TOPIC, topic_id, known))

@@ -124,7 +124,7 @@ class Service:
         )
 
     def accepts(self) -> bool:
-        """Tell whether the API accepts a new connection."""
+        """Return whether the API accepts a new connection."""
         try:
             socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
         except OSError:

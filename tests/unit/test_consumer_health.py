@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from services.consumer import health
 from services.consumer.health import (
     CONNECTION_S,
-    LOOP_S,
+    LIVE_WITHIN_S,
     MAX_CONNECTIONS,
     ConsumerMetrics,
     Health,
@@ -69,9 +69,9 @@ def test_a_consumer_in_an_outage_is_live_and_not_ready_with_a_reason(probe: Prob
 
 def test_a_loop_that_does_not_turn_for_thirty_seconds_is_neither_live_nor_ready(probe: Probe) -> None:
     probe.health.not_ready_reason = None
-    probe.clock.now_s = LOOP_S - 0.1
+    probe.clock.now_s = LIVE_WITHIN_S - 0.1
     assert probe.get("/livez")[0] == probe.get("/readyz")[0] == 200
-    probe.clock.now_s = LOOP_S
+    probe.clock.now_s = LIVE_WITHIN_S
     assert probe.get("/livez") == probe.get("/readyz") == (503, "the main loop has not run for 30 s\n")
     probe.health.heartbeat()
     assert probe.get("/livez")[0] == probe.get("/readyz")[0] == 200
