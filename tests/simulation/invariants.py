@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from orderlib.ingestion.records import Batch, Reject, StoredVersion
 from orderlib.repository import Outcome
-from tests.simulation.kafka import CODES, KEYED_UIDS, REJECTED_TOMBSTONE, TOO_LARGE, TOPIC, Fetched, Life
+from tests.simulation.kafka import CODES, KEYED_UIDS, REJECTED_TOMBSTONE, TOO_LARGE, TOPIC, Fetched, Topic
 
 #: The uids whose records are all in one partition.
 KEYED = {f"u{uid}" for uid in range(KEYED_UIDS)}
@@ -25,17 +25,18 @@ class Invariants:
 
     def __init__(self, count: Callable[[str], None]) -> None:
         self._count = count
-        self.lives: dict[str, Life] = {}
+        #: By topic id: each recreation of the topic adds one.
+        self.topics: dict[str, Topic] = {}
         #: Next record to be handled, by topic id and partition; an operator's rewind sets it back.
         self.handled: dict[tuple[str, int], int] = {}
         #: The highest value that it ever had.
         self.reached: dict[tuple[str, int], int] = {}
 
-    def on_life(self, life: Life) -> None:
+    def on_topic_created(self, topic: Topic) -> None:
         """The topic was created or recreated. It begins at its earliest offsets."""
-        self.lives[life.topic_id] = life
-        for partition, earliest in enumerate(life.earliest):
-            self.handled[life.topic_id, partition] = self.reached[life.topic_id, partition] = earliest
+        self.topics[topic.topic_id] = topic
+        for partition, earliest in enumerate(topic.earliest):
+            self.handled[topic.topic_id, partition] = self.reached[topic.topic_id, partition] = earliest
 
     def on_batch(
         self,
@@ -45,7 +46,7 @@ class Invariants:
         changes: Mapping[str, StoredVersion],
     ) -> None:
         """A batch is about to take effect."""
-        life = self.lives[batch.topic_ids[TOPIC]]
+        topic = self.topics[batch.topic_ids[TOPIC]]
         records: dict[int, list[Fetched]] = {partition.partition: [] for partition in batch.ranges}
         bad = 0
         for record, _ in batch.classified:
@@ -53,11 +54,11 @@ class Invariants:
             records[record.position.partition].append(record)
             bad += record.entry.kind in CODES
         for (_, partition), offset_range in batch.ranges.items():
-            key = (life.topic_id, partition)
+            key = (topic.topic_id, partition)
             if self.handled[key] != offset_range.expected_offset:
                 raise InvariantViolation(f"{key} was handled up to {self.handled[key]}, and now {offset_range}")
             here = records[partition]
-            log = life.logs[partition]
+            log = topic.logs[partition]
             at = 0
             for offset in range(offset_range.expected_offset, offset_range.next_offset):
                 entry = log[offset] if offset < len(log) else None
@@ -68,7 +69,7 @@ class Invariants:
                 at += 1
             if at != len(here):
                 raise InvariantViolation(
-                    f"{key}: the batch holds records outside of {offset_range}, or of another life"
+                    f"{key}: the batch holds records outside of {offset_range}, or of another topic"
                 )
             self.handled[key] = offset_range.next_offset
             self.reached[key] = max(self.reached[key], offset_range.next_offset)
@@ -112,28 +113,28 @@ class Invariants:
         """An operator moved an offset back: the records after it are handled again."""
         self.handled[topic_id, partition] = next_offset
 
-    def all_handled(self, life: Life) -> bool:
+    def all_handled(self, topic: Topic) -> bool:
         """Return whether all records of the topic are handled."""
-        return all(self.handled[life.topic_id, p] == len(log) for p, log in enumerate(life.logs))
+        return all(self.handled[topic.topic_id, p] == len(log) for p, log in enumerate(topic.logs))
 
     def check_end(
         self,
-        life: Life,
+        topic: Topic,
         orders: Mapping[str, StoredVersion],
         rejects: Mapping[Place, tuple[Fetched, Outcome | None]],
         offsets: Mapping[tuple[str, int], int],
     ) -> None:
         """All records are handled: check orders, rejects and offsets."""
-        for partition, log in enumerate(life.logs):
-            if offsets.get((life.topic_id, partition), life.earliest[partition]) != len(log):
-                raise InvariantViolation(f"the store stands at {offsets}, and the log ends are {life.ends()}")
+        for partition, log in enumerate(topic.logs):
+            if offsets.get((topic.topic_id, partition), topic.earliest[partition]) != len(log):
+                raise InvariantViolation(f"the stored offsets are {offsets}, and the log ends are {topic.ends()}")
         expected_rejects: dict[Place, str] = {}
         #: Content and offset of the last valid record in each partition, and of the redriven ones behind it.
         last: dict[str, dict[tuple[str, int], list[tuple[bytes | None, int]]]] = {}
         #: Contents that a rewind may have written last, if the topic was recreated before it was complete.
         cut_short: defaultdict[str, set[bytes | None]] = defaultdict(set)
         for (topic_id, partition), reached in self.reached.items():
-            for offset, entry in enumerate(self.lives[topic_id].logs[partition][:reached]):
+            for offset, entry in enumerate(self.topics[topic_id].logs[partition][:reached]):
                 if entry is None:
                     continue
                 place = (topic_id, partition, offset)

@@ -37,7 +37,7 @@ CODES = {
 TOMBSTONES = {TOMBSTONE, REJECTED_TOMBSTONE}
 
 _TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-_ARRIVALS = [PreparedOrder.of(attrs.evolve(decode_order(SAMPLE), order_uid=f"u{uid}")) for uid in range(UIDS)]
+_PREPARED_ORDERS = [PreparedOrder.of(attrs.evolve(decode_order(SAMPLE), order_uid=f"u{uid}")) for uid in range(UIDS)]
 _FAULTS = (Fault(path="$", expected="something else", found="this"),)
 #: Three of these fill a batch.
 _HEAVY_VALUE = bytes(6 * 1024 * 1024)
@@ -49,8 +49,8 @@ class Entry(NamedTuple):
     uid: int
     content: int
     kind: int
-    #: The number of the topic's life: each recreation begins a new one. No two lives have equal entries.
-    life: int
+    #: The number of its topic. No two topics have equal entries.
+    topic_number: int
 
     @property
     def content_sha256(self) -> bytes | None:
@@ -81,7 +81,7 @@ def fetched(topic_id: str, partition: int, offset: int, entry: Entry) -> Fetched
         change = Tombstone(order_uid=f"u{entry.uid}", position=position, time=_TIME)
     else:
         content_sha256 = b"!" if entry.kind == REFUSED else b"%d" % entry.content
-        change = attrs.evolve(_ARRIVALS[entry.uid], content_sha256=content_sha256, position=position, time=_TIME)
+        change = attrs.evolve(_PREPARED_ORDERS[entry.uid], content_sha256=content_sha256, position=position, time=_TIME)
     is_reject = entry.kind in {POISON, TOO_LARGE, REJECTED_TOMBSTONE}
     return Fetched(
         position=position,
@@ -103,12 +103,12 @@ def classified(record: Record) -> Classified:
     return record.classified
 
 
-class Life:
-    """The topic between two recreations. An offset without an entry is a gap, left by a marker or by compaction."""
+class Topic:
+    """The topic with one topic id. An offset without an entry is a gap, left by a marker or by compaction."""
 
     def __init__(self, number: int, earliest: list[int]) -> None:
         self.number = number
-        self.topic_id = f"life-{number}"
+        self.topic_id = f"topic-{number}"
         self.earliest = earliest
         self.logs: list[list[Entry | None]] = [[None] * start for start in earliest]
 

@@ -40,14 +40,14 @@ class SimulatedKafka(KafkaClient):
         self._eof_offsets: dict[TopicPartition, int] = {}
         self.paused = False
         #: The group has removed this member, and the member does not know it.
-        self.deaf = False
+        self.is_zombie = False
 
     # Requests to the cluster.
 
     def describe(self) -> dict[str, TopicInfo]:
         if self._simulator.kafka_unavailable:
             raise BrokerUnavailable("down")
-        return {TOPIC: TopicInfo(topic_id=self._simulator.life.topic_id, partitions=frozenset(range(PARTITIONS)))}
+        return {TOPIC: TopicInfo(topic_id=self._simulator.topic.topic_id, partitions=frozenset(range(PARTITIONS)))}
 
     def request_topics(self, timeout_s: float = 0.0) -> Callable[[], dict[str, TopicInfo]]:
         """Kafka answers at once, or when the caller begins to wait."""
@@ -60,10 +60,10 @@ class SimulatedKafka(KafkaClient):
         return lambda: early
 
     def earliest(self, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
-        return {partition: self._simulator.life.earliest[partition.partition] for partition in sorted(partitions)}
+        return {partition: self._simulator.topic.earliest[partition.partition] for partition in sorted(partitions)}
 
     def ends(self, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
-        ends = self._simulator.life.ends()
+        ends = self._simulator.topic.ends()
         return {partition: ends[partition] for partition in sorted(partitions)}
 
     def request_ends(self, partitions: Iterable[TopicPartition]) -> Callable[[], Mapping[TopicPartition, int] | None]:
@@ -122,7 +122,7 @@ class SimulatedKafka(KafkaClient):
 
     def _receive(self) -> None:
         """Receive the changes of the assignment, as the callbacks of a poll do."""
-        if self.deaf:
+        if self.is_zombie:
             return
         assert self._listener is not None
         while self.inbox:
@@ -145,7 +145,7 @@ class SimulatedKafka(KafkaClient):
         if simulator.kafka_unavailable or not topic_ids:
             return found
         for partition in shuffled(self._rng, list(next_offsets)):
-            next_offset, log = next_offsets[partition], simulator.life.logs[partition.partition]
+            next_offset, log = next_offsets[partition], simulator.topic.logs[partition.partition]
             end = len(log)
             if next_offset > end:
                 error = OrderlibError("Kafka does not hold this offset")

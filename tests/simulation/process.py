@@ -23,6 +23,7 @@ from orderlib.ingestion.consumer_core import (
     CommitBatch,
     ConsumerCore,
     ResolveOffsets,
+    StoreTask,
     recreated_error,
 )
 from orderlib.ingestion.records import TopicPartition
@@ -32,7 +33,7 @@ from services.consumer.runner import ConsumerRunner
 from tests.simulation.invariants import InvariantViolation
 from tests.simulation.kafka import PARTITIONS, TOPIC, classified
 from tests.simulation.kafka_client import SimulatedKafka
-from tests.simulation.store import Bug, Job, Step, Steps, Told
+from tests.simulation.store import Bug, Operation, ReportEvent, Step, Steps
 
 if TYPE_CHECKING:
     from tests.simulation.simulator import Simulator
@@ -83,16 +84,17 @@ class Process:
         self._logged: list[tuple[str, str]] = []
         #: The fatal errors that it received, in order.
         self._fatal: list[str] = []
-        self._told_first = False
-        self.job: Job | None = None
-        self.result: Told | OrderlibError | MistakeError | None = None
+        #: It was asked to stop before any fatal error.
+        self._stop_came_first = False
+        self.operation: Operation | None = None
+        self.result: ReportEvent | OrderlibError | MistakeError | None = None
         #: Its loop does not turn, and its store task does not advance.
         self.frozen = False
 
     def turn(self) -> None:
         """Run one turn of its loop."""
         if self.stop_event.is_set() and not self._fatal and not self.core.stopping:
-            self._told_first = True
+            self._stop_came_first = True
         status = self._runner.run_once()
         if status is not None:
             self._check_end(status)
@@ -101,13 +103,13 @@ class Process:
     def _check_end(self, status: int) -> None:
         """Check that exit status and log have the reason of its end."""
         last = self._logged[-1] if self._logged else ("", "")
-        by_itself = bool(self._fatal) and not self._told_first
+        by_itself = bool(self._fatal) and not self._stop_came_first
         if status not in ({EXIT_FAILED, EXIT_CONFIGURATION} if by_itself else {EXIT_DONE}):
             raise InvariantViolation(f"{self.name} exits with {status} after {self._fatal}; its last line: {last}")
         if self._fatal:
             if last != ("stopped", self._fatal[0]):
                 raise InvariantViolation(f"{self.name} stopped because of {self._fatal}; its last line: {last}")
-        elif self._told_first:
+        elif self._stop_came_first:
             if ("stopping", "") not in self._logged:
                 raise InvariantViolation(f"{self.name} was stopped, and did not log it")
         elif last != ("end_reached", ""):
@@ -133,43 +135,43 @@ class Process:
 
     def advance(self) -> Step | None:
         """Advance the store task by one step. Return its progress, or ``None`` if it has ended."""
-        assert self.job is not None
+        assert self.operation is not None
         try:
             if self._simulator.store.unavailable:
                 raise DatabaseUnavailable("down")
-            if self._simulator.revoked and self.job.step is Step.WORKING:
+            if self._simulator.revoked and self.operation.step is Step.WORKING:
                 raise ConfigurationError("permission denied for table items")
-            self.job.step = next(self.job.steps)
+            self.operation.step = next(self.operation.steps)
         except StopIteration as done:
             self.finish(done.value)
         except OrderlibError as error:
-            self.job.steps.close()
+            self.operation.steps.close()
             self.finish(error)
         else:
-            return self.job.step
+            return self.operation.step
         return None
 
-    def finish(self, result: Told | OrderlibError | MistakeError) -> None:
+    def finish(self, result: ReportEvent | OrderlibError | MistakeError) -> None:
         """End the store task with this result."""
-        self._simulator.note(self.name, "hears", result)
-        self.job, self.result = None, result
+        self._simulator.note(self.name, "gets", result)
+        self.operation, self.result = None, result
 
     # The store, as its runner sees it.
 
-    def submit(self, job: CommitBatch | ResolveOffsets | CheckTopics) -> None:
-        self._simulator.note(self.name, job)
-        if self.stop_event.is_set() and self._told_first:
-            raise InvariantViolation(f"{self.name} was stopped and started {job}")
-        if self.job is not None:
+    def submit(self, task: StoreTask) -> None:
+        self._simulator.note(self.name, task)
+        if self.stop_event.is_set() and self._stop_came_first:
+            raise InvariantViolation(f"{self.name} was stopped and started {task}")
+        if self.operation is not None:
             raise InvariantViolation(f"{self.name} has two store tasks at once")
-        self.job = Job(self._steps_of(job))
+        self.operation = Operation(self._steps_of(task))
 
-    def take_result(self, timeout_s: float) -> Told | OrderlibError | MistakeError | None:
+    def take_result(self, timeout_s: float) -> ReportEvent | OrderlibError | MistakeError | None:
         if timeout_s:
             filling = "collected while the store works" if self.core.wants_records else "batch full"
             self._simulator.count("waited to stop" if self.core.stopping else filling)
             # While it waits, its store task advances.
-            while self.job is not None and self._rng.random() < 0.5:
+            while self.operation is not None and self._rng.random() < 0.5:
                 self.advance()
         result, self.result = self.result, None
         if isinstance(result, MistakeError) or (
@@ -183,8 +185,8 @@ class Process:
 
     # Store tasks, as StoreWorker carries them out.
 
-    def _steps_of(self, job: ResolveOffsets | CommitBatch | CheckTopics) -> Steps:
-        match job:
+    def _steps_of(self, task: StoreTask) -> Steps:
+        match task:
             case ResolveOffsets(partitions):
                 return self._resolve(partitions)
             case CheckTopics():
@@ -202,11 +204,11 @@ class Process:
         earliest = self.kafka.earliest(partitions)
         next_offsets = yield from self._simulator.store.start_partitions({TOPIC: topic_id}, earliest)
 
-        def tell(core: ConsumerCore) -> None:
+        def report(core: ConsumerCore) -> None:
             self._on_topic_id(topic_id)
             core.on_offsets_resolved({TOPIC: topic_id}, next_offsets)
 
-        return tell
+        return report
 
     def _check_topic(self) -> Steps:
         topic_id = self.kafka.describe()[TOPIC].topic_id
@@ -215,11 +217,11 @@ class Process:
         stored = self._simulator.store.next_offsets({TOPIC: topic_id}, partitions)
         next_offsets = {**self.kafka.earliest(partitions - stored.keys()), **stored}
 
-        def tell(core: ConsumerCore) -> None:
+        def report(core: ConsumerCore) -> None:
             self._on_topic_id(topic_id)
             core.on_topics_checked({TOPIC: topic_id}, next_offsets)
 
-        return tell
+        return report
 
     def _on_topic_id(self, topic_id: str) -> None:
         """The process receives the topic id, and must stop if it has changed."""

@@ -24,10 +24,10 @@ from tests.simulation.kafka import (
     UIDS,
     Entry,
     Group,
-    Life,
+    Topic,
 )
 from tests.simulation.process import MistakeError, Process
-from tests.simulation.store import Bug, Job, Step, Store
+from tests.simulation.store import Bug, Operation, Step, Store
 
 #: At most this number of consumers.
 PROCESSES = 3
@@ -98,10 +98,10 @@ _UIDS = [uid for uid in range(UIDS) for _ in range(3 if uid < KEYED_UIDS else 1)
 class Simulator:
     """One schedule."""
 
-    def __init__(self, seed: int, bug: Bug | None = None, tell: Callable[[str], None] | None = None) -> None:
+    def __init__(self, seed: int, bug: Bug | None = None, print_line: Callable[[str], None] | None = None) -> None:
         self.rng = Random(seed)
         self._chance = self.rng.random
-        self._tell = tell
+        self._print = print_line
         #: What occurred in this schedule.
         self.occurred: set[str] = set()
         self.now_s = 0.0
@@ -116,11 +116,11 @@ class Simulator:
         self.group = Group(self._chance)
         self.processes: list[Process] = []
         #: Transactions whose client has ended or given up, and redrives.
-        self.orphans: list[Job] = []
-        self.redrives: list[Job] = []
+        self.orphans: list[Operation] = []
+        self.redrives: list[Operation] = []
         self._rewind_wanted = False
         self._started = 0
-        self.life = self._begin_life([self._below(3) for _ in range(PARTITIONS)])
+        self.topic = self._create_topic([self._below(3) for _ in range(PARTITIONS)])
         for _ in range(6):
             self._produce()
 
@@ -131,14 +131,14 @@ class Simulator:
         failures = [
             self._crash,
             self._cut,
-            self._collide,
+            self._conflict,
             self._freeze,
-            self._deafen,
+            self._lose_heartbeats,
             self._lose,
             self._stall,
             self._postgres_outage,
             self._kafka_outage,
-            self._tell_to_stop,
+            self._request_stop,
             self._rebalance,
             self._recreate_topic,
             self._rewind,
@@ -158,13 +158,13 @@ class Simulator:
 
     def note(self, *words: object) -> None:
         """Print a line, in a replay."""
-        if self._tell is not None:
-            self._tell(f"{self.now_s:8.3f}  {' '.join(map(str, words))}")
+        if self._print is not None:
+            self._print(f"{self.now_s:8.3f}  {' '.join(map(str, words))}")
 
     def count(self, name: str, *words: object) -> None:
         """Record that this occurred."""
         self.occurred.add(name)
-        if self._tell is not None:
+        if self._print is not None:
             self.note("!", name, *words)
 
     def leave(self, process: Process) -> None:
@@ -178,15 +178,15 @@ class Simulator:
         self.count("end reached")
         reached = self.invariants.reached
         until = process.until or {}
-        behind = [p for p, end in until.items() if reached[self.life.topic_id, p.partition] < end]
-        if behind and self.life.number == 0:
+        behind = [p for p, end in until.items() if reached[self.topic.topic_id, p.partition] < end]
+        if behind and self.topic.number == 0:
             raise InvariantViolation(f"{process.name} reports that the end is reached, but not in {behind}")
 
     def on_fatal(self, process: Process, error: Exception) -> None:
         """A process receives an error that a retry cannot correct."""
         if isinstance(error, TopicRecreated):
             self.count("topic id differs")
-        elif str(error) not in FATAL and self.life.number == 0:
+        elif str(error) not in FATAL and self.topic.number == 0:
             raise InvariantViolation(f"{process.name} stops because of {error!r}")
 
     # Steps without failures.
@@ -197,11 +197,11 @@ class Simulator:
     def _any_process(self) -> Process | None:
         return self.processes[int(self._chance() * len(self.processes))] if self.processes else None
 
-    def _begin_life(self, earliest: list[int]) -> Life:
-        number = len(self.invariants.lives)
-        life = Life(number, earliest)
-        self.invariants.on_life(life)
-        return life
+    def _create_topic(self, earliest: list[int]) -> Topic:
+        number = len(self.invariants.topics)
+        topic = Topic(number, earliest)
+        self.invariants.on_topic_created(topic)
+        return topic
 
     def _produce(self) -> None:
         """Append a few records, some with old contents, and gaps."""
@@ -209,18 +209,18 @@ class Simulator:
         for _ in range(1 + int(chance() * 4)):
             uid = _UIDS[int(chance() * len(_UIDS))]
             partition = uid % PARTITIONS if uid < KEYED_UIDS else int(chance() * PARTITIONS)
-            log = self.life.logs[partition]
+            log = self.topic.logs[partition]
             if chance() < 0.15:
                 log.append(None)
                 self.occurred.add("gap in the log")
             kind = _KINDS[int(chance() * len(_KINDS))]
             self.occurred.add(_NAMES[kind])
-            log.append(Entry(uid, int(chance() * 3), kind, self.life.number))
+            log.append(Entry(uid, int(chance() * 3), kind, self.topic.number))
             if chance() < 0.1:
                 log.append(log[-1])
                 self.occurred.add("duplicate")
             if chance() < 0.1:
-                log.append(Entry(uid, int(chance() * 3), kind, self.life.number))
+                log.append(Entry(uid, int(chance() * 3), kind, self.topic.number))
                 self.occurred.add("version")
             if chance() < 0.1:
                 log.append(None)
@@ -230,24 +230,24 @@ class Simulator:
         process = self._any_process()
         if process is not None and not process.frozen:
             process.turn()
-            if process.core.stopping and process.job is not None and self._chance() < 0.3:
+            if process.core.stopping and process.operation is not None and self._chance() < 0.3:
                 self.count("no answer while it stops")
                 self.now_s += 6
 
     def _advance(self) -> None:
-        busy = [process for process in self.processes if process.job is not None and not process.frozen]
+        busy = [process for process in self.processes if process.operation is not None and not process.frozen]
         which = self._below(len(busy) + len(self.redrives))
         if which < len(busy):
-            self._advance_job_of(busy[which])
+            self._advance_process(busy[which])
         elif self.redrives:
             self._advance_redrive(self.redrives[which - len(busy)])
 
-    def _advance_job_of(self, process: Process) -> None:
+    def _advance_process(self, process: Process) -> None:
         step = process.advance()
         if step is Step.WAITING and self._chance() < 0.3:
             self._terminate_blockers(process)
         elif isinstance(process.result, FenceLost):
-            self.count("zombie at the fence" if process.kafka.deaf else "fence lost")
+            self.count("zombie at the fence" if process.kafka.is_zombie else "fence lost")
 
     def _terminate_blockers(self, process: Process) -> None:
         """A process has waited 5 s for a lock: the other consumers' backends that hold locks are terminated."""
@@ -255,21 +255,21 @@ class Simulator:
         ended = self.orphans[:]
         self._end_orphans()
         for other in self.processes:
-            if other is not process and other.job is not None and other.job.step is Step.WORKING:
-                ended.append(other.job)
+            if other is not process and other.operation is not None and other.operation.step is Step.WORKING:
+                ended.append(other.operation)
                 self._throw(other, DatabaseUnavailable("terminated"))
         if ended:
             self.count("blocker ended")
         self._throw(process, TransactionConflict("ended blockers") if ended else DatabaseUnavailable("a lock is held"))
 
-    def _advance_redrive(self, job: Job) -> None:
+    def _advance_redrive(self, operation: Operation) -> None:
         try:
             if self.store.unavailable:
                 raise DatabaseUnavailable("down")
-            job.step = next(job.steps)
+            operation.step = next(operation.steps)
         except (StopIteration, DatabaseUnavailable):
-            job.steps.close()
-            self.redrives.remove(job)
+            operation.steps.close()
+            self.redrives.remove(operation)
 
     def _start_anew(self) -> None:
         if self._rewind_wanted:
@@ -278,7 +278,7 @@ class Simulator:
             self._start()
 
     def _start(self) -> None:
-        until = self.life.ends() if self._chance() < 0.2 and not self.healing else None
+        until = self.topic.ends() if self._chance() < 0.2 and not self.healing else None
         self._started += 1
         process = Process(self, f"consumer-{self._started}", self.rng, until)
         self.note(process.name, "starts", "" if until is None else f"until {until}")
@@ -300,9 +300,9 @@ class Simulator:
 
     def _wake(self) -> None:
         for process in self.processes:
-            if process.kafka.deaf:
+            if process.kafka.is_zombie:
                 self.note(process.name, "is back")
-                process.frozen = process.kafka.deaf = False
+                process.frozen = process.kafka.is_zombie = False
                 process.kafka.inbox = [("revoked", partition.partition) for partition in sorted(process.kafka.assigned)]
                 self.group.join(process)
                 return
@@ -311,32 +311,32 @@ class Simulator:
 
     def _abandon(self, process: Process) -> None:
         """The process no longer waits for its store task. PostgreSQL may still continue it."""
-        job, process.job = process.job, None
-        if job is None:
+        operation, process.operation = process.operation, None
+        if operation is None:
             return
-        if job.step in {Step.COMMITTING, Step.WORKING} and self._chance() < 0.7:
-            self.orphans.append(job)
+        if operation.step in {Step.COMMITTING, Step.WORKING} and self._chance() < 0.7:
+            self.orphans.append(operation)
         else:
-            job.steps.close()
+            operation.steps.close()
 
     def _end_orphans(self) -> None:
         """Roll abandoned transactions back, or let the COMMIT take effect if it was sent."""
         orphans, self.orphans = self.orphans, []
-        for job in orphans:
-            if job.step is Step.COMMITTING and self._chance() < 0.6:
+        for operation in orphans:
+            if operation.step is Step.COMMITTING and self._chance() < 0.6:
                 self.count("COMMIT took effect late")
-                next(job.steps)
-            job.steps.close()
+                next(operation.steps)
+            operation.steps.close()
 
     def _remove(self, process: Process) -> None:
         self.processes.remove(process)
-        if not process.kafka.deaf:
+        if not process.kafka.is_zombie:
             self.group.drop(process)
 
     def _throw(self, process: Process, error: OrderlibError) -> None:
         """The store task in progress fails now."""
-        if process.job is not None:
-            process.job.steps.close()
+        if process.operation is not None:
+            process.operation.steps.close()
             process.finish(error)
 
     def _crash(self) -> None:
@@ -344,7 +344,7 @@ class Simulator:
         process = self._any_process()
         if process is None:
             return
-        step = process.job.step if process.job is not None else None
+        step = process.operation.step if process.operation is not None else None
         when = {
             None: "between batches",
             Step.COMMITTING: "in COMMIT",
@@ -357,16 +357,19 @@ class Simulator:
     def _cut(self) -> None:
         """The connection is lost."""
         process = self._any_process()
-        if process is None or process.job is None or process.frozen:
+        if process is None or process.operation is None or process.frozen:
             return
-        after = process.job.step in {Step.COMMITTING, Step.ANSWERING}
+        after = process.operation.step in {Step.COMMITTING, Step.ANSWERING}
         self.count("COMMIT without an answer" if after else "connection cut", process.name)
         self._abandon(process)
         process.finish(DatabaseUnavailable("cut"))
 
-    def _collide(self) -> None:
+    def _conflict(self) -> None:
+        """The transaction in progress conflicts with another one."""
         process = self._any_process()
-        if process is not None and process.job is not None and process.job.step is Step.WORKING and not process.frozen:
+        if process is None or process.operation is None or process.frozen:
+            return
+        if process.operation.step is Step.WORKING:
             self.count("transaction conflict", process.name)
             self._throw(process, TransactionConflict("deadlock"))
 
@@ -379,30 +382,30 @@ class Simulator:
         """SIGSTOP, until the group has removed the process."""
         process = self._any_process()
         if process is not None and not process.frozen:
-            in_transaction = process.job is not None and process.job.step is Step.WORKING
+            in_transaction = process.operation is not None and process.operation.step is Step.WORKING
             self.count("frozen in its transaction" if in_transaction else "frozen", process.name)
             process.frozen = True
-            self._fall_silent(process)
+            self._remove_from_group(process)
 
-    def _deafen(self) -> None:
+    def _lose_heartbeats(self) -> None:
         """The group receives no heartbeat and removes the process, which continues to work."""
         process = self._any_process()
-        if process is not None and not process.kafka.deaf:
+        if process is not None and not process.kafka.is_zombie:
             self.count("zombie", process.name)
-            self._fall_silent(process)
+            self._remove_from_group(process)
 
-    def _fall_silent(self, process: Process) -> None:
-        if not process.kafka.deaf:
-            process.kafka.deaf = True
+    def _remove_from_group(self, process: Process) -> None:
+        if not process.kafka.is_zombie:
+            process.kafka.is_zombie = True
             process.kafka.inbox.clear()
             self.group.drop(process)
 
     def _lose(self) -> None:
         """The group has removed the process, which learns it at once."""
         process = self._any_process()
-        if process is not None and not process.kafka.deaf:
+        if process is not None and not process.kafka.is_zombie:
             self.count("partitions lost", process.name)
-            self._fall_silent(process)
+            self._remove_from_group(process)
             self._wake()
 
     def _postgres_outage(self) -> None:
@@ -410,7 +413,7 @@ class Simulator:
         self.store.unavailable = True
         self._end_orphans()
         for process in self.processes:
-            if process.job is not None:
+            if process.operation is not None:
                 self._abandon(process)
                 process.finish(DatabaseUnavailable("down"))
         self._end_orphans()
@@ -419,10 +422,10 @@ class Simulator:
         self.count("Kafka unavailable")
         self.kafka_unavailable = True
 
-    def _tell_to_stop(self) -> None:
+    def _request_stop(self) -> None:
         process = self._any_process()
         if process is not None and not process.stop_event.is_set():
-            self.count("stopped in a batch" if process.job is not None else "stopped", process.name)
+            self.count("stopped in a batch" if process.operation is not None else "stopped", process.name)
             process.stop_event.set()
 
     def _rebalance(self) -> None:
@@ -431,9 +434,9 @@ class Simulator:
 
     def _recreate_topic(self) -> None:
         """The topic is recreated, and has records at once."""
-        if len(self.invariants.lives) < 3:
+        if len(self.invariants.topics) < 3:
             self.count("topic recreated")
-            self.life = self._begin_life([0] * PARTITIONS)
+            self.topic = self._create_topic([0] * PARTITIONS)
             for _ in range(self._below(8)):
                 self._produce()
 
@@ -446,9 +449,9 @@ class Simulator:
             return
         if self.group.members:
             return
-        moved = [key for key in self.store.offsets if key[0] == self.life.topic_id and key not in self.store.locks]
+        moved = [key for key in self.store.offsets if key[0] == self.topic.topic_id and key not in self.store.locks]
         for topic_id, partition in moved:
-            earliest, now = self.life.earliest[partition], self.store.offsets[topic_id, partition]
+            earliest, now = self.topic.earliest[partition], self.store.offsets[topic_id, partition]
             if now > earliest and self._chance() < 0.7:
                 to = earliest + self._below(now - earliest)
                 self.count("offsets rewound", partition, "to", to)
@@ -467,7 +470,7 @@ class Simulator:
         elif kind == 1:
             self.count("not authorized by Kafka")
             self.refusing = True
-        elif process is not None and process.job is not None and not process.frozen:
+        elif process is not None and process.operation is not None and not process.frozen:
             self.count("mistake in the program", process.name)
             self._abandon(process)
             process.finish(MistakeError(MISTAKE))
@@ -475,7 +478,7 @@ class Simulator:
     def _redrive(self) -> None:
         if len(self.redrives) < 2 and self.store.rejects:
             self.count("two redrives at once" if self.redrives else "redrive")
-            self.redrives.append(Job(self.store.redrive()))
+            self.redrives.append(Operation(self.store.redrive()))
 
     # The end.
 
@@ -492,29 +495,29 @@ class Simulator:
                 self._start()
             self._round()
             quiet = not self.redrives and not self.orphans and all(process.core.idle for process in self.processes)
-            if quiet and self.invariants.all_handled(self.life):
+            if quiet and self.invariants.all_handled(self.topic):
                 break
         else:
-            raise InvariantViolation(f"not everything is handled: {self.invariants.handled}, {self.life.ends()}")
+            raise InvariantViolation(f"not everything is handled: {self.invariants.handled}, {self.topic.ends()}")
         for _ in range(2):
-            self.redrives.append(Job(self.store.redrive()))
+            self.redrives.append(Operation(self.store.redrive()))
             while self.redrives:
                 self._advance_redrive(self.redrives[0])
         if any(process.kafka.paused for process in self.processes):
             raise InvariantViolation("the outage is over, and a consumer is still paused")
         self._stop_all()
-        self.invariants.check_end(self.life, self.store.orders, self.store.rejects, self.store.offsets)
+        self.invariants.check_end(self.topic, self.store.orders, self.store.rejects, self.store.offsets)
 
     def _round(self) -> None:
         self.now_s += 0.06
         self._end_orphans()
         for process in self.processes[:]:
             process.turn()
-            while process.job is not None and process in self.processes:
+            while process.operation is not None and process in self.processes:
                 if process.advance() is Step.WAITING:
                     break
-        for job in self.redrives[:]:
-            self._advance_redrive(job)
+        for operation in self.redrives[:]:
+            self._advance_redrive(operation)
 
     def _stop_all(self) -> None:
         for process in self.processes:

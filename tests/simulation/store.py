@@ -53,14 +53,15 @@ class Step(enum.Enum):
     ANSWERING = "answering"
 
 
-Told = Callable[[ConsumerCore], None]
-Steps = Generator[Step, None, Told | None]
+#: The result of an operation: it reports the event to the core.
+ReportEvent = Callable[[ConsumerCore], None]
+Steps = Generator[Step, None, ReportEvent | None]
 #: The key of a row that can be locked: an offset, an order or a reject.
 Row = tuple[str | int, ...]
 Planner = Callable[[Sequence[OrderChange], Mapping[str, StoredVersion]], WritePlan]
 
 
-class Job:
+class Operation:
     """An operation in the store, and its progress."""
 
     def __init__(self, steps: Steps) -> None:
@@ -176,10 +177,10 @@ class Store:
     # Offsets.
 
     def _fence(self, batch: Batch) -> None:
-        there = self.next_offsets(batch.topic_ids, batch.ranges)
-        lost = {p for p, offset_range in batch.ranges.items() if there[p] != offset_range.expected_offset}
+        stored = self.next_offsets(batch.topic_ids, batch.ranges)
+        lost = {p for p, offset_range in batch.ranges.items() if stored[p] != offset_range.expected_offset}
         if lost and self._bug is not Bug.NO_FENCE:
-            raise FenceLost(lost, there)
+            raise FenceLost(lost, stored)
 
     def _move_offsets(self, batch: Batch) -> None:
         for (topic, number), offset_range in batch.ranges.items():
