@@ -58,7 +58,7 @@ def _stored_order(results: list[list[Row]]) -> StoredOrder:
 
 
 def _pool(url: str) -> Pool:
-    """Return a pool like that of the API."""
+    """Return a pool with as many connections as that of the API."""
     return Pool(
         url, application_name="orderlib", max_connections=API_CONNECTIONS, timeout_s=5.0, connection_timeout_s=1.5
     )

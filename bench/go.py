@@ -132,7 +132,7 @@ def reads(go_way: GoWay, environ: Mapping[str, str], options: argparse.Namespace
                     print(f"bench: {name}, {connections} connections: {result.per_s:,.0f}/s", file=sys.stderr)
     for connections in CONNECTIONS:
         pairs = zip(results["GET", connections], results[GET_OF_GO, connections], strict=True)
-        ratio = statistics.median(ours.per_s / theirs.per_s for ours, theirs in pairs)
+        ratio = statistics.median(orderlib_run.per_s / go_run.per_s for orderlib_run, go_run in pairs)
         yield Figure(f"GET / the Go way, {connections} connections", ratio, "×", at_least=3.5, goal=5)
     for (name, connections), rounds in results.items():
         yield Figure(f"{name}, {connections} connections", statistics.median(each.per_s for each in rounds), "/s")
@@ -141,17 +141,18 @@ def reads(go_way: GoWay, environ: Mapping[str, str], options: argparse.Namespace
 
 def ingest(go_way: GoWay, bench: IngestBench, rounds: int) -> Iterator[Figure]:
     """Measure the consumers of both."""
-    ours, theirs = [], []
+    per_s: list[float] = []
+    per_s_of_go: list[float] = []
     for number in range(rounds):
         print(f"bench: ingest beside the Go way, round {number + 1} of {rounds}", file=sys.stderr)
         bench.empty()
-        ours.append(bench.consume())
+        per_s.append(bench.consume())
         go_way.empty()
-        theirs.append(go_way.consume(f"go-way-{number}"))
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+        per_s_of_go.append(go_way.consume(f"go-way-{number}"))
+    ratio = statistics.median(a / b for a, b in zip(per_s, per_s_of_go, strict=True))
     yield Figure("ingest / the Go way", ratio, "×", at_least=20)
-    yield Figure("ingest", statistics.median(ours), "orders/s")
-    yield Figure("ingest, the Go way", statistics.median(theirs), "orders/s")
+    yield Figure("ingest", statistics.median(per_s), "orders/s")
+    yield Figure("ingest, the Go way", statistics.median(per_s_of_go), "orders/s")
 
 
 def measure(environ: Mapping[str, str], options: argparse.Namespace, folder: Path) -> list[Figure]:

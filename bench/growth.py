@@ -23,7 +23,7 @@ import psycopg
 
 import orderlib
 from bench.api import VARIANTS, run_wrk, serving
-from bench.ingest import IngestBench, admin, produce, running, utc_now, wait
+from bench.ingest import TABLES, IngestBench, admin, produce, running, utc_now, wait
 from bench.report import Figure, add_write_option, print_progress, publish
 from bench.servers import benchmark_sandbox
 from sandbox import Sandbox
@@ -65,7 +65,6 @@ _CHANGED = {
     "first_stored_at": "now() - interval '1 day' + n * interval '1 ms'",
     "stored_at": "now() - interval '1 day' + n * interval '1 ms'",
 }
-_TABLES = ("orders", "delivery", "payment", "items")
 
 
 @attrs.frozen(kw_only=True)
@@ -86,15 +85,15 @@ class GrowthBench:
         with orderlib.connect(self.environ["ORDERS_DATABASE_URL"]) as repository:
             repository.save_many(generate_order(self.rng, utc_now) for _ in range(TEMPLATES))
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
-            for table in _TABLES:
+            for table in TABLES:
                 connection.execute(f"CREATE TABLE template_{table} AS TABLE {table}".encode())
 
     def grow(self, begin: int, end: int) -> None:
         """Add copies of each template, with the numbers ``begin`` to ``end``."""
-        with ThreadPoolExecutor(len(_TABLES)) as threads:
-            list(threads.map(lambda table: self._copy(table, begin, end), _TABLES))
+        with ThreadPoolExecutor(len(TABLES)) as threads:
+            list(threads.map(lambda table: self._copy(table, begin, end), TABLES))
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
-            connection.execute("VACUUM ANALYZE orders, delivery, payment, items")
+            connection.execute(f"VACUUM ANALYZE {', '.join(TABLES)}".encode())
 
     def _copy(self, table: str, begin: int, end: int) -> None:
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
@@ -162,7 +161,7 @@ class GrowthBench:
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             row = connection.execute(
                 "SELECT sum(pg_table_size(t::regclass)), sum(pg_indexes_size(t::regclass)) FROM unnest(%s::text[]) t",
-                [list(_TABLES)],
+                [list(TABLES)],
             ).fetchone()
         assert row is not None
         return float(row[0]) / 1e6, float(row[1]) / 1e6

@@ -30,13 +30,11 @@ from confluent_kafka import Producer
 import orderlib
 from bench.report import Figure, add_write_option, print_progress, publish
 from bench.servers import benchmark_servers
+from orderlib.ingestion.consumer_core import MAX_RECORDS
 from orderlib.postgres.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS
 from sandbox.server import free_port
 from services.kafka import SILENT_LOGGER
 from services.sender.generate import generate_order
-
-#: Orders in a transaction of raw COPY: the largest batch of the consumer.
-BATCH_ORDERS = 2_000
 
 #: Loads at which the latency is measured, in orders/s.
 LOADS = (1, 100, 1_000, 5_000)
@@ -121,11 +119,11 @@ class IngestBench:
             return int(row[0])
 
     def prebuild(self) -> list[dict[str, bytes]]:
-        """Return the stored orders as binary COPY data: for each batch, the data of each table."""
+        """Return the stored orders as binary COPY data by table, in batches like the largest of the consumer."""
         batches = []
         with psycopg.connect(self.superuser_url) as connection, connection.cursor() as cursor:
-            for at in range(0, len(self.orders), BATCH_ORDERS):
-                uids = [order.order_uid for order in self.orders[at : at + BATCH_ORDERS]]
+            for at in range(0, len(self.orders), MAX_RECORDS):
+                uids = [order.order_uid for order in self.orders[at : at + MAX_RECORDS]]
                 batch = {}
                 for table in TABLES:
                     with cursor.copy(_EXPORT[table].encode(), [uids]) as copy:

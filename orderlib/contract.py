@@ -37,7 +37,7 @@ class TextForm:
     pattern: str
     #: For JSON Schema: without look-aheads, because RE2 has none.
     portable_pattern: str
-    #: For people: the form with its lengths.
+    #: For people. ``{length}`` stands for the minimum and maximum length.
     words: str
 
     def json_schema(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class TextForm:
 ORDER_UID = TextForm(
     pattern=r"^(?!\.{1,2}$)[A-Za-z0-9._:-]+$(?!\n)",
     portable_pattern=r"^(\.{0,2}[A-Za-z0-9_:-][A-Za-z0-9._:-]*|\.{3}[A-Za-z0-9._:-]*)$",
-    words="1 to 128 of the characters A-Z a-z 0-9 . _ : - but not . or .. alone",
+    words="{length} of the characters A-Z a-z 0-9 . _ : - but not . or .. alone",
 )
 
 #: The form of ISO 4217. orderlib does not check which codes exist.
@@ -304,8 +304,8 @@ def describe(rule: Type) -> str:
             return "an object"
         case VarTupleType(min_length=minimum, max_length=maximum):
             return f"an array of {minimum} to {maximum:,} values"
-        case StrType(pattern=str(pattern)):
-            return _FORMS[pattern].words
+        case StrType(min_length=minimum, max_length=maximum, pattern=str(pattern)):
+            return _FORMS[pattern].words.format(length=f"{minimum} to {maximum}")
         case StrType(min_length=minimum, max_length=maximum):
             length = f"{minimum} to {maximum:,}" if minimum else f"at most {maximum:,}"
             return f"a string of {length} characters"

@@ -107,18 +107,18 @@ def _wait_for_end(parent: int) -> int:
 
 def _kill(pid: int, kill_signal: int, grace_s: float) -> None:
     family = {pid}
-    left = _left(family)
+    left = _still_running(family)
     _send_signal(pid, kill_signal)
     _send_signal(pid, signal.SIGCONT)  # a stopped process handles no signal except SIGKILL
     deadline = time.monotonic() + grace_s
     while left and time.monotonic() < deadline:
         time.sleep(0.05)
-        left = _left(family)
+        left = _still_running(family)
     for each in left:
         _send_signal(each, signal.SIGKILL)
 
 
-def _left(family: set[int]) -> set[int]:
+def _still_running(family: set[int]) -> set[int]:
     """Add the descendants of a family to it, and return its processes that still run.
 
     A process whose parent has ended stays in the family. A zombie has ended; only its parent can remove it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any, ClassVar, TypeVar
@@ -19,7 +18,7 @@ from orderlib.postgres.errors import let_end_arrive, translate_errors
 from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.repository import OrderRepositoryBase
 from orderlib.postgres.wire import Wire
-from orderlib.postgres.writes import store_all
+from orderlib.postgres.writes import roll_back_to_savepoint, store_all
 from orderlib.repository import (
     AsyncOrderRepository,
     ListQuery,
@@ -152,8 +151,7 @@ def _in_savepoint(wire: Wire, steps: PQGen[T]) -> PQGen[T]:
     try:
         result = yield from steps
     except Exception:
-        with contextlib.suppress(psycopg.Error):
-            yield from wire.pipeline((queries.ROLLBACK_TO_SAVEPOINT, ()), (queries.RELEASE_SAVEPOINT, ()))
+        yield from roll_back_to_savepoint(wire)
         raise
     yield from wire.pipeline((queries.RELEASE_SAVEPOINT, ()))
     return result

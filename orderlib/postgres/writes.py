@@ -146,9 +146,14 @@ def _store_in_savepoint(
     try:
         return (yield from _store(wire, changes, planner, seen))
     except Exception:
-        with contextlib.suppress(psycopg.Error):
-            yield from wire.pipeline((queries.ROLLBACK_TO_SAVEPOINT, ()), (queries.RELEASE_SAVEPOINT, ()))
+        yield from roll_back_to_savepoint(wire)
         raise
+
+
+def roll_back_to_savepoint(wire: Wire) -> PQGen[None]:
+    """Leave the transaction as it was at the savepoint. Do nothing if the connection was lost."""
+    with contextlib.suppress(psycopg.Error):
+        yield from wire.pipeline((queries.ROLLBACK_TO_SAVEPOINT, ()), (queries.RELEASE_SAVEPOINT, ()))
 
 
 def _store(
