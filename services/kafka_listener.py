@@ -7,6 +7,8 @@ import socket
 import ssl
 import struct
 
+# UnicodeError is what Python raises for a name that no host can have, such as ``a..b``.
+
 #: The timeout of connecting and of each read.
 _PROBE_TIMEOUT_S = 1.0
 
@@ -17,7 +19,7 @@ _ILLEGAL_SASL_STATE = 34
 def expected_protocol(address: str) -> str | None:
     """Return the security.protocol of the listener at host:port; ``None`` if it is not a Kafka listener."""
     for over_tls in (False, True):
-        with contextlib.suppress(OSError, struct.error):
+        with contextlib.suppress(OSError, UnicodeError, struct.error):
             needs_sasl = _needs_sasl(address, over_tls=over_tls)
             return ("SASL_" if needs_sasl else "") + ("SSL" if over_tls else "PLAINTEXT")
     return None
@@ -32,7 +34,7 @@ def certificate_problem(address: str, ca_location: str | None) -> str | None:
             return None
     except ssl.SSLCertVerificationError as exc:
         return exc.verify_message
-    except OSError:
+    except (OSError, UnicodeError):
         return None
 
 

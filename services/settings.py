@@ -49,6 +49,7 @@ RESERVED_KAFKA_PROPERTIES = frozenset(
         "allow.auto.create.topics",
         "auto.commit.enable",
         "auto.offset.reset",
+        "default.topic.config",
         "delivery.report.only.error",
         "enable.auto.commit",
         "enable.auto.offset.store",
@@ -96,7 +97,21 @@ def misspelt_settings(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _text(environ: Mapping[str, str], name: str) -> str:
     """Return the value of a setting, or its default. An empty value counts as not set."""
-    return environ.get(name) or DEFAULTS[name]
+    return _require_utf8(name, environ.get(name) or DEFAULTS[name])
+
+
+def _require_utf8(name: str, value: str) -> str:
+    """Return a value, or raise ConfigurationError if it is not UTF-8: Python then has lone surrogates in its place."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        is_utf8 = False
+    else:
+        is_utf8 = True
+    # Outside of the handler: the error of the encoder contains the value.
+    if not is_utf8:
+        raise ConfigurationError(f"{name} is not UTF-8")
+    return value
 
 
 def _required(environ: Mapping[str, str], name: str) -> str:
@@ -167,7 +182,7 @@ class KafkaSettings:
     def from_mapping(cls, environ: Mapping[str, str]) -> KafkaSettings:
         """Read the settings. Raises ConfigurationError, also for a property that a promise depends on."""
         properties = {
-            name.removeprefix(_KAFKA_PREFIX).lower().replace("_", "."): value
+            name.removeprefix(_KAFKA_PREFIX).lower().replace("_", "."): _require_utf8(name, value)
             for name, value in environ.items()
             if name.startswith(_KAFKA_PREFIX) and name != "ORDERS_KAFKA_BOOTSTRAP_SERVERS"
         }

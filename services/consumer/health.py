@@ -159,6 +159,10 @@ class HealthServer:
             self._server = _Server(bind)
         except OSError as exc:
             raise ConfigurationError(f"ORDERS_METRICS_BIND: cannot listen on {bind}: {exc.strerror}") from exc
+        except UnicodeError as exc:
+            raise ConfigurationError(
+                f"ORDERS_METRICS_BIND: cannot listen on {bind}: no host can have this name"
+            ) from exc
         self._server.set_app(self._respond)
         self.address = Address(host=bind.host, port=self._server.server_port)
 

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
+from orderlib.errors import ConfigurationError
 from services.consumer import health
 from services.consumer.health import (
     CONNECTION_S,
@@ -145,3 +146,9 @@ def test_a_failure_of_monitoring_stops_nothing_and_is_logged_once_a_minute(monke
     assert [line["event"] for line in logged] == ["monitoring_failed"] * 4
     assert [line["what"] for line in logged] == ["metrics", "lag"] * 2
     assert "a secret" not in str(logged)
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 70, "no-such-host.invalid"])
+def test_an_address_that_cannot_be_listened_on_is_named(host: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^ORDERS_METRICS_BIND: cannot listen on {host}:0: ."):
+        HealthServer(Address(host=host, port=0), Health(Clock()), ConsumerMetrics())

@@ -14,7 +14,7 @@ from orderlib.errors import BrokerUnavailable, ConfigurationError
 from services import kafka
 from services.admin.topic_reader import TopicReader
 from services.kafka import Cluster, TopicInfo
-from services.kafka_listener import expected_protocol
+from services.kafka_listener import certificate_problem, expected_protocol
 from services.settings import KafkaSettings
 
 
@@ -86,6 +86,12 @@ def test_every_address_that_librdkafka_accepts_is_probed(
     monkeypatch.setattr("services.kafka_listener.socket.create_connection", refuse)
     assert expected_protocol(address) is None
     assert set(probed) == {host_and_port}
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 70])
+def test_a_host_name_that_cannot_exist_has_no_listener(host: str) -> None:
+    assert expected_protocol(f"{host}:9092") is None
+    assert certificate_problem(f"{host}:9092", None) is None
 
 
 def test_a_partition_that_the_topic_does_not_have_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

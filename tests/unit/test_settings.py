@@ -219,6 +219,15 @@ def test_an_error_names_the_wrong_setting_without_its_value(
         assert str(error.value) == message, value
 
 
+@pytest.mark.parametrize(
+    "name", ["ORDERS_TOPIC", "ORDERS_CONSUMER_GROUP", "ORDERS_DATABASE_URL", "ORDERS_KAFKA_SASL_PASSWORD"]
+)
+def test_a_setting_that_is_not_utf8_is_named(name: str) -> None:
+    """confluent_kafka would raise SystemError, or end the process."""
+    with pytest.raises(ConfigurationError, match=f"^{name} is not UTF-8$"):
+        ConsumerSettings.from_mapping({**CONSUMER, name: os.fsdecode(b"s3cret\xff")})
+
+
 def test_tokens_and_auth_off_contradict_each_other() -> None:
     without_tokens = {**API, "ORDERS_API_TOKENS": ""}
     assert ApiSettings.from_mapping({**without_tokens, "ORDERS_API_AUTH": "off"}).tokens == {}
