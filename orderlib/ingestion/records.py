@@ -14,7 +14,7 @@ import attrs
 import msgspec
 
 from orderlib.codecs import CanonicalOrder, canonical_form, decode_canonical, decode_order, digest
-from orderlib.errors import Fault, MalformedJson, RejectedError, TooLarge
+from orderlib.errors import MAX_FAULTS, Fault, MalformedJson, RejectedError, TooLarge
 from orderlib.models import Order
 from orderlib.repository import Outcome, RecordPosition
 
@@ -213,18 +213,18 @@ class Reject:
     @classmethod
     def of(cls, record: Record, error: RejectedError) -> Reject:
         """Return the reject of a record with the faults of an error. Each part that is not stored is one more fault."""
-        faults, total = error.faults, error.total
-        for part in record.unstorable:
-            fault = Fault(
+        not_stored = [
+            Fault(
                 path=part,
                 expected="a record that fits into a row of PostgreSQL",
                 found="a larger one: this part is not stored",
             )
-            faults, total = (*faults, fault), total + 1
+            for part in record.unstorable
+        ]
         if record.headers is None:
-            unreadable = Fault(path="headers", expected="headers in UTF-8", found="bytes that are not UTF-8")
-            faults, total = (*faults, unreadable), total + 1
-        return cls(record=record, code=error.code, faults=faults, total_faults=total)
+            not_stored.append(Fault(path="headers", expected="headers in UTF-8", found="bytes that are not UTF-8"))
+        faults = (*error.faults[: MAX_FAULTS - len(not_stored)], *not_stored)
+        return cls(record=record, code=error.code, faults=faults, total_faults=error.total + len(not_stored))
 
 
 class Tombstones(enum.StrEnum):

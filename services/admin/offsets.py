@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from confluent_kafka import ConsumerGroupState
 
 from orderlib.commands import APPLICATION_NAME, Commands
+from orderlib.contract import fits_postgres
 from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.connections import open_connection
@@ -184,6 +185,8 @@ def _set_group(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_MIGRATOR_URL")
     if not options.group.strip():
         raise ConfigurationError("GROUP must not be empty")
+    if not fits_postgres(options.group):
+        raise ConfigurationError("GROUP must be UTF-8")
     topic_reader = TopicReader(KafkaSettings.from_mapping(environ))
     with open_connection(url, application_name=APPLICATION_NAME) as connection:
         with as_owner(connection):

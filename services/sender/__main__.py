@@ -315,7 +315,8 @@ def _generated_values(options: argparse.Namespace) -> Iterator[bytes]:
         rng, clock = Random(), lambda: dt.datetime.now(dt.UTC)  # noqa: S311 - generated orders, no secret
     else:
         seconds = itertools.count()
-        rng, clock = Random(options.seed), lambda: _SEEDED_TIME + dt.timedelta(seconds=next(seconds))  # noqa: S311 - as above
+        seed = options.seed.encode(errors="surrogateescape")
+        rng, clock = Random(seed), lambda: _SEEDED_TIME + dt.timedelta(seconds=next(seconds))  # noqa: S311 - as above
     count = DEFAULT_COUNT if options.count is None else options.count
     return itertools.islice(generate_values(rng, clock, options.bad_rate or 0.0), count)
 

@@ -1,14 +1,16 @@
-"""What the operator's command prints."""
+"""What the operator's command prints and refuses."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import unicodedata
 
 import pytest
 
-from orderlib.errors import RejectNotFound
+from orderlib.errors import ConfigurationError, RejectNotFound
+from services.admin.__main__ import main
 from services.admin.output import count_of, printable
 
 EVERY_CHARACTER = "".join(map(chr, (*range(0xD800), *range(0xE000, sys.maxunicode + 1))))
@@ -34,3 +36,9 @@ def test_a_number_agrees_with_its_noun(number: int, text: str) -> None:
 
 def test_a_missing_reject_is_no_missing_order() -> None:
     assert str(RejectNotFound("orders/0/9")) == "no reject 'orders/0/9'"
+
+
+def test_the_name_of_a_consumer_group_that_is_not_utf_8_is_refused() -> None:
+    environ = {"ORDERS_MIGRATOR_URL": "postgresql://u@127.0.0.1:1/orders"}
+    with pytest.raises(ConfigurationError, match="GROUP must be UTF-8"):
+        main(["offsets", "set-group", os.fsdecode(b"\xff"), "--execute", "--yes"], environ)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orderlib import Outcome, decode_order
+from orderlib.errors import MAX_FAULTS, Fault, TooLarge
 from orderlib.ingestion.records import (
     Batch,
     Headers,
@@ -314,6 +315,14 @@ def test_a_reject_leaves_out_and_names_the_parts_that_fit_into_no_row(
     assert isinstance(reject, Reject)
     assert [fault.path for fault in reject.faults[1:]] == left_out == list(record.unstorable)
     assert reject.total_faults == 1 + len(left_out)
+
+
+def test_a_reject_of_many_faults_names_the_parts_that_are_not_stored() -> None:
+    record = Record(position=position(7), time=TIME, topic="orders", key=None, value=b"{}", headers=None)
+    reject = Reject.of(record, TooLarge([Fault(path="$", expected="", found="")] * (MAX_FAULTS + 1)))
+    assert len(reject.faults) == MAX_FAULTS
+    assert reject.faults[-1].path == "headers"
+    assert reject.total_faults == MAX_FAULTS + 2
 
 
 @given(CHANGES, CHANGES, st.integers(0, 12))

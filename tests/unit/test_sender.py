@@ -21,7 +21,7 @@ from confluent_kafka import Message
 
 from orderlib.codecs import decode_order, encode_order
 from orderlib.entry_point import run
-from orderlib.errors import ConfigurationError, DatabaseUnavailable, RejectedError
+from orderlib.errors import BrokerUnavailable, ConfigurationError, DatabaseUnavailable, RejectedError
 from orderlib.models import Delivery, Order
 from orderlib.postgres.consumer_progress import ConsumerProgressRepository, RejectedRecord
 from orderlib.testing import SAMPLE
@@ -292,6 +292,12 @@ def test_a_configuration_error_is_one_line_and_exits_with_2(
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert named in captured.err
+
+
+def test_a_seed_may_be_any_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.kafka.REQUEST_TIMEOUT_S", 0.1)
+    with pytest.raises(BrokerUnavailable):
+        main(["--seed", os.fsdecode(b"\xff")], {"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"})
 
 
 @pytest.mark.parametrize("way", ["path", "symbolic link", "hard link", "stdin", "/dev/stdin"])
