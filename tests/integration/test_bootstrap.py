@@ -121,6 +121,9 @@ def test_an_administrator_who_owns_the_database_need_not_be_a_superuser(server: 
         result = set_up(database)
         assert len(result.corrected) == 2, result.corrected
         assert state(superuser) == wanted
+        # Only a superuser may revoke this. The programs work all the same.
+        superuser.execute("GRANT pg_read_all_data TO orders_reader")
+        assert any("REVOKE pg_read_all_data" in text for text in bootstrap(database).remaining)
     consumer = ConsumerStore(database.writer_url, "group", lambda: 0.0)
     consumer.check()
     partition = TopicPartition("orders", 0)
