@@ -60,6 +60,12 @@ def handle(store: psycopg.Connection, next_offset: int) -> None:
 
 AUTHORIZED = {"Authorization": "Bearer token"}
 
+#: The sessions of an API whose last query was for the state of a record.
+WAITING_SESSIONS = """
+SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'orderlib-api'
+AND query LIKE '%consumer_offsets%' AND pid <> pg_backend_pid()
+"""
+
 
 def ask(api: Service, path: str, method: str = "GET") -> Callable[[], tuple[int, object, float]]:
     """Begin a request, and return a function that waits for the answer."""
@@ -182,9 +188,10 @@ def test_clients_that_wait_behind_a_lock_on_rejects_block_no_order(
 
 
 @pytest.mark.usefixtures("topic")
-def test_a_stop_answers_the_clients_that_wait(module_database: Database) -> None:
+def test_a_stop_answers_the_clients_that_wait(module_database: Database, store: psycopg.Connection) -> None:
+    others = store.execute(WAITING_SESSIONS).fetchone()
     with serving(settings_for(module_database.reader_url, ORDERS_API_TOKENS="test:token")) as service:
         answer = ask(service, "/records/orders/0/100?wait=5")
-        time.sleep(0.3)
+        wait_for(lambda: store.execute(WAITING_SESSIONS).fetchone() != others)
         assert service.stop() == 0
         assert answer()[0] == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -57,9 +58,14 @@ def lose(worker: PostgresServer, name: str, rng: Random) -> None:
     """Lose the worker, if possible while it runs one kind of statement of a batch."""
     step = rng.choice(["COPY", "SAVEPOINT", "RELEASE", "INSERT", "PREPARE TRANSACTION", "COMMIT"])
     how = rng.choice(["terminate", "kill", "restart"])
-    # It may still recover from the last time.
-    wait_for(worker._is_ready, 30)
-    with psycopg.connect(worker.superuser_url, dbname="postgres", autocommit=True) as connection:
+
+    def connect() -> psycopg.Connection | None:
+        # It may still recover from the last time.
+        with contextlib.suppress(psycopg.OperationalError):
+            return psycopg.connect(worker.superuser_url, dbname="postgres", autocommit=True)
+        return None
+
+    with wait_for(connect, 30) as connection:
 
         def sessions(query: str) -> list[int]:
             return [pid for (pid,) in connection.execute(SESSIONS, [name, query])]
