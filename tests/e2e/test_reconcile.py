@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import io
 import json
 import time
@@ -18,7 +19,7 @@ from confluent_kafka.admin import AdminClient
 from psycopg import sql
 
 import orderlib
-from orderlib.ingestion.reconcile import MAX_FINDINGS, Reconciliation, TopicState
+from orderlib.ingestion.reconcile import MAX_FINDINGS, Reconciliation, SnapshotErased, StoredOffset, TopicState
 from orderlib.testing import SAMPLE
 from sandbox import Sandbox
 from services.admin.__main__ import main
@@ -348,6 +349,14 @@ PLANTED = {
         """,
         {"order_uid": "updated"},
     ),
+    "an order that was never sent has the position of another one": (
+        """
+        UPDATE orders o SET source_topic_id = n.source_topic_id, source_partition = n.source_partition,
+            source_offset = n.source_offset, source_time = n.source_time
+        FROM orders n WHERE o.order_uid = 'from-python' AND n.order_uid = 'repeated'
+        """,
+        {"order_uid": "from-python"},
+    ),
     "an order has an older position": (
         "UPDATE orders SET source_offset = 0 WHERE order_uid = 'updated'",
         {"order_uid": "updated"},
@@ -639,3 +648,22 @@ def test_discrepancies_beyond_the_limit_are_counted_and_not_stored() -> None:
     for number in range(MAX_FINDINGS + 7):
         proof.on_orphan("items", f"order-{number}")
     assert (len(list(proof.findings())), proof.unlisted) == (MAX_FINDINGS, 7)
+
+
+@pytest.mark.parametrize("offset", [-1, 3, 4])
+def test_an_erased_order_beyond_next_offset_is_a_discrepancy_even_if_the_topic_is_compacted(offset: int) -> None:
+    """Kafka may have deleted any record of such a topic, so no missing record can show it."""
+    topic = TopicState(topic="orders", topic_id="id", earliest={0: 0}, ends={0: 9}, is_compacted=True)
+    stored = StoredOffset(
+        group="group", topic="orders", topic_id="id", partition=0, next_offset=3, updated_at=dt.datetime.now(dt.UTC)
+    )
+    proof = Reconciliation(topic, {0: 0}, "group", [stored], [])
+    proof.on_erased(SnapshotErased(order_uid="one", topic_id="id", partition=0, offset=offset))
+    [finding] = proof.findings()
+    assert (finding.order_uid, finding.offset) == ("one", offset)
+
+
+def test_a_partition_of_which_nothing_is_stored_is_a_discrepancy_if_it_has_records() -> None:
+    topic = TopicState(topic="orders", topic_id="id", earliest={0: 0, 1: 5}, ends={0: 9, 1: 5}, is_compacted=False)
+    [finding] = Reconciliation(topic, {}, "group", [], []).findings()
+    assert (finding.partition, finding.offset) == (0, None)
