@@ -233,7 +233,8 @@ def test_consumer_and_lag_advise_once_the_indexes_have_outgrown_shared_buffers(
     for done in after:
         assert done.returncode == 0
         [line] = [line for line in done.stderr.splitlines() if "shared_buffers" in line]
-        assert "781 MB, more than PostgreSQL's shared_buffers (128MB)" in line
+        # Autovacuum may count the pages of the other indexes meanwhile.
+        assert re.search(r"78\d MB, more than PostgreSQL's shared_buffers \(128MB\)", line)
 
 
 def test_a_flood_of_slow_connections_and_a_lost_session_delay_neither_health_nor_orders(
