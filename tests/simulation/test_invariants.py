@@ -21,7 +21,7 @@ def any_seed() -> int:
     return random.getrandbits(32)
 
 
-@pytest.mark.parametrize("schedules", [1_000, pytest.param(10_000, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("schedules", [600, pytest.param(10_000, marks=pytest.mark.faults)])
 def test_no_schedule_breaks_an_invariant_and_everything_occurs(
     schedules: int, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -33,7 +33,7 @@ def test_no_schedule_breaks_an_invariant_and_everything_occurs(
     assert occurrences.keys() == OCCURRENCES
     # Only a failure of metrics writes to the log; all else goes to the simulator.
     assert caplog.records == []
-    assert min(occurrences.values()) >= schedules / 100
+    assert min(occurrences.values()) >= schedules / 200
 
 
 @pytest.mark.parametrize("bug", Bug, ids=lambda bug: bug.value)
