@@ -184,7 +184,7 @@ class KafkaSettings:
         properties = {
             name.removeprefix(_KAFKA_PREFIX).lower().replace("_", "."): _require_utf8(name, value)
             for name, value in environ.items()
-            if name.startswith(_KAFKA_PREFIX) and name != "ORDERS_KAFKA_BOOTSTRAP_SERVERS"
+            if value and name.startswith(_KAFKA_PREFIX) and name != "ORDERS_KAFKA_BOOTSTRAP_SERVERS"
         }
         for reserved in sorted(RESERVED_KAFKA_PROPERTIES & properties.keys()):
             name = _KAFKA_PREFIX + reserved.upper().replace(".", "_")

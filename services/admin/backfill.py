@@ -15,7 +15,7 @@ from orderlib.errors import RejectedError
 from orderlib.postgres.backfill import backfill
 from orderlib.repository import Outcome
 from services.admin.database import open_database
-from services.admin.output import ProgressLine, add_json_option, count_of, print_table, printable
+from services.admin.output import ProgressLine, add_json_option, count_of, print_table, printable, utf8_text
 
 #: More rejected originals than this are counted, but not listed.
 _MAX_LISTED = 10_000
@@ -37,6 +37,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--after",
         metavar="UID",
+        type=utf8_text,
         default="",
         help="continue after this order_uid, which an interrupted run prints",
     )

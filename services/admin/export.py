@@ -16,7 +16,7 @@ from orderlib.commands import APPLICATION_NAME, Commands
 from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.postgres.snapshot import Snapshot, snapshot
 from orderlib.repository import Filters, StoredOrder
-from services.admin.output import ProgressLine, count_of, print_bytes, rfc3339_time
+from services.admin.output import ProgressLine, count_of, print_bytes, rfc3339_time, utf8_text
 from services.settings import database_url
 
 _PROGRESS_EVERY_S = 0.2
@@ -44,7 +44,7 @@ def add_commands(commands: Commands) -> None:
         "Give a time a few minutes before the start of the previous export, because stored_at is set before "
         "COMMIT. Every order is still read",
     )
-    parser.add_argument("--customer", metavar="ID", help="only orders with exactly this customer_id")
+    parser.add_argument("--customer", metavar="ID", type=utf8_text, help="only orders with exactly this customer_id")
     parser.set_defaults(command=_export)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from confluent_kafka import ConsumerGroupState
 
 from orderlib.commands import APPLICATION_NAME, Commands
-from orderlib.contract import fits_postgres
 from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.connections import open_connection
@@ -23,7 +22,7 @@ from orderlib.postgres.operations import (
     stored_offsets,
 )
 from services.admin.database import open_database
-from services.admin.output import add_json_option, add_yes_option, confirm, print_table, rfc3339_time
+from services.admin.output import add_json_option, add_yes_option, confirm, print_table, rfc3339_time, utf8_text
 from services.admin.topic_reader import TopicReader
 from services.kafka import REQUEST_TIMEOUT_S
 from services.settings import KafkaSettings, database_url
@@ -77,7 +76,7 @@ def add_commands(commands: Commands) -> None:
         "a consumer started with a wrong ORDERS_CONSUMER_GROUP. Stop the consumers of both groups first. Without "
         "--execute it only shows the change.",
     )
-    naming.add_argument("group", metavar="GROUP", help="the new ORDERS_CONSUMER_GROUP")
+    naming.add_argument("group", metavar="GROUP", type=utf8_text, help="the new ORDERS_CONSUMER_GROUP")
     naming.add_argument("--execute", action="store_true", help="rename the group")
     add_yes_option(naming)
     add_json_option(naming)
@@ -185,8 +184,6 @@ def _set_group(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_MIGRATOR_URL")
     if not options.group.strip():
         raise ConfigurationError("GROUP must not be empty")
-    if not fits_postgres(options.group):
-        raise ConfigurationError("GROUP must be UTF-8")
     topic_reader = TopicReader(KafkaSettings.from_mapping(environ))
     with open_connection(url, application_name=APPLICATION_NAME) as connection:
         with as_owner(connection):

@@ -18,7 +18,15 @@ from orderlib.errors import ConfigurationError
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.operations import Forgotten, forget, forget_again, forget_customer, forgotten
 from services.admin.database import open_database
-from services.admin.output import add_json_option, add_yes_option, confirm, count_of, print_bytes, print_result
+from services.admin.output import (
+    add_json_option,
+    add_yes_option,
+    confirm,
+    count_of,
+    print_bytes,
+    print_result,
+    utf8_text,
+)
 from services.settings import database_url
 
 
@@ -50,7 +58,7 @@ def add_commands(commands: Commands) -> None:
     )
     which = parser.add_mutually_exclusive_group(required=True)
     _add_order_uid(which, nargs="?")
-    which.add_argument("--customer", metavar="ID", help="all stored orders of a customer")
+    which.add_argument("--customer", metavar="ID", type=utf8_text, help="all stored orders of a customer")
     which.add_argument("--again", metavar="FILE", type=Path, help="all orders in a list that `forgotten` wrote")
     add_yes_option(parser)
     add_json_option(parser)
@@ -66,7 +74,11 @@ def add_commands(commands: Commands) -> None:
 
 def _add_order_uid(parser: argparse._ActionsContainer, *, nargs: str | None = None) -> None:
     parser.add_argument(
-        "order_uid", metavar="UID", nargs=nargs, help="an order_uid; write -- before one that begins with a hyphen"
+        "order_uid",
+        metavar="UID",
+        nargs=nargs,
+        type=utf8_text,
+        help="an order_uid; write -- before one that begins with a hyphen",
     )
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from orderlib.contract import fits_postgres
+
 ResultRow = Mapping[str, object]
 
 #: Text is escaped in pieces of this length, because Python makes an object of each character meanwhile.
@@ -42,6 +44,13 @@ def print_bytes(data: bytes) -> None:
 def count_of(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number with its noun: ``1 order``, ``2 orders``."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def utf8_text(text: str) -> str:
+    """Return a command-line argument that is UTF-8. Python has lone surrogates for other bytes."""
+    if not fits_postgres(text):
+        raise argparse.ArgumentTypeError("must be UTF-8")
+    return text
 
 
 def positive(text: str) -> int:

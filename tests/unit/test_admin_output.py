@@ -9,7 +9,7 @@ import unicodedata
 
 import pytest
 
-from orderlib.errors import ConfigurationError, RejectNotFound
+from orderlib.errors import RejectNotFound
 from services.admin.__main__ import main
 from services.admin.output import count_of, printable
 
@@ -38,7 +38,11 @@ def test_a_missing_reject_is_no_missing_order() -> None:
     assert str(RejectNotFound("orders/0/9")) == "no reject 'orders/0/9'"
 
 
-def test_the_name_of_a_consumer_group_that_is_not_utf_8_is_refused() -> None:
-    environ = {"ORDERS_MIGRATOR_URL": "postgresql://u@127.0.0.1:1/orders"}
-    with pytest.raises(ConfigurationError, match="GROUP must be UTF-8"):
-        main(["offsets", "set-group", os.fsdecode(b"\xff"), "--execute", "--yes"], environ)
+@pytest.mark.parametrize(
+    "command", ["get", "forget", "forget --customer", "export --customer", "backfill --after", "offsets set-group"]
+)
+def test_an_argument_that_is_not_utf_8_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), os.fsdecode(b"\xff")], {})
+    assert ended.value.code == 2
+    assert "must be UTF-8" in capsys.readouterr().err

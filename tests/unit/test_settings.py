@@ -63,8 +63,10 @@ def test_every_setting_of_the_consumer_is_read() -> None:
 
 
 def test_an_empty_setting_counts_as_not_set() -> None:
-    settings = ConsumerSettings.from_mapping({**CONSUMER, "ORDERS_TOPIC": "", "ORDERS_MAX_RECORD_BYTES": ""})
+    empty = dict.fromkeys(("ORDERS_TOPIC", "ORDERS_MAX_RECORD_BYTES", "ORDERS_KAFKA_SSL_CA_LOCATION"), "")
+    settings = ConsumerSettings.from_mapping({**CONSUMER, **empty})
     assert (settings.kafka.topic, settings.max_record_bytes) == ("orders", 8 * 1024 * 1024)
+    assert "ssl.ca.location" not in settings.kafka.properties
 
 
 @pytest.mark.parametrize(
