@@ -127,7 +127,10 @@ END_OF_BLOCK = "=== end of block ==="
 
 
 def assert_shown(page_blocks: list[Block], output: str) -> None:
-    """Check that the output of each block has the lines of the ``text`` after it, in this order. … matches any text."""
+    """Check that the output of each block has the lines of the ``text`` after it. … matches any text.
+
+    The lines may have another order: that of rejects depends on the consumer's batches.
+    """
     outputs = iter(output.split(f"{END_OF_BLOCK}\n"))
     shown = ""
     for block in page_blocks:
