@@ -125,7 +125,9 @@ class StoreWorker:
         #: Whether Kafka's last response took longer than a transaction waits.
         self._kafka_is_slow = False
         self._tasks: queue.SimpleQueue[StoreTask | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        # No SimpleQueue: Python 3.11 waits in its ``get`` without a limit if a signal interrupts it and the handler
+        # returns after the timeout. The main thread takes the results and handles signals.
+        self._results: queue.Queue[Result] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="store", daemon=True)
         self._thread.start()
 
