@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import attrs
 
+from orderlib.contract import fits_postgres
 from orderlib.errors import ConfigurationError
 from orderlib.ingestion.records import Tombstones
 
@@ -102,14 +103,7 @@ def _text(environ: Mapping[str, str], name: str) -> str:
 
 def _require_utf8(name: str, value: str) -> str:
     """Return a value, or raise ConfigurationError if it is not UTF-8: Python then has lone surrogates in its place."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        is_utf8 = False
-    else:
-        is_utf8 = True
-    # Outside of the handler: the error of the encoder contains the value.
-    if not is_utf8:
+    if not fits_postgres(value):
         raise ConfigurationError(f"{name} is not UTF-8")
     return value
 

@@ -239,8 +239,7 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
             try:
                 return await _run(session, read(session.read_queries), call)
             except READ_ERRORS as exc:
-                if not call.may_repeat_read(session, exc):
-                    raise call.read_error(session, exc) from exc
+                call.check_read_retry(session, exc)
             finally:
                 self._pool.give_back(session)
 
@@ -267,9 +266,7 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
                     yield page
                     call = Call(self._pool)
             except READ_ERRORS as exc:
-                # Another session has another snapshot, so not after the first page.
-                if not call.may_repeat_read(session, exc) or reader.begun:
-                    raise call.read_error(session, exc) from exc
+                call.check_read_retry(session, exc, begun=reader.begun)
             else:
                 return
             finally:

@@ -115,7 +115,7 @@ def forget_customer(connection: Connection, customer_id: str) -> Forgotten:
 
 def forget_again(connection: Connection, digests: Collection[bytes]) -> Forgotten:
     """Do the same for the orders with these SHA-256 digests of their order_uids, as ``forgotten`` returns them."""
-    # A digest does not show its order_uid, so there is none to find: ``list`` returns an empty list.
+    # Only the digests are known: ``list`` finds no order_uids.
     done = _forget(connection, list, digests)
     # No write stores these orders now. So reading all orders needs no lock, which would stop the consumer.
     with as_owner(connection):

@@ -371,14 +371,6 @@ class Call:
             return session.reused and not timed_out
         return False
 
-    def read_error(
-        self, session: Session, error: psycopg.Error | UnicodeEncodeError | DeadlineExceeded
-    ) -> OrderlibError:
-        """Return the library's error for a failed read."""
-        if isinstance(error, DeadlineExceeded):
-            return DatabaseUnavailable(f"PostgreSQL did not answer within {self._timeout_s:g} s")
-        return translate(error, session, writing=False)
-
     def wait_before_retry_s(self, session: Session, error: psycopg.Error | OrderlibError, *, committing: bool) -> float:
         """Return how long to wait before a failed write is repeated, or raise the error that ends the call."""
         # If COMMIT was sent and succeeded, another writer may have replaced the orders since. Do not repeat it.
@@ -402,8 +394,20 @@ class Call:
             return DatabaseUnavailable(f"{reason}; whether the orders are stored is unknown; saving them again is safe")
         return DatabaseUnavailable(f"{reason}; nothing was stored") if timed_out else translated
 
-    def may_repeat_read(self, session: Session, error: Exception) -> bool:
-        """Return whether to repeat a read on another session after this error."""
+    def check_read_retry(
+        self, session: Session, error: psycopg.Error | UnicodeEncodeError | DeadlineExceeded, *, begun: bool = False
+    ) -> None:
+        """Return if the read is to be repeated on another session, else raise the library's error for it.
+
+        ``begun``: pages of a stream were returned already. Another session has another snapshot.
+        """
+        if self._may_repeat_read(session, error) and not begun:
+            return
+        if isinstance(error, DeadlineExceeded):
+            raise DatabaseUnavailable(f"PostgreSQL did not answer within {self._timeout_s:g} s") from error
+        raise translate(error, session, writing=False) from error
+
+    def _may_repeat_read(self, session: Session, error: Exception) -> bool:
         # Not if statement_timeout cancelled the statement: then there is no time left.
         is_early = time.monotonic() < self.deadline - (1 - _STATEMENT_SHARE) * self._timeout_s
         if is_early and not self._repeated and any(map(_is_repeatable, sqlstates(error))):

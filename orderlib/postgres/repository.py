@@ -200,9 +200,7 @@ class PostgresOrderRepository(OrderRepositoryBase):
                     call = Call(self._pool)
                     session.deadline = call.deadline
             except READ_ERRORS as exc:
-                # Another session has another snapshot, so not after the first page.
-                if not call.may_repeat_read(session, exc) or reader.begun:
-                    raise call.read_error(session, exc) from exc
+                call.check_read_retry(session, exc, begun=reader.begun)
             else:
                 return
             finally:
@@ -216,8 +214,7 @@ class PostgresOrderRepository(OrderRepositoryBase):
             try:
                 return session.wait(read(session.read_queries))
             except READ_ERRORS as exc:
-                if not call.may_repeat_read(session, exc):
-                    raise call.read_error(session, exc) from exc
+                call.check_read_retry(session, exc)
             finally:
                 self._pool.give_back(session)
 
