@@ -540,6 +540,21 @@ def test_an_outage_ends_a_stream_and_a_new_one_works(emptied: Database, is_async
         assert until_available(lambda: len(list(repository.stream()))) == STREAM_SIZE + 1
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_stream_whose_session_is_lost_never_continues_in_another_snapshot(emptied: Database, is_async: bool) -> None:
+    """Although PostgreSQL accepts connections again, and a read of one order would be repeated."""
+    with connect(emptied.writer_url) as writer:
+        writer.save_many(an_order(f"{index}", items=1) for index in range(STREAM_SIZE + 1))
+    with TcpProxy(emptied.reader_url) as proxy, pool(proxy.url, is_async=is_async) as repository:
+        repository.count()
+        stream = repository.stream()
+        next(stream)
+        proxy.cut()
+        proxy.mend()
+        with pytest.raises(DatabaseUnavailable):
+            list(stream)
+
+
 # Outages
 
 
