@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from types import SimpleNamespace
-from typing import cast
+from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException, Uuid
-from confluent_kafka.admin import TopicDescription
 
 from orderlib.errors import BrokerUnavailable, ConfigurationError
 from services import kafka
@@ -17,45 +16,52 @@ from services.kafka import Cluster, TopicInfo
 from services.kafka_listener import certificate_problem, expected_protocol
 from services.settings import KafkaSettings
 
+#: Those of a cluster that nothing connects to.
+SETTINGS = KafkaSettings.from_mapping({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"})
+
+
+def failed(code: int) -> Future[Any]:
+    """Return the future of a request that a broker has refused."""
+    future: Future[Any] = Future()
+    future.set_exception(KafkaException(KafkaError(code)))
+    return future
+
+
+def done(result: object) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return future
+
 
 def test_a_listener_that_was_too_busy_to_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([None, "SASL_SSL"])
     monkeypatch.setattr(kafka, "expected_protocol", lambda _: next(answers))
     monkeypatch.setattr(kafka, "_PERSISTS_S", 0)
     monkeypatch.setattr(kafka, "_CHECK_PROTOCOL_EVERY_S", 0)
-    cluster = Cluster(KafkaSettings.from_mapping({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}))
+    cluster = Cluster(SETTINGS)
     unanswered: Future[None] = Future()
     with pytest.raises(ConfigurationError, match=r"expects security\.protocol SASL_SSL"):
         cluster.wait_for(unanswered)
 
 
 def test_a_new_topic_that_a_broker_does_not_know_yet_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Cluster(KafkaSettings.from_mapping({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}))
-    unknown: Future[TopicDescription] = Future()
-    unknown.set_exception(KafkaException(KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART)))
-    described: Future[TopicDescription] = Future()
+    cluster = Cluster(SETTINGS)
     topic = SimpleNamespace(topic_id=Uuid(0, 1), partitions=[SimpleNamespace(id=0)])
-    described.set_result(cast(TopicDescription, topic))
-    answers = iter([unknown, described])
+    answers = iter([failed(KafkaError.UNKNOWN_TOPIC_OR_PART), done(topic)])
     monkeypatch.setattr(cluster, "request_description", lambda _: next(answers))
     assert cluster.describe("orders").partitions == {0}
 
 
 def test_log_ends_are_asked_for_again_while_a_partition_has_no_leader(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Cluster(KafkaSettings.from_mapping({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}))
-    no_leader: Future[SimpleNamespace] = Future()
-    no_leader.set_exception(KafkaException(KafkaError(KafkaError._NOENT)))
-    end: Future[SimpleNamespace] = Future()
-    end.set_result(SimpleNamespace(offset=7))
-    answers = iter([no_leader, end])
+    cluster = Cluster(SETTINGS)
+    answers = iter([failed(KafkaError._NOENT), done(SimpleNamespace(offset=7))])
     monkeypatch.setattr(cluster.admin, "list_offsets", lambda places, **_: dict.fromkeys(places, next(answers)))
     assert cluster.ends("orders", [0]) == {0: 7}
 
 
 def test_log_ends_fail_if_a_partition_gets_no_leader(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Cluster(KafkaSettings.from_mapping({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}))
-    no_leader: Future[SimpleNamespace] = Future()
-    no_leader.set_exception(KafkaException(KafkaError(KafkaError._NOENT)))
+    cluster = Cluster(SETTINGS)
+    no_leader = failed(KafkaError._NOENT)
     monkeypatch.setattr(cluster.admin, "list_offsets", lambda places, **_: dict.fromkeys(places, no_leader))
     monkeypatch.setattr(kafka, "REQUEST_TIMEOUT_S", 0.2)
     with pytest.raises(BrokerUnavailable, match="_NOENT"):
@@ -98,17 +104,16 @@ def test_a_partition_that_the_topic_does_not_have_is_not_read(monkeypatch: pytes
     """A manifest may name it: a recreated topic can have fewer partitions."""
     monkeypatch.setattr(Cluster, "describe", lambda *_: TopicInfo(topic_id="id", partitions=frozenset({0})))
     monkeypatch.setattr(Cluster, "ends", lambda *_: {0: 0})
-    reader = TopicReader(KafkaSettings.from_mapping({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}))
+    reader = TopicReader(SETTINGS)
     assert list(reader.records({0: 0, 9: 5}, {0: 0})) == []
 
 
 def test_only_without_the_acl_it_is_unknown_whether_a_topic_is_compacted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Cluster, "describe", lambda *_: TopicInfo(topic_id="id", partitions=frozenset({0})))
-    reader = TopicReader(KafkaSettings.from_mapping({"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"}))
+    reader = TopicReader(SETTINGS)
 
     def fail(code: int) -> None:
-        answer: Future[None] = Future()
-        answer.set_exception(KafkaException(KafkaError(code)))
+        answer = failed(code)
         monkeypatch.setattr(reader.cluster.admin, "describe_configs", lambda resources, **_: {resources[0]: answer})
 
     fail(KafkaError.TOPIC_AUTHORIZATION_FAILED)
