@@ -329,7 +329,7 @@ class Pool:
                 limit_ms = max(1, int(self.timeout_s * _STATEMENT_SHARE * 1000))
                 with translate_errors(session):
                     prepare_session(session, self._arguments)
-                    session.execute(sql.SQL(queries.SET_STATEMENT_TIMEOUT).format(limit_ms))
+                    session.execute(sql.SQL(queries.SET_UP_POOL_SESSION).format(limit_ms))
                     check_schema(session)
             except BaseException:
                 session.close()

@@ -76,17 +76,17 @@ class ReadQueries:
     def get_many(self, order_uids: Iterable[str]) -> PQGen[dict[str, Order]]:
         """See ``OrderRepository.get_many``. The caller has checked the order_uids."""
         wanted = [uid for uid in order_uids if fits_postgres(uid)]
+        array = queries.array_of(wanted)
         joined, items = yield from self._orders(
-            (queries.GET_ORDERS, [wanted]), (queries.GET_ITEMS_OF_ORDERS, [wanted]), wanted
+            (queries.GET_ORDERS, [array]), (queries.GET_ITEMS_OF_ORDERS, [array]), wanted
         )
         return {order.order_uid: order for order in orders_from_rows(joined, items)}
 
     def get_many_stored(self, order_uids: list[str], max_items: int) -> PQGen[dict[str, StoredOrder | None]]:
         """Return those of these orders that exist, by order_uid; ``None`` for an order with more than ``max_items``."""
+        array = queries.array_of(order_uids)
         joined, items = yield from self._orders(
-            (queries.GET_ORDERS, [order_uids]),
-            (queries.GET_FIRST_ITEMS_OF_ORDERS, [order_uids, max_items + 1]),
-            order_uids,
+            (queries.GET_ORDERS, [array]), (queries.GET_FIRST_ITEMS_OF_ORDERS, [array, max_items + 1]), order_uids
         )
         orders = zip(joined, orders_from_rows(joined, items), strict=True)
         return {
@@ -100,7 +100,7 @@ class ReadQueries:
 
     def many_content_sha256(self, order_uids: list[str]) -> PQGen[dict[str, bytes | None]]:
         """Return the digests of those of these orders that exist, by order_uid."""
-        [rows] = yield from self._wire.pipeline((queries.GET_CONTENT_SHA256_OF_ORDERS, [order_uids]))
+        [rows] = yield from self._wire.pipeline((queries.GET_CONTENT_SHA256_OF_ORDERS, [queries.array_of(order_uids)]))
         return dict(rows)
 
     def original(self, order_uid: str) -> PQGen[bytes | None]:
@@ -135,7 +135,7 @@ class ReadQueries:
             joined = (yield from self._pipeline(select, begin=begin))[0]
             shown = joined[:limit]
             uids = [row[0] for row in shown]
-            of_page: Statement = (queries.GET_ITEMS_OF_PAGE, [uids, MAX_PAGE_ITEMS])
+            of_page: Statement = (queries.GET_ITEMS_OF_PAGE, [queries.array_of(uids), MAX_PAGE_ITEMS])
             items, *versions = yield from self._pipeline(of_page, *self._versions(uids), end=end)
             if self._is_one_snapshot(shown, versions):
                 break
@@ -192,7 +192,7 @@ class ReadQueries:
         if not uids:
             uids = [row[0] for row in by_uid]
             fields = {uid: [SearchField.ORDER_UID_PREFIX] for uid in uids}
-        [rows] = yield from self._pipeline((queries.GET_SUMMARIES, [uids]), end=True)
+        [rows] = yield from self._pipeline((queries.GET_SUMMARIES, [queries.array_of(uids)]), end=True)
         names = [field.name for field in attrs.fields(OrderSummary)]
         summaries = {row[0]: OrderSummary(**dict(zip(names, row, strict=True))) for row in rows}
         return tuple(Match(order=summaries[uid], fields=tuple(fields[uid])) for uid in uids if uid in summaries)
@@ -294,7 +294,7 @@ class ReadQueries:
 
     def _versions(self, order_uids: list[str]) -> list[Statement]:
         """Return a query of the versions for a caller's transaction, where each statement may have its own snapshot."""
-        return [(queries.GET_VERSIONS, [order_uids])] if self._in_transaction else []
+        return [(queries.GET_VERSIONS, [queries.array_of(order_uids)])] if self._in_transaction else []
 
     def _is_one_snapshot(self, joined: list[Row], versions: list[list[Row]]) -> bool:
         """Whether no order was replaced between the first statement and the last."""

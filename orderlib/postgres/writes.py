@@ -180,11 +180,11 @@ def _store(
     moves = [change for change in plan.moves.values() if isinstance(change, PreparedOrder)]
     statements: list[Statement] = []
     if replaced := [uid for uid in written if uid in stored]:
-        statements.append((queries.DELETE_ORDERS, [_text_array(replaced)]))
+        statements.append((queries.DELETE_ORDERS, [queries.array_of(replaced)]))
     if moves:
         statements.append(_moves(moves))
     if superseded := [uid for uid in (*written, *plan.moves) if uid in erased]:
-        statements.append((queries.DELETE_ERASED, [_text_array(superseded)]))
+        statements.append((queries.DELETE_ERASED, [queries.array_of(superseded)]))
     if tombstones:
         statements.append(_insert_erased(tombstones))
     copies = _copies(plan, now)
@@ -238,12 +238,7 @@ def _find_forgotten(changes: Iterable[OrderChange], digests: Container[object]) 
 
 
 def _uids(changes: Iterable[OrderChange]) -> str:
-    return _text_array({change.order_uid for change in changes})
-
-
-def _text_array(order_uids: Iterable[str]) -> str:
-    """Return order_uids as PostgreSQL writes an array: none contains a character that needs an escape."""
-    return '{"' + '","'.join(order_uids) + '"}'
+    return queries.array_of({change.order_uid for change in changes})
 
 
 def _copies(plan: WritePlan, now: dt.datetime) -> list[Copy]:
