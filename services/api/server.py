@@ -69,7 +69,7 @@ _PRIVATE = {
     gasgi.ASGIWorker: ("_setup_event_loop", "_shutdown"),
     protocol.ASGIProtocol: (
         *("_arm_keepalive_timer", "_cancel_keepalive_timer", "_close_transport", "_is_websocket_upgrade"),
-        *("_keepalive_timeout", "_safe_write", "_send_error_response"),
+        *("_handle_http_request", "_keepalive_timeout", "_safe_write", "_send_error_response", "_serve_http_request"),
     ),
 }
 
@@ -112,7 +112,7 @@ class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
 
     def close_if_idle(self) -> None:
         """Close the connection unless a request is being answered."""
-        if self._current_request is None and not self._finishing_calls:
+        if self._current_request is None:
             self._keepalive_timeout()
 
     def waiting_since(self) -> float | None:
@@ -133,6 +133,13 @@ class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
         self._keepalive_timeout()
         if self.transport.get_write_buffer_size():
             self.transport.abort()
+
+    async def _serve_http_request(self, request: object, sockname: object, peername: object) -> Any:
+        """Answer in the task of the connection.
+
+        gunicorn would start another task for each request, for work that goes on after the answer. There is none.
+        """
+        return await self._handle_http_request(request, sockname, peername)
 
     def _is_websocket_upgrade(self, request: object) -> bool:  # noqa: ARG002 - gunicorn's signature
         """Ignore the upgrade: the server has no websockets and may answer as plain HTTP (RFC 9110, 7.8)."""
