@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
+import os
 import shutil
 import sys
 import tempfile
@@ -29,11 +31,13 @@ from bench.servers import benchmark_sandbox
 from sandbox import Sandbox
 from services.sender.generate import generate_order
 
-#: How many orders the tables have at each measurement.
+#: How many orders the tables have at each measurement, without those that the measurements add: up to a tenth.
 SIZES = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
-#: Orders that the consumer stores before each measurement. Then the pages are in memory, and most of them were written
-#: to the log since the last checkpoint.
-WARM_UP_ORDERS = 60_000
+#: The part of the orders that is added again before each measurement, in random order. Then most pages are in memory
+#: and were written to the log since the last checkpoint, as those of a server that has run for a while.
+WARM_UP = 0.05
+#: Orders that the consumer stores before each measurement.
+WARM_UP_ORDERS = 20_000
 #: Orders that the consumer stores at each measurement.
 NEW_ORDERS = 40_000
 #: Orders that are read at random at each measurement.
@@ -90,12 +94,20 @@ class GrowthBench:
 
     def grow(self, begin: int, end: int) -> None:
         """Add copies of each template, with the numbers ``begin`` to ``end``."""
-        with ThreadPoolExecutor(len(TABLES)) as threads:
-            list(threads.map(lambda table: self._copy(table, begin, end), TABLES))
+        # Sorted, each page of the primary key is changed once. It becomes as full as after random inserts.
+        self._copy_all(begin, end, "ORDER BY 1")
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             connection.execute(f"VACUUM ANALYZE {', '.join(TABLES)}".encode())
 
-    def _copy(self, table: str, begin: int, end: int) -> None:
+    def warm_up(self, begin: int, end: int) -> None:
+        """Add copies of each template as new orders arrive, each on other pages than the one before."""
+        self._copy_all(begin, end, "")
+
+    def _copy_all(self, begin: int, end: int, order_by: str) -> None:
+        with ThreadPoolExecutor(len(TABLES)) as threads:
+            list(threads.map(lambda table: self._copy(table, begin, end, order_by), TABLES))
+
+    def _copy(self, table: str, begin: int, end: int, order_by: str) -> None:
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             # The rows fit together, so their foreign keys need no check.
             connection.execute("SET session_replication_role = replica")
@@ -105,10 +117,9 @@ class GrowthBench:
             assert found.description is not None
             columns = [column.name for column in found.description]
             changed = (f"{_CHANGED.get(column, f't.{column}')} AS {column}" for column in columns)
-            # Sorted, each page of the primary key is changed once. It becomes as full as after random inserts.
             connection.execute(
                 f"INSERT INTO {table} ({', '.join(columns)}) SELECT {', '.join(changed)} "
-                f"FROM template_{table} t, generate_series({begin}, {end - 1}) n ORDER BY 1".encode()
+                f"FROM template_{table} t, generate_series({begin}, {end - 1}) n {order_by}".encode()
             )
 
     def use(self, settings: Mapping[str, str]) -> None:
@@ -138,6 +149,8 @@ class GrowthBench:
 
     def get_ms(self, copies: int, seconds: int) -> tuple[float, float]:
         """Return p50 and p99 of GET in ms, for random orders among this number of copies of each template."""
+        # Not while the disk is busy with what was stored before.
+        os.sync()
         with serving(self.environ, VARIANTS[0]) as (port, process):
             result = run_wrk(port, process, self._requests(copies), CONNECTIONS, seconds)
         return result.p50_ms, result.p99_ms
@@ -210,6 +223,8 @@ def measure(bench: GrowthBench, options: argparse.Namespace) -> list[Figure]:
         ]
         for name, settings in SETTINGS.items():
             bench.use(settings)
+            begin, copies = copies, copies + math.ceil(copies * WARM_UP)
+            bench.warm_up(begin, copies)
             orders_per_s = bench.orders_per_s()
             p50_ms, p99_ms = bench.get_ms(copies, options.seconds)
             measured[name][size] = Measurement(orders_per_s=orders_per_s, p50_ms=p50_ms, p99_ms=p99_ms)

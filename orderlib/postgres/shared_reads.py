@@ -23,8 +23,9 @@ from orderlib.repository import require_type
 
 T = TypeVar("T")
 
-#: The longest wait for the read in flight, so that one without an answer does not delay the others.
-_MAX_WAIT_S = 0.02
+#: The longest wait for the read in flight. A read from memory is shorter: a longer one waits for the disk, where others
+#: can wait at the same time, or gets no answer.
+_MAX_WAIT_S = 0.005
 #: How many orders a shared read returns at most, and how many items of each.
 _MAX_ORDERS = 64
 _MAX_ITEMS = 100
