@@ -88,8 +88,9 @@ WHERE current_setting(name, true) <> '0'
 """
 
 #: Set up a session of a pool. It reads by key and by other indexes only: a plan that was made while a table was small
-#: would scan it until PostgreSQL has new statistics.
-SET_UP_POOL_SESSION: LiteralString = "SET statement_timeout = {}; SET enable_seqscan = off"
+#: would scan it until PostgreSQL has new statistics. A scan without an alternative then looks so expensive that
+#: PostgreSQL before 18 would compile it each time.
+SET_UP_POOL_SESSION: LiteralString = "SET statement_timeout = {}; SET enable_seqscan = off; SET jit = off"
 
 #: Begin a read: all its statements see one snapshot, and none can write.
 BEGIN_READ: LiteralString = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
