@@ -137,7 +137,8 @@ class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
     async def _serve_http_request(self, request: object, sockname: object, peername: object) -> Any:
         """Answer in the task of the connection.
 
-        gunicorn would start another task for each request, for work that goes on after the answer. There is none.
+        gunicorn would start another task for each request, because an application may continue after its answer. This
+        one does not.
         """
         return await self._handle_http_request(request, sockname, peername)
 

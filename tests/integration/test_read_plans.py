@@ -18,7 +18,7 @@ from tests.support.waiting import wait_for
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 #: PostgreSQL plans the first five executions of a prepared statement for their parameters.
 EXECUTIONS = 8
-#: So many that a read which searched all their keys for each of them would exceed its time limit.
+#: A read of this number of orders exceeds its time limit if it searches all keys for each order.
 MANY = 5_000
 NAME = "read-plans"
 TABLES = ("orders", "delivery", "payment", "items")
