@@ -289,13 +289,13 @@ ORDER BY lower(order_uid) LIMIT $3
 """,
 )
 
-#: These orders as a list shows them.
+#: These orders as a list shows them. The condition is repeated only in the subquery: see ``GET_ORDERS``.
 GET_SUMMARIES: LiteralString = """
 SELECT o.order_uid, o.customer_id, o.track_number, i.number, p.amount, p.currency, o.first_stored_at
 FROM orders o
 JOIN payment p USING (order_uid)
 JOIN (SELECT order_uid, count(*) AS number FROM items WHERE order_uid = ANY($1) GROUP BY order_uid) i USING (order_uid)
-WHERE o.order_uid = ANY($1) AND p.order_uid = ANY($1)
+WHERE o.order_uid = ANY($1)
 """
 
 #: The time of the newest order, the number of orders of the last $2, and the rejects by code. Each count stops at $1.
