@@ -36,9 +36,9 @@ T = TypeVar("T")
 #: The timeout of a request to the cluster.
 REQUEST_TIMEOUT_S = 10.0
 
-#: A wrong setting is the cause if librdkafka repeats its error for this long. It does so several times a second.
+#: A wrong setting is the cause if a broker's connections fail because of it for this long.
 _PERSISTS_S = 4.0
-#: The error is over if it was not repeated for this long.
+#: After another error of the same broker, it is over if it was not repeated for this long.
 _REPEATS_WITHIN_S = 3.0
 
 #: How often a request that waits looks for other brokers, and the timeout of that.
@@ -94,6 +94,26 @@ class _NoTopic(ConfigurationError):
     """Kafka has no topic of this name."""
 
 
+@attrs.define
+class _SettingError:
+    """An error of a broker's connections that shows a wrong setting.
+
+    librdkafka reports the first two of equal errors, and then only one in 30 s, until the broker's connections fail
+    with another error.
+    """
+
+    error: KafkaError
+    since_s: float
+    at_s: float
+    repeats: int = 0
+    #: Whether the broker had no other error since.
+    is_last: bool = True
+
+    def persists_at(self, now_s: float) -> bool:
+        """Return whether the connections still fail with this error."""
+        return self.repeats > 0 and (self.is_last or now_s - self.at_s < _REPEATS_WITHIN_S)
+
+
 class Cluster:
     """Requests to a Kafka cluster.
 
@@ -104,10 +124,10 @@ class Cluster:
     def __init__(self, settings: KafkaSettings) -> None:
         self.addresses = settings.bootstrap_servers
         self._settings = settings
-        #: The last error of a connection, and the last one that shows a wrong setting, since the last answer.
+        #: The last error of a connection since the last answer.
         self._last_error: KafkaError | None = None
-        self._setting_error: KafkaError | None = None
-        self._setting_error_since_s = self._setting_error_at_s = 0.0
+        #: Those that show a wrong setting, since the last answer, by librdkafka's name of the broker.
+        self._setting_errors: dict[str, _SettingError] = {}
         properties: dict[str, Any] = {**ADMIN_DEFAULTS, **settings.client_properties(), "error_cb": self.on_error}
         with translate_kafka_errors():
             self.admin = AdminClient(properties, logger=SILENT_LOGGER)
@@ -117,11 +137,17 @@ class Cluster:
         if error.code() not in CONNECTION_ERRORS:
             return
         self._last_error = error
-        if classify_kafka_error(error) is KafkaErrorAction.CONFIGURATION:
-            self._setting_error_at_s = time.monotonic()
-            if self._setting_error is None:
-                self._setting_error_since_s = self._setting_error_at_s
-            self._setting_error = error
+        broker = error.str().partition(": ")[0]
+        known = self._setting_errors.get(broker)
+        if classify_kafka_error(error) is not KafkaErrorAction.CONFIGURATION:
+            if known is not None:
+                known.is_last = False
+            return
+        now_s = time.monotonic()
+        if known is None:
+            self._setting_errors[broker] = _SettingError(error, since_s=now_s, at_s=now_s)
+        else:
+            known.error, known.at_s, known.repeats, known.is_last = error, now_s, known.repeats + 1, True
 
     def wait_for(self, future: Future[T], timeout_s: float = REQUEST_TIMEOUT_S) -> T:
         """Wait for the result of a request.
@@ -138,8 +164,8 @@ class Cluster:
                 result = future.result(min(_POLL_S, timeout_s))
             except TimeoutError:
                 waited_s = time.monotonic() - began_s
-                setting_error = self._setting_error
-                if finds_cause and setting_error is not None and self._is_persistent():
+                setting_error = self._setting_error(_PERSISTS_S)
+                if finds_cause and setting_error is not None:
                     raise self._wrong_setting(setting_error) from None
                 if waited_s >= timeout_s:
                     raise self._unanswered(timeout_s) from None
@@ -154,7 +180,8 @@ class Cluster:
                     raise self._unanswered(timeout_s) from exc
                 raise translate_kafka_error(exc.args[0]) from exc
             else:
-                self._last_error = self._setting_error = None
+                self._last_error = None
+                self._setting_errors.clear()
                 return result
 
     def _unanswered(self, timeout_s: float) -> OrderlibError:
@@ -173,9 +200,8 @@ class Cluster:
     def unavailable_error(self) -> OrderlibError:
         """Return the error for a request without an answer, with the cause that librdkafka reported."""
         self.admin.poll(0)
-        # Read once: the answer of another thread's request removes it.
-        error = self._setting_error
-        if error is not None and time.monotonic() - self._setting_error_at_s < _REPEATS_WITHIN_S:
+        error = self._setting_error()
+        if error is not None:
             return self._wrong_setting(error)
         return self._no_answer(REQUEST_TIMEOUT_S)
 
@@ -265,11 +291,14 @@ class Cluster:
         )
         return {found.partition: future for found, future in futures.items()}
 
-    def _is_persistent(self) -> bool:
+    def _setting_error(self, for_s: float = 0.0) -> KafkaError | None:
+        """Return an error that shows a wrong setting, and has prevented connections for at least this long."""
         now_s = time.monotonic()
-        return (
-            now_s - self._setting_error_since_s >= _PERSISTS_S and now_s - self._setting_error_at_s < _REPEATS_WITHIN_S
-        )
+        # A copy: the answer of another thread's request removes them.
+        for known in [*self._setting_errors.values()]:
+            if now_s - known.since_s >= for_s and known.persists_at(now_s):
+                return known.error
+        return None
 
     def _wrong_setting(self, error: KafkaError) -> ConfigurationError:
         ca_location = self._settings.properties.get("ssl.ca.location")

@@ -44,6 +44,33 @@ def test_a_listener_that_was_too_busy_to_answer_is_asked_again(monkeypatch: pyte
         cluster.wait_for(unanswered)
 
 
+@pytest.mark.parametrize(
+    ("reported", "error"),
+    [
+        (["a _SSL", "a _SSL"], ConfigurationError),
+        (["a _SSL", "a _SSL", "b _TRANSPORT"], ConfigurationError),
+        # A broker that is starting or stopping can cause one of these.
+        (["a _SSL"], BrokerUnavailable),
+        (["a _SSL", "b _SSL"], BrokerUnavailable),
+        (["a _SSL", "a _SSL", "a _TRANSPORT"], BrokerUnavailable),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_the_cause_although_librdkafka_stops_reporting_it(
+    monkeypatch: pytest.MonkeyPatch, reported: list[str], error: type[Exception]
+) -> None:
+    monkeypatch.setattr(kafka, "_PERSISTS_S", 0.2)
+    monkeypatch.setattr(kafka, "_REPEATS_WITHIN_S", 0.1)
+    cluster = Cluster(SETTINGS)
+    # The errors of its own client would disturb.
+    monkeypatch.setattr(cluster, "admin", SimpleNamespace(poll=lambda _: None))
+    for broker, name in map(str.split, reported):
+        cluster.on_error(KafkaError(getattr(KafkaError, name), f"ssl://{broker}:1/bootstrap: the connection failed"))
+    unanswered: Future[None] = Future()
+    with pytest.raises(error):
+        cluster.wait_for(unanswered, timeout_s=0.5)
+
+
 def test_a_new_topic_that_a_broker_does_not_know_yet_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster(SETTINGS)
     topic = SimpleNamespace(topic_id=Uuid(0, 1), partitions=[SimpleNamespace(id=0)])
