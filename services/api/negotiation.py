@@ -18,19 +18,25 @@ _SUPPORTED_TYPES = (falcon.MEDIA_JSON, falcon.MEDIA_HTML)
 _MAX_HEADER_LENGTH = 2_000
 
 
-def prefers_page(req: Request) -> bool:
-    """Return whether to answer with a page: for a browser that did not ask for ``format=json``."""
-    if req.params.get("format") == "json":
+def wants_page(req: Request) -> bool:
+    """Return whether to answer with a page. Raise HTTPNotAcceptable if the client accepts neither JSON nor a page.
+
+    ``format=json`` asks for JSON; any other value raises InvalidQuery.
+    """
+    form = req.params.get("format")
+    if form is not None:
+        if form != "json":
+            raise bad_parameter("format", "json", "another text")
         return False
-    return _preferred(req) == falcon.MEDIA_HTML
-
-
-def require_acceptable(req: Request) -> None:
-    """Raise HTTPNotAcceptable if the client accepts neither type, InvalidQuery for a ``format`` other than ``json``."""
-    if req.params.get("format", "json") != "json":
-        raise bad_parameter("format", "json", "another text")
-    if req.params.get("format") != "json" and _preferred(req) is None:
+    preferred = _preferred(req)
+    if preferred is None:
         raise falcon.HTTPNotAcceptable(description="Supported types: application/json, text/html.")
+    return preferred == falcon.MEDIA_HTML
+
+
+def prefers_page(req: Request) -> bool:
+    """Return whether to answer an error with a page: the request may not be valid."""
+    return req.params.get("format") != "json" and _preferred(req) == falcon.MEDIA_HTML
 
 
 def _preferred(req: Request) -> str | None:

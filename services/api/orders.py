@@ -19,7 +19,7 @@ from orderlib.codecs import encode_order
 from orderlib.errors import InvalidQuery
 from orderlib.repository import PAGE_SIZE, AsyncOrderRepository, Cursor, Direction, Filters, Page, StoredOrder
 from services.api.deadline import ANSWER_TIMEOUT_S, with_deadline
-from services.api.negotiation import known_etags, prefers_page, require_acceptable
+from services.api.negotiation import known_etags, wants_page
 from services.api.pages import Pages
 from services.api.parameters import (
     PERIOD,
@@ -61,10 +61,10 @@ class OrderResource:
                 raise bad_parameter("meta", "none with format=original", "one")
             await self._show_original(req, resp, order_uid)
             return
-        require_acceptable(req)
+        is_page = wants_page(req)
         if req.params.get("view", "json") != "json":
             raise bad_parameter("view", "json", "another text")
-        if prefers_page(req):
+        if is_page:
             stored = await self._repository.get_stored(order_uid)
             req.context.log_fields["order_uid"] = order_uid
             if single_parameter(req, "view") == "json":
@@ -138,7 +138,7 @@ class OrdersResource:
     @with_deadline
     async def on_get(self, req: Request, resp: Response) -> None:
         """Return a page of orders; JSON costs two queries."""
-        require_acceptable(req)
+        is_page = wants_page(req)
         encode = _with_meta if flag_parameter(req, "meta") else _without_meta
         limit = limit_parameter(req)
         cursor, direction = _cursor(req)
@@ -146,7 +146,7 @@ class OrdersResource:
         period = {name: time_parameter(req, name) for name in PERIOD}
         filters = cast("Filters", texts | period)
         page = await self._repository.list_orders(cursor=cursor, direction=direction, limit=limit, **filters)
-        if not prefers_page(req):
+        if not is_page:
             resp.set_header("Cache-Control", _REVALIDATE)
             resp.content_type = falcon.MEDIA_JSON
             resp.data = _encode_page(page, direction, encode)

@@ -15,7 +15,7 @@ from orderlib.errors import REJECT_CODES
 from orderlib.postgres.reject_list import RejectCursor, RejectPage, RejectQuery, RejectSummary
 from orderlib.repository import PAGE_SIZE
 from services.api.deadline import with_deadline
-from services.api.negotiation import prefers_page, require_acceptable
+from services.api.negotiation import wants_page
 from services.api.pages import Pages
 from services.api.parameters import PERIOD, bad_parameter, limit_parameter, single_parameter, time_parameter
 
@@ -43,7 +43,7 @@ class RejectsResource:
     @with_deadline
     async def on_get(self, req: Request, resp: Response) -> None:
         """Return a page of rejects. It costs one query."""
-        require_acceptable(req)
+        is_page = wants_page(req)
         code = single_parameter(req, "code")
         if code is not None and code not in REJECT_CODES:
             raise bad_parameter("code", f"one of {', '.join(REJECT_CODES)}", "another text")
@@ -57,7 +57,7 @@ class RejectsResource:
         )
         page = await self._repository.list_rejects(query)
         resp.set_header("Cache-Control", "no-store")
-        if not prefers_page(req):
+        if not is_page:
             resp.content_type = falcon.MEDIA_JSON
             resp.data = msgspec.json.encode(
                 {

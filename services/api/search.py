@@ -12,7 +12,7 @@ from falcon.asgi import Request, Response
 from orderlib.repository import MAX_PAGE_SIZE, AsyncOrderRepository, Match
 from orderlib.search import SearchField, SearchText
 from services.api.deadline import with_deadline
-from services.api.negotiation import prefers_page, require_acceptable
+from services.api.negotiation import wants_page
 from services.api.pages import Pages
 from services.api.parameters import MAX_SEARCH_CHARS, bad_parameter, limit_parameter, single_parameter
 
@@ -42,13 +42,13 @@ class SearchResource:
     @with_deadline
     async def on_get(self, req: Request, resp: Response) -> None:
         """Return the matches. A browser is redirected to the order if there is one match."""
-        require_acceptable(req)
+        is_page = wants_page(req)
         limit = limit_parameter(req)
         text = single_parameter(req, "q") or ""
         if len(text) > MAX_SEARCH_CHARS:
             raise bad_parameter("q", f"at most {MAX_SEARCH_CHARS} characters", "more")
         resp.set_header("Cache-Control", "no-store")
-        if not prefers_page(req):
+        if not is_page:
             if not text.strip():
                 raise bad_parameter("q", "a text", "none")
             found = await self._repository.find(text, limit=limit)
