@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, Protocol, TextIO
+from typing import Any, NoReturn, TextIO
 
 import msgspec
 import structlog
@@ -21,20 +21,19 @@ from orderlib.entry_point import run, set_up_streams
 from services.settings import misspelt_settings
 
 
-class _Log(Protocol):
-    """What ``event`` needs of structlog."""
-
-    def log(self, level: int, event: str, /, **fields: Any) -> object: ...
+def _write_with_structlog(level: int, name: str, fields: Mapping[str, Any]) -> None:
+    structlog.get_logger().log(level, name, **fields)
 
 
-log: _Log = structlog.get_logger()
+#: Writes an event. ``set_up_logging`` chooses it.
+_write: Callable[[int, str, Mapping[str, Any]], None] = _write_with_structlog
 
 _encoder = msgspec.json.Encoder(enc_hook=str)
 
 
 def event(name: str, level: int = logging.INFO, **fields: object) -> None:
     """Log a fixed event with its fields. Fields carry positions, order_uids, counts and codes; never personal data."""
-    log.log(level, name, **fields)
+    _write(level, name, fields)
 
 
 class _LineHandler(logging.StreamHandler[TextIO]):
@@ -55,19 +54,6 @@ class _LineHandler(logging.StreamHandler[TextIO]):
             self.release()
 
     debug = info = warning = error = critical = write_line
-
-
-class _JsonLog:
-    """Write events as lines of JSON. structlog would take twice as long, and the API writes one for each request."""
-
-    def __init__(self, handler: _LineHandler, level: int) -> None:
-        self._handler = handler
-        self._level = level
-
-    def log(self, level: int, event: str, /, **fields: Any) -> None:
-        """Write an event, unless its level is too low."""
-        if level >= self._level:
-            self._handler.write_line(_json_line(logging.getLevelName(level).lower(), event, fields))
 
 
 def set_up_program(environ: Mapping[str, str]) -> None:
@@ -91,7 +77,7 @@ def run_with_kafka(main: Callable[[], int]) -> NoReturn:
 
 def set_up_logging(stream: TextIO | None = None, level: int = logging.INFO) -> None:
     """Send events, and the warnings of libraries, to a stream (stderr)."""
-    global log  # noqa: PLW0603 - the program has one logger
+    global _write  # noqa: PLW0603 - the program has one log
     set_up_streams()
     stream = stream or sys.stderr
     first: list[Processor] = [structlog.processors.format_exc_info]
@@ -116,7 +102,17 @@ def set_up_logging(stream: TextIO | None = None, level: int = logging.INFO) -> N
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=lambda *_: handler,
     )
-    log = structlog.get_logger() if stream.isatty() else _JsonLog(handler, level)
+    _write = _write_with_structlog if stream.isatty() else _json_writer(handler, level)
+
+
+def _json_writer(handler: _LineHandler, min_level: int) -> Callable[[int, str, Mapping[str, Any]], None]:
+    """Return what writes events as lines of JSON. structlog takes twice as long, and the API logs each request."""
+
+    def write(level: int, name: str, fields: Mapping[str, Any]) -> None:
+        if level >= min_level:
+            handler.write_line(_json_line(logging.getLevelName(level).lower(), name, fields))
+
+    return write
 
 
 def _render_json(_logger: object, level_name: str, fields: EventDict) -> str:

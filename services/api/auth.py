@@ -27,11 +27,10 @@ class AuthMiddleware:
     def __init__(self, settings: ApiSettings) -> None:
         self._settings = settings
 
-    async def process_request(self, req: Request, resp: Response) -> None:
+    async def process_request(self, req: Request, _resp: Response) -> None:
         """Raise HTTPUnauthorized or, for a Host header that does not name localhost, a 421."""
         if req.path in OPEN_PATHS:
             return
-        resp.set_header("Vary", "Accept, Authorization")
         if not self._settings.tokens:
             # Any website can point a name of its own at 127.0.0.1 (DNS rebinding), but a browser sends that name here.
             if not _LOCALHOST.fullmatch(req.get_header("Host", default="")):

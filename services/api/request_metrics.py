@@ -32,8 +32,8 @@ class RequestMetricsMiddleware:
         """
         req.context.started = time.perf_counter()
         req.context.log_fields = {}
-        given = req.get_header("X-Request-Id", default="")
-        req.context.request_id = given if _REQUEST_ID.fullmatch(given) else self._make_id()
+        given = req.get_header("X-Request-Id")
+        req.context.request_id = given if given and _REQUEST_ID.fullmatch(given) else self._make_id()
         resp.set_header("X-Request-Id", req.context.request_id)
 
     async def process_response(self, req: Request, resp: Response, _resource: object, _succeeded: bool) -> None:

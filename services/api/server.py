@@ -46,9 +46,9 @@ BACKLOG = 4096
 #: connections that clients open at the same time, and the other workers none.
 ACCEPT_AT_ONCE = 1
 
-#: Added to every response. gunicorn checks and formats what an application sets again for each response, which would be
-#: a tenth of the CPU time of a read.
-SECURITY_HEADERS = {
+#: Added to every response: security headers, and what a response depends on. gunicorn checks and formats what an
+#: application sets again for each response, which would be a tenth of the CPU time of a read.
+CONSTANT_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
         "frame-ancestors 'none'"
@@ -56,10 +56,11 @@ SECURITY_HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
+    "Vary": "Accept, Authorization",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-_SECURITY_LINES = "".join(f"{name}: {value}\r\n" for name, value in SECURITY_HEADERS.items())
+_CONSTANT_LINES = "".join(f"{name}: {value}\r\n" for name, value in CONSTANT_HEADERS.items())
 
 #: The private parts of gunicorn that this module uses.
 _PRIVATE = {
@@ -159,7 +160,7 @@ class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
             *(f"{name}: {value}" for name, value in headers.items()),
             "Connection: close",
         ]
-        head = "".join(f"{line}\r\n" for line in lines) + _SECURITY_LINES + "\r\n"
+        head = "".join(f"{line}\r\n" for line in lines) + _CONSTANT_LINES + "\r\n"
         self._safe_write(head.encode() + body)
 
     def _check_sending(self, before: int | None = None) -> None:
@@ -245,7 +246,7 @@ class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
     def init_process(self) -> None:
         # gunicorn has no setting for either. The second is what it adds to every response: the name of the server.
         gasgi.ASGIProtocol = _Protocol
-        protocol._CACHED_SERVER_HEADER = _SECURITY_LINES.encode()  # noqa: SLF001 - see above
+        protocol._CACHED_SERVER_HEADER = _CONSTANT_LINES.encode()  # noqa: SLF001 - see above
         files = max(_raise_file_limit() - OTHER_FILES, MAX_METRICS_CONNECTIONS)
         self._connections = _Connections(min(MAX_CONNECTIONS, files))
         self._metrics_connections = _Connections(MAX_METRICS_CONNECTIONS)

@@ -28,7 +28,7 @@ from psycopg.conninfo import make_conninfo
 import orderlib
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from services.api.asgi import API_CONNECTIONS, HEALTH_CONNECTIONS
-from services.api.server import SECURITY_HEADERS
+from services.api.server import CONSTANT_HEADERS
 from tests.support import ROOT
 from tests.support.api_process import HALF_A_REQUEST, Answer, Service, clients, serving, settings_for
 from tests.support.databases import Database, bootstrap
@@ -260,7 +260,7 @@ UNREADABLE = {
 
 def assert_promised(answer: Answer) -> None:
     given = {name.lower(): value for name, value in answer.headers.items()}
-    assert {name.lower(): value for name, value in SECURITY_HEADERS.items()}.items() <= given.items()
+    assert {name.lower(): value for name, value in CONSTANT_HEADERS.items()}.items() <= given.items()
     assert answer.headers["X-Request-Id"]
     if answer.status >= 400:
         assert answer.headers["Content-Type"].startswith(("application/problem+json", "text/html"))

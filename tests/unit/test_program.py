@@ -45,7 +45,7 @@ def _restored_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Reset structlog and logging, because a program sets them up once and structlog caches the logger."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    monkeypatch.setattr(program, "log", structlog.get_logger())
+    monkeypatch.setattr(program, "_write", program._write)
     yield
     structlog.reset_defaults()
     root.handlers[:] = handlers
