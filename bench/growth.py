@@ -1,7 +1,9 @@
 """Measure ingest and GET while the tables grow: ``python -m bench.growth``; ``make bench-growth`` runs this.
 
 Each size is measured twice, with PostgreSQL's default settings and with settings for this machine's memory. The
-order_uids are random. The benchmark starts its servers, and needs ``wrk`` on PATH and 2.5 KB of disk for each order.
+order_uids are random. The largest size is measured in turns with a second database of the smallest size, because the
+speed of a shared machine changes in the meantime: the ratios are medians of these pairs. The benchmark starts its
+servers, and needs ``wrk`` on PATH and 2.5 KB of disk for each order.
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ import hashlib
 import math
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+from urllib.parse import urlsplit
 
 import attrs
 import psutil
@@ -41,10 +45,14 @@ WARM_UP_ORDERS = 20_000
 #: Orders that the consumer stores at each measurement.
 NEW_ORDERS = 40_000
 #: Orders that are read at random at each measurement.
-READ_ORDERS = 100_000
+READ_ORDERS = 1_000_000
+#: How long orders are read before each measurement, in seconds. Meanwhile each session maps the shared buffers.
+WARM_UP_READS_S = 15
 #: The orders that all others are copies of, with other order_uids, track numbers and rids.
 TEMPLATES = 2_000
 CONNECTIONS = 16
+#: Pairs of measurements of the largest and the smallest size.
+ROUNDS = 3
 
 _MEMORY_MB = psutil.virtual_memory().total // 2**20
 #: PostgreSQL's settings by name: its defaults, and the ones that docs/tune.md recommends.
@@ -72,40 +80,64 @@ _CHANGED = {
 
 
 @attrs.frozen(kw_only=True)
+class Measurement:
+    """What was measured at one size with the same settings."""
+
+    orders_per_s: float
+    p50_ms: float
+    p99_ms: float
+
+
+@attrs.define(kw_only=True)
 class GrowthBench:
-    """The servers, and the tables that grow."""
+    """The servers, and a database whose tables grow."""
 
     sandbox: Sandbox
     environ: Mapping[str, str]
     folder: str
     rng: Random
+    #: How many copies of each template the tables have.
+    copies: int = 0
 
     @property
     def _superuser_url(self) -> str:
         return self.environ["ORDERS_BOOTSTRAP_URL"]
 
-    def add_templates(self) -> None:
-        """Store the orders that the others are copies of."""
+    def second_database(self, name: str) -> GrowthBench:
+        """Create another database on the same server, without tables."""
+        with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}".encode())
+        environ = {
+            variable: urlsplit(value)._replace(path=f"/{name}").geturl() if value.startswith("postgresql:") else value
+            for variable, value in self.environ.items()
+        }
+        return attrs.evolve(self, environ=environ, copies=0)
+
+    def set_up(self) -> None:
+        """Create the roles and the tables, and store the orders that the others are copies of."""
+        for command in ("bootstrap", "migrate"):
+            admin(self.environ, command)
         with orderlib.connect(self.environ["ORDERS_DATABASE_URL"]) as repository:
             repository.save_many(generate_order(self.rng, utc_now) for _ in range(TEMPLATES))
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             for table in TABLES:
                 connection.execute(f"CREATE TABLE template_{table} AS TABLE {table}".encode())
 
-    def grow(self, begin: int, end: int) -> None:
-        """Add copies of each template, with the numbers ``begin`` to ``end``."""
+    def grow_to(self, orders: int) -> None:
+        """Add copies of the templates, up to this number of orders."""
         # Sorted, each page of the primary key is changed once. It becomes as full as after random inserts.
-        self._copy_all(begin, end, "ORDER BY 1")
+        self._copy_all(orders // TEMPLATES, "ORDER BY 1")
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             connection.execute(f"VACUUM ANALYZE {', '.join(TABLES)}".encode())
 
-    def warm_up(self, begin: int, end: int) -> None:
+    def warm_up(self) -> None:
         """Add copies of each template as new orders arrive, each on other pages than the one before."""
-        self._copy_all(begin, end, "")
+        self._copy_all(self.copies + math.ceil(self.copies * WARM_UP), "")
 
-    def _copy_all(self, begin: int, end: int, order_by: str) -> None:
+    def _copy_all(self, copies: int, order_by: str) -> None:
         with ThreadPoolExecutor(len(TABLES)) as threads:
-            list(threads.map(lambda table: self._copy(table, begin, end, order_by), TABLES))
+            list(threads.map(lambda table: self._copy(table, self.copies, copies, order_by), TABLES))
+        self.copies = copies
 
     def _copy(self, table: str, begin: int, end: int, order_by: str) -> None:
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
@@ -133,7 +165,13 @@ class GrowthBench:
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             connection.execute("CHECKPOINT")
 
-    def orders_per_s(self) -> float:
+    def measure(self, seconds: int) -> Measurement:
+        """Measure ingest, and GET for this time."""
+        orders_per_s = self._orders_per_s()
+        p50_ms, p99_ms = self._get_ms(seconds)
+        return Measurement(orders_per_s=orders_per_s, p50_ms=p50_ms, p99_ms=p99_ms)
+
+    def _orders_per_s(self) -> float:
         """Return how many new orders a consumer stores per second."""
         environ = {**self.environ, "ORDERS_TOPIC": f"orders-{time.time_ns()}", "ORDERS_METRICS_BIND": "127.0.0.1:0"}
         admin(environ, "topics")
@@ -147,19 +185,41 @@ class GrowthBench:
             wait(lambda: bench.handled() - before >= len(orders))
             return (len(orders) - first) / (time.monotonic() - began_s)
 
-    def get_ms(self, copies: int, seconds: int) -> tuple[float, float]:
-        """Return p50 and p99 of GET in ms, for random orders among this number of copies of each template."""
+    def _get_ms(self, seconds: int) -> tuple[float, float]:
+        """Return p50 and p99 of GET in ms, for random orders."""
         # Not while the disk is busy with what was stored before.
         os.sync()
+        self._read_files()
+        requests = self._requests()
         with serving(self.environ, VARIANTS[0]) as (port, process):
-            result = run_wrk(port, process, self._requests(copies), CONNECTIONS, seconds)
+            run_wrk(port, process, requests, CONNECTIONS, WARM_UP_READS_S)
+            result = run_wrk(port, process, requests, CONNECTIONS, seconds)
         return result.p50_ms, result.p99_ms
 
-    def _requests(self, copies: int) -> str:
+    def _read_files(self) -> None:
+        """Read every page of the tables and indexes, so that the kernel keeps as many of them as fit into memory.
+
+        A server that has run for a while has read them all. This takes seconds; random reads would take an hour.
+        """
+        with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+            rows = connection.execute(
+                "SELECT current_setting('data_directory'), pg_relation_filepath(oid) FROM pg_class WHERE relkind IN "
+                "('r', 'i') AND (oid = ANY(%(tables)s::regclass[]) OR oid IN "
+                "(SELECT indexrelid FROM pg_index WHERE indrelid = ANY(%(tables)s::regclass[])))",
+                {"tables": list(TABLES)},
+            ).fetchall()
+        for folder, name in rows:
+            # A large relation has several files: NAME, NAME.1, …
+            for path in [Path(folder, name), *Path(folder, name).parent.glob(f"{Path(name).name}.*")]:
+                with path.open("rb", buffering=0) as file:
+                    while file.read(2**20):
+                        pass
+
+    def _requests(self) -> str:
         """Return a Lua script that requests random orders. A file has their order_uids."""
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             templates = [uid for (uid,) in connection.execute("SELECT order_uid FROM template_orders")]
-        chosen = (f"{self.rng.choice(templates)}{self.rng.randrange(copies)}" for _ in range(READ_ORDERS))
+        chosen = (f"{self.rng.choice(templates)}{self.rng.randrange(self.copies)}" for _ in range(READ_ORDERS))
         uids = Path(self.folder) / "uids"
         uids.write_text(
             "\n".join(f"{hashlib.md5(one.encode(), usedforsecurity=False).hexdigest()[:15]}test" for one in chosen)
@@ -180,15 +240,6 @@ class GrowthBench:
         return float(row[0]) / 1e6, float(row[1]) / 1e6
 
 
-@attrs.frozen(kw_only=True)
-class Measurement:
-    """What was measured at one size with the same settings."""
-
-    orders_per_s: float
-    p50_ms: float
-    p99_ms: float
-
-
 def main() -> None:
     """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__)
@@ -203,51 +254,76 @@ def main() -> None:
     publish("growth", figures, write=options.write)
 
 
+#: What was measured, by size.
+BySize = dict[int, Measurement]
+#: The smallest and the largest size, measured one after the other.
+Pair = tuple[Measurement, Measurement]
+
+
 def measure(bench: GrowthBench, options: argparse.Namespace) -> list[Figure]:
     """Grow the tables step by step, and measure each size with each of the settings."""
-    for command in ("bootstrap", "migrate"):
-        admin(bench.environ, command)
-    bench.add_templates()
-    measured: dict[str, dict[int, Measurement]] = {name: {} for name in SETTINGS}
-    sizes: list[Figure] = []
-    copies = 0
-    for size in [size for size in SIZES if size <= options.orders]:
+    sizes = [size for size in SIZES if size <= options.orders]
+    smallest = bench.second_database("smallest")
+    for one in (smallest, bench):
+        one.set_up()
+    smallest.grow_to(SIZES[0])
+    measured: dict[str, BySize] = {name: {} for name in SETTINGS}
+    pairs: dict[str, list[Pair]] = {}
+    size_figures: list[Figure] = []
+    for size in sizes:
         print_progress(f"growing to {size:,} orders")
         # The restart with the last of the settings is still in effect; the first size has few pages.
-        bench.grow(copies, size // TEMPLATES)
-        copies = size // TEMPLATES
+        bench.grow_to(size)
         tables_mb, indexes_mb = bench.sizes_mb()
-        sizes += [
+        size_figures += [
             Figure(f"{size:,} orders: tables", tables_mb, "MB"),
             Figure(f"{size:,} orders: indexes", indexes_mb, "MB"),
         ]
         for name, settings in SETTINGS.items():
             bench.use(settings)
-            begin, copies = copies, copies + math.ceil(copies * WARM_UP)
-            bench.warm_up(begin, copies)
-            orders_per_s = bench.orders_per_s()
-            p50_ms, p99_ms = bench.get_ms(copies, options.seconds)
-            measured[name][size] = Measurement(orders_per_s=orders_per_s, p50_ms=p50_ms, p99_ms=p99_ms)
-            print_progress(f"{size:,} orders, {name}: {orders_per_s:,.0f}/s, GET {p50_ms:.1f} and {p99_ms:.1f} ms")
-    return [*_ratios(measured), *_details(measured), *sizes]
+            bench.warm_up()
+            if size == sizes[-1]:
+                smallest.warm_up()
+                pairs[name] = [
+                    (smallest.measure(options.seconds), bench.measure(options.seconds)) for _ in range(ROUNDS)
+                ]
+                found = _median(large for _, large in pairs[name])
+            else:
+                found = bench.measure(options.seconds)
+            measured[name][size] = found
+            print_progress(f"{size:,} orders, {name}: {found}")
+    return [*_ratios(pairs, sizes[-1]), *_details(measured), *size_figures]
 
 
-def _ratios(measured: Mapping[str, Mapping[int, Measurement]]) -> list[Figure]:
+def _median(measurements: Iterable[Measurement]) -> Measurement:
+    values = zip(*map(attrs.astuple, measurements), strict=True)
+    return Measurement(**dict(zip(attrs.fields_dict(Measurement), map(statistics.median, values), strict=True)))
+
+
+def _ratios(pairs: Mapping[str, Sequence[Pair]], largest: int) -> list[Figure]:
     """Return the values at the largest size divided by those at the smallest."""
     figures = []
-    for name, by_size in measured.items():
+    for name, rounds in pairs.items():
         limited = bool(SETTINGS[name])
-        first, last = by_size[min(by_size)], by_size[max(by_size)]
-        sizes = f"{max(by_size):,} / {min(by_size):,} orders, {name}"
+        sizes = f"{largest:,} / {SIZES[0]:,} orders, {name}"
+        # The ratios of each round, as another measurement.
+        ratio = _median(
+            Measurement(
+                orders_per_s=large.orders_per_s / small.orders_per_s,
+                p50_ms=large.p50_ms / small.p50_ms,
+                p99_ms=large.p99_ms / small.p99_ms,
+            )
+            for small, large in rounds
+        )
         figures += [
-            Figure(f"ingest, {sizes}", last.orders_per_s / first.orders_per_s, "×", at_least=0.8 if limited else None),
-            Figure(f"GET p50, {sizes}", last.p50_ms / first.p50_ms, "×"),
-            Figure(f"GET p99, {sizes}", last.p99_ms / first.p99_ms, "×", at_most=1.5 if limited else None),
+            Figure(f"ingest, {sizes}", ratio.orders_per_s, "×", at_least=0.8 if limited else None),
+            Figure(f"GET p50, {sizes}", ratio.p50_ms, "×"),
+            Figure(f"GET p99, {sizes}", ratio.p99_ms, "×", at_most=1.5 if limited else None),
         ]
     return figures
 
 
-def _details(measured: Mapping[str, Mapping[int, Measurement]]) -> list[Figure]:
+def _details(measured: Mapping[str, BySize]) -> list[Figure]:
     figures = []
     for name, by_size in measured.items():
         for size, one in by_size.items():
