@@ -8,7 +8,9 @@ that it uses and needs ``wrk`` on PATH. Variants that need granian or uvloop are
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
+import random
 import re
 import shutil
 import socket
@@ -223,15 +225,10 @@ def listening(port: int, command: list[str], environ: Mapping[str, str]) -> Iter
 
 def run_wrk(port: int, process: psutil.Process, requests: str, connections: int, seconds: int) -> WrkResult:
     """Load the server with wrk for this time, after one second to warm up. ``requests`` is a Lua script."""
-    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-        script.write(requests)
-        script.flush()
-        command = ["wrk", "-t1", f"-c{connections}", "--latency", "-s", script.name, f"http://127.0.0.1:{port}"]
-        subprocess.run([*command, "-d1s"], capture_output=True, check=True)
-        cpu_s = _cpu_s(process)
-        text = subprocess.run([*command, f"-d{seconds}s"], capture_output=True, check=True, text=True).stdout
-    assert "Non-2xx" not in text, text
-    assert "Socket errors" not in text, text
+    run_wrk_once = functools.partial(_run_wrk_once, requests, connections, f"http://127.0.0.1:{port}")
+    run_wrk_once(1)
+    cpu_s = _cpu_s(process)
+    text = run_wrk_once(seconds)
     cpu_s = _cpu_s(process) - cpu_s
     found = re.search(r"(\d+) requests in .*Requests/sec:\s+([\d.]+)", text, re.DOTALL)
     assert found, text
@@ -241,6 +238,19 @@ def run_wrk(port: int, process: psutil.Process, requests: str, connections: int,
         p99_ms=_percentile(text, 99),
         cpu_us=cpu_s / int(found[1]) * 1_000_000,
     )
+
+
+def _run_wrk_once(requests: str, connections: int, url: str, seconds: int) -> str:
+    """Run wrk, and return what it prints."""
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        # Without a seed, each run would repeat the requests of the one before.
+        script.write(f"math.randomseed({random.randrange(2**31)})\n{requests}")
+        script.flush()
+        command = ["wrk", "-t1", f"-c{connections}", "--latency", "-s", script.name, f"-d{seconds}s", url]
+        text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    assert "Non-2xx" not in text, text
+    assert "Socket errors" not in text, text
+    return text
 
 
 def _cpu_s(process: psutil.Process) -> float:

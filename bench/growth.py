@@ -1,9 +1,9 @@
 """Measure ingest and GET while the tables grow: ``python -m bench.growth``; ``make bench-growth`` runs this.
 
 Each size is measured twice, with PostgreSQL's default settings and with settings for this machine's memory. The
-order_uids are random. The largest size is measured in turns with a second database of the smallest size, because the
-speed of a shared machine changes in the meantime: the ratios are medians of these pairs. The benchmark starts its
-servers, and needs ``wrk`` on PATH and 2.5 KB of disk for each order.
+order_uids are random. The largest size is measured in turns with the smallest, in a second database, because the speed
+of a shared machine changes during the run: the ratios are medians of these pairs. The benchmark starts its servers, and
+needs ``wrk`` on PATH and 2.5 KB of disk for each order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from bench.servers import benchmark_sandbox
 from sandbox import Sandbox
 from services.sender.generate import generate_order
 
-#: How many orders the tables have at each measurement, without those that the measurements add: up to a tenth.
+#: How many orders the tables have before each measurement, without those that are added to warm up. A measurement adds
+#: ``WARM_UP_ORDERS`` and ``NEW_ORDERS``.
 SIZES = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
 #: The part of the orders that is added again before each measurement, in random order. Then most pages are in memory
 #: and were written to the log since the last checkpoint, as those of a server that has run for a while.
@@ -46,12 +47,12 @@ WARM_UP_ORDERS = 20_000
 NEW_ORDERS = 40_000
 #: Orders that are read at random at each measurement.
 READ_ORDERS = 1_000_000
-#: How long orders are read before each measurement, in seconds. Meanwhile each session maps the shared buffers.
+#: How long orders are read before each measurement, in seconds. This fills the shared buffers.
 WARM_UP_READS_S = 15
 #: The orders that all others are copies of, with other order_uids, track numbers and rids.
 TEMPLATES = 2_000
 CONNECTIONS = 16
-#: Pairs of measurements of the largest and the smallest size.
+#: How often the largest and the smallest size are measured in turns.
 ROUNDS = 3
 
 _MEMORY_MB = psutil.virtual_memory().total // 2**20
@@ -88,6 +89,10 @@ class Measurement:
     p99_ms: float
 
 
+#: The smallest and the largest size, measured one after the other.
+Pair = tuple[Measurement, Measurement]
+
+
 @attrs.define(kw_only=True)
 class GrowthBench:
     """The servers, and a database whose tables grow."""
@@ -122,6 +127,13 @@ class GrowthBench:
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             for table in TABLES:
                 connection.execute(f"CREATE TABLE template_{table} AS TABLE {table}".encode())
+
+    def shrink_to(self, orders: int) -> None:
+        """Delete every order, and add copies of the templates, up to this number of orders."""
+        with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+            connection.execute(f"TRUNCATE {', '.join(TABLES)} CASCADE".encode())
+        self.copies = 0
+        self.grow_to(orders)
 
     def grow_to(self, orders: int) -> None:
         """Add copies of the templates, up to this number of orders."""
@@ -167,6 +179,8 @@ class GrowthBench:
 
     def measure(self, seconds: int) -> Measurement:
         """Measure ingest, and GET for this time."""
+        # Not while the disk is busy with what was stored before.
+        os.sync()
         orders_per_s = self._orders_per_s()
         p50_ms, p99_ms = self._get_ms(seconds)
         return Measurement(orders_per_s=orders_per_s, p50_ms=p50_ms, p99_ms=p99_ms)
@@ -187,7 +201,6 @@ class GrowthBench:
 
     def _get_ms(self, seconds: int) -> tuple[float, float]:
         """Return p50 and p99 of GET in ms, for random orders."""
-        # Not while the disk is busy with what was stored before.
         os.sync()
         self._read_files()
         requests = self._requests()
@@ -197,7 +210,7 @@ class GrowthBench:
         return result.p50_ms, result.p99_ms
 
     def _read_files(self) -> None:
-        """Read every page of the tables and indexes, so that the kernel keeps as many of them as fit into memory.
+        """Read every page of the tables, then of the indexes. The kernel keeps as many of them as fit into memory.
 
         A server that has run for a while has read them all. This takes seconds; random reads would take an hour.
         """
@@ -205,7 +218,8 @@ class GrowthBench:
             rows = connection.execute(
                 "SELECT current_setting('data_directory'), pg_relation_filepath(oid) FROM pg_class WHERE relkind IN "
                 "('r', 'i') AND (oid = ANY(%(tables)s::regclass[]) OR oid IN "
-                "(SELECT indexrelid FROM pg_index WHERE indrelid = ANY(%(tables)s::regclass[])))",
+                "(SELECT indexrelid FROM pg_index WHERE indrelid = ANY(%(tables)s::regclass[]))) "
+                "ORDER BY relkind DESC, relname",
                 {"tables": list(TABLES)},
             ).fetchall()
         for folder, name in rows:
@@ -243,7 +257,9 @@ class GrowthBench:
 def main() -> None:
     """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__)
-    parser.add_argument("--orders", type=int, default=SIZES[-1], help="the largest size (%(default)s)")
+    parser.add_argument(
+        "--orders", type=int, choices=SIZES[1:], default=SIZES[-1], help="the largest size (%(default)s)"
+    )
     parser.add_argument("--seconds", type=int, default=5, help="duration of each measurement of GET (%(default)s)")
     add_write_option(parser)
     options = parser.parse_args()
@@ -254,20 +270,13 @@ def main() -> None:
     publish("growth", figures, write=options.write)
 
 
-#: What was measured, by size.
-BySize = dict[int, Measurement]
-#: The smallest and the largest size, measured one after the other.
-Pair = tuple[Measurement, Measurement]
-
-
 def measure(bench: GrowthBench, options: argparse.Namespace) -> list[Figure]:
     """Grow the tables step by step, and measure each size with each of the settings."""
     sizes = [size for size in SIZES if size <= options.orders]
     smallest = bench.second_database("smallest")
     for one in (smallest, bench):
         one.set_up()
-    smallest.grow_to(SIZES[0])
-    measured: dict[str, BySize] = {name: {} for name in SETTINGS}
+    measured: dict[str, dict[int, Measurement]] = {name: {} for name in SETTINGS}
     pairs: dict[str, list[Pair]] = {}
     size_figures: list[Figure] = []
     for size in sizes:
@@ -279,20 +288,36 @@ def measure(bench: GrowthBench, options: argparse.Namespace) -> list[Figure]:
             Figure(f"{size:,} orders: tables", tables_mb, "MB"),
             Figure(f"{size:,} orders: indexes", indexes_mb, "MB"),
         ]
+        if size == sizes[0]:
+            # It is measured in the other database.
+            continue
         for name, settings in SETTINGS.items():
             bench.use(settings)
             bench.warm_up()
             if size == sizes[-1]:
-                smallest.warm_up()
-                pairs[name] = [
-                    (smallest.measure(options.seconds), bench.measure(options.seconds)) for _ in range(ROUNDS)
-                ]
-                found = _median(large for _, large in pairs[name])
+                pairs[name] = [_pair(smallest, bench, number, options.seconds) for number in range(ROUNDS)]
+                small, large = zip(*pairs[name], strict=True)
+                measured[name] = {sizes[0]: _median(small), **measured[name], size: _median(large)}
             else:
-                found = bench.measure(options.seconds)
-            measured[name][size] = found
-            print_progress(f"{size:,} orders, {name}: {found}")
+                measured[name][size] = bench.measure(options.seconds)
+            print_progress(f"{size:,} orders, {name}: {measured[name][size]}")
     return [*_ratios(pairs, sizes[-1]), *_details(measured), *size_figures]
+
+
+def _pair(smallest: GrowthBench, largest: GrowthBench, number: int, seconds: int) -> Pair:
+    """Measure both databases. Every other round begins with the largest."""
+
+    def measure_smallest() -> Measurement:
+        smallest.shrink_to(SIZES[0])
+        smallest.warm_up()
+        return smallest.measure(seconds)
+
+    if number % 2:
+        large, small = largest.measure(seconds), measure_smallest()
+    else:
+        small, large = measure_smallest(), largest.measure(seconds)
+    print_progress(f"round {number + 1} of {ROUNDS}: {small}, {large}")
+    return small, large
 
 
 def _median(measurements: Iterable[Measurement]) -> Measurement:
@@ -306,24 +331,18 @@ def _ratios(pairs: Mapping[str, Sequence[Pair]], largest: int) -> list[Figure]:
     for name, rounds in pairs.items():
         limited = bool(SETTINGS[name])
         sizes = f"{largest:,} / {SIZES[0]:,} orders, {name}"
-        # The ratios of each round, as another measurement.
-        ratio = _median(
-            Measurement(
-                orders_per_s=large.orders_per_s / small.orders_per_s,
-                p50_ms=large.p50_ms / small.p50_ms,
-                p99_ms=large.p99_ms / small.p99_ms,
-            )
-            for small, large in rounds
-        )
+        ingest = statistics.median(large.orders_per_s / small.orders_per_s for small, large in rounds)
+        p50 = statistics.median(large.p50_ms / small.p50_ms for small, large in rounds)
+        p99 = statistics.median(large.p99_ms / small.p99_ms for small, large in rounds)
         figures += [
-            Figure(f"ingest, {sizes}", ratio.orders_per_s, "×", at_least=0.8 if limited else None),
-            Figure(f"GET p50, {sizes}", ratio.p50_ms, "×"),
-            Figure(f"GET p99, {sizes}", ratio.p99_ms, "×", at_most=1.5 if limited else None),
+            Figure(f"ingest, {sizes}", ingest, "×", at_least=0.8 if limited else None),
+            Figure(f"GET p50, {sizes}", p50, "×"),
+            Figure(f"GET p99, {sizes}", p99, "×", at_most=1.5 if limited else None),
         ]
     return figures
 
 
-def _details(measured: Mapping[str, BySize]) -> list[Figure]:
+def _details(measured: Mapping[str, Mapping[int, Measurement]]) -> list[Figure]:
     figures = []
     for name, by_size in measured.items():
         for size, one in by_size.items():
