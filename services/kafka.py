@@ -36,17 +36,15 @@ T = TypeVar("T")
 #: The timeout of a request to the cluster.
 REQUEST_TIMEOUT_S = 10.0
 
-#: A wrong setting is the cause if a broker's connections fail because of it for this long.
+#: A wrong setting is the cause if it prevents connections for this long.
 _PERSISTS_S = 4.0
-#: After another error of the same broker, it is over if it was not repeated for this long.
-_REPEATS_WITHIN_S = 3.0
+#: How often the settings are checked after that, and the timeout of a new client: a busy broker may not answer in time.
+_CHECK_SETTINGS_EVERY_S = 2.0
+_NEW_CLIENT_S = 2.0
 
 #: How often a request that waits looks for other brokers, and the timeout of that.
 _FIND_BROKERS_EVERY_S = 1.0
 _FIND_BROKERS_S = 0.5
-
-#: How often the protocol of the listeners is checked while a request waits: a busy broker may not answer in time.
-_CHECK_PROTOCOL_EVERY_S = 2.0
 
 #: A broker may not know a new topic for this time.
 _NEW_TOPIC_S = 2.0
@@ -94,26 +92,6 @@ class _NoTopic(ConfigurationError):
     """Kafka has no topic of this name."""
 
 
-@attrs.define
-class _SettingError:
-    """An error of a broker's connections that shows a wrong setting.
-
-    librdkafka reports the first two of equal errors, and then only one in 30 s, until the broker's connections fail
-    with another error.
-    """
-
-    error: KafkaError
-    since_s: float
-    at_s: float
-    repeats: int = 0
-    #: Whether the broker had no other error since.
-    is_last: bool = True
-
-    def persists_at(self, now_s: float) -> bool:
-        """Return whether the connections still fail with this error."""
-        return self.repeats > 0 and (self.is_last or now_s - self.at_s < _REPEATS_WITHIN_S)
-
-
 class Cluster:
     """Requests to a Kafka cluster.
 
@@ -126,28 +104,22 @@ class Cluster:
         self._settings = settings
         #: The last error of a connection since the last answer.
         self._last_error: KafkaError | None = None
-        #: Those that show a wrong setting, since the last answer, by librdkafka's name of the broker.
-        self._setting_errors: dict[str, _SettingError] = {}
-        properties: dict[str, Any] = {**ADMIN_DEFAULTS, **settings.client_properties(), "error_cb": self.on_error}
+        #: When an error first showed a wrong setting since the last answer, by the monotonic clock.
+        self._setting_error_since_s: float | None = None
+        self.admin = self._new_client(self.on_error)
+
+    def _new_client(self, on_error: Callable[[KafkaError], object]) -> AdminClient:
+        properties: dict[str, Any] = {**ADMIN_DEFAULTS, **self._settings.client_properties(), "error_cb": on_error}
         with translate_kafka_errors():
-            self.admin = AdminClient(properties, logger=SILENT_LOGGER)
+            return AdminClient(properties, logger=SILENT_LOGGER)
 
     def on_error(self, error: KafkaError) -> None:
         """Remember the error of a connection. For ``error_cb`` of every client of this cluster."""
         if error.code() not in CONNECTION_ERRORS:
             return
         self._last_error = error
-        broker = error.str().partition(": ")[0]
-        known = self._setting_errors.get(broker)
-        if classify_kafka_error(error) is not KafkaErrorAction.CONFIGURATION:
-            if known is not None:
-                known.is_last = False
-            return
-        now_s = time.monotonic()
-        if known is None:
-            self._setting_errors[broker] = _SettingError(error, since_s=now_s, at_s=now_s)
-        else:
-            known.error, known.at_s, known.repeats, known.is_last = error, now_s, known.repeats + 1, True
+        if _shows_wrong_setting(error) and self._setting_error_since_s is None:
+            self._setting_error_since_s = time.monotonic()
 
     def wait_for(self, future: Future[T], timeout_s: float = REQUEST_TIMEOUT_S) -> T:
         """Wait for the result of a request.
@@ -156,32 +128,28 @@ class Cluster:
         A longer timeout allows extra connections to find the cause.
         """
         began_s = time.monotonic()
-        finds_cause = timeout_s >= _PERSISTS_S
-        find_brokers_at_s, check_protocol_at_s = _FIND_BROKERS_EVERY_S, _PERSISTS_S
+        find_brokers_at_s, check_settings_at_s = _FIND_BROKERS_EVERY_S, _PERSISTS_S
         while True:
             self.admin.poll(0)
             try:
                 result = future.result(min(_POLL_S, timeout_s))
             except TimeoutError:
                 waited_s = time.monotonic() - began_s
-                setting_error = self._setting_error(_PERSISTS_S)
-                if finds_cause and setting_error is not None:
-                    raise self._wrong_setting(setting_error) from None
                 if waited_s >= timeout_s:
-                    raise self._unanswered(timeout_s) from None
+                    raise self._no_answer(timeout_s) from None
                 if waited_s >= find_brokers_at_s:
                     find_brokers_at_s = waited_s + _FIND_BROKERS_EVERY_S
                     self._find_brokers_again()
-                if waited_s >= check_protocol_at_s:
-                    check_protocol_at_s = waited_s + _CHECK_PROTOCOL_EVERY_S
+                if waited_s >= check_settings_at_s:
+                    check_settings_at_s = waited_s + _CHECK_SETTINGS_EVERY_S
                     self._check_protocol()
+                    self._check_settings()
             except KafkaException as exc:
                 if exc.args[0].code() in CONNECTION_ERRORS:
                     raise self._unanswered(timeout_s) from exc
                 raise translate_kafka_error(exc.args[0]) from exc
             else:
-                self._last_error = None
-                self._setting_errors.clear()
+                self._last_error = self._setting_error_since_s = None
                 return result
 
     def _unanswered(self, timeout_s: float) -> OrderlibError:
@@ -200,10 +168,7 @@ class Cluster:
     def unavailable_error(self) -> OrderlibError:
         """Return the error for a request without an answer, with the cause that librdkafka reported."""
         self.admin.poll(0)
-        error = self._setting_error()
-        if error is not None:
-            return self._wrong_setting(error)
-        return self._no_answer(REQUEST_TIMEOUT_S)
+        return self._wrong_setting() or self._no_answer(REQUEST_TIMEOUT_S)
 
     def _no_answer(self, waited_s: float) -> BrokerUnavailable:
         return BrokerUnavailable(
@@ -291,16 +256,33 @@ class Cluster:
         )
         return {found.partition: future for found, future in futures.items()}
 
-    def _setting_error(self, for_s: float = 0.0) -> KafkaError | None:
-        """Return an error that shows a wrong setting, and has prevented connections for at least this long."""
-        now_s = time.monotonic()
-        # A copy: the answer of another thread's request removes them.
-        for known in [*self._setting_errors.values()]:
-            if now_s - known.since_s >= for_s and known.persists_at(now_s):
-                return known.error
+    def _check_settings(self) -> None:
+        """Raise ConfigurationError if a wrong setting has prevented connections for a while."""
+        since_s = self._setting_error_since_s
+        if since_s is not None and time.monotonic() - since_s >= _PERSISTS_S and (error := self._wrong_setting()):
+            raise error
+
+    def _wrong_setting(self) -> ConfigurationError | None:
+        """Return the error for a wrong setting, if one was reported since the last answer and still has effect.
+
+        Only a new client can tell. librdkafka reports equal errors of a broker once in 30 s, so an error of the other
+        clients may be over.
+        """
+        if self._setting_error_since_s is None:
+            return None
+        errors: list[KafkaError] = []
+        client = self._new_client(errors.append)
+        until_s = time.monotonic() + _NEW_CLIENT_S
+        while time.monotonic() < until_s:
+            with contextlib.suppress(KafkaException):
+                client.list_topics(timeout=_POLL_S)
+                return None
+            client.poll(0)
+            if error := next(filter(_shows_wrong_setting, errors), None):
+                return self._configuration_error(error)
         return None
 
-    def _wrong_setting(self, error: KafkaError) -> ConfigurationError:
+    def _configuration_error(self, error: KafkaError) -> ConfigurationError:
         ca_location = self._settings.properties.get("ssl.ca.location")
         problems = filter(None, (certificate_problem(address, ca_location) for address in self._addresses()))
         problem = next(problems, None) if error.code() == SSL_ERROR else None
@@ -320,6 +302,11 @@ class Cluster:
                     f"Kafka at {address} expects security.protocol {expected}, and not {configured}: set "
                     "ORDERS_KAFKA_SECURITY_PROTOCOL"
                 )
+
+
+def _shows_wrong_setting(error: KafkaError) -> bool:
+    """Return whether a connection failed because of a wrong setting."""
+    return error.code() in CONNECTION_ERRORS and classify_kafka_error(error) is KafkaErrorAction.CONFIGURATION
 
 
 def _repeat(request: Callable[[], T]) -> T:

@@ -37,7 +37,7 @@ def event(name: str, level: int = logging.INFO, **fields: object) -> None:
 
 
 class _LineHandler(logging.StreamHandler[TextIO]):
-    """Write the lines of structlog and of `logging` to one stream, under one lock.
+    """Write the lines of events and of `logging` to one stream, under one lock.
 
     A line that cannot be written is lost, as in `logging`: a full disk must not stop a program. structlog's own loggers
     raise instead, and do not renew their lock after a fork.
@@ -120,5 +120,5 @@ def _render_json(_logger: object, level_name: str, fields: EventDict) -> str:
     return _json_line(level_name, fields.pop("event"), fields)
 
 
-def _json_line(level_name: str, event: object, fields: Mapping[str, object]) -> str:
-    return _encoder.encode({"time": dt.datetime.now(dt.UTC), "level": level_name, "event": event, **fields}).decode()
+def _json_line(level_name: str, name: object, fields: Mapping[str, object]) -> str:
+    return _encoder.encode({"time": dt.datetime.now(dt.UTC), "level": level_name, "event": name, **fields}).decode()

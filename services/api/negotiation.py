@@ -23,9 +23,9 @@ def wants_page(req: Request) -> bool:
 
     ``format=json`` asks for JSON; any other value raises InvalidQuery.
     """
-    form = req.params.get("format")
-    if form is not None:
-        if form != "json":
+    requested = req.params.get("format")
+    if requested is not None:
+        if requested != "json":
             raise bad_parameter("format", "json", "another text")
         return False
     preferred = _preferred(req)
@@ -35,7 +35,7 @@ def wants_page(req: Request) -> bool:
 
 
 def prefers_page(req: Request) -> bool:
-    """Return whether to answer an error with a page: the request may not be valid."""
+    """Return whether to show an error as a page. Ignore an invalid ``format`` or ``Accept``: it may be the error."""
     return req.params.get("format") != "json" and _preferred(req) == falcon.MEDIA_HTML
 
 

@@ -46,8 +46,8 @@ BACKLOG = 4096
 #: connections that clients open at the same time, and the other workers none.
 ACCEPT_AT_ONCE = 1
 
-#: Added to every response: security headers, and what a response depends on. gunicorn checks and formats what an
-#: application sets again for each response, which would be a tenth of the CPU time of a read.
+#: Added to every response: security headers, and Vary. gunicorn checks and formats what an application sets again for
+#: each response, which would be a tenth of the CPU time of a read.
 CONSTANT_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "

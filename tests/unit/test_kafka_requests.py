@@ -37,7 +37,7 @@ def test_a_listener_that_was_too_busy_to_answer_is_asked_again(monkeypatch: pyte
     answers = iter([None, "SASL_SSL"])
     monkeypatch.setattr(kafka, "expected_protocol", lambda _: next(answers))
     monkeypatch.setattr(kafka, "_PERSISTS_S", 0)
-    monkeypatch.setattr(kafka, "_CHECK_PROTOCOL_EVERY_S", 0)
+    monkeypatch.setattr(kafka, "_CHECK_SETTINGS_EVERY_S", 0)
     cluster = Cluster(SETTINGS)
     unanswered: Future[None] = Future()
     with pytest.raises(ConfigurationError, match=r"expects security\.protocol SASL_SSL"):
@@ -45,30 +45,51 @@ def test_a_listener_that_was_too_busy_to_answer_is_asked_again(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("reported", "error"),
+    ("of_new_client", "error"),
     [
-        (["a _SSL", "a _SSL"], ConfigurationError),
-        (["a _SSL", "a _SSL", "b _TRANSPORT"], ConfigurationError),
-        # A broker that is starting or stopping can cause one of these.
-        (["a _SSL"], BrokerUnavailable),
-        (["a _SSL", "b _SSL"], BrokerUnavailable),
-        (["a _SSL", "a _SSL", "a _TRANSPORT"], BrokerUnavailable),
+        ("_SSL", ConfigurationError),
+        # The broker has presented another certificate for a moment, and is stopped now.
+        ("_TRANSPORT", BrokerUnavailable),
+        (None, BrokerUnavailable),
     ],
-    ids=str,
 )
-def test_a_wrong_setting_is_the_cause_although_librdkafka_stops_reporting_it(
-    monkeypatch: pytest.MonkeyPatch, reported: list[str], error: type[Exception]
+def test_a_wrong_setting_is_the_cause_if_a_new_client_fails_because_of_it(
+    monkeypatch: pytest.MonkeyPatch, of_new_client: str | None, error: type[Exception]
 ) -> None:
+    """librdkafka does not repeat an error in the clients that have reported it."""
     monkeypatch.setattr(kafka, "_PERSISTS_S", 0.2)
-    monkeypatch.setattr(kafka, "_REPEATS_WITHIN_S", 0.1)
+    monkeypatch.setattr(kafka, "_CHECK_SETTINGS_EVERY_S", 0.2)
+    monkeypatch.setattr(kafka, "_NEW_CLIENT_S", 0.2)
     cluster = Cluster(SETTINGS)
-    # The errors of its own client would disturb.
-    monkeypatch.setattr(cluster, "admin", SimpleNamespace(poll=lambda _: None))
-    for broker, name in map(str.split, reported):
-        cluster.on_error(KafkaError(getattr(KafkaError, name), f"ssl://{broker}:1/bootstrap: the connection failed"))
+    cluster.on_error(connection_error("_SSL"))
+
+    class NewClient:
+        def __init__(self, properties: dict[str, Any], **_: object) -> None:
+            self._on_error = properties["error_cb"]
+
+        def list_topics(self, **_: object) -> None:
+            raise KafkaException(connection_error("_TRANSPORT"))
+
+        def poll(self, _: float) -> None:
+            if of_new_client:
+                self._on_error(connection_error(of_new_client))
+
+    monkeypatch.setattr(kafka, "AdminClient", NewClient)
     unanswered: Future[None] = Future()
     with pytest.raises(error):
-        cluster.wait_for(unanswered, timeout_s=0.5)
+        cluster.wait_for(unanswered, timeout_s=0.6)
+
+
+def connection_error(name: str) -> KafkaError:
+    return KafkaError(getattr(KafkaError, name), "ssl://a:1/bootstrap: the connection failed")
+
+
+def test_an_answer_ends_the_suspicion_of_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(SETTINGS)
+    cluster.on_error(connection_error("_SSL"))
+    assert cluster.wait_for(done("the answer")) == "the answer"
+    monkeypatch.setattr(kafka, "AdminClient", None)
+    assert isinstance(cluster.unavailable_error(), BrokerUnavailable)
 
 
 def test_a_new_topic_that_a_broker_does_not_know_yet_is_described(monkeypatch: pytest.MonkeyPatch) -> None:

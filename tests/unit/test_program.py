@@ -42,7 +42,7 @@ class FullDisk(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def _restored_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Reset structlog and logging, because a program sets them up once and structlog caches the logger."""
+    """Reset structlog, logging and what writes events, because a program sets them up once."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     monkeypatch.setattr(program, "_write", program._write)
