@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,8 @@ from tests.support import ROOT
 
 #: Programs whose modules the fork server imports. The API imports gunicorn itself, which reads the environment then.
 PROGRAMS = ("admin", "api", "consumer", "sender")
+
+_lock = threading.Lock()
 
 
 class Process:
@@ -79,15 +82,18 @@ def start(
 
     The streams are file descriptors; ``None`` is the null device.
     """
-    control = _control(checkout)
     status, status_end = os.pipe()
     with tempfile.TemporaryFile() as request, Path(os.devnull).open("r+b") as null:
         request.write(json.dumps([arguments, dict(environ)]).encode())
         request.seek(0)
         streams = [null.fileno() if stream is None else stream for stream in (stdin, stdout, stderr)]
-        socket.send_fds(control, [b"!"], [request.fileno(), *streams, status_end])
+        # One thread at a time: two answers could arrive as one.
+        with _lock:
+            control = _control(checkout)
+            socket.send_fds(control, [b"!"], [request.fileno(), *streams, status_end])
+            pid = int(control.recv(16))
         os.close(status_end)
-        return Process(int(control.recv(16)), status)
+        return Process(pid, status)
 
 
 def prepare() -> None:
