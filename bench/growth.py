@@ -21,11 +21,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
-from urllib.parse import urlsplit
 
 import attrs
 import psutil
 import psycopg
+from psycopg.conninfo import make_conninfo
 
 import orderlib
 from bench.api import VARIANTS, run_wrk, serving
@@ -38,8 +38,8 @@ from services.sender.generate import generate_order
 #: How many orders the tables have before each measurement, without those that are added to warm up. A measurement adds
 #: ``WARM_UP_ORDERS`` and ``NEW_ORDERS``.
 SIZES = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
-#: The part of the orders that is added again before each measurement, in random order. Then most pages are in memory
-#: and were written to the log since the last checkpoint, as those of a server that has run for a while.
+#: The part of the orders that is added again before each measurement, in random order. Then most pages of the indexes
+#: were written to the log since the last checkpoint, as those of a server that has run for a while.
 WARM_UP = 0.05
 #: Orders that the consumer stores before each measurement.
 WARM_UP_ORDERS = 20_000
@@ -113,7 +113,7 @@ class GrowthBench:
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}".encode())
         environ = {
-            variable: urlsplit(value)._replace(path=f"/{name}").geturl() if value.startswith("postgresql:") else value
+            variable: make_conninfo(value, dbname=name) if value.startswith("postgresql:") else value
             for variable, value in self.environ.items()
         }
         return attrs.evolve(self, environ=environ, copies=0)

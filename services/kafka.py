@@ -258,17 +258,20 @@ class Cluster:
 
     def _check_settings(self) -> None:
         """Raise ConfigurationError if a wrong setting has prevented connections for a while."""
-        since_s = self._setting_error_since_s
-        if since_s is not None and time.monotonic() - since_s >= _PERSISTS_S and (error := self._wrong_setting()):
+        if error := self._wrong_setting(_PERSISTS_S):
             raise error
 
-    def _wrong_setting(self) -> ConfigurationError | None:
+    def _wrong_setting(self, min_duration_s: float = 0.0) -> ConfigurationError | None:
         """Return the error for a wrong setting, if one was reported since the last answer and still has effect.
+
+        ``min_duration_s``: only if it was reported at least this long ago.
 
         Only a new client can tell. librdkafka reports equal errors of a broker once in 30 s, so an error of the other
         clients may be over.
         """
-        if self._setting_error_since_s is None:
+        # Read once: the answer of another thread's request removes it.
+        since_s = self._setting_error_since_s
+        if since_s is None or time.monotonic() - since_s < min_duration_s:
             return None
         errors: list[KafkaError] = []
         client = self._new_client(errors.append)

@@ -97,12 +97,15 @@ def set_up_logging(stream: TextIO | None = None, level: int = logging.INFO) -> N
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    structlog.configure(
-        processors=[*first, render],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=lambda *_: handler,
-    )
-    _write = _write_with_structlog if stream.isatty() else _json_writer(handler, level)
+    if stream.isatty():
+        structlog.configure(
+            processors=[*first, render],
+            wrapper_class=structlog.make_filtering_bound_logger(level),
+            logger_factory=lambda *_: handler,
+        )
+        _write = _write_with_structlog
+    else:
+        _write = _json_writer(handler, level)
 
 
 def _json_writer(handler: _LineHandler, min_level: int) -> Callable[[int, str, Mapping[str, Any]], None]:
