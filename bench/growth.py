@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+from typing import TypeVar
 
 import attrs
 import psutil
@@ -35,12 +35,13 @@ from bench.servers import benchmark_sandbox
 from sandbox import Sandbox
 from services.sender.generate import generate_order
 
-#: How many orders the tables have before each measurement, without those that are added to warm up. A measurement adds
-#: ``WARM_UP_ORDERS`` and ``NEW_ORDERS``.
+T = TypeVar("T")
+
+#: How many orders the tables have when a size is measured. Each measurement adds ``WARM_UP_ORDERS`` and ``NEW_ORDERS``.
 SIZES = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
-#: The part of the orders that is added again before each measurement, in random order. Then most pages of the indexes
-#: were written to the log since the last checkpoint, as those of a server that has run for a while.
-WARM_UP = 0.05
+#: One in so many orders is added last, in random order. Then most pages of the indexes were written to the log since
+#: the last checkpoint, as those of a server that has run for a while.
+WARM_UP_ONE_IN = 20
 #: Orders that the consumer stores before each measurement.
 WARM_UP_ORDERS = 20_000
 #: Orders that the consumer stores at each measurement.
@@ -48,33 +49,33 @@ NEW_ORDERS = 40_000
 #: Orders that are read at random at each measurement.
 READ_ORDERS = 1_000_000
 #: How long orders are read before each measurement, in seconds. This fills the shared buffers.
-WARM_UP_READS_S = 15
+WARM_UP_READS_S = 10
 #: The orders that all others are copies of, with other order_uids, track numbers and rids.
-TEMPLATES = 2_000
+TEMPLATES = 1_000
 CONNECTIONS = 16
 #: How often the largest and the smallest size are measured in turns.
-ROUNDS = 3
+ROUNDS = 5
 
 _MEMORY_MB = psutil.virtual_memory().total // 2**20
-#: PostgreSQL's settings by name: its defaults, and the ones that docs/tune.md recommends.
+#: PostgreSQL's settings by name: its defaults, and the ones that docs/tune.md recommends, without wal_compression: the
+#: sandbox's PostgreSQL is built without lz4.
 SETTINGS: Mapping[str, Mapping[str, str]] = {
     "default settings": {},
     "settings for the memory": {
         "shared_buffers": f"{_MEMORY_MB // 4}MB",
         "max_wal_size": f"{min(4 * _MEMORY_MB, 16384)}MB",
         "checkpoint_timeout": "15min",
-        "wal_compression": "on",
     },
 }
 
 _UID = "substr(md5(t.order_uid || n), 1, 15) || 'test'"
-_RANDOM = "upper(substr(md5(n || t.order_uid), 1, 14))"
-#: What differs between the copies of an order, by column. The times ascend, as those of new orders do.
+#: What differs between the copies of an order, by column. Each value has the form that the sender gives it, so that new
+#: orders change pages all over each index. The times ascend, as those of new orders do.
 _CHANGED = {
     "order_uid": _UID,
-    "track_number": _RANDOM,
+    "track_number": "left(t.track_number, -14) || upper(substr(md5(n || t.order_uid), 1, 10)) || 'TEST'",
     "transaction": _UID,
-    "rid": f"{_RANDOM} || t.line",
+    "rid": "substr(md5(n || t.rid), 1, 16) || 'test'",
     "first_stored_at": "now() - interval '1 day' + n * interval '1 ms'",
     "stored_at": "now() - interval '1 day' + n * interval '1 ms'",
 }
@@ -91,6 +92,11 @@ class Measurement:
 
 #: The smallest and the largest size, measured one after the other.
 Pair = tuple[Measurement, Measurement]
+
+
+def _measurement(orders_per_s: float, get_ms: tuple[float, float]) -> Measurement:
+    p50_ms, p99_ms = get_ms
+    return Measurement(orders_per_s=orders_per_s, p50_ms=p50_ms, p99_ms=p99_ms)
 
 
 @attrs.define(kw_only=True)
@@ -125,6 +131,7 @@ class GrowthBench:
         with orderlib.connect(self.environ["ORDERS_DATABASE_URL"]) as repository:
             repository.save_many(generate_order(self.rng, utc_now) for _ in range(TEMPLATES))
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+            connection.execute("CREATE EXTENSION pg_prewarm")
             for table in TABLES:
                 connection.execute(f"CREATE TABLE template_{table} AS TABLE {table}".encode())
 
@@ -138,15 +145,16 @@ class GrowthBench:
     def grow_to(self, orders: int) -> None:
         """Add copies of the templates, up to this number of orders."""
         # Sorted, each page of the primary key is changed once. It becomes as full as after random inserts.
-        self._copy_all(orders // TEMPLATES, "ORDER BY 1")
+        self._copy_all(orders - self.copies * TEMPLATES, "ORDER BY 1")
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             connection.execute(f"VACUUM ANALYZE {', '.join(TABLES)}".encode())
 
-    def warm_up(self) -> None:
-        """Add copies of each template as new orders arrive, each on other pages than the one before."""
-        self._copy_all(self.copies + math.ceil(self.copies * WARM_UP), "")
+    def warm_up(self, orders: int) -> None:
+        """Add so many copies as new orders arrive, each on other pages than the one before."""
+        self._copy_all(orders, "")
 
-    def _copy_all(self, copies: int, order_by: str) -> None:
+    def _copy_all(self, orders: int, order_by: str) -> None:
+        copies = self.copies + orders // TEMPLATES
         with ThreadPoolExecutor(len(TABLES)) as threads:
             list(threads.map(lambda table: self._copy(table, self.copies, copies, order_by), TABLES))
         self.copies = copies
@@ -179,14 +187,12 @@ class GrowthBench:
 
     def measure(self, seconds: int) -> Measurement:
         """Measure ingest, and GET for this time."""
+        return _measurement(self.orders_per_s(), self.get_ms(seconds))
+
+    def orders_per_s(self) -> float:
+        """Return how many new orders a consumer stores per second."""
         # Not while the disk is busy with what was stored before.
         os.sync()
-        orders_per_s = self._orders_per_s()
-        p50_ms, p99_ms = self._get_ms(seconds)
-        return Measurement(orders_per_s=orders_per_s, p50_ms=p50_ms, p99_ms=p99_ms)
-
-    def _orders_per_s(self) -> float:
-        """Return how many new orders a consumer stores per second."""
         environ = {**self.environ, "ORDERS_TOPIC": f"orders-{time.time_ns()}", "ORDERS_METRICS_BIND": "127.0.0.1:0"}
         admin(environ, "topics")
         orders = [generate_order(self.rng, utc_now) for _ in range(WARM_UP_ORDERS + NEW_ORDERS)]
@@ -199,35 +205,24 @@ class GrowthBench:
             wait(lambda: bench.handled() - before >= len(orders))
             return (len(orders) - first) / (time.monotonic() - began_s)
 
-    def _get_ms(self, seconds: int) -> tuple[float, float]:
+    def get_ms(self, seconds: int) -> tuple[float, float]:
         """Return p50 and p99 of GET in ms, for random orders."""
         os.sync()
-        self._read_files()
+        self._load()
         requests = self._requests()
         with serving(self.environ, VARIANTS[0]) as (port, process):
             run_wrk(port, process, requests, CONNECTIONS, WARM_UP_READS_S)
             result = run_wrk(port, process, requests, CONNECTIONS, seconds)
         return result.p50_ms, result.p99_ms
 
-    def _read_files(self) -> None:
-        """Read every page of the tables, then of the indexes. The kernel keeps as many of them as fit into memory.
+    def _load(self) -> None:
+        """Load what GET reads into memory: primary keys, then tables. They end in the kernel's cache if they fit there.
 
         A server that has run for a while has read them all. This takes seconds; random reads would take an hour.
         """
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
-            rows = connection.execute(
-                "SELECT current_setting('data_directory'), pg_relation_filepath(oid) FROM pg_class WHERE relkind IN "
-                "('r', 'i') AND (oid = ANY(%(tables)s::regclass[]) OR oid IN "
-                "(SELECT indexrelid FROM pg_index WHERE indrelid = ANY(%(tables)s::regclass[]))) "
-                "ORDER BY relkind DESC, relname",
-                {"tables": list(TABLES)},
-            ).fetchall()
-        for folder, name in rows:
-            # A large relation has several files: NAME, NAME.1, …
-            for path in [Path(folder, name), *Path(folder, name).parent.glob(f"{Path(name).name}.*")]:
-                with path.open("rb", buffering=0) as file:
-                    while file.read(2**20):
-                        pass
+            for relation in (*(f"{table}_pkey" for table in TABLES), *TABLES):
+                connection.execute("SELECT pg_prewarm(%s::regclass, 'read')", [relation])
 
     def _requests(self) -> str:
         """Return a Lua script that requests random orders. A file has their order_uids."""
@@ -281,43 +276,60 @@ def measure(bench: GrowthBench, options: argparse.Namespace) -> list[Figure]:
     size_figures: list[Figure] = []
     for size in sizes:
         print_progress(f"growing to {size:,} orders")
+        warm_up = size // WARM_UP_ONE_IN
         # The restart with the last of the settings is still in effect; the first size has few pages.
-        bench.grow_to(size)
+        bench.grow_to(size - len(SETTINGS) * warm_up)
+        for name, settings in SETTINGS.items():
+            bench.use(settings)
+            bench.warm_up(warm_up)
+            if size == sizes[-1]:
+                pairs[name] = _measure_pairs(smallest, bench, options.seconds)
+                small, large = zip(*pairs[name], strict=True)
+                measured[name] = {sizes[0]: _median(small), **measured[name], size: _median(large)}
+            elif size > sizes[0]:
+                measured[name][size] = bench.measure(options.seconds)
+            else:
+                # The smallest size is measured in the other database.
+                continue
+            print_progress(f"{size:,} orders, {name}: {measured[name][size]}")
         tables_mb, indexes_mb = bench.sizes_mb()
         size_figures += [
             Figure(f"{size:,} orders: tables", tables_mb, "MB"),
             Figure(f"{size:,} orders: indexes", indexes_mb, "MB"),
         ]
-        if size == sizes[0]:
-            # It is measured in the other database.
-            continue
-        for name, settings in SETTINGS.items():
-            bench.use(settings)
-            bench.warm_up()
-            if size == sizes[-1]:
-                pairs[name] = [_pair(smallest, bench, number, options.seconds) for number in range(ROUNDS)]
-                small, large = zip(*pairs[name], strict=True)
-                measured[name] = {sizes[0]: _median(small), **measured[name], size: _median(large)}
-            else:
-                measured[name][size] = bench.measure(options.seconds)
-            print_progress(f"{size:,} orders, {name}: {measured[name][size]}")
     return [*_ratios(pairs, sizes[-1]), *_details(measured), *size_figures]
 
 
-def _pair(smallest: GrowthBench, largest: GrowthBench, number: int, seconds: int) -> Pair:
-    """Measure both databases. Every other round begins with the largest."""
+def _measure_pairs(smallest: GrowthBench, largest: GrowthBench, seconds: int) -> list[Pair]:
+    """Measure both databases in turns. Ingest comes first, because reads of any order displace pages of the indexes."""
 
-    def measure_smallest() -> Measurement:
-        smallest.shrink_to(SIZES[0])
-        smallest.warm_up()
-        return smallest.measure(seconds)
+    def ingest_smallest() -> float:
+        warm_up = SIZES[0] // WARM_UP_ONE_IN
+        smallest.shrink_to(SIZES[0] - warm_up)
+        smallest.warm_up(warm_up)
+        return smallest.orders_per_s()
 
-    if number % 2:
-        large, small = largest.measure(seconds), measure_smallest()
-    else:
-        small, large = measure_smallest(), largest.measure(seconds)
-    print_progress(f"round {number + 1} of {ROUNDS}: {small}, {large}")
-    return small, large
+    ingest = _in_turns("orders/s", ingest_smallest, largest.orders_per_s)
+    reads = _in_turns("p50 and p99 in ms", lambda: smallest.get_ms(seconds), lambda: largest.get_ms(seconds))
+    return [
+        (_measurement(small_ingest, small_reads), _measurement(large_ingest, large_reads))
+        for (small_ingest, large_ingest), (small_reads, large_reads) in zip(ingest, reads, strict=True)
+    ]
+
+
+def _in_turns(what: str, small: Callable[[], T], large: Callable[[], T]) -> list[tuple[T, T]]:
+    """Return the pairs of values. Every other round begins with the large one."""
+    pairs = []
+    for number in range(1, ROUNDS + 1):
+        if number % 2:
+            first = small()
+            pair = first, large()
+        else:
+            first = large()
+            pair = small(), first
+        print_progress(f"round {number} of {ROUNDS}, smallest and largest: {pair} {what}")
+        pairs.append(pair)
+    return pairs
 
 
 def _median(measurements: Iterable[Measurement]) -> Measurement:
