@@ -2,8 +2,8 @@
 
 Each size is measured twice, with PostgreSQL's default settings and with settings for this machine's memory. The
 order_uids are random. The largest size is measured in turns with the smallest, in a second database, because the speed
-of a shared machine changes during the run: the ratios are medians of these pairs. The benchmark starts its servers, and
-needs ``wrk`` on PATH and 2.5 KB of disk for each order.
+of a shared machine changes during the run: the ratios are medians of these pairs. Autovacuum is off. The benchmark
+starts its servers, and needs ``wrk`` on PATH and 4 KB of disk for each order.
 """
 
 from __future__ import annotations
@@ -37,28 +37,30 @@ from services.sender.generate import generate_order
 
 T = TypeVar("T")
 
-#: How many orders the tables have when a size is measured. Each measurement adds ``WARM_UP_ORDERS`` and ``NEW_ORDERS``.
+#: How many orders the tables have when the last of the settings are measured; before, they have somewhat fewer.
 SIZES = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
-#: One in so many orders is added last, in random order. Then most pages of the indexes were written to the log since
-#: the last checkpoint, as those of a server that has run for a while.
+#: One order in 20 is added last, in random order. Then most pages of the indexes were written to the log since the last
+#: checkpoint, as those of a server that has run for a while.
 WARM_UP_ONE_IN = 20
-#: Orders that the consumer stores before each measurement.
+#: Orders that the consumer stores before each measurement of ingest.
 WARM_UP_ORDERS = 20_000
 #: Orders that the consumer stores at each measurement.
 NEW_ORDERS = 40_000
-#: Orders that are read at random at each measurement.
+#: Orders that are read at random at each measurement of GET.
 READ_ORDERS = 1_000_000
-#: How long orders are read before each measurement, in seconds. This fills the shared buffers.
-WARM_UP_READS_S = 10
-#: The orders that all others are copies of, with other order_uids, track numbers and rids.
-TEMPLATES = 1_000
+#: How long orders are read before each measurement, in seconds. Then the pages that are read most are in
+#: ``shared_buffers``.
+WARM_UP_READS_S = 15
+#: The orders that all others are copies of, with other order_uids, track numbers and rids. The copies have the same
+#: customers, four of ten that the sender knows.
+TEMPLATES = 5_000
 CONNECTIONS = 16
 #: How often the largest and the smallest size are measured in turns.
 ROUNDS = 5
 
 _MEMORY_MB = psutil.virtual_memory().total // 2**20
-#: PostgreSQL's settings by name: its defaults, and the ones that docs/tune.md recommends, without wal_compression: the
-#: sandbox's PostgreSQL is built without lz4.
+#: PostgreSQL's settings by name: its defaults, and the ones that docs/tune.md recommends where lz4 is not built in, as
+#: in the sandbox's PostgreSQL.
 SETTINGS: Mapping[str, Mapping[str, str]] = {
     "default settings": {},
     "settings for the memory": {
@@ -69,8 +71,8 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {
 }
 
 _UID = "substr(md5(t.order_uid || n), 1, 15) || 'test'"
-#: What differs between the copies of an order, by column. Each value has the form that the sender gives it, so that new
-#: orders change pages all over each index. The times ascend, as those of new orders do.
+#: What differs between the copies of an order, by column. The keys have the form that the sender gives them, so that
+#: those of new orders are spread over the whole index. The times ascend, as those of new orders do.
 _CHANGED = {
     "order_uid": _UID,
     "track_number": "left(t.track_number, -14) || upper(substr(md5(n || t.order_uid), 1, 10)) || 'TEST'",
@@ -109,6 +111,8 @@ class GrowthBench:
     rng: Random
     #: How many copies of each template the tables have.
     copies: int = 0
+    #: How many orders the consumer has added to the copies.
+    consumed: int = 0
 
     @property
     def _superuser_url(self) -> str:
@@ -122,7 +126,7 @@ class GrowthBench:
             variable: make_conninfo(value, dbname=name) if value.startswith("postgresql:") else value
             for variable, value in self.environ.items()
         }
-        return attrs.evolve(self, environ=environ, copies=0)
+        return attrs.evolve(self, environ=environ)
 
     def set_up(self) -> None:
         """Create the roles and the tables, and store the orders that the others are copies of."""
@@ -139,18 +143,18 @@ class GrowthBench:
         """Delete every order, and add copies of the templates, up to this number of orders."""
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             connection.execute(f"TRUNCATE {', '.join(TABLES)} CASCADE".encode())
-        self.copies = 0
+        self.copies = self.consumed = 0
         self.grow_to(orders)
 
     def grow_to(self, orders: int) -> None:
-        """Add copies of the templates, up to this number of orders."""
+        """Add copies of the templates, until the tables have this number of orders."""
         # Sorted, each page of the primary key is changed once. It becomes as full as after random inserts.
-        self._copy_all(orders - self.copies * TEMPLATES, "ORDER BY 1")
+        self._copy_all(orders - self.consumed - self.copies * TEMPLATES, "ORDER BY 1")
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             connection.execute(f"VACUUM ANALYZE {', '.join(TABLES)}".encode())
 
     def warm_up(self, orders: int) -> None:
-        """Add so many copies as new orders arrive, each on other pages than the one before."""
+        """Add this number of copies in random order, as new orders arrive."""
         self._copy_all(orders, "")
 
     def _copy_all(self, orders: int, order_by: str) -> None:
@@ -178,12 +182,22 @@ class GrowthBench:
         """Restart PostgreSQL with these settings, and begin after a checkpoint."""
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             connection.execute("ALTER SYSTEM RESET ALL")
-            for name, value in settings.items():
+            for name, value in {**settings, "autovacuum": "off"}.items():
                 connection.execute(f"ALTER SYSTEM SET {name} = '{value}'".encode())
         self.sandbox.postgres.stop()
         self.sandbox.postgres.start()
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             connection.execute("CHECKPOINT")
+
+    def _checkpoints(self) -> int:
+        """Return how many checkpoints have begun."""
+        with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+            row = connection.execute("SELECT num_timed + num_requested FROM pg_stat_checkpointer").fetchone()
+        assert row is not None
+        return int(row[0])
 
     def measure(self, seconds: int) -> Measurement:
         """Measure ingest, and GET for this time."""
@@ -198,16 +212,21 @@ class GrowthBench:
         orders = [generate_order(self.rng, utc_now) for _ in range(WARM_UP_ORDERS + NEW_ORDERS)]
         produce(environ, ((order.order_uid, orderlib.encode_order(order)) for order in orders))
         bench = IngestBench(environ=environ, superuser_url=self._superuser_url, orders=orders)
-        before = bench.handled()
+        before, checkpoints = bench.handled(), self._checkpoints()
         with running(environ, "services.consumer"):
             wait(lambda: bench.handled() - before >= WARM_UP_ORDERS)
             began_s, first = time.monotonic(), bench.handled() - before
             wait(lambda: bench.handled() - before >= len(orders))
-            return (len(orders) - first) / (time.monotonic() - began_s)
+            elapsed_s = time.monotonic() - began_s
+        if self._checkpoints() > checkpoints:
+            print_progress("a checkpoint began during this measurement, so whole pages were written to the log")
+        self.consumed += len(orders)
+        return (len(orders) - first) / elapsed_s
 
     def get_ms(self, seconds: int) -> tuple[float, float]:
         """Return p50 and p99 of GET in ms, for random orders."""
-        os.sync()
+        # Reads should not write the pages that ingest has changed.
+        self._checkpoint()
         self._load()
         requests = self._requests()
         with serving(self.environ, VARIANTS[0]) as (port, process):
@@ -216,12 +235,12 @@ class GrowthBench:
         return result.p50_ms, result.p99_ms
 
     def _load(self) -> None:
-        """Load what GET reads into memory: primary keys, then tables. They end in the kernel's cache if they fit there.
+        """Load what GET reads into the kernel's cache: tables, then primary keys, as far as they fit.
 
         A server that has run for a while has read them all. This takes seconds; random reads would take an hour.
         """
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
-            for relation in (*(f"{table}_pkey" for table in TABLES), *TABLES):
+            for relation in (*TABLES, *(f"{table}_pkey" for table in TABLES)):
                 connection.execute("SELECT pg_prewarm(%s::regclass, 'read')", [relation])
 
     def _requests(self) -> str:
@@ -273,35 +292,34 @@ def measure(bench: GrowthBench, options: argparse.Namespace) -> list[Figure]:
         one.set_up()
     measured: dict[str, dict[int, Measurement]] = {name: {} for name in SETTINGS}
     pairs: dict[str, list[Pair]] = {}
-    size_figures: list[Figure] = []
+    sizes_mb: dict[int, tuple[float, float]] = {}
     for size in sizes:
         print_progress(f"growing to {size:,} orders")
-        warm_up = size // WARM_UP_ONE_IN
-        # The restart with the last of the settings is still in effect; the first size has few pages.
-        bench.grow_to(size - len(SETTINGS) * warm_up)
+        if size == sizes[0]:
+            # It is measured in the other database.
+            bench.grow_to(size)
+            sizes_mb[size] = bench.sizes_mb()
+            continue
+        rounds = ROUNDS if size == sizes[-1] else 1
+        warm_up, consumed = size // WARM_UP_ONE_IN, rounds * (WARM_UP_ORDERS + NEW_ORDERS)
+        # The server still has the last of the settings.
+        bench.grow_to(size - len(SETTINGS) * warm_up - (len(SETTINGS) - 1) * consumed)
         for name, settings in SETTINGS.items():
             bench.use(settings)
             bench.warm_up(warm_up)
+            sizes_mb[size] = bench.sizes_mb()
             if size == sizes[-1]:
                 pairs[name] = _measure_pairs(smallest, bench, options.seconds)
                 small, large = zip(*pairs[name], strict=True)
                 measured[name] = {sizes[0]: _median(small), **measured[name], size: _median(large)}
-            elif size > sizes[0]:
-                measured[name][size] = bench.measure(options.seconds)
             else:
-                # The smallest size is measured in the other database.
-                continue
+                measured[name][size] = bench.measure(options.seconds)
             print_progress(f"{size:,} orders, {name}: {measured[name][size]}")
-        tables_mb, indexes_mb = bench.sizes_mb()
-        size_figures += [
-            Figure(f"{size:,} orders: tables", tables_mb, "MB"),
-            Figure(f"{size:,} orders: indexes", indexes_mb, "MB"),
-        ]
-    return [*_ratios(pairs, sizes[-1]), *_details(measured), *size_figures]
+    return [*_ratios(pairs, sizes[-1]), *_details(measured), *_sizes(sizes_mb)]
 
 
 def _measure_pairs(smallest: GrowthBench, largest: GrowthBench, seconds: int) -> list[Pair]:
-    """Measure both databases in turns. Ingest comes first, because reads of any order displace pages of the indexes."""
+    """Measure both databases in turns. Ingest comes first, because random reads displace pages of the indexes."""
 
     def ingest_smallest() -> float:
         warm_up = SIZES[0] // WARM_UP_ONE_IN
@@ -364,6 +382,16 @@ def _details(measured: Mapping[str, Mapping[int, Measurement]]) -> list[Figure]:
                 Figure(f"{prefix}: GET p50", one.p50_ms, "ms"),
                 Figure(f"{prefix}: GET p99", one.p99_ms, "ms"),
             ]
+    return figures
+
+
+def _sizes(sizes_mb: Mapping[int, tuple[float, float]]) -> list[Figure]:
+    figures = []
+    for size, (tables_mb, indexes_mb) in sizes_mb.items():
+        figures += [
+            Figure(f"{size:,} orders: tables", tables_mb, "MB"),
+            Figure(f"{size:,} orders: indexes", indexes_mb, "MB"),
+        ]
     return figures
 
 
