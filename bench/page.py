@@ -55,10 +55,10 @@ WORDS = """\
 - *Full speed*: 4,000 orders, two full batches, wait in Kafka at any time, and each order waits for those before it.
 - *Smallest share*: how many orders the least busy consumer handled, compared with an even share.
 - *p50*, *p99*: 50 % or 99 % of the values are not greater; p50 is the median.
-- *Settings for the memory*: those of PostgreSQL that [Tune](../tune.md#postgresql) recommends, without
-  `wal_compression`: the PostgreSQL that the benchmarks use has no lz4.
-- *Growth*: the stored and the new orders have random order_uids, track numbers and rids. Before orders are read, all
-  tables and primary keys are loaded into memory, as far as they fit.
+- *Settings for the memory*: those of PostgreSQL that [Tune](../tune.md#postgresql) recommends, with
+  `wal_compression` off, because the PostgreSQL of the benchmarks has no lz4.
+- *Growth*: order_uids, track numbers and rids are random. Before orders are read, all tables and primary keys are
+  loaded into memory, as far as they fit.
 """
 
 

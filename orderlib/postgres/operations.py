@@ -49,7 +49,7 @@ def index_advice(connection: Connection) -> str | None:
         return None
     return (
         f"the indexes of the orders have {row[0]}, more than PostgreSQL's shared_buffers ({row[1]}): "
-        "raise it, up to 40 % of the server's memory, or writes become slower as the tables grow"
+        "set it to a quarter of the server's memory, or up to 40 %, because writes become slower as the tables grow"
     )
 
 

@@ -1,7 +1,8 @@
 #!/bin/bash
 # What the real image's entrypoint does for the variables that docker-compose.yml sets: on the first start it makes the
 # cluster, the password and the database, with a server that only a socket in the file system leads to; then it becomes
-# the command. It refuses to be root, where the real one steps down by itself. The sandbox's server has no lz4.
+# the command. It refuses to be root, where the real one steps down by itself. The sandbox's server has no lz4,
+# so its write-ahead log is not compressed.
 set -Eeuo pipefail
 
 test "$(id -u)" != 0 || { echo "this stand-in must be started with --user postgres" >&2; exit 1; }
