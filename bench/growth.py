@@ -129,7 +129,7 @@ class GrowthBench:
         return attrs.evolve(self, environ=environ)
 
     def set_up(self) -> None:
-        """Create the roles and the tables, and store the orders that the others are copies of."""
+        """Create the roles, the empty tables, and the orders that the others are copies of."""
         for command in ("bootstrap", "migrate"):
             admin(self.environ, command)
         with orderlib.connect(self.environ["ORDERS_DATABASE_URL"]) as repository:
@@ -138,13 +138,17 @@ class GrowthBench:
             connection.execute("CREATE EXTENSION pg_prewarm")
             for table in TABLES:
                 connection.execute(f"CREATE TABLE template_{table} AS TABLE {table}".encode())
+        self._empty()
 
     def shrink_to(self, orders: int) -> None:
         """Delete every order, and add copies of the templates, up to this number of orders."""
+        self._empty()
+        self.grow_to(orders)
+
+    def _empty(self) -> None:
         with psycopg.connect(self._superuser_url, autocommit=True) as connection:
             connection.execute(f"TRUNCATE {', '.join(TABLES)} CASCADE".encode())
         self.copies = self.consumed = 0
-        self.grow_to(orders)
 
     def grow_to(self, orders: int) -> None:
         """Add copies of the templates, until the tables have this number of orders."""
