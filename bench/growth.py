@@ -51,8 +51,8 @@ READ_ORDERS = 1_000_000
 #: How long orders are read before each measurement, in seconds. Then the pages that are read most are in
 #: ``shared_buffers``.
 WARM_UP_READS_S = 15
-#: The orders that all others are copies of, with other order_uids, track numbers and rids. The copies have the same
-#: customers, four of ten that the sender knows.
+#: The orders that all others are copies of, with other order_uids, track numbers and rids. Their customers are 39 % of
+#: those that the sender knows.
 TEMPLATES = 5_000
 CONNECTIONS = 16
 #: How often the largest and the smallest size are measured in turns.
@@ -83,7 +83,7 @@ _CHANGED = {
 }
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen
 class Measurement:
     """What was measured at one size with the same settings."""
 
@@ -94,11 +94,6 @@ class Measurement:
 
 #: The smallest and the largest size, measured one after the other.
 Pair = tuple[Measurement, Measurement]
-
-
-def _measurement(orders_per_s: float, get_ms: tuple[float, float]) -> Measurement:
-    p50_ms, p99_ms = get_ms
-    return Measurement(orders_per_s=orders_per_s, p50_ms=p50_ms, p99_ms=p99_ms)
 
 
 @attrs.define(kw_only=True)
@@ -118,9 +113,12 @@ class GrowthBench:
     def _superuser_url(self) -> str:
         return self.environ["ORDERS_BOOTSTRAP_URL"]
 
+    def _connect(self) -> psycopg.Connection:
+        return psycopg.connect(self._superuser_url, autocommit=True)
+
     def second_database(self, name: str) -> GrowthBench:
         """Create another database on the same server, without tables."""
-        with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+        with self._connect() as connection:
             connection.execute(f"CREATE DATABASE {name}".encode())
         environ = {
             variable: make_conninfo(value, dbname=name) if value.startswith("postgresql:") else value
@@ -134,7 +132,7 @@ class GrowthBench:
             admin(self.environ, command)
         with orderlib.connect(self.environ["ORDERS_DATABASE_URL"]) as repository:
             repository.save_many(generate_order(self.rng, utc_now) for _ in range(TEMPLATES))
-        with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+        with self._connect() as connection:
             connection.execute("CREATE EXTENSION pg_prewarm")
             for table in TABLES:
                 connection.execute(f"CREATE TABLE template_{table} AS TABLE {table}".encode())
@@ -146,7 +144,7 @@ class GrowthBench:
         self.grow_to(orders)
 
     def _empty(self) -> None:
-        with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+        with self._connect() as connection:
             connection.execute(f"TRUNCATE {', '.join(TABLES)} CASCADE".encode())
         self.copies = self.consumed = 0
 
@@ -154,7 +152,7 @@ class GrowthBench:
         """Add copies of the templates, until the tables have this number of orders."""
         # Sorted, each page of the primary key is changed once. It becomes as full as after random inserts.
         self._copy_all(orders - self.consumed - self.copies * TEMPLATES, "ORDER BY 1")
-        with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+        with self._connect() as connection:
             connection.execute(f"VACUUM ANALYZE {', '.join(TABLES)}".encode())
 
     def warm_up(self, orders: int) -> None:
@@ -168,7 +166,7 @@ class GrowthBench:
         self.copies = copies
 
     def _copy(self, table: str, begin: int, end: int, order_by: str) -> None:
-        with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+        with self._connect() as connection:
             # The rows fit together, so their foreign keys need no check.
             connection.execute("SET session_replication_role = replica")
             connection.execute("SET synchronous_commit = off")
@@ -184,7 +182,7 @@ class GrowthBench:
 
     def use(self, settings: Mapping[str, str]) -> None:
         """Restart PostgreSQL with these settings, and begin after a checkpoint."""
-        with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+        with self._connect() as connection:
             connection.execute("ALTER SYSTEM RESET ALL")
             for name, value in {**settings, "autovacuum": "off"}.items():
                 connection.execute(f"ALTER SYSTEM SET {name} = '{value}'".encode())
@@ -193,19 +191,19 @@ class GrowthBench:
         self._checkpoint()
 
     def _checkpoint(self) -> None:
-        with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+        with self._connect() as connection:
             connection.execute("CHECKPOINT")
 
-    def _checkpoints(self) -> int:
+    def _checkpoint_count(self) -> int:
         """Return how many checkpoints have begun."""
-        with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+        with self._connect() as connection:
             row = connection.execute("SELECT num_timed + num_requested FROM pg_stat_checkpointer").fetchone()
         assert row is not None
         return int(row[0])
 
     def measure(self, seconds: int) -> Measurement:
         """Measure ingest, and GET for this time."""
-        return _measurement(self.orders_per_s(), self.get_ms(seconds))
+        return Measurement(self.orders_per_s(), *self.get_ms(seconds))
 
     def orders_per_s(self) -> float:
         """Return how many new orders a consumer stores per second."""
@@ -216,13 +214,13 @@ class GrowthBench:
         orders = [generate_order(self.rng, utc_now) for _ in range(WARM_UP_ORDERS + NEW_ORDERS)]
         produce(environ, ((order.order_uid, orderlib.encode_order(order)) for order in orders))
         bench = IngestBench(environ=environ, superuser_url=self._superuser_url, orders=orders)
-        before, checkpoints = bench.handled(), self._checkpoints()
+        before, checkpoints = bench.handled(), self._checkpoint_count()
         with running(environ, "services.consumer"):
             wait(lambda: bench.handled() - before >= WARM_UP_ORDERS)
             began_s, first = time.monotonic(), bench.handled() - before
             wait(lambda: bench.handled() - before >= len(orders))
             elapsed_s = time.monotonic() - began_s
-        if self._checkpoints() > checkpoints:
+        if self._checkpoint_count() > checkpoints:
             print_progress("a checkpoint began during this measurement, so whole pages were written to the log")
         self.consumed += len(orders)
         return (len(orders) - first) / elapsed_s
@@ -243,13 +241,13 @@ class GrowthBench:
 
         A server that has run for a while has read them all. This takes seconds; random reads would take an hour.
         """
-        with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+        with self._connect() as connection:
             for relation in (*TABLES, *(f"{table}_pkey" for table in TABLES)):
                 connection.execute("SELECT pg_prewarm(%s::regclass, 'read')", [relation])
 
     def _requests(self) -> str:
         """Return a Lua script that requests random orders. A file has their order_uids."""
-        with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+        with self._connect() as connection:
             templates = [uid for (uid,) in connection.execute("SELECT order_uid FROM template_orders")]
         chosen = (f"{self.rng.choice(templates)}{self.rng.randrange(self.copies)}" for _ in range(READ_ORDERS))
         uids = Path(self.folder) / "uids"
@@ -263,7 +261,7 @@ class GrowthBench:
 
     def sizes_mb(self) -> tuple[float, float]:
         """Return the size of the tables and of their indexes in MB."""
-        with psycopg.connect(self._superuser_url, autocommit=True) as connection:
+        with self._connect() as connection:
             row = connection.execute(
                 "SELECT sum(pg_table_size(t::regclass)), sum(pg_indexes_size(t::regclass)) FROM unnest(%s::text[]) t",
                 [list(TABLES)],
@@ -334,7 +332,7 @@ def _measure_pairs(smallest: GrowthBench, largest: GrowthBench, seconds: int) ->
     ingest = _in_turns("orders/s", ingest_smallest, largest.orders_per_s)
     reads = _in_turns("p50 and p99 in ms", lambda: smallest.get_ms(seconds), lambda: largest.get_ms(seconds))
     return [
-        (_measurement(small_ingest, small_reads), _measurement(large_ingest, large_reads))
+        (Measurement(small_ingest, *small_reads), Measurement(large_ingest, *large_reads))
         for (small_ingest, large_ingest), (small_reads, large_reads) in zip(ingest, reads, strict=True)
     ]
 
@@ -344,19 +342,16 @@ def _in_turns(what: str, small: Callable[[], T], large: Callable[[], T]) -> list
     pairs = []
     for number in range(1, ROUNDS + 1):
         if number % 2:
-            first = small()
-            pair = first, large()
+            small_value, large_value = small(), large()
         else:
-            first = large()
-            pair = small(), first
-        print_progress(f"round {number} of {ROUNDS}, smallest and largest: {pair} {what}")
-        pairs.append(pair)
+            large_value, small_value = large(), small()
+        print_progress(f"round {number} of {ROUNDS}: smallest {small_value}, largest {large_value} {what}")
+        pairs.append((small_value, large_value))
     return pairs
 
 
 def _median(measurements: Iterable[Measurement]) -> Measurement:
-    values = zip(*map(attrs.astuple, measurements), strict=True)
-    return Measurement(**dict(zip(attrs.fields_dict(Measurement), map(statistics.median, values), strict=True)))
+    return Measurement(*map(statistics.median, zip(*map(attrs.astuple, measurements), strict=True)))
 
 
 def _ratios(pairs: Mapping[str, Sequence[Pair]], largest: int) -> list[Figure]:
