@@ -9,6 +9,7 @@ starts its servers, and needs ``wrk`` on PATH and 4 KB of disk for each order.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import os
 import shutil
@@ -29,7 +30,7 @@ from psycopg.conninfo import make_conninfo
 
 import orderlib
 from bench.api import VARIANTS, run_wrk, serving
-from bench.ingest import TABLES, IngestBench, admin, produce, running, utc_now, wait
+from bench.ingest import TABLES, IngestBench, admin, produce, running_consumers, utc_now, wait
 from bench.report import Figure, add_write_option, print_progress, publish
 from bench.servers import benchmark_sandbox
 from sandbox import Sandbox
@@ -88,6 +89,8 @@ class Measurement:
     """What was measured at one size with the same settings."""
 
     orders_per_s: float
+    #: With two consumers.
+    orders_per_s_of_two: float
     p50_ms: float
     p99_ms: float
 
@@ -203,19 +206,20 @@ class GrowthBench:
 
     def measure(self, seconds: int) -> Measurement:
         """Measure ingest, and GET for this time."""
-        return Measurement(self.orders_per_s(), *self.get_ms(seconds))
+        return Measurement(self.orders_per_s(1), self.orders_per_s(2), *self.get_ms(seconds))
 
-    def orders_per_s(self) -> float:
-        """Return how many new orders a consumer stores per second."""
+    def orders_per_s(self, consumers: int) -> float:
+        """Return how many new orders this number of consumers stores per second."""
         # Not while the disk is busy with what was stored before.
         os.sync()
-        environ = {**self.environ, "ORDERS_TOPIC": f"orders-{time.time_ns()}", "ORDERS_METRICS_BIND": "127.0.0.1:0"}
+        environ = {**self.environ, "ORDERS_TOPIC": f"orders-{time.time_ns()}"}
         admin(environ, "topics")
         orders = [generate_order(self.rng, utc_now) for _ in range(WARM_UP_ORDERS + NEW_ORDERS)]
-        produce(environ, ((order.order_uid, orderlib.encode_order(order)) for order in orders))
+        values = [(order.order_uid, orderlib.encode_order(order)) for order in orders]
         bench = IngestBench(environ=environ, superuser_url=self._superuser_url, orders=orders)
         before, checkpoints = bench.handled(), self._checkpoint_count()
-        with running(environ, "services.consumer"):
+        with running_consumers(environ, consumers):
+            produce(environ, iter(values))
             wait(lambda: bench.handled() - before >= WARM_UP_ORDERS)
             began_s, first = time.monotonic(), bench.handled() - before
             wait(lambda: bench.handled() - before >= len(orders))
@@ -303,7 +307,7 @@ def measure(bench: GrowthBench, options: argparse.Namespace) -> list[Figure]:
             sizes_mb[size] = bench.sizes_mb()
             continue
         rounds = ROUNDS if size == sizes[-1] else 1
-        warm_up, consumed = size // WARM_UP_ONE_IN, rounds * (WARM_UP_ORDERS + NEW_ORDERS)
+        warm_up, consumed = size // WARM_UP_ONE_IN, rounds * 2 * (WARM_UP_ORDERS + NEW_ORDERS)
         # The server still has the last of the settings.
         bench.grow_to(size - len(SETTINGS) * warm_up - (len(SETTINGS) - 1) * consumed)
         for name, settings in SETTINGS.items():
@@ -323,17 +327,26 @@ def measure(bench: GrowthBench, options: argparse.Namespace) -> list[Figure]:
 def _measure_pairs(smallest: GrowthBench, largest: GrowthBench, seconds: int) -> list[Pair]:
     """Measure both databases in turns. Ingest comes first, because random reads displace pages of the indexes."""
 
-    def ingest_smallest() -> float:
+    def ingest_smallest(consumers: int) -> float:
         warm_up = SIZES[0] // WARM_UP_ONE_IN
         smallest.shrink_to(SIZES[0] - warm_up)
         smallest.warm_up(warm_up)
-        return smallest.orders_per_s()
+        return smallest.orders_per_s(consumers)
 
-    ingest = _in_turns("orders/s", ingest_smallest, largest.orders_per_s)
+    one, two = (
+        _in_turns(
+            f"orders/s, consumers: {consumers}",
+            functools.partial(ingest_smallest, consumers),
+            functools.partial(largest.orders_per_s, consumers),
+        )
+        for consumers in (1, 2)
+    )
     reads = _in_turns("p50 and p99 in ms", lambda: smallest.get_ms(seconds), lambda: largest.get_ms(seconds))
     return [
-        (Measurement(small_ingest, *small_reads), Measurement(large_ingest, *large_reads))
-        for (small_ingest, large_ingest), (small_reads, large_reads) in zip(ingest, reads, strict=True)
+        (Measurement(small_one, small_two, *small_reads), Measurement(large_one, large_two, *large_reads))
+        for (small_one, large_one), (small_two, large_two), (small_reads, large_reads) in zip(
+            one, two, reads, strict=True
+        )
     ]
 
 
@@ -361,10 +374,16 @@ def _ratios(pairs: Mapping[str, Sequence[Pair]], largest: int) -> list[Figure]:
         limited = bool(SETTINGS[name])
         sizes = f"{largest:,} / {SIZES[0]:,} orders, {name}"
         ingest = statistics.median(large.orders_per_s / small.orders_per_s for small, large in rounds)
+        with_two = statistics.median(large.orders_per_s_of_two / small.orders_per_s_of_two for small, large in rounds)
+        with_another = statistics.median(large.orders_per_s_of_two / small.orders_per_s for small, large in rounds)
         p50 = statistics.median(large.p50_ms / small.p50_ms for small, large in rounds)
         p99 = statistics.median(large.p99_ms / small.p99_ms for small, large in rounds)
         figures += [
             Figure(f"ingest, {sizes}", ingest, "×", at_least=0.8 if limited else None),
+            Figure(f"ingest with 2 consumers, {sizes}", with_two, "×"),
+            Figure(
+                f"ingest with 2 consumers at {largest:,} / with 1 at {SIZES[0]:,} orders, {name}", with_another, "×"
+            ),
             Figure(f"GET p50, {sizes}", p50, "×"),
             Figure(f"GET p99, {sizes}", p99, "×", at_most=1.5 if limited else None),
         ]
@@ -378,6 +397,7 @@ def _details(measured: Mapping[str, Mapping[int, Measurement]]) -> list[Figure]:
             prefix = f"{size:,} orders, {name}"
             figures += [
                 Figure(f"{prefix}: ingest", one.orders_per_s, "orders/s"),
+                Figure(f"{prefix}: ingest with 2 consumers", one.orders_per_s_of_two, "orders/s"),
                 Figure(f"{prefix}: GET p50", one.p50_ms, "ms"),
                 Figure(f"{prefix}: GET p99", one.p99_ms, "ms"),
             ]

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from random import Random
@@ -90,12 +90,7 @@ class IngestBench:
         The consumers join the group while there is no lag. Then the offsets are set to 0. A few new records make every
         consumer lose its fence, read the offsets again and start from 0.
         """
-        ports = [free_port() for _ in range(consumers)]
-        with ExitStack() as stack:
-            for port in ports:
-                environ = {**self.environ, "ORDERS_METRICS_BIND": f"127.0.0.1:{port}"}
-                stack.enter_context(running(environ, "services.consumer"))
-            wait(lambda: all(metric(port, "orders_lag_records") for port in ports))
+        with running_consumers(self.environ, consumers) as ports:
             with psycopg.connect(self.superuser_url, autocommit=True) as connection:
                 connection.execute("TRUNCATE orders, delivery, payment, items, order_originals, rejects")
                 connection.execute("UPDATE consumer_offsets SET next_offset = 0")
@@ -216,6 +211,17 @@ def running(environ: Mapping[str, str], *command: str) -> Iterator[subprocess.Po
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(20)
+
+
+@contextmanager
+def running_consumers(environ: Mapping[str, str], consumers: int) -> Iterator[Sequence[int]]:
+    """Run this number of consumers. Yield the ports of their metrics as soon as each of them has partitions."""
+    ports = [free_port() for _ in range(consumers)]
+    with ExitStack() as stack:
+        for port in ports:
+            stack.enter_context(running({**environ, "ORDERS_METRICS_BIND": f"127.0.0.1:{port}"}, "services.consumer"))
+        wait(lambda: all(metric(port, "orders_lag_records") for port in ports))
+        yield ports
 
 
 def throughput(bench: IngestBench, rounds: int) -> list[Figure]:
