@@ -13,7 +13,16 @@ from concurrent.futures import Future
 from typing import Any, TypeVar, cast
 
 import attrs
-from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Message, TopicCollection, TopicPartition, Uuid
+from confluent_kafka import (
+    OFFSET_INVALID,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicCollection,
+    TopicPartition,
+    Uuid,
+)
 from confluent_kafka.admin import AdminClient, ListOffsetsResultInfo, OffsetSpec, TopicDescription
 
 from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError
@@ -51,6 +60,9 @@ _NEW_TOPIC_S = 2.0
 
 #: How often librdkafka's errors are polled while a request waits.
 _POLL_S = 0.1
+
+#: The error of a request that no broker answered.
+_NO_ANSWER = KafkaError(KafkaError._TIMED_OUT)  # noqa: SLF001 - librdkafka's own codes have these names
 
 #: The id that a broker without topic ids reports for every topic.
 NO_TOPIC_ID = "A" * 22
@@ -254,7 +266,7 @@ class Cluster:
         futures = self.admin.list_offsets(
             specs, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=REQUEST_TIMEOUT_S
         )
-        return {found.partition: future for found, future in futures.items()}
+        return {found.partition: _answered(future) for found, future in futures.items()}
 
     def _check_settings(self) -> None:
         """Raise ConfigurationError if a wrong setting has prevented connections for a while."""
@@ -305,6 +317,26 @@ class Cluster:
                     f"Kafka at {address} expects security.protocol {expected}, and not {configured}: set "
                     "ORDERS_KAFKA_SECURITY_PROTOCOL"
                 )
+
+
+def _answered(future: Future[ListOffsetsResultInfo]) -> Future[ListOffsetsResultInfo]:
+    """Return a future that fails if the leader of the partition did not answer.
+
+    librdkafka (2.16) asks each leader, and drops the error of a request that failed. Its result has no error, and an
+    offset that none has.
+    """
+    answered: Future[ListOffsetsResultInfo] = Future()
+
+    def copy(done: Future[ListOffsetsResultInfo]) -> None:
+        if (error := done.exception()) is not None:
+            answered.set_exception(error)
+        elif done.result().offset == OFFSET_INVALID:
+            answered.set_exception(KafkaException(_NO_ANSWER))
+        else:
+            answered.set_result(done.result())
+
+    future.add_done_callback(copy)
+    return answered
 
 
 def _shows_wrong_setting(error: KafkaError) -> bool:

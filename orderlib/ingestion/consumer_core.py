@@ -54,7 +54,7 @@ STALL_S = 2.0
 
 #: While the consumer is idle, it checks the topic id this often.
 TOPIC_CHECK_S = 5.0
-#: While the consumer is idle and has offsets to stop at, it compares them with the stored offsets this often.
+#: While the consumer is idle, or past the offsets to stop at, it compares them with the stored offsets this often.
 END_CHECK_S = 0.2
 
 #: The breaker examines this number of the last records, never fewer.
@@ -216,6 +216,7 @@ class ConsumerCore:
         self._has_large_lag = False
         self._task: StoreTask | None = None
         self._task_since_s = 0.0
+        self._end_checked_s = 0.0
         #: The store task failed; its next attempt begins at this time.
         self._retry_at_s: float | None = None
         self._paused = False
@@ -480,10 +481,23 @@ class ConsumerCore:
     def _start_next_task(self, now_s: float) -> None:
         if self._unresolved:
             self._start(ResolveOffsets(frozenset(self._unresolved)), now_s)
+        elif self._is_past_until and now_s - self._end_checked_s >= END_CHECK_S:
+            # Also while records arrive: other producers may never stop.
+            self._check_topics(now_s)
         elif self._full or self._is_due(now_s):
             self._start(CommitBatch(self._close_batch()), now_s)
         elif self.idle and now_s - self._task_since_s >= (TOPIC_CHECK_S if self._until is None else END_CHECK_S):
-            self._start(CheckTopics(), now_s)
+            self._check_topics(now_s)
+
+    @property
+    def _is_past_until(self) -> bool:
+        """Return whether this consumer has committed its partitions up to ``until``. Other members may not yet have."""
+        submitted = self._submitted_offset
+        return self._until is not None and all(submitted.get(p, end) >= end for p, end in self._until.items())
+
+    def _check_topics(self, now_s: float) -> None:
+        self._end_checked_s = now_s
+        self._start(CheckTopics(), now_s)
 
     def _is_recreated(self, topic_ids: Mapping[str, str]) -> bool:
         """Return whether a topic was recreated since its first offsets were resolved; if so, stop."""

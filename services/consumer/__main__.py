@@ -26,6 +26,7 @@ from orderlib.postgres.rows import pack_rows
 from services.consumer.health import ConsumerMetrics, Health, HealthServer
 from services.consumer.kafka_consumer import KafkaConsumer
 from services.consumer.runner import STOP_CLOSE_S, ConsumerRunner, StoreWorker
+from services.kafka import TopicInfo
 from services.program import event, run_with_kafka, set_up_program
 from services.settings import ConsumerSettings
 
@@ -67,7 +68,10 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         event("started", metrics=str(server.address), topic=settings.kafka.topic, group=settings.group)
         kafka = KafkaConsumer(settings)
         try:
-            ends = _wait_for(lambda: _ends(kafka), "Kafka", stop_event, health)
+            topics = _wait_for(kafka.describe, "Kafka", stop_event, health)
+            until = None
+            if options.exit_at_end:
+                until = _wait_for(lambda: _ends(kafka, topics), "Kafka", stop_event, health)
             _wait_for(store.check, "PostgreSQL", stop_event, health)
         except _StopRequested:
             return EXIT_DONE
@@ -79,7 +83,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
                 tombstones=settings.tombstones,
             ),
             random.Random(),  # noqa: S311  jitter, no secret
-            until=ends if options.exit_at_end else None,
+            until=until,
         )
         worker = StoreWorker(store, kafka, Breaker(settings.breaker_fraction), metrics)
         kafka.join(core)
@@ -94,9 +98,8 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
             event("exited", left_group=left_group)
 
 
-def _ends(kafka: KafkaConsumer) -> Mapping[TopicPartition, int]:
+def _ends(kafka: KafkaConsumer, topics: Mapping[str, TopicInfo]) -> Mapping[TopicPartition, int]:
     """Return the log end of each partition of the topics."""
-    topics = kafka.describe()
     return kafka.ends(TopicPartition(topic, number) for topic, info in topics.items() for number in info.partitions)
 
 

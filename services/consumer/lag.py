@@ -53,6 +53,8 @@ class LagMonitor:
         self._moved_at_s: dict[TopicPartition, float] = {}
         self._lag: dict[TopicPartition, int] = {}
         self._ends: dict[TopicPartition, int] = {}
+        #: When the log end was last read; for a new partition, when it became known.
+        self._read_at_s: dict[TopicPartition, float] = {}
         self._published: set[TopicPartition] = set()
         self._request_at_s = clock()
         self._requested_ends: Callable[[], Mapping[TopicPartition, int] | None] | None = None
@@ -62,6 +64,7 @@ class LagMonitor:
     def on_stored(self, next_offsets: Mapping[TopicPartition, int]) -> None:
         """Record the stored next offsets of these partitions."""
         for partition, next_offset in next_offsets.items():
+            self._read_at_s.setdefault(partition, self._clock())
             if self._next_offsets.get(partition) != next_offset:
                 self._next_offsets[partition] = next_offset
                 self._moved_at_s[partition] = self._clock()
@@ -98,6 +101,7 @@ class LagMonitor:
                 del self._errors[partition]
         if in_outage:
             self._moved_at_s = dict.fromkeys(self._next_offsets, now_s)
+            self._read_at_s = self._moved_at_s.copy()
         if self._requested_ends is not None:
             requested_ends, self._requested_ends = self._requested_ends, None
             if (ends := requested_ends()) is None:
@@ -130,9 +134,13 @@ class LagMonitor:
         if (error := self.error()) is not None:
             return str(error)
         stalled = [f"{p} {self._lag[p]:,}" for p in sorted(self._lag) if self._is_stalled(p)]
-        if not stalled:
-            return None
-        return f"records wait and none was stored for {STALLED_S:g} s; partition and lag: {', '.join(stalled)}"
+        if stalled:
+            return f"records wait and none was stored for {STALLED_S:g} s; partition and lag: {', '.join(stalled)}"
+        now_s = self._clock()
+        unread = [str(p) for p, read_at_s in sorted(self._read_at_s.items()) if now_s - read_at_s >= STALLED_S]
+        if unread:
+            return f"the leader has not answered for {STALLED_S:g} s, so the lag is unknown: {', '.join(unread)}"
+        return None
 
     def _is_stalled(self, partition: TopicPartition) -> bool:
         return bool(self._lag.get(partition)) and self._clock() - self._moved_at_s[partition] >= STALLED_S
@@ -140,6 +148,7 @@ class LagMonitor:
     def _on_ends(self, ends: Mapping[TopicPartition, int]) -> None:
         self._ends.update(ends)
         for partition, end in ends.items():
+            self._read_at_s[partition] = self._clock()
             self._lag[partition] = max(0, end - self._next_offsets[partition])
             if not self._lag[partition]:
                 self._moved_at_s[partition] = self._clock()

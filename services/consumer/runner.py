@@ -17,6 +17,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Protocol, TypeVar
 
 import attrs
@@ -72,6 +73,9 @@ _KAFKA_IN_TRANSACTION_S = 2.0
 #: How often the next offsets of all partitions are read.
 _STORED_OFFSETS_S = 5.0
 
+#: After a request for the earliest offsets failed, the next one is sent this much later.
+_NO_LEADER_S = 60.0
+
 #: How often the size of the indexes is checked.
 _ADVICE_S = 3600.0
 
@@ -121,6 +125,7 @@ class StoreWorker:
         self.stored_offsets: Mapping[TopicPartition, int] = {}
         self.outcomes: Counter[Outcome] = Counter()
         self._read_stored_at_s = 0.0
+        self._ask_earliest_at_s = 0.0
         self._advise_at_s = 0.0
         #: Whether Kafka's last response took longer than a transaction waits.
         self._kafka_is_slow = False
@@ -162,8 +167,11 @@ class StoreWorker:
         match task:
             case ResolveOffsets(partitions):
                 topic_ids = _topic_ids(self._wait_for_kafka(self._kafka.request_topics()))
-                earliest = self._wait_for_kafka(lambda: self._kafka.earliest(partitions))
-                next_offsets = self._store.start_partitions(topic_ids, earliest)
+                next_offsets = self._store.next_offsets(topic_ids, partitions)
+                # Not of the others: a partition without a leader would delay those that have one.
+                if new := partitions - next_offsets.keys():
+                    earliest = self._wait_for_kafka(lambda: self._kafka.earliest(new))
+                    next_offsets |= self._store.start_partitions(topic_ids, earliest)
                 return lambda core: core.on_offsets_resolved(topic_ids, next_offsets)
             case CheckTopics():
                 topics = self._wait_for_kafka(self._kafka.request_topics())
@@ -244,12 +252,20 @@ class StoreWorker:
         """Read the next offset of each partition. One without a stored offset will begin at its earliest offset."""
         partitions = {TopicPartition(topic, number) for topic, info in topics.items() for number in info.partitions}
         stored = self._store.next_offsets(_topic_ids(topics), partitions)
-        new = partitions - stored.keys()
-        earliest = self._wait_for_kafka(lambda: self._kafka.earliest(new)) if new else {}
-        self.stored_offsets = {**earliest, **stored}
+        self.stored_offsets = {**self._earliest(partitions - stored.keys()), **stored}
         self._read_stored_at_s = time.monotonic() + _STORED_OFFSETS_S
         self._advise()
         return self.stored_offsets
+
+    def _earliest(self, partitions: AbstractSet[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """Return the earliest offsets, or nothing if a partition has no leader: the others do not wait for it again."""
+        if not partitions or time.monotonic() < self._ask_earliest_at_s:
+            return {}
+        try:
+            return self._wait_for_kafka(lambda: self._kafka.earliest(partitions))
+        except BrokerUnavailable:
+            self._ask_earliest_at_s = time.monotonic() + _NO_LEADER_S
+            return {}
 
     def _advise(self) -> None:
         """Log a line of advice, once, if the indexes have outgrown PostgreSQL's memory."""

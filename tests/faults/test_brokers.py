@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 
 import attrs
+import psycopg
 import pytest
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient, PartitionMetadata
+from confluent_kafka.admin import AdminClient, NewTopic, PartitionMetadata
 
 from sandbox import Sandbox, running_sandbox
 from sandbox.kafka import KafkaServer
+from sandbox.server import SandboxError
 from services.kafka import SILENT_LOGGER, Cluster
 from services.settings import KafkaSettings
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
@@ -192,3 +194,45 @@ def test_a_lost_broker_delays_the_consumer_by_seconds_although_it_does_not_come_
             wait_for(topic.is_in_sync, WITHIN_S)
         assert consumer.stop() == 0
     assert max(cpu_s) < 0.3
+
+
+def test_a_partition_without_a_leader_stops_no_other_partition(
+    three_brokers: Sandbox, make_group: Callable[..., Group]
+) -> None:
+    """Also not a consumer that starts meanwhile. One that stops at the end waits for that partition."""
+    name = "orders-one-replica"
+    group = make_group(name)
+    admin = AdminClient({"bootstrap.servers": three_brokers.kafka.bootstrap_servers}, logger=SILENT_LOGGER)
+    new = NewTopic(name, PARTITIONS, 1, config={"min.insync.replicas": "1"})
+    admin.create_topics([new])[name].result(WITHIN_S)
+    sender = Sender(three_brokers.kafka.bootstrap_servers, name)
+    sender.flush_within_s = WITHIN_S
+    sender.send_orders(uids("order", 60))
+    with consuming(group.environ) as consumer:
+        wait_until_handled(sender.manifest, group.database, WITHIN_S)
+        assert consumer.stop() == 0
+    sender.send_orders(uids("order", 60), version=2)
+    ends = Cluster(KafkaSettings.from_mapping(group.environ)).ends(name, range(PARTITIONS))
+    lost = Topic(three_brokers, name).leader(0)
+    assert lost is not None
+    lost.kill()
+    try:
+        with consuming(group.environ) as consumer:
+            wait_for(lambda: stored_offsets(group.database).items() >= {1: ends[1], 2: ends[2]}.items(), LOST_BROKER_S)
+            wait_for(lambda: f"the lag is unknown: {name}[0]" in consumer.get("/readyz")[1], WITHIN_S)
+            assert consumer.stop() == 0
+        assert stored_offsets(group.database)[0] < ends[0]
+        with consuming(group.environ, "--exit-at-end") as consumer:
+            wait_for(lambda: bool(consumer.events("waiting_for_server")), WITHIN_S)
+            lost.start()
+            assert consumer.status(WITHIN_S) == 0
+    finally:
+        with suppress(SandboxError):  # it runs already
+            lost.start()
+    assert stored_offsets(group.database) == ends
+    assert_all_accounted_for(sender.manifest, group.database, group.environ)
+
+
+def stored_offsets(database: Database) -> dict[int, int]:
+    with psycopg.connect(database.superuser_url) as connection:
+        return dict(connection.execute("SELECT partition, next_offset FROM consumer_offsets").fetchall())

@@ -201,8 +201,10 @@ class Process:
     def _resolve(self, partitions: frozenset[TopicPartition]) -> Steps:
         topic_id = self.kafka.describe()[TOPIC].topic_id
         yield Step.ASKING
-        earliest = self.kafka.earliest(partitions)
-        next_offsets = yield from self._simulator.store.start_partitions({TOPIC: topic_id}, earliest)
+        store, topic_ids = self._simulator.store, {TOPIC: topic_id}
+        next_offsets = store.next_offsets(topic_ids, partitions)
+        if new := partitions - next_offsets.keys():
+            next_offsets |= yield from store.start_partitions(topic_ids, self.kafka.earliest(new))
 
         def report(core: ConsumerCore) -> None:
             self._on_topic_id(topic_id)

@@ -646,6 +646,30 @@ def test_the_offsets_to_stop_at_are_not_checked_while_there_are_records_to_commi
     assert driver.tick() == []
 
 
+def test_it_stops_at_the_offsets_to_stop_at_although_records_keep_arriving() -> None:
+    driver = started(0, until={P0: 1, P1: 4})
+    driver.fetch(record(0))
+    driver.write()
+    driver.written()
+    for offset in range(1, 100):
+        driver.fetch(record(offset))
+        [task] = driver.tick(0.01)
+        if task == CheckTopics():
+            break
+        driver.written()
+    assert driver.now_s == pytest.approx(END_CHECK_S)
+    # Another member has not reached the end of its partition yet.
+    driver.core.on_topics_checked(IDS, {P0: offset, P1: 3})
+    batch = driver.write()
+    assert batch.ranges == {P0: OffsetRange(expected_offset=offset, next_offset=offset + 1)}
+    driver.written()
+    driver.fetch(record(offset + 1))
+    assert driver.tick(END_CHECK_S * 1.01) == [CheckTopics()]
+    driver.core.on_topics_checked(IDS, {P0: offset + 1, P1: 4})
+    assert driver.stopped()
+    assert driver.core.error is None
+
+
 def test_an_idle_consumer_checks_the_topic_ids() -> None:
     driver = started(0)
     assert driver.tick(TOPIC_CHECK_S * 0.49) == []

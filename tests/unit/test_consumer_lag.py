@@ -32,7 +32,7 @@ class Monitored:
         self.monitor.on_assigned({OWN: OFFSETS[OWN]})
 
     def _request_ends(self, partitions: Iterable[TopicPartition]) -> Callable[[], Mapping[TopicPartition, int]]:
-        return lambda: {partition: self._ends[partition] for partition in partitions}
+        return lambda: {partition: self._ends[partition] for partition in partitions if partition in self._ends}
 
     def _log(self, _name: str, _level: int, **fields: object) -> None:
         self.logged.append(fields)
@@ -58,6 +58,15 @@ def test_a_partition_of_another_member_without_progress_is_named_with_its_lag() 
     assert reason is not None
     assert reason.endswith("none was stored for 20 s; partition and lag: orders[1] 1,000")
     assert monitored.shown_lag(FOREIGN) == 1_000
+
+
+def test_a_partition_whose_leader_does_not_answer_is_named() -> None:
+    monitored = Monitored({FOREIGN: 7})
+    assert monitored.run(15) is None
+    assert monitored.shown_lag(OWN) is None
+    assert monitored.run(10) == "the leader has not answered for 20 s, so the lag is unknown: orders[0]"
+    assert monitored.run(1, in_outage=True) is None
+    assert monitored.run(15) is None
 
 
 def test_no_partition_is_without_progress_in_an_outage_or_without_lag() -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException, Uuid
+from confluent_kafka import OFFSET_INVALID, KafkaError, KafkaException, Uuid
 
 from orderlib.errors import BrokerUnavailable, ConfigurationError
 from services import kafka
@@ -114,6 +114,23 @@ def test_log_ends_fail_if_a_partition_gets_no_leader(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(kafka, "REQUEST_TIMEOUT_S", 0.2)
     with pytest.raises(BrokerUnavailable, match="_NOENT"):
         cluster.ends("orders", [0])
+
+
+def test_a_leader_without_an_answer_has_no_log_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """librdkafka reports an offset that no record has, and no error."""
+    cluster = Cluster(SETTINGS)
+    ends = {0: OFFSET_INVALID, 1: 7, 2: -1}
+    monkeypatch.setattr(
+        cluster.admin,
+        "list_offsets",
+        lambda places, **_: {place: done(SimpleNamespace(offset=ends[place.partition])) for place in places},
+    )
+    monkeypatch.setattr(kafka, "REQUEST_TIMEOUT_S", 0.2)
+    assert cluster.request_ends("orders", [0, 1])() == {1: 7}
+    with pytest.raises(BrokerUnavailable, match="did not answer"):
+        cluster.ends("orders", [0, 1])
+    # No record has the time of the request.
+    assert cluster.ends("orders", [1, 2]) == {1: 7, 2: -1}
 
 
 @pytest.mark.parametrize(
