@@ -99,6 +99,11 @@ def classify_sqlstate(sqlstate: str) -> ErrorAction:
     return SQLSTATE_ACTIONS.get(sqlstate) or SQLSTATE_ACTIONS.get(sqlstate[:2]) or ErrorAction.STOP
 
 
+def is_standard(sqlstate: str) -> bool:
+    """Return whether PostgreSQL itself has errors of this class. A trigger may raise any other."""
+    return sqlstate[:2] in SQLSTATE_ACTIONS
+
+
 def classify_refusal(sqlstate: str) -> ErrorAction:
     """Return the action for a connection that the server refused with this SQLSTATE."""
     return ErrorAction.STOP if sqlstate[:2] in CONFIGURATION_REFUSALS else ErrorAction.OUTAGE

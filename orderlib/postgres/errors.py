@@ -28,7 +28,7 @@ from orderlib.errors import (
     RefusedByDatabase,
     TransactionConflict,
 )
-from orderlib.ingestion.retry import ErrorAction, classify_refusal, classify_sqlstate
+from orderlib.ingestion.retry import ErrorAction, classify_refusal, classify_sqlstate, is_standard
 
 #: Configuration errors of a connection that libpq itself reports, before or without an answer of the server. libpq's
 #: messages are in English unless the process selected another language. Then such an error counts as an outage, which
@@ -227,7 +227,7 @@ def translate(exc: Exception, connection: HasPGconn | None = None, *, writing: b
         return DatabaseUnavailable(f"PostgreSQL: the connection was lost{_reason(exc)}")
     if exc.sqlstate == _INTERNAL and (error := _of_worker(_message(exc), writing=writing)):
         return error
-    summary = _message(exc) or _readable_name(exc) if exc.sqlstate[:2] not in {"22", "23"} else type(exc).__name__
+    summary = type(exc).__name__ if _may_quote_data(exc.sqlstate) else _message(exc) or _readable_name(exc)
     match classify_sqlstate(exc.sqlstate):
         case ErrorAction.BISECT if writing:
             return RefusedByDatabase(exc.sqlstate)
@@ -250,9 +250,14 @@ def _of_worker(message: str, *, writing: bool) -> OrderlibError | None:
 
 def _reason(exc: Exception) -> str:
     """Return the server's last message, if there is one, as the end of a sentence."""
-    if isinstance(exc, psycopg.Error) and exc.sqlstate and exc.sqlstate[:2] not in {"22", "23"}:
+    if isinstance(exc, psycopg.Error) and exc.sqlstate and not _may_quote_data(exc.sqlstate):
         return f": {_message(exc) or _readable_name(exc)} ({exc.sqlstate})"
     return ""
+
+
+def _may_quote_data(sqlstate: str) -> bool:
+    """Return whether the message may have data of a row: PostgreSQL's own, or that of a trigger (P0, or any code)."""
+    return sqlstate[:2] in {"22", "23", "P0"} or not is_standard(sqlstate)
 
 
 def _message(exc: psycopg.Error) -> str:

@@ -72,6 +72,21 @@ def test_an_error_becomes_the_one_that_says_what_to_do_next(
     assert "secret" not in str(translated.value)
 
 
+@pytest.mark.parametrize("raised", ["P0001", "P0004", "45000", "ABCDE", "23514"])
+def test_the_message_of_a_trigger_is_not_repeated(raised: str) -> None:
+    """It may have data of the row. The server sends it as the answer, or before it ends the session."""
+    for severity in ("ERROR", "FATAL"):
+        info = dict.fromkeys(DiagnosticField) | {
+            DiagnosticField.MESSAGE_PRIMARY: b"the phone +9720000000 is blocked",
+            DiagnosticField.SQLSTATE: raised.encode(),
+            DiagnosticField.SEVERITY_NONLOCALIZED: severity.encode(),
+        }
+        error = psycopg.DatabaseError("", info=info)  # type: ignore[arg-type]  # as an unpickled error
+        translated = translate(error, writing=False)
+        assert "9720000000" not in str(translated)
+        assert (raised in str(translated)) == (severity == "ERROR")
+
+
 @pytest.mark.parametrize(
     ("message", "ours"),
     [
