@@ -17,15 +17,22 @@ from psycopg.abc import PQGen
 
 from orderlib.contract import fits_postgres
 from orderlib.errors import DatabaseUnavailable, OrderNotFound
+from orderlib.postgres.errors import sqlstates
 from orderlib.postgres.pool import Call
 from orderlib.postgres.reads import ReadQueries
 from orderlib.repository import require_type
 
 T = TypeVar("T")
 
+#: SQLSTATEs of an outage that may concern one order only: an error of the disk, too little memory for a result.
+_OF_ONE_ORDER = ("58", "53200")
+
 #: The longest wait for the read in flight. A read from memory is shorter: a longer one waits for the disk, where others
 #: can wait at the same time, or gets no answer.
 _MAX_WAIT_S = 0.005
+#: Turns of the event loop between two shared reads of digests. Meanwhile clients send their next requests, so the next
+#: read answers more of them. PostgreSQL is idle for that time, which for an order would cost more than it gains.
+_TURNS_BETWEEN_DIGESTS = 4
 #: How many orders a shared read returns at most, and how many items of each.
 _MAX_ORDERS = 64
 _MAX_ITEMS = 100
@@ -54,14 +61,17 @@ class SharedReads:
         self.orders = _CoalescedRead(
             read, ReadQueries.get_stored, lambda reads, order_uids: reads.get_many_stored(order_uids, _MAX_ITEMS)
         )
-        self.digests = _CoalescedRead(read, ReadQueries.content_sha256, ReadQueries.many_content_sha256)
+        self.digests = _CoalescedRead(
+            read, ReadQueries.content_sha256, ReadQueries.many_content_sha256, turns_between=_TURNS_BETWEEN_DIGESTS
+        )
 
 
 class _CoalescedRead(Generic[T]):
     """One kind of read. ``one`` reads one order, or raises OrderNotFound.
 
     ``many`` returns what it has read of several orders, by order_uid, without those that do not exist. ``None`` means
-    that this order must be read with ``one``.
+    that this order must be read with ``one``. After a shared read, the next one is sent ``turns_between`` turns of the
+    event loop later.
     """
 
     def __init__(
@@ -69,10 +79,12 @@ class _CoalescedRead(Generic[T]):
         read: _Read,
         one: Callable[[ReadQueries, str], PQGen[T]],
         many: Callable[[ReadQueries, list[str]], PQGen[dict[str, T | None]]],
+        turns_between: int = 0,
     ) -> None:
         self._read = read
         self._one = one
         self._many = many
+        self._turns_between = turns_between
         self._in_flight = 0
         self._waiters: list[_Waiter[T]] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -82,8 +94,8 @@ class _CoalescedRead(Generic[T]):
     async def get(self, order_uid: str, call: Call) -> T:
         """Return what is read of an order. Raises OrderNotFound.
 
-        If a shared read fails because of an outage, all its calls raise that. After any other error each call reads
-        its own order again.
+        If a shared read fails because of an outage, all its calls raise that. After an error that one order may have
+        caused, each call reads its own order again.
         """
         if not fits_postgres(require_type("order_uid", order_uid, str)):
             raise OrderNotFound(order_uid)
@@ -113,6 +125,12 @@ class _CoalescedRead(Generic[T]):
         if not self._in_flight:
             self._send()
 
+    def _end_read_after(self, turns: int) -> None:
+        if turns:
+            asyncio.get_running_loop().call_soon(self._end_read_after, turns - 1)
+        else:
+            self._end_read()
+
     def _send_all(self) -> None:
         while self._waiters:
             self._send()
@@ -136,9 +154,12 @@ class _CoalescedRead(Generic[T]):
         task.add_done_callback(functools.partial(self._on_result, group))
 
     def _on_result(self, group: Sequence[_Waiter[T]], task: asyncio.Task[dict[str, T | None]]) -> None:
-        """Pass the result of a read to its calls. The next group is sent first, so that PostgreSQL works meanwhile."""
+        """Pass the result of a read to its calls.
+
+        Without turns between, the next group is sent before, so that PostgreSQL works meanwhile.
+        """
         self._tasks.discard(task)
-        self._end_read()
+        self._end_read_after(self._turns_between)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         for waiter in group:
             if waiter.found.done():
@@ -148,7 +169,7 @@ class _CoalescedRead(Generic[T]):
                     waiter.found.set_result(task.result())
                 case asyncio.CancelledError():
                     waiter.found.cancel()
-                case DatabaseUnavailable():
+                case DatabaseUnavailable() if not _may_concern_one_order(error):
                     # A copy for each call, because each raise adds a traceback.
                     outage = copy.copy(error)
                     outage.__cause__ = error.__cause__
@@ -156,3 +177,7 @@ class _CoalescedRead(Generic[T]):
                 case _:
                     # One order may be the cause. Each call reads its own, and raises its own error.
                     waiter.found.set_result({waiter.order_uid: None})
+
+
+def _may_concern_one_order(error: BaseException) -> bool:
+    return any(sqlstate.startswith(_OF_ONE_ORDER) for sqlstate in sqlstates(error))

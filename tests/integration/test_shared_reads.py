@@ -16,7 +16,7 @@ import pytest
 import orderlib
 from orderlib import AsyncPostgresOrderRepository, DatabaseUnavailable, Order, OrderNotFound
 from orderlib.postgres.pool import Call
-from orderlib.postgres.shared_reads import _MAX_ITEMS, _MAX_ORDERS, SharedReads
+from orderlib.postgres.shared_reads import _MAX_ITEMS, _MAX_ORDERS, SharedReads, _CoalescedRead
 from orderlib.testing import SAMPLE
 from tests.support.databases import Database
 from tests.support.locking import locked
@@ -213,6 +213,31 @@ def test_an_outage_fails_every_read_of_a_group(stored: Database) -> None:
 
     with TcpProxy(stored.reader_url) as proxy:
         with_reader(proxy.url, ask)
+
+
+@pytest.mark.parametrize("cause", [psycopg.errors.IoError, psycopg.errors.OutOfMemory])
+def test_an_order_that_the_server_cannot_read_fails_only_its_own_read(cause: type[psycopg.Error]) -> None:
+    """Such an error of one page of a disk cannot be made here. It is an outage for whoever needs the page."""
+
+    async def ask() -> None:
+        first_ends = asyncio.Event()
+
+        async def read(wanted: Any, _call: object) -> Any:
+            if wanted(None) == ["first"]:
+                await first_ends.wait()
+            if "bad" in wanted(None):
+                raise DatabaseUnavailable("PostgreSQL: could not read a block") from cause()
+            return wanted(None)[0] if len(wanted(None)) == 1 else dict.fromkeys(wanted(None), "in a group")
+
+        shared: Any = _CoalescedRead(read, lambda _, uid: [uid], lambda _, uids: uids)  # type: ignore[arg-type, return-value]
+        tasks = [asyncio.create_task(shared.get(uid, None)) for uid in ("first", "good", "bad", "better")]
+        await asyncio.sleep(0)
+        first_ends.set()
+        first, good, bad, better = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [first, good, better] == ["first", "good", "better"]
+        assert isinstance(bad, DatabaseUnavailable)
+
+    asyncio.run(ask())
 
 
 def test_each_event_loop_keeps_its_shared_reads_until_it_ends() -> None:
