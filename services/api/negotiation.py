@@ -70,4 +70,7 @@ def known_etags(req: Request) -> Collection[str]:
     header = req.get_header("If-None-Match")
     if header is None or len(header) > _MAX_HEADER_LENGTH:
         return ()
-    return req.if_none_match or ()
+    if header.strip() == "*":
+        return ("*",)
+    # Falcon removes the quotes: a quoted star is the name of a version, and none has it.
+    return [etag for etag in req.if_none_match or () if etag != "*"]

@@ -56,15 +56,14 @@ class OrderResource:
         A single read ends in time by itself. Only a second one needs ``with_deadline``, which takes 3 % of a request.
         """
         with_meta = flag_parameter(req, "meta")
+        if req.params.get("view", "json") != "json":
+            raise bad_parameter("view", "json", "another text")
         if req.params.get("format") == "original":
             if with_meta:
                 raise bad_parameter("meta", "none with format=original", "one")
             await self._show_original(req, resp, order_uid)
             return
-        is_page = wants_page(req)
-        if req.params.get("view", "json") != "json":
-            raise bad_parameter("view", "json", "another text")
-        if is_page:
+        if wants_page(req):
             stored = await self._repository.get_stored(order_uid)
             req.context.log_fields["order_uid"] = order_uid
             if single_parameter(req, "view") == "json":

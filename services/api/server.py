@@ -71,6 +71,7 @@ _PRIVATE = {
     protocol.ASGIProtocol: (
         *("_arm_keepalive_timer", "_cancel_keepalive_timer", "_close_transport", "_is_websocket_upgrade"),
         *("_handle_http_request", "_keepalive_timeout", "_safe_write", "_send_error_response", "_serve_http_request"),
+        "_will_close",
     ),
 }
 
@@ -142,6 +143,11 @@ class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
         one does not.
         """
         return await self._handle_http_request(request, sockname, peername)
+
+    def _will_close(self, request: object, response_requires_close: bool) -> bool:
+        """Announce the end of the connection, too, if it ends because the body of the request has not arrived."""
+        receiver = self._body_receiver
+        return super()._will_close(request, response_requires_close) or not (receiver is None or receiver._complete)  # noqa: SLF001 - see above
 
     def _is_websocket_upgrade(self, request: object) -> bool:  # noqa: ARG002 - gunicorn's signature
         """Ignore the upgrade: the server has no websockets and may answer as plain HTTP (RFC 9110, 7.8)."""

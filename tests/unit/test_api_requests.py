@@ -351,6 +351,7 @@ def test_an_order_with_unknown_fields_is_returned_as_it_was_sent(application: Ap
     assert served.send(path, b"format=original", known).status == 304
     assert b"format=original" in served.send(path, b"", with_token((b"accept", b"text/html"))).body
     repository.save(attrs.evolve(ORDER, entry="other"))
+    assert served.send(path, b"format=original&view=page", known).status == 400
     missing = served.send(path, b"format=original", known)
     assert (missing.status, b"no unknown fields" in missing.body) == (404, True)
     assert b"format=original" not in served.send(path, b"", with_token((b"accept", b"text/html"))).body
