@@ -15,7 +15,7 @@ help:
 	@echo "make venv          install all dependencies into .venv; the other targets do this themselves"
 	@echo "make check         format, lint, types, architecture"
 	@echo "make coverage      run the tests and report the lines of library and programs that they miss"
-	@echo "make bench         run the benchmarks and print the figures as tables; uses wrk and go if they are installed"
+	@echo "make bench         run the benchmarks and print the figures as tables; needs wrk, and uses go if installed"
 	@echo "make bench-growth  measure ingest and GET while the tables grow to 10,000,000 orders; needs wrk and 40 GB of disk"
 	@echo "make docs          generate docs/reference.md from the docstrings"
 	@echo "make test-faults   the long fault tests, which make test leaves out (some minutes)"

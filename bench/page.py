@@ -32,11 +32,12 @@ TOPICS = {
 HEAD = """\
 # Figures
 
-Generated from the JSON files in this folder; do not edit it. `make bench` measures the same on your machine, and
-`python -m bench --write` replaces this page. Everything ran on one machine at the same time, PostgreSQL and Kafka
-included, and its speed varies. So compare ratios: both sides of a ratio were measured in turns, in one run. A ratio is
-the median of the ratios of all rounds, so it may differ from the ratio of the two figures. *Limit* is what orderlib
-should reach, *goal* what would be better.
+Generated from the JSON files in this folder; do not edit it. `make bench` and, for growth, `make bench-growth` measure
+the same on your machine. `python -m bench --write` replaces this page and all figures except those of growth; for
+growth, run `python -m bench.growth --write`, then `python -m bench --page`. Everything ran on one machine at the same
+time, PostgreSQL and Kafka included, and its speed varies. So compare ratios: both sides of a ratio were measured in
+turns, in one run. A ratio is the median of the ratios of all rounds, so it may differ from the ratio of the two
+figures. *Limit* is what orderlib should reach, *goal* what would be better.
 """
 
 WORDS = """\
@@ -51,8 +52,12 @@ WORDS = """\
   it the API has a worker for each core; elsewhere it has one.
 - *Uncached*: each request asks for a random order, without `If-None-Match`. All orders fit into `shared_buffers`.
 - *Fixed body*: the same server returns a constant response without a database.
-- *Handled*: how many orders the consumer handled per second at this load.
-- *Full speed*: 4,000 orders, two full batches, wait in Kafka at any time, and each order waits for those before it.
+- *Handled*: orders handled per second: those of the load, and the single ones whose latency is measured (20 to 40 a
+  second; at 1 order/s only these).
+- *Full speed*: for latency, 4,000 orders, two full batches, wait in Kafka at any time, and each order waits for those
+  before it. For *store*, the complete topic waits; the rest of the time the store waits for Python.
+- *Of that for …*: the difference to a database without this part. A negative value is noise. This was another run than
+  raw COPY under *Ingest*; do not compare the two.
 - *Smallest share*: how many orders the least busy consumer handled, compared with an even share.
 - *p50*, *p99*: 50 % or 99 % of the values are not greater; p50 is the median.
 - *Settings for the memory*: those of PostgreSQL that [Tune](../tune.md#postgresql) recommends, with

@@ -22,7 +22,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m services.admin",
         description="Set up and operate orderlib. A command fails if it cannot reach a server within "
         f"{REQUEST_TIMEOUT_S:g} s.",
-        epilog=EXIT_STATUSES,
+        epilog="topics, lag, offsets reset, offsets set-group and reconcile also need ORDERS_KAFKA_BOOTSTRAP_SERVERS "
+        f"and ORDERS_TOPIC. {EXIT_STATUSES}",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in (library_commands, distribute, topics, offsets, rejects, reconcile, drift, backfill, orders, export):
