@@ -1,6 +1,6 @@
 """Concurrent reads of single orders, or of their digests, share round trips.
 
-A read is sent at once if none is in flight. Reads that begin meanwhile are sent together when it ends: in one
+A read is sent at once if none is in flight. Reads that begin meanwhile are sent together after it: in one
 transaction, whose snapshot is taken after all of them have begun.
 """
 
@@ -30,9 +30,11 @@ _OF_ONE_ORDER = ("58", "53200")
 #: The longest wait for the read in flight. A read from memory is shorter: a longer one waits for the disk, where others
 #: can wait at the same time, or gets no answer.
 _MAX_WAIT_S = 0.005
-#: Turns of the event loop between two shared reads of digests. Meanwhile clients send their next requests, so the next
-#: read answers more of them. PostgreSQL is idle for that time, which for an order would cost more than it gains.
-_TURNS_BETWEEN_DIGESTS = 4
+#: Turns of the event loop between two shared reads, if fewer calls wait than are enough. Meanwhile clients get their
+#: results and send their next requests. So the next read answers more of them, which saves more than PostgreSQL loses
+#: while it is idle.
+_TURNS_BETWEEN = 4
+_ENOUGH_WAITERS = 16
 #: How many orders a shared read returns at most, and how many items of each.
 _MAX_ORDERS = 64
 _MAX_ITEMS = 100
@@ -61,17 +63,14 @@ class SharedReads:
         self.orders = _CoalescedRead(
             read, ReadQueries.get_stored, lambda reads, order_uids: reads.get_many_stored(order_uids, _MAX_ITEMS)
         )
-        self.digests = _CoalescedRead(
-            read, ReadQueries.content_sha256, ReadQueries.many_content_sha256, turns_between=_TURNS_BETWEEN_DIGESTS
-        )
+        self.digests = _CoalescedRead(read, ReadQueries.content_sha256, ReadQueries.many_content_sha256)
 
 
 class _CoalescedRead(Generic[T]):
     """One kind of read. ``one`` reads one order, or raises OrderNotFound.
 
     ``many`` returns what it has read of several orders, by order_uid, without those that do not exist. ``None`` means
-    that this order must be read with ``one``. After a shared read, the next one is sent ``turns_between`` turns of the
-    event loop later.
+    that this order must be read with ``one``.
     """
 
     def __init__(
@@ -79,12 +78,10 @@ class _CoalescedRead(Generic[T]):
         read: _Read,
         one: Callable[[ReadQueries, str], PQGen[T]],
         many: Callable[[ReadQueries, list[str]], PQGen[dict[str, T | None]]],
-        turns_between: int = 0,
     ) -> None:
         self._read = read
         self._one = one
         self._many = many
-        self._turns_between = turns_between
         self._in_flight = 0
         self._waiters: list[_Waiter[T]] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -154,12 +151,9 @@ class _CoalescedRead(Generic[T]):
         task.add_done_callback(functools.partial(self._on_result, group))
 
     def _on_result(self, group: Sequence[_Waiter[T]], task: asyncio.Task[dict[str, T | None]]) -> None:
-        """Pass the result of a read to its calls.
-
-        Without turns between, the next group is sent before, so that PostgreSQL works meanwhile.
-        """
+        """Pass the result of a read to its calls."""
         self._tasks.discard(task)
-        self._end_read_after(self._turns_between)
+        self._end_read_after(_TURNS_BETWEEN if len(self._waiters) < _ENOUGH_WAITERS else 0)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         for waiter in group:
             if waiter.found.done():
