@@ -32,6 +32,7 @@ from services.kafka_errors import (
     CONNECTION_ERRORS,
     NO_TOPIC,
     SSL_ERROR,
+    TIMED_OUT,
     KafkaErrorAction,
     classify_kafka_error,
     translate_kafka_error,
@@ -60,9 +61,6 @@ _NEW_TOPIC_S = 2.0
 
 #: How often librdkafka's errors are polled while a request waits.
 _POLL_S = 0.1
-
-#: The error of a request that no broker answered.
-_NO_ANSWER = KafkaError(KafkaError._TIMED_OUT)  # noqa: SLF001 - librdkafka's own codes have these names
 
 #: The id that a broker without topic ids reports for every topic.
 NO_TOPIC_ID = "A" * 22
@@ -331,7 +329,7 @@ def _answered(future: Future[ListOffsetsResultInfo]) -> Future[ListOffsetsResult
         if (error := done.exception()) is not None:
             answered.set_exception(error)
         elif done.result().offset == OFFSET_INVALID:
-            answered.set_exception(KafkaException(_NO_ANSWER))
+            answered.set_exception(KafkaException(KafkaError(TIMED_OUT)))
         else:
             answered.set_result(done.result())
 

@@ -44,11 +44,10 @@ NO_GROUP_ACL = _code("GROUP_AUTHORIZATION_FAILED")
 NO_TOPIC_ACL = _code("TOPIC_AUTHORIZATION_FAILED")
 OFFSET_LOST = _code("_AUTO_OFFSET_RESET")
 SSL_ERROR = _code("_SSL")
+TIMED_OUT = _code("_TIMED_OUT")
 NO_TOPIC = frozenset({_code("UNKNOWN_TOPIC_OR_PART"), _code("_UNKNOWN_TOPIC")})
 #: Reported for a connection. They name the cause of an outage, or the setting that is wrong.
-CONNECTION_ERRORS = frozenset(
-    {_code("_AUTHENTICATION"), _code("_SSL"), _code("_TRANSPORT"), _code("_RESOLVE"), _code("_TIMED_OUT")}
-)
+CONNECTION_ERRORS = frozenset({_code("_AUTHENTICATION"), SSL_ERROR, _code("_TRANSPORT"), _code("_RESOLVE"), TIMED_OUT})
 
 _NAMES: dict[KafkaErrorAction, tuple[str, ...]] = {
     KafkaErrorAction.NONE: (

@@ -145,9 +145,10 @@ class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
         return await self._handle_http_request(request, sockname, peername)
 
     def _will_close(self, request: object, response_requires_close: bool) -> bool:
-        """Announce the end of the connection, too, if it ends because the body of the request has not arrived."""
+        """Announce also that the connection ends because the body of the request has not arrived."""
         receiver = self._body_receiver
-        return super()._will_close(request, response_requires_close) or not (receiver is None or receiver._complete)  # noqa: SLF001 - see above
+        lacks_body = receiver is not None and not receiver._complete  # noqa: SLF001 - DESIGN.md lists it
+        return lacks_body or super()._will_close(request, response_requires_close)
 
     def _is_websocket_upgrade(self, request: object) -> bool:  # noqa: ARG002 - gunicorn's signature
         """Ignore the upgrade: the server has no websockets and may answer as plain HTTP (RFC 9110, 7.8)."""

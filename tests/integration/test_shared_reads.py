@@ -217,7 +217,7 @@ def test_an_outage_fails_every_read_of_a_group(stored: Database) -> None:
 
 @pytest.mark.parametrize("cause", [psycopg.errors.IoError, psycopg.errors.OutOfMemory])
 def test_an_order_that_the_server_cannot_read_fails_only_its_own_read(cause: type[psycopg.Error]) -> None:
-    """Such an error of one page of a disk cannot be made here. It is an outage for whoever needs the page."""
+    """PostgreSQL reports it as an outage. A test cannot damage one page of a disk, so the reads are simulated."""
 
     async def ask() -> None:
         first_ends = asyncio.Event()
