@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -37,7 +38,7 @@ from services.api.app import ROUTES, create_app
 from services.api.asgi import API_CONNECTIONS
 from services.api.auth import AuthMiddleware
 from services.api.metrics import ApiMetrics
-from services.api.request_metrics import RequestMetricsMiddleware
+from services.api.request_metrics import RequestMetricsMiddleware, make_request_id
 from services.api.server import Server, listen
 from services.program import set_up_logging
 from services.settings import Address, ApiSettings
@@ -141,9 +142,9 @@ class _SyncMiddleware:
         _run_without_waiting(self._auth.process_request(req, resp))
 
     def process_response(
-        self, req: falcon.Request, resp: falcon.Response, resource: object, req_succeeded: bool
+        self, req: falcon.Request, resp: falcon.Response, _resource: object, _req_succeeded: bool
     ) -> None:
-        _run_without_waiting(self._metrics.process_response(req, resp, resource, req_succeeded))
+        self._metrics.log_and_count([(req, resp.status_code, time.perf_counter() - req.context.started)])
 
 
 class _SyncOrder:
@@ -166,10 +167,6 @@ class _SyncHello:
         resp.data, resp.content_type = BODY, falcon.MEDIA_JSON
 
 
-def _make_id() -> str:
-    return os.urandom(16).hex()
-
-
 def build(application: str) -> Any:
     """Create an application from the settings in the environment."""
     set_up_logging(open(os.devnull, "w"))  # noqa: PTH123, SIM115 - it stays open until the process ends
@@ -182,7 +179,7 @@ def build(application: str) -> Any:
     url = settings.reader_url
     if application.startswith("wsgi"):
         wsgi = falcon.App(
-            middleware=_SyncMiddleware(RequestMetricsMiddleware(metrics, _make_id), AuthMiddleware(settings))
+            middleware=_SyncMiddleware(RequestMetricsMiddleware(metrics, make_request_id), AuthMiddleware(settings))
         )
         wsgi.add_route("/orders/{order_uid}", _SyncOrder(url))
         wsgi.add_route("/hello", _SyncHello())
@@ -193,7 +190,7 @@ def build(application: str) -> Any:
         "four-queries-own-driver": FourQueriesOwnDriverRepository,
     }
     repository = repositories.get(application, connect_async)(url)
-    app = create_app(repository, settings, metrics, _make_id)
+    app = create_app(repository, settings, metrics, make_request_id)
     app.add_route("/hello", Hello())
     return app
 

@@ -9,9 +9,10 @@ import contextlib
 import datetime as dt
 import logging
 import os
+import select
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TextIO
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NoReturn, TextIO
 
 import msgspec
 import structlog
@@ -20,20 +21,30 @@ from structlog.typing import EventDict, Processor
 from orderlib.entry_point import run, set_up_streams
 from services.settings import misspelt_settings
 
+#: The level, name and fields of an event.
+Event = tuple[int, str, Mapping[str, object]]
 
-def _write_with_structlog(level: int, name: str, fields: Mapping[str, Any]) -> None:
-    structlog.get_logger().log(level, name, **fields)
+
+def _write_with_structlog(events: Iterable[Event]) -> None:
+    for level, name, fields in events:
+        structlog.get_logger().log(level, name, **fields)
 
 
-#: Writes an event. ``set_up_logging`` chooses it.
-_write: Callable[[int, str, Mapping[str, Any]], None] = _write_with_structlog
+#: Writes events. ``set_up_logging`` chooses it.
+_write: Callable[[Iterable[Event]], None] = _write_with_structlog
 
 _encoder = msgspec.json.Encoder(enc_hook=str)
+_LEVEL_NAMES = {level: name.lower() for name, level in logging.getLevelNamesMapping().items()}
 
 
 def event(name: str, level: int = logging.INFO, **fields: object) -> None:
     """Log a fixed event with its fields. Fields carry positions, order_uids, counts and codes; never personal data."""
-    _write(level, name, fields)
+    _write([(level, name, fields)])
+
+
+def log_events(events: Iterable[Event]) -> None:
+    """Log several events at once, which takes less time than one after another."""
+    _write(events)
 
 
 class _LineHandler(logging.StreamHandler[TextIO]):
@@ -44,10 +55,15 @@ class _LineHandler(logging.StreamHandler[TextIO]):
     """
 
     def write_line(self, line: str) -> None:
+        self.write_lines([line])
+
+    def write_lines(self, lines: Iterable[str]) -> None:
+        """Write lines, several at once if a pipe takes them without lines of other processes in between."""
         self.acquire()
         try:
-            self.stream.write(line + "\n")
-            self.stream.flush()
+            for text in _join_lines(lines, select.PIPE_BUF):
+                self.stream.write(text)
+                self.stream.flush()
         except (OSError, ValueError):
             pass
         finally:
@@ -108,20 +124,36 @@ def set_up_logging(stream: TextIO | None = None, level: int = logging.INFO) -> N
         _write = _json_writer(handler, level)
 
 
-def _json_writer(handler: _LineHandler, min_level: int) -> Callable[[int, str, Mapping[str, Any]], None]:
+def _json_writer(handler: _LineHandler, min_level: int) -> Callable[[Iterable[Event]], None]:
     """Return what writes events as lines of JSON. structlog takes twice as long, and the API logs each request."""
 
-    def write(level: int, name: str, fields: Mapping[str, Any]) -> None:
-        if level >= min_level:
-            handler.write_line(_json_line(logging.getLevelName(level).lower(), name, fields))
+    def write(events: Iterable[Event]) -> None:
+        now = dt.datetime.now(dt.UTC)
+        handler.write_lines(
+            _json_line(now, _LEVEL_NAMES[level], name, fields) for level, name, fields in events if level >= min_level
+        )
 
     return write
 
 
+def _join_lines(lines: Iterable[str], max_chars: int) -> Iterator[str]:
+    """Yield the lines, joined to texts of at most ``max_chars``. A longer line is a text of its own."""
+    joined: list[str] = []
+    chars = 0
+    for line in lines:
+        chars += len(line) + 1
+        if joined and chars > max_chars:
+            yield "\n".join(joined) + "\n"
+            joined, chars = [], len(line) + 1
+        joined.append(line)
+    if joined:
+        yield "\n".join(joined) + "\n"
+
+
 def _render_json(_logger: object, level_name: str, fields: EventDict) -> str:
     """Render a line of ``logging``, as a processor of structlog."""
-    return _json_line(level_name, fields.pop("event"), fields)
+    return _json_line(dt.datetime.now(dt.UTC), level_name, fields.pop("event"), fields)
 
 
-def _json_line(level_name: str, name: object, fields: Mapping[str, object]) -> str:
-    return _encoder.encode({"time": dt.datetime.now(dt.UTC), "level": level_name, "event": name, **fields}).decode()
+def _json_line(time: dt.datetime, level_name: str, name: object, fields: Mapping[str, object]) -> str:
+    return _encoder.encode({"time": time, "level": level_name, "event": name, **fields}).decode()

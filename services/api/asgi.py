@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from orderlib.postgres.pool import Pool
 from orderlib.postgres.rejects import AsyncPostgresOrderAndRejectRepository
 from services.api.app import Api, Receive, Scope, Send, create_app, create_metrics_app
 from services.api.metrics import ApiMetrics
+from services.api.request_metrics import make_request_id
 from services.settings import ApiSettings
 
 APPLICATION_NAME = "orderlib-api"
@@ -52,9 +52,11 @@ def build(settings: ApiSettings, metrics: ApiMetrics) -> AddressRouter:
     repository = AsyncPostgresOrderAndRejectRepository(_pool(settings, API_CONNECTIONS))
     # Requests that wait for a connection must not make the service report that it is not ready.
     health_repository = AsyncPostgresOrderRepository(_pool(settings, HEALTH_CONNECTIONS))
-    api = create_app(repository, settings, metrics, _new_id, health_repository)
+    api = create_app(repository, settings, metrics, make_request_id, health_repository)
     api.add_middleware(_CloseRepositories(repository, health_repository))
-    return AddressRouter(api, create_metrics_app(health_repository, metrics, _new_id), settings.metrics_bind.port)
+    return AddressRouter(
+        api, create_metrics_app(health_repository, metrics, make_request_id), settings.metrics_bind.port
+    )
 
 
 def _pool(settings: ApiSettings, max_connections: int) -> Pool:
@@ -65,7 +67,3 @@ def _pool(settings: ApiSettings, max_connections: int) -> Pool:
         timeout_s=4.0,
         connection_timeout_s=1.5,
     )
-
-
-def _new_id() -> str:
-    return os.urandom(16).hex()

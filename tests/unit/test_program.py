@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ import structlog
 from orderlib import ConfigurationError, DatabaseUnavailable, OrderlibError, RefusedByDatabase
 from orderlib.entry_point import run
 from services import program
-from services.program import event, set_up_logging
+from services.program import event, log_events, set_up_logging
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,6 +123,38 @@ def test_events_below_the_level_are_not_written() -> None:
     event("hidden")
     event("shown", logging.ERROR)
     assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["shown"]
+
+
+def test_several_events_are_written_together_as_far_as_a_pipe_keeps_them_whole() -> None:
+    class Parts(io.StringIO):
+        """A stream that remembers the parts that were written."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts: list[str] = []
+
+        def write(self, text: str) -> int:
+            self.parts.append(text)
+            return super().write(text)
+
+    stream = Parts()
+    set_up_logging(stream)
+    notes = ["a" * 100] * 100 + ["b" * select.PIPE_BUF] + ["c"]
+    log_events((logging.INFO, "request", {"number": number, "note": note}) for number, note in enumerate(notes))
+    logged = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(found["number"], found["note"]) for found in logged] == list(enumerate(notes))
+    assert len(stream.parts) < 10
+    assert all(part.endswith("\n") for part in stream.parts)
+    assert [part.count("\n") for part in stream.parts if len(part) > select.PIPE_BUF] == [1]
+
+
+def test_several_events_are_lines_on_a_terminal_too() -> None:
+    stream = Terminal()
+    set_up_logging(stream)
+    log_events([(logging.INFO, "first", {}), (logging.WARNING, "second", {"partition": 3})])
+    first, second = stream.getvalue().splitlines()
+    assert "[info     ] first" in first
+    assert re.search(r"\[warning  \] second +partition=3$", second)
 
 
 def test_a_line_that_cannot_be_written_is_lost_and_raises_nothing() -> None:
