@@ -229,17 +229,33 @@ def test_an_idle_connection_is_kept_as_long_as_its_setting_says(stored: Database
         except TimeoutError:
             return False
 
-    by_default = settings_for(stored.reader_url)
     with (
-        serving(by_default) as long,
-        serving({**by_default, "ORDERS_API_KEEPALIVE_S": "1"}) as short,
+        serving(settings_for(stored.reader_url)) as long,
+        TcpProxy(stored.reader_url) as wire,
+        serving(settings_for(wire.url, ORDERS_API_KEEPALIVE_S="1")) as short,
         clients(long, 1, ANSWERED) as [kept],
         clients(short, 1, ANSWERED) as [closed],
     ):
         assert kept.recv(65536).startswith(b"HTTP/1.1 200")
         assert closed.recv(65536).startswith(b"HTTP/1.1 200")
-        assert is_closed(closed, 10)
+        assert is_closed(closed, 5)
         assert not is_closed(kept, 2.5)
+        # Each request begins the time anew.
+        used = http.client.HTTPConnection(short.address, timeout=20)
+        for _ in range(4):
+            used.request("GET", "/livez")
+            assert used.getresponse().read() is not None
+            assert not is_closed(used.sock, 0.6)
+        # While a request is being answered, the connection is not idle.
+        used.request("GET", PATH)
+        assert used.getresponse().read() == orderlib.encode_order(SAMPLE)
+        wire.freeze()
+        used.request("GET", PATH)
+        assert not is_closed(used.sock, 1.5)
+        wire.thaw()
+        assert used.getresponse().read() == orderlib.encode_order(SAMPLE)
+        assert is_closed(used.sock, 5)
+        used.close()
 
 
 UNREADABLE = {
