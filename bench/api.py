@@ -1,14 +1,14 @@
 """Measure the API beside other applications and servers: ``python -m bench.api``.
 
-Each round starts every variant once, in a new process. A figure is the median of the rounds. Requests choose orders at
-random, so no response is cached; all orders fit into PostgreSQL's shared buffers. The benchmark starts the PostgreSQL
-that it uses and needs ``wrk`` on PATH. Variants that need granian or uvloop are left out if it is not installed.
+Each round starts every variant in a new process and loads them in turns, so that all meet the same changes of the
+machine. A figure is the median of all turns. Requests choose orders at random, so no response is cached; all orders fit
+into PostgreSQL's shared buffers. The benchmark starts the PostgreSQL that it uses and needs ``wrk`` on PATH. Variants
+that need granian or uvloop are left out if it is not installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import random
 import re
@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import attrs
 import psutil
@@ -35,6 +35,7 @@ from sandbox.server import free_port
 
 ORDERS = 20_000
 CONNECTIONS = (1, 16)
+WARM_UP_S = 1
 
 UNCACHED = "GET, uncached"
 FOUR_QUERIES = "GET, four queries"
@@ -102,7 +103,8 @@ def main() -> None:
     """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.api", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the measurement (%(default)s)")
-    parser.add_argument("--seconds", type=int, default=3, help="duration of each measurement (%(default)s)")
+    parser.add_argument("--turns", type=int, default=7, help="measurements of each variant in a round (%(default)s)")
+    parser.add_argument("--seconds", type=int, default=1, help="duration of each measurement (%(default)s)")
     parser.add_argument("--only", default="", help="measure only the variants that have this text in their name")
     add_write_option(parser)
     options = parser.parse_args()
@@ -114,29 +116,49 @@ def main() -> None:
 
 
 def measure(environ: Mapping[str, str], options: argparse.Namespace) -> dict[tuple[str, int], list[WrkResult]]:
-    """Measure every variant with the PostgreSQL of this environment. Return the results of its rounds."""
+    """Measure every variant with the PostgreSQL of this environment. Return the results of all turns."""
     prepare(environ)
     results: dict[tuple[str, int], list[WrkResult]] = {}
     variants = [variant for variant in VARIANTS if options.only in variant.name and variant.is_installed]
-    for _ in range(options.rounds):
-        for variant in variants:
-            with serving(environ, variant) as (port, process):
-                for connections in CONNECTIONS:
-                    result = run_wrk(port, process, REQUESTS[variant.requests], connections, options.seconds)
-                    results.setdefault((variant.name, connections), []).append(result)
-                    print(f"{variant.name}, {connections} connections: {result.per_s:,.0f}/s", file=sys.stderr)
+    for number in range(options.rounds):
+        print(f"bench: the API, round {number + 1} of {options.rounds}", file=sys.stderr)
+        servers = [(variant.name, REQUESTS[variant.requests], serving(environ, variant)) for variant in variants]
+        measure_in_turns(servers, CONNECTIONS, options.turns, options.seconds, results)
     return results
 
 
+def measure_in_turns(
+    servers: Sequence[tuple[str, str, AbstractContextManager[tuple[int, psutil.Process]]]],
+    connections: Sequence[int],
+    turns: int,
+    seconds: int,
+    results: dict[tuple[str, int], list[WrkResult]],
+) -> None:
+    """Start the servers, each with its name and a Lua script of requests, and load one after another, in several turns.
+
+    Add the results by name and number of connections.
+    """
+    with ExitStack() as stack:
+        running = [(name, requests, *stack.enter_context(server)) for name, requests, server in servers]
+        for _, requests, port, process in running:
+            run_wrk(port, process, requests, max(connections), WARM_UP_S)
+        for _ in range(turns):
+            for count in connections:
+                for name, requests, port, process in running:
+                    result = run_wrk(port, process, requests, count, seconds)
+                    results.setdefault((name, count), []).append(result)
+                    print(f"bench: {name}, {_count(count)}: {result.per_s:,.0f}/s", file=sys.stderr)
+
+
 def figures(results: Mapping[tuple[str, int], list[WrkResult]]) -> Iterator[Figure]:
-    """Yield the ratios, each as the median of those of the rounds, then the median of each value."""
+    """Yield the ratios, each as the median of those of the turns, then the median of each value."""
 
     def ratio(
-        name: str, connections: int, variants: tuple[str, ...], of_round: Callable[..., float], **limits: float
+        name: str, connections: int, variants: tuple[str, ...], of_turn: Callable[..., float], **limits: float
     ) -> Iterator[Figure]:
-        rounds = [results.get((variant, connections), []) for variant in variants]
-        if all(rounds):
-            value = statistics.median(of_round(*same_round) for same_round in zip(*rounds, strict=True))
+        turns = [results.get((variant, connections), []) for variant in variants]
+        if all(turns):
+            value = statistics.median(of_turn(*same_turn) for same_turn in zip(*turns, strict=True))
             yield Figure(f"{name}, {_count(connections)}", value, "×", **limits)
 
     for connections in CONNECTIONS:
@@ -160,12 +182,12 @@ def figures(results: Mapping[tuple[str, int], list[WrkResult]]) -> Iterator[Figu
         at_most=0.15,
         goal=0.1,
     )
-    for (name, connections), rounds in results.items():
+    for (name, connections), turns in results.items():
         prefix = f"{name}, {_count(connections)}"
-        yield Figure(prefix, statistics.median(result.per_s for result in rounds), "/s")
-        yield Figure(f"{prefix}, p50", statistics.median(result.p50_ms for result in rounds), "ms")
-        yield Figure(f"{prefix}, p99", statistics.median(result.p99_ms for result in rounds), "ms")
-        yield Figure(f"{prefix}, CPU of the server", statistics.median(result.cpu_us for result in rounds), "µs")
+        yield Figure(prefix, statistics.median(result.per_s for result in turns), "/s")
+        yield Figure(f"{prefix}, p50", statistics.median(result.p50_ms for result in turns), "ms")
+        yield Figure(f"{prefix}, p99", statistics.median(result.p99_ms for result in turns), "ms")
+        yield Figure(f"{prefix}, CPU of the server", statistics.median(result.cpu_us for result in turns), "µs")
 
 
 def _count(connections: int) -> str:
@@ -224,11 +246,9 @@ def listening(port: int, command: list[str], environ: Mapping[str, str]) -> Iter
 
 
 def run_wrk(port: int, process: psutil.Process, requests: str, connections: int, seconds: int) -> WrkResult:
-    """Load the server with wrk for this time, after one second to warm up. ``requests`` is a Lua script."""
-    run_wrk_once = functools.partial(_run_wrk_once, requests, connections, f"http://127.0.0.1:{port}")
-    run_wrk_once(1)
+    """Load the server with wrk for this time. ``requests`` is a Lua script."""
     cpu_s = _cpu_s(process)
-    text = run_wrk_once(seconds)
+    text = _run_wrk_once(requests, connections, f"http://127.0.0.1:{port}", seconds)
     cpu_s = _cpu_s(process) - cpu_s
     found = re.search(r"(\d+) requests in .*Requests/sec:\s+([\d.]+)", text, re.DOTALL)
     assert found, text

@@ -1,7 +1,7 @@
 """Measure ingest and GET beside the Go way: ``python -m bench.go``.
 
 The Go way is the service in ``bench/go_way``: kafka-go, one transaction per order with one INSERT per row, and four
-SELECTs per read. Each round measures both, one after another, on servers that the benchmark starts. It needs ``go`` and
+SELECTs per read. Each round measures both, reads in turns, on servers that the benchmark starts. It needs ``go`` and
 ``wrk`` on PATH; Go's modules come from the module proxy.
 """
 
@@ -27,7 +27,7 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 import orderlib
-from bench.api import REQUESTS, UNCACHED, VARIANTS, WrkResult, listening, prepare, run_wrk, serving
+from bench.api import REQUESTS, UNCACHED, VARIANTS, WrkResult, listening, measure_in_turns, prepare, serving
 from bench.ingest import IngestBench, admin, produce, utc_now, wait
 from bench.report import Figure, add_write_option, publish
 from bench.servers import benchmark_servers
@@ -124,19 +124,16 @@ def reads(go_way: GoWay, environ: Mapping[str, str], options: argparse.Namespace
     [variant] = [variant for variant in VARIANTS if variant.name == UNCACHED]
     results: dict[tuple[str, int], list[WrkResult]] = {}
     for _ in range(options.rounds):
-        for name, server in (("GET", serving(environ, variant)), (GET_OF_GO, go_way.serving())):
-            with server as (port, process):
-                for connections in CONNECTIONS:
-                    result = run_wrk(port, process, REQUESTS[variant.requests], connections, options.seconds)
-                    results.setdefault((name, connections), []).append(result)
-                    print(f"bench: {name}, {connections} connections: {result.per_s:,.0f}/s", file=sys.stderr)
+        requests = REQUESTS[variant.requests]
+        servers = [("GET", requests, serving(environ, variant)), (GET_OF_GO, requests, go_way.serving())]
+        measure_in_turns(servers, CONNECTIONS, options.turns, options.seconds, results)
     for connections in CONNECTIONS:
         pairs = zip(results["GET", connections], results[GET_OF_GO, connections], strict=True)
         ratio = statistics.median(orderlib_run.per_s / go_run.per_s for orderlib_run, go_run in pairs)
         yield Figure(f"GET / the Go way, {connections} connections", ratio, "×", at_least=3.5, goal=5)
-    for (name, connections), rounds in results.items():
-        yield Figure(f"{name}, {connections} connections", statistics.median(each.per_s for each in rounds), "/s")
-        yield Figure(f"{name}, {connections} connections, p99", statistics.median(each.p99_ms for each in rounds), "ms")
+    for (name, connections), turns in results.items():
+        yield Figure(f"{name}, {connections} connections", statistics.median(each.per_s for each in turns), "/s")
+        yield Figure(f"{name}, {connections} connections, p99", statistics.median(each.p99_ms for each in turns), "ms")
 
 
 def ingest(go_way: GoWay, bench: IngestBench, rounds: int) -> Iterator[Figure]:
@@ -173,7 +170,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.go", description=__doc__)
     parser.add_argument("--count", type=int, default=50_000, help="orders in the topic (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each measurement (%(default)s)")
-    parser.add_argument("--seconds", type=int, default=3, help="duration of each measurement of GET (%(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="measurements of GET in a round (%(default)s)")
+    parser.add_argument("--seconds", type=int, default=1, help="duration of each measurement of GET (%(default)s)")
     add_write_option(parser)
     options = parser.parse_args()
     if missing := [name for name in ("go", "wrk") if shutil.which(name) is None]:
