@@ -149,7 +149,7 @@ def test_clients_that_do_not_read_delay_no_other_client(api: Service) -> None:
     request = b"GET /orders?limit=100 HTTP/1.1\r\nHost: localhost\r\n\r\n"
     before = len(api.events("request"))
     with clients(api, 50, request):
-        wait_for(lambda: len(api.events("request")) == before + 50, 15)
+        wait_for(lambda: len(api.events("request")) >= before + 50, 15)
         assert max(api.get(PATH).seconds for _ in range(30)) < 1
 
 
@@ -295,7 +295,7 @@ def test_invalid_http_gets_a_problem_a_log_line_and_a_count(api: Service, sent: 
     assert answer.status == UNREADABLE[sent]
     assert_promised(answer)
     assert answer.headers["Connection"] == "close"
-    [line] = [told for told in api.events("request") if told["request_id"] == answer.headers["X-Request-Id"]]
+    line = api.line_of(answer)
     assert (line["route"], line["status"]) == ("unreadable", answer.status)
     assert counted() == before + 1
 

@@ -148,6 +148,8 @@ def shell_script(page_blocks: list[Block], api_port: int) -> Iterator[str]:
     yield "set -eu; trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"
     for block in page_blocks:
         text = block.text.replace("127.0.0.1:8080", f"127.0.0.1:{api_port}")
+        # The lines of its log could be in the middle of a line of output.
+        text = text.replace("services.api &", "services.api 2>/dev/null &")
         match block.language:
             case "sh":
                 yield text
@@ -155,7 +157,7 @@ def shell_script(page_blocks: list[Block], api_port: int) -> Iterator[str]:
                 yield f"python - <<'END_OF_PROGRAM'\n{text}END_OF_PROGRAM"
             case _:
                 continue
-        if "services.api &" in text:
+        if "services.api &" in block.text:
             yield f"until (exec 3<>/dev/tcp/127.0.0.1/{api_port}) 2>/dev/null; do sleep 0.05; done"
         yield f"echo '{END_OF_BLOCK}'"
 

@@ -76,6 +76,16 @@ class Service:
         events = [json.loads(line) for line in lines]
         return [event for event in events if name in (None, event["event"])]
 
+    def line_of(self, answer: Answer) -> dict[str, Any]:
+        """Return the event of an answered request, which is logged just after the answer."""
+
+        def lines() -> list[dict[str, Any]]:
+            return [event for event in self.events("request") if event["request_id"] == answer.headers["X-Request-Id"]]
+
+        wait_for(lambda: bool(lines()), 5)
+        [line] = lines()
+        return line
+
     def get(
         self,
         path: str,
