@@ -8,6 +8,7 @@ import logging
 import operator
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar, cast
@@ -117,6 +118,8 @@ class Cluster:
         #: When an error first showed a wrong setting since the last answer, by the monotonic clock.
         self._setting_error_since_s: float | None = None
         self.admin = self._new_client(self.on_error)
+        #: Replaced clients, whose requests may still wait.
+        self._replaced: deque[AdminClient] = deque(maxlen=3)
 
     def _new_client(self, on_error: Callable[[KafkaError], object]) -> AdminClient:
         properties: dict[str, Any] = {**ADMIN_DEFAULTS, **self._settings.client_properties(), "error_cb": on_error}
@@ -138,7 +141,7 @@ class Cluster:
         A longer timeout allows extra connections to find the cause.
         """
         began_s = time.monotonic()
-        find_brokers_at_s, check_settings_at_s = _FIND_BROKERS_EVERY_S, _PERSISTS_S
+        find_brokers_at_s, check_settings_at_s, checked_client = _FIND_BROKERS_EVERY_S, _PERSISTS_S, False
         while True:
             self.admin.poll(0)
             try:
@@ -154,6 +157,9 @@ class Cluster:
                     check_settings_at_s = waited_s + _CHECK_SETTINGS_EVERY_S
                     self._check_protocol()
                     self._check_settings()
+                    if not checked_client and self._replace_client():
+                        raise self._no_answer(round(waited_s, 1)) from None
+                    checked_client = True
             except KafkaException as exc:
                 if exc.args[0].code() in CONNECTION_ERRORS:
                     raise self._unanswered(timeout_s) from exc
@@ -172,8 +178,22 @@ class Cluster:
         for another one only after minutes, although the others answer. They name the lost broker, too, until the
         cluster has noticed its loss.
         """
-        with contextlib.suppress(KafkaException):
-            self.admin.list_topics(timeout=_FIND_BROKERS_S)
+        _gets_answer(self.admin, _FIND_BROKERS_S)
+
+    def _replace_client(self) -> bool:
+        """Replace the client if it finds no broker although a new one does. Return whether it was replaced.
+
+        After an answer that names no broker, librdkafka (2.16) may forget all brokers for ever, also those of its
+        settings. Kafka answers so while it has fenced its brokers, for example after a pause of their machine.
+        """
+        if _gets_answer(self.admin, _FIND_BROKERS_S):
+            return False
+        client = self._new_client(self.on_error)
+        if not _gets_answer(client, _NEW_CLIENT_S):
+            return False
+        self._replaced.append(self.admin)
+        self.admin = client
+        return True
 
     def unavailable_error(self) -> OrderlibError:
         """Return the error for a request without an answer, with the cause that librdkafka reported."""
@@ -317,6 +337,15 @@ class Cluster:
                 )
 
 
+def _gets_answer(client: AdminClient, timeout_s: float) -> bool:
+    """Return whether any broker answers this client in time."""
+    try:
+        client.list_topics(timeout=timeout_s)
+    except KafkaException:
+        return False
+    return True
+
+
 def _answered(future: Future[ListOffsetsResultInfo]) -> Future[ListOffsetsResultInfo]:
     """Return a future that fails if the leader of the partition did not answer.
 
@@ -345,8 +374,8 @@ def _shows_wrong_setting(error: KafkaError) -> bool:
 def _repeat(request: Callable[[], T]) -> T:
     """Return the result of a request; repeat it while brokers refuse it in a state that ends by itself.
 
-    Examples are a partition without a leader, and a topic that was just created. A request without an answer has
-    waited for its whole timeout, and is not repeated.
+    Examples are a partition without a leader, and a topic that was just created. A request that has waited for its
+    whole timeout is not repeated.
     """
     began_s = time.monotonic()
     while True:

@@ -8,7 +8,9 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from typing import Any
 
+import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message
 from confluent_kafka import TopicPartition as KafkaPartition
 from confluent_kafka.admin import TopicDescription
@@ -51,6 +53,24 @@ _CLASSIC_GROUP = {
 _QUEUE_KIB = 2 * 1024
 #: One request of librdkafka fetches at most this number of bytes of a partition.
 _FETCH_BYTES = 256 * 1024
+#: librdkafka reports its brokers this often. Without any in this number of reports, it has forgotten them.
+_REPORT_MS = 5_000
+_EMPTY_REPORTS = 2
+
+
+class _Broker(msgspec.Struct):
+    source: str
+
+
+class _Statistics(msgspec.Struct):
+    """The part of librdkafka's statistics (STATISTICS.md) that shows whether it knows a broker."""
+
+    brokers: dict[str, _Broker]
+
+    @property
+    def knows_broker(self) -> bool:
+        """Return whether there is a broker to connect to. A logical one, such as the coordinator, has no address."""
+        return any(broker.source != "logical" for broker in self.brokers.values())
 
 
 class KafkaConsumer(KafkaClient):
@@ -63,26 +83,29 @@ class KafkaConsumer(KafkaClient):
         self._cluster = Cluster(settings.kafka)
         #: Errors that librdkafka reported outside of the messages, and that must stop the consumer.
         self._fatal: list[OrderlibError] = []
-        properties = settings.kafka.client_properties()
+        self._properties = _properties(settings)
+        self._listener: GroupListener | None = None
+        #: The partitions that the group has assigned, also those whose offsets are not known yet.
+        self._owned: set[TopicPartition] = set()
+        self._empty_reports = 0
+        self._clients = 0
+        self._consumer = self._new_consumer()
+
+    def _new_consumer(self) -> Consumer:
+        self._clients += 1
+        callbacks = {"error_cb": self._if_current(self._on_error), "stats_cb": self._if_current(self._on_statistics)}
         with translate_kafka_errors():
-            self._consumer = Consumer(
-                {
-                    # In the new protocol (KIP-848) the group decides all that, and librdkafka refuses the properties.
-                    **({} if properties.get("group.protocol") == "consumer" else _CLASSIC_GROUP),
-                    "queued.max.messages.kbytes": _QUEUE_KIB,
-                    "fetch.message.max.bytes": _FETCH_BYTES,
-                    "fetch.wait.max.ms": 100,
-                    # librdkafka notices a deleted topic or a new partition after this time. The default is 5 minutes.
-                    "topic.metadata.refresh.interval.ms": 10_000,
-                    **CONSUMER_DEFAULTS,
-                    **properties,
-                    **CONSUMER_PROPERTIES,
-                    "group.id": settings.group,
-                    "on_commit": _on_committed,
-                    "error_cb": self._on_error,
-                },
-                logger=SILENT_LOGGER,
-            )
+            return Consumer({**self._properties, **callbacks}, logger=SILENT_LOGGER)
+
+    def _if_current(self, callback: Callable[..., None]) -> Callable[..., None]:
+        """Return a callback without effect once its client is replaced: that one is closed in another thread."""
+        number = self._clients
+
+        def call(*args: object) -> None:
+            if number == self._clients:
+                callback(*args)
+
+        return call
 
     @property
     def unavailable(self) -> bool:
@@ -131,19 +154,14 @@ class KafkaConsumer(KafkaClient):
 
     def join(self, listener: GroupListener) -> None:
         """Join the group. ``fetch`` and ``poll`` call the listener."""
+        self._listener = listener
+        self._subscribe()
 
-        def on_assign(consumer: Consumer, partitions: list[KafkaPartition]) -> None:
-            # Without this call the binding would assign the partitions now. Their next offsets are not known yet.
-            consumer.incremental_assign([])
-            listener.on_partitions_assigned([TopicPartition(one.topic, one.partition) for one in partitions])
-
-        def on_revoke(consumer: Consumer, partitions: list[KafkaPartition]) -> None:
-            revoked = {TopicPartition(one.topic, one.partition) for one in partitions}
-            consumer.incremental_unassign(_without_offsets(revoked & self._assigned))
-            self._assigned -= revoked
-            listener.on_partitions_revoked(revoked)
-
-        self._consumer.subscribe(self._topics, on_assign=on_assign, on_revoke=on_revoke, on_lost=on_revoke)
+    def _subscribe(self) -> None:
+        on_revoke = self._if_current(self._on_revoke)
+        self._consumer.subscribe(
+            self._topics, on_assign=self._if_current(self._on_assign), on_revoke=on_revoke, on_lost=on_revoke
+        )
 
     def fetch(self, topic_ids: Mapping[str, str], limit: int, timeout_s: float) -> list[PollResult]:
         """Return the records and other events that are ready, at most ``limit`` messages. Wait for the first one."""
@@ -153,6 +171,8 @@ class KafkaConsumer(KafkaClient):
             messages = [] if first is None else [first]
             if messages and limit > 1:
                 messages += self._consumer.consume(limit - 1, 0)
+        if self._empty_reports >= _EMPTY_REPORTS:
+            self._replace_client()
         return [*self._take_fatal(), *(self._convert(message, topic_ids) for message in messages)]
 
     def poll(self, topic_ids: Mapping[str, str], timeout_s: float) -> list[PollResult]:
@@ -194,7 +214,40 @@ class KafkaConsumer(KafkaClient):
         closing.join(timeout_s)
         return not closing.is_alive()
 
+    def _replace_client(self) -> None:
+        """Join the group with a new client, because librdkafka has forgotten every broker.
+
+        It does so after an answer that names none (2.16, now and then), and then never finds one again, not even those
+        of its settings. Kafka answers so while it has fenced its brokers, for example after a pause of their machine.
+        """
+        event("kafka_client_replaced", logging.WARNING, reason="librdkafka has forgotten every broker")
+        # It may wait for brokers.
+        threading.Thread(target=self._consumer.close, daemon=True).start()
+        lost, self._owned, self._assigned, self._empty_reports = self._owned, set(), set(), 0
+        self._consumer = self._new_consumer()
+        if self._listener is not None:
+            self._listener.on_partitions_revoked(lost)
+            self._subscribe()
+
     # Callbacks of librdkafka.
+
+    def _on_assign(self, consumer: Consumer, partitions: list[KafkaPartition]) -> None:
+        # Without this call the binding would assign the partitions now. Their next offsets are not known yet.
+        consumer.incremental_assign([])
+        assigned = {TopicPartition(one.topic, one.partition) for one in partitions}
+        self._owned |= assigned
+        not_none(self._listener).on_partitions_assigned(assigned)
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[KafkaPartition]) -> None:
+        revoked = {TopicPartition(one.topic, one.partition) for one in partitions}
+        consumer.incremental_unassign(_without_offsets(revoked & self._assigned))
+        self._owned -= revoked
+        self._assigned -= revoked
+        not_none(self._listener).on_partitions_revoked(revoked)
+
+    def _on_statistics(self, report: str) -> None:
+        knows_broker = msgspec.json.decode(report, type=_Statistics).knows_broker
+        self._empty_reports = 0 if knows_broker else self._empty_reports + 1
 
     def _on_error(self, error: KafkaError) -> None:
         self._cluster.on_error(error)
@@ -246,6 +299,26 @@ class KafkaConsumer(KafkaClient):
         if self._unavailable.is_set():
             self._unavailable.clear()
             event("kafka_available")
+
+
+def _properties(settings: ConsumerSettings) -> dict[str, Any]:
+    """Return the properties of librdkafka, without callbacks that need the client."""
+    properties = settings.kafka.client_properties()
+    return {
+        # In the new protocol (KIP-848) the group decides all that, and librdkafka refuses the properties.
+        **({} if properties.get("group.protocol") == "consumer" else _CLASSIC_GROUP),
+        "queued.max.messages.kbytes": _QUEUE_KIB,
+        "fetch.message.max.bytes": _FETCH_BYTES,
+        "fetch.wait.max.ms": 100,
+        # librdkafka notices a deleted topic or a new partition after this time. The default is 5 minutes.
+        "topic.metadata.refresh.interval.ms": 10_000,
+        **CONSUMER_DEFAULTS,
+        **properties,
+        **CONSUMER_PROPERTIES,
+        "statistics.interval.ms": _REPORT_MS,
+        "group.id": settings.group,
+        "on_commit": _on_committed,
+    }
 
 
 def _by_topic(partitions: Iterable[TopicPartition]) -> Iterable[tuple[str, list[int]]]:
