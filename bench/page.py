@@ -36,7 +36,7 @@ Generated from the JSON files in this folder; do not edit it. `make bench` and, 
 the same on your machine. `python -m bench --write` replaces this page and all figures except those of growth; for
 growth, run `python -m bench.growth --write`, then `python -m bench --page`. Everything ran on one machine at the same
 time, PostgreSQL and Kafka included, and its speed varies. So compare ratios: both sides of a ratio were measured in
-turns, in one run. A ratio is the median of the ratios of all rounds, so it may differ from the ratio of the two
+turns, in one run. A ratio is the median of the ratios of all turns, so it may differ from the ratio of the two
 figures. *Limit* is what orderlib should reach, *goal* what would be better.
 """
 

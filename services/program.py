@@ -34,7 +34,6 @@ def _write_with_structlog(events: Iterable[Event]) -> None:
 _write: Callable[[Iterable[Event]], None] = _write_with_structlog
 
 _encoder = msgspec.json.Encoder(enc_hook=str)
-_LEVEL_NAMES = {level: name.lower() for name, level in logging.getLevelNamesMapping().items()}
 
 
 def event(name: str, level: int = logging.INFO, **fields: object) -> None:
@@ -62,10 +61,9 @@ class _LineHandler(logging.StreamHandler[TextIO]):
         self.acquire()
         try:
             for text in _join_lines(lines, select.PIPE_BUF):
-                self.stream.write(text)
-                self.stream.flush()
-        except (OSError, ValueError):
-            pass
+                with contextlib.suppress(OSError, ValueError):
+                    self.stream.write(text)
+                    self.stream.flush()
         finally:
             self.release()
 
@@ -129,22 +127,24 @@ def _json_writer(handler: _LineHandler, min_level: int) -> Callable[[Iterable[Ev
 
     def write(events: Iterable[Event]) -> None:
         now = dt.datetime.now(dt.UTC)
+        shown = (event for event in events if event[0] >= min_level)
         handler.write_lines(
-            _json_line(now, _LEVEL_NAMES[level], name, fields) for level, name, fields in events if level >= min_level
+            _json_line(now, logging.getLevelName(level).lower(), name, fields) for level, name, fields in shown
         )
 
     return write
 
 
-def _join_lines(lines: Iterable[str], max_chars: int) -> Iterator[str]:
-    """Yield the lines, joined to texts of at most ``max_chars``. A longer line is a text of its own."""
+def _join_lines(lines: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """Yield the lines, joined to texts of at most ``max_bytes``. A longer line is a text of its own."""
     joined: list[str] = []
-    chars = 0
+    size = 0
     for line in lines:
-        chars += len(line) + 1
-        if joined and chars > max_chars:
+        line_size = 1 + (len(line) if line.isascii() else len(line.encode(errors="replace")))
+        size += line_size
+        if joined and size > max_bytes:
             yield "\n".join(joined) + "\n"
-            joined, chars = [], len(line) + 1
+            joined, size = [], line_size
         joined.append(line)
     if joined:
         yield "\n".join(joined) + "\n"

@@ -188,6 +188,9 @@ class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
         if self._request_timer is not None:
             self._request_timer.cancel()
             self._request_timer = None
+        if self._current_request is not None:
+            # It arrived in this turn of the loop. The wait after it starts another timer.
+            return
         if self._waits_until <= self.worker.loop.time():
             self._keepalive_timeout()
         elif self._waits_until < math.inf:
@@ -308,7 +311,7 @@ class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
     """gunicorn's asgi worker with ``_Protocol``."""
 
     def init_process(self) -> None:
-        # gunicorn has no setting for any of them. The last is what it adds to every response: the name of the server.
+        # gunicorn has no setting for these three. The last is what it adds to every response: the name of the server.
         gasgi.ASGIProtocol = _Protocol
         protocol.PythonProtocol = _Parser
         protocol._CACHED_SERVER_HEADER = _CONSTANT_LINES.encode()  # noqa: SLF001 - see above

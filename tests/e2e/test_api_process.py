@@ -232,7 +232,7 @@ def test_an_idle_connection_is_kept_as_long_as_its_setting_says(stored: Database
     with (
         serving(settings_for(stored.reader_url)) as long,
         TcpProxy(stored.reader_url) as wire,
-        serving(settings_for(wire.url, ORDERS_API_KEEPALIVE_S="1")) as short,
+        serving(settings_for(wire.url, ORDERS_API_KEEPALIVE_S="2")) as short,
         clients(long, 1, ANSWERED) as [kept],
         clients(short, 1, ANSWERED) as [closed],
     ):
@@ -242,17 +242,18 @@ def test_an_idle_connection_is_kept_as_long_as_its_setting_says(stored: Database
         assert not is_closed(kept, 2.5)
         # Each request begins the time anew.
         used = http.client.HTTPConnection(short.address, timeout=20)
-        for _ in range(4):
+        for _ in range(3):
             used.request("GET", "/livez")
             assert used.getresponse().read() is not None
-            assert not is_closed(used.sock, 0.6)
+            assert not is_closed(used.sock, 1)
         # While a request is being answered, the connection is not idle.
         used.request("GET", PATH)
         assert used.getresponse().read() == orderlib.encode_order(SAMPLE)
         wire.freeze()
         used.request("GET", PATH)
-        assert not is_closed(used.sock, 1.5)
+        assert not is_closed(used.sock, 2.5)
         wire.thaw()
+        used.sock.settimeout(20)
         assert used.getresponse().read() == orderlib.encode_order(SAMPLE)
         assert is_closed(used.sock, 5)
         used.close()
@@ -359,7 +360,8 @@ def test_metrics_need_no_file(stored: Database, tmp_path: Path) -> None:
         wait_for(lambda: _answers(api), 20)
         text = api.get("/metrics", address=api.metrics_address).text
         counted = re.findall(r'requests_total{method="GET",route="/orders/{order_uid}",status="200"} (\S+)', text)
-        assert [float(number) >= 11 for number in counted] == [True]
+        # The count of the last one before the SIGKILL may be lost.
+        assert [float(number) >= 10 for number in counted] == [True]
         api.process.kill()
         api.process.wait()
         assert list(tmp_path.iterdir()) == []
@@ -465,5 +467,6 @@ def test_several_workers_serve_and_count_together(stored: Database) -> None:
         wait_for(lambda: len(api.workers()) == 2, 20)
         for _ in range(40):
             assert api.get(PATH).status == 200
-        text = api.get("/metrics", address=api.metrics_address).text
-        assert 'orders_http_requests_total{method="GET",route="/orders/{order_uid}",status="200"} 40.0' in text
+        count = 'orders_http_requests_total{method="GET",route="/orders/{order_uid}",status="200"} 40.0'
+        # The other worker may not have counted its last request yet.
+        wait_for(lambda: count in api.get("/metrics", address=api.metrics_address).text, 5)

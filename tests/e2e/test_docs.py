@@ -145,11 +145,11 @@ def assert_shown(page_blocks: list[Block], output: str) -> None:
 
 def shell_script(page_blocks: list[Block], api_port: int) -> Iterator[str]:
     """Yield the lines of a shell script that runs the blocks of a page one after another."""
-    yield "set -eu; trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"
+    yield "set -eu; trap 'kill $(jobs -p) 2>/dev/null || true; cat \"$API_LOG\"' EXIT"
     for block in page_blocks:
         text = block.text.replace("127.0.0.1:8080", f"127.0.0.1:{api_port}")
-        # The lines of its log could be in the middle of a line of output.
-        text = text.replace("services.api &", "services.api 2>/dev/null &")
+        # The lines of its log could be in the middle of a line of output: show them at the end.
+        text = text.replace("services.api &", 'services.api 2>"$API_LOG" &')
         match block.language:
             case "sh":
                 yield text
@@ -171,6 +171,7 @@ def test_the_commands_of_a_page_print_what_it_shows(
     api_port = free_port()
     topic = f"{environ['ORDERS_TOPIC']}-page"
     script, output = tmp_path / "script", tmp_path / "output"
+    (tmp_path / "api_log").touch()
     script.write_text("\n".join(shell_script(page_blocks, api_port)), encoding="utf-8")
     settings = {
         **environ,
@@ -179,6 +180,7 @@ def test_the_commands_of_a_page_print_what_it_shows(
         "ORDERS_API_BIND": f"127.0.0.1:{api_port}",
         "PATH": f"{Path(sys.executable).parent}:{environ['PATH']}",
         "PYTHONUNBUFFERED": "1",
+        "API_LOG": str(tmp_path / "api_log"),
     }
     try:
         with output.open("wb") as stream:

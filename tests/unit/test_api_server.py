@@ -75,7 +75,23 @@ def test_every_byte_of_a_header_is_judged_as_by_gunicorn(byte: int) -> None:
         assert outcome(_Parser, parts) == outcome(PythonProtocol, parts)
 
 
-def test_the_usual_headers_are_read() -> None:
+def test_the_usual_headers_are_read_without_gunicorn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(PythonProtocol, "_parse_headers")
     found = outcome(_Parser, [b"GET / HTTP/1.1\r\nHost: a\r\nAccept:\t*/* \r\n\r\n"])
     assert isinstance(found, tuple)
     assert found[0]["headers"] == [(b"host", b"a"), (b"accept", b"*/*")]
+
+
+def test_requests_of_one_connection_are_read_as_by_gunicorn() -> None:
+    """The second arrives with the first, as when a client does not wait for answers."""
+    read = []
+    for parser_class in (_Parser, PythonProtocol):
+        parser = parser_class()
+        parser.feed(b"GET /1 HTTP/1.1\r\nHost: a\r\n\r\nGET /2 HTTP/1.1\r\nHost: b\r\nConnection: close\r\n\r\n")
+        first = (parser.path, parser.headers, parser.is_complete)
+        rest = parser.remaining()
+        parser.reset()
+        parser.feed(rest)
+        read.append((first, parser.path, parser.headers, parser.should_keep_alive, parser.remaining()))
+    assert read[0] == read[1]
+    assert read[0][1:] == (b"/2", [(b"host", b"b"), (b"connection", b"close")], False, b"")
