@@ -103,7 +103,7 @@ def main() -> None:
     """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.api", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the measurement (%(default)s)")
-    parser.add_argument("--turns", type=int, default=7, help="measurements of each variant in a round (%(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="measurements of each variant in a round (%(default)s)")
     parser.add_argument("--seconds", type=int, default=1, help="duration of each measurement (%(default)s)")
     parser.add_argument("--only", default="", help="measure only the variants that have this text in their name")
     add_write_option(parser)
