@@ -340,6 +340,9 @@ def set_config(environ: Mapping[str, str], kind: ResourceType, name: str, key: s
     entry = ConfigEntry(key, None if value is None else str(value), incremental_operation=operation)
     resource = ConfigResource(kind, name, incremental_configs=[entry])
     admin.incremental_alter_configs([resource])[resource].result(30)
+    if kind is ResourceType.TOPIC and value is not None:
+        # The controller has it; the broker that is asked may not have it yet.
+        wait_for(lambda: config_of(environ, kind, name, key) == value)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +358,7 @@ def test_topics_only_raises_the_limit_of_a_topic(environ: dict[str, str], before
     topic = environ["ORDERS_TOPIC"]
     set_config(environ, ResourceType.TOPIC, topic, "max.message.bytes", before)
     assert words in succeed("admin topics", environ)
-    assert config_of(environ, ResourceType.TOPIC, topic) == after
+    wait_for(lambda: config_of(environ, ResourceType.TOPIC, topic) == after)
 
 
 def test_topics_does_not_lower_a_limit_that_is_inherited_from_the_brokers(environ: dict[str, str]) -> None:
