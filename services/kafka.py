@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import operator
@@ -307,8 +306,7 @@ class Cluster:
         client = self._new_client(errors.append)
         until_s = time.monotonic() + _NEW_CLIENT_S
         while time.monotonic() < until_s:
-            with contextlib.suppress(KafkaException):
-                client.list_topics(timeout=_POLL_S)
+            if _gets_answer(client, _POLL_S):
                 return None
             client.poll(0)
             if error := next(filter(_shows_wrong_setting, errors), None):

@@ -64,7 +64,7 @@ CONSTANT_HEADERS = {
 }
 _CONSTANT_LINES = "".join(f"{name}: {value}\r\n" for name, value in CONSTANT_HEADERS.items())
 
-#: Headers up to the empty line after them. Their names have no character that a client would not use.
+#: Headers of the usual characters, and the empty line after them.
 _USUAL_HEADERS = re.compile(rb"(?:[0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
 
 #: The private parts of gunicorn that this module uses.

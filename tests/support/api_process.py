@@ -82,8 +82,7 @@ class Service:
         def lines() -> list[dict[str, Any]]:
             return [event for event in self.events("request") if event["request_id"] == answer.headers["X-Request-Id"]]
 
-        wait_for(lambda: bool(lines()), 5)
-        [line] = lines()
+        [line] = wait_for(lines, 5)
         return line
 
     def get(

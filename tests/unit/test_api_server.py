@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from gunicorn.asgi.parser import PythonProtocol  # type: ignore[import-untyped]
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from services.api.server import _Parser
+from services.api.server import _Parser, _Protocol
 
 USUAL = st.sampled_from([b"Accept:\t*/* ", b"X-1:", b"X-2: 1\xe9", b"Connection: close", b"Content-Length: 5"])
 NAMES = st.sampled_from(
@@ -95,3 +96,17 @@ def test_requests_of_one_connection_are_read_as_by_gunicorn() -> None:
         read.append((first, parser.path, parser.headers, parser.should_keep_alive, parser.remaining()))
     assert read[0] == read[1]
     assert read[0][1:] == (b"/2", [(b"host", b"b"), (b"connection", b"close")], False, b"")
+
+
+def test_a_request_that_arrives_as_the_time_ends_keeps_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+    connection = _Protocol.__new__(_Protocol)
+    monkeypatch.setattr(connection, "_keepalive_timeout", lambda: closed.append(True), raising=False)
+    connection.worker = SimpleNamespace(loop=SimpleNamespace(time=lambda: 10.0))
+    connection._waits_until = 10.0
+    connection._current_request = object()
+    connection._check_request()
+    assert not closed
+    connection._current_request = None
+    connection._check_request()
+    assert closed
