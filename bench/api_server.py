@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -144,7 +143,7 @@ class _SyncMiddleware:
     def process_response(
         self, req: falcon.Request, resp: falcon.Response, _resource: object, _req_succeeded: bool
     ) -> None:
-        self._metrics.log_and_count([(req, resp.status_code, time.perf_counter() - req.context.started)])
+        self._metrics.log_and_count([self._metrics.answered(req, resp.status_code)])
 
 
 class _SyncOrder:

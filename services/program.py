@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import functools
 import logging
 import os
 import select
@@ -54,13 +55,16 @@ class _LineHandler(logging.StreamHandler[TextIO]):
     """
 
     def write_line(self, line: str) -> None:
-        self.write_lines([line])
+        self._write_texts([f"{line}\n"])
 
-    def write_lines(self, lines: Iterable[str]) -> None:
-        """Write lines, several at once if a pipe takes them without lines of other processes in between."""
+    def write_lines(self, lines: Iterable[bytes]) -> None:
+        """Write lines of UTF-8, several at once if a pipe takes them without lines of other processes in between."""
+        self._write_texts(text.decode() for text in _join_lines(lines, select.PIPE_BUF))
+
+    def _write_texts(self, texts: Iterable[str]) -> None:
         self.acquire()
         try:
-            for text in _join_lines(lines, select.PIPE_BUF):
+            for text in texts:
                 with contextlib.suppress(OSError, ValueError):
                     self.stream.write(text)
                     self.stream.flush()
@@ -127,33 +131,36 @@ def _json_writer(handler: _LineHandler, min_level: int) -> Callable[[Iterable[Ev
 
     def write(events: Iterable[Event]) -> None:
         now = dt.datetime.now(dt.UTC)
-        shown = (event for event in events if event[0] >= min_level)
         handler.write_lines(
-            _json_line(now, logging.getLevelName(level).lower(), name, fields) for level, name, fields in shown
+            _json_line(now, _level_name(level), name, fields) for level, name, fields in events if level >= min_level
         )
 
     return write
 
 
-def _join_lines(lines: Iterable[str], max_bytes: int) -> Iterator[str]:
+@functools.cache
+def _level_name(level: int) -> str:
+    return logging.getLevelName(level).lower()
+
+
+def _join_lines(lines: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:
     """Yield the lines, joined to texts of at most ``max_bytes``. A longer line is a text of its own."""
-    joined: list[str] = []
+    joined: list[bytes] = []
     size = 0
     for line in lines:
-        line_size = 1 + (len(line) if line.isascii() else len(line.encode(errors="replace")))
-        size += line_size
+        size += len(line) + 1
         if joined and size > max_bytes:
-            yield "\n".join(joined) + "\n"
-            joined, size = [], line_size
+            yield b"\n".join(joined) + b"\n"
+            joined, size = [], len(line) + 1
         joined.append(line)
     if joined:
-        yield "\n".join(joined) + "\n"
+        yield b"\n".join(joined) + b"\n"
 
 
 def _render_json(_logger: object, level_name: str, fields: EventDict) -> str:
     """Render a line of ``logging``, as a processor of structlog."""
-    return _json_line(dt.datetime.now(dt.UTC), level_name, fields.pop("event"), fields)
+    return _json_line(dt.datetime.now(dt.UTC), level_name, fields.pop("event"), fields).decode()
 
 
-def _json_line(time: dt.datetime, level_name: str, name: object, fields: Mapping[str, object]) -> str:
-    return _encoder.encode({"time": time, "level": level_name, "event": name, **fields}).decode()
+def _json_line(time: dt.datetime, level_name: str, name: object, fields: Mapping[str, object]) -> bytes:
+    return _encoder.encode({"time": time, "level": level_name, "event": name, **fields})

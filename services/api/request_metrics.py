@@ -19,8 +19,8 @@ from services.program import Event, event, log_events
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _METHODS = frozenset(HTTPMethod)
 
-#: A request, its status and its duration in seconds.
-Answered = tuple[Request, int, float]
+#: The route, method and status of a request that was answered, its duration in seconds, its id, and more fields to log.
+Answered = tuple[str, str, int, float, str, dict[str, object]]
 
 
 def make_request_id() -> str:
@@ -51,28 +51,28 @@ class RequestMetricsMiddleware:
         """Log and count the request, together with all that end in this turn of the loop: that takes less time."""
         if not self._answered:
             asyncio.get_running_loop().call_soon(self._log_and_count_answered)
-        self._answered.append((req, resp.status_code, time.perf_counter() - req.context.started))
+        self._answered.append(self.answered(req, resp.status_code))
 
     def _log_and_count_answered(self) -> None:
         answered, self._answered = self._answered, []
         self.log_and_count(answered)
 
+    def answered(self, req: Request, status: int) -> Answered:
+        """Return what is logged and counted. Not the request itself, so that the next one can use its memory."""
+        route = req.uri_template or UNMATCHED
+        method = req.method if req.method in _METHODS else OTHER_METHOD
+        seconds = time.perf_counter() - req.context.started
+        return route, method, status, seconds, req.context.request_id, req.context.log_fields
+
     def log_and_count(self, answered: Iterable[Answered]) -> None:
         """Log and count requests."""
         events: list[Event] = []
-        for req, status, seconds in answered:
-            route = req.uri_template or UNMATCHED
-            method = req.method if req.method in _METHODS else OTHER_METHOD
+        for route, method, status, seconds, request_id, more in answered:
             self._metrics.count(route, method, status, seconds)
-            fields = {
-                "route": route,
-                "method": method,
-                "status": status,
-                "ms": round(seconds * 1000, 2),
-                "request_id": req.context.request_id,
-                **req.context.log_fields,
-            }
-            events.append((logging.WARNING if "reason" in fields else logging.INFO, "request", fields))
+            level = logging.WARNING if "reason" in more else logging.INFO
+            ms = round(seconds * 1000, 2)
+            fields = {"route": route, "method": method, "status": status, "ms": ms, "request_id": request_id, **more}
+            events.append((level, "request", fields))
         log_events(events)
 
     def refuse(self, status: HTTPStatus, route: str) -> tuple[dict[str, str], bytes]:
