@@ -8,12 +8,12 @@ import re
 import falcon
 from falcon.asgi import Request, Response
 
-from services.settings import ApiSettings
+from services.settings import LOCAL_HOSTS, ApiSettings
 
 #: Paths without personal data: health and the description of the API.
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/openapi.json"})
 
-_LOCALHOST = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?", re.IGNORECASE)
+_LOCALHOST = re.compile(rf"(?:{'|'.join(map(re.escape, LOCAL_HOSTS))})(?::\d{{1,5}})?", re.IGNORECASE)
 #: Basic comes first because Chromium reads only the first challenge of a line.
 _CHALLENGES = ['Basic realm="orders", charset="UTF-8"', 'Bearer realm="orders"']
 

@@ -239,7 +239,15 @@ def test_tokens_and_auth_off_contradict_each_other() -> None:
 
 @pytest.mark.parametrize(
     ("host", "is_allowed"),
-    [("localhost", True), ("127.0.0.9", True), ("[::1]", True), ("192.0.2.1", False), ("[::]", False), ("shop", False)],
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("[::1]", True),
+        ("127.0.0.9", False),
+        ("192.0.2.1", False),
+        ("[::]", False),
+        ("shop", False),
+    ],
 )
 def test_without_tokens_the_api_serves_localhost_only(host: str, is_allowed: bool) -> None:
     environ = {**API, "ORDERS_API_TOKENS": "", "ORDERS_API_AUTH": "off", "ORDERS_API_BIND": f"{host}:1"}
