@@ -32,7 +32,7 @@ def add_commands(commands: Commands) -> None:
         "drift",
         help="list the fields that producers send and orderlib does not know",
         description="List the path of each unknown field in the stored originals, with the number of orders that have "
-        "it, and when the first and the last of them were stored (ORDERS_READER_URL). Prints names, never values. "
+        "it, and when the oldest and the newest of them were stored (ORDERS_READER_URL). Prints names, never values. "
         f"At most {_MAX_PATHS:,} paths are listed.",
     )
     add_json_option(parser)
@@ -42,8 +42,8 @@ def add_commands(commands: Commands) -> None:
 @attrs.define
 class _Seen:
     orders: int
-    first_stored_at: dt.datetime
-    last_stored_at: dt.datetime
+    oldest_stored_at: dt.datetime
+    newest_stored_at: dt.datetime
 
 
 def _drift(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -79,10 +79,10 @@ def _add(seen: dict[str, _Seen], paths: Iterable[str], stored_at: dt.datetime) -
         found = seen.get(path)
         if found is not None:
             found.orders += 1
-            found.first_stored_at = min(found.first_stored_at, stored_at)
-            found.last_stored_at = max(found.last_stored_at, stored_at)
+            found.oldest_stored_at = min(found.oldest_stored_at, stored_at)
+            found.newest_stored_at = max(found.newest_stored_at, stored_at)
         elif len(seen) < _MAX_PATHS:
-            seen[path] = _Seen(orders=1, first_stored_at=stored_at, last_stored_at=stored_at)
+            seen[path] = _Seen(orders=1, oldest_stored_at=stored_at, newest_stored_at=stored_at)
         else:
             unlisted += 1
     return unlisted
