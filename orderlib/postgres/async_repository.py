@@ -17,14 +17,13 @@ import psycopg
 from psycopg import waiting
 from psycopg.abc import PQGen
 
-from orderlib.errors import DatabaseUnavailable, OrderNotFound
+from orderlib.errors import DatabaseUnavailable
 from orderlib.ingestion.records import PreparedOrder, prepare_order
 from orderlib.models import Order
 from orderlib.postgres.errors import let_end_arrive
 from orderlib.postgres.pool import READ_ERRORS, WRITE_ERRORS, Call, Pool, Session
 from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.rows import pack_rows
-from orderlib.postgres.schema import require_schema
 from orderlib.postgres.shared_reads import SharedReads
 from orderlib.postgres.wire import run_until
 from orderlib.postgres.writes import Save
@@ -141,12 +140,7 @@ class AsyncOrderRepositoryBase(ABC):
 
     async def check(self) -> float | None:
         """See ``OrderRepository.check``."""
-        location, number, delay_s = await self._read(ReadQueries.check)
-        require_schema(location, number)
-        # No order has this uid, but the query needs the privilege to read every table.
-        with contextlib.suppress(OrderNotFound):
-            await self.get(".")
-        return delay_s
+        return await self._read(ReadQueries.check)
 
     async def save(self, order: Order, *, original: bytes | None = None) -> Outcome:
         """See ``OrderRepository.save``."""
@@ -205,7 +199,7 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
         self._shared_reads: WeakKeyDictionary[asyncio.AbstractEventLoop, SharedReads] = WeakKeyDictionary()
 
     async def close(self) -> None:
-        """Close every connection: idle ones at once, one in use at the end of its read."""
+        """Close every connection: idle ones at once, one in use at the end of its call."""
         self._pool.close()
 
     async def __aenter__(self) -> Self:
@@ -278,13 +272,14 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
         if (session := self._pool.take()) is not None:
             return session
         waiter = _TaskWaiter()
+        limit_s = call.connection_wait_s
         try:
             self._pool.enqueue(waiter)
-            await waiter.wait(call.connection_wait_s)
+            await waiter.wait(limit_s)
         except BaseException:
             self._pool.cancel(waiter)
             raise
-        return self._pool.session_of(waiter)
+        return self._pool.session_of(waiter, limit_s)
 
 
 async def _run(session: Session, steps: PQGen[T], call: Call) -> T:

@@ -151,15 +151,13 @@ class Pool:
         timeout_s: float,
         connection_timeout_s: float | None = None,
     ) -> None:
-        require_seconds("timeout_s", timeout_s)
+        _check_limit("timeout_s", timeout_s)
         if connection_timeout_s is not None:
-            require_seconds("connection_timeout_s", connection_timeout_s)
+            _check_limit("connection_timeout_s", connection_timeout_s)
         if type(max_connections) is not int:
             raise TypeError(f"max_connections must be an int, not {type(max_connections).__name__}")
         if max_connections < 1:
             raise ValueError(f"max_connections must be at least 1, not {max_connections}")
-        if not 0 < timeout_s <= _MAX_TIMEOUT_S:
-            raise ValueError(f"timeout_s must be positive and at most {_MAX_TIMEOUT_S:.0f}, not {timeout_s}")
         self._arguments = connection_arguments(url, application_name)
         self._max_connections = max_connections
         self.timeout_s = timeout_s
@@ -195,8 +193,8 @@ class Pool:
             self._serve()
             self._connect_more()
 
-    def session_of(self, waiter: Waiter) -> Session:
-        """Return the session of a waiter after its wait, or raise the reason why it has none."""
+    def session_of(self, waiter: Waiter, waited_s: float) -> Session:
+        """Return the session of a waiter after a wait of at most this long, or raise the reason why it has none."""
         with self._lock:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
@@ -204,13 +202,13 @@ class Pool:
             # A copy for each waiter, because each raise adds a traceback.
             raise copy.copy(waiter.failure) from waiter.failure.__cause__
         if waiter.session is None:
-            raise DatabaseUnavailable(f"PostgreSQL: no connection within {self.connection_timeout_s:g} s")
+            raise DatabaseUnavailable(f"PostgreSQL: no connection within {waited_s:.3g} s")
         return waiter.session
 
     def cancel(self, waiter: Waiter) -> None:
         """Remove a waiter that was interrupted, and take back a session that it was given meanwhile."""
         with contextlib.suppress(OrderlibError):
-            self.give_back(self.session_of(waiter))
+            self.give_back(self.session_of(waiter, 0.0))
 
     def give_back(self, session: Session) -> None:
         """Let another call use the session, or close it if it is not usable."""
@@ -386,7 +384,7 @@ class Call:
     def _write_error(
         self, session: Session, error: psycopg.Error | OrderlibError, *, committing: bool
     ) -> OrderlibError:
-        """Return the library's error for a failed write. Its message says whether the orders may be stored."""
+        """Return the library's error for a failed write. Its message says if it is unknown whether they are stored."""
         timed_out = isinstance(error, DeadlineExceeded)
         translated = translate(error, session) if isinstance(error, psycopg.Error) else error
         reason = f"PostgreSQL did not answer within {self._timeout_s:g} s" if timed_out else str(translated)
@@ -414,6 +412,11 @@ class Call:
             self._repeated = True
             return True
         return self.may_repeat(session, error)
+
+
+def _check_limit(name: str, limit_s: float) -> None:
+    if not 0 < require_seconds(name, limit_s) <= _MAX_TIMEOUT_S:
+        raise ValueError(f"{name} must be positive and at most {_MAX_TIMEOUT_S:.0f}, not {limit_s}")
 
 
 def _is_repeatable(sqlstate: str) -> bool:

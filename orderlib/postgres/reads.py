@@ -5,6 +5,7 @@ A read sees one snapshot. BEGIN, the statements and COMMIT are sent in one packe
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 from collections.abc import Iterable
 from typing import Any, LiteralString
@@ -18,6 +19,7 @@ from orderlib.models import Order
 from orderlib.postgres import queries
 from orderlib.postgres.reject_list import RejectPage, RejectPosition, RejectQuery, RejectSummary
 from orderlib.postgres.rows import JOINED_WIDTH, Row, order_from_rows, orders_from_rows
+from orderlib.postgres.schema import require_schema
 from orderlib.postgres.wire import Statement, Wire
 from orderlib.repository import (
     COUNT_LIMIT,
@@ -272,15 +274,19 @@ class ReadQueries:
             replication_delay_s=delay_s,
         )
 
-    def check(self) -> PQGen[tuple[Row, int | None, float | None]]:
-        """Return where the schema is and the number of its last migration (``require_schema``), and the delay."""
+    def check(self) -> PQGen[float | None]:
+        """Check the schema and the privileges. Return the replication delay of a standby, in seconds."""
         [location], [(delay_s,)] = yield from self._wire.pipeline(
             (queries.SCHEMA_LOCATION, ()), (queries.REPLICATION_DELAY, ())
         )
-        if not location[0]:
-            return location, None, delay_s
-        [[(number,)]] = yield from self._wire.pipeline((queries.SCHEMA_NUMBER, ()))
-        return location, number, delay_s
+        number: int | None = None
+        if location[0]:
+            [[(number,)]] = yield from self._wire.pipeline((queries.SCHEMA_NUMBER, ()))
+        require_schema(location, number)
+        # No order has this uid, but the query needs the privilege to read every table.
+        with contextlib.suppress(OrderNotFound):
+            yield from self.get_stored(".")
+        return float(delay_s) if delay_s is not None else None
 
     def _orders(self, joined: Statement, items: Statement, order_uids: list[str]) -> PQGen[tuple[list[Row], list[Row]]]:
         """Return the rows of both statements from one snapshot."""

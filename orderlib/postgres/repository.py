@@ -12,13 +12,12 @@ from typing import ClassVar, NoReturn, Self, TypeVar, Unpack
 
 from psycopg.abc import PQGen
 
-from orderlib.errors import DatabaseUnavailable, OrderNotFound
+from orderlib.errors import DatabaseUnavailable
 from orderlib.ingestion.records import PreparedOrder, prepare_order
 from orderlib.models import Order
 from orderlib.postgres.pool import READ_ERRORS, WRITE_ERRORS, Call, Pool, Session, ThreadWaiter
 from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.rows import pack_rows
-from orderlib.postgres.schema import require_schema
 from orderlib.postgres.writes import Save
 from orderlib.repository import (
     PAGE_SIZE,
@@ -132,12 +131,7 @@ class OrderRepositoryBase(ABC):
 
     def check(self) -> float | None:
         """See ``OrderRepository.check``."""
-        location, number, delay_s = self._read(ReadQueries.check)
-        require_schema(location, number)
-        # No order has this uid, but the query needs the privilege to read every table.
-        with contextlib.suppress(OrderNotFound):
-            self.get(".")
-        return delay_s
+        return self._read(ReadQueries.check)
 
     def save(self, order: Order, *, original: bytes | None = None) -> Outcome:
         """See ``OrderRepository.save``."""
@@ -223,12 +217,13 @@ class PostgresOrderRepository(OrderRepositoryBase):
         session = self._pool.take()
         if session is None:
             waiter = ThreadWaiter()
+            limit_s = call.connection_wait_s
             try:
                 self._pool.enqueue(waiter)
-                waiter.wait(call.connection_wait_s)
+                waiter.wait(limit_s)
             except BaseException:
                 self._pool.cancel(waiter)
                 raise
-            session = self._pool.session_of(waiter)
+            session = self._pool.session_of(waiter, limit_s)
         session.deadline = call.deadline
         return session

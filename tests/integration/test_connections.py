@@ -317,6 +317,7 @@ CALLS: dict[str, Callable[[PostgresOrderRepository], object]] = {
     "original": lambda repository: repository.original(UID),
     "list_orders": lambda repository: repository.list_orders(),
     "stats": lambda repository: repository.stats(),
+    "check": lambda repository: repository.check(),
     "save": lambda repository: repository.save(SAMPLE),
 }
 
@@ -343,6 +344,16 @@ def test_a_silent_server_is_reported_within_the_limit(stored: Database) -> None:
         with pytest.raises(DatabaseUnavailable, match=r"no connection within 0\.5 s"):
             orderlib.connect(url, timeout_s=0.5)
         assert time.monotonic() - begin < 0.5 + MACHINE_S
+
+
+def test_a_silent_server_is_reported_with_the_time_that_the_call_had(stored: Database) -> None:
+    async def ask(url: str) -> None:
+        async with orderlib.connect_async(url, connection_timeout_s=5) as reader:
+            with pytest.raises(DatabaseUnavailable, match=r"no connection within 0\.5 s"):
+                await reader.wait_until_handled("orders", 0, 0, timeout_s=0.1)
+
+    with silent_host() as silent:
+        asyncio.run(ask(with_hosts(stored.reader_url, silent)))
 
 
 def test_a_commit_without_an_answer_in_time_is_unknown_and_a_copy_stored_nothing(database: Database) -> None:
@@ -383,6 +394,12 @@ def test_a_call_without_a_connection_raises_in_time(stored: Database) -> None:
 def test_limits_that_allow_no_call_are_refused(stored: Database, limits: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be"):
         orderlib.connect(stored.reader_url, **limits)  # type: ignore[arg-type]  # mypy takes them for all arguments
+
+
+@pytest.mark.parametrize("limit_s", [0, -1, float("inf")])
+def test_a_limit_of_the_wait_for_a_connection_that_allows_no_call_is_refused(stored: Database, limit_s: float) -> None:
+    with pytest.raises(ValueError, match="connection_timeout_s must be positive"):
+        orderlib.connect_async(stored.reader_url, connection_timeout_s=limit_s)
 
 
 # Close
