@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, is_typeddict
 
 import attrs
 
@@ -72,10 +72,7 @@ def _place(module: ModuleType, name: str) -> tuple[str, int]:
 def _entry(module: ModuleType, name: str) -> Iterator[str]:
     value = getattr(module, name)
     if inspect.isclass(value):
-        bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object)
-        own_init = "def __init__" in inspect.getsource(value)
-        made = "\n" + textwrap.indent(_signature("__init__", value.__init__), "    ") if own_init else " ..."
-        yield _code(f"class {name}({bases}):{made}" if bases else f"class {name}:{made}")
+        yield _code(_class_head(name, value))
         yield f"{_promise(name, value).partition(_ATTRIBUTES)[0]}\n"
         yield from _fields(value)
         yield from _methods(value)
@@ -86,6 +83,17 @@ def _entry(module: ModuleType, name: str) -> Iterator[str]:
         promise, typed = _comments(module)[name]
         yield _code(typed)
         yield f"{promise}\n"
+
+
+def _class_head(name: str, cls: Any) -> str:
+    source = inspect.getsource(cls)
+    if is_typeddict(cls):
+        # Python forgets its bases.
+        return f"{source.splitlines()[0]} ..."
+    bases = ", ".join(base.__name__ for base in cls.__bases__ if base is not object)
+    own_init = "def __init__" in source
+    made = "\n" + textwrap.indent(_signature("__init__", cls.__init__), "    ") if own_init else " ..."
+    return f"class {name}({bases}):{made}" if bases else f"class {name}:{made}"
 
 
 def _fields(cls: type) -> Iterator[str]:
@@ -115,7 +123,10 @@ def _methods(cls: type) -> Iterator[str]:
             kept.setdefault(same[1], []).append(f"`{name}`")
             continue
         yield f"#### {cls.__name__}.{name}\n"
-        yield _code(_signature(name, getattr(cls, name)))
+        decorator = "@classmethod\n" * isinstance(member, classmethod) + "@staticmethod\n" * isinstance(
+            member, staticmethod
+        )
+        yield _code(decorator + _signature(name, getattr(cls, name)))
         yield f"{promise}\n"
     for protocol, names in kept.items():
         yield f"As in `{protocol}`: {', '.join(names)}.\n"

@@ -34,6 +34,7 @@ from orderlib.errors import (
     TopicRecreated,
     TransactionConflict,
     TransientError,
+    UnreadableRecord,
 )
 from orderlib.models import Delivery, Item, Order, Payment
 from orderlib.postgres import AsyncPostgresOrderRepository, PostgresOrderRepository
@@ -53,6 +54,7 @@ from orderlib.repository import (
     Outcome,
     Page,
     PositionState,
+    RecordPosition,
     RecordState,
     Stats,
     StoredOrder,
@@ -91,6 +93,7 @@ __all__ = [
     "Payment",
     "PositionState",
     "PostgresOrderRepository",
+    "RecordPosition",
     "RecordState",
     "RefusedByDatabase",
     "RejectNotFound",
@@ -102,6 +105,7 @@ __all__ = [
     "TopicRecreated",
     "TransactionConflict",
     "TransientError",
+    "UnreadableRecord",
     "bootstrap",
     "connect",
     "connect_async",

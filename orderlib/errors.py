@@ -6,6 +6,7 @@
     ├── TransientError              retry later: the same call may succeed
     │   ├── DatabaseUnavailable     PostgreSQL refused or dropped the connection, or did not answer in time
     │   ├── BrokerUnavailable       Kafka did not answer in time
+    │   │   └── UnreadableRecord    a record cannot be read: its partition waits
     │   └── TransactionConflict     deadlock or serialization failure: retry immediately
     ├── RejectedError               bad data: retrying cannot help; store it as a reject, or answer 4xx
     │   ├── MalformedJson           not one well-formed JSON text
@@ -17,7 +18,7 @@
     ├── InvalidQuery                an argument of a query is invalid: change it
     ├── FenceLost                   the stored offsets are not the expected ones: continue from them
     ├── BreakerTripped              nearly every record was rejected: probably the wrong topic or release
-    └── ConfigurationError          a missing table, privilege or setting: stop
+    └── ConfigurationError          a missing or wrong table, privilege or setting: stop
         └── TopicRecreated          the topic was deleted and created again: restart to read the new one
 
 No message contains a value of an order except its order_uid, because the other values are personal data.
@@ -84,10 +85,18 @@ class BrokerUnavailable(TransientError):
     """Kafka did not answer in time: wait, then retry. Only the programs raise it, never a repository."""
 
 
-class TransactionConflict(TransientError):
-    """Deadlock or serialization failure: the transaction was rolled back. Retry immediately.
+class UnreadableRecord(BrokerUnavailable):
+    """librdkafka cannot read a record batch: its partition waits, the others continue. An operator must act.
 
-    A repository retries several times before it raises this.
+    Only the consumer raises it.
+    """
+
+
+class TransactionConflict(TransientError):
+    """Deadlock or serialization failure: nothing of the call is stored. Retry immediately.
+
+    A repository of ``connect`` or ``connect_async`` has retried several times: repeat the call. One of ``using`` has
+    not: roll back your transaction, and repeat all of it.
     """
 
 
@@ -174,7 +183,7 @@ class RejectNotFound(OrderlibError):
 class FenceLost(OrderlibError):
     """The stored offsets differ from what this batch expected.
 
-    Another consumer has handled its records, or this one has, in a COMMIT whose response was lost; or a promoted
+    Another consumer has handled its records, or this one has, in a COMMIT whose answer was lost; or a promoted
     standby lacks the last transactions. This call stores nothing. Only the consumer raises it, never a repository.
     """
 
@@ -188,7 +197,10 @@ class FenceLost(OrderlibError):
 
 
 class ConfigurationError(OrderlibError):
-    """A setting, table, topic or privilege is missing: a retry cannot help until an operator corrects it."""
+    """A setting, table, topic or privilege is missing or wrong: a retry cannot help until an operator corrects it.
+
+    Also: a repository is closed or belongs to another process, or a transaction does not allow the call.
+    """
 
 
 class TopicRecreated(ConfigurationError):

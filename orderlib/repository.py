@@ -144,7 +144,9 @@ class RecordPosition:
 
     #: The topic id as Kafka's tools print it. A recreated topic has a new one.
     topic_id: str
+    #: The partition of the topic, from 0.
     partition: int
+    #: The offset in the partition, from 0.
     offset: int
 
     def is_after(self, other: RecordPosition | None) -> bool:
@@ -264,7 +266,7 @@ class PositionState:
 
 @attrs.frozen(kw_only=True)
 class Stats:
-    """Statistics of the store. No count is greater than ``COUNT_LIMIT``."""
+    """Statistics of the store. No count is greater than 10,000."""
 
     #: When the database was asked, by its clock; UTC.
     asked_at: dt.datetime
@@ -302,7 +304,7 @@ FILTERS: tuple[str, ...] = tuple(Filters.__annotations__)
 
 
 class ListOptions(Filters, total=False):
-    """The arguments of ``list_orders``. Each may be left out; ``ListQuery`` has the defaults."""
+    """The arguments of ``list_orders``: those of ``Filters``, and these. Each may be left out."""
 
     #: Where to begin: a page's ``next_cursor`` or an order's ``cursor``. ``None``: at the newest order, or at the
     #: oldest one for ``Direction.NEWER``.
@@ -455,12 +457,13 @@ class OrderRepository(Protocol):
 
         Updates never move an order, so following ``next_cursor`` shows each order once. Filters are exact, and an order
         must match all of them. A page of very large orders ends early, before 5,000 items, and has a ``next_cursor``.
-        Raises InvalidQuery for a limit outside 1 to 100, a time without an offset and a phone number without digits.
+        Raises InvalidQuery for a limit outside 1 to 100, an unknown direction, a time without an offset and a phone
+        number without digits.
         """
         ...
 
     def count(self, **filters: Unpack[Filters]) -> int:
-        """Return how many orders match the filters, at most ``COUNT_LIMIT`` (10,000)."""
+        """Return how many orders match the filters, at most 10,000. Raises InvalidQuery as ``list_orders`` does."""
         ...
 
     def find(self, text: str, *, limit: int = PAGE_SIZE) -> tuple[Match, ...]:
@@ -479,6 +482,7 @@ class OrderRepository(Protocol):
 
         Needs constant memory for any number of orders. It uses one connection until the iteration ends or ``close`` is
         called on the iterator. Each page is bounded like a call. An outage ends the iteration with DatabaseUnavailable.
+        Raises InvalidQuery as ``list_orders`` does, at the call and not in the iteration.
         """
         ...
 

@@ -11,11 +11,7 @@ from enum import Enum
 
 from confluent_kafka import KafkaError, KafkaException, Message
 
-from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError
-
-
-class UnreadableRecord(BrokerUnavailable):
-    """librdkafka cannot read a record batch: its partition waits, the others continue. An operator must act."""
+from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError, UnreadableRecord
 
 
 class KafkaErrorAction(Enum):

@@ -409,7 +409,7 @@ class ConsumerCore:
     def on_failed(self, error: OrderlibError, now_s: float) -> None:
         """The store task in progress failed, and changed nothing in the store.
 
-        The exception is a COMMIT without a response: its outcome is unknown until the fence of the next attempt.
+        The exception is a COMMIT without an answer: its outcome is unknown until the fence of the next attempt.
         """
         if self._stopping and isinstance(error, FenceLost | TransientError):
             self._task = None
@@ -542,7 +542,7 @@ class ConsumerCore:
         batch = self._task.batch
         lost = {p: error.next_offsets[p] for p in self._fetched_offset if p in error.partitions}
         for partition, stored_offset in lost.items():
-            # If it equals the end of the batch, an earlier COMMIT of this batch succeeded and its response was lost.
+            # If it equals the end of the batch, an earlier COMMIT of this batch succeeded and its answer was lost.
             if stored_offset != batch.ranges[partition].next_offset:
                 self._continue_at(partition, stored_offset)
         if lost:

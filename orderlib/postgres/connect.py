@@ -14,11 +14,14 @@ def connect(
 
     ``url`` is any URL that libpq accepts; the reader's is enough for reads. PostgreSQL shows ``application_name`` in
     pg_stat_activity. Every call, also this one, ends within ``timeout_s`` seconds, if necessary with
-    DatabaseUnavailable. This includes the wait for a connection while all ``max_connections`` are in use. To save many
+    DatabaseUnavailable. This includes the wait for a connection while all ``max_connections`` are in use. Two calls
+    differ: ``wait_until_handled`` has a limit of its own, and ``stream`` has this one for each page. To save many
     thousands of orders in one call, set a larger ``timeout_s``.
 
-    Raises DatabaseUnavailable, or ConfigurationError for a wrong URL, password, database or schema. Close the
-    repository, or use it in ``with``. After that, and in a forked process, calls raise ConfigurationError.
+    Raises DatabaseUnavailable, or ConfigurationError for a wrong URL, password, database or schema; ValueError or
+    TypeError for a limit that is not positive, or is no number.
+
+    Close the repository, or use it in ``with``. After that, and in a forked process, calls raise ConfigurationError.
     """
     pool = Pool(url, application_name=application_name, max_connections=max_connections, timeout_s=timeout_s)
     return PostgresOrderRepository(pool)
@@ -37,7 +40,10 @@ def connect_async(
     So it can be created while PostgreSQL is unavailable. It uses at most ``max_connections`` at once. Each new
     connection checks the schema: calls raise ConfigurationError for a wrong URL, password, database or schema. A call
     raises DatabaseUnavailable after ``connection_timeout_s`` without a connection, and after ``timeout_s`` without an
-    answer.
+    answer; ``wait_until_handled`` and ``stream`` differ as for ``connect``.
+
+    Raises ConfigurationError for a URL that is not valid, and ValueError or TypeError for a limit that is not positive,
+    or is no number.
 
     Use it in ``async with``, or await ``close``. After that, and in a forked process, calls raise ConfigurationError.
     """

@@ -42,7 +42,10 @@ class RoleProblem:
 
 @attrs.frozen(kw_only=True)
 class BootstrapResult:
-    """What ``bootstrap`` corrected, and what only another administrator can correct. Each line has the statement."""
+    """What ``bootstrap`` corrected, and what only another administrator can correct.
+
+    Each line has the statement or the command for it, if there is one.
+    """
 
     #: What was wrong, and is correct now.
     corrected: tuple[str, ...]

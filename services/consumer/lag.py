@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 import attrs
 from prometheus_client import Gauge
 
-from orderlib.errors import OrderlibError
+from orderlib.errors import OrderlibError, UnreadableRecord
 from orderlib.ingestion.records import TopicPartition
 from services.consumer.kafka_client import FetchFailed, KafkaClient
-from services.kafka_errors import UnreadableRecord
 from services.program import event
 
 #: The log ends are requested this often.

@@ -60,7 +60,7 @@ PLACES = {
 }
 
 #: The only places that may read the environment: where a program starts.
-STARTS = re.compile(r"orderlib/__main__\.py|services/\w+/(__main__|wsgi|asgi)\.py|sandbox/\w+\.py")
+STARTS = re.compile(r"orderlib/__main__\.py|services/\w+/__main__\.py|sandbox/\w+\.py")
 
 SOURCES = sorted(
     path.relative_to(ROOT) for folder in ("orderlib", "services", "sandbox") for path in (ROOT / folder).rglob("*.py")

@@ -7,12 +7,11 @@ import re
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 
-from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError, TransientError
+from orderlib.errors import BrokerUnavailable, ConfigurationError, OrderlibError, TransientError, UnreadableRecord
 from services.kafka_errors import (
     _NAMES,
     ACTIONS,
     KafkaErrorAction,
-    UnreadableRecord,
     classify_kafka_error,
     translate_kafka_error,
     translate_kafka_errors,
