@@ -49,6 +49,7 @@ _NEEDS: Mapping[str, set[str]] = {
         "ORDERS_DATABASE_URL",
         "ORDERS_MAX_RECORD_BYTES",
         "ORDERS_METRICS_BIND",
+        "ORDERS_TOMBSTONES",
     },
     "api": {
         "ORDERS_API_AUTH",

@@ -78,7 +78,7 @@ _PRIVATE = {
     base: ("WorkerTmp",),
     gasgi.ASGIWorker: ("_setup_event_loop", "_shutdown"),
     protocol.ASGIProtocol: (
-        *("_arm_keepalive_timer", "_cancel_keepalive_timer", "_close_transport", "_is_websocket_upgrade"),
+        *("_arm_keepalive_timer", "_cancel_keepalive_timer", "_is_websocket_upgrade"),
         *("_handle_http_request", "_keepalive_timeout", "_safe_write", "_send_error_response", "_serve_http_request"),
         "_will_close",
     ),

@@ -58,9 +58,9 @@ def generate_values(rng: Random, clock: Clock, bad_rate: float) -> Iterator[byte
 def generate_order(rng: Random, clock: Clock) -> Order:
     """Return a valid order with the current time. The sums add up, and its parts are consistent.
 
-    Each item costs ``price * (100 - sale) // 100``, the goods are the sum of the items, and the amount is the sum of goods,
-    delivery and customs. One order in ten has a ``payment.transaction`` other than its order_uid. The order is not
-    validated here, because that takes three times as long as generating it; a test validates.
+    Each item costs ``price * (100 - sale) // 100``, the goods are the sum of the items, and the amount is the sum of
+    goods, delivery and customs. One order in ten has a ``payment.transaction`` other than its order_uid. The order is
+    not validated here, because that takes three times as long as generating it; a test validates.
     """
     created = clock()
     customer = _customer(rng.randrange(CUSTOMERS))
