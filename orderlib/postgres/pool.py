@@ -163,7 +163,10 @@ class Pool:
         self.timeout_s = timeout_s
         self.connection_timeout_s = timeout_s if connection_timeout_s is None else min(timeout_s, connection_timeout_s)
         self._process = os.getpid()
-        self._lock = threading.Lock()
+        #: Reentrant: inside any method, Python may run a destructor or a signal handler, which may call another method
+        #: in the same thread. An iterator of ``stream`` that was not read to its end gives its session back in that
+        #: way. So no method depends on a test that it made in an earlier step.
+        self._lock = threading.RLock()
         self._closed = False
         #: Sorted by last use, the most recent one last. Empty while calls wait.
         self._idle: list[Session] = []
@@ -178,11 +181,10 @@ class Pool:
         """Return an idle session, or ``None`` if the call must wait for one. Raise ConfigurationError if closed."""
         self._check_open()
         with self._lock:
-            if not self._idle:
-                return None
-            session = self._idle.pop()
-        # Also for a session that no call has used yet: it may have been lost since it was connected.
-        session.reused = True
+            session = self._pop_idle()
+        if session is not None:
+            # Also for a session that no call has used yet: it may have been lost since it was connected.
+            session.reused = True
         return session
 
     def enqueue(self, waiter: Waiter) -> None:
@@ -195,9 +197,8 @@ class Pool:
 
     def session_of(self, waiter: Waiter, waited_s: float) -> Session:
         """Return the session of a waiter after a wait of at most this long, or raise the reason why it has none."""
-        with self._lock:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
+        with self._lock, contextlib.suppress(ValueError):
+            self._waiters.remove(waiter)
         if waiter.failure is not None:
             # A copy for each waiter, because each raise adds a traceback.
             raise copy.copy(waiter.failure) from waiter.failure.__cause__
@@ -216,23 +217,24 @@ class Pool:
             # It belongs to the parent process, whose session would end if this process closed it.
             return
         session.reused = True
-        usable = session.is_usable
-        with self._lock:
-            if usable and not self._closed:
+        if session.is_usable:
+            with self._lock:
                 self._idle.append(session)
-                if self._waiters:
-                    self._serve()
-                return
+                self._serve()
+            return
+        with self._lock:
             self._sessions.discard(session)
             self._connect_more()
         session.close()
 
     def drop_idle(self) -> None:
         """Close the idle sessions: one was lost, so the others probably were too."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-            self._sessions.difference_update(idle)
-        for session in idle:
+        for _ in range(len(self._idle)):
+            with self._lock:
+                session = self._pop_idle()
+                if session is None:
+                    return
+                self._sessions.discard(session)
             session.close()
 
     def close(self) -> None:
@@ -240,8 +242,7 @@ class Pool:
         self._closed = True
         if os.getpid() == self._process:
             with self._lock:
-                self._fail_waiters(_closed_error())
-            self.drop_idle()
+                self._serve()
 
     def _check_open(self) -> None:
         if os.getpid() != self._process:
@@ -249,24 +250,45 @@ class Pool:
         if self._closed:
             raise _closed_error()
 
+    def _pop_idle(self) -> Session | None:
+        """Return the idle session that was used last, if there is one. The caller holds the lock."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
+
     def _serve(self) -> None:
-        """Give idle sessions to waiting calls, first come, first served. The caller holds the lock."""
+        """Give idle sessions to waiting calls, first come, first served. If the pool is closed, leave neither.
+
+        The caller holds the lock.
+        """
         if self._closed:
             self._fail_waiters(_closed_error())
-        while self._waiters and self._idle:
-            waiter = self._waiters.popleft()
-            waiter.session = session = self._idle.pop()
+        while self._waiters and (session := self._pop_idle()) is not None:
+            try:
+                waiter = self._waiters.popleft()
+            except IndexError:
+                self._idle.append(session)
+                break
+            waiter.session = session
             try:
                 waiter.wake()
             except RuntimeError:
                 # Not its session any more: otherwise ``cancel`` would give it back a second time.
                 waiter.session = None
                 self._idle.append(session)
+        if self._closed:
+            self.drop_idle()
 
     def _fail_waiters(self, failure: Exception, waiters: Container[Waiter] | None = None) -> None:
         """Let these calls, or all calls, raise this error if they still wait. The caller holds the lock."""
-        for waiter in [waiter for waiter in self._waiters if waiters is None or waiter in waiters]:
-            self._waiters.remove(waiter)
+        for waiter in list(self._waiters):
+            if waiters is not None and waiter not in waiters:
+                continue
+            try:
+                self._waiters.remove(waiter)
+            except ValueError:
+                continue
             waiter.failure = failure
             with contextlib.suppress(RuntimeError):
                 waiter.wake()
@@ -309,11 +331,13 @@ class Pool:
                 # If there are other sessions, one may still be given back. A call that began to wait during this
                 # attempt gets its own attempt: the server may have become available meanwhile.
                 self._fail_waiters(failure, waiting_before)
-            again = len(self._sessions) + len(self._connecting_threads) <= self._max_connections and (
+            # No longer counted before the last test: what frees a place from now on starts another thread.
+            self._connecting_threads.discard(thread)
+            again = len(self._sessions) + len(self._connecting_threads) < self._max_connections and (
                 bool(self._waiters) if failure is None else not waiting_before.issuperset(self._waiters)
             )
-            if not again:
-                self._connecting_threads.discard(thread)
+            if again:
+                self._connecting_threads.add(thread)
         if session is not None and not is_wanted:
             session.close()
         return again

@@ -1,0 +1,146 @@
+"""A pool whose methods call each other at any moment, as destructors and signal handlers may do.
+
+The sessions have no server; tests/integration/test_connections.py uses real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from orderlib import ConfigurationError
+from orderlib.postgres import pool
+from orderlib.postgres.pool import Pool, ThreadWaiter
+
+MAX_CONNECTIONS = 2
+
+
+class FakeSession:
+    """A session without a server."""
+
+    def __init__(self) -> None:
+        self.is_usable = True
+        self.reused = False
+        self.is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Scenario:
+    """Some calls on a pool, and another method that begins before the ``moment``-th instruction of the pool's code."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened: list[FakeSession] = []
+        self.threads: list[Callable[[], None]] = []
+        self.failed: list[BaseException] = []
+        monkeypatch.setattr(Pool, "_open_session", self._open_session)
+        monkeypatch.setattr("orderlib.postgres.pool._thread.start_new_thread", self._start_new_thread)
+        self.pool = Pool(
+            "postgresql://x@127.0.0.1:1/x", application_name="test", max_connections=MAX_CONNECTIONS, timeout_s=1
+        )
+        #: A session in use, which the interrupting method may give back.
+        self.in_use = self._get()
+
+    def run(self, interrupt: Callable[[Scenario], None], moment: int) -> bool:
+        """Return whether there was such a moment. A deadlock fails the test."""
+        counter = iter(range(sys.maxsize))
+        began = threading.Event()
+
+        def trace(frame: FrameType, what: str, _value: Any) -> Any:
+            if frame.f_code.co_filename != pool.__file__ or began.is_set():
+                return None
+            frame.f_trace_opcodes = True
+            if what == "opcode" and next(counter) == moment:
+                began.set()
+                with contextlib.suppress(ConfigurationError):
+                    interrupt(self)
+            return trace
+
+        def use() -> None:
+            sys.settrace(trace)
+            try:
+                with contextlib.suppress(ConfigurationError):
+                    self._use()
+            except BaseException as exc:  # noqa: BLE001 - the test's thread raises it
+                self.failed.append(exc)
+            finally:
+                sys.settrace(None)
+
+        thread = threading.Thread(target=use, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive(), "deadlock"
+        assert self.failed == []
+        return began.is_set()
+
+    def _use(self) -> None:
+        self.pool.give_back(self._get())
+        waiters = ThreadWaiter(), ThreadWaiter()
+        lost = self._get()
+        try:
+            for waiter in waiters:
+                self.pool.enqueue(waiter)
+        finally:
+            lost.is_usable = False  # type: ignore[misc]  # a fake one
+            self.pool.give_back(lost)
+            self._run_threads()
+            for waiter in waiters:
+                self.pool.cancel(waiter)
+            self.pool.drop_idle()
+
+    def _get(self) -> pool.Session:
+        session = self.pool.take()
+        if session is None:
+            waiter = ThreadWaiter()
+            self.pool.enqueue(waiter)
+            self._run_threads()
+            session = self.pool.session_of(waiter, 0)
+        return session
+
+    def _run_threads(self) -> None:
+        while self.threads:
+            self.threads.pop()()
+
+    def _open_session(self) -> tuple[FakeSession, None]:
+        self.opened.append(FakeSession())
+        return self.opened[-1], None
+
+    def _start_new_thread(self, function: Callable[..., None], args: tuple[object, ...]) -> None:
+        self.threads.append(lambda: function(*args))
+
+
+def give_back(scenario: Scenario) -> None:
+    scenario.pool.give_back(scenario.in_use)
+
+
+def give_back_lost(scenario: Scenario) -> None:
+    scenario.in_use.is_usable = False  # type: ignore[misc]  # a fake one
+    give_back(scenario)
+
+
+@pytest.mark.parametrize(
+    "interrupt",
+    [give_back, give_back_lost, lambda scenario: scenario.pool.close(), lambda scenario: scenario.pool.drop_idle()],
+    ids=["give_back", "give_back_lost", "close", "drop_idle"],
+)
+def test_a_method_may_begin_within_any_other_of_the_same_thread(
+    monkeypatch: pytest.MonkeyPatch, interrupt: Callable[[Scenario], None]
+) -> None:
+    moment = 0
+    while (scenario := Scenario(monkeypatch)).run(interrupt, moment):
+        moment += 1
+        used = scenario.pool
+        assert len(used._sessions) <= MAX_CONNECTIONS
+        assert not used._waiters
+        assert {id(session) for session in used._idle} <= {id(session) for session in used._sessions}
+        give_back(scenario)
+        used.close()
+        assert all(session.is_closed for session in scenario.opened)
+    assert moment > 200
