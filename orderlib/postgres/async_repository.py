@@ -46,6 +46,9 @@ from orderlib.repository import (
 
 T = TypeVar("T")
 
+#: How often a call that waits for PostgreSQL checks its deadline.
+_CHECK_S = 0.1
+
 
 class AsyncOrderRepositoryBase(ABC):
     """The methods of ``AsyncOrderRepository``, over steps that a subclass runs."""
@@ -284,9 +287,9 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
 
 async def _run(session: Session, steps: PQGen[T], call: Call) -> T:
     """Run steps until the call's deadline. A task that is cancelled leaves the session for the pool to close."""
-    remaining_s = max(0.0, call.deadline - time.monotonic())
+    check_s = min(_CHECK_S, max(0.0, call.deadline - time.monotonic()))
     try:
-        return await waiting.wait_async(run_until(steps, call.deadline), session.pgconn.socket, remaining_s)
+        return await waiting.wait_async(run_until(steps, call.deadline), session.pgconn.socket, check_s)
     except psycopg.Error as exc:
         await let_end_arrive(session, exc)
         raise

@@ -17,7 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import attrs
 import psycopg
@@ -36,6 +37,8 @@ from orderlib import (
     PostgresOrderRepository,
 )
 from orderlib.postgres import hosts, pool, wire
+from orderlib.postgres.async_repository import _run
+from orderlib.postgres.pool import Pool
 from orderlib.testing import SAMPLE as SAMPLE_JSON
 from tests.support import ROOT
 from tests.support.databases import Database
@@ -344,6 +347,25 @@ def test_a_silent_server_is_reported_within_the_limit(stored: Database) -> None:
         with pytest.raises(DatabaseUnavailable, match=r"no connection within 0\.5 s"):
             orderlib.connect(url, timeout_s=0.5)
         assert time.monotonic() - begin < 0.5 + MACHINE_S
+
+
+def test_a_part_of_an_answer_does_not_prolong_a_call() -> None:
+    """A server that sends something shortly before the deadline, and then nothing more."""
+
+    def steps() -> PQGen[None]:
+        while True:
+            if (yield waiting.Wait.R):
+                ours.recv(1)
+
+    async def ask() -> None:
+        call = pool.Call(Pool("host=127.0.0.1", application_name="part", max_connections=1, timeout_s=1))
+        asyncio.get_running_loop().call_later(0.9, theirs.send, b"x")
+        with pytest.raises(wire.DeadlineExceeded):
+            await _run(cast("Any", SimpleNamespace(pgconn=SimpleNamespace(socket=ours.fileno()))), steps(), call)
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert seconds(lambda: asyncio.run(ask())) < 1.5
 
 
 def test_a_silent_server_is_reported_with_the_time_that_the_call_had(stored: Database) -> None:
