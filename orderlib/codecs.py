@@ -362,6 +362,27 @@ def _with_escaped_nul(pattern: re.Pattern[str], data: bytes) -> bytes:
     return b"".join(parts).replace(b"\0", rb"\\")
 
 
+#: The type of an order_uid, with its rule.
+ORDER_UID = typing.get_type_hints(Order, include_extras=True)["order_uid"]
+_order_uid_decoder = msgspec.json.Decoder(msgspec.defstruct("_WithOrderUid", [("order_uid", ORDER_UID)]))
+
+
+def read_order_uid(data: bytes) -> str | None:
+    """Return the order_uid in the JSON text of an order, also if other fields are invalid.
+
+    Return ``None`` without a valid order_uid. It is the same as that of ``decode_order`` for every text which that
+    accepts.
+    """
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        (order_uid,) = msgspec.structs.astuple(_order_uid_decoder.decode(data))
+        return str(order_uid)
+    # msgspec refuses an escaped lone surrogate, and an invalid order_uid before the one that counts, the last.
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, MalformedJson):
+        last = _OBJECT.decode(_make_readable(data))["order_uid"]
+        return str(msgspec.json.decode(last, type=ORDER_UID))
+    return None
+
+
 def unknown_fields(data: bytes) -> dict[str, dict[str, msgspec.Raw]]:
     """Return the unknown fields of an order: by the path of the object that has them, then by name. Values are JSON.
 

@@ -6,14 +6,13 @@ import base64
 import datetime as dt
 import enum
 import json
-import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import attrs
 import msgspec
 
-from orderlib.codecs import CanonicalOrder, canonical_form, decode_canonical, decode_order, digest
+from orderlib.codecs import ORDER_UID, CanonicalOrder, canonical_form, decode_canonical, decode_order, digest
 from orderlib.errors import MAX_FAULTS, Fault, MalformedJson, RejectedError, TooLarge
 from orderlib.models import Order
 from orderlib.repository import Outcome, RecordPosition
@@ -255,15 +254,13 @@ OrderChange: TypeAlias = PreparedOrder | Tombstone
 #: What a record is.
 Classified: TypeAlias = PreparedOrder | Tombstone | Reject
 
-_ORDER_UID = typing.get_type_hints(Order, include_extras=True)["order_uid"]
-
 
 def tombstone_of(record: Record) -> Tombstone | None:
     """Return the tombstone that a record is: its key is an order_uid, and it has no value. Otherwise ``None``."""
     if record.value is not None or record.key is None:
         return None
     try:
-        order_uid = msgspec.convert(record.key.decode("ascii"), _ORDER_UID)
+        order_uid = msgspec.convert(record.key.decode("ascii"), ORDER_UID)
     except (UnicodeDecodeError, msgspec.ValidationError):
         return None
     return Tombstone(order_uid=order_uid, position=record.position, time=record.time)
@@ -377,7 +374,7 @@ def plan_writes(
             if position is None or position == current or (current is not None and current.is_after(position)):
                 continue
             if uid in writes:
-                writes[uid] = change
+                writes[uid] = _with_original_of(writes[uid], change)
             else:
                 moves[uid] = change
         versions[uid] = change
@@ -388,6 +385,13 @@ def plan_writes(
         first_stored=tuple(first_stored[uid] for uid in writes),
         moves=moves,
     )
+
+
+def _with_original_of(first: OrderChange, duplicate: OrderChange) -> OrderChange:
+    """Return a duplicate with the original of the first record: only its position is newer."""
+    if isinstance(first, PreparedOrder) and isinstance(duplicate, PreparedOrder):
+        return attrs.evolve(duplicate, original=first.original)
+    return duplicate
 
 
 def may_redrive(change: OrderChange, stored: StoredVersion | None) -> bool:

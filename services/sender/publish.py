@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import typing
 from collections.abc import Callable
 
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from orderlib.models import Order
+from orderlib.codecs import read_order_uid
 from services.kafka import SILENT_LOGGER, Cluster, not_none
 from services.kafka_errors import translate_kafka_errors
 from services.manifest_line import ManifestLine
@@ -27,19 +26,6 @@ _MAX_QUEUED_RECORDS = 20_000
 
 #: How long to wait if the queue is full.
 _QUEUE_FULL_S = 0.1
-
-#: The field that is the record's key, with its rule in the contract.
-_ORDER_UID = typing.get_type_hints(Order, include_extras=True)["order_uid"]
-_key_decoder = msgspec.json.Decoder(msgspec.defstruct("_KeyFields", [("order_uid", _ORDER_UID)]))
-
-
-def order_uid_of(value: bytes) -> str | None:
-    """Return the order_uid in the JSON of an order, also if the rest is invalid; ``None`` without a valid order_uid."""
-    try:
-        (order_uid,) = msgspec.structs.astuple(_key_decoder.decode(value))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-    return str(order_uid)
 
 
 class Publisher:
@@ -102,7 +88,7 @@ class Publisher:
 
     def send(self, value: bytes) -> bool:
         """Publish a value. Return ``False``, after a short wait, if the queue is full and the value was not sent."""
-        order_uid = order_uid_of(value)
+        order_uid = read_order_uid(value)
         key = None if order_uid is None else order_uid.encode()
         try:
             self._producer.produce(self._topic, value, key, on_delivery=self._on_delivery)

@@ -32,7 +32,7 @@ from orderlib import (
     order_from_plain,
     order_to_plain,
 )
-from orderlib.codecs import CanonicalOrder, canonical_form, decode_canonical, digest
+from orderlib.codecs import CanonicalOrder, canonical_form, decode_canonical, digest, read_order_uid
 from orderlib.contract import defaults_of
 from orderlib.errors import MAX_FAULTS
 from orderlib.models import MAX_ITEMS
@@ -457,3 +457,36 @@ def test_a_fault_inside_a_class_of_a_user_has_its_complete_report(converter: cat
     [refusal] = within_list.exceptions
     assert isinstance(refusal, InvalidOrder)
     assert [fault.path for fault in refusal.faults] == ["$.sm_id"]
+
+
+# The order_uid alone
+
+
+@pytest.mark.parametrize(
+    ("value", "order_uid"),
+    [
+        (SAMPLE, "b563feb7b2b84b6test"),
+        (b'{"order_uid":"a:b.c_d-E","items":null}', "a:b.c_d-E"),
+        (b'{"order_uid":"first","order_uid":"last"}', "last"),
+        (b'{"order_uid":5,"order_uid":"last"}', "last"),
+        (b'{"order_uid":"first","order_uid":5}', None),
+        (b'{"order_uid":"x","unknown":"\\ud800"}', "x"),
+        (b'{"order_uid":"x","deep":' + b"[" * 500 + b"]" * 500 + b"}", "x"),
+        (b"", None),
+        (b"null", None),
+        (b"[]", None),
+        (b"{}", None),
+        (b'{"order_uid":7}', None),
+        (b'{"order_uid":""}', None),
+        (b'{"order_uid":"two words"}', None),
+        (b'{"order_uid":"' + b"x" * 129 + b'"}', None),
+        (b'{"order_uid":"\\ud800"}', None),
+        (b'{"order_uid":"\xff"}', None),
+        (b'{"order_uid":"x"', None),
+        (b'{"order_uid":"x"} and more', None),
+        (b"\xff\xfe", None),
+        (b"[" * 100_000, None),
+    ],
+)
+def test_the_order_uid_is_read_from_any_text_that_has_a_valid_one(value: bytes, order_uid: str | None) -> None:
+    assert read_order_uid(value) == order_uid

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 import attrs
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orderlib import Outcome, decode_order
+from orderlib import Outcome, decode_order, encode_order
 from orderlib.errors import MAX_FAULTS, Fault, TooLarge
 from orderlib.ingestion.records import (
     Batch,
@@ -49,6 +49,12 @@ def prepared_order(uid: str, content: int, at: RecordPosition | None) -> Prepare
     return PreparedOrder.of(attrs.evolve(SAMPLE_ORDER, order_uid=uid, sm_id=content), at, TIME if at else None)
 
 
+def order_with_original(uid: str, content: int, at: RecordPosition, spaces: int) -> PreparedOrder:
+    """An order with an unknown field. ``spaces`` change its text, and not its content."""
+    text = encode_order(attrs.evolve(SAMPLE_ORDER, order_uid=uid))
+    return PreparedOrder.of_text(text[:-1] + b',"later":%d}' % content + b" " * spaces, at, TIME)
+
+
 def tombstone(uid: str, at: RecordPosition) -> Tombstone:
     return Tombstone(order_uid=uid, position=at, time=TIME)
 
@@ -57,6 +63,15 @@ def version(of: OrderChange, number: int = 1, first_stored_at: dt.datetime | Non
     return StoredVersion(
         content_sha256=of.content_sha256, position=of.position, first_stored_at=first_stored_at, version_number=number
     )
+
+
+def originals_after(
+    changes: Sequence[OrderChange], stored: Stored, originals: Mapping[str, bytes | None]
+) -> dict[str, bytes | None]:
+    """Return the original of each order after a batch."""
+    writes = plan_writes(changes, stored).writes
+    written = {write.order_uid: write.original if isinstance(write, PreparedOrder) else None for write in writes}
+    return {**originals, **written}
 
 
 def after(
@@ -76,7 +91,9 @@ def after(
 POSITIONS = st.builds(position, st.integers(0, 5), st.integers(0, 1), st.sampled_from(["first", "recreated"]))
 UIDS = st.sampled_from(["a", "b"])
 CHANGES = st.lists(
-    st.builds(prepared_order, UIDS, st.integers(0, 2), st.none() | POSITIONS) | st.builds(tombstone, UIDS, POSITIONS),
+    st.builds(prepared_order, UIDS, st.integers(0, 2), st.none() | POSITIONS)
+    | st.builds(order_with_original, UIDS, st.integers(0, 1), POSITIONS, st.integers(0, 1))
+    | st.builds(tombstone, UIDS, POSITIONS),
     max_size=12,
 )
 
@@ -91,15 +108,20 @@ def test_the_final_state_does_not_depend_on_where_batches_are_cut(
     stored = {uid: attrs.evolve(one, first_stored_at=one.first_stored_at and TIME) for uid, one in stored.items()}
     one_by_one = stored
     expected: list[Outcome] = []
+    originals: dict[str, bytes | None] = {}
+    expected_originals: dict[str, bytes | None] = {}
     for one in changes:
+        expected_originals = originals_after([one], one_by_one, expected_originals)
         one_by_one, of_one = after([one], one_by_one)
         expected += of_one
     outcomes: list[Outcome] = []
     bounds = sorted({0, len(changes), *(cut for cut in cuts if cut < len(changes))})
     for begin, end in pairwise(bounds):
+        originals = originals_after(changes[begin:end], stored, originals)
         stored, of_batch = after(changes[begin:end], stored)
         outcomes += of_batch
     assert stored == one_by_one
+    assert originals == expected_originals
     assert len(outcomes) == len(changes)
     assert outcomes.count(Outcome.ERASED) == expected.count(Outcome.ERASED)
 

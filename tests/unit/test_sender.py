@@ -30,7 +30,7 @@ from services.sender.__main__ import main
 from services.sender.generate import generate_order, generate_values
 from services.sender.input_lines import MAX_WARNINGS, lines, warn_about_invalid
 from services.sender.manifest import Manifest
-from services.sender.publish import Publisher, order_uid_of
+from services.sender.publish import Publisher
 from services.sender.rate import CATCH_UP_S, RateLimiter
 from services.sender.wait import SentRecords
 from services.settings import KafkaSettings
@@ -126,38 +126,6 @@ def test_the_fraction_of_invalid_orders_is_near_the_bad_rate() -> None:
         except RejectedError:
             bad += 1
     assert 300 < bad < 500
-
-
-@pytest.mark.parametrize(
-    ("value", "order_uid"),
-    [
-        (SAMPLE, "b563feb7b2b84b6test"),
-        (b'{"order_uid":"a:b.c_d-E","items":null}', "a:b.c_d-E"),
-        (b'{"order_uid":"first","order_uid":"last"}', "last"),
-        (b'{"order_uid":"x","deep":' + b"[" * 500 + b"]" * 500 + b"}", "x"),
-        (b"", None),
-        (b"null", None),
-        (b"[]", None),
-        (b"{}", None),
-        (b'{"order_uid":7}', None),
-        (b'{"order_uid":""}', None),
-        (b'{"order_uid":"two words"}', None),
-        (b'{"order_uid":"' + b"x" * 129 + b'"}', None),
-        (b'{"order_uid":"\\ud800"}', None),
-        (b'{"order_uid":"\xff"}', None),
-        (b'{"order_uid":"x"', None),
-        (b'{"order_uid":"x"} and more', None),
-        (b"\xff\xfe", None),
-        (b"[" * 100_000, None),
-    ],
-)
-def test_only_a_valid_order_uid_becomes_the_key(value: bytes, order_uid: str | None) -> None:
-    assert order_uid_of(value) == order_uid
-
-
-def test_reading_the_order_uid_never_fails() -> None:
-    for value in values(500, 1.0):
-        order_uid_of(value)
 
 
 @pytest.fixture

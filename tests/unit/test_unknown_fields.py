@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orderlib import Order, content_sha256, decode_order, encode_order, order_to_plain
-from orderlib.codecs import unknown_fields
+from orderlib.codecs import read_order_uid, unknown_fields
 from orderlib.ingestion.records import PreparedOrder
 from orderlib.testing import SAMPLE
 from orderlib.testing.strategies import orders
@@ -81,6 +81,7 @@ def test_unknown_fields_are_content_and_change_no_known_field(first: Unknown, se
     texts = [written(SAMPLE_ORDER, fields, rng) for fields in (first, first, second)]
     prepared = [PreparedOrder.of_text(text) for text in texts]
     assert [decode_order(text) for text in texts] == [SAMPLE_ORDER] * 3
+    assert {read_order_uid(text) for text in texts} == {SAMPLE_ORDER.order_uid}
     assert [prepared_order.original for prepared_order in prepared] == texts
     one, same, other = [prepared_order.content_sha256 for prepared_order in prepared]
     assert one == same != content_sha256(SAMPLE_ORDER)
