@@ -14,7 +14,7 @@ from msgspec.inspect import StrType
 from orderlib.contract import Validator, rule_of, rules_of
 from orderlib.errors import InvalidOrder, InvalidQuery
 from orderlib.models import Delivery, Order
-from orderlib.repository import FILTERS, MAX_PAGE_SIZE, PAGE_SIZE
+from orderlib.repository import FILTERS, MAX_PAGE_SIZE, PAGE_SIZE, in_utc
 
 #: The fields that ``/orders`` filters by: of an order and of its delivery. The names of the parameters are the same.
 ORDER_FILTERS = tuple(name for name in FILTERS if name in attrs.fields_dict(Order))
@@ -75,20 +75,16 @@ def text_parameter(req: Request, name: str) -> str | None:
     return text
 
 
-def _decode_time(text: str) -> dt.datetime:
-    time: dt.datetime = msgspec.convert(text, Annotated[dt.datetime, msgspec.Meta(tz=True)])
-    return time
-
-
 def time_parameter(req: Request, name: str) -> dt.datetime | None:
-    """Return a parameter that is a time with an offset, or None."""
+    """Return a parameter that is a time with an offset, in UTC, or None."""
     text = single_parameter(req, name)
     if text is None:
         return None
     try:
-        return _decode_time(text)
+        time: dt.datetime = in_utc(msgspec.convert(text, Annotated[dt.datetime, msgspec.Meta(tz=True)]))
     except msgspec.ValidationError as exc:
         raise bad_parameter(name, "a time such as 2026-01-31T12:00:00Z", "another text") from exc
+    return time
 
 
 def limit_parameter(req: Request) -> int:

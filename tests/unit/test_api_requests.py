@@ -316,11 +316,12 @@ def test_a_cursor_carries_its_direction(application: Application) -> None:
 
 
 def test_the_links_of_a_page_keep_the_period(application: Application) -> None:
-    query = b"limit=1&since=2000-01-01T03:00:00%2B03:00&until=9999-12-31T23:59:59Z"
+    query = b"limit=1&since=0001-01-01T03:00:00%2B14:00&until=9999-12-31T23:59:59-14:00"
     page = application.send("/orders", query, with_token((b"accept", b"text/html")))
     [older] = re.findall(r'rel="next" href="/orders\?([^"]+)"', page.body.decode())
     assert (
-        "&amp;limit=1&amp;since=2000-01-01T03%3A00%3A00%2B03%3A00&amp;until=9999-12-31T23%3A59%3A59%2B00%3A00" in older
+        "&amp;limit=1&amp;since=0001-01-01T00%3A00%3A00%2B00%3A00"
+        "&amp;until=9999-12-31T23%3A59%3A59.999999%2B00%3A00" in older
     )
     assert application.send("/orders", html.unescape(older).encode(), with_token()).status == 200
 
