@@ -74,12 +74,14 @@ def store(
 def run_transaction(connection: Connection, work: Callable[[], T]) -> T:
     """Run work in a transaction, again after each conflict with other writers, and translate the errors.
 
-    Raises TransactionConflict after too many conflicts.
+    Raises TransactionConflict after too many conflicts, and DatabaseUnavailable after a wait of 5 s for a lock, which
+    a frozen consumer may hold.
     """
     conflicts = Conflicts()
     while True:
         try:
             with translate_errors(connection), connection.transaction():
+                connection.execute(queries.LIMIT_LOCK_WAIT)
                 return work()
         except TransactionConflict:
             wait_s = conflicts.next_wait_s()

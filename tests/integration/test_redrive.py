@@ -6,12 +6,13 @@ import datetime as dt
 from collections import Counter
 
 import attrs
+import psycopg
 import pytest
 
-from orderlib import Order, Outcome, decode_order, encode_order
+from orderlib import DatabaseUnavailable, Order, Outcome, decode_order, encode_order
 from orderlib.errors import Fault, MalformedJson
 from orderlib.ingestion.records import Batch, OffsetRange, PreparedOrder, Record, Reject, TopicPartition
-from orderlib.postgres import rejects
+from orderlib.postgres import queries, rejects
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rejects import redrive
@@ -69,6 +70,22 @@ def test_a_reject_replaces_only_a_version_from_a_lower_offset(
             stored = writer.execute("SELECT sm_id, source_offset FROM orders").fetchall()
             replaced = outcome in {Outcome.STORED, Outcome.DUPLICATE}
             assert stored == [(in_reject.sm_id if replaced else ORDER.sm_id, 5 if replaced else stored_offset)]
+
+
+def test_a_frozen_consumer_delays_a_redrive_no_longer_than_a_wait_for_a_lock(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "LIMIT_LOCK_WAIT", "SET LOCAL lock_timeout = '100ms'")
+    keep_reject(database, ORDER, 5)
+    with (
+        psycopg.connect(database.superuser_url) as consumer,
+        open_connection(database.writer_url, application_name="tests") as writer,
+    ):
+        assert consumer.execute("SELECT FROM consumer_offsets FOR UPDATE").rowcount > 0
+        with pytest.raises(DatabaseUnavailable, match="55P03"):
+            list(redrive(writer, 10_000))
+        consumer.rollback()
+        assert sum(redrive(writer, 10_000), Counter()) == Counter({Outcome.STORED: 1})
 
 
 def test_a_conflict_repeats_the_transaction_until_there_are_too_many(database: Database) -> None:
