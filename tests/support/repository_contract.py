@@ -616,6 +616,13 @@ class RepositoryContract:
         assert [match.order.order_uid for match in repository.find("abc")] == ["abc"]
         assert [match.order.order_uid for match in repository.find("X")] == ["XY", "Xy", "xy"]
         assert len(repository.find("abc-shop")) == 8
+        repository.save(an_order("aby"))
+        repository.save(an_order("abX"))
+        assert [match.order.order_uid for match in repository.find("AB", limit=1)] == ["AB"]
+        repository.save(an_order("zza"))
+        repository.save(an_order("zzX"))
+        assert [match.order.order_uid for match in repository.find("zz", limit=1)] == ["zza"]
+        assert [match.order.order_uid for match in repository.find("zz")] == ["zzX", "zza"][::-1]
 
     @pytest.mark.parametrize("limit", [0, 101])
     def test_a_search_has_the_limits_of_the_list(self, repository: OrderRepository, limit: int) -> None:
