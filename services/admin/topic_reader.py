@@ -120,9 +120,7 @@ class TopicReader:
                 # limit of the queue.
                 messages = consumer.consume(1, _POLL_S)
                 messages += consumer.consume(_MAX_MESSAGES, 0) if messages else []
-            if messages:
-                answered_at_s = time.monotonic()
-            elif time.monotonic() - answered_at_s > REQUEST_TIMEOUT_S:
+            if not messages and time.monotonic() - answered_at_s > REQUEST_TIMEOUT_S:
                 raise self.cluster.unavailable_error()
             for message in messages:
                 partition, offset, error = message.partition(), message.offset(), message.error()
@@ -136,3 +134,6 @@ class TopicReader:
                     yield record_of(message, {self.topic: self.topic_id})
                 if offset + (error is None) >= open_until[partition]:
                     del open_until[partition]
+            if messages:
+                # Not before: the time that the caller took for the records is not a silence of Kafka.
+                answered_at_s = time.monotonic()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from confluent_kafka import OFFSET_INVALID, KafkaError, KafkaException, Uuid
 
 from orderlib.errors import BrokerUnavailable, ConfigurationError
 from services import kafka
+from services.admin import topic_reader
 from services.admin.topic_reader import TopicReader
 from services.kafka import Cluster, TopicInfo
 from services.kafka_listener import certificate_problem, expected_protocol
@@ -171,6 +172,32 @@ def test_a_partition_that_the_topic_does_not_have_is_not_read(monkeypatch: pytes
     monkeypatch.setattr(Cluster, "ends", lambda *_: {0: 0})
     reader = TopicReader(SETTINGS)
     assert list(reader.records({0: 0, 9: 5}, {0: 0})) == []
+
+
+def test_the_time_that_the_caller_takes_for_records_is_no_silence_of_kafka(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Message:
+        def __init__(self, offset: int) -> None:
+            self._offset = offset
+
+        def partition(self) -> int:
+            return 0
+
+        def offset(self) -> int:
+            return self._offset
+
+        def error(self) -> None:
+            return None
+
+    now_s = 0.0
+    answers: list[list[Message]] = [[Message(0)], [], [], [Message(1)], []]
+    monkeypatch.setattr(Cluster, "describe", lambda *_: TopicInfo(topic_id="id", partitions=frozenset({0})))
+    monkeypatch.setattr(topic_reader, "record_of", lambda message, _: message.offset())
+    monkeypatch.setattr("services.admin.topic_reader.time.monotonic", lambda: now_s)
+    found: list[object] = []
+    for record in TopicReader(SETTINGS)._fetch(cast("Any", SimpleNamespace(consume=lambda *_: answers.pop(0))), {0: 2}):
+        found.append(record)
+        now_s += 60
+    assert found == [0, 1]
 
 
 def test_only_without_the_acl_it_is_unknown_whether_a_topic_is_compacted(monkeypatch: pytest.MonkeyPatch) -> None:
