@@ -137,7 +137,10 @@ class _SyncMiddleware:
         self._auth = auth
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        _run_without_waiting(self._metrics.process_request(req, resp))
+        # Any: a request of WSGI has no scope.
+        asgi_like: Any = req
+        asgi_like.scope = {"headers": []}
+        _run_without_waiting(self._metrics.process_request(asgi_like, resp))
         _run_without_waiting(self._auth.process_request(req, resp))
 
     def process_response(

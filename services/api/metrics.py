@@ -41,6 +41,8 @@ class ApiMetrics(Collector):
         self._route_numbers = {route: number for number, route in enumerate(self._routes)}
         self._method_numbers = {method: number for number, method in enumerate(_METHODS)}
         self._status_numbers = {status: number for number, status in enumerate(_STATUSES)}
+        #: What ``_find_places`` has found, by route, method and status.
+        self._places: dict[tuple[str, str, int], tuple[int, int]] = {}
         self._times_at = len(self._routes) * len(_METHODS) * len(_STATUSES)
         self._width = self._times_at + len(self._routes) * _TIME_CELLS
         #: Cell 0 is the number of slots used so far. Only the master process writes it.
@@ -66,13 +68,19 @@ class ApiMetrics(Collector):
 
     def count(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count a request that was answered."""
-        number = self._route_numbers.get(route, 0)
-        of_method = number * len(_METHODS) + self._method_numbers.get(method, 0)
+        cell, times = self._places.get((route, method, status)) or self._find_places(route, method, status)
         cells = self._mine
-        cells[of_method * len(_STATUSES) + self._status_numbers.get(status, _SERVER_ERROR)] += 1
-        times = self._times_at + number * _TIME_CELLS
+        cells[cell] += 1
         cells[times + bisect_left(_BUCKETS, seconds)] += 1
         cells[times + _TIME_CELLS - 1] += int(seconds * 1e9)
+
+    def _find_places(self, route: str, method: str, status: int) -> tuple[int, int]:
+        """Return the cell of a count, and the first cell of the durations."""
+        number = self._route_numbers.get(route, 0)
+        of_method = number * len(_METHODS) + self._method_numbers.get(method, 0)
+        cell = of_method * len(_STATUSES) + self._status_numbers.get(status, _SERVER_ERROR)
+        places = self._places[route, method, status] = cell, self._times_at + number * _TIME_CELLS
+        return places
 
     @property
     def registry(self) -> CollectorRegistry:

@@ -16,7 +16,7 @@ from services.api.error_handlers import PROBLEM_JSON, problem
 from services.api.metrics import OTHER_METHOD, UNMATCHED, ApiMetrics
 from services.program import Event, event, log_events
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 _METHODS = frozenset(HTTPMethod)
 
 #: The route, method and status of a request that was answered, its duration in seconds, its id, and more fields to log.
@@ -43,8 +43,9 @@ class RequestMetricsMiddleware:
         """
         req.context.started = time.perf_counter()
         req.context.log_fields = {}
-        given = req.get_header("X-Request-Id")
-        req.context.request_id = given if given and _REQUEST_ID.fullmatch(given) else self._make_id()
+        # Not get_header: for most requests, which have none, it would raise and catch an error.
+        given = dict(req.scope["headers"]).get(b"x-request-id", b"")
+        req.context.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else self._make_id()
         resp.set_header("X-Request-Id", req.context.request_id)
 
     async def process_response(self, req: Request, resp: Response, _resource: object, _succeeded: bool) -> None:
