@@ -1,10 +1,11 @@
-"""How every program of orderlib starts and ends: its streams, its exit status, and one line on stderr for an error."""
+"""How every program of orderlib starts, stops and ends: its streams, its exit status, and an error as one line."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from orderlib.errors import ConfigurationError, OrderlibError
@@ -16,6 +17,36 @@ EXIT_CONFIGURATION = 2
 #: For ``--help``.
 CONFIGURATION_STATUS = f"{EXIT_CONFIGURATION} wrong usage or configuration"
 EXIT_STATUSES = f"Exit status: {EXIT_DONE} done, {EXIT_FAILED} failed or stopped itself, {CONFIGURATION_STATUS}."
+
+
+#: How soon a waiting program notices a stop request.
+_STOP_POLL_S = 0.1
+
+
+class StopFlag:
+    """A stop request, for a signal handler to set.
+
+    The lock of a ``threading.Event`` is not reentrant: a handler that runs while its thread waits for the event, or
+    sets it, may wait for ever.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def set(self) -> None:
+        """Request the stop."""
+        self._is_set = True
+
+    def is_set(self) -> bool:
+        """Return whether the stop was requested."""
+        return self._is_set
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the request, at most this long. Return whether there is one."""
+        until_s = time.monotonic() + timeout_s
+        while not self._is_set and (remaining_s := until_s - time.monotonic()) > 0:
+            time.sleep(min(remaining_s, _STOP_POLL_S))
+        return self._is_set
 
 
 def run(main: Callable[[], int]) -> int:

@@ -108,7 +108,9 @@ class ConsumerStore:
                 "next_offsets": [earliest[partition] for partition in new],
             }
             try:
-                connection.execute(queries.START_PARTITIONS, rows)
+                with connection.transaction():
+                    connection.execute(queries.LIMIT_LOCK_WAIT)
+                    connection.execute(queries.START_PARTITIONS, rows)
             except psycopg.errors.ForeignKeyViolation:
                 self._require_own_group(connection)
                 raise

@@ -165,7 +165,8 @@ class Pool:
         self._process = os.getpid()
         #: Reentrant: inside any method, Python may run a destructor or a signal handler, which may call another method
         #: in the same thread. An iterator of ``stream`` that was not read to its end gives its session back in that
-        #: way. So no method depends on a test that it made in an earlier step.
+        #: way. So no method depends on a test that it made in an earlier step. A call that begins there and must wait
+        #: for a connection gets none: the connecting thread needs this lock.
         self._lock = threading.RLock()
         self._closed = False
         #: Sorted by last use, the most recent one last. Empty while calls wait.
@@ -202,9 +203,10 @@ class Pool:
         if waiter.failure is not None:
             # A copy for each waiter, because each raise adds a traceback.
             raise copy.copy(waiter.failure) from waiter.failure.__cause__
-        if waiter.session is None:
-            raise DatabaseUnavailable(f"PostgreSQL: no connection within {waited_s:.3g} s")
-        return waiter.session
+        session, waiter.session = waiter.session, None
+        if session is None:
+            raise DatabaseUnavailable(f"PostgreSQL: no connection within {round(waited_s, 1):g} s")
+        return session
 
     def cancel(self, waiter: Waiter) -> None:
         """Remove a waiter that was interrupted, and take back a session that it was given meanwhile."""
@@ -231,7 +233,8 @@ class Pool:
         """Close the idle sessions: one was lost, so the others probably were too."""
         for _ in range(len(self._idle)):
             with self._lock:
-                session = self._pop_idle()
+                # The oldest first: others may give sessions back meanwhile.
+                session = self._pop_idle(0)
                 if session is None:
                     return
                 self._sessions.discard(session)
@@ -250,10 +253,10 @@ class Pool:
         if self._closed:
             raise _closed_error()
 
-    def _pop_idle(self) -> Session | None:
-        """Return the idle session that was used last, if there is one. The caller holds the lock."""
+    def _pop_idle(self, index: int = -1) -> Session | None:
+        """Remove and return an idle session, the one that was used last, if there is one. The caller holds the lock."""
         try:
-            return self._idle.pop()
+            return self._idle.pop(index)
         except IndexError:
             return None
 
@@ -274,9 +277,10 @@ class Pool:
             try:
                 waiter.wake()
             except RuntimeError:
-                # Not its session any more: otherwise ``cancel`` would give it back a second time.
-                waiter.session = None
-                self._idle.append(session)
+                # Unless ``cancel`` has given it back already.
+                if waiter.session is not None:
+                    waiter.session = None
+                    self._idle.append(session)
         if self._closed:
             self.drop_idle()
 
@@ -322,6 +326,8 @@ class Pool:
             waiting_before = set(self._waiters)
         session, failure = self._open_session()
         with self._lock:
+            # No longer counted: what frees a place from now on starts another thread.
+            self._connecting_threads.discard(thread)
             is_wanted = not self._closed and len(self._sessions) < self._max_connections
             if session is not None and is_wanted:
                 self._sessions.add(session)
@@ -331,8 +337,6 @@ class Pool:
                 # If there are other sessions, one may still be given back. A call that began to wait during this
                 # attempt gets its own attempt: the server may have become available meanwhile.
                 self._fail_waiters(failure, waiting_before)
-            # No longer counted before the last test: what frees a place from now on starts another thread.
-            self._connecting_threads.discard(thread)
             again = len(self._sessions) + len(self._connecting_threads) < self._max_connections and (
                 bool(self._waiters) if failure is None else not waiting_before.issuperset(self._waiters)
             )

@@ -275,15 +275,17 @@ ORDER BY o.first_stored_at DESC, o.order_uid DESC LIMIT $2
 }
 
 #: The orders whose order_uid in small letters is $1 or begins with it: from $1 until before $2, at most the first $3 of
-#: each statement. The first one finds those without a capital letter among the first 10,000 whose beginning has none,
+#: each statement. The first one finds those without a capital letter among the first 1,000 whose beginning has none,
 #: the second one those with a capital letter anywhere. So most order_uids need no index besides the primary key.
 FIND_ORDER_UIDS: tuple[LiteralString, ...] = (
     """
 SELECT order_uid, first_stored_at FROM (
-    SELECT order_uid, first_stored_at FROM orders
-    WHERE order_uid >= $1 AND order_uid < $2 ORDER BY order_uid LIMIT 10000
-) first
-WHERE order_uid = lower(order_uid) ORDER BY order_uid LIMIT $3
+    SELECT order_uid FROM (
+        SELECT order_uid FROM orders WHERE order_uid >= $1 AND order_uid < $2 ORDER BY order_uid LIMIT 1000
+    ) first
+    WHERE order_uid = lower(order_uid) ORDER BY order_uid LIMIT $3
+) wanted
+JOIN orders USING (order_uid)
 """,
     """
 SELECT order_uid, first_stored_at FROM orders

@@ -103,7 +103,7 @@ class Failures:
     """The failures of one repository. Threads may share it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._rules: list[_Rule] = []
 
     def add(

@@ -42,7 +42,8 @@ class MemoryStore:
 
     def __init__(self, clock: Callable[[], dt.datetime]) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
+        # Reentrant: a destructor or a signal handler may use the repository inside one of its methods.
+        self._lock = threading.RLock()
         self._stored: dict[str, StoredOrder] = {}
         self._versions: dict[str, StoredVersion] = {}
         self._originals: dict[str, bytes | None] = {}

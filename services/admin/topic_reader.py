@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
@@ -113,14 +112,16 @@ class TopicReader:
             consumer.close()
 
     def _fetch(self, consumer: Consumer, open_until: dict[int, int]) -> Iterator[Record]:
-        answered_at_s = time.monotonic()
+        # Counted, not measured: while this process was stopped, Kafka was not silent.
+        polls_without_answer = 0
         while open_until:
             with translate_kafka_errors():
                 # Wait for one message, then take those that are fetched already: waiting for more would exceed the
                 # limit of the queue.
                 messages = consumer.consume(1, _POLL_S)
                 messages += consumer.consume(_MAX_MESSAGES, 0) if messages else []
-            if not messages and time.monotonic() - answered_at_s > REQUEST_TIMEOUT_S:
+            polls_without_answer = 0 if messages else polls_without_answer + 1
+            if polls_without_answer * _POLL_S > REQUEST_TIMEOUT_S:
                 raise self.cluster.unavailable_error()
             for message in messages:
                 partition, offset, error = message.partition(), message.offset(), message.error()
@@ -134,6 +135,3 @@ class TopicReader:
                     yield record_of(message, {self.topic: self.topic_id})
                 if offset + (error is None) >= open_until[partition]:
                     del open_until[partition]
-            if messages:
-                # Not before: the time that the caller took for the records is not a silence of Kafka.
-                answered_at_s = time.monotonic()

@@ -358,14 +358,14 @@ def test_a_part_of_an_answer_does_not_prolong_a_call() -> None:
                 ours.recv(1)
 
     async def ask() -> None:
-        call = pool.Call(Pool("host=127.0.0.1", application_name="part", max_connections=1, timeout_s=1))
-        asyncio.get_running_loop().call_later(0.9, theirs.send, b"x")
+        call = pool.Call(Pool("host=127.0.0.1", application_name="part", max_connections=1, timeout_s=4))
+        asyncio.get_running_loop().call_later(3.5, theirs.send, b"x")
         with pytest.raises(wire.DeadlineExceeded):
             await _run(cast("Any", SimpleNamespace(pgconn=SimpleNamespace(socket=ours.fileno()))), steps(), call)
 
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert seconds(lambda: asyncio.run(ask())) < 1.5
+        assert seconds(lambda: asyncio.run(ask())) < 4 + MACHINE_S
 
 
 def test_a_silent_server_is_reported_with_the_time_that_the_call_had(stored: Database) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
@@ -174,7 +175,7 @@ def test_a_partition_that_the_topic_does_not_have_is_not_read(monkeypatch: pytes
     assert list(reader.records({0: 0, 9: 5}, {0: 0})) == []
 
 
-def test_the_time_that_the_caller_takes_for_records_is_no_silence_of_kafka(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_in_which_a_reader_was_stopped_is_no_silence_of_kafka(monkeypatch: pytest.MonkeyPatch) -> None:
     class Message:
         def __init__(self, offset: int) -> None:
             self._offset = offset
@@ -190,14 +191,20 @@ def test_the_time_that_the_caller_takes_for_records_is_no_silence_of_kafka(monke
 
     now_s = 0.0
     answers: list[list[Message]] = [[Message(0)], [], [], [Message(1)], []]
+
+    def consume(*_: object) -> list[Message]:
+        nonlocal now_s
+        now_s += 60
+        return answers.pop(0) if answers else []
+
     monkeypatch.setattr(Cluster, "describe", lambda *_: TopicInfo(topic_id="id", partitions=frozenset({0})))
     monkeypatch.setattr(topic_reader, "record_of", lambda message, _: message.offset())
-    monkeypatch.setattr("services.admin.topic_reader.time.monotonic", lambda: now_s)
-    found: list[object] = []
-    for record in TopicReader(SETTINGS)._fetch(cast("Any", SimpleNamespace(consume=lambda *_: answers.pop(0))), {0: 2}):
-        found.append(record)
-        now_s += 60
-    assert found == [0, 1]
+    monkeypatch.setattr("time.monotonic", lambda: now_s)
+    reader = TopicReader(SETTINGS)
+    records: Iterator[Any] = reader._fetch(cast("Any", SimpleNamespace(consume=consume)), {0: 3})
+    assert [next(records), next(records)] == [0, 1]
+    with pytest.raises(BrokerUnavailable):
+        next(records)
 
 
 def test_only_without_the_acl_it_is_unknown_whether_a_topic_is_compacted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from orderlib import ConfigurationError
+from orderlib import ConfigurationError, DatabaseUnavailable
 from orderlib.postgres import pool
 from orderlib.postgres.pool import Pool, ThreadWaiter
 
@@ -38,32 +38,38 @@ class Scenario:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened: list[FakeSession] = []
+        #: Whether the server refuses new connections.
+        self.refuses = False
         self.threads: list[Callable[[], None]] = []
         self.failed: list[BaseException] = []
+        self.began = threading.Event()
+        #: The calls that got neither a session nor an error, although the other method had begun.
+        self.unserved: list[ThreadWaiter] = []
         monkeypatch.setattr(Pool, "_open_session", self._open_session)
         monkeypatch.setattr("orderlib.postgres.pool._thread.start_new_thread", self._start_new_thread)
         self.pool = Pool(
             "postgresql://x@127.0.0.1:1/x", application_name="test", max_connections=MAX_CONNECTIONS, timeout_s=1
         )
-        #: A session in use, which the interrupting method may give back.
-        self.in_use = self._get()
+        #: Two sessions in use. The interrupting method may give one back.
+        self.in_use, self._lost = self._get(), self._get()
 
     def run(self, interrupt: Callable[[Scenario], None], moment: int) -> bool:
         """Return whether there was such a moment. A deadlock fails the test."""
         counter = iter(range(sys.maxsize))
-        began = threading.Event()
 
         def trace(frame: FrameType, what: str, _value: Any) -> Any:
-            if frame.f_code.co_filename != pool.__file__ or began.is_set():
+            if frame.f_code.co_filename != pool.__file__ or self.began.is_set():
                 return None
             frame.f_trace_opcodes = True
             if what == "opcode" and next(counter) == moment:
-                began.set()
+                self.began.set()
                 with contextlib.suppress(ConfigurationError):
                     interrupt(self)
             return trace
 
         def use() -> None:
+            # Before settrace: Python 3.12 looks only then whether any frame wants them.
+            sys._getframe().f_trace_opcodes = True
             sys.settrace(trace)
             try:
                 with contextlib.suppress(ConfigurationError):
@@ -78,19 +84,23 @@ class Scenario:
         thread.join(10)
         assert not thread.is_alive(), "deadlock"
         assert self.failed == []
-        return began.is_set()
+        return self.began.is_set()
 
     def _use(self) -> None:
-        self.pool.give_back(self._get())
-        waiters = ThreadWaiter(), ThreadWaiter()
-        lost = self._get()
+        waiters: list[ThreadWaiter] = []
         try:
-            for waiter in waiters:
+            if (taken := self.pool.take()) is not None:
+                self.pool.give_back(taken)
+            for _ in range(MAX_CONNECTIONS):
+                waiter = ThreadWaiter()
                 self.pool.enqueue(waiter)
+                waiters.append(waiter)
         finally:
-            lost.is_usable = False  # type: ignore[misc]  # a fake one
-            self.pool.give_back(lost)
-            self._run_threads()
+            self._lost.is_usable = False  # type: ignore[misc]  # a fake one
+            self.pool.give_back(self._lost)
+            self.run_threads()
+            if self.began.is_set():
+                self.unserved = [each for each in waiters if each.session is None and each.failure is None]
             for waiter in waiters:
                 self.pool.cancel(waiter)
             self.pool.drop_idle()
@@ -100,15 +110,17 @@ class Scenario:
         if session is None:
             waiter = ThreadWaiter()
             self.pool.enqueue(waiter)
-            self._run_threads()
+            self.run_threads()
             session = self.pool.session_of(waiter, 0)
         return session
 
-    def _run_threads(self) -> None:
+    def run_threads(self) -> None:
         while self.threads:
             self.threads.pop()()
 
-    def _open_session(self) -> tuple[FakeSession, None]:
+    def _open_session(self) -> tuple[FakeSession | None, Exception | None]:
+        if self.refuses:
+            return None, DatabaseUnavailable("refused")
         self.opened.append(FakeSession())
         return self.opened[-1], None
 
@@ -125,21 +137,37 @@ def give_back_lost(scenario: Scenario) -> None:
     give_back(scenario)
 
 
-@pytest.mark.parametrize(
-    "interrupt",
-    [give_back, give_back_lost, lambda scenario: scenario.pool.close(), lambda scenario: scenario.pool.drop_idle()],
-    ids=["give_back", "give_back_lost", "close", "drop_idle"],
-)
+def close(scenario: Scenario) -> None:
+    scenario.pool.close()
+
+
+def drop_idle(scenario: Scenario) -> None:
+    scenario.pool.drop_idle()
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+@pytest.mark.parametrize("interrupt", [give_back, give_back_lost, close, drop_idle])
 def test_a_method_may_begin_within_any_other_of_the_same_thread(
-    monkeypatch: pytest.MonkeyPatch, interrupt: Callable[[Scenario], None]
+    monkeypatch: pytest.MonkeyPatch, interrupt: Callable[[Scenario], None], *, refuses: bool
 ) -> None:
+    def next_scenario() -> Scenario:
+        scenario = Scenario(monkeypatch)
+        scenario.refuses = refuses
+        return scenario
+
+    serves_all = interrupt in (give_back_lost, close) or (interrupt is give_back and not refuses)
     moment = 0
-    while (scenario := Scenario(monkeypatch)).run(interrupt, moment):
+    while (scenario := next_scenario()).run(interrupt, moment):
         moment += 1
         used = scenario.pool
+        scenario.run_threads()
+        assert not (serves_all and scenario.unserved)
         assert len(used._sessions) <= MAX_CONNECTIONS
         assert not used._waiters
-        assert {id(session) for session in used._idle} <= {id(session) for session in used._sessions}
+        assert not used._connecting_threads
+        idle = [id(session) for session in used._idle]
+        assert len(idle) == len(set(idle))
+        assert set(idle) <= {id(session) for session in used._sessions}
         give_back(scenario)
         used.close()
         assert all(session.is_closed for session in scenario.opened)
