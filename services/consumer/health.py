@@ -93,6 +93,12 @@ class ConsumerMetrics:
             ["cause"],
             registry=self.registry,
         )
+        started = Gauge(
+            "process_start_time_seconds",
+            "Start time of the process since unix epoch in seconds.",
+            registry=self.registry,
+        )
+        started.set_to_current_time()
         self.end_to_end = _EndToEnd()
         self.registry.register(self.end_to_end)
         for outcome in Outcome:
