@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -181,8 +182,10 @@ async def crash_postgres(database: Database, run: Run) -> None:
                 "SELECT pid FROM pg_stat_activity "
                 "WHERE datname = current_database() AND application_name = 'orderlib-consumer'"
             ).fetchall():
-                os.kill(pid, signal.SIGKILL)
-                run.crashed = True
+                # It may have ended since, or with the one killed before it.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    run.crashed = True
         await asyncio.sleep(0.005)
 
 
