@@ -340,6 +340,22 @@ def test_a_stopped_backend_delays_a_call_no_longer_than_its_limit(
             assert repository.get(UID) == SAMPLE
 
 
+def test_both_reads_of_a_check_have_one_limit(stored: Database) -> None:
+    """The first read takes most of it, and the second one waits for a lock."""
+    with (
+        psycopg.connect(stored.superuser_url) as locker,
+        orderlib.connect(stored.writer_url, application_name="checked", timeout_s=4) as repository,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        locker.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
+        begin = time.monotonic()
+        with stopped(stored, "checked"):
+            checking = threads.submit(repository.check)
+            time.sleep(3)
+        assert isinstance(checking.exception(20), DatabaseUnavailable)
+        assert time.monotonic() - begin < 4 + MACHINE_S
+
+
 def test_a_silent_server_is_reported_within_the_limit(stored: Database) -> None:
     with silent_host() as silent:
         url = with_hosts(stored.reader_url, silent)
