@@ -9,9 +9,9 @@ import psycopg
 import pytest
 
 import orderlib
-from orderlib import ConfigurationError
+from orderlib import ConfigurationError, DatabaseUnavailable
 from orderlib.ingestion.records import TopicPartition
-from orderlib.postgres import migrate
+from orderlib.postgres import migrate, queries
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.operations import set_consumer_group
 from orderlib.postgres.schema import migrations
@@ -130,4 +130,18 @@ def test_a_group_can_claim_a_database_before_any_consumer_started(database: Data
         set_consumer_group(migrator, "group")
     one = ledger(database, "group")
     one.check()
+    one.close()
+
+
+def test_a_frozen_rename_of_the_group_delays_new_partitions_no_longer_than_a_wait_for_a_lock(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "LIMIT_LOCK_WAIT", "SET LOCAL lock_timeout = '100ms'")
+    one = ledger(database, "mine")
+    one.check()
+    with psycopg.connect(database.superuser_url) as operator:
+        assert operator.execute("SELECT FROM consumer_groups FOR UPDATE").rowcount == 1
+        with pytest.raises(DatabaseUnavailable, match="55P03"):
+            one.start_partitions(TOPIC_IDS, {PARTITIONS[0]: 0})
+    assert one.start_partitions(TOPIC_IDS, {PARTITIONS[0]: 7}) == {PARTITIONS[0]: 7}
     one.close()
