@@ -9,6 +9,7 @@ import msgspec
 from falcon.asgi import Request, Response
 
 from orderlib.repository import AsyncOrderRepository
+from services.api.deadline import with_deadline
 
 
 class LiveResource:
@@ -37,7 +38,7 @@ class ReadyResource:
         readers would have none.
         """
         if self._check is None or self._check.done():
-            self._check = asyncio.create_task(self._repository.check())
+            self._check = asyncio.create_task(with_deadline(self._repository.check)())
         delay_s = await asyncio.shield(self._check)
         answer: dict[str, object] = {"status": "ready"}
         if delay_s is not None:

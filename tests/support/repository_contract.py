@@ -622,7 +622,7 @@ class RepositoryContract:
         repository.save(an_order("zza"))
         repository.save(an_order("zzX"))
         assert [match.order.order_uid for match in repository.find("zz", limit=1)] == ["zza"]
-        assert [match.order.order_uid for match in repository.find("zz")] == ["zzX", "zza"][::-1]
+        assert [match.order.order_uid for match in repository.find("zz")] == ["zza", "zzX"]
 
     @pytest.mark.parametrize("limit", [0, 101])
     def test_a_search_has_the_limits_of_the_list(self, repository: OrderRepository, limit: int) -> None:

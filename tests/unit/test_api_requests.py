@@ -24,7 +24,7 @@ import orderlib
 from orderlib.postgres.reject_list import RejectPage, RejectQuery
 from orderlib.repository import StoredOrder
 from orderlib.testing import SAMPLE, MemoryOrderRepository
-from services.api import orders
+from services.api import deadline, orders
 from services.api.app import METRICS_ROUTE, ROUTES, Api, ApiRepository, create_app
 from services.api.metrics import ApiMetrics
 from services.api.pages import Pages
@@ -426,3 +426,15 @@ def test_both_reads_of_a_changed_order_have_one_time_limit(monkeypatch: pytest.M
     application = Application(application_over(repository, reads=SecondReadHangs(repository)), ApiMetrics(ROUTES), [])
     older = with_token((b"if-none-match", b'"an older version"'))
     assert application.send(f"/orders/{ORDER.order_uid}", headers=older).status == 503
+
+
+def test_the_reads_of_a_check_have_one_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CheckHangs(RepositoryWithoutRejects):
+        async def check(self) -> float | None:
+            await asyncio.sleep(1)
+            return None
+
+    monkeypatch.setattr(deadline, "ANSWER_TIMEOUT_S", 0.1)
+    repository = MemoryOrderRepository()
+    application = Application(application_over(repository, reads=CheckHangs(repository)), ApiMetrics(ROUTES), [])
+    assert application.send("/readyz").status == 503

@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 import pytest
 from confluent_kafka import Message
 
-from orderlib.codecs import decode_order, encode_order
+from orderlib.codecs import decode_order, encode_order, read_order_uid
 from orderlib.entry_point import run
 from orderlib.errors import BrokerUnavailable, ConfigurationError, DatabaseUnavailable, RejectedError
 from orderlib.models import Delivery, Order
@@ -126,6 +126,11 @@ def test_the_fraction_of_invalid_orders_is_near_the_bad_rate() -> None:
         except RejectedError:
             bad += 1
     assert 300 < bad < 500
+
+
+def test_reading_the_order_uid_never_fails() -> None:
+    for value in values(500, 1.0):
+        read_order_uid(value)
 
 
 @pytest.fixture
