@@ -13,7 +13,7 @@ import inspect
 import itertools
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, is_typeddict
@@ -123,10 +123,7 @@ def _methods(cls: type) -> Iterator[str]:
             kept.setdefault(same[1], []).append(f"`{name}`")
             continue
         yield f"#### {cls.__name__}.{name}\n"
-        decorator = "@classmethod\n" * isinstance(member, classmethod) + "@staticmethod\n" * isinstance(
-            member, staticmethod
-        )
-        yield _code(decorator + _signature(name, getattr(cls, name)))
+        yield _code(_signature(name, member))
         yield f"{promise}\n"
     for protocol, names in kept.items():
         yield f"As in `{protocol}`: {', '.join(names)}.\n"
@@ -149,11 +146,13 @@ def _promise(name: str, value: object) -> str:
     return text.replace("::\n\n", "")
 
 
-def _signature(name: str, value: Callable[..., Any] | property) -> str:
+def _signature(name: str, value: Any) -> str:
     """A ``def``, broken as ruff breaks it."""
     if isinstance(value, property):
         assert value.fget is not None
         return f"@property\n{_signature(name, value.fget)}"
+    if isinstance(value, classmethod | staticmethod):
+        return f"@{type(value).__name__}\n{_signature(name, value.__func__)}"
     signature = inspect.signature(value)
     parameters: list[str] = []
     for parameter in signature.parameters.values():

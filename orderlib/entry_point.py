@@ -23,7 +23,7 @@ EXIT_STATUSES = f"Exit status: {EXIT_DONE} done, {EXIT_FAILED} failed or stopped
 _STOP_POLL_S = 0.1
 
 
-class StopFlag:
+class StopEvent:
     """A stop request, for a signal handler to set.
 
     The lock of a ``threading.Event`` is not reentrant: a handler that runs while its thread waits for the event, or

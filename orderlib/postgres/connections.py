@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import psycopg
 from psycopg.abc import ConnDict
@@ -89,6 +90,14 @@ def prepare_session(connection: Connection, arguments: Mapping[str, str | int]) 
     connection.autocommit = True
     connection.execute(queries.SET_UP_SESSION)
     refuse_transaction_pooler(connection, arguments)
+
+
+@contextmanager
+def transaction_with_lock_limit(connection: Connection) -> Iterator[None]:
+    """Run one transaction in which no statement waits for a lock for longer than 5 s."""
+    with connection.transaction():
+        connection.execute(queries.LIMIT_LOCK_WAIT)
+        yield
 
 
 def open_connection(url: str, *, application_name: str) -> Connection:

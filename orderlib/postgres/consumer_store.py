@@ -18,7 +18,7 @@ from psycopg.pq import TransactionStatus
 from orderlib.errors import ConfigurationError, DatabaseUnavailable, FenceLost, RefusedByDatabase, TransactionConflict
 from orderlib.ingestion.records import Batch, OrderChange, PreparedOrder, Record, Reject, TopicPartition
 from orderlib.postgres import queries
-from orderlib.postgres.connections import Connection, open_connection
+from orderlib.postgres.connections import Connection, open_connection, transaction_with_lock_limit
 from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translate_errors
 from orderlib.postgres.grants import check_privileges
 from orderlib.postgres.operations import index_advice
@@ -73,8 +73,7 @@ class ConsumerStore:
         with self._use_connection() as connection:
             check_privileges(connection, WRITER_PRIVILEGES)
             if connection.execute(queries.GROUP).fetchone() is None:
-                with connection.transaction():
-                    connection.execute(queries.LIMIT_LOCK_WAIT)
+                with transaction_with_lock_limit(connection):
                     connection.execute(queries.CLAIM_GROUP, {"group": self._group})
             self._require_own_group(connection)
 
@@ -108,8 +107,7 @@ class ConsumerStore:
                 "next_offsets": [earliest[partition] for partition in new],
             }
             try:
-                with connection.transaction():
-                    connection.execute(queries.LIMIT_LOCK_WAIT)
+                with transaction_with_lock_limit(connection):
                     connection.execute(queries.START_PARTITIONS, rows)
             except psycopg.errors.ForeignKeyViolation:
                 self._require_own_group(connection)

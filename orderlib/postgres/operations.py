@@ -12,7 +12,7 @@ import attrs
 from orderlib.errors import ConfigurationError
 from orderlib.ingestion.reconcile import StoredOffset
 from orderlib.postgres import queries
-from orderlib.postgres.connections import Connection
+from orderlib.postgres.connections import Connection, transaction_with_lock_limit
 from orderlib.postgres.errors import translate_errors
 from orderlib.postgres.schema import check_schema
 
@@ -23,9 +23,8 @@ def as_owner(connection: Connection) -> Iterator[None]:
 
     Raises ConfigurationError if the schema is missing or too old.
     """
-    with translate_errors(connection), connection.transaction():
+    with translate_errors(connection), transaction_with_lock_limit(connection):
         connection.execute(queries.BECOME_OWNER)
-        connection.execute(queries.LIMIT_LOCK_WAIT)
         check_schema(connection)
         yield
 

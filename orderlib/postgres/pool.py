@@ -254,7 +254,7 @@ class Pool:
             raise _closed_error()
 
     def _pop_idle(self, index: int = -1) -> Session | None:
-        """Remove and return an idle session, the one that was used last, if there is one. The caller holds the lock."""
+        """Remove and return an idle session, by default the one that was used last. The caller holds the lock."""
         try:
             return self._idle.pop(index)
         except IndexError:

@@ -276,17 +276,18 @@ class ReadQueries:
 
     def check(self) -> PQGen[float | None]:
         """Check the schema and the privileges. Return the replication delay of a standby, in seconds."""
+        delay_s: float | None
+        number: int | None = None
         [location], [(delay_s,)] = yield from self._wire.pipeline(
             (queries.SCHEMA_LOCATION, ()), (queries.REPLICATION_DELAY, ())
         )
-        number: int | None = None
         if location[0]:
             [[(number,)]] = yield from self._wire.pipeline((queries.SCHEMA_NUMBER, ()))
         require_schema(location, number)
         # No order has this uid, but the query needs the privilege to read every table.
         with contextlib.suppress(OrderNotFound):
             yield from self.get_stored(".")
-        return float(delay_s) if delay_s is not None else None
+        return delay_s
 
     def _orders(self, joined: Statement, items: Statement, order_uids: list[str]) -> PQGen[tuple[list[Row], list[Row]]]:
         """Return the rows of both statements from one snapshot."""

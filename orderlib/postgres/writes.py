@@ -21,7 +21,7 @@ from orderlib.errors import RefusedByDatabase, TransactionConflict
 from orderlib.ingestion.records import OrderChange, PreparedOrder, StoredVersion, Tombstone, WritePlan, plan_writes
 from orderlib.ingestion.retry import Conflicts
 from orderlib.postgres import queries
-from orderlib.postgres.connections import Connection
+from orderlib.postgres.connections import Connection, transaction_with_lock_limit
 from orderlib.postgres.errors import translate, translate_errors
 from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, Row, original_row, pack_store_columns
 from orderlib.postgres.wire import Copy, Statement, Wire
@@ -80,8 +80,7 @@ def run_transaction(connection: Connection, work: Callable[[], T]) -> T:
     conflicts = Conflicts()
     while True:
         try:
-            with translate_errors(connection), connection.transaction():
-                connection.execute(queries.LIMIT_LOCK_WAIT)
+            with translate_errors(connection), transaction_with_lock_limit(connection):
                 return work()
         except TransactionConflict:
             wait_s = conflicts.next_wait_s()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import orderlib
 from orderlib.commands import APPLICATION_NAME, Commands
-from orderlib.entry_point import EXIT_DONE, EXIT_FAILED, StopFlag
+from orderlib.entry_point import EXIT_DONE, EXIT_FAILED, StopEvent
 from orderlib.postgres.snapshot import Snapshot, snapshot
 from orderlib.repository import Filters, StoredOrder
 from services.admin.output import ProgressLine, count_of, print_bytes, rfc3339_time, utf8_text
@@ -49,13 +49,13 @@ def add_commands(commands: Commands) -> None:
 
 def _export(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_READER_URL")
-    with snapshot(url, APPLICATION_NAME) as stored_orders, _stop_on_signal() as stop:
+    with snapshot(url, APPLICATION_NAME) as stored_orders, _stop_on_signal() as stop_event:
         exported = 0
         # On a terminal the lines themselves show the progress.
         progress = None if sys.stdout.isatty() else ProgressLine("orders")
         shown_s = time.monotonic()
         for stored in _select_orders(stored_orders, options.customer, options.since):
-            if stop.is_set():
+            if stop_event.is_set():
                 break
             print_bytes(_line(stored_orders, stored) + b"\n")
             exported += 1
@@ -66,7 +66,7 @@ def _export(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         if progress is not None:
             progress.at(exported)
             progress.end()
-    if stop.is_set():
+    if stop_event.is_set():
         print(f"error: interrupted: the export has only {count_of(exported, 'order')}", file=sys.stderr)
         return EXIT_FAILED
     return EXIT_DONE
@@ -89,17 +89,17 @@ def _line(stored_orders: Snapshot, stored: StoredOrder) -> bytes:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[StopFlag]:
-    """Set a flag at the first SIGINT or SIGTERM. A second one has its default effect, also while a write blocks."""
-    flag = StopFlag()
+def _stop_on_signal() -> Iterator[StopEvent]:
+    """Set an event at the first SIGINT or SIGTERM. A second one has its default effect, also while a write blocks."""
+    event = StopEvent()
 
     def stop(number: int, _frame: object) -> None:
-        flag.set()
+        event.set()
         signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield flag
+        yield event
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

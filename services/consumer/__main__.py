@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from orderlib.entry_point import EXIT_DONE, EXIT_STATUSES, StopFlag
+from orderlib.entry_point import EXIT_DONE, EXIT_STATUSES, StopEvent
 from orderlib.errors import TransientError
 from orderlib.ingestion.consumer_core import Breaker, ConsumerCore
 from orderlib.ingestion.records import TopicPartition, classify_record
@@ -57,9 +57,9 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     )
     options = parser.parse_args(arguments)
     settings = ConsumerSettings.from_mapping(environ)
-    stop_flag = StopFlag()
+    stop_event = StopEvent()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop_flag.set())
+        signal.signal(number, lambda *_: stop_event.set())
 
     clock = time.monotonic
     health, metrics = Health(clock), ConsumerMetrics()
@@ -68,11 +68,11 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         event("started", metrics=str(server.address), topic=settings.kafka.topic, group=settings.group)
         kafka = KafkaConsumer(settings)
         try:
-            topics = _wait_for(kafka.describe, "Kafka", stop_flag, health)
+            topics = _wait_for(kafka.describe, "Kafka", stop_event, health)
             until = None
             if options.exit_at_end:
-                until = _wait_for(lambda: _ends(kafka, topics), "Kafka", stop_flag, health)
-            _wait_for(store.check, "PostgreSQL", stop_flag, health)
+                until = _wait_for(lambda: _ends(kafka, topics), "Kafka", stop_event, health)
+            _wait_for(store.check, "PostgreSQL", stop_event, health)
         except _StopRequested:
             return EXIT_DONE
         core = ConsumerCore(
@@ -89,7 +89,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         kafka.join(core)
         try:
             runner = ConsumerRunner(
-                core, kafka, worker, health, metrics, clock, stop_flag, exit_at_end=options.exit_at_end
+                core, kafka, worker, health, metrics, clock, stop_event, exit_at_end=options.exit_at_end
             )
             return runner.run()
         finally:
@@ -103,7 +103,7 @@ def _ends(kafka: KafkaConsumer, topics: Mapping[str, TopicInfo]) -> Mapping[Topi
     return kafka.ends(TopicPartition(topic, number) for topic, info in topics.items() for number in info.partitions)
 
 
-def _wait_for(request: Callable[[], T], server: str, stop_flag: StopFlag, health: Health) -> T:
+def _wait_for(request: Callable[[], T], server: str, stop_event: StopEvent, health: Health) -> T:
     """Send a request to a server until it succeeds, and return the result. Log once that the server is unavailable.
 
     Raise ConfigurationError at once, and _StopRequested if a signal arrives.
@@ -111,7 +111,7 @@ def _wait_for(request: Callable[[], T], server: str, stop_flag: StopFlag, health
     backoff = Backoff(rng=random.Random())  # noqa: S311  jitter, no secret
     logged = False
     future = _start(request)
-    while not stop_flag.is_set():
+    while not stop_event.is_set():
         health.heartbeat()
         concurrent.futures.wait([future], _POLL_S)
         if not future.done():
@@ -123,7 +123,7 @@ def _wait_for(request: Callable[[], T], server: str, stop_flag: StopFlag, health
             if not logged:
                 event("waiting_for_server", logging.WARNING, server=server, reason=str(exc))
                 logged = True
-        stop_flag.wait(backoff.next_wait_s())
+        stop_event.wait(backoff.next_wait_s())
         future = _start(request)
     raise _StopRequested
 

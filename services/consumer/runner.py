@@ -22,7 +22,7 @@ from typing import Protocol, TypeVar
 
 import attrs
 
-from orderlib.entry_point import EXIT_CONFIGURATION, EXIT_DONE, EXIT_FAILED, StopFlag
+from orderlib.entry_point import EXIT_CONFIGURATION, EXIT_DONE, EXIT_FAILED, StopEvent
 from orderlib.errors import (
     BrokerUnavailable,
     ConfigurationError,
@@ -302,7 +302,7 @@ class ConsumerRunner:
     _health: Health
     _metrics: ConsumerMetrics
     _clock: Callable[[], float]
-    _stop_flag: StopFlag
+    _stop_event: StopEvent
     _log: Callable[..., None] = event
     #: Also stop for an error of Kafka that repeats, because the consumer would never reach the end.
     _exit_at_end: bool = False
@@ -333,7 +333,7 @@ class ConsumerRunner:
         """Run one turn of the loop. Return the exit status if it was the last one."""
         try:
             self._health.heartbeat()
-            self._check_stop()
+            self._check_stop_event()
             self._take_result(self._wait_for_store_s)
             # Before the next fetch: a seek must take effect before other records of its partition arrive.
             self._execute_commands()
@@ -378,8 +378,8 @@ class ConsumerRunner:
         self._core.on_fatal(OrderlibError(f"unexpected {type(exc).__name__}"))
         return self._end()
 
-    def _check_stop(self) -> None:
-        if self._stop_flag.is_set() and not self._core.stopping:
+    def _check_stop_event(self) -> None:
+        if self._stop_event.is_set() and not self._core.stopping:
             self._stop_requested = True
             self._log("stopping")
             self._core.on_stop()

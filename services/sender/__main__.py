@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from random import Random
 
-from orderlib.entry_point import CONFIGURATION_STATUS, EXIT_DONE, EXIT_FAILED, StopFlag
+from orderlib.entry_point import CONFIGURATION_STATUS, EXIT_DONE, EXIT_FAILED, StopEvent
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.consumer_progress import ConsumerProgressRepository
 from orderlib.postgres.pool import Pool
@@ -130,35 +130,35 @@ class _Sending:
         self._publisher = publisher
         self._sent_records = sent_records
         self._is_waiting = False
-        self._stop_flag = StopFlag()
+        self._stop_event = StopEvent()
         self._began_s = time.monotonic()
         self._shown_s = self._began_s if sys.stderr.isatty() else float("inf")
 
     def stop(self) -> None:
         """Send no more values."""
-        self._stop_flag.set()
+        self._stop_event.set()
 
     def send(self, values: Iterable[bytes | None], per_s: float | None) -> None:
         """Send the values at this rate."""
         limiter = RateLimiter(per_s, time.monotonic())
         for value in values:
-            while (early_s := limiter.early_s(time.monotonic())) > 0 and not self._stop_flag.is_set():
+            while (early_s := limiter.early_s(time.monotonic())) > 0 and not self._stop_event.is_set():
                 self._wait(min(max(early_s, _MIN_PAUSE_S), _MAX_WAIT_S))
             if value is None:
                 self._wait(0)
             else:
-                while not self._stop_flag.is_set() and not self._publisher.send(value):
+                while not self._stop_event.is_set() and not self._publisher.send(value):
                     self._show_progress()
                 limiter.record_sent(time.monotonic())
             self._show_progress()
-            if self._stop_flag.is_set():
+            if self._stop_event.is_set():
                 return
 
     def wait_for_acknowledgements(self) -> None:
         """Wait until every sent record is acknowledged or failed. After a signal, give up after ``STOP_TIMEOUT_S``."""
         deadline_s = None
         while self._publisher.unacknowledged:
-            if deadline_s is None and self._stop_flag.is_set():
+            if deadline_s is None and self._stop_event.is_set():
                 deadline_s = time.monotonic() + STOP_TIMEOUT_S
             if deadline_s is not None and time.monotonic() > deadline_s:
                 self._publisher.purge()
@@ -179,7 +179,7 @@ class _Sending:
             if not sent_records.waiting or time.monotonic() - progress_s > NO_PROGRESS_S:
                 return
             self._show_progress()
-            if self._stop_flag.wait(pause_s):
+            if self._stop_event.wait(pause_s):
                 return
             pause_s = min(2 * pause_s, _LONGEST_POLL_S)
 
@@ -215,7 +215,7 @@ class _Sending:
 
     def _why_waiting(self, sent_records: SentRecords) -> str:
         reason = "a signal ended the wait"
-        if not self._stop_flag.is_set():
+        if not self._stop_event.is_set():
             reason = f"no progress for {NO_PROGRESS_S:g} s"
             reason += f": {sent_records.outage}" if sent_records.outage else "; is a consumer running?"
         return f"{sent_records.waiting:,} of {sent_records.total:,} records not handled; {reason}"

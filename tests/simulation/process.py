@@ -8,7 +8,7 @@ from random import Random
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
-from orderlib.entry_point import EXIT_CONFIGURATION, EXIT_DONE, EXIT_FAILED, StopFlag
+from orderlib.entry_point import EXIT_CONFIGURATION, EXIT_DONE, EXIT_FAILED, StopEvent
 from orderlib.errors import (
     ConfigurationError,
     DatabaseUnavailable,
@@ -73,12 +73,12 @@ class Process:
         self._rng = rng
         self.until = until
         self.core = ConsumerCore(classified, rng, until)
-        self.stop_flag = StopFlag()
+        self.stop_event = StopEvent()
         self.kafka = SimulatedKafka(simulator, self, rng)
         self.kafka.join(self.core)
         runner = SilentRunner if simulator.bug is Bug.SILENT_STOP else ConsumerRunner
         health = Health(self._clock)
-        self._runner = runner(self.core, self.kafka, self, health, _METRICS, self._clock, self.stop_flag, self._log)
+        self._runner = runner(self.core, self.kafka, self, health, _METRICS, self._clock, self.stop_event, self._log)
         #: Names and reasons of its log events.
         self._logged: list[tuple[str, str]] = []
         #: The fatal errors that it received, in order.
@@ -92,7 +92,7 @@ class Process:
 
     def turn(self) -> None:
         """Run one turn of its loop."""
-        if self.stop_flag.is_set() and not self._fatal and not self.core.stopping:
+        if self.stop_event.is_set() and not self._fatal and not self.core.stopping:
             self._stop_came_first = True
         status = self._runner.run_once()
         if status is not None:
@@ -159,7 +159,7 @@ class Process:
 
     def submit(self, task: StoreTask) -> None:
         self._simulator.note(self.name, task)
-        if self.stop_flag.is_set() and self._stop_came_first:
+        if self.stop_event.is_set() and self._stop_came_first:
             raise InvariantViolation(f"{self.name} was stopped and started {task}")
         if self.operation is not None:
             raise InvariantViolation(f"{self.name} has two store tasks at once")

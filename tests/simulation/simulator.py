@@ -424,9 +424,9 @@ class Simulator:
 
     def _request_stop(self) -> None:
         process = self._any_process()
-        if process is not None and not process.stop_flag.is_set():
+        if process is not None and not process.stop_event.is_set():
             self.count("stopped in a batch" if process.operation is not None else "stopped", process.name)
-            process.stop_flag.set()
+            process.stop_event.set()
 
     def _rebalance(self) -> None:
         self.count("rebalance")
@@ -445,7 +445,7 @@ class Simulator:
         if not self._rewind_wanted:
             self._rewind_wanted = True
             for process in self.group.members:
-                process.stop_flag.set()
+                process.stop_event.set()
             return
         if self.group.members:
             return
@@ -521,7 +521,7 @@ class Simulator:
 
     def _stop_all(self) -> None:
         for process in self.processes:
-            process.stop_flag.set()
+            process.stop_event.set()
         for _ in range(3):
             self._round()
         if self.processes:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orderlib.entry_point import EXIT_CONFIGURATION, EXIT_FAILED, StopFlag
+from orderlib.entry_point import EXIT_CONFIGURATION, EXIT_FAILED, StopEvent
 from orderlib.errors import ConfigurationError, DatabaseUnavailable, FenceLost, OrderlibError
 from orderlib.ingestion.consumer_core import (
     MAX_RECORDS,
@@ -69,18 +69,18 @@ class World(KafkaClient):
         #: When each event was logged, and its fields.
         self.logged: list[tuple[float, str, dict[str, Any]]] = []
         self.committed_to_kafka: list[Mapping[TopicPartition, int]] = []
-        self.stop_flag = StopFlag()
+        self.stop_event = StopEvent()
         self.core = ConsumerCore(rejected, Random(1))
         self.core.on_partitions_assigned([PARTITION])
 
     def run(self) -> int:
         """Run until all records are committed, and stop. Return the exit status."""
         runner = ConsumerRunner(
-            self.core, self, self, Health(self.clock), METRICS, self.clock, self.stop_flag, self.log
+            self.core, self, self, Health(self.clock), METRICS, self.clock, self.stop_event, self.log
         )
         while (status := runner.run_once()) is None:
             if len(self.waited_s) == len(self._arrivals_s):
-                self.stop_flag.set()
+                self.stop_event.set()
         return status
 
     def clock(self) -> float:
@@ -255,7 +255,7 @@ def test_a_lost_fence_and_a_changed_stored_offset_are_logged_each_by_its_name() 
         """An earlier COMMIT of this batch succeeded, and its response was lost."""
         if not isinstance(task, CommitBatch):
             return None
-        world.stop_flag.set()
+        world.stop_event.set()
         return FenceLost({PARTITION}, {PARTITION: 1})
 
     def go_back(task: StoreTask) -> Result | None:

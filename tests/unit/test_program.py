@@ -22,7 +22,7 @@ import pytest
 import structlog
 
 from orderlib import ConfigurationError, DatabaseUnavailable, OrderlibError, RefusedByDatabase
-from orderlib.entry_point import StopFlag, run
+from orderlib.entry_point import StopEvent, run
 from services import program
 from services.program import event, log_events, set_up_logging
 
@@ -169,20 +169,20 @@ def test_a_line_that_cannot_be_written_is_lost_and_raises_nothing() -> None:
 
 
 def test_a_signal_ends_the_wait_for_a_stop_request() -> None:
-    flag = StopFlag()
-    before = signal.signal(signal.SIGUSR1, lambda *_: flag.set())
+    stop_event = StopEvent()
+    before = signal.signal(signal.SIGUSR1, lambda *_: stop_event.set())
     timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
     try:
         timer.start()
-        assert flag.wait(60)
-        assert flag.is_set()
+        assert stop_event.wait(60)
+        assert stop_event.is_set()
     finally:
         timer.join()
         signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_wait_without_a_stop_request_ends_in_time() -> None:
-    assert not StopFlag().wait(0.01)
+    assert not StopEvent().wait(0.01)
 
 
 # Exit statuses
