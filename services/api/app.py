@@ -18,7 +18,7 @@ from services.api.auth import AuthMiddleware
 from services.api.error_handlers import add_error_handlers, log_failure
 from services.api.health import LiveResource, ReadyResource
 from services.api.home import HomeResource
-from services.api.metrics import UNMATCHED, UNREADABLE, ApiMetrics
+from services.api.metrics import UNMATCHED, UNREADABLE
 from services.api.openapi import OpenApiResource
 from services.api.orders import OrderResource, OrdersResource
 from services.api.pages import Pages, StaticResource
@@ -100,11 +100,13 @@ async def _no_body() -> AsgiEvent:
 class MetricsResource:
     """``/metrics``, served on a separate address."""
 
-    def __init__(self, metrics: ApiMetrics) -> None:
-        self._registry = metrics.registry
+    def __init__(self, request_metrics: RequestMetricsMiddleware) -> None:
+        self._request_metrics = request_metrics
+        self._registry = request_metrics.metrics.registry
 
     async def on_get(self, _req: Request, resp: Response) -> None:
-        """Return all metrics in the text format of Prometheus."""
+        """Return all metrics in the text format of Prometheus, with every request that this worker has answered."""
+        self._request_metrics.log_and_count_answered()
         resp.content_type = CONTENT_TYPE_LATEST
         resp.data = generate_latest(self._registry)
 
@@ -116,23 +118,22 @@ class ApiRepository(AsyncOrderRepository, AsyncRejectRepository, Protocol):
 def create_app(
     repository: ApiRepository,
     settings: ApiSettings,
-    metrics: ApiMetrics,
-    make_id: Callable[[], str],
+    request_metrics: RequestMetricsMiddleware,
     health_repository: AsyncOrderRepository | None = None,
 ) -> Api:
     """Return the API over a repository. ``/readyz`` uses ``health_repository`` if it is given."""
     pages = Pages(settings.status_words)
-    app = Api(RequestMetricsMiddleware(metrics, make_id), pages, AuthMiddleware(settings))
+    app = Api(request_metrics, pages, AuthMiddleware(settings))
     for route, create_resource in _RESOURCES.items():
         app.add_route(route, create_resource(repository, pages))
     _add_health(app, health_repository or repository)
     return app
 
 
-def create_metrics_app(health_repository: AsyncOrderRepository, metrics: ApiMetrics, make_id: Callable[[], str]) -> Api:
+def create_metrics_app(health_repository: AsyncOrderRepository, request_metrics: RequestMetricsMiddleware) -> Api:
     """Return the application for ``ORDERS_METRICS_BIND``: metrics, and health for when clients overload the API."""
-    app = Api(RequestMetricsMiddleware(metrics, make_id), Pages())
-    app.add_route(METRICS_ROUTE, MetricsResource(metrics))
+    app = Api(request_metrics, Pages())
+    app.add_route(METRICS_ROUTE, MetricsResource(request_metrics))
     _add_health(app, health_repository)
     return app
 

@@ -10,7 +10,7 @@ from orderlib.postgres.pool import Pool
 from orderlib.postgres.rejects import AsyncPostgresOrderAndRejectRepository
 from services.api.app import Api, Receive, Scope, Send, create_app, create_metrics_app
 from services.api.metrics import ApiMetrics
-from services.api.request_metrics import make_request_id
+from services.api.request_metrics import RequestMetricsMiddleware, make_request_id
 from services.settings import ApiSettings
 
 APPLICATION_NAME = "orderlib-api"
@@ -52,11 +52,10 @@ def build(settings: ApiSettings, metrics: ApiMetrics) -> AddressRouter:
     repository = AsyncPostgresOrderAndRejectRepository(_pool(settings, API_CONNECTIONS))
     # Requests that wait for a connection must not make the service report that it is not ready.
     health_repository = AsyncPostgresOrderRepository(_pool(settings, HEALTH_CONNECTIONS))
-    api = create_app(repository, settings, metrics, make_request_id, health_repository)
+    request_metrics = RequestMetricsMiddleware(metrics, make_request_id)
+    api = create_app(repository, settings, request_metrics, health_repository)
     api.add_middleware(_CloseRepositories(repository, health_repository))
-    return AddressRouter(
-        api, create_metrics_app(health_repository, metrics, make_request_id), settings.metrics_bind.port
-    )
+    return AddressRouter(api, create_metrics_app(health_repository, request_metrics), settings.metrics_bind.port)
 
 
 def _pool(settings: ApiSettings, max_connections: int) -> Pool:

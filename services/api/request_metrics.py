@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
 import re
@@ -13,11 +12,15 @@ from http import HTTPMethod, HTTPStatus
 from falcon.asgi import Request, Response
 
 from services.api.error_handlers import PROBLEM_JSON, problem
+from services.api.event_loop import call_when_idle
 from services.api.metrics import OTHER_METHOD, UNMATCHED, ApiMetrics
 from services.program import Event, event, log_events
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 _METHODS = frozenset(HTTPMethod)
+
+#: Requests are logged and counted when the worker is idle, but at once when as many as this were answered.
+MAX_ANSWERED = 64
 
 #: The route, method and status of a request that was answered, its duration in seconds, its id, and more fields to log.
 Answered = tuple[str, str, int, float, str, dict[str, object]]
@@ -32,7 +35,7 @@ class RequestMetricsMiddleware:
     """The outermost middleware: log and count every request, also one that another middleware refuses."""
 
     def __init__(self, metrics: ApiMetrics, make_id: Callable[[], str]) -> None:
-        self._metrics = metrics
+        self.metrics = metrics
         self._make_id = make_id
         self._answered: list[Answered] = []
 
@@ -49,12 +52,15 @@ class RequestMetricsMiddleware:
         resp.set_header("X-Request-Id", req.context.request_id)
 
     async def process_response(self, req: Request, resp: Response, _resource: object, _succeeded: bool) -> None:
-        """Log and count the request, together with all that end in this turn of the loop: that takes less time."""
-        if not self._answered:
-            asyncio.get_running_loop().call_soon(self._log_and_count_answered)
+        """Log and count the request later, when the worker is idle, together with others."""
         self._answered.append(self.answered(req, resp.status_code))
+        if len(self._answered) == 1:
+            call_when_idle(self.log_and_count_answered)
+        elif len(self._answered) >= MAX_ANSWERED:
+            self.log_and_count_answered()
 
-    def _log_and_count_answered(self) -> None:
+    def log_and_count_answered(self) -> None:
+        """Log and count the requests that were answered so far."""
         answered, self._answered = self._answered, []
         self.log_and_count(answered)
 
@@ -69,7 +75,7 @@ class RequestMetricsMiddleware:
         """Log and count requests."""
         events: list[Event] = []
         for route, method, status, seconds, request_id, more in answered:
-            self._metrics.count(route, method, status, seconds)
+            self.metrics.count(route, method, status, seconds)
             level = logging.WARNING if "reason" in more else logging.INFO
             ms = round(seconds * 1000, 2)
             fields = {"route": route, "method": method, "status": status, "ms": ms, "request_id": request_id, **more}
@@ -79,7 +85,7 @@ class RequestMetricsMiddleware:
     def refuse(self, status: HTTPStatus, route: str) -> tuple[dict[str, str], bytes]:
         """Log and count a request that no resource answers. Return the headers and body to send."""
         request_id = self._make_id()
-        self._metrics.count(route, OTHER_METHOD, status, 0.0)
+        self.metrics.count(route, OTHER_METHOD, status, 0.0)
         event("request", logging.WARNING, route=route, method=OTHER_METHOD, status=status, request_id=request_id)
         body = problem(status, status.description or status.phrase, request_id)
         return {

@@ -27,6 +27,7 @@ from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 from gunicorn.workers import base, gasgi  # type: ignore[import-untyped]
 
 from orderlib.errors import ConfigurationError
+from services.api.event_loop import BACKLOG, EventLoop
 from services.api.metrics import ApiMetrics
 from services.settings import Address
 
@@ -42,11 +43,6 @@ MAX_CONNECTIONS = 4_000
 MAX_METRICS_CONNECTIONS = 100
 #: Files for everything else: PostgreSQL, listeners, and connections that are not counted yet or are closing.
 OTHER_FILES = 300
-#: Length of the queue of connections to accept; the kernel's limit (net.core.somaxconn) is usually the same.
-BACKLOG = 4096
-#: Connections accepted in one turn of the event loop. With more, the first worker that wakes up would accept all
-#: connections that clients open at the same time, and the other workers none.
-ACCEPT_AT_ONCE = 1
 
 #: Added to every response: security headers, and Vary. gunicorn checks and formats what an application sets again for
 #: each response, which would be a tenth of the CPU time of a read.
@@ -297,16 +293,6 @@ class _Heartbeat:
         self._memory.close()
 
 
-class _EventLoop(asyncio.SelectorEventLoop):
-    """asyncio's event loop, accepting fewer connections in one turn."""
-
-    async def create_server(self, *args: Any, **options: Any) -> asyncio.Server:
-        """Listen. asyncio accepts up to ``backlog`` connections in one turn, and makes the queue as short."""
-        server = await super().create_server(*args, **options, backlog=ACCEPT_AT_ONCE)
-        options["sock"].listen(BACKLOG)
-        return server
-
-
 class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
     """gunicorn's asgi worker with ``_Protocol``."""
 
@@ -321,7 +307,7 @@ class _Worker(gasgi.ASGIWorker):  # type: ignore[misc]
         super().init_process()
 
     def _setup_event_loop(self) -> None:
-        self.loop = _EventLoop()
+        self.loop = EventLoop()
         asyncio.set_event_loop(self.loop)
 
     def connections_of(self, transport: asyncio.Transport) -> _Connections:

@@ -13,7 +13,8 @@ import pytest
 
 from orderlib import DatabaseUnavailable
 from services.api import deadline
-from services.api.server import SEND_TIMEOUT_S, _EventLoop, _Protocol
+from services.api.event_loop import EventLoop
+from services.api.server import SEND_TIMEOUT_S, _Protocol
 
 
 def test_an_answer_of_several_reads_has_one_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,5 +99,5 @@ def test_a_worker_leaves_connections_that_are_opened_at_the_same_time_to_other_w
             await asyncio.sleep(0)
         of_another_worker.close()
 
-    with asyncio.Runner(loop_factory=_EventLoop) as runner:
+    with asyncio.Runner(loop_factory=EventLoop) as runner:
         runner.run(accept_for_three_turns(socket.create_server(("127.0.0.1", 0))))

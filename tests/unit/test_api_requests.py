@@ -22,12 +22,14 @@ from structlog.typing import EventDict
 
 import orderlib
 from orderlib.postgres.reject_list import RejectPage, RejectQuery
-from orderlib.repository import StoredOrder
+from orderlib.repository import AsyncOrderRepository, StoredOrder
 from orderlib.testing import SAMPLE, MemoryOrderRepository
 from services.api import deadline, orders
-from services.api.app import METRICS_ROUTE, ROUTES, Api, ApiRepository, create_app
+from services.api.app import METRICS_ROUTE, ROUTES, Api, ApiRepository, create_app, create_metrics_app
+from services.api.event_loop import EventLoop
 from services.api.metrics import ApiMetrics
 from services.api.pages import Pages
+from services.api.request_metrics import MAX_ANSWERED, RequestMetricsMiddleware
 from services.settings import Address, ApiSettings
 
 ORDER = orderlib.decode_order(SAMPLE)
@@ -73,6 +75,11 @@ class Application:
     logged: list[EventDict]
 
     def send(self, path: str = "/", query: bytes = b"", headers: Headers | None = None, method: str = "GET") -> Answer:
+        return asyncio.run(asyncio.wait_for(self.answer(path, query, headers, method), 5))
+
+    async def answer(
+        self, path: str, query: bytes = b"", headers: Headers | None = None, method: str = "GET"
+    ) -> Answer:
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
@@ -96,7 +103,7 @@ class Application:
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)
 
-        asyncio.run(asyncio.wait_for(self.app(scope, receive, send), 5))
+        await self.app(scope, receive, send)
         start, *bodies = sent
         given = {name.decode(): value.decode() for name, value in start["headers"]}
         return Answer(start["status"], given, b"".join(body.get("body", b"") for body in bodies))
@@ -112,7 +119,8 @@ def application_over(
     address = Address(host="127.0.0.1", port=0)
     settings = ApiSettings(reader_url="", bind=address, metrics_bind=address, tokens={"test": TOKEN})
     api_repository = cast("ApiRepository", reads or RepositoryWithoutRejects(repository))
-    return create_app(api_repository, settings, metrics or ApiMetrics([*ROUTES, METRICS_ROUTE]), make_id=lambda: "made")
+    request_metrics = RequestMetricsMiddleware(metrics or ApiMetrics([*ROUTES, METRICS_ROUTE]), make_id=lambda: "made")
+    return create_app(api_repository, settings, request_metrics)
 
 
 @pytest.fixture(scope="module")
@@ -438,3 +446,32 @@ def test_the_reads_of_a_check_have_one_time_limit(monkeypatch: pytest.MonkeyPatc
     repository = MemoryOrderRepository()
     application = Application(application_over(repository, reads=CheckHangs(repository)), ApiMetrics(ROUTES), [])
     assert application.send("/readyz").status == 503
+
+
+def test_a_worker_that_is_never_idle_logs_and_counts_many_requests_at_a_time(application: Application) -> None:
+    async def send_without_a_pause() -> None:
+        before, logged = application.counted(), len(application.logged)
+        for _ in range(MAX_ANSWERED - 1):
+            await application.answer("/livez")
+        assert (application.counted(), len(application.logged)) == (before, logged)
+        await application.answer("/livez")
+        assert (application.counted(), len(application.logged)) == (before + MAX_ANSWERED, logged + MAX_ANSWERED)
+        await application.answer("/livez")
+        while application.counted() < before + MAX_ANSWERED + 1:
+            await asyncio.sleep(0.001)
+
+    with asyncio.Runner(loop_factory=EventLoop) as runner:
+        runner.run(asyncio.wait_for(send_without_a_pause(), 10))
+
+
+def test_the_metrics_include_every_request_that_the_worker_has_answered() -> None:
+    metrics = ApiMetrics([*ROUTES, METRICS_ROUTE])
+    app = create_metrics_app(cast("AsyncOrderRepository", None), RequestMetricsMiddleware(metrics, make_id=str))
+    application = Application(app, metrics, [])
+
+    async def send_without_a_pause() -> None:
+        await application.answer("/livez")
+        assert b'route="/livez",status="200"} 1.0' in (await application.answer(METRICS_ROUTE)).body
+
+    with asyncio.Runner(loop_factory=EventLoop) as runner:
+        runner.run(send_without_a_pause())

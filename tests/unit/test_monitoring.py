@@ -23,6 +23,7 @@ from orderlib.repository import Outcome
 from services.admin.__main__ import make_parser
 from services.api import metrics
 from services.api.app import ROUTES, ApiRepository, create_app, create_metrics_app
+from services.api.request_metrics import RequestMetricsMiddleware
 from services.consumer import health
 from services.settings import Address, ApiSettings
 
@@ -103,8 +104,9 @@ def routes() -> set[str]:
         metrics_bind=Address(host="127.0.0.1", port=0),
         tokens={},
     )
-    counts, repository = metrics.ApiMetrics(ROUTES), cast("ApiRepository", None)
-    apps = create_app(repository, settings, counts, make_id=str), create_metrics_app(repository, counts, make_id=str)
+    request_metrics = RequestMetricsMiddleware(metrics.ApiMetrics(ROUTES), make_id=str)
+    repository = cast("ApiRepository", None)
+    apps = create_app(repository, settings, request_metrics), create_metrics_app(repository, request_metrics)
     return {route.path for app in apps for route in falcon.inspect.inspect_routes(app)} | {
         metrics.UNMATCHED,
         metrics.UNREADABLE,
