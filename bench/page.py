@@ -54,8 +54,8 @@ WORDS = """\
 - *Fixed body*: the same server returns a constant response without a database.
 - *Handled*: orders handled per second: those of the load, and the single ones whose latency is measured (20 to 40 a
   second; at 1 order/s only these).
-- *Full speed*: for latency, 4,000 orders, two full batches, wait in Kafka at any time, and each order waits for those
-  before it. For *store*, the complete topic waits; the rest of the time the store waits for Python.
+- *Full speed*: for latency, 4,000 orders (two full batches) always wait in Kafka, and each order waits for those before
+  it. For *store*, the complete topic waits, and in the time that is missing to 100 % the store waits for Python.
 - *Of that for …*: the difference to a database without this part. A negative value is noise. This was another run than
   raw COPY under *Ingest*; do not compare the two.
 - *Smallest share*: how many orders the least busy consumer handled, compared with an even share.

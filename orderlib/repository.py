@@ -471,8 +471,8 @@ class OrderRepository(Protocol):
 
         The text is a complete order_uid in any case, the URL of an order's page, a track number, a customer_id, a phone
         number in any format (only its digits count), an e-mail address in any case, or the rid of an item. If none of
-        these matches, the text is taken as the beginning of an order_uid in any case, and the orders are sorted by
-        order_uid in any case; if more than 1,000 begin so, some may be left out. White space around the text does not
+        these matches, the text is taken as the beginning of an order_uid, and the orders are sorted by order_uid, both
+        in any case. If more than 1,000 order_uids begin so, some may be missing. White space around the text does not
         count. At most ``limit`` orders, 1 to 100; to know whether there are more, ask for one more. Raises InvalidQuery
         for another limit.
         """

@@ -255,7 +255,7 @@ class ApiSettings:
     reader_url: str = attrs.field(repr=False)
     #: ``ORDERS_API_BIND``.
     bind: Address
-    #: ``ORDERS_METRICS_BIND``: /metrics.
+    #: ``ORDERS_METRICS_BIND``: /metrics, /livez and /readyz.
     metrics_bind: Address
     #: ``ORDERS_API_KEEPALIVE_S``: how long an idle connection stays open. It must be longer than the idle timeout of
     #: a load balancer, which otherwise sends requests on connections that are being closed.

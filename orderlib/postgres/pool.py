@@ -326,7 +326,7 @@ class Pool:
             waiting_before = set(self._waiters)
         session, failure = self._open_session()
         with self._lock:
-            # No longer counted: what frees a place from now on starts another thread.
+            # This thread is no longer counted, so a place that becomes free may start another one.
             self._connecting_threads.discard(thread)
             is_wanted = not self._closed and len(self._sessions) < self._max_connections
             if session is not None and is_wanted:

@@ -20,7 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="python -m services.admin",
-        description="Set up and operate orderlib. A command fails if it cannot reach a server within "
+        description="Set up and operate orderlib. A command that cannot reach a server fails after at most "
         f"{REQUEST_TIMEOUT_S:g} s.",
         epilog="topics, lag, offsets reset, offsets set-group and reconcile also need ORDERS_KAFKA_BOOTSTRAP_SERVERS "
         f"and ORDERS_TOPIC. {EXIT_STATUSES}",

@@ -99,4 +99,4 @@ class SentRecords:
         yield self.summary()
         yield from self._named
         if (unnamed := self._rejects_by_code.total() - len(self._named)) > 0:
-            yield f"and {unnamed:,} more rejected records"
+            yield f"and {unnamed:,} more rejected {'record' if unnamed == 1 else 'records'}"

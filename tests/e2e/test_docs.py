@@ -93,7 +93,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 #: The placeholders in commands, with an example of each.
-PLACEHOLDERS = {"N": "0", "UID": "someone", "TOPIC/PARTITION/OFFSET": "orders/0/0", "CODE": "too_large"}
+PLACEHOLDERS = {"N": "0", "OFFSET": "0", "UID": "someone", "TOPIC/PARTITION/OFFSET": "orders/0/0", "CODE": "too_large"}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)

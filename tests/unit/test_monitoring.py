@@ -260,7 +260,7 @@ def test_admin_accepts_every_command_of_the_runbook() -> None:
     commands = re.findall(r"run --rm admin ([^`#\n]+)", RUNBOOK.read_text())
     assert commands
     for command in commands:
-        examples = {"TOPIC/PARTITION/OFFSET": "orders/0/1", "CODE": "too_large", "N": "3"}
+        examples = {"TOPIC/PARTITION/OFFSET": "orders/0/1", "CODE": "too_large", "N": "3", "OFFSET": "7"}
         make_parser().parse_args([examples.get(word, word) for word in command.split()])
 
 
