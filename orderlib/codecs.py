@@ -571,8 +571,10 @@ def json_schema() -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of an order, a new dict at each call.
 
     It refers to nothing outside itself. Unknown fields are allowed. Patterns have the same meaning in RE2, ECMAScript
-    and Python. The schema accepts every order that ``decode_order`` accepts. It also accepts what JSON Schema cannot
-    exclude: 1.0 as an integer, and, unless the validator verifies ``format``, any text as ``date_created``.
+    and Python. The schema accepts every order that ``decode_order`` accepts, except that a validator which verifies
+    ``format`` may refuse spellings of ``date_created`` that RFC 3339 does not have, such as a space instead of the T.
+    It also accepts what JSON Schema cannot exclude: 1.0 as an integer, and, if the validator does not verify
+    ``format``, any text as ``date_created``.
     """
     [schema], parts = model_schemas(Order, ref_template="#/$defs/{name}")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "$defs": parts}

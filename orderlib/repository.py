@@ -6,6 +6,7 @@ import base64
 import binascii
 import datetime as dt
 import enum
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
@@ -606,7 +607,8 @@ class AsyncOrderRepository(Protocol):
 def require_type(name: str, value: object, kind: type[T]) -> T:
     """Return an argument, or raise TypeError naming it."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
+        article = "an" if kind.__name__[0] in "AEIOUaeiou" else "a"
+        raise TypeError(f"{name} must be {article} {kind.__name__}, not {type(value).__name__}")
     return value
 
 
@@ -614,7 +616,8 @@ def require_seconds(name: str, value: float) -> float:
     """Return an argument that is a number of seconds, or raise TypeError naming it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
-    return value
+    # An int may be greater than every float.
+    return min(value, sys.float_info.max)
 
 
 def check_limit(limit: int) -> None:

@@ -261,6 +261,7 @@ class AsyncPostgresOrderRepository(AsyncOrderRepositoryBase):
             try:
                 while (page := await _run(session, reader.next_page(), call)) is not None:
                     yield page
+                    self._pool.check_process()
                     call = Call(self._pool)
             except READ_ERRORS as exc:
                 call.check_read_retry(session, exc, begun=reader.begun)

@@ -247,9 +247,12 @@ class Pool:
             with self._lock:
                 self._serve()
 
+    def check_process(self) -> None:
+        """Raise ConfigurationError in a forked process."""
+        check_process(self._process)
+
     def _check_open(self) -> None:
-        if os.getpid() != self._process:
-            raise ConfigurationError("the repository belongs to another process: connect again after a fork")
+        self.check_process()
         if self._closed:
             raise _closed_error()
 
@@ -416,7 +419,7 @@ class Call:
         timed_out = isinstance(error, DeadlineExceeded)
         translated = translate(error, session) if isinstance(error, psycopg.Error) else error
         reason = f"PostgreSQL did not answer within {self._timeout_s:g} s" if timed_out else str(translated)
-        if committing and session.is_lost(error):
+        if committing and (timed_out or session.is_lost(error)):
             return DatabaseUnavailable(f"{reason}; whether the orders are stored is unknown; saving them again is safe")
         return DatabaseUnavailable(f"{reason}; nothing was stored") if timed_out else translated
 
@@ -440,6 +443,12 @@ class Call:
             self._repeated = True
             return True
         return self.may_repeat(session, error)
+
+
+def check_process(process: int) -> None:
+    """Raise ConfigurationError if this process is not the one with this id that opened the connections."""
+    if os.getpid() != process:
+        raise ConfigurationError("the repository belongs to another process: connect again after a fork")
 
 
 def _check_limit(name: str, limit_s: float) -> None:

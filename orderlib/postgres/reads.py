@@ -182,7 +182,7 @@ class ReadQueries:
             statements += [(statement, bounds) for statement in queries.FIND_ORDER_UIDS]
         found = yield from self._pipeline(*statements, begin=True)
         unsorted_by_uid = {row for rows in found[len(used) :] for row in rows}
-        by_uid = sorted(unsorted_by_uid, key=lambda row: (row[0].lower(), row[0]))[:limit]
+        by_uid = sorted(unsorted_by_uid, key=lambda row: (row[0].lower(), row[0]))
         exact = [row for row in by_uid if row[0].lower() == search.order_uid]
         times: dict[str, dt.datetime] = {}
         fields: dict[str, list[SearchField]] = {}
@@ -192,7 +192,7 @@ class ReadQueries:
                 fields.setdefault(order_uid, []).append(field)
         uids = sorted(times, key=lambda uid: (times[uid], uid), reverse=True)[:limit]
         if not uids:
-            uids = [row[0] for row in by_uid]
+            uids = [row[0] for row in by_uid[:limit]]
             fields = {uid: [SearchField.ORDER_UID_PREFIX] for uid in uids}
         [rows] = yield from self._pipeline((queries.GET_SUMMARIES, [queries.array_of(uids)]), end=True)
         names = [field.name for field in attrs.fields(OrderSummary)]

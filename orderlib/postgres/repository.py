@@ -191,6 +191,7 @@ class PostgresOrderRepository(OrderRepositoryBase):
             try:
                 while (page := session.wait(reader.next_page())) is not None:
                     yield page
+                    self._pool.check_process()
                     call = Call(self._pool)
                     session.deadline = call.deadline
             except READ_ERRORS as exc:

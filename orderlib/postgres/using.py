@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import psycopg
 from psycopg.abc import PQGen
 from psycopg.pq import PipelineStatus, TransactionStatus
+from psycopg.rows import tuple_row
 
-from orderlib.errors import ConfigurationError
+from orderlib.errors import ConfigurationError, DatabaseUnavailable
 from orderlib.ingestion.records import PreparedOrder
 from orderlib.postgres import queries
 from orderlib.postgres.async_repository import AsyncOrderRepositoryBase
-from orderlib.postgres.errors import let_end_arrive, translate_errors
+from orderlib.postgres.errors import READ_ONLY, let_end_arrive, sqlstates, translate_errors
+from orderlib.postgres.pool import check_process
 from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.repository import OrderRepositoryBase
 from orderlib.postgres.wire import Wire
@@ -26,6 +30,7 @@ from orderlib.repository import (
     Outcome,
     Page,
     PositionState,
+    require_type,
 )
 
 T = TypeVar("T")
@@ -42,9 +47,10 @@ def using(connection: psycopg.Connection[Any]) -> OrderRepository:
     COMMITTED: in other transactions they raise ConfigurationError.
 
     psycopg begins a transaction before the first statement. In autocommit mode, open one with
-    ``connection.transaction()``: without it, and inside ``connection.pipeline()``, calls raise ConfigurationError.
+    ``connection.transaction()``. Calls raise ConfigurationError without it, inside ``connection.pipeline()``, in a
+    transaction that has failed or, for a write, is read-only, after a fork, and if ``client_encoding`` is not UTF8.
     """
-    return CallerOrderRepository(connection)
+    return CallerOrderRepository(require_type("connection", connection, psycopg.Connection))
 
 
 def using_async(connection: psycopg.AsyncConnection[Any]) -> AsyncOrderRepository:
@@ -52,7 +58,7 @@ def using_async(connection: psycopg.AsyncConnection[Any]) -> AsyncOrderRepositor
 
     A task that is cancelled during a call leaves the transaction as it was before the call, or with the call completed.
     """
-    return AsyncCallerOrderRepository(connection)
+    return AsyncCallerOrderRepository(require_type("connection", connection, psycopg.AsyncConnection))
 
 
 class CallerOrderRepository(OrderRepositoryBase):
@@ -62,6 +68,7 @@ class CallerOrderRepository(OrderRepositoryBase):
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
+        self._process = os.getpid()
         self._wire = Wire(connection.pgconn, keeps_statements=False)
         self._read_queries = ReadQueries(self._wire, in_transaction=True)
 
@@ -83,13 +90,15 @@ class CallerOrderRepository(OrderRepositoryBase):
             yield page
 
     def _run(self, steps: PQGen[T]) -> T:
+        check_process(self._process)
         connection = self._connection
-        with translate_errors(connection):
+        with _translate_errors(connection):
             while True:
                 with connection.lock:
                     if not _must_begin(connection):
                         return connection.wait(_in_savepoint(self._wire, steps))
-                connection.execute(queries.EMPTY_SELECT)
+                # With rows of its own: those of the connection may need a column.
+                connection.cursor(row_factory=tuple_row).execute(queries.EMPTY_SELECT)
 
 
 class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
@@ -99,6 +108,7 @@ class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
         self._connection = connection
+        self._process = os.getpid()
         self._wire = Wire(connection.pgconn, keeps_statements=False)
         self._read_queries = ReadQueries(self._wire, in_transaction=True)
 
@@ -120,14 +130,15 @@ class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
             yield page
 
     async def _run(self, steps: PQGen[T]) -> T:
+        check_process(self._process)
         connection = self._connection
-        with translate_errors(connection):
+        with _translate_errors(connection):
             try:
                 while True:
                     async with connection.lock:
                         if not _must_begin(connection):
                             return await connection.wait(_in_savepoint(self._wire, steps))
-                    await connection.execute(queries.EMPTY_SELECT)
+                    await connection.cursor(row_factory=tuple_row).execute(queries.EMPTY_SELECT)
             except psycopg.Error as exc:
                 await let_end_arrive(connection, exc)
                 raise
@@ -137,12 +148,31 @@ def _must_begin(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[An
     """Return whether psycopg has yet to begin a transaction, as it does before the first statement."""
     if connection.closed:
         raise ConfigurationError("the connection is closed")
-    if connection.pgconn.pipeline_status != PipelineStatus.OFF:
+    pgconn = connection.pgconn
+    if pgconn.pipeline_status != PipelineStatus.OFF:
         raise ConfigurationError("using() does not work inside connection.pipeline()")
-    is_idle = connection.pgconn.transaction_status == TransactionStatus.IDLE
+    if pgconn.parameter_status(b"client_encoding") != b"UTF8":
+        raise ConfigurationError("using() needs a connection whose client_encoding is UTF8")
+    if pgconn.transaction_status == TransactionStatus.INERROR:
+        raise ConfigurationError("the transaction has failed: roll back, or to a savepoint, before the next call")
+    is_idle = pgconn.transaction_status == TransactionStatus.IDLE
     if is_idle and connection.autocommit:
         raise ConfigurationError("using() needs a transaction: open one with connection.transaction()")
     return is_idle
+
+
+@contextlib.contextmanager
+def _translate_errors(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> Iterator[None]:
+    """Translate errors. A read-only transaction is an outage only if that may end: on a standby, or by default."""
+    try:
+        with translate_errors(connection):
+            yield
+    except DatabaseUnavailable as exc:
+        pgconn = connection.pgconn
+        settings = (b"in_hot_standby", b"default_transaction_read_only")
+        if READ_ONLY in sqlstates(exc) and all(pgconn.parameter_status(name) == b"off" for name in settings):
+            raise ConfigurationError("the transaction is read-only") from exc.__cause__
+        raise
 
 
 def _in_savepoint(wire: Wire, steps: PQGen[T]) -> PQGen[T]:

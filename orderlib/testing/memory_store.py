@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Unpack
 
+import attrs
+
 from orderlib.errors import REJECT_CODES, OrderNotFound
 from orderlib.ingestion.records import PreparedOrder, StoredVersion, plan_writes, prepare_order
 from orderlib.models import Order
@@ -29,6 +31,7 @@ from orderlib.repository import (
     Stats,
     StoredOrder,
     check_limit,
+    in_utc,
     is_position,
     require_orders,
     require_type,
@@ -110,10 +113,13 @@ class MemoryStore:
 
     def stream(self, **filters: Unpack[Filters]) -> Generator[StoredOrder, None, None]:
         """See ``OrderRepository.stream``."""
-        query = ListQuery(**filters)
+        # Not a generator itself, so that it refuses a wrong filter before the iteration.
+        return self._stream(ListQuery(**filters))
+
+    def _stream(self, query: ListQuery) -> Generator[StoredOrder, None, None]:
         with self._lock:
             listed = sorted(self._stored.values(), key=lambda stored: _sort_key(stored.cursor), reverse=True)
-        return (stored for stored in listed if _matches(stored, query))
+        yield from (stored for stored in listed if _matches(stored, query))
 
     def position_state(self, topic: str, partition: int, offset: int) -> PositionState:
         """See ``MemoryOrderRepository.position_state``."""
@@ -164,7 +170,9 @@ class MemoryStore:
 
     def _save(self, orders: Iterable[Order], prepared_orders: Sequence[PreparedOrder]) -> Counter[Outcome]:
         contents = {
-            prepared_order.content_sha256: order for prepared_order, order in zip(prepared_orders, orders, strict=True)
+            # In UTC, as PostgreSQL returns it.
+            prepared_order.content_sha256: attrs.evolve(order, date_created=in_utc(order.date_created))
+            for prepared_order, order in zip(prepared_orders, orders, strict=True)
         }
         now = self._clock()
         with self._lock:

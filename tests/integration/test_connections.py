@@ -406,6 +406,21 @@ def test_a_commit_without_an_answer_in_time_is_unknown_and_a_copy_stored_nothing
         assert repository.get(UID).entry == "unk"
 
 
+def test_the_same_for_asyncio(database: Database) -> None:
+    async def save(moment: Moment, message: str) -> None:
+        async with orderlib.connect_async(carrier.url, timeout_s=1) as repository:
+            carrier.set_trap(moment)
+            with pytest.raises(DatabaseUnavailable, match=message):
+                await repository.save(attrs.evolve(SAMPLE, entry=message[:3]))
+            carrier.drop()
+
+    with TcpProxy(database.writer_url) as carrier:
+        for moment, message in [(Moment.COPY, "nothing was stored"), (Moment.COMMITTED, "unknown")]:
+            asyncio.run(save(moment, message))
+    with orderlib.connect(database.writer_url) as repository:
+        assert repository.get(UID).entry == "unk"
+
+
 def test_postgresql_ends_a_statement_before_its_caller_gives_up(stored: Database) -> None:
     with (
         psycopg.connect(stored.superuser_url) as locker,
@@ -575,6 +590,35 @@ def errors_of_script(script: str, *arguments: str) -> str:
 
 def test_a_forked_child_gets_one_error_and_the_parent_continues(stored: Database) -> None:
     assert errors_of_script(FORK, stored.writer_url, UID, "exit", "close", "with", "collect", "anew") == ""
+
+
+def test_what_was_begun_before_a_fork_does_not_continue_in_the_child(stored: Database) -> None:
+    script = """
+        import os, signal, sys
+        import orderlib, psycopg
+
+        connection = psycopg.connect(sys.argv[1])
+        in_transaction = orderlib.using(connection)
+        order = in_transaction.get(sys.argv[2])
+        stream = orderlib.connect(sys.argv[1]).stream()
+        assert next(stream).order == order
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            for call in (lambda: next(stream), lambda: in_transaction.get(sys.argv[2])):
+                try:
+                    call()
+                except orderlib.ConfigurationError as exc:
+                    assert "fork" in str(exc), exc
+                else:
+                    raise AssertionError("no error")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert list(stream) == []
+        assert in_transaction.get(sys.argv[2]) == order
+        print("done")
+    """
+    assert errors_of_script(script, stored.reader_url, UID) == ""
 
 
 def test_a_fork_while_other_threads_read_neither_hangs_nor_harms_them(stored: Database) -> None:

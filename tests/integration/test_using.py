@@ -13,6 +13,7 @@ from random import Random
 
 import psycopg
 import pytest
+from psycopg.rows import class_row, dict_row, scalar_row
 
 import orderlib
 from orderlib import ConfigurationError, DatabaseUnavailable, Outcome, RefusedByDatabase, TransactionConflict
@@ -180,6 +181,58 @@ def test_without_a_transaction_to_join_calls_are_refused(shop: Database) -> None
     with pytest.raises(ConfigurationError, match="closed"):
         repository.get("a")
     assert stored_uids(shop) == ([], [])
+
+
+def test_in_a_failed_or_read_only_transaction_calls_are_refused(shop: Database) -> None:
+    with psycopg.connect(shop.writer_url) as connection:
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            connection.execute("SELECT 1 / 0")
+        with pytest.raises(ConfigurationError, match="the transaction has failed"):
+            orderlib.using(connection).get("a")
+        connection.rollback()
+        connection.read_only = True
+        with pytest.raises(ConfigurationError, match="the transaction is read-only"):
+            orderlib.using(connection).save(an_order("a"))
+        assert orderlib.using(connection).list_orders().orders == ()
+    # By default, as when an administrator protects a full disk: that may end at any time.
+    options = "-c default_transaction_read_only=on"
+    with psycopg.connect(shop.writer_url, options=options) as connection, pytest.raises(DatabaseUnavailable):
+        orderlib.using(connection).save(an_order("a"))
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_connection_that_is_not_utf8_is_refused(shop: Database, encoding: str) -> None:
+    with psycopg.connect(shop.writer_url, client_encoding=encoding) as connection:
+        with pytest.raises(ConfigurationError, match="client_encoding is UTF8"):
+            orderlib.using(connection).save(an_order("a"))
+        connection.execute("SET client_encoding = 'utf-8'")
+        assert orderlib.using(connection).save(an_order("a")) is Outcome.STORED
+
+
+def test_the_rows_of_the_callers_connection_do_not_matter(shop: Database) -> None:
+    async def save_and_read(order: orderlib.Order) -> None:
+        async with await psycopg.AsyncConnection.connect(shop.writer_url, row_factory=scalar_row) as connection:
+            repository = orderlib.using_async(connection)
+            await repository.save(order)
+            assert await repository.get(order.order_uid) == order
+
+    for row_factory in (scalar_row, dict_row, class_row(Random)):
+        with psycopg.connect(shop.writer_url, row_factory=row_factory) as connection:
+            assert orderlib.using(connection).save(an_order("a")) in {Outcome.STORED, Outcome.DUPLICATE}
+            assert orderlib.using(connection).get("a") == an_order("a")
+    asyncio.run(save_and_read(an_order("b")))
+
+
+def test_a_connection_of_the_wrong_kind_is_refused(shop: Database) -> None:
+    async def use(url: str) -> None:
+        async with await psycopg.AsyncConnection.connect(url) as connection:
+            with pytest.raises(TypeError, match="connection must be a Connection, not AsyncConnection"):
+                orderlib.using(connection)  # type: ignore[arg-type]
+
+    asyncio.run(use(shop.writer_url))
+    message = "connection must be an AsyncConnection, not Connection"
+    with psycopg.connect(shop.writer_url) as connection, pytest.raises(TypeError, match=message):
+        orderlib.using_async(connection)  # type: ignore[arg-type]
 
 
 def test_stream_needs_one_snapshot(shop: Database) -> None:

@@ -112,6 +112,12 @@ class RepositoryContract:
         repository.save_many(edges)
         assert repository.get_many(order.order_uid for order in edges) == {order.order_uid: order for order in edges}
 
+    def test_times_are_read_back_in_utc(self, repository: OrderRepository) -> None:
+        east = dt.datetime(2026, 1, 1, 1, tzinfo=dt.timezone(dt.timedelta(hours=5)))
+        repository.save(attrs.evolve(SAMPLE_ORDER, date_created=east))
+        found = repository.get(SAMPLE_ORDER.order_uid).date_created
+        assert (found, found.tzinfo) == (east, dt.UTC)
+
     def test_an_order_that_is_not_there_is_not_found(self, repository: OrderRepository) -> None:
         repository.save(SAMPLE_ORDER)
         for order_uid in STRANGE_UIDS:
@@ -615,6 +621,10 @@ class RepositoryContract:
         assert [match.order.order_uid for match in repository.find("A", limit=3)] == ["AB", "ab-", "abc"]
         assert [match.order.order_uid for match in repository.find("abc")] == ["abc"]
         assert [match.order.order_uid for match in repository.find("X")] == ["XY", "Xy", "xy"]
+        repository.save(an_order("b-X"))
+        repository.save(an_order("B-x"))
+        repository.save(an_order("b-x"))
+        assert [match.order.order_uid for match in repository.find("b-x", limit=1)] == ["b-x"]
         assert len(repository.find("abc-shop")) == 8
         repository.save(an_order("aby"))
         repository.save(an_order("abX"))
@@ -774,6 +784,13 @@ class StreamContract:
         assert {version for stored in rest for version in versions_in(stored.order)} == {0}
         assert {len(stored.order.items) for stored in rest} == {1}
 
+    def test_a_stream_shows_what_was_saved_before_its_first_order(
+        self, repository: OrderRepository, writer: OrderRepository
+    ) -> None:
+        stream = repository.stream()
+        writer.save(an_order("new"))
+        assert uids(tuple(stream)) == ["new"]
+
     def test_closing_a_stream_early_releases_its_connection(self, repository: OrderRepository) -> None:
         repository.save_many(an_order(f"{index}", items=1) for index in range(STREAM_SIZE + 1))
         for _ in range(20):
@@ -888,7 +905,8 @@ class PositionContract:
             records.handle(error=error)
             assert waiting.result(5) == expected
         # Now there is nothing to wait for.
-        assert repository.wait_until_handled("orders", 0, 0, timeout_s=0) == expected
+        for timeout_s in (0, 10**400):
+            assert repository.wait_until_handled("orders", 0, 0, timeout_s=timeout_s) == expected
 
     def test_waiting_ends_with_the_last_state_at_its_time_limit(
         self, repository: OrderRepository, records: Records
