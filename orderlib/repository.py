@@ -6,6 +6,7 @@ import base64
 import binascii
 import datetime as dt
 import enum
+import itertools
 import sys
 import time
 from collections import Counter
@@ -626,6 +627,11 @@ def check_limit(limit: int) -> None:
         raise TypeError(f"limit must be an int, not {type(limit).__name__}")
     if not 1 <= limit <= MAX_PAGE_SIZE:
         raise InvalidQuery(f"limit: expected 1 to {MAX_PAGE_SIZE}, found {limit}")
+
+
+def fitting_orders(items: Iterable[int]) -> int:
+    """Return how many of the first orders fit on a page, from the number of items of each."""
+    return sum(total < MAX_PAGE_ITEMS for total in itertools.accumulate(items))
 
 
 def is_position(topic: str, partition: int, offset: int) -> bool:

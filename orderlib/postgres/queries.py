@@ -160,6 +160,12 @@ SELECT {_ITEM_COLUMNS} FROM items WHERE order_uid = ANY($1) AND line < $2 ORDER 
 #: statistics. In the order of the page it would scan and sort the whole table then.
 GET_ITEMS_OF_PAGE: LiteralString = f"{GET_ITEMS_OF_ORDERS} LIMIT $2"
 
+#: How many items each order has. Its last line is one step in the primary key, for any number of items.
+COUNT_ITEMS: LiteralString = """
+SELECT o.order_uid, (SELECT max(i.line) + 1 FROM items i WHERE i.order_uid = o.order_uid)
+FROM orders o WHERE o.order_uid = ANY($1)
+"""
+
 #: The current versions of orders. In a caller's transaction they show whether an order was replaced during the read.
 GET_VERSIONS: LiteralString = "SELECT order_uid, stored_at, content_sha256 FROM orders WHERE order_uid = ANY($1)"
 

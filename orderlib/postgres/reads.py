@@ -38,6 +38,7 @@ from orderlib.repository import (
     RecordState,
     Stats,
     StoredOrder,
+    fitting_orders,
     is_position,
     require_type,
 )
@@ -133,25 +134,34 @@ class ReadQueries:
         position: list[object] = [cursor.first_stored_at, cursor.order_uid] if cursor else []
         # One more than the page, to know whether there is a next page.
         select: Statement = (statement, [limit + 1, *position, *filters.values()])
+        has_too_many_items = False
         for _ in range(_ATTEMPTS):
             joined = (yield from self._pipeline(select, begin=begin))[0]
             shown = joined[:limit]
+            if has_too_many_items:
+                shown = yield from self._that_fit(shown)
             uids = [row[0] for row in shown]
             of_page: Statement = (queries.GET_ITEMS_OF_PAGE, [queries.array_of(uids), MAX_PAGE_ITEMS])
             items, *versions = yield from self._pipeline(of_page, *self._versions(uids), end=end)
-            if self._is_one_snapshot(shown, versions):
+            if len(items) == MAX_PAGE_ITEMS:
+                # Begin again if COMMIT was sent with the items.
+                has_too_many_items, begin = True, begin and end
+            elif self._is_one_snapshot(shown, versions):
                 break
         else:
             raise _conflict_error()
-        if len(items) == MAX_PAGE_ITEMS:
-            # The last order may be incomplete: read only as many orders as were complete. Each has at most 1,000 items.
-            complete = len({row[0] for row in items}) - 1
-            return (yield from self.page(query, complete, begin=begin and end, end=end))
         stored = list(map(_stored_order, orders_from_rows(shown, items), shown))
         next_cursor = stored[-1].cursor if len(joined) > len(shown) else None
         if query.direction is Direction.NEWER:
             stored.reverse()
         return Page(orders=tuple(stored), next_cursor=next_cursor)
+
+    def _that_fit(self, joined: list[Row]) -> PQGen[list[Row]]:
+        """Return the first of these orders, as many as fit on a page."""
+        [rows] = yield from self._pipeline((queries.COUNT_ITEMS, [queries.array_of([row[0] for row in joined])]))
+        numbers: dict[str, int] = dict(rows)
+        # In a caller's transaction, an order may have been deleted since. Its version will show that.
+        return joined[: fitting_orders(numbers.get(row[0], 0) for row in joined)]
 
     def count(self, query: ListQuery) -> PQGen[int]:
         """See ``OrderRepository.count``."""
@@ -338,7 +348,7 @@ class PageReader:
         self.begun, self._ended = True, page.next_cursor is None
         self._query = attrs.evolve(self._query, cursor=page.next_cursor)
         items = sum(len(stored.order.items) for stored in page.orders)
-        # A page with too many items is read twice, so leave a margin.
+        # A page with too many items costs more queries, so leave a margin.
         self._limit = max(1, min(STREAM_SIZE, len(page.orders) * _WANTED_ITEMS // max(1, items)))
         return page
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -16,7 +15,6 @@ from orderlib.ingestion.records import PreparedOrder, StoredVersion, plan_writes
 from orderlib.models import Order
 from orderlib.repository import (
     COUNT_LIMIT,
-    MAX_PAGE_ITEMS,
     STORED_RECENTLY,
     Cursor,
     Direction,
@@ -31,6 +29,7 @@ from orderlib.repository import (
     Stats,
     StoredOrder,
     check_limit,
+    fitting_orders,
     in_utc,
     is_position,
     require_orders,
@@ -89,7 +88,8 @@ class MemoryStore:
         with self._lock:
             listed = sorted(self._stored.values(), key=lambda stored: _sort_key(stored.cursor), reverse=is_older)
         matching = [stored for stored in listed if _matches(stored, query)]
-        page = _without_too_many_items(matching[: query.limit])
+        page = matching[: query.limit]
+        page = page[: fitting_orders(len(stored.order.items) for stored in page)]
         next_cursor = page[-1].cursor if len(matching) > len(page) else None
         return Page(orders=tuple(page if is_older else page[::-1]), next_cursor=next_cursor)
 
@@ -197,12 +197,6 @@ class MemoryStore:
                     version_number=number,
                 )
         return Counter(plan.outcomes)
-
-
-def _without_too_many_items(orders: list[StoredOrder]) -> list[StoredOrder]:
-    """Return the first of these orders, which have fewer than ``MAX_PAGE_ITEMS`` items together."""
-    totals = itertools.accumulate(len(stored.order.items) for stored in orders)
-    return orders[: sum(total < MAX_PAGE_ITEMS for total in totals)]
 
 
 def _matches(stored: StoredOrder, query: ListQuery) -> bool:

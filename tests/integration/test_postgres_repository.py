@@ -64,6 +64,11 @@ from tests.support.tcp_proxy import TcpProxy
 
 T = TypeVar("T")
 
+#: BEGIN, the orders, the items, COMMIT.
+PAGE_STATEMENTS = 4
+#: The same, and then BEGIN, the orders, the numbers of their items, the items, COMMIT.
+LONG_PAGE_STATEMENTS = 9
+
 
 @pytest.fixture(scope="module")
 def superuser(module_database: Database) -> Iterator[psycopg.Connection]:
@@ -686,6 +691,27 @@ def test_the_items_of_a_page_are_read_along_their_index_and_never_sorted(module_
     plan = plan_by_index(module_database, queries.GET_ITEMS_OF_PAGE)
     assert any("using items_pkey on items" in line for line in plan), plan
     assert not any("Sort" in line for line in plan), plan
+
+
+def test_the_items_of_a_page_are_counted_by_one_step_in_their_index_for_each_order(module_database: Database) -> None:
+    plan = plan_by_index(module_database, queries.COUNT_ITEMS)
+    assert any("Index Only Scan Backward using items_pkey on items" in line for line in plan), plan
+    assert not any("Seq Scan" in line for line in plan), plan
+
+
+@pytest.mark.parametrize(
+    ("large", "statements"), [(0, PAGE_STATEMENTS), (4, PAGE_STATEMENTS), (5, LONG_PAGE_STATEMENTS)]
+)
+def test_a_page_costs_two_queries_and_three_more_if_its_items_do_not_fit(
+    emptied: Database, large: int, statements: int
+) -> None:
+    with connect(emptied.writer_url) as writer:
+        writer.save_many(an_order(f"a-{index:02}") for index in range(95))
+        writer.save_many(an_order(f"b-{index}", items=1_000) for index in range(large))
+    with TcpProxy(emptied.reader_url) as proxy, connect(proxy.url) as repository:
+        before = proxy.executed
+        assert len(repository.list_orders(limit=100).orders) == (95 + large if large < 5 else 4)
+        assert proxy.executed - before == statements
 
 
 def plan_by_index(database: Database, statement: LiteralString, *dropped: str) -> list[str]:

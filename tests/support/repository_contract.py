@@ -383,6 +383,22 @@ class RepositoryContract:
         assert uids(newer.orders) == newest_first[7:11]
         assert newer.next_cursor == newer.orders[0].cursor
 
+    def test_a_page_ends_before_5_000_items_whatever_the_order_uids(self, repository: OrderRepository) -> None:
+        large = [an_order(f"b-{number}", items=999) for number in range(5)]
+        small = [an_order(f"{prefix}-{number:02}", items=1) for prefix in "ac" for number in range(45)]
+        repository.save_many(large)
+        repository.save_many(small)
+        newest_first = [order.order_uid for order in (*small[::-1], *large[::-1])]
+        older = repository.list_orders(limit=100)
+        assert uids(older.orders) == newest_first[:94]
+        assert [len(stored.order.items) for stored in older.orders] == [1] * 90 + [999] * 4
+        assert older.next_cursor == older.orders[-1].cursor
+        assert uids(repository.list_orders(limit=100, cursor=older.next_cursor).orders) == newest_first[94:]
+        newer = repository.list_orders(limit=100, direction=Direction.NEWER)
+        assert uids(newer.orders) == newest_first[-9:]
+        assert [len(stored.order.items) for stored in newer.orders] == [1] * 4 + [999] * 5
+        assert newer.next_cursor == newer.orders[0].cursor
+
     def test_filters_are_exact_and_both_hold(self, repository: OrderRepository) -> None:
         for uid, customer_id, track_number in (
             ("a", "one", "x"),
@@ -768,6 +784,15 @@ class StreamContract:
         orders = [an_order(f"{index:02}", index, items=1_000) for index in range(12)]
         repository.save_many(orders)
         assert [stored.order for stored in repository.stream()] == orders[::-1]
+
+    def test_a_stream_has_the_sequence_of_the_list_if_the_newest_orders_are_very_large(
+        self, repository: OrderRepository
+    ) -> None:
+        small = [an_order(f"a-{index:06}") for index in range(480)]
+        large = [an_order(f"b-{index}", items=1_000) for index in range(5)]
+        repository.save_many(small)
+        repository.save_many(large)
+        assert [stored.order for stored in repository.stream()] == [*large[::-1], *small[::-1]]
 
     def test_a_stream_shows_nothing_that_changes_after_its_first_order(
         self, repository: OrderRepository, writer: OrderRepository, delete: Callable[[str], None]
