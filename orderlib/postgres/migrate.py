@@ -25,17 +25,19 @@ def migrate(
 ) -> list[str]:
     """Create the tables, or bring them up to date. Return the names of the migrations that were applied now.
 
-    ``url`` belongs to orders_migrator; ``bootstrap`` creates that role. The tables are in the first schema of the
-    search_path. To choose another, create it, and add ``options=-csearch_path%3DNAME`` to each URL, also to that of
-    ``bootstrap``. Then one database can have several sets of tables, each with its own orders.
+    ``url`` belongs to orders_migrator; ``bootstrap`` creates that role. The tables are in the schema of the search_path
+    that has them already, or else in the first one. To choose another, create it, and add
+    ``options=-csearch_path%3DNAME`` to each URL, also to that of ``bootstrap``. Then one database can have several sets
+    of tables, each with its own orders. The search_path of each set must not name the schema of another set.
 
     Each migration is applied once, in its own transaction. ``on_applied`` receives its name after that. Also restores
     the privileges on the tables. Idempotent, and safe to run concurrently: ``on_message`` receives the holder of each
     lock that this waits for, warnings of migrations, and corrected privileges.
 
-    Raises ConfigurationError for a role that may not do this, a server older than PostgreSQL 16, or a database that is
-    not UTF8; and DatabaseUnavailable if there is no connection, or no lock within a minute. The failed migration is
-    rolled back; those before it stay applied. Orders are never changed.
+    Raises ConfigurationError for a role that may not do this, a server older than PostgreSQL 16, a database that is not
+    UTF8, or a schema in which another program has a table ``schema_migrations``; and DatabaseUnavailable if there is no
+    connection, or no lock within a minute. The failed migration is rolled back; those before it stay applied. Orders
+    are never changed.
     """
     tell = on_message or ignore_message
 
@@ -72,13 +74,13 @@ def _prepare(connection: Connection) -> None:
     """
     connection.execute(queries.BECOME_OWNER)
     require_usable_database(connection)
-    found, login_role, search_path, other_schema, is_usable = one_row(connection, queries.SCHEMA_LOCATION)
+    found, login_role, search_path, other_schema, is_usable, _ = one_row(connection, queries.SCHEMA_LOCATION)
     if found:
         return
     [chosen] = one_row(connection, queries.CHOSEN_SCHEMA)
     if other_schema and not chosen:
         raise tables_elsewhere_error(login_role, search_path, other_schema, is_usable=is_usable)
-    connection.execute(queries.USE_SCHEMA, {"schema": chosen or table_schema(connection)})
+    connection.execute(queries.USE_SCHEMA, {"schema": table_schema(connection)})
     connection.execute(queries.SCHEMA_MIGRATIONS)
     connection.execute(queries.LOCK_SCHEMA)
     for role, privileges in PRIVILEGES["schema_migrations"].items():

@@ -476,26 +476,38 @@ COPY rejects (
 
 #: The last migration that was applied.
 SCHEMA_NUMBER: LiteralString = "SELECT max(number) FROM schema_migrations"
+#: The schema of the first table schema_migrations in the search_path: own_schema if the table has orderlib's columns.
+#: Otherwise another migration tool created it, and foreign_schema is set if the schema is the first of the search_path.
+#: The owner is no criterion: in a copy that was restored with --no-owner, another role owns the tables, and reads work.
+_FIRST_TABLE: LiteralString = """(
+    SELECT max(schema) FILTER (WHERE columns = 3) AS own_schema,
+           max(schema) FILTER (WHERE columns < 3 AND schema = current_schema()) AS foreign_schema
+    FROM (
+        SELECT n.nspname::text AS schema, (
+            SELECT count(*) FROM pg_attribute a
+            WHERE a.attrelid = c.oid AND a.attname IN ('number', 'name', 'applied_at')) AS columns
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.oid = to_regclass('schema_migrations')) AS found
+) AS first_table"""
 #: Whether the session finds the tables, and otherwise the schema that has them and whether the role may use it. The
 #: role is the one to correct: SET ROLE changes the privileges, but the search_path remains that of the login role.
-SCHEMA_LOCATION: LiteralString = """
-SELECT to_regclass('schema_migrations') IS NOT NULL,
+#: Last, the schema in which another program's table takes their place.
+SCHEMA_LOCATION: LiteralString = f"""
+SELECT first_table.own_schema IS NOT NULL,
        (CASE WHEN other.is_usable THEN session_user ELSE current_user END)::text, current_setting('search_path'),
-       other.schema, other.is_usable
-FROM (VALUES (true)) AS one_row LEFT JOIN LATERAL (
+       other.schema, other.is_usable, first_table.foreign_schema
+FROM {_FIRST_TABLE} LEFT JOIN LATERAL (
     SELECT n.nspname::text AS schema, has_schema_privilege(n.oid, 'USAGE') AS is_usable
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relname = 'schema_migrations' AND c.relkind = 'r' AND pg_get_userbyid(c.relowner) = 'orders_owner'
     ORDER BY 1 LIMIT 1
 ) other ON true
 """
-#: The schema of the tables, or the first existing schema of the search_path if there are no tables yet.
-TABLE_SCHEMA: LiteralString = """
-SELECT coalesce(
-    (SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE c.oid = to_regclass('schema_migrations')),
-    current_schema()::text)
-"""
+#: The schema of the tables, or the first existing schema of the search_path if there are no tables yet. Then the schema
+#: in which another program's table takes their place.
+TABLE_SCHEMA: LiteralString = (
+    f"SELECT coalesce(first_table.own_schema, current_schema()::text), first_table.foreign_schema FROM {_FIRST_TABLE}"
+)
 #: The schema that the URL or PGOPTIONS chooses: the first of its search_path, if that exists and may be used.
 CHOSEN_SCHEMA: LiteralString = """
 SELECT CASE WHEN source = 'client' AND lower(btrim(split_part(setting, ',', 1), ' "')) = lower(current_schema())

@@ -68,11 +68,13 @@ def bootstrap(
     the one that the role had. Without one, an existing role stays as it is, and a new role cannot log in. orders_owner
     can never log in. PostgreSQL receives only the SCRAM verifier of a password. Also corrects attributes, memberships
     and privileges that are not as they must be, and returns what this role may not correct. Idempotent, and safe to run
-    concurrently: ``on_message`` receives the holder of each lock that this waits for.
+    concurrently: ``on_message`` receives the holder of each lock that this waits for. The schema is the one that
+    ``migrate`` uses; ``on_message`` names it if the URL has another one first in its search_path.
 
     Raises ConfigurationError, with nothing changed, for a server older than PostgreSQL 16, for a database that is not
-    UTF8, or if this role may not do what is necessary; and DatabaseUnavailable, if there is no connection, or no lock
-    within a minute. Tables and orders are never changed.
+    UTF8, for a schema in which another program has a table ``schema_migrations``, or if this role may not do what is
+    necessary; and DatabaseUnavailable, if there is no connection, or no lock within a minute. Tables and orders are
+    never changed.
     """
     passwords = {MIGRATOR: migrator_password, WRITER: writer_password, READER: reader_password}
     given = {
@@ -80,6 +82,7 @@ def bootstrap(
         for role, password in passwords.items()
         if password is not None
     }
+    tell = on_message or ignore_message
     # Of two concurrent calls, one fails at a role or at the database's entry. It starts again and finds the work done.
     conflicts = (
         psycopg.errors.UniqueViolation,
@@ -87,12 +90,14 @@ def bootstrap(
         psycopg.errors.InternalError_,
     )
     with open_connection(url, application_name=application_name) as connection:
-        return run_ddl(connection, lambda: _bootstrap(connection, given), conflicts, on_message or ignore_message)
+        return run_ddl(connection, lambda: _bootstrap(connection, given, tell), conflicts, tell)
 
 
-def _bootstrap(connection: Connection, passwords: Mapping[str, str]) -> BootstrapResult:
+def _bootstrap(
+    connection: Connection, passwords: Mapping[str, str], on_message: Callable[[str], None]
+) -> BootstrapResult:
     require_usable_database(connection)
-    schema = schema_to_set_up(connection)
+    schema = schema_to_set_up(connection, on_message)
     connection.execute(queries.USE_SCHEMA, {"schema": schema})
     try:
         for (role,) in connection.execute(queries.MISSING_ROLES, {"roles": list(ROLES)}).fetchall():

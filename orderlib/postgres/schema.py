@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from importlib import resources
 from typing import LiteralString
 
@@ -39,9 +40,11 @@ def check_schema(connection: Connection) -> None:
 
 def require_schema(location: TupleRow, number: int | None) -> None:
     """Do the check of ``check_schema`` on a row of SCHEMA_LOCATION and the number of SCHEMA_NUMBER."""
-    found, role, search_path, other_schema, is_usable = location
+    found, role, search_path, other_schema, is_usable, foreign_schema = location
     if not found and other_schema:
         raise tables_elsewhere_error(role, search_path, other_schema, is_usable=is_usable)
+    if foreign_schema:
+        raise _foreign_table_error(foreign_schema)
     number = number or 0
     if number < LATEST_MIGRATION:
         raise ConfigurationError(
@@ -63,16 +66,42 @@ def tables_elsewhere_error(role: str, search_path: str, schema: str, *, is_usabl
     )
 
 
-def schema_to_set_up(connection: Connection) -> str:
-    """Return the schema that the URL chooses, or the one that has tables, or the one that gets them."""
-    found, _, _, other_schema, _ = one_row(connection, queries.SCHEMA_LOCATION)
+def _foreign_table_error(schema: str) -> ConfigurationError:
+    """Return the error, with the remedy, for a table of another program in the schema that would get the tables."""
+    return ConfigurationError(
+        f"the table schema_migrations in schema {schema} belongs to another program: create a schema for the tables of "
+        "orderlib, add options=-csearch_path%3DNAME to each URL, and run `python -m orderlib bootstrap` and "
+        "`python -m orderlib migrate`"
+    )
+
+
+def schema_to_set_up(connection: Connection, on_message: Callable[[str], None]) -> str:
+    """Return the schema of the search_path that has the tables, or the one that gets them.
+
+    If the search_path names none with tables, and the URL chooses none, return another one that has tables.
+    ``on_message`` learns of tables in another schema than the one that the URL chooses.
+    """
+    found, _, _, other_schema, _, _ = one_row(connection, queries.SCHEMA_LOCATION)
     [chosen] = one_row(connection, queries.CHOSEN_SCHEMA)
-    return chosen or (table_schema(connection) if found or not other_schema else str(other_schema))
+    if other_schema and not found and not chosen:
+        return str(other_schema)
+    schema = table_schema(connection)
+    if chosen and schema != chosen:
+        on_message(
+            f"the tables are in schema {schema}, which the search_path names after {chosen}: "
+            f"for other tables in {chosen}, use a search_path without {schema}"
+        )
+    return schema
 
 
 def table_schema(connection: Connection) -> str:
-    """Return the schema of the tables. Raises ConfigurationError if the search_path names no schema that exists."""
-    [schema] = one_row(connection, queries.TABLE_SCHEMA)
+    """Return the schema of the search_path that has the tables, or its first one, which gets them.
+
+    Raises ConfigurationError if no schema of the search_path exists, or if a table of another program is in the way.
+    """
+    schema, foreign_schema = one_row(connection, queries.TABLE_SCHEMA)
+    if foreign_schema:
+        raise _foreign_table_error(foreign_schema)
     if schema is None:
         raise ConfigurationError(
             "the search_path names no existing schema that this role may use: create one, or change the search_path"

@@ -1,4 +1,4 @@
-"""Two stores in two schemas of one database: nothing mixes."""
+"""Which schema has the tables: two stores in one database, and tables of other programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import orderlib
 from orderlib import ConfigurationError, OrderNotFound, Outcome
 from orderlib.ingestion.records import TopicPartition
 from orderlib.postgres.consumer_store import ConsumerStore
-from tests.support.databases import Database, role_passwords
+from tests.support.databases import Database, bootstrap, role_passwords
 from tests.support.repository_contract import an_order
 
 SCHEMAS = ("first", "Second shop")
@@ -19,7 +19,11 @@ SCHEMAS = ("first", "Second shop")
 
 def in_schema(database: Database, schema: str) -> Database:
     """The same database, with URLs that choose a schema, and their passwords."""
-    value = f'"{schema}"'.replace(" ", "\\ ")
+    return with_search_path(database, f'"{schema}"'.replace(" ", "\\ "))
+
+
+def with_search_path(database: Database, value: str) -> Database:
+    """The same database, with URLs that choose a search_path."""
     urls = {name: make_conninfo(url, options=f"-c search_path={value}") for name, url in attrs.asdict(database).items()}
     return Database(**urls)
 
@@ -105,3 +109,91 @@ def test_without_a_choice_the_tables_that_exist_are_named(empty_database: Databa
         url = empty_database.reader_url if call is orderlib.connect else empty_database.migrator_url
         with pytest.raises(ConfigurationError, match="the tables are in schema "):
             call(url)
+
+
+#: The tables of migrations of golang-migrate and of Rails.
+FOREIGN_TABLES = ("version bigint PRIMARY KEY, dirty boolean NOT NULL", "version varchar PRIMARY KEY")
+
+
+def create_foreign_table(database: Database, columns: str = FOREIGN_TABLES[0]) -> None:
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        superuser.execute(f"CREATE TABLE public.schema_migrations ({columns}); CREATE SCHEMA shop".encode())
+
+
+def schemas_with_orders(database: Database) -> list[str]:
+    with psycopg.connect(database.superuser_url) as superuser:
+        rows = superuser.execute("SELECT schemaname::text FROM pg_tables WHERE tablename = 'orders' ORDER BY 1")
+        return [schema for (schema,) in rows.fetchall()]
+
+
+@pytest.mark.parametrize("columns", FOREIGN_TABLES)
+def test_a_table_of_another_migration_tool_is_named_with_the_remedy(empty_database: Database, columns: str) -> None:
+    bootstrap(empty_database)
+    create_foreign_table(empty_database, columns)
+    for call, url in (
+        (orderlib.bootstrap, empty_database.superuser_url),
+        (orderlib.migrate, empty_database.migrator_url),
+        (orderlib.connect, empty_database.reader_url),
+    ):
+        with pytest.raises(ConfigurationError, match=r"table schema_migrations in schema public .* create a schema"):
+            call(url)
+
+
+@pytest.mark.parametrize("search_path", ["shop", "shop,public"])
+def test_a_schema_beside_a_table_of_another_migration_tool_gets_its_own_tables(
+    empty_database: Database, search_path: str
+) -> None:
+    create_foreign_table(empty_database)
+    shop = with_search_path(empty_database, search_path)
+    bootstrap(shop)
+    with pytest.raises(ConfigurationError, match=r"schema is at migration 0, .*: run `python -m orderlib migrate`"):
+        orderlib.connect(shop.writer_url)
+    assert len(orderlib.migrate(shop.migrator_url)) > 1
+    assert schemas_with_orders(shop) == ["shop"]
+    with orderlib.connect(shop.writer_url) as repository:
+        assert repository.save(an_order("order", 1)) is Outcome.STORED
+        repository.check()
+    assert orderlib.migrate(shop.migrator_url) == []
+    assert bootstrap(shop) == orderlib.BootstrapResult(corrected=(), remaining=())
+
+
+def test_a_table_of_another_migration_tool_that_hides_the_tables_is_never_read(empty_database: Database) -> None:
+    create_foreign_table(empty_database)
+    shop = with_search_path(empty_database, "shop")
+    bootstrap(shop)
+    orderlib.migrate(shop.migrator_url)
+    hidden = with_search_path(empty_database, "public,shop")
+    with pytest.raises(ConfigurationError, match=r"tables are in schema shop, but the search_path .* is public,shop"):
+        orderlib.connect(hidden.reader_url)
+    with pytest.raises(ConfigurationError, match="table schema_migrations in schema public"):
+        orderlib.migrate(hidden.migrator_url)
+
+
+def test_tables_in_a_later_schema_of_the_search_path_stay_in_use(database: Database) -> None:
+    """`bootstrap`, `migrate` and `connect` use the same schema, so an update never starts an empty set of tables."""
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        superuser.execute("CREATE SCHEMA app; GRANT USAGE ON SCHEMA app TO PUBLIC")
+        superuser.execute("REVOKE SELECT ON orders FROM orders_reader")
+    later = with_search_path(database, "app,public")
+    messages: list[str] = []
+    corrected = orderlib.bootstrap(later.superuser_url, on_message=messages.append).corrected
+    assert 'GRANT SELECT ON "orders" TO "orders_reader"' in corrected
+    assert not any("schema app" in text for text in corrected)
+    assert [message.partition(",")[0] for message in messages] == ["the tables are in schema public"]
+    assert orderlib.migrate(later.migrator_url) == []
+    with orderlib.connect(later.writer_url) as repository:
+        assert repository.save(an_order("order", 1)) is Outcome.STORED
+    with orderlib.connect(database.reader_url) as repository:
+        assert repository.get("order") == an_order("order", 1)
+    assert schemas_with_orders(database) == ["public"]
+
+
+def test_a_copy_that_belongs_to_another_role_can_be_read(database: Database) -> None:
+    """`pg_restore --no-owner` creates such a copy."""
+    with orderlib.connect(database.writer_url) as repository:
+        repository.save(an_order("order", 1))
+    with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
+        superuser.execute("REASSIGN OWNED BY orders_owner TO CURRENT_USER")
+    with orderlib.connect(database.reader_url) as repository:
+        repository.check()
+        assert repository.get("order") == an_order("order", 1)
