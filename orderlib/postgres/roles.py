@@ -71,17 +71,13 @@ def bootstrap(
     concurrently: ``on_message`` receives the holder of each lock that this waits for. The schema is the one that
     ``migrate`` uses; ``on_message`` names it if the URL has another one first in its search_path.
 
-    Raises ConfigurationError, with nothing changed, for a server older than PostgreSQL 16, for a database that is not
-    UTF8, for a schema in which another program has a table ``schema_migrations``, or if this role may not do what is
-    necessary; and DatabaseUnavailable, if there is no connection, or no lock within a minute. Tables and orders are
-    never changed.
+    Raises ConfigurationError, with nothing changed, for a password that is empty, contains NUL or cannot be encoded as
+    UTF-8, for a server older than PostgreSQL 16, for a database that is not UTF8, for a schema in which another program
+    has a table ``schema_migrations``, or if this role may not do what is necessary; and DatabaseUnavailable, if there
+    is no connection, or no lock within a minute. Tables and orders are never changed.
     """
     passwords = {MIGRATOR: migrator_password, WRITER: writer_password, READER: reader_password}
-    given = {
-        role: require_type(f"the password of {role}", password, str)
-        for role, password in passwords.items()
-        if password is not None
-    }
+    given = {role: _require_password(role, password) for role, password in passwords.items() if password is not None}
     tell = on_message or ignore_message
     # Of two concurrent calls, one fails at a role or at the database's entry. It starts again and finds the work done.
     conflicts = (
@@ -91,6 +87,18 @@ def bootstrap(
     )
     with open_connection(url, application_name=application_name) as connection:
         return run_ddl(connection, lambda: _bootstrap(connection, given, tell), conflicts, tell)
+
+
+def _require_password(role: str, password: str) -> str:
+    """Return the password. Raises ConfigurationError if libpq could not set it or log in with it."""
+    require_type(f"the password of {role}", password, str)
+    if not password:
+        raise ConfigurationError(f"the password of {role} is empty")
+    if "\0" in password:
+        raise ConfigurationError(f"the password of {role} contains NUL: libpq would use only the part before it")
+    if any("\ud800" <= character <= "\udfff" for character in password):
+        raise ConfigurationError(f"the password of {role} contains a lone surrogate, which UTF-8 cannot encode")
+    return password
 
 
 def _bootstrap(
@@ -180,9 +188,12 @@ def _unchecked(schema: str, remedy: str) -> str:
 def password_of(role: str, variable: str, url: str) -> str:
     """Return the password in the URL of a role.
 
-    Raises ConfigurationError, naming the variable, if the URL logs in as another role or has no password.
+    Raises ConfigurationError, naming the variable, if the URL is invalid, logs in as another role or has no password.
     """
-    arguments = connection_arguments(url, application_name="")
+    try:
+        arguments = connection_arguments(url, application_name="")
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{variable}, the URL of {role}: {exc}") from None
     if arguments.get("user") != role:
         raise ConfigurationError(f"{variable} must log in as {role}")
     if not arguments.get("password"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -83,6 +84,34 @@ def test_an_unavailable_server_is_a_transient_error() -> None:
 def test_a_password_of_another_type_is_refused_before_anything_changes(empty_database: Database) -> None:
     with pytest.raises(TypeError, match="password of orders_reader"):
         orderlib.bootstrap(empty_database.superuser_url, reader_password=b"bytes")  # type: ignore[arg-type]  # a wrong type
+
+
+@pytest.mark.parametrize("password", ["", "SECRET\0WORD", "SECRET\ud800WORD"])
+def test_a_password_that_libpq_cannot_use_is_refused_before_anything_changes(database: Database, password: str) -> None:
+    with pytest.raises(ConfigurationError, match="the password of orders_reader ") as refusal:
+        orderlib.bootstrap(database.superuser_url, writer_password="another", reader_password=password)
+    assert not re.search("SECRET|WORD", str(refusal.value))
+    with orderlib.connect(database.writer_url), orderlib.connect(database.reader_url):
+        pass
+
+
+@pytest.mark.parametrize("program", ["orderlib", "services.admin"])
+@pytest.mark.parametrize("password", ["", "SECRET%00WORD", "SECRET%ED%A0%80WORD", "SECRET\udcffWORD"])
+def test_the_command_names_the_role_whose_password_libpq_cannot_use(
+    database: Database, program: str, password: str
+) -> None:
+    environ = {**os.environ, **database.environ()}
+    environ["ORDERS_READER_URL"] = f"postgresql://orders_reader:{password}@127.0.0.1/orders"
+    done = subprocess.run(
+        [sys.executable, "-m", program, "bootstrap"], env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ORDERS_READER_URL")
+    assert "orders_reader" in line
+    assert not re.search("SECRET|WORD", line)
+    with orderlib.connect(database.reader_url):
+        pass
 
 
 def test_the_command_prepares_an_empty_database(empty_database: Database) -> None:
