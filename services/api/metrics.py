@@ -13,7 +13,8 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-#: Values of the label ``route``: for a path without a route, and for a request that is not valid HTTP.
+#: Values of the label ``route``: for a request that no route answers, because its path has none or access is refused;
+#: and for one that the server refuses, because it is no valid HTTP or too large.
 UNMATCHED, UNREADABLE = "unmatched", "unreadable"
 #: Value of the label ``method`` for an unregistered method.
 OTHER_METHOD = "other"

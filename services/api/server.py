@@ -1,4 +1,4 @@
-"""gunicorn with limits on idle connections, on incomplete requests and on responses that a client does not read.
+"""gunicorn with limits on idle connections, incomplete requests, what is sent at once and responses nobody reads.
 
 DESIGN.md lists the private parts of gunicorn that this module uses, and what would replace each.
 """
@@ -44,6 +44,9 @@ MAX_METRICS_CONNECTIONS = 100
 #: Files for everything else: PostgreSQL, listeners, and connections that are not counted yet or are closing.
 OTHER_FILES = 300
 
+#: Bytes that are read from a connection at once, and how many of a body or of further requests are kept meanwhile.
+MAX_READ_BYTES = 16_384
+
 #: Added to every response: security headers, and Vary. gunicorn checks and formats what an application sets again for
 #: each response, which would be a tenth of the CPU time of a read.
 CONSTANT_HEADERS = {
@@ -66,17 +69,17 @@ _USUAL_HEADERS = re.compile(rb"(?:[0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\
 #: The private parts of gunicorn that this module uses.
 _PRIVATE = {
     gasgi: ("ASGIProtocol",),
-    protocol: ("_CACHED_SERVER_HEADER", "PythonProtocol"),
+    protocol: ("_CACHED_SERVER_HEADER", "ParseError", "PythonProtocol"),
     protocol.PythonProtocol: (
         *("_buffer", "_finalize_headers", "_header_count", "_headers_list", "_limit_request_field_size"),
-        *("_limit_request_fields", "_parse_headers", "_scan_from"),
+        *("_limit_request_fields", "_parse_headers", "_scan_from", "remaining"),
     ),
     base: ("WorkerTmp",),
     gasgi.ASGIWorker: ("_setup_event_loop", "_shutdown"),
     protocol.ASGIProtocol: (
         *("_arm_keepalive_timer", "_cancel_keepalive_timer", "_is_websocket_upgrade"),
-        *("_handle_http_request", "_keepalive_timeout", "_safe_write", "_send_error_response", "_serve_http_request"),
-        "_will_close",
+        *("_handle_http_request", "_keepalive_timeout", "_resume_reading", "_safe_write", "_send_error_response"),
+        *("_serve_http_request", "_will_close"),
     ),
 }
 
@@ -116,6 +119,13 @@ class _Parser(protocol.PythonProtocol):  # type: ignore[misc]
         self._finalize_headers()
         return True
 
+    def _finalize_headers(self) -> None:
+        try:
+            super()._finalize_headers()
+        except ValueError as exc:
+            # Python converts at most 4,300 digits to an integer.
+            raise protocol.ParseError("Content-Length is too long") from exc
+
 
 class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
     """gunicorn's HTTP connection with the limits that it lacks."""
@@ -125,7 +135,9 @@ class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
     #: Since when, and until when, the server waits for the next request, on the loop's clock.
     _waits_since = _waits_until = math.inf
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: Any) -> None:
+        # What is read at once is parsed at once, while others wait. asyncio's and gunicorn's own limit is 256 KiB.
+        transport.max_size = self._max_buffer_size = MAX_READ_BYTES
         super().connection_made(transport)
         self._wait_for_request(REQUEST_HEAD_TIMEOUT_S)
         self.peers: _Connections = self.worker.connections_of(transport)
@@ -196,9 +208,17 @@ class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
         """Answer in the task of the connection.
 
         gunicorn would start another task for each request, because an application may continue after its answer. This
-        one does not.
+        one does not. If the client has sent further requests already, other connections have their turn first.
         """
-        return await self._handle_http_request(request, sockname, peername)
+        keepalive = await self._handle_http_request(request, sockname, peername)
+        if self._callback_parser.remaining():
+            await asyncio.sleep(0)
+        return keepalive
+
+    def _resume_reading(self) -> None:
+        """Read on, but not while many requests wait that the client has sent already: gunicorn would keep all."""
+        if not self._reading_paused or len(self._callback_parser.remaining()) <= self._max_buffer_size:
+            super()._resume_reading()
 
     def _will_close(self, request: object, response_requires_close: bool) -> bool:
         """Announce also that the connection ends because the body of the request has not arrived."""

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import attrs
 import hypothesis
+import psutil
 import psycopg
 import pytest
 from hypothesis import strategies as st
@@ -173,6 +174,60 @@ def test_two_thousand_idle_connections_lock_no_client_out(api: Service, sent: by
     wait_for(lambda: api.connections() == 0, 10)
 
 
+#: Sends a text over several connections for ever, and reads what is answered.
+FLOOD = """
+import selectors, socket, sys
+host, _, port = sys.argv[1].rpartition(":")
+first, repeated = (text.encode().decode("unicode_escape").encode() for text in sys.argv[2:4])
+selector = selectors.DefaultSelector()
+unsent = {}
+for _ in range(6):
+    client = socket.create_connection((host, int(port)))
+    client.setblocking(False)
+    unsent[client] = first
+    selector.register(client, selectors.EVENT_READ | selectors.EVENT_WRITE)
+print("flooding", flush=True)
+while True:
+    for key, events in selector.select():
+        client = key.fileobj
+        if events & selectors.EVENT_READ and not client.recv(1_000_000):
+            sys.exit("the server closed a connection")
+        if events & selectors.EVENT_WRITE:
+            unsent[client] = unsent[client] or repeated * 1_000
+            unsent[client] = unsent[client][client.send(unsent[client]) :]
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "repeated"),
+    [
+        ("", r"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        ("", r"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (
+            r"GET /records/orders/0/99999?wait=5 HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
+            r"1\r\na\r\n",
+        ),
+    ],
+    ids=["requests", "reads", "chunks"],
+)
+def test_what_a_client_sends_at_once_delays_no_other_client_and_takes_little_memory(
+    mortal: Service, first: str, repeated: str
+) -> None:
+    assert_served(mortal)
+    [worker] = map(psutil.Process, mortal.workers())
+    before = worker.memory_info().rss
+    command = [sys.executable, "-c", FLOOD, mortal.address, first, repeated]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as flood:
+        assert flood.stdout is not None
+        try:
+            assert flood.stdout.readline() == b"flooding\n"
+            assert_served(mortal)
+            assert worker.memory_info().rss - before < 20_000_000
+        finally:
+            flood.kill()
+    assert mortal.workers() == [worker.pid]
+
+
 def limit_files(api: Service, soft: int, hard: int) -> None:
     """Replace its worker by one whose number of open files is limited."""
     assert api.get("/livez").status == 200  # there is a worker
@@ -270,6 +325,7 @@ UNREADABLE = {
     b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n": 400,
     b"GET / HTTP/1.1\r\nHost: localhost\r\nBad header: 1\r\n\r\n": 400,
     b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n": 400,
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + b"9" * 5_000 + b"\r\n\r\n": 400,
     b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: unknown, chunked\r\n\r\n0\r\n\r\n": 501,
     b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n": 400,
 }
