@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from orderlib.errors import ConfigurationError, OrderlibError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -81,8 +86,26 @@ def _drop_output() -> None:
         os.dup2(devnull.fileno(), sys.stdout.fileno())
 
 
+class _LossyFile(io.FileIO):
+    """A file that loses what it cannot write: a full disk, or a reader that has left, must not stop a program."""
+
+    def write(self, data: Buffer) -> int:
+        """Write as much as possible. Return the number of bytes written or lost."""
+        with contextlib.suppress(OSError):
+            if (written := super().write(data)) is not None:
+                return written
+        return memoryview(data).nbytes
+
+
 def set_up_streams() -> None:
-    """Write UTF-8 in every locale, and discard output if the caller closed stdout or stderr (Python has None there)."""
+    """Write UTF-8 in every locale. Lose output to a closed stdout, and any output that stderr cannot take.
+
+    Python has None for a stream that the caller closed.
+    """
+    if (stderr := sys.__stderr__) is not None and sys.stderr is stderr:
+        # Not stdout: a program fails if it cannot write its result.
+        lossy = io.BufferedWriter(_LossyFile(stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(lossy, line_buffering=True)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

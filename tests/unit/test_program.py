@@ -256,6 +256,39 @@ def test_a_closed_pipe_gives_no_traceback() -> None:
         assert process.wait(10) == 1
 
 
+@pytest.mark.parametrize("stderr", ["a full disk", "a pipe without a reader"])
+@pytest.mark.parametrize("program", ["consumer", "api", "sender", "admin forgotten", "admin get x --no-such-option"])
+def test_a_configuration_error_that_stderr_cannot_take_still_exits_with_2(program: str, stderr: str) -> None:
+    name, *arguments = program.split()
+    if stderr == "a full disk":
+        unwritable = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, unwritable = os.pipe()
+        os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", f"services.{name}", *arguments],
+            cwd=ROOT,
+            env={},
+            stdout=subprocess.PIPE,
+            stderr=unwritable,
+            check=False,
+        )
+    finally:
+        os.close(unwritable)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_what_stderr_cannot_take_is_lost_and_the_program_continues() -> None:
+    code = (
+        "import sys; from orderlib.entry_point import *; set_up_streams(); "
+        "print('lost', file=sys.stderr, flush=True); sys.exit(run(lambda: print('out') or 7))"
+    )
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=full, check=False)
+    assert (done.returncode, done.stdout) == (7, b"out\n")
+
+
 @pytest.mark.parametrize("closed", ["", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_standard_streams_do_not_make_a_program_fail(closed: str) -> None:
     code = (
