@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from random import Random
 
@@ -40,7 +40,8 @@ property x.y. A record that is not acknowledged within 60 s counts as failed (OR
 """
 EPILOG = f"""\
 On Ctrl-C or SIGTERM it stops sending, waits up to {STOP_TIMEOUT_S:g} s for acknowledgements, and prints the result.
-A signal alone is not a failure. It also ends the wait of --wait.
+A signal alone is not a failure. It also ends the wait of --wait. After an error it does the same, and exits with the
+status of the error.
 
 Exit status: 0 every sent record is acknowledged, 1 some are not, or Kafka did not answer for {REQUEST_TIMEOUT_S:g} s,
 {CONFIGURATION_STATUS}. With --wait, 0 also means that every record has an outcome, which may be
@@ -93,16 +94,22 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: sending.stop())
         sending.send(values, options.rate)
+        if sending.error is not None and not publisher.sent:
+            raise sending.error
         if manifest is not None:
             # If nothing was sent, an older manifest must not remain.
-            manifest.empty()
+            sending.attempt(manifest.empty)
         sending.wait_for_acknowledgements()
         if sent_records is not None:
-            sending.wait_until_handled(sent_records, topic_id)
+            sending.attempt(lambda: sending.wait_until_handled(sent_records, topic_id))
         for number in (signal.SIGTERM, signal.SIGINT):
             # Nothing is left to wait for. A signal while Python exits would replace the exit status.
             signal.signal(number, signal.SIG_IGN)
-        return sending.report()
+        status = sending.report()
+        if sending.error is not None:
+            sys.stdout.flush()
+            raise sending.error
+        return status
 
 
 def _open_input(path: str | None, stack: contextlib.ExitStack) -> int | None:
@@ -124,13 +131,15 @@ def _input_values(options: argparse.Namespace, source: int) -> Iterator[bytes | 
 
 
 class _Sending:
-    """One run of the sender, until its values end or a signal stops it."""
+    """One run of the sender, until its values end, or a signal or an error stops it."""
 
     def __init__(self, publisher: Publisher, sent_records: SentRecords | None) -> None:
         self._publisher = publisher
         self._sent_records = sent_records
         self._is_waiting = False
         self._stop_event = StopEvent()
+        #: The first error. What was sent before must still be acknowledged, listed in the manifest and counted.
+        self.error: Exception | None = None
         self._began_s = time.monotonic()
         self._shown_s = self._began_s if sys.stderr.isatty() else float("inf")
 
@@ -138,8 +147,19 @@ class _Sending:
         """Send no more values."""
         self._stop_event.set()
 
+    def attempt(self, step: Callable[[], None]) -> None:
+        """Do a step. An error is kept, and stops the sender as a signal does."""
+        try:
+            step()
+        except Exception as exc:  # noqa: BLE001  the caller raises it after the report
+            self.error = self.error or exc
+            self.stop()
+
     def send(self, values: Iterable[bytes | None], per_s: float | None) -> None:
-        """Send the values at this rate."""
+        """Send the values at this rate, until they end, or a signal or an error stops it."""
+        self.attempt(lambda: self._send(values, per_s))
+
+    def _send(self, values: Iterable[bytes | None], per_s: float | None) -> None:
         limiter = RateLimiter(per_s, time.monotonic())
         for value in values:
             while (early_s := limiter.early_s(time.monotonic())) > 0 and not self._stop_event.is_set():
@@ -155,20 +175,23 @@ class _Sending:
                 return
 
     def wait_for_acknowledgements(self) -> None:
-        """Wait until every sent record is acknowledged or failed. After a signal, give up after ``STOP_TIMEOUT_S``."""
+        """Wait until every sent record is acknowledged or failed.
+
+        After a signal or an error, give up after ``STOP_TIMEOUT_S``.
+        """
         deadline_s = None
         while self._publisher.unacknowledged:
             if deadline_s is None and self._stop_event.is_set():
                 deadline_s = time.monotonic() + STOP_TIMEOUT_S
             if deadline_s is not None and time.monotonic() > deadline_s:
-                self._publisher.purge()
+                self.attempt(self._publisher.purge)
                 return
-            self._wait(_MAX_WAIT_S)
+            self.attempt(lambda: self._wait(_MAX_WAIT_S))
 
     def wait_until_handled(self, sent_records: SentRecords, topic_id: str) -> None:
         """Wait until the consumer has handled every acknowledged record, or made no progress for a minute.
 
-        After a signal, ask once more and return.
+        After a signal or an error, ask once more and return.
         """
         self._is_waiting = True
         sent_records.set_topic_id(topic_id)
@@ -214,7 +237,7 @@ class _Sending:
             print(f"\r\x1b[K{self._summary()}", end="", file=sys.stderr, flush=True)
 
     def _why_waiting(self, sent_records: SentRecords) -> str:
-        reason = "a signal ended the wait"
+        reason = "a signal ended the wait" if self.error is None else "an error ended the wait"
         if not self._stop_event.is_set():
             reason = f"no progress for {NO_PROGRESS_S:g} s"
             reason += f": {sent_records.outage}" if sent_records.outage else "; is a consumer running?"

@@ -24,6 +24,7 @@ class Manifest:
         # Without O_TRUNC: the old content must stay until the first value is valid.
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._emptied = False
+        self._unwritten = bytearray()
 
     def close(self) -> None:
         """Close the file."""
@@ -36,12 +37,18 @@ class Manifest:
                 os.ftruncate(self._file, 0)
         self._emptied = True
 
-    def write(self, lines: bytes) -> None:
-        """Append these lines. Raises ConfigurationError if they cannot be written."""
+    def add(self, line: bytes) -> None:
+        """Add a line for the next ``write``."""
+        self._unwritten += line
+
+    def write(self) -> None:
+        """Append the added lines to the file. Raises ConfigurationError if that fails; the next call tries again."""
+        if not self._unwritten:
+            return
         self.empty()
         with _translate_errors():
-            while lines:
-                lines = lines[os.write(self._file, lines) :]
+            while self._unwritten:
+                del self._unwritten[: os.write(self._file, self._unwritten)]
 
 
 @contextmanager

@@ -49,7 +49,6 @@ class Publisher:
         self._topic = settings.topic
         self._on_acknowledged = on_acknowledged
         self._manifest = manifest
-        self._lines: list[bytes] = []
         self._cluster = Cluster(settings)
         self.sent = 0
         self.acknowledged = 0
@@ -106,12 +105,12 @@ class Publisher:
 
         Raises ConfigurationError if an ACL is missing, or if the manifest cannot be written.
         """
-        with translate_kafka_errors():
-            self._producer.poll(timeout_s)
-        if self._manifest is not None and self._lines:
-            written = b"".join(self._lines)
-            self._lines.clear()
-            self._manifest.write(written)
+        try:
+            with translate_kafka_errors():
+                self._producer.poll(timeout_s)
+        finally:
+            if self._manifest is not None:
+                self._manifest.write()
 
     def purge(self) -> None:
         """Count every unacknowledged record as failed."""
@@ -126,7 +125,7 @@ class Publisher:
         if self._on_acknowledged is not None:
             self._on_acknowledged(not_none(message.partition()), message.offset())
         if self._manifest is not None:
-            self._lines.append(_manifest_line(message))
+            self._manifest.add(_manifest_line(message))
 
     def _fail(self, error: KafkaError) -> None:
         self.failed += 1

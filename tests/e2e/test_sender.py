@@ -28,6 +28,7 @@ from sandbox import Sandbox
 from tests.support import ROOT
 from tests.support.consumer_process import consuming
 from tests.support.databases import Database
+from tests.support.fork_server import start
 from tests.support.programs import events, run, running, succeed
 from tests.support.waiting import wait_for
 
@@ -296,10 +297,39 @@ def test_the_error_for_an_unknown_property_names_it_without_its_value(environ: d
     assert "secret" not in done.stderr
 
 
-def test_a_manifest_that_cannot_be_written_stops_the_sender(environ: dict[str, str]) -> None:
-    done = run("sender --manifest /dev/full", environ)
+def test_a_manifest_that_cannot_be_written_stops_the_sender_after_the_acknowledgements(environ: dict[str, str]) -> None:
+    done = run("sender --count 100000 --rate 2000 --manifest /dev/full", environ)
     assert done.returncode == 2
-    assert_one_line(done, "the manifest cannot be written: No space left on device")
+    assert done.stderr == "error: the manifest cannot be written: No space left on device\n"
+    found = re.fullmatch(r"sent (\S+) in .*, acknowledged (\S+), failed 0\n", done.stdout)
+    assert found is not None
+    assert found[1] == found[2] == f"{len(records(environ)):,}"
+
+
+@pytest.mark.parametrize("stderr", ["a full disk", "a pipe without a reader"])
+def test_a_warning_that_cannot_be_written_is_lost_and_every_line_is_sent(
+    environ: dict[str, str], tmp_path: Path, stderr: str
+) -> None:
+    if stderr == "a full disk":
+        unwritable = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, unwritable = os.pipe()
+        os.close(reading)
+    file, manifest, out = tmp_path / "orders.jsonl", tmp_path / "manifest", tmp_path / "out"
+    file.write_bytes((SAMPLE.strip() + b"\n") * 100 + b"{}\n" + (SAMPLE.strip() + b"\n") * 100)
+    try:
+        with out.open("wb") as stdout:
+            process = start(
+                ["sender", "--file", str(file), "--manifest", str(manifest)],
+                environ,
+                stdout=stdout.fileno(),
+                stderr=unwritable,
+            )
+            assert process.wait(60) == 0
+    finally:
+        os.close(unwritable)
+    assert out.read_text().endswith("acknowledged 201, failed 0\n")
+    assert len(lines_of(manifest)) == len(records(environ)) == 201
 
 
 def test_wait_reports_the_outcome_of_every_record(environ: dict[str, str], database: Database, tmp_path: Path) -> None:

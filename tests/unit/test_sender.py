@@ -26,7 +26,7 @@ from orderlib.models import Delivery, Order
 from orderlib.postgres.consumer_progress import ConsumerProgressRepository, RejectedRecord
 from orderlib.testing import SAMPLE
 from services.sender import wait
-from services.sender.__main__ import main
+from services.sender.__main__ import _Sending, main
 from services.sender.generate import generate_order, generate_values
 from services.sender.input_lines import MAX_WARNINGS, lines, warn_about_invalid
 from services.sender.manifest import Manifest
@@ -462,6 +462,67 @@ def test_an_acknowledgement_without_an_offset_is_in_the_manifest(tmp_path: Path)
     line = json.loads(path.read_text())
     assert (line["topic"], line["partition"], line["offset"], line["order_uid"]) == ("orders", 2, None, "key")
     Manifest(str(path), None).close()
+
+
+def test_a_manifest_that_was_full_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, is_full = os.write, [False, True, False]
+
+    def write_a_part(file: int, data: bytes) -> int:
+        if is_full.pop(0):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data[:30])
+
+    path = tmp_path / "manifest"
+    manifest = Manifest(str(path), None)
+    monkeypatch.setattr(os, "write", write_a_part)
+    manifest.add(b"a line of twenty-five bytes\n")
+    manifest.add(b"another\n")
+    with pytest.raises(ConfigurationError, match="the manifest cannot be written: No space left on device"):
+        manifest.write()
+    manifest.write()
+    manifest.close()
+    assert path.read_bytes() == b"a line of twenty-five bytes\nanother\n"
+
+
+class SlowKafka:
+    """A publisher to a Kafka that acknowledges a record at each wait, or none."""
+
+    def __init__(self, *, acknowledges: bool) -> None:
+        self.acknowledges = acknowledges
+        self.sent = self.acknowledged = self.failed = 0
+        self.first_failure = None
+
+    @property
+    def unacknowledged(self) -> int:
+        return self.sent - self.acknowledged - self.failed
+
+    def send(self, _value: bytes) -> bool:
+        self.sent += 1
+        return True
+
+    def wait(self, _timeout_s: float) -> None:
+        self.acknowledged += self.acknowledges
+
+    def purge(self) -> None:
+        self.failed = self.unacknowledged
+
+
+def values_that_end_with(error: Exception) -> Iterator[bytes]:
+    yield from [SAMPLE] * 3
+    raise error
+
+
+@pytest.mark.parametrize(("acknowledges", "result"), [(True, "3, failed 0"), (False, "0, failed 3")])
+def test_after_an_error_the_sender_still_waits_for_acknowledgements_and_reports(
+    acknowledges: bool, result: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("services.sender.__main__.STOP_TIMEOUT_S", 0.01)
+    sending = _Sending(cast("Publisher", SlowKafka(acknowledges=acknowledges)), None)
+    sending.send(values_that_end_with(OSError("disk")), None)
+    sending.wait_for_acknowledgements()
+    sending.report()
+    assert str(sending.error) == "disk"
+    assert capsys.readouterr().out.endswith(f"acknowledged {result}\n")
 
 
 def test_a_manifest_that_cannot_be_emptied_is_a_configuration_error(
