@@ -367,6 +367,15 @@ ORDER_UID = typing.get_type_hints(Order, include_extras=True)["order_uid"]
 _order_uid_decoder = msgspec.json.Decoder(msgspec.defstruct("_WithOrderUid", [("order_uid", ORDER_UID)]))
 
 
+def is_order_uid(text: str) -> bool:
+    """Return whether an order may have this order_uid."""
+    try:
+        msgspec.convert(text, ORDER_UID)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
 def read_order_uid(data: bytes) -> str | None:
     """Return the order_uid in the JSON text of an order, also if other fields are invalid.
 

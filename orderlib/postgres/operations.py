@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import attrs
 
+from orderlib.codecs import is_order_uid
 from orderlib.errors import ConfigurationError
 from orderlib.ingestion.reconcile import StoredOffset
 from orderlib.postgres import queries
@@ -98,8 +99,11 @@ def forget(connection: Connection, order_uid: str) -> Forgotten:
     """Erase an order with all its parts and the rejects whose key is its order_uid, and let no write store it again.
 
     The order need not exist. The call waits for writes that have begun; later ones have the outcome ``forgotten``.
-    Raises DatabaseUnavailable, with nothing changed, if they take longer than 5 s.
+    Raises DatabaseUnavailable, with nothing changed, if they take longer than 5 s. Raises ValueError if no order may
+    have this order_uid: nothing could undo it.
     """
+    if not is_order_uid(order_uid):
+        raise ValueError(f"{order_uid!r} is not a valid order_uid")
     return _forget(connection, lambda: [order_uid])
 
 

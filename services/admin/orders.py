@@ -12,7 +12,9 @@ from pathlib import Path
 import attrs
 
 import orderlib
+from orderlib.codecs import is_order_uid
 from orderlib.commands import APPLICATION_NAME, Commands
+from orderlib.contract import ORDER_UID
 from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.connections import Connection, open_connection
@@ -57,8 +59,8 @@ def add_commands(commands: Commands) -> None:
         "that order have the outcome forgotten and store nothing. Kafka and backups still contain the order.",
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    _add_order_uid(which, nargs="?")
-    which.add_argument("--customer", metavar="ID", type=utf8_text, help="all stored orders of a customer")
+    _add_order_uid(which, nargs="?", parse=_valid_order_uid)
+    which.add_argument("--customer", metavar="ID", type=_customer_id, help="all stored orders of a customer")
     which.add_argument("--again", metavar="FILE", type=Path, help="all orders in a list that `forgotten` wrote")
     add_yes_option(parser)
     add_json_option(parser)
@@ -72,14 +74,30 @@ def add_commands(commands: Commands) -> None:
     parser.set_defaults(command=_forgotten)
 
 
-def _add_order_uid(parser: argparse._ActionsContainer, *, nargs: str | None = None) -> None:
+def _add_order_uid(
+    parser: argparse._ActionsContainer, *, nargs: str | None = None, parse: Callable[[str], str] = utf8_text
+) -> None:
     parser.add_argument(
         "order_uid",
         metavar="UID",
         nargs=nargs,
-        type=utf8_text,
+        type=parse,
         help="an order_uid; write -- before one that begins with a hyphen",
     )
+
+
+def _valid_order_uid(text: str) -> str:
+    """Return an argument that an order may have as its order_uid."""
+    if not is_order_uid(utf8_text(text)):
+        raise argparse.ArgumentTypeError(f"must be an order_uid: {ORDER_UID.words.format(length='1 to 128')}")
+    return text
+
+
+def _customer_id(text: str) -> str:
+    """Return an argument that is not empty, as that of an unset variable is."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return utf8_text(text)
 
 
 def _get(options: argparse.Namespace, environ: Mapping[str, str]) -> int:

@@ -70,6 +70,16 @@ def test_no_way_of_storing_brings_a_forgotten_order_back(
     assert counts(database) == (1, 0)
 
 
+@pytest.mark.parametrize("uid", ["", "..", "no such uid !"])
+def test_what_no_order_may_have_as_its_order_uid_is_not_forgotten(
+    database: Database, migrator: psycopg.Connection, uid: str
+) -> None:
+    with pytest.raises(ValueError, match="is not a valid order_uid"):
+        forget(migrator, uid)
+    with open_connection(database.reader_url, application_name="tests") as reader:
+        assert forgotten(reader) == []
+
+
 def test_a_reject_without_a_key_is_not_redriven_into_a_forgotten_order(
     database: Database, store: ConsumerStore, migrator: psycopg.Connection
 ) -> None:

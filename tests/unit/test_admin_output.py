@@ -46,3 +46,20 @@ def test_an_argument_that_is_not_utf_8_is_refused(command: str, capsys: pytest.C
         main([*command.split(), os.fsdecode(b"\xff")], {})
     assert ended.value.code == 2
     assert "must be UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("uid", ["", "no such uid !", ".", "..", "a\n", "x" * 129, "é"])
+def test_forget_refuses_what_no_order_may_have_as_its_order_uid(uid: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing removes a digest again, and an unset variable is an empty argument."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["forget", "--yes", "--", uid], {})
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "argument UID: must be an order_uid: 1 to 128 of the characters A-Z a-z 0-9 . _ : - but not . or .. alone"
+    )
+
+
+def test_forget_refuses_an_empty_customer_id(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["forget", "--customer", "", "--yes"], {})
+    assert "argument --customer: must not be empty\n" in capsys.readouterr().err
