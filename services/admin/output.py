@@ -6,7 +6,7 @@ import argparse
 import datetime as dt
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -53,11 +53,19 @@ def utf8_text(text: str) -> str:
     return text
 
 
-def positive(text: str) -> int:
-    """Return a command-line argument as a positive integer."""
-    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
-        raise argparse.ArgumentTypeError("must be an integer from 1 to 999999999")
-    return int(text)
+def integer_to(maximum: int) -> Callable[[str], int]:
+    """Return a parser of command-line arguments: integers from 1 to ``maximum``."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or len(text) > len(str(maximum)) or not 1 <= int(text) <= maximum:
+            raise argparse.ArgumentTypeError(f"must be an integer from 1 to {maximum}")
+        return int(text)
+
+    return parse
+
+
+#: Parses an argument that has no limit of its own.
+positive = integer_to(999_999_999)
 
 
 def rfc3339_time(text: str) -> dt.datetime:
@@ -115,7 +123,8 @@ def confirm(question: str, *, yes: bool) -> bool:
     """Return whether the operator confirms: on a terminal by an answer, elsewhere only by ``--yes``."""
     if yes:
         return True
-    if not sys.stdin.isatty():
+    # Python has None for a closed standard input.
+    if sys.stdin is None or not sys.stdin.isatty():
         print(f"{question}: not confirmed; add --yes to confirm without a terminal", file=sys.stderr)
         return False
     print(f"{question}? [y/N] ", end="", file=sys.stderr, flush=True)

@@ -12,12 +12,16 @@ from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource
 from orderlib.commands import Commands
 from orderlib.entry_point import EXIT_DONE
 from orderlib.errors import BrokerUnavailable, OrderlibError
-from services.admin.output import count_of, positive
+from services.admin.output import count_of, integer_to
 from services.kafka import REQUEST_TIMEOUT_S, Cluster
 from services.settings import KafkaSettings, max_record_bytes
 
 #: The space that the key, the headers and the framing of a record need beside the largest value.
 _OVERHEAD_BYTES = 1024 * 1024
+
+#: The limits of librdkafka.
+_MAX_PARTITIONS = 100_000
+_MAX_REPLICATION_FACTOR = 10_000
 
 #: At most this many consumers can share the work.
 _PARTITIONS = 6
@@ -34,14 +38,14 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--partitions",
         metavar="N",
-        type=positive,
+        type=integer_to(_MAX_PARTITIONS),
         default=_PARTITIONS,
         help="number of partitions of a new topic (%(default)s)",
     )
     parser.add_argument(
         "--replication-factor",
         metavar="N",
-        type=positive,
+        type=integer_to(_MAX_REPLICATION_FACTOR),
         default=-1,
         help="replication factor of a new topic (default: the cluster's)",
     )

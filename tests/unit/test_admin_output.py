@@ -10,8 +10,8 @@ import unicodedata
 import pytest
 
 from orderlib.errors import RejectNotFound
-from services.admin.__main__ import main
-from services.admin.output import count_of, printable
+from services.admin.__main__ import main, make_parser
+from services.admin.output import confirm, count_of, printable
 
 EVERY_CHARACTER = "".join(map(chr, (*range(0xD800), *range(0xE000, sys.maxunicode + 1))))
 
@@ -63,3 +63,24 @@ def test_forget_refuses_an_empty_customer_id(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit, match="2"):
         main(["forget", "--customer", "", "--yes"], {})
     assert "argument --customer: must not be empty\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "maximum"), [("--partitions", 100_000), ("--replication-factor", 10_000)])
+def test_topics_refuses_numbers_beyond_the_limits_of_librdkafka(
+    option: str, maximum: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (0, maximum + 1, 10**30):
+        with pytest.raises(SystemExit, match="2"):
+            main(["topics", option, str(number)], {})
+        assert f"argument {option}: must be an integer from 1 to {maximum}\n" in capsys.readouterr().err
+    accepted = make_parser().parse_args(["topics", option, str(maximum)])
+    assert maximum in {accepted.partitions, accepted.replication_factor}
+
+
+def test_without_standard_input_nothing_is_confirmed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert not confirm("erase order 7 permanently", yes=False)
+    assert "add --yes" in capsys.readouterr().err
+    assert confirm("erase order 7 permanently", yes=True)
