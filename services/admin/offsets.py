@@ -53,8 +53,10 @@ def add_commands(commands: Commands) -> None:
         "reset",
         help="move the offsets of a stopped group (ORDERS_MIGRATOR_URL)",
         description="Move the stored offsets of the current topic. Without --execute it only shows the change. Moving "
-        "back is safe: replay is idempotent, and no older version replaces a newer one. Forgotten orders stay "
-        "deleted. Moving forward skips records permanently: they are never stored.",
+        "back replays records. This is idempotent for an order whose records are all in one partition, which their key "
+        "ensures. But an order that was saved from Python, or that has records in several partitions, may go back to "
+        "an older version. Forgotten orders stay deleted. Moving forward skips records permanently: they are never "
+        "stored.",
     )
     to = resetting.add_mutually_exclusive_group(required=True)
     to.add_argument("--to-earliest", action="store_true", help="to the earliest record that Kafka still has")
@@ -168,6 +170,12 @@ def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             for partition, offset in sorted(wanted.items())
         ]
         print_table(rows, as_json=options.json)
+        if any(row["replayed"] for row in rows):
+            print(
+                "warning: orders that were saved from Python or have records in several partitions may go back to "
+                "older versions",
+                file=sys.stderr,
+            )
         if not options.execute:
             print("nothing was changed; add --execute to change it", file=sys.stderr)
             return EXIT_DONE

@@ -85,6 +85,32 @@ def test_reset_without_execute_shows_the_change_and_makes_none(environ: dict[str
     assert rows("offsets show", environ)[0]["next_offset"] == 2
 
 
+def test_a_rewind_warns_that_orders_of_several_sources_may_go_back_to_older_versions(environ: dict[str, str]) -> None:
+    order = attrs.evolve(orderlib.decode_order(SAMPLE), locale="v1")
+    several, python = attrs.evolve(order, order_uid="several"), attrs.evolve(order, order_uid="python")
+    publish(environ, orderlib.encode_order(several), orderlib.encode_order(python))
+    succeed("consumer --exit-at-end", environ)
+    publish(environ, orderlib.encode_order(attrs.evolve(several, locale="v2")), partition=1)
+    succeed("consumer --exit-at-end", environ)
+    with orderlib.connect(environ["ORDERS_DATABASE_URL"]) as repository:
+        repository.save(attrs.evolve(python, locale="v2"))
+
+        def locales() -> set[str]:
+            return {found.locale for found in repository.get_many(["several", "python"]).values()}
+
+        def reset(options: str) -> list[str]:
+            done = run(f"admin offsets reset --partition 0 {options}", environ)
+            assert done.returncode == 0
+            return [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+
+        warning = "warning: orders that were saved from Python or have records in several partitions may go back to "
+        assert reset("--to-earliest") == reset("--to-earliest --execute --yes") == [f"{warning}older versions"]
+        assert reset("--to-latest") == []
+        assert locales() == {"v2"}
+        succeed("consumer --exit-at-end", environ)
+        assert locales() == {"v1"}
+
+
 def test_reset_refuses_an_invalid_target(environ: dict[str, str]) -> None:
     publish(environ, SAMPLE, SAMPLE)
     succeed("consumer --exit-at-end", environ)
