@@ -525,9 +525,11 @@ class Reconciliation:
             self._add_not_proved(what, position, uid)
         if original.value_sha256 not in self._originals:
             return
-        # Of records with the same content, the original is that of the first one.
-        if position is None or self._topic.is_compacted or any(self._start_offsets.values()):
-            self._add_not_proved("originals of records that were not read", position, uid)
+        # Of several sources with the same content, the original is that of the first one: a record of another topic or
+        # of an earlier topic id, or a call from Python.
+        has_same_content = original.known_sha256 is not None
+        if has_same_content or position is None or self._topic.is_compacted or any(self._start_offsets.values()):
+            self._add_not_proved("originals that are not the value of a record that was read", position, uid)
         else:
             self._add_finding("its original is not the value of a record", position, uid)
 
