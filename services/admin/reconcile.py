@@ -63,21 +63,25 @@ class _Acknowledged:
 _Manifest = dict[tuple[int, int], _Acknowledged]
 
 _WITHOUT_OFFSET = "acknowledged, but the sender could not know its offset"
+_OF_OTHER_TOPICS = "lines of the manifest that are of other topics"
 _COMPACTION_UNKNOWN = "that Kafka does not compact the topic: the ACL DescribeConfigs is missing"
 
 
-def _read_manifest(path: Path, topic: str) -> tuple[_Manifest, list[Finding]]:
-    """Return the lines of this topic by partition and offset, and those without an offset."""
+def _read_manifest(path: Path, topic: str) -> tuple[_Manifest, list[Finding], int]:
+    """Return the lines of this topic by partition and offset, those without an offset, and how many others there are.
+
+    Raises ConfigurationError if there are others only.
+    """
     manifest: _Manifest = {}
     without_offset: list[Finding] = []
-    number = 0
+    number = other_topics = 0
     try:
         with path.open("rb") as lines:
             for number, text in enumerate(lines, start=1):  # noqa: B007  the error names it
                 line = ManifestLine.decode(text)
                 if line.topic != topic:
-                    continue
-                if line.offset is None:
+                    other_topics += 1
+                elif line.offset is None:
                     without_offset.append(
                         Finding(what=_WITHOUT_OFFSET, order_uid=line.order_uid, partition=line.partition)
                     )
@@ -88,7 +92,9 @@ def _read_manifest(path: Path, topic: str) -> tuple[_Manifest, list[Finding]]:
         raise ConfigurationError(f"{path}: {exc.strerror}") from exc
     except ValueError as exc:
         raise ConfigurationError(f"{path}: line {number} is not a line of a manifest") from exc
-    return manifest, without_offset
+    if other_topics == number > 0:
+        raise ConfigurationError(f"{path}: none of its lines is of topic {topic!r}")
+    return manifest, without_offset, other_topics
 
 
 @attrs.define
@@ -110,7 +116,9 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_READER_URL")
     max_bytes = max_record_bytes(environ)
     topic_reader = TopicReader(KafkaSettings.from_mapping(environ))
-    manifest, without_offset = _read_manifest(options.manifest, topic_reader.topic) if options.manifest else (None, [])
+    manifest, without_offset, other_topics = (
+        _read_manifest(options.manifest, topic_reader.topic) if options.manifest else (None, [], 0)
+    )
     # Read before the snapshot: Kafka may delete more records while the consumer handles others.
     earliest = topic_reader.earliest()
     progress = ProgressLine("records read")
@@ -139,6 +147,8 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             findings.add(_compare(record, missing))
             progress.at(proof.counts["records"])
         progress.end()
+        if manifest is not None:
+            proof.counts["lines of the manifest"] = len(manifest) - len(missing)
         several_partitions.add(proof.several_partitions())
         proof.on_stored(stored.erased(), stored.orders(), stored.orphans())
     findings.add(proof.findings())
@@ -148,6 +158,8 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if without_offset:
         examples = tuple(without_offset[:MAX_EXAMPLES])
         not_proved.append(NotProved(what=_WITHOUT_OFFSET, count=len(without_offset), examples=examples))
+    if other_topics:
+        not_proved.append(NotProved(what=_OF_OTHER_TOPICS, count=other_topics, examples=()))
     if is_compacted is None:
         not_proved.append(NotProved(what=_COMPACTION_UNKNOWN, count=1, examples=()))
     _report(options, proof, findings, several_partitions, not_proved)

@@ -302,7 +302,8 @@ def test_reconcile_with_a_manifest_names_the_ranges_that_it_did_not_read(
     succeed(f"sender --count 40 --manifest {manifest}", environ)
     succeed("consumer --exit-at-end", environ)
     proof = json.loads(succeed(f"admin reconcile --manifest {manifest} --json", environ))
-    assert (proof["holds"], proof["counts"]["records"], proof["counts"]["orders"]) == (True, 40, 80)
+    counts = [proof["counts"][what] for what in ("records", "orders", "lines of the manifest")]
+    assert (proof["holds"], counts) == (True, [40, 80, 40])
     assert sum(gap["next"] - gap["first"] for gap in proof["not_read"]) == 40
     assert "before the records of the manifest" in succeed(f"admin reconcile --manifest {manifest}", environ)
     # A sender that lost a broker may not know where its record is.
@@ -310,6 +311,14 @@ def test_reconcile_with_a_manifest_names_the_ranges_that_it_did_not_read(
     manifest.write_text("\n".join([json.dumps({**json.loads(first), "offset": None}), *others]))
     out = succeed(f"admin reconcile --manifest {manifest}", environ)
     assert "not proved, 1: acknowledged, but the sender could not know its offset" in out
+    of_another_topic = json.dumps({**json.loads(first), "topic": "another"})
+    manifest.write_text("\n".join([of_another_topic, *others]))
+    out = succeed(f"admin reconcile --manifest {manifest}", environ)
+    assert "lines of the manifest: 39" in out
+    assert "not proved, 1: lines of the manifest that are of other topics" in out
+    manifest.write_text(of_another_topic)
+    done = run(f"admin reconcile --manifest {manifest}", environ)
+    assert (done.returncode, "none of its lines is of topic" in done.stderr) == (2, True)
     assert "not proved" not in succeed("admin reconcile", environ)
 
 
