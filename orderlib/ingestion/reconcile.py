@@ -26,7 +26,16 @@ from orderlib.codecs import (
     required_sha256,
 )
 from orderlib.errors import REJECT_CODES, Fault, RefusedByDatabase, RejectedError, TooLarge
-from orderlib.ingestion.records import Classified, OrderChange, PreparedOrder, Record, Reject, Tombstone, tombstone_of
+from orderlib.ingestion.records import (
+    Classified,
+    OrderChange,
+    PreparedOrder,
+    Record,
+    Reject,
+    Tombstone,
+    classify_record,
+    tombstone_of,
+)
 from orderlib.models import Order
 from orderlib.repository import Outcome, RecordPosition
 
@@ -196,6 +205,8 @@ class _Version:
     #: How the reject at this position was redriven; ``None`` where there is no reject.
     redriven: str | None = None
     redriven_at: dt.datetime | None = None
+    #: Whether it exceeds the present limit and has no reject.
+    is_too_large: bool = False
 
 
 class Reconciliation:
@@ -315,6 +326,10 @@ class Reconciliation:
         if self._originals:
             self._originals.discard(_sha256(record.value) or b"")
         reject = self._rejects.pop((position.partition, position.offset), None)
+        is_too_large = _is_above_limit(classified) and not _is_reject_of_size(reject)
+        if is_too_large:
+            # It was handled under a higher limit: classify it without one.
+            classified = classify_record(record, len(record.value or b""))
         if reject is not None:
             self.counts["rejects"] += 1
             self._compare_content(record, reject)
@@ -327,10 +342,13 @@ class Reconciliation:
         elif isinstance(classified, Reject) and (earlier := _earlier_version(record)):
             self._add_version(*earlier, position.partition)
         elif isinstance(classified, Reject):
-            what = f"invalid ({classified.code}), but not stored as a reject: it was purged or lost"
-            self._add_finding(what, position)
+            self._add_finding(_without_reject(classified.code), position)
         else:
-            self._add_version(classified.order_uid, _version(record, classified), position.partition)
+            if is_too_large:
+                what = "valid records above ORDERS_MAX_RECORD_BYTES that have no reject: the limit was higher"
+                self._add_not_proved(what, position, classified.order_uid)
+            version = attrs.evolve(_version(record, classified), is_too_large=is_too_large)
+            self._add_version(classified.order_uid, version, position.partition)
 
     def _is_forgotten(self, record: Record, classified: Classified) -> bool:
         """Return whether nothing of this record is stored because its order was forgotten."""
@@ -564,6 +582,9 @@ class Reconciliation:
                 )
             else:
                 self._add_not_proved("stored from another topic, or from an earlier topic id", position, uid)
+        elif expected is not None and position.offset < expected.offset and expected.is_too_large:
+            what = _without_reject(TooLarge.code)
+            self._add_finding(what, attrs.evolve(position, offset=expected.offset), uid)
         elif expected is not None and position.offset < expected.offset:
             is_tombstone = expected.content_sha256 == _NO_CONTENT
             what = "tombstone [{}]@{} did not erase it" if is_tombstone else "record [{}]@{} was not stored"
@@ -627,11 +648,11 @@ class Reconciliation:
                 continue
             partition, version = max(versions.items(), key=lambda entry: entry[1].offset)
             is_tombstone = version.content_sha256 == _NO_CONTENT
-            what = (
-                "a tombstone, but neither `erased` nor a reject has it"
-                if is_tombstone
-                else "is not stored: it was lost"
-            )
+            what = "is not stored: it was lost"
+            if is_tombstone:
+                what = "a tombstone, but neither `erased` nor a reject has it"
+            elif version.is_too_large:
+                what = _without_reject(TooLarge.code)
             yield Finding(what=what, order_uid=order_uid, partition=partition, offset=version.offset)
         for order_uid, not_redriven in self._not_redriven.items():
             for (partition, offset), version in not_redriven.items():
@@ -769,6 +790,21 @@ def _other_refusal(record: Record, code: str) -> Reject | None:
             return Reject.of(record, TooLarge([Fault(path="$", expected="", found="")]))
         case _:
             return None
+
+
+def _without_reject(code: str) -> str:
+    return f"invalid ({code}), but not stored as a reject: it was purged or lost"
+
+
+def _is_above_limit(classified: Classified) -> bool:
+    return isinstance(classified, Reject) and classified.code == TooLarge.code
+
+
+def _is_reject_of_size(reject: SnapshotReject | None) -> bool:
+    """Return whether a record is a reject because of its size, and no redrive has changed that."""
+    if reject is None or reject.code != TooLarge.code:
+        return False
+    return reject.redrive_outcome in {None, Outcome.REJECTED}
 
 
 def _may_have_been_too_large(record: Record, reject: SnapshotReject) -> bool:

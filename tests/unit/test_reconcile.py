@@ -140,3 +140,46 @@ def test_an_original_with_other_content_is_a_discrepancy() -> None:
     elsewhere = record(0, with_unknown("o1"), topic_id=OTHER_TOPIC_ID)
     findings, _ = reconcile([], [stored_order(elsewhere, original=with_unknown("o1", number=2))])
     assert any("its original is not the value of a record" in finding for finding in findings)
+
+
+SMALL_BYTES = 3_000
+ABOVE_LIMIT = "valid records above ORDERS_MAX_RECORD_BYTES that have no reject: the limit was higher"
+WITHOUT_REJECT = "invalid (too_large), but not stored as a reject: it was purged or lost"
+
+
+def large(uid: str, content: int = 0) -> bytes:
+    return order(uid, content) + b" " * SMALL_BYTES
+
+
+def test_an_order_that_was_stored_under_a_higher_limit_is_no_discrepancy() -> None:
+    of = record(0, large("o1"))
+    assert reconcile([of], [stored_order(of)], max_bytes=SMALL_BYTES) == ([], {ABOVE_LIMIT: 1})
+    later = record(1, order("o1", 1))
+    assert reconcile([of, later], [stored_order(later)], max_bytes=SMALL_BYTES) == ([], {ABOVE_LIMIT: 1})
+
+
+def test_a_reject_that_was_stored_under_a_higher_limit_is_no_discrepancy() -> None:
+    invalid = record(0, large("o1").replace(b'"USD"', b'"usd"'))
+    assert reconcile([invalid], rejects=[stored_reject(invalid)], max_bytes=SMALL_BYTES) == ([], {})
+
+
+def test_a_redrive_under_a_higher_limit_is_no_discrepancy() -> None:
+    of = record(0, large("o1"))
+    reject = stored_reject(of, SMALL_BYTES, outcome="stored")
+    assert reconcile([of], [stored_order(of)], [reject], max_bytes=SMALL_BYTES) == ([], {})
+
+
+def test_a_large_record_without_an_order_and_a_reject_is_a_discrepancy() -> None:
+    before, of = record(0, order("o1", 1)), record(1, large("o1"))
+    findings, _ = reconcile([of], max_bytes=SMALL_BYTES)
+    assert findings == [f"o1 [0]@1: {WITHOUT_REJECT}"]
+    findings, _ = reconcile([before, of], [stored_order(before)], max_bytes=SMALL_BYTES)
+    assert findings == [f"o1 [0]@1: {WITHOUT_REJECT}"]
+    findings, _ = reconcile([record(0, b" " * SMALL_BYTES + b"no JSON")], max_bytes=SMALL_BYTES)
+    assert findings == ["record [0]@0: invalid (malformed_json), but not stored as a reject: it was purged or lost"]
+
+
+def test_a_large_record_with_other_content_than_its_order_is_a_discrepancy() -> None:
+    stored = stored_order(record(0, large("o1", 1)))
+    findings, _ = reconcile([record(0, large("o1", 2))], [stored], max_bytes=SMALL_BYTES)
+    assert findings == ["o1 [0]@0: differs from the record at its position"]
