@@ -427,17 +427,20 @@ class Reconciliation:
 
     def _check_redrive(self, change: OrderChange, position: RecordPosition, version: _Version) -> None:
         """Compare the outcome of a redrive with the previous valid record, the only one that it can replace."""
-        before = self._versions.get(change.order_uid, {}).get(position.partition)
-        is_same = before is not None and before.content_sha256 == version.content_sha256
+        uid, partition = change.order_uid, position.partition
+        before = self._versions.get(uid, {}).get(partition)
+        # A later record that is a reject now may have been handled then: the last rewind may have had stricter rules.
+        rejects = self._not_redriven.get(uid, {}).items()
+        later = [reject for (p, offset), reject in rejects if p == partition and (not before or before.offset < offset)]
+        previous = [*([before] if before else []), *later]
+        is_same = before is not None and all(one.content_sha256 == version.content_sha256 for one in previous)
         # Earlier releases ignored unknown fields.
-        may_be_same = before is not None and before.required_sha256 == version.required_sha256
+        may_be_same = any(one.required_sha256 == version.required_sha256 for one in previous)
         if version.redriven != Outcome.DUPLICATE and is_same:
-            self._add_finding(f"redriven as {version.redriven}, but it was so already", position, change.order_uid)
-        is_complete = not self._topic.is_compacted and self._start_offsets[position.partition] == 0
+            self._add_finding(f"redriven as {version.redriven}, but it was so already", position, uid)
+        is_complete = not self._topic.is_compacted and self._start_offsets[partition] == 0
         if version.redriven == Outcome.DUPLICATE and not may_be_same and (before is not None or is_complete):
-            self._add_finding(
-                "redriven as duplicate, but its content was not stored before", position, change.order_uid
-            )
+            self._add_finding("redriven as duplicate, but its content was not stored before", position, uid)
 
     def _add_version(self, order_uid: str, version: _Version, partition: int) -> None:
         self._versions.setdefault(order_uid, {})[partition] = version

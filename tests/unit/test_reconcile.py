@@ -12,6 +12,7 @@ import attrs
 from orderlib import decode_order, encode_order
 from orderlib.ingestion.reconcile import (
     Reconciliation,
+    SnapshotErased,
     SnapshotOrder,
     SnapshotOriginal,
     SnapshotReject,
@@ -94,6 +95,7 @@ def reconcile(
     orders: Sequence[SnapshotOrder] = (),
     rejects: Sequence[SnapshotReject] = (),
     max_bytes: int = USUAL_BYTES,
+    erased: Sequence[SnapshotErased] = (),
 ) -> tuple[list[str], dict[str, int]]:
     """Return the discrepancies, and what is not proved with its count. The topic has been recreated once."""
     end = records[-1].position.offset + 1 if records else 0
@@ -108,7 +110,7 @@ def reconcile(
     proof = Reconciliation(topic, {0: 0}, "group", offsets, rejects, originals=originals)
     for one in records:
         proof.on_record(one, classify_record(one, max_bytes))
-    proof.on_stored([], orders, [])
+    proof.on_stored(erased, orders, [])
     not_proved = {kind.what: kind.count for kind in proof.not_proved()}
     del not_proved["offsets of another topic or of an earlier topic id"]
     return list(map(str, proof.findings())), not_proved
@@ -183,3 +185,34 @@ def test_a_large_record_with_other_content_than_its_order_is_a_discrepancy() -> 
     stored = stored_order(record(0, large("o1", 1)))
     findings, _ = reconcile([record(0, large("o1", 2))], [stored], max_bytes=SMALL_BYTES)
     assert findings == ["o1 [0]@0: differs from the record at its position"]
+
+
+def tombstone(offset: int, uid: str) -> Record:
+    return record(offset, None, key=uid.encode())
+
+
+def test_a_redrive_after_a_tombstone_that_a_rewind_made_a_reject_is_no_discrepancy() -> None:
+    before, erasing, again = record(0, order("o1")), tombstone(1, "o1"), record(2, large("o1"))
+    rejects = [stored_reject(erasing), stored_reject(again, SMALL_BYTES, outcome="stored")]
+    findings, _ = reconcile([before, erasing, again], [stored_order(again)], rejects)
+    assert findings == []
+    findings, _ = reconcile([before, again], [stored_order(again)], rejects[1:])
+    assert findings == ["o1 [0]@2: redriven as stored, but it was so already"]
+
+
+def test_a_redrive_after_a_version_that_a_rewind_made_a_reject_is_no_discrepancy() -> None:
+    before, between, again = record(0, order("o1", 1)), record(1, large("o1", 2)), record(2, large("o1", 1))
+    rejects = [
+        stored_reject(one, SMALL_BYTES, outcome) for one, outcome in ((between, "superseded"), (again, "stored"))
+    ]
+    assert reconcile([before, between, again], [stored_order(again)], rejects)[0] == []
+
+
+def test_a_tombstone_that_was_redriven_as_a_duplicate_of_one_that_is_a_reject_now_is_no_discrepancy() -> None:
+    before, erasing, again = record(0, order("o1")), tombstone(1, "o1"), tombstone(2, "o1")
+    rejects = [stored_reject(erasing), stored_reject(again, outcome="duplicate")]
+    erased = [SnapshotErased(order_uid="o1", topic_id=TOPIC_ID, partition=0, offset=2)]
+    assert reconcile([before, erasing, again], [], rejects, erased=erased)[0] == []
+    assert reconcile([erasing, again], [], rejects, erased=erased)[0] == []
+    findings, _ = reconcile([before, again], [], rejects[1:], erased=erased)
+    assert findings == ["o1 [0]@2: redriven as duplicate, but its content was not stored before"]
