@@ -129,7 +129,10 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             offset.partition: offset.next_offset for offset in offsets if offset.topic_id == topic_reader.topic_id
         }
         if not next_offsets and not stored.has_topic(topic_reader.topic_id):
-            raise ConfigurationError(f"no consumer group has stored offsets of topic {topic_reader.topic!r} yet")
+            raise ConfigurationError(
+                f"nothing to compare: no record of topic {topic_reader.topic!r} was handled yet (topic id "
+                f"{topic_reader.topic_id}, no stored offsets)"
+            )
         is_compacted = topic_reader.is_compacted()
         topic = TopicState(
             topic=topic_reader.topic,

@@ -25,7 +25,7 @@ from sandbox import Sandbox
 from services.admin.__main__ import main
 from tests.support import ROOT
 from tests.support.databases import Database, drop_database, make_database, without_foreign_keys
-from tests.support.programs import succeed
+from tests.support.programs import run, succeed
 from tests.support.waiting import wait_for
 
 SAMPLE_ORDER = orderlib.decode_order(SAMPLE)
@@ -579,6 +579,12 @@ def test_a_rewind_is_a_discrepancy_until_all_records_are_handled_again(place: Da
     assert place.admin(f"rejects redrive {place.topic}/0/1")[0] == 0
     assert outcomes(place)[1] == "superseded"
     place.assert_holds()
+
+
+def test_a_topic_of_which_no_record_was_handled_is_a_configuration_error(place: DatabaseAndTopic) -> None:
+    done = run("admin reconcile", place.environ)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"nothing to compare: no record of topic {place.topic!r} was handled yet" in done.stderr
 
 
 def test_a_compacted_topic_has_no_discrepancy(place: DatabaseAndTopic, make_topic: Callable[..., str]) -> None:
