@@ -248,13 +248,14 @@ class ConsumerStore:
         """Begin a transaction, and move each offset from the value that the batch expects, or raise FenceLost."""
         partitions = sorted(batch.ranges)
         keys = self._keys(batch.topic_ids, partitions)
+        group, topic_ids, numbers = keys["group"], keys["topic_ids"], keys["partitions"]
         expected = [batch.ranges[partition].expected_offset for partition in partitions]
         next_offsets = [batch.ranges[partition].next_offset for partition in partitions]
         _, _, moved = connection.wait(
             wire.pipeline(
                 (queries.BEGIN_WRITE, ()),
                 (queries.LIMIT_LOCK_WAIT, ()),
-                (queries.MOVE_OFFSETS, [*keys.values(), expected, next_offsets]),
+                (queries.MOVE_OFFSETS, [group, topic_ids, numbers, expected, next_offsets]),
             )
         )
         moved_rows = set(moved)

@@ -103,7 +103,7 @@ def forget(connection: Connection, order_uid: str) -> Forgotten:
     have this order_uid: nothing could undo it.
     """
     if not is_order_uid(order_uid):
-        raise ValueError(f"{order_uid!r} is not a valid order_uid")
+        raise ValueError("no order may have this order_uid")
     return _forget(connection, lambda: [order_uid])
 
 

@@ -18,6 +18,9 @@ APPLICATION_NAME = "orderlib-api"
 API_CONNECTIONS = 8
 #: Those that serve health only.
 HEALTH_CONNECTIONS = 2
+#: Time limits of a read, and of its wait for a connection. ``ANSWER_TIMEOUT_S`` limits several reads together.
+READ_TIMEOUT_S = 4.0
+CONNECTION_TIMEOUT_S = 1.5
 
 
 class AddressRouter:
@@ -63,6 +66,6 @@ def _pool(settings: ApiSettings, max_connections: int) -> Pool:
         settings.reader_url,
         application_name=APPLICATION_NAME,
         max_connections=max_connections,
-        timeout_s=4.0,
-        connection_timeout_s=1.5,
+        timeout_s=READ_TIMEOUT_S,
+        connection_timeout_s=CONNECTION_TIMEOUT_S,
     )
