@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from orderlib.entry_point import StopEvent
 from sandbox.server import SandboxError, free_port
 
 ORDERS = 1_000
@@ -70,7 +70,7 @@ SETTINGS_TO_TRY = {"ORDERS_DATABASE_URL", "ORDERS_READER_URL", "ORDERS_MIGRATOR_
 def main() -> int:
     """Run the demo. Return the exit status: 0 after Ctrl-C, 1 if a program failed."""
     argparse.ArgumentParser(prog="python -m sandbox.demo", description=__doc__).parse_args()
-    stop_event = threading.Event()
+    stop_event = StopEvent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop_event.set())
     address = f"127.0.0.1:{free_port()}"
@@ -99,7 +99,8 @@ def main() -> int:
             _first(f"http://{address}/rejects?code=too_large", "rejects", stop_event)
             print(_things_to_try(address, order, environ), flush=True)
             _print_line(f"{ORDERS_PER_S} more orders are sent each second; Ctrl-C stops everything")
-            stop_event.wait()
+            while not stop_event.wait(60):
+                pass
             _print_line("stopping")
     except SandboxError as exc:
         print(f"demo: {exc}", file=sys.stderr)
@@ -151,7 +152,7 @@ def _running(command: str, environ: Mapping[str, str], logs: Path) -> Iterator[N
             print(log_path.read_text(errors="replace")[-4000:], file=sys.stderr)
 
 
-def _first(url: str, name: str, stop_event: threading.Event) -> dict[str, Any]:
+def _first(url: str, name: str, stop_event: StopEvent) -> dict[str, Any]:
     """Return the first element of a list of the API, as soon as there is one. Raises SandboxError after some time."""
     deadline = time.monotonic() + READABLE_TIMEOUT_S
     while time.monotonic() < deadline and not stop_event.is_set():

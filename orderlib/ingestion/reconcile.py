@@ -342,7 +342,7 @@ class Reconciliation:
         elif isinstance(classified, Reject) and (earlier := _earlier_version(record)):
             self._add_version(*earlier, position.partition)
         elif isinstance(classified, Reject):
-            self._add_finding(_without_reject(classified.code), position)
+            self._add_finding(_without_reject(TooLarge.code if is_too_large else classified.code), position)
         else:
             if is_too_large:
                 what = "valid records above ORDERS_MAX_RECORD_BYTES that have no reject: the limit was higher"

@@ -151,7 +151,7 @@ def _must_begin(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[An
     pgconn = connection.pgconn
     if pgconn.pipeline_status != PipelineStatus.OFF:
         raise ConfigurationError("using() does not work inside connection.pipeline()")
-    if pgconn.parameter_status(b"client_encoding") != b"UTF8":
+    if connection.info.encoding != "utf-8":
         raise ConfigurationError("using() needs a connection whose client_encoding is UTF8")
     if pgconn.transaction_status == TransactionStatus.INERROR:
         raise ConfigurationError("the transaction has failed: roll back, or to a savepoint, before the next call")
