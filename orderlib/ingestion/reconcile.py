@@ -431,7 +431,8 @@ class Reconciliation:
         before = self._versions.get(uid, {}).get(partition)
         # A later record that is a reject now may have been handled then: the last rewind may have had stricter rules.
         rejects = self._not_redriven.get(uid, {}).items()
-        later = [reject for (p, offset), reject in rejects if p == partition and (not before or before.offset < offset)]
+        begin = before.offset if before else -1
+        later = [reject for (number, offset), reject in rejects if number == partition and offset > begin]
         previous = [*([before] if before else []), *later]
         is_same = before is not None and all(one.content_sha256 == version.content_sha256 for one in previous)
         # Earlier releases ignored unknown fields.

@@ -162,7 +162,7 @@ GET_ITEMS_OF_PAGE: LiteralString = f"{GET_ITEMS_OF_ORDERS} LIMIT $2"
 
 #: How many items each order has. Its last line is one step in the primary key, for any number of items.
 COUNT_ITEMS: LiteralString = """
-SELECT o.order_uid, (SELECT max(i.line) + 1 FROM items i WHERE i.order_uid = o.order_uid)
+SELECT o.order_uid, coalesce((SELECT max(i.line) + 1 FROM items i WHERE i.order_uid = o.order_uid), 0)
 FROM orders o WHERE o.order_uid = ANY($1)
 """
 
@@ -491,7 +491,7 @@ _FIRST_TABLE: LiteralString = """(
 ) AS first_table"""
 #: Whether the session finds the tables, and otherwise the schema that has them and whether the role may use it. The
 #: role is the one to correct: SET ROLE changes the privileges, but the search_path remains that of the login role.
-#: Last, the schema in which another program's table takes their place.
+#: Last, the schema in which another program has a table of this name.
 SCHEMA_LOCATION: LiteralString = f"""
 SELECT first_table.own_schema IS NOT NULL,
        (CASE WHEN other.is_usable THEN session_user ELSE current_user END)::text, current_setting('search_path'),
@@ -504,7 +504,7 @@ FROM {_FIRST_TABLE} LEFT JOIN LATERAL (
 ) other ON true
 """
 #: The schema of the tables, or the first existing schema of the search_path if there are no tables yet. Then the schema
-#: in which another program's table takes their place.
+#: in which another program has a table of this name.
 TABLE_SCHEMA: LiteralString = (
     f"SELECT coalesce(first_table.own_schema, current_schema()::text), first_table.foreign_schema FROM {_FIRST_TABLE}"
 )

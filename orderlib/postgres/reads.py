@@ -139,7 +139,7 @@ class ReadQueries:
             joined = (yield from self._pipeline(select, begin=begin))[0]
             shown = joined[:limit]
             if has_too_many_items:
-                shown = yield from self._that_fit(shown)
+                shown = yield from self._fitting(shown)
             uids = [row[0] for row in shown]
             of_page: Statement = (queries.GET_ITEMS_OF_PAGE, [queries.array_of(uids), MAX_PAGE_ITEMS])
             items, *versions = yield from self._pipeline(of_page, *self._versions(uids), end=end)
@@ -156,7 +156,7 @@ class ReadQueries:
             stored.reverse()
         return Page(orders=tuple(stored), next_cursor=next_cursor)
 
-    def _that_fit(self, joined: list[Row]) -> PQGen[list[Row]]:
+    def _fitting(self, joined: list[Row]) -> PQGen[list[Row]]:
         """Return the first of these orders, as many as fit on a page."""
         [rows] = yield from self._pipeline((queries.COUNT_ITEMS, [queries.array_of([row[0] for row in joined])]))
         numbers: dict[str, int] = dict(rows)

@@ -79,7 +79,7 @@ def schema_to_set_up(connection: Connection, on_message: Callable[[str], None]) 
     """Return the schema of the search_path that has the tables, or the one that gets them.
 
     If the search_path names none with tables, and the URL chooses none, return another one that has tables.
-    ``on_message`` learns of tables in another schema than the one that the URL chooses.
+    ``on_message`` receives a message about tables in another schema than the one that the URL chooses.
     """
     found, _, _, other_schema, _, _ = one_row(connection, queries.SCHEMA_LOCATION)
     [chosen] = one_row(connection, queries.CHOSEN_SCHEMA)
@@ -97,7 +97,8 @@ def schema_to_set_up(connection: Connection, on_message: Callable[[str], None]) 
 def table_schema(connection: Connection) -> str:
     """Return the schema of the search_path that has the tables, or its first one, which gets them.
 
-    Raises ConfigurationError if no schema of the search_path exists, or if a table of another program is in the way.
+    Raises ConfigurationError if no schema of the search_path exists, or if another program has a table
+    ``schema_migrations`` there.
     """
     schema, foreign_schema = one_row(connection, queries.TABLE_SCHEMA)
     if foreign_schema:

@@ -44,7 +44,8 @@ MAX_METRICS_CONNECTIONS = 100
 #: Files for everything else: PostgreSQL, listeners, and connections that are not counted yet or are closing.
 OTHER_FILES = 300
 
-#: Bytes that are read from a connection at once, and how many of a body or of further requests are kept meanwhile.
+#: Bytes that are read from a connection at once, and how many of a body or of further requests are kept meanwhile. A
+#: larger body ends the connection, because no route reads it.
 MAX_READ_BYTES = 16_384
 
 #: Added to every response: security headers, and Vary. gunicorn checks and formats what an application sets again for
@@ -77,7 +78,7 @@ _PRIVATE = {
     base: ("WorkerTmp",),
     gasgi.ASGIWorker: ("_setup_event_loop", "_shutdown"),
     protocol.ASGIProtocol: (
-        *("_arm_keepalive_timer", "_cancel_keepalive_timer", "_is_websocket_upgrade"),
+        *("_arm_keepalive_timer", "_cancel_keepalive_timer", "_feed_callback_parser", "_is_websocket_upgrade"),
         *("_handle_http_request", "_keepalive_timeout", "_resume_reading", "_safe_write", "_send_error_response"),
         *("_serve_http_request", "_will_close"),
     ),
@@ -215,8 +216,15 @@ class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
             await asyncio.sleep(0)
         return keepalive
 
+    def _feed_callback_parser(self, data: bytes) -> Any:
+        """Parse. If that was a part of a head, read on: only the rest of it can end the wait."""
+        is_open = super()._feed_callback_parser(data)
+        if is_open and self._current_request is None:
+            super()._resume_reading()
+        return is_open
+
     def _resume_reading(self) -> None:
-        """Read on, but not while many requests wait that the client has sent already: gunicorn would keep all."""
+        """Read on, but not while many requests wait that the client has sent already: gunicorn would keep them all."""
         if not self._reading_paused or len(self._callback_parser.remaining()) <= self._max_buffer_size:
             super()._resume_reading()
 
