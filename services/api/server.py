@@ -78,7 +78,7 @@ _PRIVATE = {
     base: ("WorkerTmp",),
     gasgi.ASGIWorker: ("_setup_event_loop", "_shutdown"),
     protocol.ASGIProtocol: (
-        *("_arm_keepalive_timer", "_cancel_keepalive_timer", "_feed_callback_parser", "_is_websocket_upgrade"),
+        *("_arm_keepalive_timer", "_cancel_keepalive_timer", "_is_websocket_upgrade"),
         *("_handle_http_request", "_keepalive_timeout", "_resume_reading", "_safe_write", "_send_error_response"),
         *("_serve_http_request", "_will_close"),
     ),
@@ -181,6 +181,9 @@ class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
 
     def _arm_keepalive_timer(self) -> None:
         """Wait for the next request. gunicorn would start and cancel a timer for each."""
+        if self._reading_paused:
+            # A part of its head has arrived, and the rest must, too.
+            super()._resume_reading()
         self._wait_for_request(self._keepalive)
 
     def _cancel_keepalive_timer(self) -> None:
@@ -216,16 +219,9 @@ class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
             await asyncio.sleep(0)
         return keepalive
 
-    def _feed_callback_parser(self, data: bytes) -> Any:
-        """Parse. If that was a part of a head, read on: only the rest of it can end the wait."""
-        is_open = super()._feed_callback_parser(data)
-        if is_open and self._current_request is None:
-            super()._resume_reading()
-        return is_open
-
     def _resume_reading(self) -> None:
         """Read on, but not while many requests wait that the client has sent already: gunicorn would keep them all."""
-        if not self._reading_paused or len(self._callback_parser.remaining()) <= self._max_buffer_size:
+        if self._reading_paused and len(self._callback_parser.remaining()) <= self._max_buffer_size:
             super()._resume_reading()
 
     def _will_close(self, request: object, response_requires_close: bool) -> bool:
