@@ -207,7 +207,7 @@ To try what follows, open another terminal in this folder and paste these settin
     {python} -m services.admin rejects redrive --code too_large
     {python} -m services.admin get {LONG_ORDER}
 
-3. Prove that every record in Kafka became an order or a reject, and that nothing else is stored.
+3. Prove that every record in Kafka has an outcome, and that nothing else is stored.
 
     {python} -m services.admin reconcile
 """

@@ -1,4 +1,4 @@
-"""gunicorn with limits on idle connections, incomplete requests, what is sent at once and responses nobody reads.
+"""gunicorn with limits on idle connections, incomplete requests, what is sent at once, and unread responses.
 
 DESIGN.md lists the private parts of gunicorn that this module uses, and what would replace each.
 """

@@ -521,6 +521,19 @@ def test_close_ends_the_wait_of_a_task(stored: Database) -> None:
 # Fork
 
 
+#: For scripts: the calls that a forked child may not make.
+ASSERT_REFUSED = """
+    def assert_refused(*calls):
+        signal.alarm(20)
+        for call in calls:
+            try:
+                call()
+            except orderlib.ConfigurationError as exc:
+                assert "fork" in str(exc), exc
+            else:
+                raise AssertionError("no error")
+"""
+
 FORK = """
     import os, signal, sys, warnings
     import orderlib, psycopg
@@ -536,21 +549,13 @@ FORK = """
     before = backends()
     assert len(before) == 1, before
 
-    def in_child():
-        signal.alarm(20)
-        for call in (lambda: repository.get(sys.argv[2]), lambda: repository.save(order), repository.list_orders):
-            try:
-                call()
-            except orderlib.ConfigurationError as exc:
-                assert "fork" in str(exc), exc
-            else:
-                raise AssertionError("no error")
-
     order = repository.get(sys.argv[2])
     for ending in sys.argv[3:]:
         child = os.fork()
         if child == 0:
-            in_child()
+            assert_refused(
+                lambda: repository.get(sys.argv[2]), lambda: repository.save(order), repository.list_orders
+            )
             if ending == "close":
                 repository.close()
             elif ending == "with":
@@ -577,7 +582,7 @@ FORK = """
 def errors_of_script(script: str, *arguments: str) -> str:
     """Run a script that prints `done` in the end. Return what it wrote to stderr."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        [sys.executable, "-c", textwrap.dedent(ASSERT_REFUSED) + textwrap.dedent(script), *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -604,14 +609,7 @@ def test_what_was_begun_before_a_fork_does_not_continue_in_the_child(stored: Dat
         assert next(stream).order == order
         child = os.fork()
         if child == 0:
-            signal.alarm(20)
-            for call in (lambda: next(stream), lambda: in_transaction.get(sys.argv[2])):
-                try:
-                    call()
-                except orderlib.ConfigurationError as exc:
-                    assert "fork" in str(exc), exc
-                else:
-                    raise AssertionError("no error")
+            assert_refused(lambda: next(stream), lambda: in_transaction.get(sys.argv[2]))
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         assert list(stream) == []
