@@ -25,8 +25,8 @@ class SentRecords:
         self._topic_id = ""
         #: Sorted from ``set_topic_id`` on. Eight bytes a record.
         self._offsets: dict[int, array[int]] = {}
-        #: How many of these are handled, which includes rejected.
-        self._handled: dict[int, int] = {}
+        #: How many of these are in a committed batch: handled or rejected.
+        self._committed: dict[int, int] = {}
         self._rejects_by_code: Counter[str] = Counter()
         self._named: list[str] = []
         self.total = 0
@@ -47,7 +47,7 @@ class SentRecords:
     @property
     def waiting(self) -> int:
         """The number of records that are not handled yet."""
-        return self.total - sum(self._handled.values())
+        return self.total - sum(self._committed.values())
 
     def refresh(self) -> bool:
         """Query what has been handled meanwhile. Return whether there was progress: not during an outage."""
@@ -55,11 +55,11 @@ class SentRecords:
         try:
             next_offsets = self._progress.next_offsets(self._topic_id)
             for partition, offsets in self._offsets.items():
-                begin = self._handled.get(partition, 0)
+                begin = self._committed.get(partition, 0)
                 end = bisect_left(offsets, next_offsets.get(partition, 0), lo=begin)
                 if end > begin:
                     self._add_rejects(partition, offsets[begin], offsets[end - 1])
-                    self._handled[partition] = end
+                    self._committed[partition] = end
         except DatabaseUnavailable as exc:
             self.outage = exc
         else:
@@ -67,14 +67,14 @@ class SentRecords:
         return self.waiting < before
 
     def _add_rejects(self, partition: int, first: int, last: int) -> None:
-        """Count the rejects of a range. Its records are handled, so their rejects were committed before this query."""
+        """Count the rejects of a range. Its batches are committed, and their rejects with them."""
         sent = self._offsets[partition]
         found = []
         while True:
             rejects = self._progress.rejected_records(self._topic_id, partition, first, last, _REJECTS_AT_ONCE)
             for reject in rejects:
                 index = bisect_left(sent, reject.offset)
-                # Between our records may be those of other senders.
+                # Other senders may have records in this range, too.
                 if index < len(sent) and sent[index] == reject.offset:
                     found.append(reject)
             if len(rejects) < _REJECTS_AT_ONCE:
