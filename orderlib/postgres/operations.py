@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import attrs
+import psycopg
 
 from orderlib.codecs import is_order_uid
 from orderlib.errors import ConfigurationError
@@ -122,8 +123,8 @@ def forget_again(connection: Connection, digests: Collection[bytes]) -> Forgotte
     done = _forget(connection, list, digests)
     # No write stores these orders now. So reading all orders needs no lock, which would stop the consumer.
     with as_owner(connection):
-        orders = connection.execute(queries.FORGET_ORDERS_WITH_DIGESTS, {"digests": list(digests)}).rowcount
-        connection.execute(queries.FORGET_ERASED_WITH_DIGESTS, {"digests": list(digests)})
+        orders = connection.execute(queries.DELETE_ORDERS_BY_DIGEST, {"digests": list(digests)}).rowcount
+        connection.execute(queries.DELETE_ERASED_BY_DIGEST, {"digests": list(digests)})
     return attrs.evolve(done, orders=orders)
 
 
@@ -138,10 +139,11 @@ def _forget(connection: Connection, find: Callable[[], Iterable[str]], digests: 
         connection.execute(queries.FORGET_LOCK_EXCLUSIVE)
         order_uids = list(find())
         all_digests = list({*digests, *(hashlib.sha256(uid.encode()).digest() for uid in order_uids)})
-        new = connection.execute(queries.FORGET_DIGESTS, {"digests": all_digests}).rowcount
-        orders = connection.execute(queries.FORGET_ORDERS, {"order_uids": order_uids}).rowcount
-        connection.execute(queries.FORGET_ERASED, {"order_uids": order_uids})
-        rejects = connection.execute(queries.FORGET_REJECTS, {"digests": all_digests}).rowcount
+        new = connection.execute(queries.INSERT_FORGOTTEN, {"digests": all_digests}).rowcount
+        with psycopg.RawCursor(connection) as cursor:
+            orders = cursor.execute(queries.DELETE_ORDERS, [order_uids]).rowcount
+            cursor.execute(queries.DELETE_ERASED, [order_uids])
+        rejects = connection.execute(queries.DELETE_REJECTS_BY_KEY_DIGEST, {"digests": all_digests}).rowcount
         return Forgotten(order_uids=new, orders=orders, rejects=rejects)
 
 

@@ -400,7 +400,8 @@ RESTORE_SEQSCAN: dict[str, LiteralString] = {
     "off": "SELECT set_config('enable_seqscan', 'off', true)",
 }
 
-#: Delete the versions that new ones replace; delivery, payment, items and the original are deleted with them.
+#: Delete forgotten orders, or the versions that new ones replace. Delivery, payment, items and the original are deleted
+#: with them.
 DELETE_ORDERS: LiteralString = "DELETE FROM orders WHERE order_uid = ANY($1::text[])"
 
 COPY_ORDERS: LiteralString = f"""
@@ -411,7 +412,8 @@ COPY_PAYMENT: LiteralString = f"COPY payment (order_uid, {_columns(PAYMENT_COLUM
 COPY_ITEMS: LiteralString = f"COPY items (order_uid, line, {_columns(ITEM_COLUMNS)}) FROM STDIN (FORMAT BINARY)"
 COPY_ORIGINALS: LiteralString = "COPY order_originals (order_uid, value) FROM STDIN (FORMAT BINARY)"
 
-#: The position of an erased order is replaced by a later one, and is deleted when the order is stored again.
+#: The position of an erased order is replaced by a later one, and is deleted when the order is stored again, or
+#: forgotten.
 DELETE_ERASED: LiteralString = "DELETE FROM erased WHERE order_uid = ANY($1::text[])"
 INSERT_ERASED: LiteralString = """
 INSERT INTO erased (order_uid, topic_id, partition, record_offset)
@@ -826,19 +828,17 @@ COUNT_OLD_REJECTS: LiteralString = f"SELECT count(*) FROM {_OLD_REJECTS}"
 PURGE_REJECTS: LiteralString = f"DELETE FROM {_OLD_REJECTS}"
 
 #: Let no write store these orders again.
-FORGET_DIGESTS: LiteralString = """
+INSERT_FORGOTTEN: LiteralString = """
 INSERT INTO forgotten (order_uid_sha256) SELECT unnest(%(digests)s::bytea[]) ON CONFLICT DO NOTHING
 """
 ORDERS_OF_CUSTOMER: LiteralString = "SELECT order_uid FROM orders WHERE customer_id = %(customer_id)s"
-#: Erase orders with their delivery, payment, items and original, and the rejects whose key is such an order_uid.
-FORGET_ORDERS: LiteralString = "DELETE FROM orders WHERE order_uid = ANY(%(order_uids)s::text[])"
-FORGET_ERASED: LiteralString = "DELETE FROM erased WHERE order_uid = ANY(%(order_uids)s::text[])"
+#: Delete the rejects whose key is one of these order_uids.
+DELETE_REJECTS_BY_KEY_DIGEST: LiteralString = "DELETE FROM rejects WHERE sha256(key) = ANY(%(digests)s::bytea[])"
 #: An order_uid is ASCII without a backslash, so `decode` returns its bytes. It is immutable, as Citus requires here.
 _HAS_DIGEST: LiteralString = "sha256(decode(order_uid, 'escape')) = ANY(%(digests)s::bytea[])"
 #: These read all rows, because a list of forgotten orders has no order_uids.
-FORGET_ORDERS_WITH_DIGESTS: LiteralString = f"DELETE FROM orders WHERE {_HAS_DIGEST}"
-FORGET_ERASED_WITH_DIGESTS: LiteralString = f"DELETE FROM erased WHERE {_HAS_DIGEST}"
-FORGET_REJECTS: LiteralString = "DELETE FROM rejects WHERE sha256(key) = ANY(%(digests)s::bytea[])"
+DELETE_ORDERS_BY_DIGEST: LiteralString = f"DELETE FROM orders WHERE {_HAS_DIGEST}"
+DELETE_ERASED_BY_DIGEST: LiteralString = f"DELETE FROM erased WHERE {_HAS_DIGEST}"
 
 #: The digests of all forgotten orders.
 FORGOTTEN: LiteralString = "SELECT order_uid_sha256 FROM forgotten ORDER BY order_uid_sha256"
