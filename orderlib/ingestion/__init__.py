@@ -1,1 +1,1 @@
-"""What becomes of a record, and of the consumer. No I/O, no clock, no chance."""
+"""Decisions about records, batches and errors. No I/O and no clock."""

@@ -45,7 +45,7 @@ MAX_EXAMPLES = 100
 #: The digest of what is stored after a tombstone.
 _NO_CONTENT = b""
 
-#: How many findings are kept, and how many `reconcile` lists. All are counted.
+#: How many findings are kept, and listed by `reconcile --json`. All are counted.
 MAX_FINDINGS = 10_000
 
 #: A lower limit of records is not realistic, because orders would not fit.

@@ -1,7 +1,8 @@
 """What to do about each SQLSTATE, and how long to wait before a retry.
 
-Two decisions need more than the SQLSTATE: ``postgres.pool`` repeats a read once after some errors, and
-``postgres.errors`` tells by the text which errors of a Citus worker are conflicts or outages.
+The table decides for a statement. ``postgres.errors`` decides first about lost and refused connections, and by the
+text about errors of Citus workers. Other modules of ``postgres`` treat single SQLSTATEs specially, where they catch
+them.
 """
 
 from __future__ import annotations
