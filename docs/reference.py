@@ -23,7 +23,7 @@ import attrs
 import orderlib
 import orderlib.testing
 import orderlib.testing.strategies
-from orderlib.contract import describe, read_docstring, rule_of, rules_of
+from orderlib.contract import describe, field_rules, read_docstring
 
 PAGE = Path(__file__).with_name("reference.md")
 MODULES = (orderlib, orderlib.testing, orderlib.testing.strategies)
@@ -103,8 +103,7 @@ def _fields(cls: type) -> Iterator[str]:
         lines = lines or [", ".join(f"`{member.name}`" for member in cls)]
     elif cls in _MODELS:
         _, texts = read_docstring(cls)
-        rules = {field.name: rule_of(field) for field in rules_of(cls).fields}
-        lines = [f"- `{name}`, `{describe(rule)}`: {texts[name]}" for name, rule in rules.items()]
+        lines = [f"- `{name}`, `{describe(rule)}`: {texts[name]}" for name, rule in field_rules(cls).items()]
     else:
         names = [field.name for field in attrs.fields(cls)] if attrs.has(cls) else list(comments)
         lines = [f"- `{comments[name][1]}`: {comments[name][0]}" for name in names if not name.startswith("_")]

@@ -140,6 +140,11 @@ def rule_of(field: Field) -> Type:
     return rule.type if isinstance(rule, msgspec.inspect.Metadata) else rule
 
 
+def field_rules(cls: Hashable) -> dict[str, Type]:
+    """Return the rule on each field of a class by the field's name, in its field order."""
+    return {field.name: rule_of(field) for field in rules_of(cls).fields}
+
+
 def fits_postgres(value: str) -> bool:
     """Return whether PostgreSQL can store this text: no U+0000, and no lone surrogate, which UTF-8 cannot encode."""
     if "\0" in value:

@@ -18,7 +18,7 @@ from typing import Any, LiteralString
 import attrs
 
 from orderlib.codecs import CanonicalOrder
-from orderlib.contract import M, column_type, rule_of, rules_of
+from orderlib.contract import M, column_type, field_rules
 from orderlib.ingestion.records import PackedRows
 from orderlib.models import Delivery, Item, Order, Payment
 from orderlib.repository import RecordPosition
@@ -50,9 +50,7 @@ STORE_COLUMNS = (
 )
 #: The columns of ``orders`` that hold a time of the order.
 ORDER_TIMES = tuple(
-    field.name
-    for field in rules_of(Order).fields
-    if field.name in ORDER_COLUMNS and column_type(rule_of(field)) == "timestamptz"
+    name for name, rule in field_rules(Order).items() if name in ORDER_COLUMNS and column_type(rule) == "timestamptz"
 )
 
 _DELIVERY_AT = len(ORDER_COLUMNS)
@@ -148,7 +146,7 @@ def _packer(model: type[attrs.AttrsInstance], names: Sequence[str]) -> Callable[
 
     Its code is generated from the contract, as attrs generates methods: a call for each field took twice the time.
     """
-    rules = {field.name: rule_of(field) for field in rules_of(model).fields}
+    rules = field_rules(model)
     fields = ", ".join(_PACKING[column_type(rules[name])].format(name=name) for name in names)
     # The code has nothing from outside: only names of fields.
     pack: Callable[[object], bytes] = eval(f"lambda model: b''.join(({fields}))", globals())  # noqa: S307

@@ -11,7 +11,7 @@ import msgspec
 from falcon.asgi import Request, Response
 from msgspec.inspect import StrType
 
-from orderlib.contract import Validator, rule_of, rules_of
+from orderlib.contract import Validator, field_rules
 from orderlib.errors import InvalidOrder, InvalidQuery
 from orderlib.models import Delivery, Order
 from orderlib.repository import FILTERS, MAX_PAGE_SIZE, PAGE_SIZE, in_utc
@@ -56,7 +56,7 @@ def bad_parameter(name: str, expected: str, found: str) -> InvalidQuery:
 def text_rule(field_name: str) -> StrType:
     """Return the contract's rule for a text field of an order or of its delivery."""
     model = Delivery if field_name in DELIVERY_FILTERS else Order
-    [rule] = [rule_of(field) for field in rules_of(model).fields if field.name == field_name]
+    rule = field_rules(model)[field_name]
     assert isinstance(rule, StrType)
     return rule
 

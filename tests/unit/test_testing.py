@@ -13,7 +13,7 @@ from hypothesis import find, given, settings
 from msgspec.inspect import DataclassType, VarTupleType
 
 from orderlib import InvalidOrder, MalformedJson, Order, Payment, decode_order
-from orderlib.contract import rule_of, rules_of
+from orderlib.contract import field_rules, rule_of, rules_of
 from orderlib.testing import (
     SAMPLE,
     BadRecord,
@@ -28,7 +28,7 @@ from orderlib.testing import (
 from orderlib.testing.strategies import orders, payments, values
 
 SAMPLE_ORDER = decode_order(SAMPLE)
-RULES = {field.name: rule_of(field) for field in rules_of(Order).fields}
+RULES = field_rules(Order)
 
 
 def test_the_sample_is_an_order() -> None:
