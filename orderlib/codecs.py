@@ -363,14 +363,14 @@ def _with_escaped_nul(pattern: re.Pattern[str], data: bytes) -> bytes:
 
 
 #: The type of an order_uid, with its rule.
-ORDER_UID = typing.get_type_hints(Order, include_extras=True)["order_uid"]
-_order_uid_decoder = msgspec.json.Decoder(msgspec.defstruct("_WithOrderUid", [("order_uid", ORDER_UID)]))
+_ORDER_UID = typing.get_type_hints(Order, include_extras=True)["order_uid"]
+_order_uid_decoder = msgspec.json.Decoder(msgspec.defstruct("_WithOrderUid", [("order_uid", _ORDER_UID)]))
 
 
 def is_order_uid(text: str) -> bool:
     """Return whether an order may have this order_uid."""
     try:
-        msgspec.convert(text, ORDER_UID)
+        msgspec.convert(text, _ORDER_UID)
     except msgspec.ValidationError:
         return False
     return True
@@ -388,7 +388,7 @@ def read_order_uid(data: bytes) -> str | None:
     # msgspec refuses an escaped lone surrogate, and an invalid order_uid before the one that counts, the last.
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, MalformedJson):
         last = _OBJECT.decode(_make_readable(data))["order_uid"]
-        return str(msgspec.json.decode(last, type=ORDER_UID))
+        return str(msgspec.json.decode(last, type=_ORDER_UID))
     return None
 
 

@@ -46,18 +46,18 @@ class TextForm:
 
 
 #: Letters, digits and ``. _ : -``, but not ``.`` or ``..``, which clients remove from the path of a URL.
-ORDER_UID = TextForm(
+ORDER_UID_FORM = TextForm(
     pattern=r"^(?!\.{1,2}$)[A-Za-z0-9._:-]+$(?!\n)",
     portable_pattern=r"^(\.{0,2}[A-Za-z0-9_:-][A-Za-z0-9._:-]*|\.{3}[A-Za-z0-9._:-]*)$",
     words="{length} of the characters A-Z a-z 0-9 . _ : - but not . or .. alone",
 )
 
 #: The form of ISO 4217. orderlib does not check which codes exist.
-CURRENCY = TextForm(
+CURRENCY_FORM = TextForm(
     pattern=r"^[A-Z]{3}$(?!\n)", portable_pattern=r"^[A-Z]{3}$", words="three capital letters (ISO 4217)"
 )
 
-_FORMS = {form.pattern: form for form in (ORDER_UID, CURRENCY)}
+_FORMS = {form.pattern: form for form in (ORDER_UID_FORM, CURRENCY_FORM)}
 
 #: A missing value, as opposed to null.
 _MISSING = object()

@@ -21,7 +21,7 @@ from typing import Annotated, final
 import attrs
 import msgspec
 
-from orderlib.contract import CURRENCY, INTEGER_MAX, ORDER_UID, integer, text, validated
+from orderlib.contract import CURRENCY_FORM, INTEGER_MAX, ORDER_UID_FORM, integer, text, validated
 
 #: Unix time of 9999-12-31T23:59:59Z, the last second of a year with four digits.
 LAST_UNIX_SECOND = 253402300799
@@ -75,7 +75,7 @@ class Payment:
 
     transaction: Annotated[str, text(1, 255)]
     request_id: Annotated[str, text(0, 255)]
-    currency: Annotated[str, text(3, 3, CURRENCY)]
+    currency: Annotated[str, text(3, 3, CURRENCY_FORM)]
     provider: Annotated[str, text(1, 255)]
     amount: Annotated[int, integer(0)]
     payment_dt: Annotated[int, integer(0, LAST_UNIX_SECOND)]
@@ -154,7 +154,7 @@ class Order:
         items: Items, in the sequence that the shop gave them.
     """
 
-    order_uid: Annotated[str, text(1, 128, ORDER_UID)]
+    order_uid: Annotated[str, text(1, 128, ORDER_UID_FORM)]
     track_number: Annotated[str, text(1, 255)]
     entry: Annotated[str, text(1, 255)]
     locale: Annotated[str, text(1, 35)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime as dt
 import enum
 import json
@@ -10,9 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import attrs
-import msgspec
 
-from orderlib.codecs import ORDER_UID, CanonicalOrder, canonical_form, decode_canonical, decode_order, digest
+from orderlib.codecs import CanonicalOrder, canonical_form, decode_canonical, decode_order, digest, is_order_uid
 from orderlib.errors import MAX_FAULTS, Fault, MalformedJson, RejectedError, TooLarge
 from orderlib.models import Order
 from orderlib.repository import Outcome, RecordPosition
@@ -259,11 +259,10 @@ def tombstone_of(record: Record) -> Tombstone | None:
     """Return the tombstone that a record is: its key is an order_uid, and it has no value. Otherwise ``None``."""
     if record.value is not None or record.key is None:
         return None
-    try:
-        order_uid = msgspec.convert(record.key.decode("ascii"), ORDER_UID)
-    except (UnicodeDecodeError, msgspec.ValidationError):
-        return None
-    return Tombstone(order_uid=order_uid, position=record.position, time=record.time)
+    with contextlib.suppress(UnicodeDecodeError):
+        if is_order_uid(order_uid := record.key.decode("ascii")):
+            return Tombstone(order_uid=order_uid, position=record.position, time=record.time)
+    return None
 
 
 def classify_record(

@@ -14,9 +14,10 @@ import attrs
 import orderlib
 from orderlib.codecs import is_order_uid
 from orderlib.commands import APPLICATION_NAME, Commands
-from orderlib.contract import ORDER_UID
+from orderlib.contract import describe, field_rules
 from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.errors import ConfigurationError
+from orderlib.models import Order
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.operations import Forgotten, forget, forget_again, forget_customer, forgotten
 from services.admin.database import open_database
@@ -89,7 +90,7 @@ def _add_order_uid(
 def _valid_order_uid(text: str) -> str:
     """Return an argument that an order may have as its order_uid."""
     if not is_order_uid(utf8_text(text)):
-        raise argparse.ArgumentTypeError(f"must be an order_uid: {ORDER_UID.words.format(length='1 to 128')}")
+        raise argparse.ArgumentTypeError(f"must be an order_uid: {describe(field_rules(Order)['order_uid'])}")
     return text
 
 
