@@ -13,7 +13,14 @@ from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.ddl import ignore_message, run_ddl
 from orderlib.postgres.grants import correct_grants, grant_statement
 from orderlib.postgres.privileges import PRIVILEGES
-from orderlib.postgres.schema import migrations, one_row, require_usable_database, table_schema, tables_elsewhere_error
+from orderlib.postgres.schema import (
+    migrations,
+    one_row,
+    require_usable_database,
+    schema_location,
+    table_schema,
+    tables_elsewhere_error,
+)
 
 
 def migrate(
@@ -74,12 +81,12 @@ def _prepare(connection: Connection) -> None:
     """
     connection.execute(queries.BECOME_OWNER)
     require_usable_database(connection)
-    found, login_role, search_path, other_schema, is_usable, _ = one_row(connection, queries.SCHEMA_LOCATION)
-    if found:
+    location = schema_location(connection)
+    if location.found:
         return
     [chosen] = one_row(connection, queries.CHOSEN_SCHEMA)
-    if other_schema and not chosen:
-        raise tables_elsewhere_error(login_role, search_path, other_schema, is_usable=is_usable)
+    if location.other_schema and not chosen:
+        raise tables_elsewhere_error(location)
     connection.execute(queries.USE_SCHEMA, {"schema": table_schema(connection)})
     connection.execute(queries.SCHEMA_MIGRATIONS)
     connection.execute(queries.LOCK_SCHEMA)

@@ -491,9 +491,8 @@ _FIRST_TABLE: LiteralString = """(
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE c.oid = to_regclass('schema_migrations')) AS found
 ) AS first_table"""
-#: Whether the session finds the tables, and otherwise the schema that has them and whether the role may use it. The
-#: role is the one to correct: SET ROLE changes the privileges, but the search_path remains that of the login role.
-#: Last, the schema in which another program has a table of this name.
+#: The fields of ``schema.SchemaLocation``. The role is the one to correct: SET ROLE changes the privileges, but the
+#: search_path remains that of the login role.
 SCHEMA_LOCATION: LiteralString = f"""
 SELECT first_table.own_schema IS NOT NULL,
        (CASE WHEN other.is_usable THEN session_user ELSE current_user END)::text, current_setting('search_path'),

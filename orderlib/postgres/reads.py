@@ -19,7 +19,7 @@ from orderlib.models import Order
 from orderlib.postgres import queries
 from orderlib.postgres.reject_list import RejectPage, RejectPosition, RejectQuery, RejectSummary
 from orderlib.postgres.rows import JOINED_WIDTH, Row, order_from_rows, orders_from_rows
-from orderlib.postgres.schema import require_schema
+from orderlib.postgres.schema import SchemaLocation, require_schema
 from orderlib.postgres.wire import Statement, Wire
 from orderlib.repository import (
     COUNT_LIMIT,
@@ -288,10 +288,11 @@ class ReadQueries:
         """Check the schema and the privileges. Return the replication delay of a standby, in seconds."""
         delay_s: float | None
         number: int | None = None
-        [location], [(delay_s,)] = yield from self._wire.pipeline(
+        [location_row], [(delay_s,)] = yield from self._wire.pipeline(
             (queries.SCHEMA_LOCATION, ()), (queries.REPLICATION_DELAY, ())
         )
-        if location[0]:
+        location = SchemaLocation(*location_row)
+        if location.found:
             [[(number,)]] = yield from self._wire.pipeline((queries.SCHEMA_NUMBER, ()))
         require_schema(location, number)
         # No order has this uid, but the query needs the privilege to read every table.

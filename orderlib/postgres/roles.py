@@ -15,7 +15,7 @@ from orderlib.postgres.connections import Connection, connection_arguments, open
 from orderlib.postgres.ddl import ignore_message, run_ddl
 from orderlib.postgres.grants import correct_grants
 from orderlib.postgres.privileges import MIGRATOR, OWNER, READER, ROLES, WRITER
-from orderlib.postgres.schema import one_row, quote_identifier, require_usable_database, schema_to_set_up
+from orderlib.postgres.schema import quote_identifier, require_usable_database, schema_location, schema_to_set_up
 from orderlib.repository import require_type
 
 #: The errors of a correction that this role may not make.
@@ -167,7 +167,7 @@ def _correct_grants_as_owner(connection: Connection, schema: str) -> tuple[list[
             set_is_temporary = True
         except psycopg.errors.InsufficientPrivilege:
             return [], [_unchecked(schema, "run `python -m orderlib migrate`")]
-    found, *_ = one_row(connection, queries.SCHEMA_LOCATION)
+    found = schema_location(connection).found
     corrected = correct_grants(connection) if found else []
     connection.execute(queries.RESET_ROLE)
     if set_is_temporary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from importlib import resources
-from typing import LiteralString
+from typing import LiteralString, NamedTuple
 
 from psycopg import sql
 from psycopg.rows import TupleRow
@@ -30,21 +30,40 @@ LATEST_MIGRATION = max(migrations())
 OLDEST_POSTGRESQL = 16
 
 
+class SchemaLocation(NamedTuple):
+    """Where the tables are, as a session sees it: a row of SCHEMA_LOCATION."""
+
+    #: Whether the session finds the tables.
+    found: bool
+    #: The role to correct if it does not, and its search_path.
+    role: str
+    search_path: str
+    #: Another schema that has the tables, and whether the role may use it. ``None`` if there is none.
+    other_schema: str | None
+    is_usable: bool | None
+    #: The schema in which another program has a table ``schema_migrations``.
+    foreign_schema: str | None
+
+
+def schema_location(connection: Connection) -> SchemaLocation:
+    """Return where the tables are, as this session sees it."""
+    return SchemaLocation(*one_row(connection, queries.SCHEMA_LOCATION))
+
+
 def check_schema(connection: Connection) -> None:
     """Raise ConfigurationError, with the remedy, if the schema is missing or older than this program needs."""
     with translate_errors(connection):
-        location = one_row(connection, queries.SCHEMA_LOCATION)
-        number = one_row(connection, queries.SCHEMA_NUMBER)[0] if location[0] else None
+        location = schema_location(connection)
+        number = one_row(connection, queries.SCHEMA_NUMBER)[0] if location.found else None
     require_schema(location, number)
 
 
-def require_schema(location: TupleRow, number: int | None) -> None:
-    """Do the check of ``check_schema`` on a row of SCHEMA_LOCATION and the number of SCHEMA_NUMBER."""
-    found, role, search_path, other_schema, is_usable, foreign_schema = location
-    if not found and other_schema:
-        raise tables_elsewhere_error(role, search_path, other_schema, is_usable=is_usable)
-    if foreign_schema:
-        raise _foreign_table_error(foreign_schema)
+def require_schema(location: SchemaLocation, number: int | None) -> None:
+    """Do the check of ``check_schema`` on a location and the number of SCHEMA_NUMBER."""
+    if not location.found and location.other_schema:
+        raise tables_elsewhere_error(location)
+    if location.foreign_schema:
+        raise _foreign_table_error(location.foreign_schema)
     number = number or 0
     if number < LATEST_MIGRATION:
         raise ConfigurationError(
@@ -53,14 +72,16 @@ def require_schema(location: TupleRow, number: int | None) -> None:
         )
 
 
-def tables_elsewhere_error(role: str, search_path: str, schema: str, *, is_usable: bool) -> ConfigurationError:
-    """Return the error, with the remedy, for tables in a schema that the session does not find."""
-    if not is_usable:
+def tables_elsewhere_error(location: SchemaLocation) -> ConfigurationError:
+    """Return the error, with the remedy, for tables in ``other_schema`` that the session does not find."""
+    role, schema = location.role, location.other_schema
+    assert schema is not None
+    if not location.is_usable:
         return ConfigurationError(
             f"the tables are in schema {schema}, but role {role} lacks USAGE on it: run `python -m orderlib bootstrap`"
         )
     return ConfigurationError(
-        f"the tables are in schema {schema}, but the search_path of role {role} is {search_path}: "
+        f"the tables are in schema {schema}, but the search_path of role {role} is {location.search_path}: "
         f"run ALTER ROLE {quote_identifier(role)} SET search_path = {quote_identifier(schema)}, "
         "or set it in the URL's options"
     )
@@ -81,10 +102,10 @@ def schema_to_set_up(connection: Connection, on_message: Callable[[str], None]) 
     If the search_path names none with tables, and the URL chooses none, return another one that has tables.
     ``on_message`` receives a message about tables in another schema than the one that the URL chooses.
     """
-    found, _, _, other_schema, _, _ = one_row(connection, queries.SCHEMA_LOCATION)
+    location = schema_location(connection)
     [chosen] = one_row(connection, queries.CHOSEN_SCHEMA)
-    if other_schema and not found and not chosen:
-        return str(other_schema)
+    if location.other_schema and not location.found and not chosen:
+        return location.other_schema
     schema = table_schema(connection)
     if chosen and schema != chosen:
         on_message(
