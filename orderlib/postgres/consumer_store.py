@@ -65,7 +65,7 @@ class ConsumerStore:
         self._abort_lock = threading.Lock()
         self._aborted = False
 
-    def check(self) -> None:
+    def claim_database(self) -> None:
         """Claim the database for this group. Two groups would overwrite each other's orders.
 
         Raise ConfigurationError if a table or a privilege is missing, or if the database belongs to another group.

@@ -72,7 +72,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
             until = None
             if options.exit_at_end:
                 until = _wait_for(lambda: _ends(kafka, topics), "Kafka", stop_event, health)
-            _wait_for(store.check, "PostgreSQL", stop_event, health)
+            _wait_for(store.claim_database, "PostgreSQL", stop_event, health)
         except _StopRequested:
             return EXIT_DONE
         core = ConsumerCore(

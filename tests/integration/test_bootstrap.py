@@ -125,7 +125,7 @@ def test_an_administrator_who_owns_the_database_need_not_be_a_superuser(server: 
         superuser.execute("GRANT pg_read_all_data TO orders_reader")
         assert any("REVOKE pg_read_all_data" in text for text in bootstrap(database).remaining)
     consumer = ConsumerStore(database.writer_url, "group", lambda: 0.0)
-    consumer.check()
+    consumer.claim_database()
     partition = TopicPartition("orders", 0)
     assert consumer.start_partitions({"orders": "topic"}, {partition: 3}) == {partition: 3}
     consumer.close()

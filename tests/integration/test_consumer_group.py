@@ -44,7 +44,7 @@ def test_one_of_the_groups_that_start_at_once_claims_the_database_and_the_others
         barrier.wait()
         one = ledger(database, group)
         try:
-            one.check()
+            one.claim_database()
             one.start_partitions(TOPIC_IDS, {PARTITIONS[0]: 0})
         except ConfigurationError as refusal:
             return str(refusal)
@@ -58,7 +58,7 @@ def test_one_of_the_groups_that_start_at_once_claims_the_database_and_the_others
     for refused in set(groups) - {accepted}:
         assert f"belongs to consumer group {accepted!r}, not {refused!r}" in str(refusals[refused])
     again = ledger(database, accepted)
-    again.check()
+    again.claim_database()
     again.close()
 
 
@@ -75,7 +75,7 @@ def test_postgresql_itself_refuses_a_second_group(database: Database) -> None:
             writer.execute("INSERT INTO consumer_groups VALUES (false, 'second')")
     second = ledger(database, "second")
     with pytest.raises(ConfigurationError, match=r"'first', not 'second'.*offsets set-group"):
-        second.check()
+        second.claim_database()
     second.close()
 
 
@@ -100,25 +100,25 @@ def test_a_database_with_offsets_of_two_groups_is_repaired_by_migrate(
     [warning] = messages
     assert "kept 'newer', removed 'older', 'third'" in warning
     newer, older = ledger(empty_database, "newer"), ledger(empty_database, "older")
-    newer.check()
+    newer.claim_database()
     # Its own offset where it has one; elsewhere the lowest of the others: no record is skipped.
     assert newer.next_offsets(TOPIC_IDS, PARTITIONS) == {PARTITIONS[0]: 70, PARTITIONS[1]: 40}
     with pytest.raises(ConfigurationError, match="'newer', not 'older'"):
-        older.check()
+        older.claim_database()
     newer.close()
     older.close()
 
 
 def test_the_group_can_be_renamed_with_its_offsets(database: Database) -> None:
     first, second = ledger(database, "first"), ledger(database, "second")
-    first.check()
+    first.claim_database()
     first.start_partitions(TOPIC_IDS, {PARTITIONS[0]: 5, PARTITIONS[1]: 7})
     with connected(database.migrator_url) as migrator:
         set_consumer_group(migrator, "second")
-    second.check()
+    second.claim_database()
     assert second.next_offsets(TOPIC_IDS, PARTITIONS) == {PARTITIONS[0]: 5, PARTITIONS[1]: 7}
     with pytest.raises(ConfigurationError, match="'second', not 'first'"):
-        first.check()
+        first.claim_database()
     with pytest.raises(ConfigurationError, match="'second', not 'first'"):
         first.start_partitions(TOPIC_IDS, {PARTITIONS[2]: 0})
     first.close()
@@ -129,7 +129,7 @@ def test_a_group_can_claim_a_database_before_any_consumer_started(database: Data
     with connected(database.migrator_url) as migrator:
         set_consumer_group(migrator, "group")
     one = ledger(database, "group")
-    one.check()
+    one.claim_database()
     one.close()
 
 
@@ -138,7 +138,7 @@ def test_a_frozen_rename_of_the_group_delays_new_partitions_no_longer_than_a_wai
 ) -> None:
     monkeypatch.setattr(queries, "LIMIT_LOCK_WAIT", "SET LOCAL lock_timeout = '100ms'")
     one = ledger(database, "mine")
-    one.check()
+    one.claim_database()
     with psycopg.connect(database.superuser_url) as operator:
         assert operator.execute("SELECT FROM consumer_groups FOR UPDATE").rowcount == 1
         with pytest.raises(DatabaseUnavailable, match="55P03"):

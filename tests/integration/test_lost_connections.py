@@ -118,7 +118,7 @@ class Writer:
         try:
             while time.monotonic() < deadline:
                 try:
-                    ledger.check()
+                    ledger.claim_database()
                     if at is None:
                         at = ledger.start_partitions(TOPIC_IDS, {PARTITION: 0})[PARTITION]
                     ledger.write(self.batch(at), lambda _: None)
@@ -193,7 +193,7 @@ def test_a_connection_may_be_cut_at_any_byte_that_the_client_sends(refusing_tabl
 def test_an_idle_connection_that_was_lost_is_replaced_silently(refusing_table: Database) -> None:
     writer = Writer(refusing_table, refusing_table.writer_url)
     ledger = ConsumerStore(writer.url, "tests", time.monotonic)
-    ledger.check()
+    ledger.claim_database()
     with open_connection(refusing_table.superuser_url, application_name="tests") as connection:
         for _ in range(3):
             ended = connection.execute(

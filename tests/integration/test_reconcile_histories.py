@@ -79,7 +79,7 @@ class History:
     def handle(self, partition: int, count: int, max_bytes: int, tombstones: Tombstones) -> None:
         ledger = ConsumerStore(self.database.writer_url, GROUP, time.monotonic)
         try:
-            ledger.check()
+            ledger.claim_database()
             of_topic = [TopicPartition(TOPIC, number) for number in PARTITIONS]
             expected = ledger.start_partitions(TOPIC_IDS, dict.fromkeys(of_topic, 0))[of_topic[partition]]
             taken = [record for record in self.records[partition] if record.position.offset >= expected][:count]

@@ -74,7 +74,7 @@ def test_each_store_has_its_own_consumer_group_and_offsets(stores: tuple[Databas
     for store, group, offset in zip(stores, groups, (5, 9), strict=True):
         consumer = ConsumerStore(store.writer_url, group, lambda: 0.0)
         try:
-            consumer.check()
+            consumer.claim_database()
             assert consumer.start_partitions({"orders": "topic-id"}, {partition: offset}) == {partition: offset}
         finally:
             consumer.close()

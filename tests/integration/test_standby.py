@@ -265,11 +265,11 @@ def test_a_write_on_a_standby_is_an_outage_that_ends_with_its_promotion(primary:
             with pytest.raises(DatabaseUnavailable, match="25006"):
                 repository.save(order)
             with pytest.raises(DatabaseUnavailable, match="25006"):
-                ledger.check()
+                ledger.claim_database()
         assert repository.get(UID) == SAMPLE
         standby.execute("SELECT pg_promote()")
         assert repository.save(order) is Outcome.STORED
-        ledger.check()
+        ledger.claim_database()
         partition = TopicPartition("orders", 0)
         assert ledger.start_partitions({"orders": "AAAAAAAAAAAAAAAAAAAAAQ"}, {partition: 0}) == {partition: 0}
         assert repository.stats().replication_delay_s is None
@@ -313,7 +313,7 @@ def test_a_consumer_that_reached_a_standby_looks_for_the_primary_again(
         ports = f"{conninfo_to_dict(wire.url)['port']},{standby.port}"
         url = make_conninfo(wire.url, host="127.0.0.1,127.0.0.1", port=ports)
         store = ConsumerStore(url, "order-consumer", time.monotonic)
-        store.check()
+        store.claim_database()
         partition = TopicPartition("orders", 0)
         new = {"orders": "BBBBBBBBBBBBBBBBBBBBBQ"}, {partition: 3}
         wire.cut()

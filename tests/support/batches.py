@@ -19,7 +19,7 @@ PARTITION = TopicPartition("orders", 0)
 def consumer_store(database: Database) -> Iterator[ConsumerStore]:
     """Yield the store of a consumer that begins at offset 0."""
     store = ConsumerStore(database.writer_url, "tests", lambda: 0.0)
-    store.check()
+    store.claim_database()
     store.start_partitions({"orders": "topic"}, {PARTITION: 0})
     yield store
     store.close()
