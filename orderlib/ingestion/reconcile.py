@@ -149,16 +149,18 @@ class SnapshotOriginal:
     def of(cls, value: bytes, stored_sha256: bytes) -> SnapshotOriginal:
         """Return the digests of the original of a stored order, which has this content digest."""
         content = None
-        forms: Iterator[tuple[CanonicalOrder, bytes]] = iter(())
+        current_form: list[tuple[CanonicalOrder, bytes]] = []
         with contextlib.suppress(RejectedError):
-            form = decode_canonical(value)
-            content, forms = digest(*form), iter([form] if form[1] else [])
-        known = (
-            digest(order)
-            for order, unknown in itertools.chain(forms, earlier_forms(value))
-            if digest(order, unknown) == stored_sha256
-        )
-        return cls(value_sha256=hashlib.sha256(value).digest(), content_sha256=content, known_sha256=next(known, None))
+            order, unknown = decode_canonical(value)
+            content = digest(order, unknown)
+            if unknown:
+                current_form = [(order, unknown)]
+        known = None
+        for order, unknown in itertools.chain(current_form, earlier_forms(value)):
+            if digest(order, unknown) == stored_sha256:
+                known = digest(order)
+                break
+        return cls(value_sha256=hashlib.sha256(value).digest(), content_sha256=content, known_sha256=known)
 
 
 @attrs.frozen(kw_only=True)
@@ -333,7 +335,8 @@ class Reconciliation:
         if reject is not None:
             self.counts["rejects"] += 1
             self._compare_content(record, reject)
-            self._compare_classification(record, classified, reject)
+            self._compare_faults(record, classified, reject)
+            self._compare_redrive(record, classified, reject)
         elif self._is_forgotten(record, classified):
             self.counts["forgotten"] += 1
         elif tombstone := tombstone_of(record):
@@ -373,10 +376,12 @@ class Reconciliation:
         if different := [name for name, is_same in same.items() if not is_same]:
             self._add_finding(f"the reject differs from Kafka's record in {', '.join(different)}", record.position)
 
-    def _compare_classification(self, record: Record, classified: Classified, reject: SnapshotReject) -> None:
-        outcome, position, tombstone = reject.redrive_outcome, record.position, tombstone_of(record)
+    def _compare_faults(self, record: Record, classified: Classified, reject: SnapshotReject) -> None:
+        """Compare code and faults of a reject with those that this release finds."""
+        position = record.position
         expected = _other_refusal(record, reject.code)
-        if isinstance(classified, Reject) and not (tombstone and reject.code == RefusedByDatabase.code):
+        is_refused_tombstone = reject.code == RefusedByDatabase.code and tombstone_of(record) is not None
+        if isinstance(classified, Reject) and not is_refused_tombstone:
             expected = classified
         if expected is None:
             # The rules of an earlier release refused it, so only the form of its faults can be checked.
@@ -393,6 +398,10 @@ class Reconciliation:
             self._add_finding(f"stored as {reject.code}, but {expected.code} by the rules of this release", position)
         elif (reject.faults_total, reject.fault_paths) != (expected.total_faults, [f.path for f in expected.faults]):
             self._add_finding("the faults of the reject differ from those that this release finds", position)
+
+    def _compare_redrive(self, record: Record, classified: Classified, reject: SnapshotReject) -> None:
+        """Compare the outcome of a redrive with the record, and add its version."""
+        outcome, position, tombstone = reject.redrive_outcome, record.position, tombstone_of(record)
         is_redriven = outcome not in {None, Outcome.REJECTED}
         if outcome not in {None, *Outcome}:
             self._add_finding("the reject has an unknown redrive_outcome", position)
@@ -412,7 +421,7 @@ class Reconciliation:
             self._add_finding(f"redriven as {outcome}, but it is {'' if tombstone else 'not '}a tombstone", position)
         version = _version(record, change, outcome, reject.redriven_at)
         if outcome in {Outcome.STORED, Outcome.DUPLICATE, Outcome.ERASED}:
-            self._check_redrive(change, position, version)
+            self._compare_with_previous(change, position, version)
             self._add_version(change.order_uid, version, position.partition)
             return
         self._not_redriven.setdefault(change.order_uid, {})[position.partition, position.offset] = version
@@ -425,7 +434,7 @@ class Reconciliation:
                 "stored as a reject, but a valid order by the rules of this release: redrive it", position
             )
 
-    def _check_redrive(self, change: OrderChange, position: RecordPosition, version: _Version) -> None:
+    def _compare_with_previous(self, change: OrderChange, position: RecordPosition, version: _Version) -> None:
         """Compare the outcome of a redrive with the previous valid record, the only one that it can replace."""
         uid, partition = change.order_uid, position.partition
         before = self._versions.get(uid, {}).get(partition)
