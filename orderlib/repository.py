@@ -111,8 +111,8 @@ def parse_cursor(text: str, of_plain: Callable[[str], T]) -> T:
 class Cursor:
     """A place in the list of orders. It names an order, and the next page begins after that order.
 
-    ``str`` encodes it as URL-safe text, and ``parse`` decodes that text. Raises TypeError for values of other types,
-    and ValueError for a time without an offset or a text that cannot be an order_uid.
+    ``str`` encodes it as URL-safe text, and ``parse`` decodes that text. The constructor raises TypeError for values of
+    other types, and ValueError for a time without an offset or a text that cannot be an order_uid.
     """
 
     #: When the order was stored for the first time; UTC.
@@ -474,9 +474,9 @@ class OrderRepository(Protocol):
         The text is a complete order_uid in any case, the URL of an order's page, a track number, a customer_id, a phone
         number in any format (only its digits count), an e-mail address in any case, or the rid of an item. If none of
         these matches, the text is taken as the beginning of an order_uid, and the orders are sorted by order_uid, both
-        in any case. If more than 1,000 order_uids begin so, some may be missing. White space around the text does not
-        count. At most ``limit`` orders, 1 to 100; to know whether there are more, ask for one more. Raises InvalidQuery
-        for another limit.
+        in any case. If more than 1,000 order_uids begin with it, some may be missing. White space around the text does
+        not count. At most ``limit`` orders, 1 to 100; to know whether there are more, ask for one more. Raises
+        InvalidQuery for another limit.
         """
         ...
 

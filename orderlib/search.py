@@ -38,7 +38,7 @@ class SearchField(enum.StrEnum):
 _ORDER_URL = re.compile(r"\S*/orders/([^/?#\s]+)\S*")
 _ORDER_UID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _NON_DIGITS = re.compile("[^0-9]+")
-#: The words of a phone number.
+#: Words that people write beside a phone number.
 _PHONE_WORDS = re.compile(r"\b(?:tel|phone|mobile|fax|ext|x)\b", re.IGNORECASE)
 
 

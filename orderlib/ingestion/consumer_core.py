@@ -407,9 +407,10 @@ class ConsumerCore:
         self._continue_at_stored(next_offsets)
 
     def on_failed(self, error: OrderlibError, now_s: float) -> None:
-        """The store task in progress failed, and changed nothing in the store.
+        """The store task in progress failed.
 
-        The exception is a COMMIT without an answer: its outcome is unknown until the fence of the next attempt.
+        Nothing changed in the store, unless a COMMIT got no answer: then the fence of the next attempt shows its
+        outcome.
         """
         if self._stopping and isinstance(error, FenceLost | TransientError):
             self._task = None

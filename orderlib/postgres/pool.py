@@ -165,8 +165,8 @@ class Pool:
         self._process = os.getpid()
         #: Reentrant: inside any method, Python may run a destructor or a signal handler, which may call another method
         #: in the same thread. An iterator of ``stream`` that was not read to its end gives its session back in that
-        #: way. So no method depends on a test that it made in an earlier step. A call that begins there and must wait
-        #: for a connection gets none: the connecting thread needs this lock.
+        #: way. So after any call, a method must check again what it has checked before. A call that begins inside such
+        #: a destructor or handler, and must wait for a connection, gets none: the connecting thread needs this lock.
         self._lock = threading.RLock()
         self._closed = False
         #: Sorted by last use, the most recent one last. Empty while calls wait.

@@ -282,7 +282,7 @@ ORDER BY o.first_stored_at DESC, o.order_uid DESC LIMIT $2
 
 #: The orders whose order_uid in small letters is $1 or begins with it: from $1 until before $2, at most the first $3 of
 #: each statement. The first one finds those without a capital letter by the primary key, among the first 1,000 that
-#: begin so; the second one those with a capital letter by an index of their own.
+#: begin with $1; the second one those with a capital letter by an index of their own.
 FIND_ORDER_UIDS: tuple[LiteralString, ...] = (
     """
 SELECT order_uid, first_stored_at FROM (

@@ -315,7 +315,7 @@ class ReadQueries:
         return [(queries.GET_VERSIONS, [queries.array_of(order_uids)])] if self._in_transaction else []
 
     def _is_one_snapshot(self, joined: list[Row], versions: list[list[Row]]) -> bool:
-        """Whether no order was replaced between the first statement and the last."""
+        """Return whether no order was replaced between the first statement and the last."""
         if not self._in_transaction:
             return True
         return {(row[0], *row[JOINED_WIDTH : JOINED_WIDTH + 2]) for row in joined} == set(versions[0])

@@ -144,7 +144,7 @@ class OrderRepositoryBase(ABC):
 
 
 class PostgresOrderRepository(OrderRepositoryBase):
-    """Keeps the promises of ``OrderRepository`` on PostgreSQL.
+    """An ``OrderRepository`` on PostgreSQL.
 
     An order is read by one JOIN plus one items query, pipelined in one REPEATABLE READ READ ONLY transaction. Threads
     may share it; a forked process must connect again. Created by ``connect``. Close it, or use it in ``with``.

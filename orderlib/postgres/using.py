@@ -62,7 +62,7 @@ def using_async(connection: psycopg.AsyncConnection[Any]) -> AsyncOrderRepositor
 
 
 class CallerOrderRepository(OrderRepositoryBase):
-    """Keeps the promises of ``OrderRepository`` inside a transaction of the caller's connection. See ``using``."""
+    """An ``OrderRepository`` inside a transaction of the caller's connection. See ``using``."""
 
     _reconnects: ClassVar[bool] = False
 
@@ -102,7 +102,7 @@ class CallerOrderRepository(OrderRepositoryBase):
 
 
 class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
-    """Keeps the promises of ``AsyncOrderRepository`` inside a transaction of the caller's connection."""
+    """An ``AsyncOrderRepository`` inside a transaction of the caller's connection. See ``using_async``."""
 
     _reconnects: ClassVar[bool] = False
 

@@ -124,7 +124,7 @@ class Wire:
                 raise error_from_result(result)
 
     def _flush(self) -> PQGen[None]:
-        """Send everything. Read meanwhile, so that a server that waits for us does not block both."""
+        """Send everything. Read meanwhile, so that neither side waits for the other."""
         while self.pgconn.flush():
             if (yield Wait.RW) == Ready.R:
                 self.pgconn.consume_input()

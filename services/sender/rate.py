@@ -9,8 +9,8 @@ CATCH_UP_S = 1.0
 class RateLimiter:
     """Spread records evenly over time.
 
-    Inexact waits do not add up, because late records are sent faster. At most ``CATCH_UP_S`` of lost time is made up
-    for, so that no burst follows a stall.
+    Inexact waits do not add up, because late records are sent faster. After a stall it catches up on at most
+    ``CATCH_UP_S``, so that no burst follows.
     """
 
     def __init__(self, per_s: float | None, now_s: float) -> None:
