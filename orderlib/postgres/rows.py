@@ -129,7 +129,7 @@ def _timestamptz(value: dt.datetime) -> bytes:
 
 #: The beginning and the end of the data of a binary COPY.
 COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
-COPY_TRAILER = _length(-1)[:2]
+COPY_TRAILER = _field_count(-1)
 
 
 #: How a field of each type is packed.
