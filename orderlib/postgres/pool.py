@@ -151,9 +151,9 @@ class Pool:
         timeout_s: float,
         connection_timeout_s: float | None = None,
     ) -> None:
-        _check_limit("timeout_s", timeout_s)
+        _check_time_limit("timeout_s", timeout_s)
         if connection_timeout_s is not None:
-            _check_limit("connection_timeout_s", connection_timeout_s)
+            _check_time_limit("connection_timeout_s", connection_timeout_s)
         if type(max_connections) is not int:
             raise TypeError(f"max_connections must be an int, not {type(max_connections).__name__}")
         if max_connections < 1:
@@ -385,10 +385,10 @@ class Call:
         """How long it may still wait for a connection."""
         return max(0.0, min(self._pool.connection_timeout_s, self.deadline - time.monotonic()))
 
-    def may_repeat(self, session: Session, error: Exception) -> bool:
-        """Return whether to repeat the call on another session, because this one was only lost while idle.
+    def _close_lost(self, session: Session, error: Exception) -> bool:
+        """Close what the error shows to be unusable. Return whether to repeat the call: this session was lost idle.
 
-        Also close the idle sessions if they are probably lost, and this one if it is on a standby and cannot write.
+        Unusable: the idle sessions after a loss or a timeout; this session if it is on a standby and cannot write.
         """
         if READ_ONLY in sqlstates(error):
             # The server became a standby after the session was connected, or the URL allows a standby.
@@ -403,7 +403,7 @@ class Call:
     def wait_before_retry_s(self, session: Session, error: psycopg.Error | OrderlibError, *, committing: bool) -> float:
         """Return how long to wait before a failed write is repeated, or raise the error that ends the call."""
         # If COMMIT was sent and succeeded, another writer may have replaced the orders since. Do not repeat it.
-        if self.may_repeat(session, error) and not committing:
+        if self._close_lost(session, error) and not committing:
             return 0
         translated = self._write_error(session, error, committing=committing)
         if isinstance(translated, TransactionConflict):
@@ -442,7 +442,7 @@ class Call:
         if is_early and not self._repeated and any(map(_is_repeatable, sqlstates(error))):
             self._repeated = True
             return True
-        return self.may_repeat(session, error)
+        return self._close_lost(session, error)
 
 
 def check_process(process: int) -> None:
@@ -451,7 +451,7 @@ def check_process(process: int) -> None:
         raise ConfigurationError("the repository belongs to another process: connect again after a fork")
 
 
-def _check_limit(name: str, limit_s: float) -> None:
+def _check_time_limit(name: str, limit_s: float) -> None:
     if not 0 < require_seconds(name, limit_s) <= _MAX_TIMEOUT_S:
         raise ValueError(f"{name} must be positive and at most {_MAX_TIMEOUT_S:.0f}, not {limit_s}")
 
