@@ -20,7 +20,7 @@ from psycopg.abc import PQGen
 from orderlib.errors import DatabaseUnavailable
 from orderlib.ingestion.records import PreparedOrder, prepare_order
 from orderlib.models import Order
-from orderlib.postgres.errors import let_end_arrive
+from orderlib.postgres.errors import wait_for_close
 from orderlib.postgres.pool import READ_ERRORS, WRITE_ERRORS, Call, Pool, Session
 from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.rows import pack_rows
@@ -292,5 +292,5 @@ async def _run(session: Session, steps: PQGen[T], call: Call) -> T:
     try:
         return await waiting.wait_async(run_until(steps, call.deadline), session.pgconn.socket, check_s)
     except psycopg.Error as exc:
-        await let_end_arrive(session, exc)
+        await wait_for_close(session, exc)
         raise

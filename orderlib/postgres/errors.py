@@ -30,6 +30,8 @@ from orderlib.errors import (
 )
 from orderlib.ingestion.retry import ErrorAction, classify_refusal, classify_sqlstate, is_standard
 
+_NO_PASSWORD = "the server asks for a password, and the database URL has none"  # noqa: S105  the text of an error
+
 #: Configuration errors of a connection that libpq itself reports, before or without an answer of the server. libpq's
 #: messages are in English unless the process selected another language. Then such an error counts as an outage, which
 #: is logged and retried, and nothing is lost.
@@ -53,7 +55,7 @@ _LIBPQ_CONFIGURATION_ERRORS = {
     r"sslmode value|weak sslmode": "sslmode does not fit the other TLS settings",
     r"(could not get home directory|SSL support|sslmode .* compiled)": "libpq cannot use TLS as configured",
     # Authentication
-    r"no password supplied": "the server asks for a password, and the database URL has none",
+    r"no password supplied": _NO_PASSWORD,
     r"channel binding": "channel_binding cannot be satisfied by this server",
     r"authentication method requirement": "the server's authentication method is not one of require_auth",
     r"(SASL|SCRAM|GSSAPI|SSPI|authentication method) .*not supported": "the authentication method is not supported",
@@ -127,8 +129,8 @@ _WORKER_OUTAGE = re.compile(
 #: A write on a read-only server: it became a standby, or the URL allows one.
 READ_ONLY = "25006"
 
-#: An error without an SQLSTATE may be due to the end of the connection, which may arrive this much later.
-_END_ARRIVES_WITHIN_S = 0.2
+#: An error without an SQLSTATE may be due to the close of the connection, which may arrive this much later.
+_CLOSE_ARRIVES_WITHIN_S = 0.2
 _MAX_READS = 8
 
 
@@ -136,11 +138,11 @@ def is_lost(connection: HasPGconn, exc: BaseException | None = None) -> bool:
     """Return whether the connection is lost: closed, broken, or ended by the server.
 
     Read what the server has sent since, because libpq notices the end of a connection only when it reads. For an idle
-    connection that takes one system call. In an event loop it never waits: call ``let_end_arrive`` first.
+    connection that takes one system call. In an event loop it never waits: call ``wait_for_close`` first.
     """
     if _is_fatal(exc):
         return True
-    wait_ms = int(_END_ARRIVES_WITHIN_S * 1000) if _may_be_end(exc) and not _in_event_loop() else 0
+    wait_ms = int(_CLOSE_ARRIVES_WITHIN_S * 1000) if _may_be_closing(exc) and not _in_event_loop() else 0
     pgconn = connection.pgconn
     poll = select.poll()
     try:
@@ -154,18 +156,18 @@ def is_lost(connection: HasPGconn, exc: BaseException | None = None) -> bool:
     return pgconn.status != ConnStatus.OK
 
 
-async def let_end_arrive(connection: HasPGconn, exc: psycopg.Error) -> None:
+async def wait_for_close(connection: HasPGconn, exc: psycopg.Error) -> None:
     """Wait as long as ``is_lost`` does outside of an event loop, while other tasks run."""
-    if _may_be_end(exc):
+    if _may_be_closing(exc):
         with contextlib.suppress(psycopg.Error):
-            await waiting.wait_async(_read_once(), connection.pgconn.socket, _END_ARRIVES_WITHIN_S)
+            await waiting.wait_async(_read_once(), connection.pgconn.socket, _CLOSE_ARRIVES_WITHIN_S)
 
 
 def _read_once() -> PQGen[None]:
     yield Wait.R
 
 
-def _may_be_end(exc: BaseException | None) -> bool:
+def _may_be_closing(exc: BaseException | None) -> bool:
     return isinstance(exc, psycopg.Error) and exc.sqlstate is None
 
 
@@ -287,9 +289,7 @@ def _failed_connection(exc: psycopg.Error, pgconn: PGconn) -> OrderlibError:
     address = _address(pgconn)
     if exc.sqlstate is None or exc.sqlstate == "08P01":
         if exc.sqlstate is None and pgconn.needs_password:
-            return ConfigurationError(
-                f"PostgreSQL{address}: the server asks for a password, and the database URL has none"
-            )
+            return ConfigurationError(f"PostgreSQL{address}: {_NO_PASSWORD}")
         return _from_message(str(exc), address, f" ({exc.sqlstate})" if exc.sqlstate else "")
     if exc.sqlstate == "3D000" and _HOST.fullmatch(database := pgconn.db.decode("utf-8", "replace")):
         return ConfigurationError(f'PostgreSQL{address}: database "{database}" does not exist (3D000)')

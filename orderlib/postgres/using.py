@@ -17,7 +17,7 @@ from orderlib.errors import ConfigurationError, DatabaseUnavailable
 from orderlib.ingestion.records import PreparedOrder
 from orderlib.postgres import queries
 from orderlib.postgres.async_repository import AsyncOrderRepositoryBase
-from orderlib.postgres.errors import READ_ONLY, let_end_arrive, sqlstates, translate_errors
+from orderlib.postgres.errors import READ_ONLY, sqlstates, translate_errors, wait_for_close
 from orderlib.postgres.pool import check_process
 from orderlib.postgres.reads import PageReader, ReadQueries
 from orderlib.postgres.repository import OrderRepositoryBase
@@ -140,7 +140,7 @@ class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
                             return await connection.wait(_in_savepoint(self._wire, steps))
                     await connection.cursor(row_factory=tuple_row).execute(queries.EMPTY_SELECT)
             except psycopg.Error as exc:
-                await let_end_arrive(connection, exc)
+                await wait_for_close(connection, exc)
                 raise
 
 

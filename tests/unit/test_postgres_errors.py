@@ -15,7 +15,7 @@ from psycopg.pq import ConnStatus, DiagnosticField, PGconn
 from psycopg.pq.abc import PGconn as AnyPGconn
 
 from orderlib import ConfigurationError, DatabaseUnavailable, OrderlibError, RefusedByDatabase, TransactionConflict
-from orderlib.postgres.errors import HasPGconn, is_lost, let_end_arrive, translate, translate_errors
+from orderlib.postgres.errors import HasPGconn, is_lost, translate, translate_errors, wait_for_close
 
 WITH_SQLSTATE = [
     kind
@@ -171,7 +171,7 @@ def test_other_tasks_run_while_the_end_of_a_connection_may_arrive() -> None:
     error = psycopg.OperationalError("lost synchronization with server")
 
     async def lost(connection: HasPGconn) -> bool:
-        await let_end_arrive(connection, error)
+        await wait_for_close(connection, error)
         return is_lost(connection, error)
 
     async def lost_after_another_task_ends_it(connection: _Ending) -> bool:
