@@ -32,6 +32,7 @@ from orderlib.ingestion.records import (
     PreparedOrder,
     Record,
     Reject,
+    StoredOffset,
     Tombstone,
     classify_record,
     tombstone_of,
@@ -97,19 +98,6 @@ class TopicState:
     ends: Mapping[int, int]
     #: Whether Kafka compacts it, so that any record before the log end may be missing.
     is_compacted: bool
-
-
-@attrs.frozen(kw_only=True)
-class StoredOffset:
-    """The stored offset of a group for one partition of one topic id."""
-
-    group: str
-    topic: str
-    topic_id: str
-    partition: int
-    next_offset: int
-    #: When a batch last moved it; UTC.
-    updated_at: dt.datetime
 
 
 @attrs.frozen(kw_only=True)

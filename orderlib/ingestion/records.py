@@ -446,6 +446,19 @@ class OffsetRange:
 
 
 @attrs.frozen(kw_only=True)
+class StoredOffset:
+    """The stored offset of a group for one partition of one topic id."""
+
+    group: str
+    topic: str
+    topic_id: str
+    partition: int
+    next_offset: int
+    #: When a batch last moved it; UTC.
+    updated_at: dt.datetime
+
+
+@attrs.frozen(kw_only=True)
 class Batch:
     """The records of one transaction."""
 

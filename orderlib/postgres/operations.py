@@ -12,7 +12,7 @@ import psycopg
 
 from orderlib.codecs import is_order_uid
 from orderlib.errors import ConfigurationError
-from orderlib.ingestion.reconcile import StoredOffset
+from orderlib.ingestion.records import StoredOffset
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, transaction_with_lock_limit
 from orderlib.postgres.errors import translate_errors
@@ -35,8 +35,17 @@ def stored_offsets(connection: Connection) -> list[StoredOffset]:
     """Return all stored offsets. Needs the reader's privileges only."""
     with translate_errors(connection):
         rows = connection.execute(queries.ALL_OFFSETS).fetchall()
-    names = [field.name for field in attrs.fields(StoredOffset)]
-    return [StoredOffset(**dict(zip(names, row, strict=True))) for row in rows]
+    return [
+        StoredOffset(
+            group=group,
+            topic=topic,
+            topic_id=topic_id,
+            partition=partition,
+            next_offset=next_offset,
+            updated_at=updated_at,
+        )
+        for group, topic, topic_id, partition, next_offset, updated_at in rows
+    ]
 
 
 def index_advice(connection: Connection) -> str | None:

@@ -205,8 +205,7 @@ class ReadQueries:
             uids = [row[0] for row in by_uid[:limit]]
             fields = {uid: [SearchField.ORDER_UID_PREFIX] for uid in uids}
         [rows] = yield from self._pipeline((queries.GET_SUMMARIES, [queries.array_of(uids)]), end=True)
-        names = [field.name for field in attrs.fields(OrderSummary)]
-        summaries = {row[0]: OrderSummary(**dict(zip(names, row, strict=True))) for row in rows}
+        summaries = {row[0]: _order_summary(row) for row in rows}
         return tuple(Match(order=summaries[uid], fields=tuple(fields[uid])) for uid in uids if uid in summaries)
 
     def position_state(self, topic: str, partition: int, offset: int) -> PQGen[PositionState]:
@@ -377,6 +376,19 @@ def _reject_filters(query: RejectQuery) -> dict[str, object]:
         "not_redriven": query.not_redriven or None,
     }
     return {name: value for name, value in filters.items() if value is not None}
+
+
+def _order_summary(row: Row) -> OrderSummary:
+    order_uid, customer_id, track_number, items, amount, currency, first_stored_at = row
+    return OrderSummary(
+        order_uid=order_uid,
+        customer_id=customer_id,
+        track_number=track_number,
+        items=items,
+        amount=amount,
+        currency=currency,
+        first_stored_at=first_stored_at,
+    )
 
 
 def _reject_summary(row: Row) -> RejectSummary:

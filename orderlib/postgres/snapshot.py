@@ -9,13 +9,8 @@ from typing import Any, Unpack
 
 import psycopg
 
-from orderlib.ingestion.reconcile import (
-    SnapshotErased,
-    SnapshotOrder,
-    SnapshotOriginal,
-    SnapshotReject,
-    StoredOffset,
-)
+from orderlib.ingestion.reconcile import SnapshotErased, SnapshotOrder, SnapshotOriginal, SnapshotReject
+from orderlib.ingestion.records import StoredOffset
 from orderlib.postgres import operations, queries
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.errors import translate_errors

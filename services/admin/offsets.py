@@ -98,11 +98,11 @@ def _lag(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with open_database(environ, "ORDERS_READER_URL") as connection:
         stored, advice = stored_offsets(connection), index_advice(connection)
     topic_reader = TopicReader(KafkaSettings.from_mapping(environ))
-    next_offsets = {offset.partition: offset for offset in stored if offset.topic_id == topic_reader.topic_id}
+    offsets = {offset.partition: offset for offset in stored if offset.topic_id == topic_reader.topic_id}
     earliest, ends = topic_reader.earliest(), topic_reader.ends()
     rows = []
     for partition in sorted(topic_reader.partitions):
-        known = next_offsets.get(partition)
+        known = offsets.get(partition)
         next_offset = known.next_offset if known else earliest[partition]
         rows.append(
             {

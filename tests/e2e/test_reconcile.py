@@ -19,7 +19,8 @@ from confluent_kafka.admin import AdminClient
 from psycopg import sql
 
 import orderlib
-from orderlib.ingestion.reconcile import MAX_FINDINGS, Reconciliation, SnapshotErased, StoredOffset, TopicState
+from orderlib.ingestion.reconcile import MAX_FINDINGS, Reconciliation, SnapshotErased, TopicState
+from orderlib.ingestion.records import StoredOffset
 from orderlib.testing import SAMPLE
 from sandbox import Sandbox
 from services.admin.__main__ import main

@@ -16,10 +16,9 @@ from orderlib.ingestion.reconcile import (
     SnapshotOrder,
     SnapshotOriginal,
     SnapshotReject,
-    StoredOffset,
     TopicState,
 )
-from orderlib.ingestion.records import PreparedOrder, Record, Reject, classify_record
+from orderlib.ingestion.records import PreparedOrder, Record, Reject, StoredOffset, classify_record
 from orderlib.repository import RecordPosition
 from orderlib.testing import SAMPLE
 
