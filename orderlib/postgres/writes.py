@@ -244,16 +244,15 @@ def _uids(changes: Iterable[OrderChange]) -> str:
 
 def _copies(plan: WritePlan, now: dt.datetime) -> list[Copy]:
     """Return the COPY of each table for which the plan has rows."""
+    # Packed once: nearly every order of a batch is new.
+    columns_of_new_order = pack_store_columns(now, now, 1, False)
 
     def order_row(write: PreparedOrder, version: int, first_stored_at: dt.datetime | None) -> bytes:
-        has_original = write.original is not None
-        if first_stored_at is None:
-            if version == 1 and not has_original:
-                return write.rows.order + columns_of_new_order
-            return write.rows.order + pack_store_columns(now, now, version, has_original)
-        return write.rows.order + pack_store_columns(first_stored_at, max(now, first_stored_at), version, has_original)
+        if first_stored_at is None and version == 1 and write.original is None:
+            return write.rows.order + columns_of_new_order
+        first = first_stored_at or now
+        return write.rows.order + pack_store_columns(first, max(now, first), version, write.original is not None)
 
-    columns_of_new_order = pack_store_columns(now, now, 1, False)
     orders = [
         (write, version, first_stored_at)
         for write, version, first_stored_at in zip(plan.writes, plan.version_numbers, plan.first_stored, strict=True)
