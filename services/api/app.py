@@ -10,8 +10,6 @@ from urllib.parse import quote_from_bytes
 import falcon.asgi
 from falcon.asgi import Request, Response
 from falcon.asgi_spec import AsgiEvent, AsgiSendMsg
-from prometheus_client import generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from orderlib.repository import AsyncOrderRepository
 from services.api.auth import AuthMiddleware
@@ -25,7 +23,7 @@ from services.api.pages import Pages, StaticResource
 from services.api.parameters import ParametersMiddleware
 from services.api.records import RecordResource
 from services.api.rejects import AsyncRejectRepository, RejectsResource
-from services.api.request_metrics import RequestMetricsMiddleware
+from services.api.request_metrics import MetricsResource, RequestMetricsMiddleware
 from services.api.search import SearchResource
 from services.settings import ApiSettings
 
@@ -95,20 +93,6 @@ class Api(falcon.asgi.App[Request, Response]):
 async def _no_body() -> AsgiEvent:
     """Return an empty body at once: no resource reads the body of a request."""
     return {"type": "http.request", "body": b"", "more_body": False}
-
-
-class MetricsResource:
-    """``/metrics``, served on a separate address."""
-
-    def __init__(self, request_metrics: RequestMetricsMiddleware) -> None:
-        self._request_metrics = request_metrics
-        self._registry = request_metrics.metrics.registry
-
-    async def on_get(self, _req: Request, resp: Response) -> None:
-        """Return all metrics in the text format of Prometheus, with every request that this worker has answered."""
-        self._request_metrics.log_and_count_answered()
-        resp.content_type = CONTENT_TYPE_LATEST
-        resp.data = generate_latest(self._registry)
 
 
 class ApiRepository(AsyncOrderRepository, AsyncRejectRepository, Protocol):

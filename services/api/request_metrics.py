@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from http import HTTPMethod, HTTPStatus
 
 from falcon.asgi import Request, Response
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from services.api.error_handlers import PROBLEM_JSON, problem
 from services.api.event_loop import call_when_idle
@@ -94,3 +96,17 @@ class RequestMetricsMiddleware:
             "Content-Length": str(len(body)),
             "X-Request-Id": request_id,
         }, body
+
+
+class MetricsResource:
+    """``/metrics``, served on a separate address."""
+
+    def __init__(self, request_metrics: RequestMetricsMiddleware) -> None:
+        self._request_metrics = request_metrics
+        self._registry = request_metrics.metrics.registry
+
+    async def on_get(self, _req: Request, resp: Response) -> None:
+        """Return all metrics in the text format of Prometheus, with every request that this worker has answered."""
+        self._request_metrics.log_and_count_answered()
+        resp.content_type = CONTENT_TYPE_LATEST
+        resp.data = generate_latest(self._registry)

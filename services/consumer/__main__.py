@@ -23,8 +23,9 @@ from orderlib.ingestion.records import TopicPartition, classify_record
 from orderlib.ingestion.retry import Backoff
 from orderlib.postgres.consumer_store import ConsumerStore
 from orderlib.postgres.rows import pack_rows
-from services.consumer.health import ConsumerMetrics, Health, HealthServer
+from services.consumer.health import Health, HealthServer
 from services.consumer.kafka_consumer import KafkaConsumer
+from services.consumer.metrics import ConsumerMetrics
 from services.consumer.runner import STOP_CLOSE_S, ConsumerRunner, StoreWorker
 from services.kafka import TopicInfo
 from services.program import event, run_with_kafka, set_up_program

@@ -49,9 +49,10 @@ from orderlib.ingestion.consumer_core import (
 from orderlib.ingestion.records import Batch, Record, Reject, TopicPartition
 from orderlib.postgres.consumer_store import BatchResult, ConsumerStore
 from orderlib.repository import Outcome
-from services.consumer.health import ConsumerMetrics, Health, never_fatal
+from services.consumer.health import Health, never_fatal
 from services.consumer.kafka_client import FetchFailed, KafkaClient
 from services.consumer.lag import LagMonitor
+from services.consumer.metrics import ConsumerMetrics
 from services.consumer.summary import Summary
 from services.kafka import TopicInfo
 from services.program import event

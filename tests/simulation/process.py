@@ -27,7 +27,8 @@ from orderlib.ingestion.consumer_core import (
 )
 from orderlib.ingestion.records import TopicPartition
 from orderlib.repository import Outcome
-from services.consumer.health import ConsumerMetrics, Health
+from services.consumer.health import Health
+from services.consumer.metrics import ConsumerMetrics
 from services.consumer.runner import ConsumerRunner
 from tests.simulation.invariants import InvariantViolation
 from tests.simulation.kafka import PARTITIONS, TOPIC, classified

@@ -15,13 +15,8 @@ from structlog.testing import capture_logs
 
 from orderlib.errors import ConfigurationError
 from services.consumer import health
-from services.consumer.health import (
-    LIVE_WITHIN_S,
-    ConsumerMetrics,
-    Health,
-    HealthServer,
-    never_fatal,
-)
+from services.consumer.health import LIVE_WITHIN_S, Health, HealthServer, never_fatal
+from services.consumer.metrics import ConsumerMetrics
 from services.settings import Address
 from tests.support.api_process import get_page
 from tests.support.waiting import wait_for

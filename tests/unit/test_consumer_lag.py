@@ -10,9 +10,9 @@ import pytest
 
 from orderlib.errors import BrokerUnavailable, OrderlibError, UnreadableRecord
 from orderlib.ingestion.records import TopicPartition
-from services.consumer.health import ConsumerMetrics
 from services.consumer.kafka_client import FetchFailed, KafkaClient
 from services.consumer.lag import LagMonitor
+from services.consumer.metrics import ConsumerMetrics
 
 OWN, FOREIGN = TopicPartition("orders", 0), TopicPartition("orders", 1)
 OFFSETS = {OWN: 5, FOREIGN: 7}

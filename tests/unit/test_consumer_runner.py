@@ -23,8 +23,9 @@ from orderlib.ingestion.consumer_core import (
 )
 from orderlib.ingestion.records import PreparedOrder, Record, Reject, TopicPartition
 from orderlib.repository import Outcome, RecordPosition
-from services.consumer.health import ConsumerMetrics, Health
+from services.consumer.health import Health
 from services.consumer.kafka_client import FetchFailed, KafkaClient, PollResult
+from services.consumer.metrics import ConsumerMetrics
 from services.consumer.runner import ConsumerRunner, Result
 from services.kafka import TopicInfo
 

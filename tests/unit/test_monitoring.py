@@ -24,7 +24,7 @@ from services.admin.__main__ import make_parser
 from services.api import metrics
 from services.api.app import ROUTES, ApiRepository, create_app, create_metrics_app
 from services.api.request_metrics import RequestMetricsMiddleware
-from services.consumer import health
+from services.consumer.metrics import ConsumerMetrics
 from services.settings import Address, ApiSettings
 
 C = TypeVar("C")
@@ -77,7 +77,7 @@ class Exported:
 
 def exported() -> Iterator[Exported]:
     """Every metric in the registries of the consumer and of the API."""
-    for registry in (health.ConsumerMetrics().registry, metrics.ApiMetrics(ROUTES).registry):
+    for registry in (ConsumerMetrics().registry, metrics.ApiMetrics(ROUTES).registry):
         for collector in registry._collector_to_names:
             for family in collector.collect():
                 labels = frozenset([*getattr(collector, "_labelnames", ()), *getattr(family, "_labelnames", ())])

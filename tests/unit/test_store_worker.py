@@ -14,7 +14,7 @@ import pytest
 from orderlib.errors import BrokerUnavailable
 from orderlib.ingestion.consumer_core import Breaker, CheckTopics, ResolveOffsets, StoreTask
 from orderlib.ingestion.records import TopicPartition
-from services.consumer.health import ConsumerMetrics
+from services.consumer.metrics import ConsumerMetrics
 from services.consumer.runner import Result, StoreWorker
 from services.kafka import TopicInfo
 
