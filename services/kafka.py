@@ -182,8 +182,7 @@ class Cluster:
     def _replace_client(self) -> bool:
         """Replace the client if it finds no broker although a new one does. Return whether it was replaced.
 
-        After an answer that names no broker, librdkafka (2.16) may forget all brokers for ever, also those of its
-        settings. Kafka answers so while it has fenced its brokers, for example after a pause of their machine.
+        "Errors" in DESIGN.md describes how a client forgets its brokers.
         """
         if _gets_answer(self.admin, _FIND_BROKERS_S):
             return False

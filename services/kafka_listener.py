@@ -7,8 +7,6 @@ import socket
 import ssl
 import struct
 
-# UnicodeError is what Python raises for a name that no host can have, such as ``a..b``.
-
 #: The timeout of connecting and of each read.
 _PROBE_TIMEOUT_S = 1.0
 
@@ -19,6 +17,7 @@ _ILLEGAL_SASL_STATE = 34
 def expected_protocol(address: str) -> str | None:
     """Return the security.protocol of the listener at host:port; ``None`` if it is not a Kafka listener."""
     for over_tls in (False, True):
+        # UnicodeError is what Python raises for a name that no host can have, such as ``a..b``.
         with contextlib.suppress(OSError, UnicodeError, struct.error):
             needs_sasl = _needs_sasl(address, over_tls=over_tls)
             return ("SASL_" if needs_sasl else "") + ("SSL" if over_tls else "PLAINTEXT")

@@ -215,11 +215,7 @@ class KafkaConsumer(KafkaClient):
         return not closing.is_alive()
 
     def _replace_client(self) -> None:
-        """Join the group with a new client, because librdkafka has forgotten every broker.
-
-        It does so after an answer that names none (2.16, now and then), and then never finds one again, not even those
-        of its settings. Kafka answers so while it has fenced its brokers, for example after a pause of their machine.
-        """
+        """Join the group with a new client, because librdkafka has forgotten every broker ("Errors" in DESIGN.md)."""
         event("kafka_client_replaced", logging.WARNING, reason="librdkafka has forgotten every broker")
         # It may wait for brokers.
         threading.Thread(target=self._consumer.close, daemon=True).start()
@@ -236,14 +232,16 @@ class KafkaConsumer(KafkaClient):
         consumer.incremental_assign([])
         assigned = {TopicPartition(one.topic, one.partition) for one in partitions}
         self._owned |= assigned
-        not_none(self._listener).on_partitions_assigned(assigned)
+        assert self._listener is not None
+        self._listener.on_partitions_assigned(assigned)
 
     def _on_revoke(self, consumer: Consumer, partitions: list[KafkaPartition]) -> None:
         revoked = {TopicPartition(one.topic, one.partition) for one in partitions}
         consumer.incremental_unassign(_without_offsets(revoked & self._assigned))
         self._owned -= revoked
         self._assigned -= revoked
-        not_none(self._listener).on_partitions_revoked(revoked)
+        assert self._listener is not None
+        self._listener.on_partitions_revoked(revoked)
 
     def _on_statistics(self, report: str) -> None:
         knows_broker = msgspec.json.decode(report, type=_Statistics).knows_broker
