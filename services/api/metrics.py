@@ -21,6 +21,7 @@ OTHER_METHOD = "other"
 
 _METHODS = (OTHER_METHOD, *(str(method) for method in HTTPMethod))
 _STATUSES = tuple(int(status) for status in HTTPStatus)
+_SERVER_ERROR = _STATUSES.index(HTTPStatus.INTERNAL_SERVER_ERROR)
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5)
 #: The buckets, the bucket without an upper bound, and the sum in nanoseconds.
 _TIME_CELLS = len(_BUCKETS) + 2
@@ -114,6 +115,3 @@ class ApiMetrics(Collector):
     def _slot(self, number: int) -> memoryview:
         at = 1 + number * self._width
         return self._cells[at : at + self._width]
-
-
-_SERVER_ERROR = _STATUSES.index(HTTPStatus.INTERNAL_SERVER_ERROR)

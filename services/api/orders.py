@@ -64,14 +64,7 @@ class OrderResource:
             await self._show_original(req, resp, order_uid)
             return
         if wants_page(req):
-            stored = await self._repository.get_stored(order_uid)
-            req.context.log_fields["order_uid"] = order_uid
-            if single_parameter(req, "view") == "json":
-                readable = msgspec.json.format(encode_order(stored.order), indent=2).decode()
-                self._pages.show(resp, "json.html", order_uid=order_uid, json=readable, query="")
-                return
-            statuses = Counter(item.status for item in stored.order.items)
-            self._pages.show(resp, "order.html", stored=stored, statuses=statuses, query="")
+            await self._show_page(req, resp, order_uid)
             return
         resp.set_header("Cache-Control", _REVALIDATE)
         known = known_etags(req)
@@ -95,6 +88,17 @@ class OrderResource:
         resp.set_header("ETag", f'"{etag}"')
         resp.content_type = falcon.MEDIA_JSON
         resp.data = data
+
+    async def _show_page(self, req: Request, resp: Response, order_uid: str) -> None:
+        """Show the order as a page or, with ``view=json``, its indented JSON."""
+        stored = await self._repository.get_stored(order_uid)
+        req.context.log_fields["order_uid"] = order_uid
+        if single_parameter(req, "view") == "json":
+            readable = msgspec.json.format(encode_order(stored.order), indent=2).decode()
+            self._pages.show(resp, "json.html", order_uid=order_uid, json=readable, query="")
+            return
+        statuses = Counter(item.status for item in stored.order.items)
+        self._pages.show(resp, "order.html", stored=stored, statuses=statuses, query="")
 
     async def _show_original(self, req: Request, resp: Response, order_uid: str) -> None:
         """Return the order byte for byte as it was sent. The ETag is the SHA-256 of these bytes."""

@@ -92,8 +92,14 @@ def limit_parameter(req: Request) -> int:
     text = single_parameter(req, "limit")
     if text is None:
         return PAGE_SIZE
-    if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= MAX_PAGE_SIZE):
-        raise bad_parameter("limit", f"an integer from 1 to {MAX_PAGE_SIZE}", "another value")
+    return parse_integer("limit", text, 1, MAX_PAGE_SIZE)
+
+
+def parse_integer(name: str, text: str, least: int, most: int) -> int:
+    """Return the integer in a text. Raise InvalidQuery for any other text, and outside these bounds."""
+    # Python refuses to convert thousands of digits. No offset has more than 19.
+    if not (text.isascii() and text.isdigit() and len(text) <= 19 and least <= int(text) <= most):
+        raise bad_parameter(name, f"an integer from {least} to {most}", "another value")
     return int(text)
 
 

@@ -19,7 +19,7 @@ from orderlib.repository import (
     PositionState,
 )
 from services.api.deadline import ANSWER_TIMEOUT_S, with_deadline
-from services.api.parameters import bad_parameter, single_parameter
+from services.api.parameters import bad_parameter, parse_integer, single_parameter
 
 #: The longest time that a client may ask to wait.
 MAX_WAIT_S = 5
@@ -48,7 +48,11 @@ class RecordResource:
         """Return the state of a record, as soon as it is handled or rejected, or at the end of the wait."""
         if not re.fullmatch(TOPIC_PATTERN, topic):
             raise bad_parameter("topic", "1 to 249 of the characters A-Z a-z 0-9 . _ -", "another text")
-        position = (topic, _integer("partition", partition, MAX_PARTITION), _integer("offset", offset, MAX_OFFSET))
+        position = (
+            topic,
+            parse_integer("partition", partition, 0, MAX_PARTITION),
+            parse_integer("offset", offset, 0, MAX_OFFSET),
+        )
         wait_s = _wait_s(req)
         resp.set_header("Cache-Control", "no-store")
         state = await self._state_after(position, wait_s)
@@ -88,12 +92,6 @@ class RecordResource:
                 if not polling.remaining_s:
                     raise
             await asyncio.sleep(polling.next_pause_s(self._waiting * _POLL_GAP_S))
-
-
-def _integer(name: str, text: str, most: int) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 19 and int(text) <= most):
-        raise bad_parameter(name, f"an integer from 0 to {most}", "another value")
-    return int(text)
 
 
 def _wait_s(req: Request) -> float:
