@@ -7,15 +7,13 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 
-import msgspec
-
 from orderlib.commands import Commands
 from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.errors import RejectedError
 from orderlib.postgres.backfill import backfill
 from orderlib.repository import Outcome
 from services.admin.database import open_database
-from services.admin.output import ProgressLine, add_json_option, count_of, print_table, printable, utf8_text
+from services.admin.output import ProgressLine, add_json_option, count_of, print_json, print_table, printable, utf8_text
 
 #: More rejected originals than this are counted, but not listed.
 _MAX_LISTED = 10_000
@@ -68,7 +66,7 @@ def _backfill(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if options.json:
         named = [{"order_uid": uid, "code": error.code, "path": error.faults[0].path} for uid, error in errors.items()]
         result = {"dry_run": options.dry_run, "last": last or None, **counts, "rejected_originals": named}
-        print(printable(msgspec.json.format(msgspec.json.encode(result), indent=2).decode()))
+        print_json(result)
     else:
         print_table([counts], as_json=False)
         for uid, error in errors.items():

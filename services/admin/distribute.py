@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from orderlib.commands import APPLICATION_NAME, Commands
 from orderlib.entry_point import EXIT_DONE
 from orderlib.postgres.citus import distribute
-from services.admin.output import positive
+from services.admin.output import positive_integer
 from services.settings import database_url
 
 #: Few, because every batch of the consumer is split over all shards.
@@ -27,7 +27,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--shards",
         metavar="N",
-        type=positive,
+        type=positive_integer,
         default=_SHARDS,
         help="number of shards, a small multiple of the number of workers (%(default)s)",
     )

@@ -53,7 +53,7 @@ def utf8_text(text: str) -> str:
     return text
 
 
-def integer_to(maximum: int) -> Callable[[str], int]:
+def integer_up_to(maximum: int) -> Callable[[str], int]:
     """Return a parser of command-line arguments: integers from 1 to ``maximum``."""
 
     def parse(text: str) -> int:
@@ -65,7 +65,7 @@ def integer_to(maximum: int) -> Callable[[str], int]:
 
 
 #: Parses an argument that has no limit of its own.
-positive = integer_to(999_999_999)
+positive_integer = integer_up_to(999_999_999)
 
 
 def rfc3339_time(text: str) -> dt.datetime:
@@ -84,10 +84,15 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
+def print_json(result: object) -> None:
+    """Print a result as indented JSON."""
+    print(printable(msgspec.json.format(msgspec.json.encode(result), indent=2).decode()))
+
+
 def print_table(rows: Sequence[ResultRow], *, as_json: bool) -> None:
     """Print rows with the same keys as a JSON array or as a table with a header."""
     if as_json:
-        print(printable(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode()))
+        print_json(rows)
         return
     if not rows:
         return

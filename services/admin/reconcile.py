@@ -248,9 +248,5 @@ def _report(
         lines.append(f"… and {findings.total - _SHOWN:,} more")
     # order_uids may come from a damaged database or a manifest.
     print(printable("\n".join(line.replace("\n", "\\n") for line in lines)))
-    done = (
-        f"{count_of(findings.total, 'discrepancy', 'discrepancies')}"
-        if findings.total
-        else "everything is accounted for"
-    )
+    done = count_of(findings.total, "discrepancy", "discrepancies") if findings.total else "everything is accounted for"
     print(done, file=sys.stderr)

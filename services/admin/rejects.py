@@ -27,7 +27,7 @@ from services.admin.output import (
     add_yes_option,
     confirm,
     count_of,
-    positive,
+    positive_integer,
     print_result,
     print_table,
     printable,
@@ -58,7 +58,7 @@ def add_commands(commands: Commands) -> None:
     listing.add_argument("--key", metavar="TEXT", help="only rejects of records with this key, usually an order_uid")
     listing.add_argument("--not-redriven", action="store_true", help="only rejects that were never redriven")
     listing.add_argument(
-        "--limit", metavar="N", type=positive, default=50, help="how many rejects to list at most (%(default)s)"
+        "--limit", metavar="N", type=positive_integer, default=50, help="how many rejects to list at most (%(default)s)"
     )
     add_json_option(listing)
     listing.set_defaults(command=_list)

@@ -12,7 +12,7 @@ from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource
 from orderlib.commands import Commands
 from orderlib.entry_point import EXIT_DONE
 from orderlib.errors import BrokerUnavailable, OrderlibError
-from services.admin.output import count_of, integer_to
+from services.admin.output import count_of, integer_up_to
 from services.kafka import REQUEST_TIMEOUT_S, Cluster
 from services.settings import KafkaSettings, max_record_bytes
 
@@ -38,14 +38,14 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--partitions",
         metavar="N",
-        type=integer_to(_MAX_PARTITIONS),
+        type=integer_up_to(_MAX_PARTITIONS),
         default=_PARTITIONS,
         help="number of partitions of a new topic (%(default)s)",
     )
     parser.add_argument(
         "--replication-factor",
         metavar="N",
-        type=integer_to(_MAX_REPLICATION_FACTOR),
+        type=integer_up_to(_MAX_REPLICATION_FACTOR),
         default=-1,
         help="replication factor of a new topic (default: the cluster's)",
     )
