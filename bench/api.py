@@ -27,7 +27,7 @@ import psutil
 from psycopg.conninfo import conninfo_to_dict
 
 import orderlib
-from bench.report import Figure, add_write_option, publish
+from bench.report import Figure, add_write_option, print_progress, publish
 from bench.servers import benchmark_servers
 from orderlib.postgres.connections import open_connection
 from orderlib.testing import SAMPLE
@@ -121,7 +121,7 @@ def measure(environ: Mapping[str, str], options: argparse.Namespace) -> dict[tup
     results: dict[tuple[str, int], list[WrkResult]] = {}
     variants = [variant for variant in VARIANTS if options.only in variant.name and variant.is_installed]
     for number in range(options.rounds):
-        print(f"bench: the API, round {number + 1} of {options.rounds}", file=sys.stderr)
+        print_progress(f"the API, round {number + 1} of {options.rounds}")
         servers = [(variant.name, REQUESTS[variant.requests], serving(environ, variant)) for variant in variants]
         measure_in_turns(servers, CONNECTIONS, options.turns, options.seconds, results)
     return results
@@ -147,7 +147,7 @@ def measure_in_turns(
                 for name, requests, port, process in running:
                     result = run_wrk(port, process, requests, count, seconds)
                     results.setdefault((name, count), []).append(result)
-                    print(f"bench: {name}, {_count(count)}: {result.per_s:,.0f}/s", file=sys.stderr)
+                    print_progress(f"{name}, {_count(count)}: {result.per_s:,.0f}/s")
 
 
 def figures(results: Mapping[tuple[str, int], list[WrkResult]]) -> Iterator[Figure]:
@@ -248,7 +248,7 @@ def listening(port: int, command: list[str], environ: Mapping[str, str]) -> Iter
 def run_wrk(port: int, process: psutil.Process, requests: str, connections: int, seconds: int) -> WrkResult:
     """Load the server with wrk for this time. ``requests`` is a Lua script."""
     cpu_s = _cpu_s(process)
-    text = _run_wrk_once(requests, connections, f"http://127.0.0.1:{port}", seconds)
+    text = _wrk_output(requests, connections, f"http://127.0.0.1:{port}", seconds)
     cpu_s = _cpu_s(process) - cpu_s
     found = re.search(r"(\d+) requests in .*Requests/sec:\s+([\d.]+)", text, re.DOTALL)
     assert found, text
@@ -260,7 +260,7 @@ def run_wrk(port: int, process: psutil.Process, requests: str, connections: int,
     )
 
 
-def _run_wrk_once(requests: str, connections: int, url: str, seconds: int) -> str:
+def _wrk_output(requests: str, connections: int, url: str, seconds: int) -> str:
     """Run wrk, and return what it prints."""
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         # Without a seed, each run would repeat the requests of the one before.

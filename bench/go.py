@@ -13,7 +13,6 @@ import secrets
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -29,7 +28,7 @@ from psycopg.conninfo import make_conninfo
 import orderlib
 from bench.api import REQUESTS, UNCACHED, VARIANTS, WrkResult, listening, measure_in_turns, prepare, serving
 from bench.ingest import IngestBench, admin, produce, utc_now, wait
-from bench.report import Figure, add_write_option, publish
+from bench.report import Figure, add_write_option, print_progress, publish
 from bench.servers import benchmark_servers
 from orderlib.postgres.rows import DELIVERY_COLUMNS, ITEM_COLUMNS, ORDER_COLUMNS, PAYMENT_COLUMNS
 from sandbox.server import free_port
@@ -141,7 +140,7 @@ def ingest(go_way: GoWay, bench: IngestBench, rounds: int) -> Iterator[Figure]:
     per_s: list[float] = []
     per_s_of_go: list[float] = []
     for number in range(rounds):
-        print(f"bench: ingest beside the Go way, round {number + 1} of {rounds}", file=sys.stderr)
+        print_progress(f"ingest beside the Go way, round {number + 1} of {rounds}")
         bench.empty()
         per_s.append(bench.consume())
         go_way.empty()

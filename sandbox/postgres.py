@@ -144,7 +144,7 @@ class PostgresServer(Server):
     def _finish_first_start(self) -> None:
         with self._connect() as connection:
             connection.execute(f"ALTER ROLE postgres PASSWORD '{self._password}'".encode())
-            connection.execute("CREATE DATABASE orders")
+            connection.execute(f"CREATE DATABASE {DATABASE}")
         self._initial_password = None
 
     def _connect(self) -> psycopg.Connection:
