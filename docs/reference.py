@@ -39,13 +39,13 @@ _MODELS = (orderlib.Order, orderlib.Delivery, orderlib.Payment, orderlib.Item)
 _COMMENT = re.compile(r"((?:^ *#: .*\n)+) *(?:self\.)?((\w+)(?:: .+?)?)(?: = .*)?$", re.MULTILINE)
 #: The fields of a model follow, with their rules.
 _ATTRIBUTES = "\n\nAttributes:\n"
-_SAME_PROMISE = re.compile(r"See ``(\w+)\.\w+``\.")
+_REFERENCE_TO_PROTOCOL = re.compile(r"See ``(\w+)\.\w+``\.")
 #: Longer signatures are broken; ruff allows 120, and four more may stand before one.
 _LINE_CHARS = 116
 
 
 def public_names(module: ModuleType) -> list[str]:
-    """The public names of a module: its ``__all__``, or what it defines."""
+    """Return the public names of a module: its ``__all__``, or what it defines."""
     defined = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
     return list(getattr(module, "__all__", [name for name in defined if not name.startswith("_")]))
 
@@ -56,7 +56,7 @@ def make_page() -> str:
     for module in MODULES:
         places = sorted((*_place(module, name), name) for name in public_names(module))
         for defined_in, group in itertools.groupby(places, key=lambda place: place[0]):
-            title, _, text = _promise(defined_in, importlib.import_module(defined_in)).partition("\n")
+            title, _, text = _docstring(defined_in, importlib.import_module(defined_in)).partition("\n")
             parts.append(f"## {title.rstrip('.')}\n\nIn `{module.__name__}`.\n\n{text}".rstrip() + "\n")
             for _, _, name in group:
                 parts += [f"### {name}\n", *_entry(module, name)]
@@ -64,7 +64,7 @@ def make_page() -> str:
 
 
 def _place(module: ModuleType, name: str) -> tuple[str, int]:
-    """Where a name is defined: in which module, and in which line."""
+    """Return the module and the line in which a name is defined."""
     value = getattr(module, name)
     return (value.__module__, inspect.getsourcelines(value)[1]) if callable(value) else (module.__name__, 0)
 
@@ -73,16 +73,16 @@ def _entry(module: ModuleType, name: str) -> Iterator[str]:
     value = getattr(module, name)
     if inspect.isclass(value):
         yield _code(_class_head(name, value))
-        yield f"{_promise(name, value).partition(_ATTRIBUTES)[0]}\n"
+        yield f"{_docstring(name, value).partition(_ATTRIBUTES)[0]}\n"
         yield from _fields(value)
         yield from _methods(value)
     elif callable(value):
         yield _code(_signature(name, value))
-        yield f"{_promise(name, value)}\n"
+        yield f"{_docstring(name, value)}\n"
     else:
-        promise, typed = _comments(module)[name]
+        text, typed = _comments(module)[name]
         yield _code(typed)
-        yield f"{promise}\n"
+        yield f"{text}\n"
 
 
 def _class_head(name: str, cls: Any) -> str:
@@ -112,32 +112,32 @@ def _fields(cls: type) -> Iterator[str]:
 
 
 def _methods(cls: type) -> Iterator[str]:
-    """What a class promises by its public methods and properties; those that keep another's promises by name alone."""
-    kept: dict[str, list[str]] = {}
+    """Yield the public methods and properties of a class. Those that only refer to a Protocol are listed by name."""
+    inherited: dict[str, list[str]] = {}
     for name, member in vars(cls).items():
         if name.startswith("_") or not (inspect.isroutine(member) or isinstance(member, property)):
             continue
-        promise = _promise(f"{cls.__name__}.{name}", member)
-        if same := _SAME_PROMISE.fullmatch(promise):
-            kept.setdefault(same[1], []).append(f"`{name}`")
+        text = _docstring(f"{cls.__name__}.{name}", member)
+        if same := _REFERENCE_TO_PROTOCOL.fullmatch(text):
+            inherited.setdefault(same[1], []).append(f"`{name}`")
             continue
         yield f"#### {cls.__name__}.{name}\n"
         yield _code(_signature(name, member))
-        yield f"{promise}\n"
-    for protocol, names in kept.items():
+        yield f"{text}\n"
+    for protocol, names in inherited.items():
         yield f"As in `{protocol}`: {', '.join(names)}.\n"
 
 
 def _comments(source: type | ModuleType) -> dict[str, tuple[str, str]]:
-    """By name: what its ``#:`` lines say, and the name with its type."""
+    """Return by name: the text of its ``#:`` lines, and the name with its type."""
     return {
         name: (" ".join(line.strip().removeprefix("#: ") for line in lines.splitlines()).replace("``", "`"), typed)
         for lines, typed, name in _COMMENT.findall(inspect.getsource(source))
     }
 
 
-def _promise(name: str, value: object) -> str:
-    """A docstring as Markdown."""
+def _docstring(name: str, value: object) -> str:
+    """Return a docstring as Markdown."""
     if not value.__doc__:
         raise LookupError(f"{name} has no docstring")
     text = inspect.cleandoc(value.__doc__)
@@ -146,7 +146,7 @@ def _promise(name: str, value: object) -> str:
 
 
 def _signature(name: str, value: Any) -> str:
-    """A ``def``, broken as ruff breaks it."""
+    """Return the ``def`` line of a callable, broken as ruff breaks it."""
     if isinstance(value, property):
         assert value.fget is not None
         return f"@property\n{_signature(name, value.fget)}"
