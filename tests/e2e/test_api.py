@@ -313,7 +313,7 @@ def test_a_websocket_handshake_is_answered_as_plain_http(guarded: Service) -> No
     }
     assert guarded.get("/orders", upgrade).status == 401
     assert guarded.get("/orders", {**upgrade, **bearer("secret-1")}).status == 200
-    assert [told for told in guarded.events() if told["level"] == "error"] == []
+    assert [event for event in guarded.events() if event["level"] == "error"] == []
 
 
 def test_a_request_keeps_its_id(api: Service) -> None:
@@ -453,8 +453,8 @@ def test_openapi_has_the_schema_of_the_contract(api: Service) -> None:
 
 
 def test_every_field_of_an_order_is_on_its_page(api: Service, store: orderlib.PostgresOrderRepository) -> None:
-    told = order(
-        "told",
+    shown = order(
+        "shown",
         track_number="TRACK-1",
         entry="ENTRY-1",
         locale="loc-1",
@@ -466,13 +466,13 @@ def test_every_field_of_an_order_is_on_its_page(api: Service, store: orderlib.Po
         oof_shard="OOF-1",
         payment=attrs.evolve(SAMPLE.payment, amount=123456, currency="EUR", transaction="TRANS-1", request_id="REQ-1"),
     )
-    store.save(told)
-    page = api.page("/orders/told").text
+    store.save(shown)
+    page = api.page("/orders/shown").text
     texts = [
-        *(value for value in attrs.astuple(told.delivery) if value),
-        *(value for value in attrs.astuple(told, recurse=False) if isinstance(value, str)),
-        *("TRANS-1", "REQ-1", "4711", "1,234.56", "EUR", "26 Nov 2021, 06:22:19 UTC", told.payment.provider),
-        *(told.items[0].name, told.items[0].brand, told.items[0].rid, str(told.items[0].nm_id), "30 %"),
+        *(value for value in attrs.astuple(shown.delivery) if value),
+        *(value for value in attrs.astuple(shown, recurse=False) if isinstance(value, str)),
+        *("TRANS-1", "REQ-1", "4711", "1,234.56", "EUR", "26 Nov 2021, 06:22:19 UTC", shown.payment.provider),
+        *(shown.items[0].name, shown.items[0].brand, shown.items[0].rid, str(shown.items[0].nm_id), "30 %"),
     ]
     assert [text for text in texts if text not in page] == []
 

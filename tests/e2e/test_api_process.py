@@ -272,7 +272,7 @@ def test_at_its_limit_it_closes_the_connections_that_were_idle_longest(mortal: S
                 assert used.getresponse().read() == orderlib.encode_order(SAMPLE)
         wait_for(lambda: mortal.connections() == 1, 10)
     used.close()
-    assert [told for told in mortal.events() if told["level"] == "error"] == []
+    assert [event for event in mortal.events() if event["level"] == "error"] == []
 
 
 @pytest.mark.parametrize("flooded_is_api", [True, False], ids=["api", "metrics"])

@@ -29,13 +29,13 @@ def test_a_connection_lost_in_a_batch_neither_loses_nor_duplicates_a_record(
     moment: Moment, environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 300))
-    with consuming_through_proxy(environ, database) as (between, consumer):
+    with consuming_through_proxy(environ, database) as (proxy, consumer):
         wait_until_handled(sender.manifest, database)
-        between.set_trap(moment)
+        proxy.set_trap(moment)
         sender.send_orders(uids("order", 500), version=2)
         sender.send_bad(b"{")
-        assert between.trapped.wait(30)
-        between.drop()
+        assert proxy.trapped.wait(30)
+        proxy.drop()
         sender.send_orders(uids("order", 100), version=3)
         wait_until_handled(sender.manifest, database)
         assert_all_accounted_for(sender.manifest, database, environ)
@@ -49,13 +49,13 @@ def test_a_batch_whose_commit_response_was_lost_is_not_written_again(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 10))
-    with consuming_through_proxy(environ, database) as (between, consumer):
+    with consuming_through_proxy(environ, database) as (proxy, consumer):
         wait_until_handled(sender.manifest, database)
-        between.set_trap(Moment.COMMITTED)
+        proxy.set_trap(Moment.COMMITTED)
         sender.send_orders(uids("order", 500), version=2)
-        assert between.trapped.wait(30)
+        assert proxy.trapped.wait(30)
         committed = versions(database)
-        between.drop()
+        proxy.drop()
         sender.send_orders(uids("other", 10))
         wait_until_handled(sender.manifest, database)
         assert committed.items() <= versions(database).items()
@@ -74,15 +74,15 @@ def versions(database: Database) -> dict[str, tuple[object, ...]]:
 def test_a_database_that_does_not_respond_is_an_outage(
     environ: dict[str, str], database: Database, sender: Sender
 ) -> None:
-    with consuming_through_proxy(environ, database) as (between, consumer):
+    with consuming_through_proxy(environ, database) as (proxy, consumer):
         sender.send_orders(uids("order", 10))
         wait_until_handled(sender.manifest, database)
         wait_for(lambda: consumer.ready, 20)
-        between.freeze()
+        proxy.freeze()
         sender.send_orders(uids("order", 10), version=2)
         wait_for(lambda: not consumer.ready, 10)
         assert consumer.live
-        between.thaw()
+        proxy.thaw()
         wait_until_handled(sender.manifest, database)
         wait_for(lambda: consumer.ready, 20)
         assert_all_accounted_for(sender.manifest, database, environ)

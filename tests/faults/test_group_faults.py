@@ -62,14 +62,14 @@ def test_a_frozen_consumer_is_replaced_and_does_no_harm_when_it_continues(
 ) -> None:
     """It holds the locks of its offset rows, in the middle of a COPY. Only the end of its backend releases them."""
     sender.send_orders(uids("order", 300))
-    with consuming_through_proxy(environ, database) as (between, frozen):
+    with consuming_through_proxy(environ, database) as (proxy, frozen):
         wait_until_handled(sender.manifest, database)
         before = next_offsets(database)
-        between.set_trap(Moment.COPY)
+        proxy.set_trap(Moment.COPY)
         sender.send_orders(uids("order", 300), version=2)
-        assert between.trapped.wait(30)
+        assert proxy.trapped.wait(30)
         frozen.freeze()
-        between.thaw()
+        proxy.thaw()
         with consuming(environ) as heir:
             sender.send_orders(uids("order", 100), version=3)
             wait_until_handled(sender.manifest, database)

@@ -24,15 +24,15 @@ def test_the_batch_of_a_killed_consumer_is_handled_by_the_next(
     moment: Moment, member: dict[str, str], database: Database, sender: Sender
 ) -> None:
     sender.send_orders(uids("order", 300))
-    with TcpProxy(database.writer_url) as between:
-        with consuming({**member, "ORDERS_DATABASE_URL": between.url}) as consumer:
+    with TcpProxy(database.writer_url) as proxy:
+        with consuming({**member, "ORDERS_DATABASE_URL": proxy.url}) as consumer:
             wait_until_handled(sender.manifest, database)
-            between.set_trap(moment)
+            proxy.set_trap(moment)
             sender.send_orders(uids("order", 500), version=2)
             sender.send_bad(b"{")
-            assert between.trapped.wait(30)
+            assert proxy.trapped.wait(30)
             consumer.kill()
-        between.drop()
+        proxy.drop()
         sender.send_orders(uids("order", 100), version=3)
         with consuming(member) as successor:
             wait_until_handled(sender.manifest, database)

@@ -32,13 +32,13 @@ def assert_another_continues(environ: dict[str, str], database: Database, sender
 def test_a_half_open_connection_does_not_delay_a_stop(
     member: dict[str, str], database: Database, sender: Sender
 ) -> None:
-    with TcpProxy(database.writer_url) as between:
-        with consuming({**member, "ORDERS_DATABASE_URL": between.url}) as consumer:
-            between.set_trap(Moment.COMMITTED)
+    with TcpProxy(database.writer_url) as proxy:
+        with consuming({**member, "ORDERS_DATABASE_URL": proxy.url}) as consumer:
+            proxy.set_trap(Moment.COMMITTED)
             sender.send_orders(uids("order", 100))
-            assert between.trapped.wait(30)
+            assert proxy.trapped.wait(30)
             assert consumer.stop() == 0
-        between.drop()
+        proxy.drop()
         assert_another_continues(member, database, sender)
 
 
@@ -61,10 +61,10 @@ def test_a_wait_for_a_lock_does_not_delay_a_stop(
 def test_a_server_that_stops_responding_at_the_start_does_not_delay_a_stop(
     environ: dict[str, str], database: Database
 ) -> None:
-    with TcpProxy(database.writer_url) as between:
-        between.set_trap(Moment.READY)
-        with consuming({**environ, "ORDERS_DATABASE_URL": between.url}) as consumer:
-            assert between.trapped.wait(30)
+    with TcpProxy(database.writer_url) as proxy:
+        proxy.set_trap(Moment.READY)
+        with consuming({**environ, "ORDERS_DATABASE_URL": proxy.url}) as consumer:
+            assert proxy.trapped.wait(30)
             assert consumer.live
             assert not consumer.ready
             assert consumer.stop() == 0

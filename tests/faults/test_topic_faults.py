@@ -162,15 +162,15 @@ def test_the_consumer_follows_offsets_rewound_in_an_outage(
 ) -> None:
     """Fetching is paused when the fence is lost. librdkafka must continue from the offset of the seek."""
     sender.send_orders(uids("order", 300))
-    with consuming_through_proxy(environ, database) as (between, consumer):
+    with consuming_through_proxy(environ, database) as (proxy, consumer):
         wait_until_handled(sender.manifest, database)
-        between.freeze()
+        proxy.freeze()
         sender.send_orders(uids("order", 100), version=2)
         wait_for(lambda: bool(consumer.events("retrying")), 10)
         with psycopg.connect(database.superuser_url) as connection:
             connection.execute("UPDATE consumer_offsets SET next_offset = 5")
             connection.execute("DELETE FROM orders WHERE source_offset >= 5")
-        between.drop()
+        proxy.drop()
         wait_until_handled(sender.manifest, database)
         assert consumer.events("stored_offset_changed")
         assert_all_accounted_for(sender.manifest, database, environ)

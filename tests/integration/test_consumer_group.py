@@ -30,7 +30,7 @@ ON CONFLICT DO NOTHING
 """
 
 
-def ledger(database: Database, group: str) -> ConsumerStore:
+def store_of(database: Database, group: str) -> ConsumerStore:
     return ConsumerStore(database.writer_url, group, lambda: 0.0)
 
 
@@ -42,7 +42,7 @@ def test_one_of_the_groups_that_start_at_once_claims_the_database_and_the_others
 
     def start(group: str) -> str | None:
         barrier.wait()
-        one = ledger(database, group)
+        one = store_of(database, group)
         try:
             one.claim_database()
             one.start_partitions(TOPIC_IDS, {PARTITIONS[0]: 0})
@@ -57,7 +57,7 @@ def test_one_of_the_groups_that_start_at_once_claims_the_database_and_the_others
     [accepted] = [group for group, refusal in refusals.items() if refusal is None]
     for refused in set(groups) - {accepted}:
         assert f"belongs to consumer group {accepted!r}, not {refused!r}" in str(refusals[refused])
-    again = ledger(database, accepted)
+    again = store_of(database, accepted)
     again.claim_database()
     again.close()
 
@@ -73,7 +73,7 @@ def test_postgresql_itself_refuses_a_second_group(database: Database) -> None:
             writer.execute("INSERT INTO consumer_groups (consumer_group) VALUES ('second')")
         with pytest.raises(psycopg.errors.CheckViolation):
             writer.execute("INSERT INTO consumer_groups VALUES (false, 'second')")
-    second = ledger(database, "second")
+    second = store_of(database, "second")
     with pytest.raises(ConfigurationError, match=r"'first', not 'second'.*offsets set-group"):
         second.claim_database()
     second.close()
@@ -99,7 +99,7 @@ def test_a_database_with_offsets_of_two_groups_is_repaired_by_migrate(
     orderlib.migrate(empty_database.migrator_url, on_message=messages.append)
     [warning] = messages
     assert "kept 'newer', removed 'older', 'third'" in warning
-    newer, older = ledger(empty_database, "newer"), ledger(empty_database, "older")
+    newer, older = store_of(empty_database, "newer"), store_of(empty_database, "older")
     newer.claim_database()
     # Its own offset where it has one; elsewhere the lowest of the others: no record is skipped.
     assert newer.next_offsets(TOPIC_IDS, PARTITIONS) == {PARTITIONS[0]: 70, PARTITIONS[1]: 40}
@@ -110,7 +110,7 @@ def test_a_database_with_offsets_of_two_groups_is_repaired_by_migrate(
 
 
 def test_the_group_can_be_renamed_with_its_offsets(database: Database) -> None:
-    first, second = ledger(database, "first"), ledger(database, "second")
+    first, second = store_of(database, "first"), store_of(database, "second")
     first.claim_database()
     first.start_partitions(TOPIC_IDS, {PARTITIONS[0]: 5, PARTITIONS[1]: 7})
     with connected(database.migrator_url) as migrator:
@@ -128,7 +128,7 @@ def test_the_group_can_be_renamed_with_its_offsets(database: Database) -> None:
 def test_a_group_can_claim_a_database_before_any_consumer_started(database: Database) -> None:
     with connected(database.migrator_url) as migrator:
         set_consumer_group(migrator, "group")
-    one = ledger(database, "group")
+    one = store_of(database, "group")
     one.claim_database()
     one.close()
 
@@ -137,7 +137,7 @@ def test_a_frozen_rename_of_the_group_delays_new_partitions_no_longer_than_a_wai
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queries, "LIMIT_LOCK_WAIT", "SET LOCAL lock_timeout = '100ms'")
-    one = ledger(database, "mine")
+    one = store_of(database, "mine")
     one.claim_database()
     with psycopg.connect(database.superuser_url) as operator:
         assert operator.execute("SELECT FROM consumer_groups FOR UPDATE").rowcount == 1

@@ -63,7 +63,10 @@ BASE_ROWS: dict[str | None, dict[str, object]] = {
 
 @pytest.fixture(scope="module")
 def writer(module_database: Database) -> Iterator[psycopg.Connection]:
-    """The role that writes orders, past all of our own checks; an order is there for parts to belong to."""
+    """A session of the writer that bypasses orderlib's validation.
+
+    The order `base` is stored, so that parts can refer to it.
+    """
     with psycopg.connect(module_database.writer_url, autocommit=True) as connection:
         base = {**BASE_ROWS[None], "order_uid": "base"}
         connection.execute(insertion("orders", list(base)), list(base.values()))
@@ -73,7 +76,7 @@ def writer(module_database: Database) -> Iterator[psycopg.Connection]:
 @pytest.fixture(scope="module")
 def repository(module_database: Database) -> Iterator[PostgresOrderRepository]:
     with connect(module_database.writer_url) as repository:
-        # The pool throws its dice when it connects; hypothesis minds dice of others while it draws.
+        # Connect now: connecting draws random numbers, and hypothesis forbids that while it draws examples.
         repository.stats()
         yield repository
 
@@ -88,14 +91,14 @@ def insertion(table: str, columns: Sequence[str]) -> sql.Composed:
 
 
 def postgres_accepts(writer: psycopg.Connection, place: Place, value: object) -> bool:
-    """Whether PostgreSQL takes the sample's row with this value in its place; nothing of it stays."""
+    """Return whether PostgreSQL accepts the sample's row with this value. Roll back."""
     table, _ = TABLES[place.part]
     row = {**({} if place.part is None else {"order_uid": "base"}), **BASE_ROWS[place.part], place.name: value}
     try:
         with writer.transaction(force_rollback=True):
             writer.execute(insertion(table, list(row)), list(row.values()))
     except psycopg.errors.UniqueViolation:
-        # Taken, and stored by another test.
+        # Accepted: another test has stored the same row.
         return True
     except (psycopg.DataError, psycopg.IntegrityError, UnicodeEncodeError):
         # Data exceptions and violated constraints, or a text that the driver cannot even send. Anything else is a bug.
@@ -105,7 +108,7 @@ def postgres_accepts(writer: psycopg.Connection, place: Place, value: object) ->
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_all_three_accept_the_same_values_around_every_bound(writer: psycopg.Connection, place: Place) -> None:
-    # A time without an offset is none of PostgreSQL's values: it would take it for one in the session's zone.
+    # Not times without an offset: PostgreSQL would read them in the session's time zone.
     values = {value for value in boundary_values(place.rule) if getattr(value, "tzinfo", "not a time") is not None}
     by_postgres = {value: postgres_accepts(writer, place, value) for value in values}
     assert set(by_postgres.values()) == {True, False}

@@ -110,7 +110,7 @@ class Writer:
 
     def write(self) -> list[OrderlibError]:
         """Write the next batch as the consumer does; return the errors on the way."""
-        ledger = ConsumerStore(self.url, self.group, time.monotonic)
+        store = ConsumerStore(self.url, self.group, time.monotonic)
         errors: list[OrderlibError] = []
         self.number += 1
         deadline = time.monotonic() + 20
@@ -118,10 +118,10 @@ class Writer:
         try:
             while time.monotonic() < deadline:
                 try:
-                    ledger.claim_database()
+                    store.claim_database()
                     if at is None:
-                        at = ledger.start_partitions(TOPIC_IDS, {PARTITION: 0})[PARTITION]
-                    ledger.write(self.batch(at), lambda _: None)
+                        at = store.start_partitions(TOPIC_IDS, {PARTITION: 0})[PARTITION]
+                    store.write(self.batch(at), lambda _: None)
                 except DatabaseUnavailable as exc:
                     errors.append(exc)
                 except FenceLost as exc:
@@ -131,7 +131,7 @@ class Writer:
                     return errors
             raise AssertionError("not written in time")
         finally:
-            ledger.close()
+            store.close()
 
     def assert_stored_once(self) -> None:
         with psycopg.connect(self.database.superuser_url) as connection:
@@ -192,8 +192,8 @@ def test_a_connection_may_be_cut_at_any_byte_that_the_client_sends(refusing_tabl
 
 def test_an_idle_connection_that_was_lost_is_replaced_silently(refusing_table: Database) -> None:
     writer = Writer(refusing_table, refusing_table.writer_url)
-    ledger = ConsumerStore(writer.url, "tests", time.monotonic)
-    ledger.claim_database()
+    store = ConsumerStore(writer.url, "tests", time.monotonic)
+    store.claim_database()
     with open_connection(refusing_table.superuser_url, application_name="tests") as connection:
         for _ in range(3):
             ended = connection.execute(
@@ -201,8 +201,8 @@ def test_an_idle_connection_that_was_lost_is_replaced_silently(refusing_table: D
                 "WHERE application_name = 'orderlib-consumer' AND datname = current_database()"
             ).fetchall()
             assert ended == [(True,)]
-            ledger.start_partitions(TOPIC_IDS, {PARTITION: 0})
-    ledger.close()
+            store.start_partitions(TOPIC_IDS, {PARTITION: 0})
+    store.close()
 
 
 def test_a_session_whose_first_batch_fails_writes_the_next_one(database: Database) -> None:

@@ -604,7 +604,7 @@ def test_a_refused_connection_is_an_outage(emptied: Database) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({"password": "wrong-secret"}, "password authentication failed"),
         ({"dbname": "no_such_database"}, 'database "no_such_database" does not exist'),
@@ -612,9 +612,9 @@ def test_a_refused_connection_is_an_outage(emptied: Database) -> None:
     ],
 )
 def test_a_url_that_leads_nowhere_is_a_configuration_error(
-    emptied: Database, change: dict[str, str], told: str
+    emptied: Database, change: dict[str, str], expected: str
 ) -> None:
-    with pytest.raises(ConfigurationError, match=told) as refusal:
+    with pytest.raises(ConfigurationError, match=expected) as refusal:
         connect(make_conninfo(emptied.writer_url, **change))
     assert "wrong-secret" not in str(refusal.value)
     assert "\n" not in str(refusal.value)

@@ -77,11 +77,11 @@ class History:
         return log[-1].position.offset + 1 if log else 0
 
     def handle(self, partition: int, count: int, max_bytes: int, tombstones: Tombstones) -> None:
-        ledger = ConsumerStore(self.database.writer_url, GROUP, time.monotonic)
+        store = ConsumerStore(self.database.writer_url, GROUP, time.monotonic)
         try:
-            ledger.claim_database()
+            store.claim_database()
             of_topic = [TopicPartition(TOPIC, number) for number in PARTITIONS]
-            expected = ledger.start_partitions(TOPIC_IDS, dict.fromkeys(of_topic, 0))[of_topic[partition]]
+            expected = store.start_partitions(TOPIC_IDS, dict.fromkeys(of_topic, 0))[of_topic[partition]]
             taken = [record for record in self.records[partition] if record.position.offset >= expected][:count]
             if not taken:
                 return
@@ -96,9 +96,9 @@ class History:
                     (record, classify_record(record, max_bytes, pack_rows, tombstones)) for record in taken
                 ),
             )
-            ledger.write(batch, lambda _: None)
+            store.write(batch, lambda _: None)
         finally:
-            ledger.close()
+            store.close()
 
     def redrive(self, tombstones: Tombstones) -> None:
         with open_connection(self.database.writer_url, application_name="tests") as connection:

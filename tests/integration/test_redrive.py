@@ -35,16 +35,16 @@ def position(offset: int) -> RecordPosition:
 def keep_reject(database: Database, order: Order, offset: int) -> None:
     """Store a record as a reject, as a consumer would that could not read it."""
     record = Record(position=position(offset), time=TIME, topic="orders", key=None, value=encode_order(order))
-    ledger = ConsumerStore(database.writer_url, "tests", lambda: 0.0)
+    consumer_store = ConsumerStore(database.writer_url, "tests", lambda: 0.0)
     partition = TopicPartition("orders", 0)
-    ledger.start_partitions({"orders": "topic"}, {partition: offset})
+    consumer_store.start_partitions({"orders": "topic"}, {partition: offset})
     batch = Batch(
         topic_ids={"orders": "topic"},
         ranges={partition: OffsetRange(expected_offset=offset, next_offset=offset + 1)},
         classified=((record, Reject.of(record, REFUSAL)),),
     )
-    ledger.write(batch, lambda _: None)
-    ledger.close()
+    consumer_store.write(batch, lambda _: None)
+    consumer_store.close()
 
 
 @pytest.mark.parametrize(

@@ -260,20 +260,20 @@ def test_a_write_on_a_standby_is_an_outage_that_ends_with_its_promotion(primary:
         connection.execute("DELETE FROM consumer_offsets")
         connection.execute("DELETE FROM consumer_groups")
     with Standby(primary) as standby, orderlib.connect(on_server(standby).writer_url) as repository:
-        ledger = ConsumerStore(on_server(standby).writer_url, "tests", time.monotonic)
+        store = ConsumerStore(on_server(standby).writer_url, "tests", time.monotonic)
         for _ in range(2):
             with pytest.raises(DatabaseUnavailable, match="25006"):
                 repository.save(order)
             with pytest.raises(DatabaseUnavailable, match="25006"):
-                ledger.claim_database()
+                store.claim_database()
         assert repository.get(UID) == SAMPLE
         standby.execute("SELECT pg_promote()")
         assert repository.save(order) is Outcome.STORED
-        ledger.claim_database()
+        store.claim_database()
         partition = TopicPartition("orders", 0)
-        assert ledger.start_partitions({"orders": "AAAAAAAAAAAAAAAAAAAAAQ"}, {partition: 0}) == {partition: 0}
+        assert store.start_partitions({"orders": "AAAAAAAAAAAAAAAAAAAAAQ"}, {partition: 0}) == {partition: 0}
         assert repository.stats().replication_delay_s is None
-        ledger.close()
+        store.close()
 
 
 # URLs with several hosts

@@ -126,7 +126,7 @@ def test_only_where_a_program_starts_is_the_environment_read() -> None:
 
 
 def test_importing_the_library_brings_in_neither_hypothesis_nor_what_only_programs_need() -> None:
-    told = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", "import orderlib, orderlib.testing, sys; print(*sys.modules)"],
         cwd=ROOT,
         capture_output=True,
@@ -143,7 +143,7 @@ def test_importing_the_library_brings_in_neither_hypothesis_nor_what_only_progra
         "services",
         "sandbox",
     }
-    assert not heavy & set(told.stdout.split())
+    assert not heavy & set(process.stdout.split())
 
 
 @pytest.mark.parametrize("module", [orderlib, orderlib.testing])
