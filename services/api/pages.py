@@ -187,7 +187,7 @@ class Pages:
         self._status_words = status_words or {}
         self._clock = clock
         self.static = {path.name: path.read_bytes() for path in sorted((_HERE / "static").iterdir())}
-        version = hashlib.sha256(b"".join(self.static.values())).hexdigest()[:12]
+        self.static_version = hashlib.sha256(b"".join(self.static.values())).hexdigest()[:12]
         self._templates = jinja2.Environment(
             loader=jinja2.FileSystemLoader(_HERE / "templates"),
             autoescape=True,
@@ -195,7 +195,7 @@ class Pages:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._templates.globals["static_version"] = version
+        self._templates.globals["static_version"] = self.static_version
         self._templates.globals["search_max_chars"] = MAX_SEARCH_CHARS
         self._templates.globals["max_shown_chars"] = MAX_SHOWN_CHARS
         self._templates.filters.update(
@@ -233,13 +233,18 @@ class StaticResource:
 
     def __init__(self, pages: Pages) -> None:
         self._files = pages.static
+        self._version = pages.static_version
 
-    async def on_get(self, _req: Request, resp: Response, name: str) -> None:
-        """Return a file for a browser to cache: its URL changes with its content."""
+    async def on_get(self, req: Request, resp: Response, name: str) -> None:
+        """Return a file. A browser may cache it only under its own version.
+
+        During a roll-out, a page of one release may request the file of another one.
+        """
         if name not in self._files:
             raise falcon.HTTPNotFound
         resp.content_type = {"css": "text/css; charset=utf-8", "svg": "image/svg+xml"}[name.rpartition(".")[2]]
-        resp.set_header("Cache-Control", "private, max-age=31536000, immutable")
+        is_current = req.params.get("v") == self._version
+        resp.set_header("Cache-Control", "private, max-age=31536000, immutable" if is_current else "no-cache")
         resp.data = self._files[name]
 
     on_head = on_get

@@ -306,6 +306,19 @@ def test_no_parameter_is_ignored(application: Application, path: str, query: str
         assert f"{named}: expected" in answer.body.decode()
 
 
+def test_a_file_is_cached_only_under_its_own_version(application: Application) -> None:
+    """During a roll-out, a page of one release may request the file of another one."""
+    page = application.send("/", headers=with_token((b"accept", b"text/html"))).body.decode()
+    [version] = re.findall(r"/static/style\.css\?v=(\w+)", page)
+    for query, cached in [
+        (f"v={version}", "private, max-age=31536000, immutable"),
+        ("v=0", "no-cache"),
+        ("", "no-cache"),
+    ]:
+        answer = application.send("/static/style.css", query.encode(), with_token())
+        assert (answer.status, answer.headers["cache-control"]) == (200, cached)
+
+
 def test_a_cursor_carries_its_direction(application: Application) -> None:
     """The link to newer orders leads back to the page before."""
     first = json.loads(application.send("/orders", b"limit=1", with_token()).body)
