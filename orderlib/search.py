@@ -37,6 +37,15 @@ class SearchField(enum.StrEnum):
 #: The path of a URL as it is copied from a browser: of the page or the JSON of an order.
 _ORDER_URL = re.compile(r"\S*/orders/([^/?#\s]+)\S*")
 _ORDER_UID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+#: White space and invisible characters, such as those that a text is copied with. They do not count around a search.
+_AROUND = "".join(
+    chr(code)
+    for first, last in (
+        *((0x09, 0x0D), (0x1C, 0x20), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200F)),
+        *((0x2028, 0x202F), (0x205F, 0x2060), (0x2066, 0x2069), (0x3000, 0x3000), (0xFEFF, 0xFEFF)),
+    )
+    for code in range(first, last + 1)
+)
 _NON_DIGITS = re.compile("[^0-9]+")
 #: Words that people write beside a phone number.
 _PHONE_WORDS = re.compile(r"\b(?:tel|phone|mobile|fax|ext|x)\b", re.IGNORECASE)
@@ -56,7 +65,7 @@ def lower_ascii(text: str) -> str:
 class SearchText:
     """The text of a search, as each field is compared with it. Its repr shows no text."""
 
-    #: Without white space around it.
+    #: Without white space and invisible characters around it.
     text: str = attrs.field(repr=False)
     #: An order_uid or its beginning, in small letters; ``None`` if no order_uid can begin like that.
     order_uid: str | None = attrs.field(repr=False)
@@ -68,7 +77,7 @@ class SearchText:
     @classmethod
     def parse(cls, text: str) -> SearchText | None:
         """Return a search, or ``None`` for a text that no field can have: an empty one, for example."""
-        text = text.strip()
+        text = text.strip(_AROUND)
         if not text or not fits_postgres(text):
             return None
         url = _ORDER_URL.fullmatch(text)

@@ -120,13 +120,13 @@ def test_new_fields_go_from_kafka_to_the_api_and_its_page(environ: dict[str, str
         assert api.get("/orders/new").body == encode_order(decode_order(sent[1]))
         page = api.page("/orders/new").text
         for shown in (
-            "<dt>Gift note</dt><dd>Happy birthday",
-            "<dt>Points</dt><dd>70",
+            "<dt>Gift note</dt><dd><bdi>Happy birthday",
+            "<dt>Points</dt><dd><bdi>70",
             ">Unit</th>",
-            'data-name="Unit">box',
+            'data-name="Unit"><bdi>box',
         ):
             assert shown in page
-        assert 'data-name="Unit">piece' in api.page(f"/orders/{SAMPLE_ORDER.order_uid}").text
+        assert 'data-name="Unit"><bdi>piece' in api.page(f"/orders/{SAMPLE_ORDER.order_uid}").text
         schemas = api.get("/openapi.json").json["components"]["schemas"]
         assert schemas["Payment"]["properties"]["points"] == {
             "type": "integer",

@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 import pytest
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.chrome.webdriver import WebDriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -45,7 +46,8 @@ def page_change(browser: WebDriver) -> Iterator[None]:
     """Run the block, which leads to another page, and wait for that page."""
     left = one(browser, "html")
     yield
-    WebDriverWait(browser, 10).until(staleness_of(left))
+    # While the page is replaced, the driver may fail with another error than that of a stale element.
+    WebDriverWait(browser, 10, ignored_exceptions=[WebDriverException]).until(staleness_of(left))
 
 
 def search(browser: WebDriver, text: str) -> None:
@@ -233,6 +235,47 @@ def test_html_in_an_order_is_shown_as_text(
     assert browser.find_elements(By.CSS_SELECTOR, "script, img") == []
 
 
+def test_a_value_is_shown_as_stored_so_that_its_copy_is_found(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    spaced = {"customer_id": "a  b", "track_number": "T   1"}
+    store.save(order("spaced", **spaced, items=[attrs.evolve(SAMPLE.items[0], name="x   y", rid="r  1")]))
+    store.save(order("spaced-2", **spaced))
+    browser.get(f"http://{api.address}/orders/spaced")
+    assert {*spaced.values()} <= {*texts(browser, "dd")}
+    assert one(browser, "tbody th").text == f"x   y\n{SAMPLE.items[0].brand} · r  1"
+    for size in (WIDE, PHONE):
+        show(browser, size)
+        browser.get(f"http://{api.address}/orders?customer_id=a++b")
+        assert one(browser, "h1").get_attribute("textContent") == "Orders of customer a  b"
+        assert one(browser, "caption").get_attribute("textContent") == "Orders of customer a  b"
+        assert browser.title == "Orders of customer \u2068a b\u2069 · Orders"
+        copied = one(browser, "tbody .customer").text
+        search(browser, copied)
+        assert texts(browser, "tbody .customer") == ["a  b", "a  b"]
+        assert one(browser, "h1").text == "2 orders match a  b"
+
+
+def test_text_from_right_to_left_is_isolated(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    hebrew = "\u05d0\u05d1 12"
+    delivery = dict.fromkeys(("name", "phone", "zip", "city", "address", "region", "email"), hebrew)
+    item = attrs.evolve(SAMPLE.items[0], track_number=hebrew + "3", rid=hebrew, name=hebrew, size=hebrew, brand=hebrew)
+    changed = dict.fromkeys(("track_number", "customer_id", "delivery_service", "entry", "locale"), hebrew)
+    store.save(order("hebrew", **changed, delivery=attrs.evolve(SAMPLE.delivery, **delivery), items=[item]))
+    store.save(order("hebrew-2", **changed))
+    browser.get(f"http://{api.address}/orders/hebrew")
+    for path, expected in (
+        ("/orders/hebrew", 17),
+        (f"/orders?customer_id={hebrew}", 6),
+        (f"/search?q={hebrew}", 5),
+    ):
+        browser.get(f"http://{api.address}{path}")
+        directions = browser.execute_script(DIRECTIONS, hebrew[:2])
+        assert directions == ["rtl"] * expected, path
+
+
 def test_the_head_of_an_order_says_what_matters_first(
     browser: WebDriver, store: orderlib.PostgresOrderRepository, module_database: Database
 ) -> None:
@@ -319,7 +362,7 @@ def test_a_list_has_a_count_links_and_a_way_back(
     browser.get(f"http://{api.address}/orders?customer_id={long}")
     assert one(browser, ".links").text == "21 orders\nAll orders"
     assert one(browser, "tbody .stored").text.endswith(" s ago")
-    customer = one(browser, "tbody .customer span")
+    customer = one(browser, "tbody .customer [title]")
     assert (customer.text, customer.get_attribute("title")) == ("L" * 23 + "\N{HORIZONTAL ELLIPSIS}" + "L" * 8, long)
     click(browser, "tbody .track a")
     assert path_of(browser) == "/orders?track_number=track-20"
@@ -429,6 +472,13 @@ def test_no_page_is_wider_than_the_window(
     browser.get(f"http://{api.address}{path}")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
 
+
+#: The direction of each element of the body that has this text.
+DIRECTIONS = """
+return [...document.querySelectorAll("body *")]
+  .filter((e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.includes(arguments[0])))
+  .map((e) => getComputedStyle(e).direction);
+"""
 
 #: The WCAG contrast of each text with the nearest background that is not transparent.
 CONTRASTS = """

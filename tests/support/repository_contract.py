@@ -591,6 +591,9 @@ class RepositoryContract:
             ("B", SearchField.ORDER_UID_PREFIX),
             ("T/1", SearchField.TRACK_NUMBER),
             ("C 1", SearchField.CUSTOMER_ID),
+            # Characters that a text is copied with, such as those that isolate it from text of another direction.
+            ("\u2068C 1\u2069", SearchField.CUSTOMER_ID),
+            ("\ufeff \u200e\u202aada@example.org\u202c\u200b\n\u2060", SearchField.EMAIL),
             ("49301234", SearchField.PHONE),
             ("tel: +49-30.1234", SearchField.PHONE),
             ("ada@EXAMPLE.org", SearchField.EMAIL),

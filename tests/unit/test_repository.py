@@ -1,10 +1,11 @@
-"""Cursors: opaque to the world, exact to us."""
+"""Cursors: opaque to the world, exact to us. White space around the text of a search."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import datetime as dt
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from orderlib import Cursor, InvalidQuery
 from orderlib.contract import within_utc_years
+from orderlib.search import SearchText
 from tests.unit.test_contract import SAMPLE_ORDER
 
 UTC_TIMES = st.datetimes(timezones=st.just(dt.UTC))
@@ -91,3 +93,10 @@ def test_a_cursor_is_a_place_that_every_store_can_compare(order_uid: str) -> Non
 def test_any_text_is_a_cursor_or_refused(text: str) -> None:
     with contextlib.suppress(InvalidQuery):
         assert str(Cursor.parse(text)) == text
+
+
+def test_all_white_space_around_a_search_is_ignored() -> None:
+    for space in filter(str.isspace, map(chr, range(sys.maxunicode + 1))):
+        search = SearchText.parse(f"{space}a{space} b{space}")
+        assert search is not None
+        assert search.text == f"a{space} b", hex(ord(space))
