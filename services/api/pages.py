@@ -34,8 +34,8 @@ _DECIMALS = {
 }
 
 
-#: A list shows this many characters of a value at most.
-MAX_SHOWN_CHARS = 32
+#: A list shows this many characters of a value at most: a UUID has 36.
+MAX_SHOWN_CHARS = 40
 
 
 def money(minor_units: int, currency: str) -> str:

@@ -17,6 +17,10 @@ from tests.support.databases import Database
 
 WIDE = (1280, 900)
 PHONE = (360, 800)
+SMALL = (320, 640)
+
+#: Chromium's sizes of text in a usual and in a monospaced font.
+FONT_SIZES = {"standard": 16, "fixed": 13}
 
 
 @pytest.fixture(scope="session")
@@ -46,13 +50,15 @@ def browser(_chromium: WebDriver) -> WebDriver:
     return _chromium
 
 
-def show(browser: WebDriver, size: tuple[int, int], scheme: str = "light") -> None:
-    """Set the size of the window and the preferred color scheme."""
+def show(browser: WebDriver, size: tuple[int, int], scheme: str = "light", font_scale: float = 1) -> None:
+    """Set the size of the window, the preferred color scheme, and how much larger than usual the fonts are."""
     width, height = size
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 700},
     )
+    sizes = {kind: round(pixels * font_scale) for kind, pixels in FONT_SIZES.items()}
+    browser.execute_cdp_cmd("Page.setFontSizes", {"fontSizes": sizes})
     browser.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )

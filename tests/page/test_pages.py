@@ -20,7 +20,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 import orderlib
 from orderlib.models import Order
 from orderlib.testing import SAMPLE as SAMPLE_JSON
-from tests.page.conftest import PHONE, WIDE, show
+from tests.page.conftest import PHONE, SMALL, WIDE, show
 from tests.support.api_process import Service, serving, settings_for
 from tests.support.databases import Database
 from tests.support.tcp_proxy import TcpProxy
@@ -111,7 +111,7 @@ def test_several_matches_are_listed_with_the_reason_of_each(
     assert one(browser, "h1").text == "20 or more orders match 03077"
     assert one(browser, "#q").get_attribute("value") == "03077"
     assert texts(browser, "tbody th")[:2] == ["several", "several-24"]
-    assert texts(browser, ".reason")[:2] == ["customer", "phone"]
+    assert texts(browser, "td.reason")[:2] == ["customer", "phone"]
     assert len(texts(browser, "tbody th")) == 20
     browser.find_element(By.LINK_TEXT, "All orders with this phone").click()
     assert path_of(browser) == "/orders?phone=03077"
@@ -363,7 +363,7 @@ def test_a_list_has_a_count_links_and_a_way_back(
     assert one(browser, ".links").text == "21 orders\nAll orders"
     assert one(browser, "tbody .stored").text.endswith(" s ago")
     customer = one(browser, "tbody .customer [title]")
-    assert (customer.text, customer.get_attribute("title")) == ("L" * 23 + "\N{HORIZONTAL ELLIPSIS}" + "L" * 8, long)
+    assert (customer.text, customer.get_attribute("title")) == ("L" * 31 + "\N{HORIZONTAL ELLIPSIS}" + "L" * 8, long)
     click(browser, "tbody .track a")
     assert path_of(browser) == "/orders?track_number=track-20"
     assert one(browser, ".links").text == "1 order\nAll orders"
@@ -381,12 +381,20 @@ def test_an_order_takes_two_lines_of_a_list_on_a_phone(
         browser.get(f"http://{api.address}{path}")
         for row in browser.find_elements(By.CSS_SELECTOR, "tbody tr"):
             assert row.rect["height"] < 75
-            lines = {
-                round(cell.rect["y"] / 12)
-                for cell in row.find_elements(By.CSS_SELECTOR, "th, td")
-                if cell.is_displayed()
-            }
-            assert len(lines) == 2, row.text
+            cells = [cell.rect for cell in row.find_elements(By.CSS_SELECTOR, "th, td") if cell.is_displayed()]
+            assert len({round(cell["y"] / 12) for cell in cells}) == 2, row.text
+
+
+def test_a_long_customer_id_leaves_space_for_the_track_number_on_a_phone(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository
+) -> None:
+    uuid = "123e4567-e89b-12d3-a456-426614174000"
+    store.save(order(uuid, customer_id=uuid, track_number=uuid))
+    show(browser, PHONE)
+    browser.get(f"http://{api.address}/orders?customer_id={uuid}")
+    for cell in ("th", ".customer", ".track"):
+        assert one(browser, f"tbody {cell}").text == uuid
+        assert one(browser, f"tbody {cell}").rect["width"] > 50
 
 
 def test_the_pages_can_be_used_with_the_keyboard_only(
@@ -436,6 +444,63 @@ def test_every_link_and_field_is_reached_by_tab_and_shows_the_focus(
         assert len(reached) == expected, path
 
 
+#: How many pixels of the outline of the focused element each side of a box hides that clips it.
+HIDDEN_OUTLINE = """
+const element = document.activeElement, style = getComputedStyle(element), box = element.getBoundingClientRect();
+const width = parseFloat(style.outlineOffset) + parseFloat(style.outlineWidth);
+let hidden = 0;
+for (let e = element.parentElement; e; e = e.parentElement) {
+  if (getComputedStyle(e).overflowX === "visible") continue;
+  const clip = e.getBoundingClientRect();
+  hidden = Math.max(hidden, clip.left - box.left + width, box.right + width - clip.right,
+    clip.top - box.top + width, box.bottom + width - clip.bottom);
+}
+return hidden;
+"""
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE])
+def test_the_outline_of_the_focus_is_complete(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, size: tuple[int, int]
+) -> None:
+    store.save_many([longest(), order("outline", customer_id="outline"), order("outline-2", customer_id="outline")])
+    show(browser, size)
+    for path in ("/orders?limit=100", "/search?q=outline", "/orders/" + "W" * 128):
+        browser.get(f"http://{api.address}{path}")
+        for _ in range(12):
+            browser.switch_to.active_element.send_keys(Keys.TAB)
+            assert browser.execute_script(HIDDEN_OUTLINE) <= 0.1, browser.switch_to.active_element.text
+
+
+#: For each row of each table: the header of each column, and for each cell the header that belongs to it.
+COLUMNS = """
+const exposed = (row) => [...row.children].filter((e) => getComputedStyle(e).display !== "none");
+return [...document.querySelectorAll("table")].map((table) => {
+  const names = exposed(table.tHead.rows[0]).map((th) => th.textContent);
+  return [...table.tBodies[0].rows].map((row) => [names, exposed(row).map((cell) => {
+    const all = [...table.tHead.rows[0].children];
+    return all[[...row.children].indexOf(cell)].textContent;
+  })]);
+}).flat();
+"""
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE])
+def test_every_cell_is_in_the_column_of_its_header(
+    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, size: tuple[int, int]
+) -> None:
+    """Also for a screen reader, which ignores what is not displayed."""
+    items = [SAMPLE.items[0], attrs.evolve(SAMPLE.items[0], size="", track_number="other")]
+    store.save_many([order("columns", customer_id="columns", items=items), order("columns-2", customer_id="columns")])
+    show(browser, size)
+    for path in ("/orders", "/search?q=columns", "/orders/columns"):
+        browser.get(f"http://{api.address}{path}")
+        rows = browser.execute_script(COLUMNS)
+        assert rows
+        for headers, headers_of_cells in rows:
+            assert headers == headers_of_cells, path
+
+
 def longest() -> Order:
     """Return an order in which every text has its greatest length and no space."""
     item = attrs.evolve(SAMPLE.items[0], name="W" * 1024, brand="W" * 255, size="W" * 64, rid="W" * 255)
@@ -451,7 +516,8 @@ def longest() -> Order:
     )
 
 
-@pytest.mark.parametrize("size", [WIDE, (800, 900), PHONE])
+@pytest.mark.parametrize("size", [WIDE, (800, 900), PHONE, SMALL])
+@pytest.mark.parametrize("font_scale", [1, 1.5])
 @pytest.mark.parametrize(
     "path",
     [
@@ -462,13 +528,19 @@ def longest() -> Order:
         "/search?q=x",
         "/rejects",
         f"/orders/{SAMPLE.order_uid}?view=json",
+        "/orders/nobody",
     ],
 )
 def test_no_page_is_wider_than_the_window(
-    browser: WebDriver, api: Service, store: orderlib.PostgresOrderRepository, size: tuple[int, int], path: str
+    browser: WebDriver,
+    api: Service,
+    store: orderlib.PostgresOrderRepository,
+    size: tuple[int, int],
+    font_scale: float,
+    path: str,
 ) -> None:
     store.save_many([longest(), SAMPLE])
-    show(browser, size)
+    show(browser, size, font_scale=font_scale)
     browser.get(f"http://{api.address}{path}")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
 

@@ -64,5 +64,10 @@ def test_a_list_shows_the_age_of_a_day_and_then_the_date() -> None:
 
 
 def test_a_long_text_is_shortened_in_its_middle() -> None:
-    assert shortened("x" * 32) == "x" * 32
-    assert shortened("a" * 23 + "b" * 100 + "c" * 8) == "a" * 23 + "…" + "c" * 8
+    assert shortened("x" * 40) == "x" * 40
+    assert shortened("a" * 31 + "b" * 100 + "c" * 8) == "a" * 31 + "…" + "c" * 8
+
+
+def test_a_uuid_is_not_shortened() -> None:
+    uuid = "123e4567-e89b-12d3-a456-426614174000"
+    assert shortened(uuid) == uuid
