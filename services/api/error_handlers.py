@@ -19,9 +19,6 @@ from services.program import event
 #: Seconds after which a client may repeat its request: clients then hardly notice a short outage.
 RETRY_AFTER_S = 2
 
-#: Seconds after which a page that shows an outage loads again.
-PAGE_RETRIES_AFTER_S = 5
-
 #: What a page says about a status: its title, and what to do next.
 _WORDS = {
     HTTPStatus.BAD_REQUEST: (
@@ -38,7 +35,7 @@ _WORDS = {
     ),
     HTTPStatus.SERVICE_UNAVAILABLE: (
         "Orders cannot be read at the moment",
-        f"No order is lost. This page reloads every {PAGE_RETRIES_AFTER_S} seconds. If it takes minutes, ask for help.",
+        "No order is lost. Try again in a few seconds. If it takes minutes, ask for help.",
     ),
     HTTPStatus.INTERNAL_SERVER_ERROR: (
         "Something went wrong in this service",
@@ -76,16 +73,17 @@ def add_error_handlers(app: App[Request, Response], pages: Pages) -> None:
         resp.set_header("Cache-Control", "no-store")
         if prefers_page(req):
             title, next_step = _WORDS.get(status, _OTHER_WORDS)
+            # The text of a search can be corrected. If there are several, that is the error.
+            text = req.params.get("q")
             pages.show(
                 resp,
                 "error.html",
                 title=title,
                 detail=detail,
                 next_step=next_step,
-                retries_after_s=PAGE_RETRIES_AFTER_S if status == HTTPStatus.SERVICE_UNAVAILABLE else None,
                 status=status,
                 request_id=request_id,
-                query="",
+                query=text if isinstance(text, str) else "",
             )
             return
         resp.content_type = PROBLEM_JSON

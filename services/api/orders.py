@@ -167,6 +167,7 @@ class OrdersResource:
             **period,
             is_filtered=any(value is not None for value in filters.values()),
             is_top=cursor is None,
+            newest=_link(None, limit, filters),
             newer=newer and _link(newer, limit, filters),
             older=older and _link(older, limit, filters),
             filters=texts,
@@ -219,14 +220,14 @@ def _neighbours(page: Page, direction: Direction, *, is_top: bool) -> tuple[str 
     )
 
 
-def _link(cursor: str, limit: int, filters: Filters) -> str:
+def _link(cursor: str | None, limit: int, filters: Filters) -> str:
     parameters = {"cursor": cursor, "limit": limit if limit != PAGE_SIZE else None, **filters}
     given = {
         name: value.isoformat() if isinstance(value, dt.datetime) else value
         for name, value in parameters.items()
         if value is not None
     }
-    return f"/orders?{urlencode(given)}"
+    return f"/orders?{urlencode(given)}" if given else "/orders"
 
 
 def _cursor(req: Request) -> tuple[Cursor | None, Direction]:

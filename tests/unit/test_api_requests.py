@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import datetime as dt
 import hashlib
 import html
 import json
@@ -334,6 +335,28 @@ def test_a_cursor_carries_its_direction(application: Application) -> None:
         "orders": first["orders"],
         "next_cursor": None,
     }
+
+
+def test_every_list_leads_back_to_its_first_page(application: Application) -> None:
+    as_page = with_token((b"accept", b"text/html"))
+    after_the_last = orderlib.Cursor(first_stored_at=dt.datetime(1, 1, 1, tzinfo=dt.UTC), order_uid="")
+    second = json.loads(application.send("/orders", b"limit=1", with_token()).body)["next_cursor"]
+    for filters in ("", f"customer_id={ORDER.customer_id}"):
+        first = application.send("/orders", f"limit=100&{filters}".encode(), as_page).body.decode()
+        assert "<nav" not in first
+        for cursor, has_orders in [(second, True), (after_the_last, False)]:
+            page = application.send("/orders", f"{filters}&cursor={cursor}".encode(), as_page).body.decode()
+            assert ("<table" in page) == has_orders
+            assert re.findall(r'<a href="([^"]+)">Newest</a>', page) == [f"/orders?{filters}".rstrip("?")]
+
+
+@pytest.mark.parametrize("path", ["/search", "/nowhere"])
+def test_an_error_page_keeps_the_text_of_a_search(application: Application, path: str) -> None:
+    as_page = with_token((b"accept", b"text/html"))
+    for query, text in [(b"q=a%22b&x=1", "a&#34;b"), (b"q=a&q=b", ""), (b"x=1", "")]:
+        page = application.send(path, query, as_page)
+        assert page.status in {400, 404}
+        assert f'type="search" value="{text}"' in page.body.decode()
 
 
 def test_the_links_of_a_page_keep_the_period(application: Application) -> None:
