@@ -22,8 +22,9 @@ DELIVERY_FILTERS = tuple(name for name in FILTERS if name in attrs.fields_dict(D
 TEXT_FILTERS = (*ORDER_FILTERS, *DELIVERY_FILTERS)
 #: The period in which the orders of ``/orders`` were first stored.
 PERIOD = ("since", "until")
-#: The longest text of a search. No field that it searches is longer, but the URL of an order may be.
-MAX_SEARCH_CHARS = 2_000
+#: The longest text of a search. No field that it searches is longer, but the URL of an order may be. In a URL, each
+#: character takes up to 12 bytes, and the text must fit into a request line (``server.MAX_REQUEST_LINE_BYTES``).
+MAX_SEARCH_CHARS = 600
 
 
 class ParametersMiddleware:

@@ -48,6 +48,9 @@ OTHER_FILES = 300
 #: larger body ends the connection, because no route reads it.
 MAX_READ_BYTES = 16_384
 
+#: The longest request line: gunicorn's greatest value. Two filters of 255 characters of any kind fit, too.
+MAX_REQUEST_LINE_BYTES = 8_190
+
 #: Added to every response: security headers, and Vary. gunicorn checks and formats what an application sets again for
 #: each response, which would be a tenth of the CPU time of a read.
 CONSTANT_HEADERS = {
@@ -391,6 +394,7 @@ class Server(BaseApplication):  # type: ignore[misc]
             "bind": self._binds,
             "worker_class": _Worker,
             "keepalive": self._keepalive_s,
+            "limit_request_line": MAX_REQUEST_LINE_BYTES,
             "graceful_timeout": GRACEFUL_TIMEOUT_S,
             "logger_class": _Log,
             "control_socket_disable": True,

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import attrs
 import jsonschema
@@ -22,6 +22,7 @@ from tests.support.api_process import Service, serving, settings_for
 from tests.support.databases import Database
 
 SAMPLE = orderlib.decode_order(SAMPLE_JSON)
+EMOJI = "\N{GRINNING FACE}"
 SAMPLE_PATH = f"/orders/{SAMPLE.order_uid}"
 ETAG = f'"{orderlib.content_sha256(SAMPLE).hex()}"'
 
@@ -517,8 +518,22 @@ def test_a_search_answers_with_the_matches_and_their_reasons(
     ]
     assert len(api.get("/search?q=LOOK&limit=1").json["matches"]) == 1
     assert api.get("/search?q=nobody%20at%20all").json == {"matches": []}
-    for query in ("", "?q=", "?q=%20", "?q=a&limit=0", "?q=" + "a" * 2001):
+    for query in ("", "?q=", "?q=%20", "?q=a&limit=0", "?q=" + "a" * 601):
         assert api.get("/search" + query).status == 400
+
+
+def test_every_text_that_is_allowed_fits_into_a_url(api: Service, store: orderlib.PostgresOrderRepository) -> None:
+    store.save(order("emoji", customer_id=EMOJI * 255, track_number=EMOJI * 255))
+    encoded = quote(EMOJI * 255)
+    found = api.get(f"/orders?customer_id={encoded}&track_number={encoded}&limit=100&format=json&meta=1")
+    assert [listed["order_uid"] for listed in found.json["orders"]] == ["emoji"]
+    limit = api.get("/openapi.json").json["paths"]["/search"]["parameters"][0]["schema"]["maxLength"]
+    longest = f"/search?limit=100&q={quote(EMOJI * limit)}"
+    assert api.get(longest).json == {"matches": []}
+    page = api.page(longest)
+    assert page.status == 200
+    assert f'maxlength="{limit}"' in page.text
+    assert EMOJI * limit in page.text
 
 
 def test_the_search_page_opens_a_single_match_and_shows_several(
