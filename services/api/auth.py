@@ -50,11 +50,13 @@ def _token_in(authorization: str) -> str | None:
     scheme, _, credentials = authorization.partition(" ")
     match scheme.lower():
         case "bearer":
-            return credentials.strip()
+            token = credentials
         case "basic":
             try:
-                return base64.b64decode(credentials.strip(), validate=True).decode().partition(":")[2]
+                token = base64.b64decode(credentials.strip(), validate=True).decode().partition(":")[2]
             except ValueError:
                 return None
         case _:
             return None
+    # No token has white space. A copied one may have some around it.
+    return token.strip()

@@ -30,6 +30,9 @@ _MAX_CONNECTIONS = 4
 #: With many waiting clients, each asks less often, so that all together ask at most 500 times a second.
 _POLL_GAP_S = 0.002
 
+#: A number that is not negative, as JSON, Python or JavaScript write it. ``float`` also accepts ``inf`` and ``1_0``.
+_NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
 #: The names that Kafka accepts for a topic, and ``.`` and ``..``, which no client can send in a path.
 TOPIC_PATTERN = "^[A-Za-z0-9._-]{1,249}$"
 
@@ -98,6 +101,6 @@ def _wait_s(req: Request) -> float:
     text = single_parameter(req, "wait")
     if text is None:
         return 0.0
-    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,30})?", text) or float(text) > MAX_WAIT_S:
+    if not _NUMBER.fullmatch(text) or float(text) > MAX_WAIT_S:
         raise bad_parameter("wait", f"seconds from 0 to {MAX_WAIT_S}", "another value")
     return float(text)

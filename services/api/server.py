@@ -16,6 +16,7 @@ import resource
 import socket
 import time
 from collections.abc import Callable
+from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any
 
@@ -78,6 +79,7 @@ _PRIVATE = {
         *("_buffer", "_finalize_headers", "_header_count", "_headers_list", "_limit_request_field_size"),
         *("_limit_request_fields", "_parse_headers", "_scan_from", "remaining"),
     ),
+    protocol.CallbackRequest: ("version",),
     base: ("WorkerTmp",),
     gasgi.ASGIWorker: ("_setup_event_loop", "_shutdown"),
     protocol.ASGIProtocol: (
@@ -227,11 +229,15 @@ class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
         if self._reading_paused and len(self._callback_parser.remaining()) <= self._max_buffer_size:
             super()._resume_reading()
 
-    def _will_close(self, request: object, response_requires_close: bool) -> bool:
-        """Announce also that the connection ends because the body of the request has not arrived."""
+    def _will_close(self, request: Any, response_requires_close: bool) -> bool:
+        """Announce also that the connection ends because the body of the request has not arrived.
+
+        A client of HTTP/1.0 may read until the end of the connection, unless it is told that the connection stays open
+        (RFC 9112, C.2.2). gunicorn would not tell it, so the connection ends.
+        """
         receiver = self._body_receiver
         lacks_body = receiver is not None and not receiver._complete  # noqa: SLF001 - DESIGN.md lists it
-        return lacks_body or super()._will_close(request, response_requires_close)
+        return lacks_body or super()._will_close(request, response_requires_close) or request.version < (1, 1)
 
     def _is_websocket_upgrade(self, request: object) -> bool:  # noqa: ARG002 - gunicorn's signature
         """Ignore the upgrade: the server has no websockets and may answer as plain HTTP (RFC 9110, 7.8)."""
@@ -247,6 +253,7 @@ class _Protocol(protocol.ASGIProtocol):  # type: ignore[misc]
         headers, body = self.app.refuse(HTTPStatus(status))
         lines = [
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+            f"Date: {formatdate(usegmt=True)}",
             *(f"{name}: {value}" for name, value in headers.items()),
             "Connection: close",
         ]

@@ -360,6 +360,8 @@ def test_without_a_known_token_no_order_is_shown(guarded: Service, path: str, he
         (bearer("secret-2"), "new"),
         (basic("anybody", "secret-2"), "new"),
         (basic("", "secret-1"), "old"),
+        (bearer(" secret-1 "), "old"),
+        (basic("", " secret-1 "), "old"),
     ],
 )
 def test_each_known_token_is_accepted_and_logged_by_name(guarded: Service, headers: dict[str, str], name: str) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import attrs
@@ -371,6 +372,7 @@ def test_invalid_http_gets_a_problem_a_log_line_and_a_count(api: Service, sent: 
     assert answer.status == UNREADABLE[sent]
     assert_promised(answer)
     assert answer.headers["Connection"] == "close"
+    assert abs(parsedate_to_datetime(answer.headers["Date"]).timestamp() - time.time()) < 60
     line = api.line_of(answer)
     assert (line["route"], line["status"]) == ("unreadable", answer.status)
     assert counted() == before + 1
@@ -390,6 +392,17 @@ def test_no_answer_waits_for_a_body(api: Service, sent: bytes) -> None:
     assert_promised(answer)
     # Otherwise a client would send its next request over a connection that the server closes.
     assert answer.headers["Connection"] == "close"
+
+
+@pytest.mark.parametrize("asked", [b"", b"Connection: keep-alive\r\n"])
+def test_a_client_of_http_1_0_may_read_until_the_end_of_the_connection(api: Service, asked: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", api.port), timeout=20) as client:
+        client.sendall(b"GET /livez HTTP/1.0\r\nHost: localhost\r\n" + asked + b"\r\n")
+        received = b"".join(iter(lambda: client.recv(65536), b""))
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 200 OK\r\n")
+    assert b"\r\nConnection: close" in head
+    assert body == b'{"status":"live"}'
 
 
 HEADER_NAMES = (

@@ -284,7 +284,10 @@ def test_invalid_media_ranges_are_ignored(application: Application, accept: byte
         ("/search", "q=x&limit=101", "limit"),
         ("/records/orders/0/0", "wait=-1", "wait"),
         ("/records/orders/0/0", "wait=5.001", "wait"),
-        ("/records/orders/0/0", "wait=nan", "wait"),
+        *(
+            ("/records/orders/0/0", f"wait={wait}", "wait")
+            for wait in ("nan", "inf", "1e1", "1e999", ".", "e1", "1e", "1_0", "0x1", "%D9%A1", "9" * 5_000, "1%20")
+        ),
         ("/records/orders/0/0", "wait=", "wait"),
         ("/records/orders/0/0", "wait=1&wait=1", "wait"),
         ("/records/orders/0/0", "timeout=1", "timeout"),
@@ -318,6 +321,16 @@ def test_a_file_is_cached_only_under_its_own_version(application: Application) -
     ]:
         answer = application.send("/static/style.css", query.encode(), with_token())
         assert (answer.status, answer.headers["cache-control"]) == (200, cached)
+
+
+@pytest.mark.parametrize(
+    "wait", ["0", "1e-05", "1E-5", ".001", "0.", "0.0", "00", "1e%2B0", "5e-400", "0." + "0" * 99 + "1"]
+)
+def test_a_wait_is_any_number_from_0_to_5(application: Application, wait: str) -> None:
+    answer = request_and_check(
+        application, path="/records/orders/0/0", query=f"wait={wait}".encode(), headers=with_token()
+    )
+    assert (answer.status, json.loads(answer.body)["state"]) == (200, "unknown")
 
 
 def test_a_cursor_carries_its_direction(application: Application) -> None:
