@@ -64,6 +64,8 @@ def _period(description: str) -> list[_Part]:
 _HEADERS: _Part = {
     "ETag": {"description": "Identifies the content.", "schema": _TEXT},
     "Cache-Control": {"schema": _TEXT},
+    "X-Request-Id": {"description": "Also in the log, and in the problem document of an error.", "schema": _TEXT},
+    "Allow": {"description": "The methods of this path.", "schema": _TEXT},
     "Vary": {"schema": _TEXT},
     "Location": {"schema": _TEXT},
     "WWW-Authenticate": {"description": "Bearer and Basic.", "schema": _TEXT},
@@ -72,11 +74,19 @@ _HEADERS: _Part = {
 
 
 def _headers(*names: str) -> _Part:
-    return {name: _ref("headers", name) for name in names}
+    """Refer to the headers of a response. Each response has an X-Request-Id."""
+    return {name: _ref("headers", name) for name in (*names, "X-Request-Id")}
 
 
 #: The parameters of several resources.
 _PARAMETERS: _Part = {
+    "X-Request-Id": {
+        "name": "X-Request-Id",
+        "in": "header",
+        "description": "The id of the request, if it is 1 to 64 of the characters A-Z a-z 0-9 . _ : -. Otherwise the "
+        "service creates one.",
+        "schema": _TEXT,
+    },
     "format": _query("format", "`json` returns JSON to a browser, too.", {"type": "string", "enum": ["json"]}),
     "meta": _query(
         "meta",
@@ -104,7 +114,7 @@ def _parameter(name: str) -> _Part:
 def _problem(description: str, *headers: str) -> _Part:
     return {
         "description": description,
-        "headers": _headers(*headers),
+        "headers": _headers(*headers, "Cache-Control"),
         "content": {PROBLEM_JSON: _schema("Problem"), _HTML: {"schema": _TEXT}},
     }
 
@@ -113,7 +123,12 @@ def _problem(description: str, *headers: str) -> _Part:
 _PROBLEMS: _Part = {
     "400": _problem("A parameter is unknown, repeated or invalid."),
     "401": _problem("The token is missing or unknown.", "WWW-Authenticate"),
+    "405": _problem("The method is neither GET nor HEAD.", "Allow"),
     "406": _problem("The client accepts neither application/json nor text/html."),
+    "414": {
+        **_problem("The URL is too long. The response is never a page."),
+        "content": {PROBLEM_JSON: _schema("Problem")},
+    },
     "421": _problem("Authentication is off, and the Host header does not name localhost."),
     "503": _problem("The database is unavailable, or the service is not configured correctly.", "Retry-After"),
 }
@@ -138,7 +153,7 @@ def _ok(description: str, schema: str, *headers: str) -> _Part:
 def _path(parameters: list[_Part], get: _Part, head: _Part, responses: _Part) -> _Part:
     """Return a path. HEAD has the responses of GET."""
     return {
-        "parameters": parameters,
+        "parameters": [*parameters, _parameter("X-Request-Id")],
         "get": {**get, "responses": responses},
         "head": {**head, "responses": responses},
     }
@@ -234,7 +249,7 @@ def _search() -> _Part:
             **_ok("What was found, as JSON or as an HTML page.", "Matches"),
             "303": {
                 "description": "Only for a page: one order matches, and `Location` has its URL.",
-                "headers": _headers("Location"),
+                "headers": _headers("Location", "Cache-Control"),
             },
         },
     )
@@ -283,26 +298,34 @@ def _record() -> _Part:
                 "headers": _headers("Cache-Control"),
                 "content": {_JSON: _schema("RecordState")},
             },
-            **_problems("400", "401", "421", "503"),
+            **_problems("400", "401", "405", "414", "421", "503"),
         },
     )
 
 
 def _probe(operation_id: str, summary: str, responses: _Part) -> _Part:
     """Return the path of a probe, which needs no token."""
-    return {"get": {"operationId": operation_id, "summary": summary, "security": [], "responses": responses}}
+    return {
+        "parameters": [_parameter("X-Request-Id")],
+        "get": {"operationId": operation_id, "summary": summary, "security": [], "responses": responses},
+    }
 
 
 _LIVE: _Part = {
-    "200": {"description": "Healthy.", "content": {_JSON: {"schema": {"type": "object"}}}},
-    **_problems("400"),
+    "200": {
+        "description": "Healthy.",
+        "headers": _headers("Cache-Control"),
+        "content": {_JSON: {"schema": {"type": "object"}}},
+    },
+    **_problems("400", "405", "414"),
 }
 _READY: _Part = {
     "200": {
         "description": "Ready. A standby is ready with any replication delay.",
+        "headers": _headers("Cache-Control"),
         "content": {_JSON: _schema("Ready")},
     },
-    **_problems("400", "503"),
+    **_problems("400", "405", "414", "503"),
 }
 
 

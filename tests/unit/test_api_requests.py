@@ -442,6 +442,43 @@ def test_the_replication_delay_of_a_standby_is_shown(
     assert shown is None or shown in page
 
 
+def test_openapi_names_the_headers_of_each_response(application: Application) -> None:
+    document = json.loads(application.send("/openapi.json").body)
+
+    def documented(path: str, status: int, method: str = "get") -> set[str]:
+        response = document["paths"][path][method]["responses"][str(status)]
+        if "$ref" in response:
+            response = document["components"]["responses"][response["$ref"].rpartition("/")[2]]
+        return {name.lower() for name in response["headers"]}
+
+    page, known = (b"accept", b"text/html"), (b"if-none-match", ETAG.encode())
+    order, record = "/orders/{order_uid}", "/records/{topic}/{partition}/{offset}"
+    requests: list[tuple[str, str, dict[str, Any], int]] = [
+        *((path, path, {}, 200) for path in ("/orders", "/rejects", "/livez", "/readyz")),
+        *((path, path, {"method": "PUT"}, 405) for path in ("/orders", "/rejects", "/search", "/livez", "/readyz")),
+        *((path, path, {"query": b"x"}, 400) for path in ("/orders", "/rejects", "/search", "/livez", "/readyz")),
+        *((path, path, {"headers": []}, 401) for path in ("/orders", "/rejects", "/search")),
+        ("/orders", "/orders", {"headers": with_token((b"accept", b"image/png"))}, 406),
+        (order, f"/orders/{ORDER.order_uid}", {}, 200),
+        (order, f"/orders/{ORDER.order_uid}", {"headers": with_token(known)}, 304),
+        (order, f"/orders/{ORDER.order_uid}", {"method": "PUT"}, 405),
+        (order, "/orders/missing", {}, 404),
+        ("/search", "/search", {"query": f"q={ORDER.order_uid}".encode()}, 200),
+        ("/search", "/search", {"query": f"q={ORDER.order_uid}".encode(), "headers": with_token(page)}, 303),
+        (record, "/records/orders/0/0", {}, 200),
+        (record, "/records/orders/0/0", {"method": "PUT"}, 405),
+    ]
+    for path, sent, request, status in requests:
+        answer = application.send(sent, **{"headers": with_token(), **request})
+        assert answer.status == status, path
+        # The content has a part of its own in the document, and the server adds Vary to each response.
+        named = answer.headers.keys() - {"content-type", "content-length"}
+        assert named == documented(path, status) - {"vary"}, (path, status)
+    for path, methods in document["paths"].items():
+        assert {"$ref": "#/components/parameters/X-Request-Id"} in methods["parameters"]
+        assert documented(path, 414) == {"x-request-id", "cache-control"}
+
+
 def test_a_failing_error_handler_is_answered_with_a_problem_document(
     application: Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
