@@ -229,9 +229,10 @@ def _search() -> _Part:
         [
             _query(
                 "q",
-                "A complete order_uid in any case, the URL of an order, a track number, a customer_id, a phone number "
-                "in any format, an e-mail address in any case, or the rid of an item. If none of these matches, a "
-                "prefix of an order_uid.",
+                "A complete order_uid in any case, the URL of an order, a track number, a customer_id, the digits of a "
+                "phone number with the country code, as in the order, an e-mail address in any case, or the rid of an "
+                "item. If none of these matches, a prefix of an order_uid. White space and invisible characters around "
+                "the text do not count.",
                 {"type": "string", "maxLength": MAX_SEARCH_CHARS, "pattern": r"\S"},
                 required=True,
             ),
