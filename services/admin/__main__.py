@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -40,4 +41,6 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
 
 if __name__ == "__main__":
     set_up_program(os.environ)
+    # After Ctrl-C psycopg warns of its rollback, and prints its objects. The command itself says what went wrong.
+    logging.getLogger("psycopg").setLevel(logging.CRITICAL)
     run_with_kafka(lambda: main(sys.argv[1:], os.environ))

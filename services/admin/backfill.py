@@ -48,10 +48,9 @@ def _backfill(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     outcomes: Counter[Outcome] = Counter()
     errors: dict[str, RejectedError] = {}
     last = options.after
-    progress = ProgressLine("originals read")
     is_complete = False
     try:
-        with open_database(environ, "ORDERS_DATABASE_URL") as connection:
+        with open_database(environ, "ORDERS_DATABASE_URL") as connection, ProgressLine("originals read") as progress:
             for batch in backfill(connection, after=options.after, dry_run=options.dry_run):
                 outcomes += batch.outcomes
                 last = batch.last
@@ -59,14 +58,27 @@ def _backfill(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
                 progress.at(outcomes.total())
         is_complete = True
     finally:
-        progress.end()
+        # After an error or Ctrl-C: what is done stays done, and the next run does not name these originals again.
+        if is_complete or outcomes:
+            _print_result(options, outcomes, errors, last, is_complete=is_complete)
         if not is_complete and last:
             print(printable(f"not complete: continue with --after={last}"), file=sys.stderr)
+    return EXIT_FAILED if outcomes[Outcome.REJECTED] else EXIT_DONE
+
+
+def _print_result(
+    options: argparse.Namespace,
+    outcomes: Counter[Outcome],
+    errors: Mapping[str, RejectedError],
+    last: str,
+    *,
+    is_complete: bool,
+) -> None:
     counts = {"originals": outcomes.total(), **{str(outcome): outcomes[outcome] for outcome in Outcome}}
     if options.json:
         named = [{"order_uid": uid, "code": error.code, "path": error.faults[0].path} for uid, error in errors.items()]
-        result = {"dry_run": options.dry_run, "last": last or None, **counts, "rejected_originals": named}
-        print_json(result)
+        done = {"dry_run": options.dry_run, "complete": is_complete, "last": last or None}
+        print_json({**done, **counts, "rejected_originals": named})
     else:
         print_table([counts], as_json=False)
         for uid, error in errors.items():
@@ -75,4 +87,3 @@ def _backfill(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             print(f"… and {count_of(unlisted, 'more original')}")
         if options.dry_run:
             print("dry run: nothing was stored", file=sys.stderr)
-    return EXIT_FAILED if outcomes[Outcome.REJECTED] else EXIT_DONE

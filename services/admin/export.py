@@ -6,7 +6,6 @@ import argparse
 import datetime as dt
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -18,7 +17,6 @@ from orderlib.repository import Filters, StoredOrder
 from services.admin.output import ProgressLine, count_of, print_bytes, rfc3339_time, utf8_text
 from services.settings import database_url
 
-_PROGRESS_EVERY_S = 0.2
 _BREAKS_TO_SPACES = bytes.maketrans(b"\r\n", b"  ")
 
 
@@ -49,23 +47,17 @@ def add_commands(commands: Commands) -> None:
 
 def _export(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_READER_URL")
-    with snapshot(url, APPLICATION_NAME) as stored_orders, _stop_on_signal() as stop_event:
+    # On a terminal the lines themselves show the progress.
+    progress_line = ProgressLine("orders", shown=not sys.stdout.isatty())
+    with snapshot(url, APPLICATION_NAME) as stored_orders, _stop_on_signal() as stop_event, progress_line as progress:
         exported = 0
-        # On a terminal the lines themselves show the progress.
-        progress = None if sys.stdout.isatty() else ProgressLine("orders")
-        shown_s = time.monotonic()
         for stored in _select_orders(stored_orders, options.customer, options.since):
             if stop_event.is_set():
                 break
             print_bytes(_line(stored_orders, stored) + b"\n")
             exported += 1
-            if progress is not None and time.monotonic() - shown_s >= _PROGRESS_EVERY_S:
-                shown_s = time.monotonic()
-                progress.at(exported)
-        sys.stdout.flush()
-        if progress is not None:
             progress.at(exported)
-            progress.end()
+        sys.stdout.flush()
     if stop_event.is_set():
         print(f"error: interrupted: the export has only {count_of(exported, 'order')}", file=sys.stderr)
         return EXIT_FAILED

@@ -6,13 +6,18 @@ import argparse
 import datetime as dt
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Self
 
 import msgspec
 
 from orderlib.contract import fits_postgres
 
 ResultRow = Mapping[str, object]
+
+#: A progress line is written at most this often.
+_PROGRESS_EVERY_S = 0.2
 
 #: Text is escaped in pieces of this length, because Python makes an object of each character meanwhile.
 _PIECE = 4096
@@ -133,22 +138,44 @@ def confirm(question: str, *, yes: bool) -> bool:
         print(f"{question}: not confirmed; add --yes to confirm without a terminal", file=sys.stderr)
         return False
     print(f"{question}? [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+    answer = ""
+    try:
+        answer = sys.stdin.readline()
+    finally:
+        if not answer.endswith("\n"):
+            # Ctrl-C or Ctrl-D: what follows must not continue the line of the question.
+            print(file=sys.stderr)
+    return answer.strip().lower() in {"y", "yes"}
 
 
 class ProgressLine:
-    """A count of what is done, on stderr if that is a terminal."""
+    """A count of what is done, on stderr if that is a terminal.
 
-    def __init__(self, what: str) -> None:
+    At the end of the block, also after an error or Ctrl-C, it shows the last count and ends its line.
+    """
+
+    def __init__(self, what: str, *, shown: bool = True) -> None:
         self._what = what
-        self._shown = sys.stderr.isatty()
+        self._is_shown = shown and sys.stderr.isatty()
+        self._count: int | None = None
+        self._next_write_s = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._count is not None:
+            self._write(self._count)
+            print(file=sys.stderr)
 
     def at(self, count: int) -> None:
-        """Show the count."""
-        if self._shown:
-            print(f"\r{count:,} {self._what}", end="", file=sys.stderr, flush=True)
+        """Show the count, unless another one was shown a moment ago."""
+        if not self._is_shown:
+            return
+        self._count = count
+        if (now_s := time.monotonic()) >= self._next_write_s:
+            self._next_write_s = now_s + _PROGRESS_EVERY_S
+            self._write(count)
 
-    def end(self) -> None:
-        """End the line."""
-        if self._shown:
-            print(file=sys.stderr)
+    def _write(self, count: int) -> None:
+        print(f"\r{count:,} {self._what}", end="", file=sys.stderr, flush=True)

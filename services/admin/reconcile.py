@@ -121,7 +121,6 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     )
     # Read before the snapshot: Kafka may delete more records while the consumer handles others.
     earliest = topic_reader.earliest()
-    progress = ProgressLine("records read")
     findings, several_partitions = _Bounded[Finding](MAX_FINDINGS), _Bounded[str](_SHOWN)
     with snapshot(url, APPLICATION_NAME) as stored:
         offsets = stored.offsets()
@@ -145,11 +144,11 @@ def _reconcile(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         digests = stored.forgotten(), stored.original_digests()
         proof = Reconciliation(topic, start_offsets, stored.group(), offsets, stored.rejects(), *digests)
         missing = dict(manifest or {})
-        for record in topic_reader.records(start_offsets, next_offsets):
-            proof.on_record(record, classify_record(record, max_bytes))
-            findings.add(_compare(record, missing))
-            progress.at(proof.counts["records"])
-        progress.end()
+        with ProgressLine("records read") as progress:
+            for record in topic_reader.records(start_offsets, next_offsets):
+                proof.on_record(record, classify_record(record, max_bytes))
+                findings.add(_compare(record, missing))
+                progress.at(proof.counts["records"])
         if manifest is not None:
             proof.counts["lines of the manifest"] = len(manifest) - len(missing)
         several_partitions.add(proof.several_partitions())

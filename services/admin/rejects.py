@@ -9,6 +9,7 @@ import datetime as dt
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 
@@ -177,18 +178,24 @@ def _prefix_to_plain(part: Prefix | None) -> dict[str, object] | None:
 def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     max_bytes = max_record_bytes(environ)
     outcomes: Counter[Outcome] = Counter()
-    progress = ProgressLine("rejects redriven")
-    with open_database(environ, "ORDERS_DATABASE_URL") as connection:
-        if options.position is not None:
-            # Raise RejectNotFound if there is none: ``redrive`` would do nothing.
-            list(get_rejects(connection, options.position, max_bytes=0))
-        for batch in redrive(
-            connection, max_bytes, code=options.code, position=options.position, tombstones=tombstones(environ)
-        ):
-            outcomes += batch
-            progress.at(outcomes.total())
-    progress.end()
-    print_table([{str(outcome): outcomes[outcome] for outcome in Outcome}], as_json=options.json)
+    is_complete = False
+    try:
+        with open_database(environ, "ORDERS_DATABASE_URL") as connection, ProgressLine("rejects redriven") as progress:
+            if options.position is not None:
+                # Raise RejectNotFound if there is none: ``redrive`` would do nothing.
+                list(get_rejects(connection, options.position, max_bytes=0))
+            for batch in redrive(
+                connection, max_bytes, code=options.code, position=options.position, tombstones=tombstones(environ)
+            ):
+                outcomes += batch
+                progress.at(outcomes.total())
+        is_complete = True
+    finally:
+        # After an error or Ctrl-C: what is done stays done.
+        if is_complete or outcomes:
+            print_table([{str(outcome): outcomes[outcome] for outcome in Outcome}], as_json=options.json)
+        if outcomes and not is_complete:
+            print("not complete: run it again to continue", file=sys.stderr)
     return EXIT_DONE
 
 

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -213,6 +214,43 @@ def test_show_prints_the_first_bytes_of_a_huge_reject_in_little_memory(
     assert peak - small < 150 * 2**20
 
 
+def test_ctrl_c_during_a_redrive_prints_the_outcomes_until_then(environ: dict[str, str], database: Database) -> None:
+    topic = environ["ORDERS_TOPIC"]
+    for offset in range(1, 101):
+        add_reject(database, topic, offset, "'['")
+    add_reject(database, topic, 101, f"convert_to('{SAMPLE.decode()}', 'UTF8')")
+    with orderlib.connect(database.writer_url) as repository:
+        repository.save(attrs.evolve(orderlib.decode_order(SAMPLE), locale="older"))
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "services.admin", "rejects", "redrive", "--all", "--json"]
+    try:
+        with (
+            psycopg.connect(database.superuser_url) as holder,
+            psycopg.connect(database.superuser_url, autocommit=True) as observer,
+        ):
+            # The first transaction takes 100 rejects. The second one waits for this lock, in the middle of a pipeline.
+            holder.execute(
+                "UPDATE orders SET source_topic_id = 'id', source_partition = 0, source_offset = 0, source_time = now()"
+            )
+            holder.commit()
+            holder.execute("SELECT FROM orders FOR UPDATE")
+            with subprocess.Popen(command, env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=terminal) as process:
+                waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+                wait_for(lambda: observer.execute(waiting).fetchall())
+                process.send_signal(signal.SIGINT)
+                assert process.stdout is not None
+                [outcomes] = json.loads(process.stdout.read())
+        shown = os.read(controller, 65536).decode().replace("\r\n", "\n")
+    finally:
+        os.close(controller)
+        os.close(terminal)
+    assert process.returncode == 1
+    assert {name: number for name, number in outcomes.items() if number} == {"rejected": 100}
+    *progress, last, end = shown.split("\n")
+    assert (last, end) == ("interrupted", "")
+    assert progress == ["\r100 rejects redriven" * 2, "not complete: run it again to continue"]
+
+
 def test_many_huge_rejects_are_redriven_in_little_memory(
     environ: dict[str, str], database: Database, tmp_path: Path
 ) -> None:
@@ -244,7 +282,13 @@ def test_backfill_stores_what_its_dry_run_counts_and_names_what_it_refuses(
 
     dry = run("admin backfill --dry-run --json", environ)
     assert (dry.returncode, dry.stderr) == (1, "")
-    assert json.loads(dry.stdout) == {"dry_run": True, "last": "invalid", **counts, "rejected_originals": refused}
+    assert json.loads(dry.stdout) == {
+        "dry_run": True,
+        "complete": True,
+        "last": "invalid",
+        **counts,
+        "rejected_originals": refused,
+    }
     done = run("admin backfill", environ)
     assert (done.returncode, done.stderr) == (1, "")
     header, numbers, named = done.stdout.splitlines()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import subprocess
 import sys
+import time
 import unicodedata
 
 import pytest
 
 from orderlib.errors import RejectNotFound
 from services.admin.__main__ import main, make_parser
-from services.admin.output import confirm, count_of, printable
+from services.admin.output import ProgressLine, confirm, count_of, printable
+from tests.support import ROOT
 
 EVERY_CHARACTER = "".join(map(chr, (*range(0xD800), *range(0xE000, sys.maxunicode + 1))))
 
@@ -84,3 +89,75 @@ def test_without_standard_input_nothing_is_confirmed(
     assert not confirm("erase order 7 permanently", yes=False)
     assert "add --yes" in capsys.readouterr().err
     assert confirm("erase order 7 permanently", yes=True)
+
+
+class Terminal(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def set_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Make standard error a terminal. Not as a fixture: pytest sets its own standard error after them."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    return terminal
+
+
+def test_progress_is_written_a_few_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, now_s = set_terminal(monkeypatch), 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    with ProgressLine("records") as progress:
+        for count in range(1, 1001):
+            progress.at(count)
+        assert terminal.getvalue() == "\r1 records"
+        now_s += 0.2
+        progress.at(1001)
+        assert terminal.getvalue() == "\r1 records\r1,001 records"
+        progress.at(1002)
+    assert terminal.getvalue() == "\r1 records\r1,001 records\r1,002 records\n"
+
+
+def test_an_error_does_not_continue_the_line_of_the_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = set_terminal(monkeypatch)
+    with contextlib.suppress(KeyboardInterrupt), ProgressLine("records") as progress:
+        progress.at(9)
+        raise KeyboardInterrupt
+    assert terminal.getvalue().endswith("\r9 records\n")
+
+
+def test_progress_that_shows_nothing_leaves_no_empty_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = set_terminal(monkeypatch)
+    with ProgressLine("records"):
+        pass
+    with ProgressLine("records", shown=False) as progress:
+        progress.at(1)
+    assert terminal.getvalue() == ""
+
+
+def test_what_follows_an_unanswered_question_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> str:
+        raise KeyboardInterrupt
+
+    for readline in (lambda: "", interrupt):
+        terminal, keyboard = set_terminal(monkeypatch), Terminal()
+        monkeypatch.setattr(keyboard, "readline", readline)
+        monkeypatch.setattr(sys, "stdin", keyboard)
+        with contextlib.suppress(KeyboardInterrupt):
+            assert not confirm("erase order 7 permanently", yes=False)
+        assert terminal.getvalue() == "erase order 7 permanently? [y/N] \n"
+
+
+@pytest.mark.parametrize("program", ["services.admin", "orderlib"])
+def test_a_warning_of_psycopg_is_not_printed(program: str) -> None:
+    """After Ctrl-C in the middle of a pipeline it warns of its rollback, with the repr of its objects."""
+    code = f"""
+import logging, runpy, sys
+from orderlib import commands
+commands._migrate = lambda *_: logging.getLogger("psycopg").warning("error ignored in rollback") or 0
+sys.argv = ["program", "migrate"]
+runpy.run_module("{program}", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
