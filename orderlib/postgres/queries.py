@@ -182,7 +182,7 @@ ORDER BY o.updated_at DESC LIMIT 1
 #: The stored offset of each partition of a topic id.
 NEXT_OFFSETS_OF_TOPIC: LiteralString = "SELECT partition, next_offset FROM consumer_offsets WHERE topic_id = $1"
 
-#: Whether a reject was never redriven, or was rejected again.
+#: Whether a reject is open: it was never redriven, or was rejected again.
 _STILL_REJECTED: LiteralString = "(redrive_outcome IS NULL OR redrive_outcome = 'rejected')"
 
 #: The records of a range of offsets that are still rejected.
@@ -737,6 +737,7 @@ _REJECT_CONDITIONS: dict[str, LiteralString] = {
     "since": "rejected_at >= {}::timestamptz",
     "until": "rejected_at < {}::timestamptz",
     "not_redriven": "(redrive_outcome IS NULL) = {}",
+    "is_open": f"{_STILL_REJECTED} = {{}}",
 }
 
 
@@ -764,6 +765,18 @@ ORDER BY rejected_at {sort}, topic_id {sort}, partition {sort}, record_offset {s
 def count_rejects(filters: Collection[str]) -> LiteralString:
     """Return the query for the number of rejects. Its parameters are those of the filters in the sequence given."""
     return f"SELECT count(*) FROM rejects WHERE {_all_of(_REJECT_CONDITIONS, filters, iter(_PLACEHOLDERS))}"
+
+
+def count_rejects_by_path(filters: Collection[str]) -> LiteralString:
+    """Return the query for the number of rejects by code and path of the first fault, the most frequent first.
+
+    All elements of an array have one path. The parameters are those of the filters in the sequence given.
+    """
+    return f"""
+SELECT count(*), code, regexp_replace(faults -> 'first' -> 0 ->> 'path', '\\[[0-9]+\\]', '[*]', 'g')
+FROM rejects WHERE {_all_of(_REJECT_CONDITIONS, filters, iter(_PLACEHOLDERS))}
+GROUP BY 2, 3 ORDER BY 1 DESC, 2, 3
+"""
 
 
 #: The reject at a position of each topic id, with the first bytes and the size of each part that may be large.

@@ -247,6 +247,12 @@ class ReadQueries:
         assert isinstance(count, int)
         return count
 
+    def count_rejects_by_path(self, query: RejectQuery) -> PQGen[list[Row]]:
+        """Return the number of rejects that match the filters, by code and path of the first fault."""
+        filters = _reject_filters(query)
+        [rows] = yield from self._wire.pipeline((queries.count_rejects_by_path(filters), list(filters.values())))
+        return rows
+
     def next_offsets(self, topic_id: str) -> PQGen[dict[int, int]]:
         """See ``ConsumerProgressRepository.next_offsets``."""
         [rows] = yield from self._wire.pipeline((queries.NEXT_OFFSETS_OF_TOPIC, [topic_id]))
@@ -374,6 +380,7 @@ def _reject_filters(query: RejectQuery) -> dict[str, object]:
         "since": query.since,
         "until": query.until,
         "not_redriven": query.not_redriven or None,
+        "is_open": query.is_open or None,
     }
     return {name: value for name, value in filters.items() if value is not None}
 

@@ -103,6 +103,8 @@ class RejectQuery:
     until: dt.datetime | None = attrs.field(default=None, converter=in_utc)
     #: Only rejects that were never redriven.
     not_redriven: bool = False
+    #: Only rejects that were never redriven, or were rejected again.
+    is_open: bool = False
     oldest_first: bool = False
     cursor: RejectCursor | None = None
     limit: int = PAGE_SIZE

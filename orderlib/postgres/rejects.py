@@ -57,6 +57,16 @@ def list_rejects(connection: Connection, query: RejectQuery) -> tuple[RejectPage
         return connection.wait(reads.list_rejects(query)), connection.wait(reads.count_rejects(query))
 
 
+def count_rejects_by_path(connection: Connection, query: RejectQuery) -> list[tuple[int, str, str | None]]:
+    """Return (number, code, path of the first fault) of the rejects that match, the most frequent first.
+
+    All elements of an array have one path, such as ``$.items[*].price``. Needs the reader's privileges only.
+    """
+    reads = ReadQueries(Wire(connection.pgconn, keeps_statements=False))
+    with translate_errors(connection):
+        return connection.wait(reads.count_rejects_by_path(query))
+
+
 def get_rejects(connection: Connection, position: RejectPosition, max_bytes: int) -> Iterator[dict[str, Any]]:
     """Yield the rejects at a position, one for each topic id, the newest first.
 

@@ -1,4 +1,4 @@
-"""``rejects list | show | redrive | purge``: rejected records."""
+"""``rejects list | summary | show | redrive | purge``: rejected records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orderlib.errors import REJECT_CODES
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.operations import count_old_rejects, purge_rejects
 from orderlib.postgres.reject_list import RejectPosition, RejectQuery
-from orderlib.postgres.rejects import Prefix, get_rejects, list_rejects, redrive
+from orderlib.postgres.rejects import Prefix, count_rejects_by_path, get_rejects, list_rejects, redrive
 from orderlib.repository import Outcome, is_position
 from services.admin.database import open_database
 from services.admin.output import (
@@ -44,7 +44,7 @@ def add_commands(commands: Commands) -> None:
     """Add these commands to the parser."""
     parser = commands.add_parser(
         "rejects",
-        help="list, show, redrive or purge rejected records",
+        help="list, count, show, redrive or purge rejected records",
         description="Records that the consumer rejected. Each is stored unchanged with its code and faults. POSITION "
         "is TOPIC/PARTITION/OFFSET.",
     )
@@ -58,11 +58,22 @@ def add_commands(commands: Commands) -> None:
     listing.add_argument("--code", choices=REJECT_CODES, help="only rejects with this code")
     listing.add_argument("--key", metavar="TEXT", help="only rejects of records with this key, usually an order_uid")
     listing.add_argument("--not-redriven", action="store_true", help="only rejects that were never redriven")
+    _add_open_option(listing)
     listing.add_argument(
         "--limit", metavar="N", type=positive_integer, default=50, help="how many rejects to list at most (%(default)s)"
     )
     add_json_option(listing)
     listing.set_defaults(command=_list)
+
+    summary = actions.add_parser(
+        "summary",
+        help="count rejects by code and first fault (ORDERS_READER_URL)",
+        description="Print the number of rejects by code and path of the first fault, the most frequent first. Prints "
+        "paths, never values; all elements of an array have one path.",
+    )
+    _add_open_option(summary)
+    add_json_option(summary)
+    summary.set_defaults(command=_summary)
 
     showing = actions.add_parser(
         "show",
@@ -102,6 +113,14 @@ def add_commands(commands: Commands) -> None:
     purging.set_defaults(command=_purge)
 
 
+def _add_open_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--open",
+        action="store_true",
+        help="only rejects that were never redriven or were rejected again: those that `redrive` takes",
+    )
+
+
 def _position(text: str) -> RejectPosition:
     found = re.fullmatch(r"(?P<topic>[^/]+)/(?P<partition>[0-9]{1,10})/(?P<offset>[0-9]{1,19})", text)
     if not found or not is_position(found["topic"], int(found["partition"]), int(found["offset"])):
@@ -124,6 +143,7 @@ def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         key=None if options.key is None else os.fsencode(options.key),
         since=options.since,
         not_redriven=options.not_redriven,
+        is_open=options.open,
         oldest_first=options.oldest,
         limit=options.limit,
     )
@@ -145,6 +165,14 @@ def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     print_table(rows, as_json=options.json)
     if not options.json:
         print(f"{len(rows):,} of {count_of(total, 'reject')}")
+    return EXIT_DONE
+
+
+def _summary(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    with open_database(environ, "ORDERS_READER_URL") as connection:
+        counts = count_rejects_by_path(connection, RejectQuery(is_open=options.open))
+    rows = [{"rejects": number, "code": code, "first_path": path} for number, code, path in counts]
+    print_table(rows, as_json=options.json)
     return EXIT_DONE
 
 

@@ -167,6 +167,11 @@ def test_rejects_are_listed_redriven_and_purged_as_the_options_select(environ: d
     [one] = rows(f"rejects redrive {topic}/0/1", environ)
     assert (one["rejected"], sum(one.values())) == (1, 1)
     assert positions("--not-redriven") == [f"{topic}/0/2", f"{topic}/0/0"]
+    assert positions("--open") == positions("")
+    assert rows("rejects summary", environ) == [
+        {"rejects": 2, "code": "malformed_json", "first_path": "$"},
+        {"rejects": 1, "code": "invalid_order", "first_path": "$.payment.currency"},
+    ]
     [others] = rows("rejects redrive --all", environ)
     assert sum(others.values()) == others["rejected"]
     missing = run(f"admin rejects show {topic}/0/9", environ)
@@ -180,6 +185,25 @@ def test_rejects_are_listed_redriven_and_purged_as_the_options_select(environ: d
     assert "add --yes" in asked.stderr
     assert json.loads(succeed("admin rejects purge --older-than 0m --yes --json", environ)) == {"rejects": 3}
     assert positions("") == []
+
+
+def test_open_rejects_are_those_that_the_next_redrive_takes(environ: dict[str, str], database: Database) -> None:
+    before, between, after = SAMPLE.split(b'"price":453')
+    prices = ((b"-1", b"453"), (b"453", b"-1"))
+    publish(environ, b"no JSON", *(b'%b"price":%b%b"price":%b%b' % (before, a, between, b, after) for a, b in prices))
+    succeed("consumer --exit-at-end", environ)
+    succeed("admin rejects redrive --all", environ)
+    with psycopg.connect(database.superuser_url) as connection:
+        connection.execute("UPDATE rejects SET redrive_outcome = 'superseded' WHERE record_offset = 0")
+    assert rows("rejects list --not-redriven", environ) == []
+    opened = [row["position"] for row in rows("rejects list --open --oldest", environ)]
+    assert opened == [f"{environ['ORDERS_TOPIC']}/0/{offset}" for offset in (1, 2)]
+    [redriven] = rows("rejects redrive --all", environ)
+    assert sum(redriven.values()) == len(opened)
+    summary = [{"rejects": 2, "code": "invalid_order", "first_path": "$.items[*].price"}]
+    assert rows("rejects summary --open", environ) == summary
+    solved = {"rejects": 1, "code": "malformed_json", "first_path": "$"}
+    assert rows("rejects summary", environ) == [*summary, solved]
 
 
 def add_reject(database: Database, topic: str, offset: int, value: str, headers: str = "NULL") -> None:

@@ -59,6 +59,7 @@ def test_every_program_works_without_a_superuser(managed: dict[str, str], tmp_pa
         ("admin offsets show", "orders_reader"),
         ("admin reconcile", "orders_reader"),
         ("admin rejects list", "orders_writer"),
+        ("admin rejects summary", "orders_reader"),
         ("admin rejects redrive --all", "orders_writer"),
         ("admin rejects purge --older-than 1d --yes", "orders_migrator"),
         ("admin forget some-order --yes", "orders_migrator"),
