@@ -6,6 +6,7 @@ import datetime as dt
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import LiteralString
 
 import attrs
 import psycopg
@@ -16,6 +17,7 @@ from orderlib.ingestion.records import StoredOffset
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, transaction_with_lock_limit
 from orderlib.postgres.errors import translate_errors
+from orderlib.postgres.reject_list import RejectPosition
 from orderlib.postgres.schema import check_schema
 
 
@@ -156,15 +158,35 @@ def _forget(connection: Connection, find: Callable[[], Iterable[str]], digests: 
         return Forgotten(order_uids=new, orders=orders, rejects=rejects)
 
 
+def count_unchecked_rejects(connection: Connection) -> int:
+    """Return how many rejects have no order_uid as their key, so that ``forget`` cannot find them."""
+    return _count(connection, queries.COUNT_REJECTS_WITHOUT_ORDER_UID)
+
+
 def count_old_rejects(connection: Connection, age: dt.timedelta) -> int:
     """Return how many rejects are older than this."""
-    with as_owner(connection):
-        row = connection.execute(queries.COUNT_OLD_REJECTS, {"age": age}).fetchone()
-        assert row is not None
-        return int(row[0])
+    return _count(connection, queries.COUNT_OLD_REJECTS, {"age": age})
 
 
-def purge_rejects(connection: Connection, age: dt.timedelta) -> int:
+def purge_old_rejects(connection: Connection, age: dt.timedelta) -> int:
     """Delete the rejects older than this, redriven or not. Return how many."""
     with as_owner(connection):
-        return connection.execute(queries.PURGE_REJECTS, {"age": age}).rowcount
+        return connection.execute(queries.PURGE_OLD_REJECTS, {"age": age}).rowcount
+
+
+def count_rejects_at(connection: Connection, position: RejectPosition) -> int:
+    """Return how many rejects are stored for a position: one for each topic id."""
+    return _count(connection, queries.COUNT_REJECTS_AT, attrs.asdict(position))
+
+
+def purge_rejects_at(connection: Connection, position: RejectPosition) -> int:
+    """Delete the rejects at a position, redriven or not. Return how many."""
+    with as_owner(connection):
+        return connection.execute(queries.PURGE_REJECTS_AT, attrs.asdict(position)).rowcount
+
+
+def _count(connection: Connection, statement: LiteralString, parameters: Mapping[str, object] | None = None) -> int:
+    with as_owner(connection):
+        row = connection.execute(statement, parameters).fetchone()
+        assert row is not None
+        return int(row[0])

@@ -730,10 +730,17 @@ FROM unnest(%(tables)s::text[], %(privileges)s::text[]) AS n (table_name, privil
 WHERE NOT has_table_privilege(n.table_name, n.privilege)
 """
 
+#: Whether the key of a reject is an order_uid. `encode` leaves the bytes of one as they are.
+_KEY_IS_ORDER_UID: LiteralString = """
+coalesce(CASE WHEN octet_length(key) BETWEEN 1 AND 128
+    THEN encode(key, 'escape') ~ '^(?![.][.]?$)[A-Za-z0-9._:-]+$' END, false)
+"""
+
 #: The condition of each filter of a list of rejects, with the parameter that it takes.
 _REJECT_CONDITIONS: dict[str, LiteralString] = {
     "code": "code = {}",
     "key": "key = {}::bytea",
+    "without_order_uid": f"(NOT {_KEY_IS_ORDER_UID}) = {{}}",
     "since": "rejected_at >= {}::timestamptz",
     "until": "rejected_at < {}::timestamptz",
     "not_redriven": "(redrive_outcome IS NULL) = {}",
@@ -779,14 +786,18 @@ GROUP BY 2, 3 ORDER BY 1 DESC, 2, 3
 """
 
 
-#: The reject at a position of each topic id, with the first bytes and the size of each part that may be large.
-GET_REJECTS: LiteralString = """
+#: The reject at a position of each topic id.
+_REJECTS_AT: LiteralString = (
+    "rejects WHERE topic = %(topic)s AND partition = %(partition)s AND record_offset = %(offset)s"
+)
+#: The same, with the first bytes and the size of each part that may be large.
+GET_REJECTS: LiteralString = f"""
 SELECT topic, partition, record_offset, topic_id, record_time,
        substring(key FROM 1 FOR %(max_bytes)s) AS key, octet_length(key) AS key_bytes,
        substring(value FROM 1 FOR %(max_bytes)s) AS value, octet_length(value) AS value_bytes,
        substring(convert_to(headers::text, 'UTF8') FROM 1 FOR %(max_bytes)s) AS headers,
        octet_length(headers::text) AS headers_bytes, code, faults, rejected_at, redriven_at, redrive_outcome
-FROM rejects WHERE topic = %(topic)s AND partition = %(partition)s AND record_offset = %(offset)s
+FROM {_REJECTS_AT}
 ORDER BY rejected_at DESC
 """
 
@@ -837,7 +848,10 @@ WHERE topic_id = %(topic_id)s AND partition = %(partition)s AND record_offset = 
 #: Count or delete the rejects older than an interval.
 _OLD_REJECTS: LiteralString = "rejects WHERE rejected_at < now() - %(age)s::interval"
 COUNT_OLD_REJECTS: LiteralString = f"SELECT count(*) FROM {_OLD_REJECTS}"
-PURGE_REJECTS: LiteralString = f"DELETE FROM {_OLD_REJECTS}"
+PURGE_OLD_REJECTS: LiteralString = f"DELETE FROM {_OLD_REJECTS}"
+#: Count or delete the rejects at a position.
+COUNT_REJECTS_AT: LiteralString = f"SELECT count(*) FROM {_REJECTS_AT}"
+PURGE_REJECTS_AT: LiteralString = f"DELETE FROM {_REJECTS_AT}"
 
 #: Let no write store these orders again.
 INSERT_FORGOTTEN: LiteralString = """
@@ -846,6 +860,8 @@ INSERT INTO forgotten (order_uid_sha256) SELECT unnest(%(digests)s::bytea[]) ON 
 ORDERS_OF_CUSTOMER: LiteralString = "SELECT order_uid FROM orders WHERE customer_id = %(customer_id)s"
 #: Delete the rejects whose key is one of these order_uids.
 DELETE_REJECTS_BY_KEY_DIGEST: LiteralString = "DELETE FROM rejects WHERE sha256(key) = ANY(%(digests)s::bytea[])"
+#: How many rejects `forget` cannot find by an order_uid.
+COUNT_REJECTS_WITHOUT_ORDER_UID: LiteralString = f"SELECT count(*) FROM rejects WHERE NOT {_KEY_IS_ORDER_UID}"
 #: An order_uid is ASCII without a backslash, so `decode` returns its bytes. It is immutable, as Citus requires here.
 _HAS_DIGEST: LiteralString = "sha256(decode(order_uid, 'escape')) = ANY(%(digests)s::bytea[])"
 #: These read all rows, because a list of forgotten orders has no order_uids.

@@ -377,6 +377,7 @@ def _reject_filters(query: RejectQuery) -> dict[str, object]:
     filters = {
         "code": query.code,
         "key": query.key,
+        "without_order_uid": query.without_order_uid or None,
         "since": query.since,
         "until": query.until,
         "not_redriven": query.not_redriven or None,

@@ -97,6 +97,8 @@ class RejectQuery:
     code: str | None = None
     #: The key of the record. Only the writer may read it.
     key: bytes | None = attrs.field(default=None, repr=False)
+    #: Only rejects whose key is missing or is no order_uid. Only the writer may read it.
+    without_order_uid: bool = False
     #: Only rejects of this time or later, by ``rejected_at``.
     since: dt.datetime | None = attrs.field(default=None, converter=in_utc)
     #: Only rejects from before this time.

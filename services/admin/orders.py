@@ -19,7 +19,14 @@ from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.errors import ConfigurationError
 from orderlib.models import Order
 from orderlib.postgres.connections import Connection, open_connection
-from orderlib.postgres.operations import Forgotten, forget, forget_again, forget_customer, forgotten
+from orderlib.postgres.operations import (
+    Forgotten,
+    count_unchecked_rejects,
+    forget,
+    forget_again,
+    forget_customer,
+    forgotten,
+)
 from services.admin.database import open_database
 from services.admin.output import (
     add_json_option,
@@ -57,7 +64,8 @@ def add_commands(commands: Commands) -> None:
         help="erase an order permanently",
         description="Erase an order with its delivery, payment, items and original, and the rejects that have its "
         "order_uid as key (ORDERS_MIGRATOR_URL). The SHA-256 of the order_uid is kept: later records and writes of "
-        "that order have the outcome forgotten and store nothing. Kafka and backups still contain the order.",
+        "that order have the outcome forgotten and store nothing. Kafka and backups still contain the order. Rejects "
+        "whose key is no order_uid cannot be checked; it says how many there are.",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     _add_order_uid(which, nargs="?", parse=_valid_order_uid)
@@ -135,11 +143,19 @@ def _forget(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         return EXIT_FAILED
     with open_connection(url, application_name=APPLICATION_NAME) as connection:
         done = call(connection)
+        unchecked = count_unchecked_rejects(connection)
     sentence = (
         f"erased {count_of(done.orders, 'order')} and {count_of(done.rejects, 'reject')}; "
         f"forgot {count_of(done.order_uids, 'order_uid')}: no later record stores them again"
     )
-    print_result(sentence, attrs.asdict(done), as_json=options.json)
+    print_result(sentence, {**attrs.asdict(done), "unchecked_rejects": unchecked}, as_json=options.json)
+    if unchecked:
+        print(
+            f"not checked: {count_of(unchecked, 'reject')} without an order_uid as key. List them with `rejects list "
+            "--without-order-uid`, read them with `rejects show`, and delete those of the person with `rejects purge "
+            "POSITION`",
+            file=sys.stderr,
+        )
     return EXIT_DONE
 
 

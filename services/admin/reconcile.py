@@ -40,7 +40,8 @@ def add_commands(commands: Commands) -> None:
         "every order equals, field by field, the last valid record of one of its partitions. Exits 1 if there are "
         f"discrepancies. Counts all of them and lists the first {_SHOWN} (--json: {MAX_FINDINGS:,}). Also shows what "
         "cannot be proved, such as orders saved from Python. The consumer may run meanwhile. Records of forgotten "
-        "orders are counted. A purged reject is a discrepancy while Kafka still has its record.",
+        "orders are counted. A purged reject that no redrive has solved is a discrepancy while Kafka still has its "
+        "record.",
     )
     parser.add_argument(
         "--manifest",

@@ -12,12 +12,13 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 
 from orderlib.commands import APPLICATION_NAME, Commands
 from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
-from orderlib.errors import REJECT_CODES
+from orderlib.errors import REJECT_CODES, RejectNotFound
 from orderlib.postgres.connections import open_connection
-from orderlib.postgres.operations import count_old_rejects, purge_rejects
+from orderlib.postgres.operations import count_old_rejects, count_rejects_at, purge_old_rejects, purge_rejects_at
 from orderlib.postgres.reject_list import RejectPosition, RejectQuery
 from orderlib.postgres.rejects import Prefix, count_rejects_by_path, get_rejects, list_rejects, redrive
 from orderlib.repository import Outcome, is_position
@@ -57,6 +58,11 @@ def add_commands(commands: Commands) -> None:
     )
     listing.add_argument("--code", choices=REJECT_CODES, help="only rejects with this code")
     listing.add_argument("--key", metavar="TEXT", help="only rejects of records with this key, usually an order_uid")
+    listing.add_argument(
+        "--without-order-uid",
+        action="store_true",
+        help="only rejects of records without a key, or with a key that is no order_uid: `forget` cannot find them",
+    )
     listing.add_argument("--not-redriven", action="store_true", help="only rejects that were never redriven")
     _add_open_option(listing)
     listing.add_argument(
@@ -103,11 +109,20 @@ def add_commands(commands: Commands) -> None:
 
     purging = actions.add_parser(
         "purge",
-        help="delete old rejects permanently (ORDERS_MIGRATOR_URL)",
-        description="Delete the rejects that are older than AGE, whether they were redriven or not. They are stored "
-        "again only if the offsets are moved back.",
+        help="delete one reject, or old ones, permanently (ORDERS_MIGRATOR_URL)",
+        description="Delete the reject at POSITION, or the rejects that are older than AGE, whether they were redriven "
+        "or not. They are stored again only if the offsets are moved back. While Kafka still has its record, a purged "
+        "reject that no redrive has solved is a discrepancy of `reconcile`.",
     )
-    purging.add_argument("--older-than", metavar="AGE", type=_age, required=True, help="such as 90d, 12h or 30m")
+    which = purging.add_mutually_exclusive_group(required=True)
+    which.add_argument("--older-than", metavar="AGE", type=_age, help="such as 90d, 12h or 30m")
+    which.add_argument(
+        "position",
+        metavar="POSITION",
+        nargs="?",
+        type=_position,
+        help="delete one reject; after the topic was recreated, this may be one for each topic id, as `show` prints",
+    )
     add_yes_option(purging)
     add_json_option(purging)
     purging.set_defaults(command=_purge)
@@ -141,6 +156,7 @@ def _list(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         code=options.code,
         # Bytes on the command line that are not UTF-8 stay those bytes.
         key=None if options.key is None else os.fsencode(options.key),
+        without_order_uid=options.without_order_uid,
         since=options.since,
         not_redriven=options.not_redriven,
         is_open=options.open,
@@ -229,9 +245,16 @@ def _redrive(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _purge(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with open_connection(database_url(environ, "ORDERS_MIGRATOR_URL"), application_name=APPLICATION_NAME) as connection:
-        count = count_old_rejects(connection, options.older_than)
-        if count and not confirm(f"delete {count_of(count, 'reject')} permanently", yes=options.yes):
+        if options.position is None:
+            count, where = count_old_rejects(connection, options.older_than), ""
+            purge = partial(purge_old_rejects, connection, options.older_than)
+        else:
+            count, where = count_rejects_at(connection, options.position), f" at {options.position}"
+            purge = partial(purge_rejects_at, connection, options.position)
+            if not count:
+                raise RejectNotFound(str(options.position))
+        if count and not confirm(f"delete {count_of(count, 'reject')}{where} permanently", yes=options.yes):
             return EXIT_FAILED
-        deleted = purge_rejects(connection, options.older_than)
+        deleted = purge()
     print_result(f"deleted {count_of(deleted, 'reject')}", {"rejects": deleted}, as_json=options.json)
     return EXIT_DONE

@@ -142,7 +142,7 @@ def test_on_a_terminal_only_yes_confirms(environ: dict[str, str]) -> None:
     succeed("consumer --exit-at-end", environ)
     assert run(f"admin get {uid}", environ).returncode == 1, "a rewind does not bring it back"
     forgotten = run_on_a_terminal(f"forget {uid} --json", environ, "y")
-    assert json.loads(forgotten.stdout) == {"order_uids": 0, "orders": 0, "rejects": 0}
+    assert json.loads(forgotten.stdout) == {"order_uids": 0, "orders": 0, "rejects": 0, "unchecked_rejects": 0}
 
 
 def test_rejects_are_listed_redriven_and_purged_as_the_options_select(environ: dict[str, str]) -> None:
@@ -185,6 +185,41 @@ def test_rejects_are_listed_redriven_and_purged_as_the_options_select(environ: d
     assert "add --yes" in asked.stderr
     assert json.loads(succeed("admin rejects purge --older-than 0m --yes --json", environ)) == {"rejects": 3}
     assert positions("") == []
+
+
+def test_a_reject_without_an_order_uid_is_named_and_purged_by_its_position(environ: dict[str, str]) -> None:
+    publish(environ, b"no JSON", b"nor this")
+    succeed("consumer --exit-at-end", environ)
+    first, second = (f"{environ['ORDERS_TOPIC']}/0/{offset}" for offset in range(2))
+
+    def unchecked() -> list[str]:
+        return [row["position"] for row in rows("rejects list --without-order-uid --oldest", environ)]
+
+    assert "not checked: 2 rejects without an order_uid" in run("admin forget someone --yes", environ).stderr
+    assert json.loads(succeed("admin forget someone --yes --json", environ))["unchecked_rejects"] == 2
+    assert unchecked() == [first, second]
+    asked = run(f"admin rejects purge {first}", environ)
+    assert (asked.returncode, f"delete 1 reject at {first} permanently" in asked.stderr) == (1, True)
+    assert unchecked() == [first, second]
+    assert json.loads(succeed(f"admin rejects purge {first} --yes --json", environ)) == {"rejects": 1}
+    assert unchecked() == [second]
+    missing = run(f"admin rejects purge {first} --yes", environ)
+    assert (missing.returncode, missing.stderr) == (1, f"error: no reject '{first}'\n")
+    proof = run("admin reconcile --json", environ)
+    [finding] = json.loads(proof.stdout)["findings"]
+    assert (proof.returncode, finding["partition"], finding["offset"]) == (1, 0, 0)
+    assert "but not stored as a reject" in finding["what"]
+    succeed(f"admin rejects purge {second} --yes", environ)
+    assert run("admin forget someone --yes", environ).stderr == ""
+
+
+def test_a_purged_reject_that_a_redrive_has_solved_is_no_discrepancy(environ: dict[str, str]) -> None:
+    publish(environ, SAMPLE)
+    succeed("consumer --exit-at-end", {**environ, "ORDERS_MAX_RECORD_BYTES": "1000", "ORDERS_BREAKER_FRACTION": "0"})
+    [redriven] = rows("rejects redrive --all", environ)
+    assert redriven["stored"] == 1
+    succeed(f"admin rejects purge {environ['ORDERS_TOPIC']}/0/0 --yes", environ)
+    succeed("admin reconcile", environ)
 
 
 def test_open_rejects_are_those_that_the_next_redrive_takes(environ: dict[str, str], database: Database) -> None:

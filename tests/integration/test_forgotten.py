@@ -13,10 +13,19 @@ import pytest
 
 import orderlib
 from orderlib import Order, Outcome, decode_order, encode_order
+from orderlib.codecs import is_order_uid
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.consumer_store import ConsumerStore
-from orderlib.postgres.operations import Forgotten, forget, forget_again, forget_customer, forgotten
-from orderlib.postgres.rejects import redrive
+from orderlib.postgres.operations import (
+    Forgotten,
+    count_unchecked_rejects,
+    forget,
+    forget_again,
+    forget_customer,
+    forgotten,
+)
+from orderlib.postgres.reject_list import RejectQuery
+from orderlib.postgres.rejects import list_rejects, redrive
 from orderlib.testing import SAMPLE
 from tests.support.batches import batch, consumer_store, ignore
 from tests.support.databases import Database
@@ -92,6 +101,22 @@ def test_a_reject_without_a_key_is_not_redriven_into_a_forgotten_order(
         assert sum(redrive(writer, 10_000), Counter()) == Counter({Outcome.FORGOTTEN: 1})
         assert list(redrive(writer, 10_000)) == []
     assert counts(database) == (0, 1)
+
+
+def test_rejects_whose_key_is_no_order_uid_are_counted_and_listed(
+    database: Database, store: ConsumerStore, migrator: psycopg.Connection
+) -> None:
+    order_uids = [b"a", b"...", b"A.b_c:d-9", b"x" * 128]
+    others = [None, b"", b".", b"..", b"a\n", b"\n", b"a b", b"\\", b"\\141", "é".encode(), b"\xff", b"\0", b"x" * 129]
+    assert all(is_order_uid(key.decode()) for key in order_uids)
+    assert not any(is_order_uid(key.decode(errors="replace")) for key in others if key is not None)
+    store.write(batch(0, *((key, b"[") for key in (*order_uids, *others))), ignore)
+    assert count_unchecked_rejects(migrator) == len(others)
+    with open_connection(database.writer_url, application_name="tests") as writer:
+        page, total = list_rejects(writer, RejectQuery(without_order_uid=True, limit=100))
+    assert total == len(others)
+    listed = {reject.position.offset for reject in page.rejects}
+    assert listed == set(range(len(order_uids), len(order_uids) + len(others)))
 
 
 def test_all_orders_of_a_customer_are_forgotten_and_a_restored_backup_is_cleaned_with_the_list(

@@ -91,6 +91,12 @@ def test_without_standard_input_nothing_is_confirmed(
     assert confirm("erase order 7 permanently", yes=True)
 
 
+@pytest.mark.parametrize("arguments", ["", "orders/0/1 --older-than 1d", "orders/0", "orders/0/x"])
+def test_purge_needs_one_position_or_an_age(arguments: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["rejects", "purge", *arguments.split(), "--yes"], {})
+
+
 class Terminal(io.StringIO):
     """A stream that is a terminal."""
 
