@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from confluent_kafka import ConsumerGroupState
 
 from orderlib.commands import APPLICATION_NAME, Commands
 from orderlib.entry_point import EXIT_DONE, EXIT_FAILED
 from orderlib.errors import ConfigurationError
+from orderlib.ingestion.records import StoredOffset
 from orderlib.postgres.connections import open_connection
 from orderlib.postgres.operations import (
     as_owner,
@@ -152,8 +153,7 @@ def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             if offset.topic_id == topic_reader.topic_id and options.partition in {None, offset.partition}
         }
         if not mine:
-            which = "" if options.partition is None else f"[{options.partition}]"
-            raise ConfigurationError(f"no offsets of topic {topic_reader.topic}{which} are stored")
+            raise _no_offsets_error(topic_reader, options.partition, stored)
         wanted = {
             partition: offset
             for partition, offset in _target_offsets(options, topic_reader).items()
@@ -186,6 +186,20 @@ def _reset(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         reset_offsets(connection, group, topic_reader.topic_id, wanted)
         print("moved the offsets", file=sys.stderr)
     return EXIT_DONE
+
+
+def _no_offsets_error(
+    topic_reader: TopicReader, partition: int | None, stored: Iterable[StoredOffset]
+) -> ConfigurationError:
+    topic, topic_id = topic_reader.topic, topic_reader.topic_id
+    ids = {offset.topic_id for offset in stored if offset.topic == topic}
+    if ids and topic_id not in ids:
+        return ConfigurationError(
+            f"no offsets of topic {topic} with id {topic_id} are stored; those of id {', '.join(sorted(ids))} belong "
+            "to an earlier topic of that name"
+        )
+    which = "" if partition is None else f"[{partition}]"
+    return ConfigurationError(f"no offsets of topic {topic}{which} are stored")
 
 
 def _set_group(options: argparse.Namespace, environ: Mapping[str, str]) -> int:

@@ -128,6 +128,23 @@ def test_reset_refuses_an_invalid_target(environ: dict[str, str]) -> None:
     assert rows("offsets show", environ)[0]["next_offset"] == 2
 
 
+def test_reset_names_the_offsets_of_an_earlier_topic_of_the_same_name(
+    environ: dict[str, str], database: Database
+) -> None:
+    publish(environ, SAMPLE)
+    succeed("consumer --exit-at-end", environ)
+    topic_id = rows("offsets show", environ)[0]["topic_id"]
+    with psycopg.connect(database.superuser_url) as connection:
+        connection.execute("UPDATE consumer_offsets SET topic_id = 'earlier'")
+    for options in ("", "--partition 0"):
+        done = run(f"admin offsets reset --to-earliest {options}", environ)
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"error: no offsets of topic {environ['ORDERS_TOPIC']} with id {topic_id} are stored; those of id earlier "
+            "belong to an earlier topic of that name\n"
+        )
+
+
 def test_on_a_terminal_only_yes_confirms(environ: dict[str, str]) -> None:
     publish(environ, SAMPLE)
     succeed("consumer --exit-at-end", environ)
