@@ -935,6 +935,19 @@ SELECT 'order_originals', r.order_uid FROM order_originals r LEFT JOIN orders o 
 WHERE o.order_uid IS NULL
 """
 
+#: What is known of one order_uid: its current version, its tombstone, when it was forgotten, and the rejects with this
+#: key. The reader sees only the digests of keys.
+VERSION_OF: LiteralString = "SELECT version, stored_at FROM orders WHERE order_uid = %(order_uid)s"
+TOMBSTONE_OF: LiteralString = (
+    "SELECT topic_id, partition, record_offset, erased_at FROM erased WHERE order_uid = %(order_uid)s"
+)
+FORGOTTEN_AT: LiteralString = "SELECT forgotten_at FROM forgotten WHERE order_uid_sha256 = %(digest)s"
+REJECTS_OF_KEY: LiteralString = """
+SELECT topic, partition, record_offset, code, redrive_outcome, count(*) OVER ()
+FROM reject_digests WHERE key_sha256 = %(digest)s
+ORDER BY rejected_at DESC, topic_id DESC, partition DESC, record_offset DESC LIMIT %(limit)s
+"""
+
 HAS_CITUS: LiteralString = "SELECT FROM pg_extension WHERE extname = 'citus'"
 CITUS_WORKERS: LiteralString = (
     "SELECT nodename FROM pg_dist_node WHERE isactive AND noderole = 'primary' AND groupid <> 0"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Unpack
+from typing import Any, LiteralString, Unpack
 
+import attrs
 import psycopg
 
 from orderlib.ingestion.reconcile import SnapshotErased, SnapshotOrder, SnapshotOriginal, SnapshotReject
@@ -14,16 +16,38 @@ from orderlib.ingestion.records import StoredOffset
 from orderlib.postgres import operations, queries
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.errors import translate_errors
+from orderlib.postgres.reject_list import RejectPosition
 from orderlib.postgres.rows import JOINED_WIDTH, order_from_rows
 from orderlib.postgres.schema import check_schema
 from orderlib.postgres.using import using
-from orderlib.repository import Filters, StoredOrder
+from orderlib.repository import Filters, RecordPosition, StoredOrder
 
 _FETCH_SIZE = 500
 #: The columns of the content. Those of delivery or payment are null if that part is missing.
 _CONTENT = slice(0, JOINED_WIDTH)
 #: The other columns: digest, position and times.
 _STORE = slice(JOINED_WIDTH, None)
+
+
+@attrs.frozen(kw_only=True)
+class OrderUidState:
+    """What is known of an order_uid. It has no values of the order."""
+
+    #: The number and the ``stored_at`` of the current version, if the order is stored.
+    version: int | None
+    stored_at: dt.datetime | None
+    #: The position of the tombstone that erased it, and when it did.
+    tombstone: RecordPosition | None
+    erased_at: dt.datetime | None
+    forgotten_at: dt.datetime | None
+    #: The newest rejects with this key, and how many there are: (position, code, outcome of its redrive).
+    rejects: tuple[tuple[RejectPosition, str, str | None], ...]
+    total_rejects: int
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything is known."""
+        return any((self.version, self.tombstone, self.forgotten_at, self.rejects))
 
 
 class Snapshot:
@@ -98,6 +122,30 @@ class Snapshot:
         """Yield the SHA-256 of each original."""
         with self._connection.cursor("originals_of_snapshot") as cursor:
             yield from (digest for (digest,) in cursor.execute(queries.ORIGINAL_DIGESTS))
+
+    def state_of(self, order_uid: str, max_rejects: int) -> OrderUidState:
+        """Return what is known of an order_uid, with at most this number of its rejects, the newest first."""
+        digest = hashlib.sha256(order_uid.encode()).digest()
+        parameters = {"order_uid": order_uid, "digest": digest, "limit": max_rejects}
+
+        def row_of(statement: LiteralString) -> tuple[Any, ...]:
+            return self._connection.execute(statement, parameters).fetchone() or (None,) * 4
+
+        version, stored_at, *_ = row_of(queries.VERSION_OF)
+        topic_id, partition, offset, erased_at = row_of(queries.TOMBSTONE_OF)
+        rejects = self._connection.execute(queries.REJECTS_OF_KEY, parameters).fetchall()
+        return OrderUidState(
+            version=version,
+            stored_at=stored_at,
+            tombstone=RecordPosition(topic_id=topic_id, partition=partition, offset=offset) if topic_id else None,
+            erased_at=erased_at,
+            forgotten_at=row_of(queries.FORGOTTEN_AT)[0],
+            rejects=tuple(
+                (RejectPosition(topic=topic, partition=reject_partition, offset=reject_offset), code, outcome)
+                for topic, reject_partition, reject_offset, code, outcome, _ in rejects
+            ),
+            total_rejects=rejects[0][-1] if rejects else 0,
+        )
 
     def originals(self) -> Iterator[tuple[dt.datetime, bytes]]:
         """Yield each original with the time when its order was stored, one at a time."""

@@ -1,4 +1,4 @@
-"""``get``, ``original``, ``forget`` and ``forgotten``: print or erase orders."""
+"""``get``, ``original``, ``state``, ``forget`` and ``forgotten``: print or erase orders."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from orderlib.postgres.operations import (
     forget_customer,
     forgotten,
 )
+from orderlib.postgres.snapshot import snapshot
 from services.admin.database import open_database
 from services.admin.output import (
     add_json_option,
@@ -35,9 +36,14 @@ from services.admin.output import (
     count_of,
     print_bytes,
     print_result,
+    printable,
+    utc_text,
     utf8_text,
 )
 from services.settings import database_url
+
+#: ``state`` lists at most this number of rejects.
+_SHOWN_REJECTS = 100
 
 
 def add_commands(commands: Commands) -> None:
@@ -59,6 +65,15 @@ def add_commands(commands: Commands) -> None:
     )
     _add_order_uid(parser)
     parser.set_defaults(command=_original)
+    parser = commands.add_parser(
+        "state",
+        help="say what became of an order",
+        description="Say whether the order is stored, was erased by a tombstone or was forgotten, and list the rejects "
+        f"that have its order_uid as key, at most {_SHOWN_REJECTS} (ORDERS_READER_URL). Prints positions, times and "
+        "codes, never values of the order. Exit status 1 if nothing is known of it.",
+    )
+    _add_order_uid(parser)
+    parser.set_defaults(command=_state)
     parser = commands.add_parser(
         "forget",
         help="erase an order permanently",
@@ -125,6 +140,30 @@ def _original(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         print("error: this order has no unknown fields, so no original is kept: use `get`", file=sys.stderr)
         return EXIT_FAILED
     print_bytes(original)
+    return EXIT_DONE
+
+
+def _state(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    with snapshot(database_url(environ, "ORDERS_READER_URL"), APPLICATION_NAME) as stored:
+        state = stored.state_of(options.order_uid, _SHOWN_REJECTS)
+        topics = {offset.topic_id: offset.topic for offset in stored.offsets()}
+    if state.stored_at is not None:
+        print(f"stored: version {state.version}, at {utc_text(state.stored_at)}")
+    if state.tombstone is not None and state.erased_at is not None:
+        topic = topics.get(state.tombstone.topic_id, state.tombstone.topic_id)
+        position = f"{topic}/{state.tombstone.partition}/{state.tombstone.offset}"
+        print(printable(f"erased by the tombstone {position}, at {utc_text(state.erased_at)}"))
+    if state.forgotten_at is not None:
+        print(f"forgotten at {utc_text(state.forgotten_at)}: no later record stores it again")
+    if state.rejects:
+        print(f"{count_of(state.total_rejects, 'reject')} with this key:")
+        for reject_position, code, outcome in state.rejects:
+            print(printable(f"  {reject_position}  {code}{f', redriven: {outcome}' if outcome else ''}"))
+        if unlisted := state.total_rejects - len(state.rejects):
+            print(f"  … and {unlisted:,} more")
+    if not state.is_known:
+        print("nothing is known of this order_uid")
+        return EXIT_FAILED
     return EXIT_DONE
 
 

@@ -112,12 +112,17 @@ def print_result(sentence: str, result: ResultRow, *, as_json: bool) -> None:
     print(printable(msgspec.json.encode(result).decode() if as_json else sentence))
 
 
+def utc_text(time: dt.datetime) -> str:
+    """Return a time in UTC, for people."""
+    return time.astimezone(dt.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
 def _cell(value: object) -> str:
     match value:
         case None:
             return "-"
         case dt.datetime():
-            return value.astimezone(dt.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+            return utc_text(value)
         case int():
             return f"{value:,}"
         case _:

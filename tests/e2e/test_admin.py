@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -228,6 +229,46 @@ def test_a_reject_without_an_order_uid_is_named_and_purged_by_its_position(envir
     assert "but not stored as a reject" in finding["what"]
     succeed(f"admin rejects purge {second} --yes", environ)
     assert run("admin forget someone --yes", environ).stderr == ""
+
+
+def test_state_says_what_became_of_an_order_uid(environ: dict[str, str], database: Database) -> None:
+    topic, time = environ["ORDERS_TOPIC"], r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ"
+    producer = Producer({"bootstrap.servers": environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"]})
+
+    def order(uid: str, sm_id: int = 1) -> bytes:
+        return orderlib.encode_order(attrs.evolve(orderlib.decode_order(SAMPLE), order_uid=uid, sm_id=sm_id))
+
+    for key, value in (
+        *(("kept", value) for value in (order("kept"), b"[", b'{"order_uid": "kept"}')),
+        *(("gone", value) for value in (order("gone"), None)),
+        ("secret", order("secret")),
+        ("many", b"["),
+    ):
+        producer.produce(topic, value, key, 0)
+    assert producer.flush(30) == 0
+    succeed("consumer --exit-at-end", {**environ, "ORDERS_TOMBSTONES": "erase", "ORDERS_BREAKER_FRACTION": "0"})
+    succeed("admin rejects redrive --code invalid_order", environ)
+    succeed("admin forget secret --yes", environ)
+    with psycopg.connect(database.superuser_url) as superuser:
+        superuser.execute(
+            "INSERT INTO rejects (topic_id, partition, record_offset, topic, record_time, key, code, faults) SELECT "
+            "topic_id, 1, n, topic, record_time, key, code, faults FROM rejects, generate_series(1, 100) n "
+            "WHERE key = 'many'"
+        )
+    assert re.fullmatch(
+        rf"stored: version 1, at {time}\n"
+        r"2 rejects with this key:\n"
+        rf"  {topic}/0/2  invalid_order, redriven: rejected\n"
+        rf"  {topic}/0/1  malformed_json\n",
+        succeed("admin state kept", environ),
+    )
+    assert re.fullmatch(rf"erased by the tombstone {topic}/0/4, at {time}\n", succeed("admin state gone", environ))
+    forgotten = rf"forgotten at {time}: no later record stores it again\n"
+    assert re.fullmatch(forgotten, succeed("admin state secret", environ))
+    many = succeed("admin state many", environ).splitlines()
+    assert (many[0], len(many), many[-1]) == ("101 rejects with this key:", 102, "  … and 1 more")
+    unknown = run("admin state nobody", environ)
+    assert (unknown.returncode, unknown.stdout) == (1, "nothing is known of this order_uid\n")
 
 
 def test_a_purged_reject_that_a_redrive_has_solved_is_no_discrepancy(environ: dict[str, str]) -> None:

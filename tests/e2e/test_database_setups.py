@@ -55,6 +55,7 @@ def test_every_program_works_without_a_superuser(managed: dict[str, str], tmp_pa
         ("consumer", "orders_writer"),
         ("api", "orders_reader"),
         ("admin get some-order", "orders_reader"),
+        ("admin state some-order", "orders_reader"),
         ("admin lag", "orders_reader"),
         ("admin offsets show", "orders_reader"),
         ("admin reconcile", "orders_reader"),
