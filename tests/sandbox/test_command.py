@@ -169,6 +169,20 @@ with PostgresServer() as postgres:
             os.kill(child, signal.SIGKILL)
 
 
+def test_nothing_remains_if_the_very_first_start_is_killed(temporary: Path) -> None:
+    cache, scratch = temporary / "cache" / "orderlib", temporary / "scratch"
+    cache.mkdir(parents=True)
+    scratch.mkdir()
+    scratch.chmod(0o755)
+    jars = installed_jars(user_cache())[0].parent
+    (cache / jars.name).symlink_to(jars)
+    environ = {**environment(scratch), "XDG_CACHE_HOME": str(cache.parent)}
+    with subprocess.Popen(SANDBOX, cwd=CHECKOUT, env=environ, start_new_session=True) as process:
+        wait_for(lambda: any("StorageTool" in each for each in processes_of(scratch)), READY_TIMEOUT_S)
+        process.kill()
+        wait_for(lambda: nothing_remains(scratch, []), REMOVED_TIMEOUT_S, describe=lambda: list(scratch.iterdir()))
+
+
 def test_a_corrupted_jar_is_refused_in_one_line_and_no_server_remains(temporary: Path) -> None:
     jars = installed_jars(user_cache())
     copies = temporary / "cache" / "orderlib" / jars[0].parent.name

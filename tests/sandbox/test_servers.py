@@ -4,7 +4,10 @@ import os
 import re
 import signal
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NoReturn
 
 import psycopg
 import pytest
@@ -12,7 +15,7 @@ from confluent_kafka import Consumer, KafkaError, Producer
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-from sandbox import KafkaServer, PostgresServer, Sandbox, SandboxError
+from sandbox import KafkaServer, PostgresServer, Sandbox, SandboxError, running_sandbox
 from sandbox.guard import Guard
 from sandbox.postgres import INSTALLATION
 from tests.support.process_table import listens
@@ -164,6 +167,41 @@ def test_the_end_of_a_guard_that_was_killed_removes_the_folder(tmp_path: Path) -
         guard.watch(os.getpid())
     guard.end()
     assert not folder.exists()
+
+
+def test_a_start_that_is_interrupted_before_the_guard_runs_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sandbox.server.Guard", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        PostgresServer().start()
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_server_is_closed_after_its_start_even_if_a_signal_interrupts_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    class SlowServer(PostgresServer):
+        def start(self) -> None:
+            time.sleep(0.1)
+            calls.append("started")
+
+        def close(self) -> None:
+            calls.append("closed")
+
+    class InterruptedPool(ThreadPoolExecutor):
+        def submit(self, *arguments: Any, **options: Any) -> NoReturn:
+            super().submit(*arguments, **options)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sandbox.running.ThreadPoolExecutor", InterruptedPool)
+    with pytest.raises(KeyboardInterrupt), running_sandbox(postgres=SlowServer()):
+        pass
+    assert calls == ["started", "closed"]
 
 
 def test_no_cluster_id_begins_with_a_dash() -> None:
