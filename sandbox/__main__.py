@@ -23,7 +23,8 @@ removed.
 
 Without COMMAND, print the ORDERS_... variables for the programs as NAME=value lines on stdout when both servers are
 ready, and run until Ctrl-C or SIGTERM. With COMMAND, run it with these variables set, stop both servers, and exit
-with the status of COMMAND (128 + n if signal n killed it).
+with the status of COMMAND (128 + n if signal n killed it). The processes that COMMAND leaves in the background end,
+too, except those in a session of their own (setsid).
 """
 #: How long a clean stop may take after the parent process has ended. Then this process exits and the guards take over.
 ORPHAN_GRACE_S = 3.0
@@ -90,10 +91,10 @@ def _run(command: Sequence[str], brokers: int) -> int:
 def _run_command(command: Sequence[str], sandbox: Sandbox) -> int:
     early: list[int] = []
     _on_signals(lambda number, _: early.append(number))
-    guard = Guard(signal.SIGTERM, grace_s=COMMAND_GRACE_S)
+    guard = Guard(signal.SIGTERM, grace_s=COMMAND_GRACE_S, find_orphans=True)
     process = subprocess.Popen(
         command,
-        env={**os.environ, **sandbox.environ},
+        env={**os.environ, **sandbox.environ, **guard.environ},
         # So COMMAND never runs without its guard. This runs between fork and exec, and takes no lock.
         preexec_fn=lambda: guard.watch(os.getpid()),  # noqa: PLW1509
     )
@@ -106,8 +107,7 @@ def _run_command(command: Sequence[str], sandbox: Sandbox) -> int:
     for number in early:
         forward(number, None)
     status = process.wait()
-    guard.watch(0)
-    guard.end()
+    guard.end()  # it ends what COMMAND has left in the background
     return status if status >= 0 else 128 - status
 
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sandbox.cache import user_cache
@@ -93,13 +94,55 @@ def nothing_remains(temporary: Path, ports: Sequence[int]) -> bool:
     return not (any(temporary.iterdir()) or any(map(listens, ports)) or processes_of(temporary))
 
 
-def test_the_status_of_a_command_is_returned() -> None:
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def run_command_alone(*command: str) -> subprocess.Popen[str]:
+    """Run a command as `python -m sandbox` does, without servers."""
     script = """
 import sys, types
 from sandbox.__main__ import _run_command
-sys.exit(_run_command(["sh", "-c", "exit 7"], types.SimpleNamespace(environ={})))
+sys.exit(_run_command(sys.argv[1:], types.SimpleNamespace(environ={})))
 """
-    assert subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, check=False).returncode == 7
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *command],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=CHECKOUT,
+        start_new_session=True,
+    )
+
+
+def test_the_status_of_a_command_is_returned() -> None:
+    with run_command_alone("sh", "-c", "exit 7") as process:
+        assert process.wait() == 7
+
+
+@pytest.mark.parametrize("end", ["exit 0", "kill -9 $$"])
+def test_what_a_command_leaves_in_the_background_ends_with_it(end: str) -> None:
+    with run_command_alone("sh", "-c", f"sleep 600 & echo $!; {end}") as process:
+        assert process.stdout is not None
+        left = int(process.stdout.readline())
+        assert process.wait(REMOVED_TIMEOUT_S) == (0 if end == "exit 0" else 128 + signal.SIGKILL)
+        wait_for(lambda: not is_running(left), REMOVED_TIMEOUT_S)
+
+
+def test_processes_whose_parents_were_killed_end_with_the_sandbox() -> None:
+    command = """
+import subprocess, time
+print(subprocess.Popen(["sleep", "600"], process_group=0).pid, flush=True)
+time.sleep(600)
+"""
+    with run_command_alone(sys.executable, "-c", command) as process:
+        assert process.stdout is not None
+        left = int(process.stdout.readline())
+        assert is_running(left)
+        os.killpg(process.pid, signal.SIGKILL)
+        wait_for(lambda: not is_running(left), REMOVED_TIMEOUT_S)
 
 
 def test_a_command_gets_the_variables_and_signals_and_its_status_after_one_is_128_plus_its_number(

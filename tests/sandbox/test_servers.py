@@ -4,6 +4,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +18,10 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from sandbox import KafkaServer, PostgresServer, Sandbox, SandboxError, running_sandbox
-from sandbox.guard import Guard
+from sandbox.guard import Family, Guard
 from sandbox.postgres import INSTALLATION
 from tests.support.process_table import listens
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture
@@ -202,6 +205,45 @@ def test_a_server_is_closed_after_its_start_even_if_a_signal_interrupts_that(mon
     with pytest.raises(KeyboardInterrupt), running_sandbox(postgres=SlowServer()):
         pass
     assert calls == ["started", "closed"]
+
+
+def test_a_guard_remembers_a_process_whose_parent_has_ended_unless_that_is_in_another_session() -> None:
+    """Without the variable that marks it: it may have been started with other variables."""
+    script = """
+import subprocess, time
+for session in (False, True):
+    print(subprocess.Popen(["sleep", "600"], env={}, start_new_session=session).pid, flush=True)
+time.sleep(600)
+"""
+    family = Family(mark="NOT_SET")
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        orphan, other = (int(parent.stdout.readline()) for _ in range(2))
+        try:
+            family.watch(parent.pid, os.getsid(parent.pid))
+            assert family.running() == {parent.pid, orphan}
+            parent.kill()
+            parent.wait()
+            assert family.running() == {orphan}
+        finally:
+            for pid in (orphan, other):
+                os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: family.running() == set())
+
+
+def test_a_guard_whose_parent_ended_before_it_ran_kills_the_process() -> None:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        program = Path(__file__).parents[2] / "sandbox" / "guard.py"
+        ended_parent = "0"
+        subprocess.run(
+            [sys.executable, "-I", "-S", program, str(int(signal.SIGKILL)), "1", ended_parent],
+            input=f"{process.pid} {os.getsid(process.pid)}\n".encode(),
+            check=True,
+        )
+        try:
+            assert process.wait(5) == -signal.SIGKILL
+        finally:
+            process.kill()
 
 
 def test_no_cluster_id_begins_with_a_dash() -> None:
