@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from sandbox import Sandbox, SandboxError, running_sandbox
 from sandbox.guard import Guard
+from sandbox.signals import on_stop_signals
 
 DESCRIPTION = """\
 Run a real PostgreSQL with the empty database `orders` and a real Kafka, on free ports of this machine.
@@ -22,18 +23,20 @@ When this program ends, even if it is killed, both servers and COMMAND end withi
 removed.
 
 Without COMMAND, print the ORDERS_... variables for the programs as NAME=value lines on stdout when both servers are
-ready, and run until Ctrl-C or SIGTERM. With COMMAND, run it with these variables set, stop both servers, and exit
-with the status of COMMAND (128 + n if signal n killed it). The processes that COMMAND leaves in the background end,
-too, except those in a session of their own (setsid).
+ready, and run until Ctrl-C, SIGTERM or the end of the terminal. With COMMAND, run it with these variables set, stop
+both servers, and exit with the status of COMMAND (128 + n if signal n killed it). The processes that COMMAND leaves
+in the background end, too, except those in a session of their own (setsid).
 """
 #: How long a clean stop may take after the parent process has ended. Then this process exits and the guards take over.
 ORPHAN_GRACE_S = 3.0
 #: How long COMMAND has to stop after SIGTERM if this process was killed.
 COMMAND_GRACE_S = 1.0
+#: The signals of keys, which the terminal sends to all processes in the foreground.
+_KEYS = (signal.SIGINT, signal.SIGQUIT)
 
 
 class _Stopped(Exception):
-    """SIGINT or SIGTERM arrived while no command was running."""
+    """A signal that stops the sandbox arrived while no command was running."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -43,7 +46,7 @@ class _Stopped(Exception):
 def main() -> int:
     """Run the command line; return the exit status."""
     options = _parse_options()
-    _on_signals(_stop_once)
+    on_stop_signals(_stop_once)
     threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
     try:
         return _run(options.command, options.brokers)
@@ -90,7 +93,7 @@ def _run(command: Sequence[str], brokers: int) -> int:
 
 def _run_command(command: Sequence[str], sandbox: Sandbox) -> int:
     early: list[int] = []
-    _on_signals(lambda number, _: early.append(number))
+    on_stop_signals(lambda number, _: early.append(number))
     guard = Guard(signal.SIGTERM, grace_s=COMMAND_GRACE_S, find_orphans=True)
     process = subprocess.Popen(
         command,
@@ -100,10 +103,10 @@ def _run_command(command: Sequence[str], sandbox: Sandbox) -> int:
     )
 
     def forward(number: int, _: FrameType | None) -> None:
-        if number != signal.SIGINT or not _is_in_foreground():
+        if number not in _KEYS or not _is_in_foreground():
             process.send_signal(number)
 
-    _on_signals(forward)
+    on_stop_signals(forward)
     for number in early:
         forward(number, None)
     status = process.wait()
@@ -111,18 +114,13 @@ def _run_command(command: Sequence[str], sandbox: Sandbox) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-
-
 def _stop_once(number: int, _: FrameType | None) -> NoReturn:
-    _on_signals(signal.SIG_IGN)  # a second Ctrl-C must not interrupt the clean-up
+    on_stop_signals(signal.SIG_IGN)  # a second Ctrl-C must not interrupt the clean-up
     raise _Stopped(number)
 
 
 def _is_in_foreground() -> bool:
-    """Return whether a Ctrl-C at the terminal reaches COMMAND directly, because it is in this process group."""
+    """Return whether Ctrl-C at the terminal reaches COMMAND directly, because it is in this process group."""
     try:
         with Path("/dev/tty").open() as terminal:
             return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()

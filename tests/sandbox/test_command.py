@@ -145,6 +145,42 @@ time.sleep(600)
         wait_for(lambda: not is_running(left), REMOVED_TIMEOUT_S)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_a_command_gets_each_signal_that_stops_the_sandbox(number: signal.Signals) -> None:
+    command = f"""
+import signal
+signal.signal({int(number)}, lambda *_: exit(5))
+print("ready", flush=True)
+signal.pause()
+"""
+    with run_command_alone(sys.executable, "-c", command) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.wait(REMOVED_TIMEOUT_S) == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
+def test_a_closed_terminal_stops_a_start_cleanly(temporary: Path, number: signal.Signals) -> None:
+    with start(temporary=temporary) as process:
+        wait_for(lambda: list(temporary.iterdir()), READY_TIMEOUT_S)
+        process.send_signal(number)
+        assert process.wait(READY_TIMEOUT_S) == 0
+        wait_for(lambda: nothing_remains(temporary, []), REMOVED_TIMEOUT_S, describe=lambda: list(temporary.iterdir()))
+
+
+def test_a_closed_terminal_is_ignored_below_nohup() -> None:
+    script = """
+import signal
+from sandbox.signals import on_stop_signals
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+on_stop_signals(lambda *_: exit(5))
+signal.raise_signal(signal.SIGHUP)
+signal.raise_signal(signal.SIGTERM)
+"""
+    assert subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, check=False).returncode == 5
+
+
 def test_a_command_gets_the_variables_and_signals_and_its_status_after_one_is_128_plus_its_number(
     temporary: Path,
 ) -> None:
