@@ -5,18 +5,23 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.support.waiting import wait_for
 
 CHECKOUT = Path(__file__).parents[2]
 READY_TIMEOUT_S = 120.0
+REMOVED_TIMEOUT_S = 5.0
+#: Longer than a program needs to stop, and shorter than PostgreSQL is waited for.
+STOP_TIMEOUT_S = 8.0
 
 BOOTSTRAP, MIGRATOR, WRITER, READER = (f"ORDERS_{name}_URL" for name in ("BOOTSTRAP", "MIGRATOR", "DATABASE", "READER"))
 KAFKA = "ORDERS_KAFKA_BOOTSTRAP_SERVERS"
@@ -107,3 +112,61 @@ def test_each_program_gets_only_its_variables_the_printed_commands_work_and_ctrl
         demo.wait(READY_TIMEOUT_S)
         assert demo.stdout is not None
         demo.stdout.close()
+
+
+@pytest.fixture
+def waiting_demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run the demo with a folder for temporary files, and a PostgreSQL that does not answer, so that it waits."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        server = f"127.0.0.1:{silent.getsockname()[1]}"
+        roles = {BOOTSTRAP: "postgres", MIGRATOR: "orders_migrator", WRITER: "orders_writer", READER: "orders_reader"}
+        urls = {name: f"postgresql://{role}:password@{server}/orders" for name, role in roles.items()}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("ORDERS_")}
+        with subprocess.Popen(
+            [sys.executable, "-m", "sandbox.demo"],
+            cwd=CHECKOUT,
+            env={**inherited, **urls, "TMPDIR": str(tmp_path)},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as demo:
+            try:
+                yield demo
+            finally:
+                demo.kill()
+
+
+def wait_for_program(demo: subprocess.Popen[str]) -> psutil.Process:
+    """Wait until the demo runs its first program."""
+
+    def programs() -> list[psutil.Process]:
+        below = psutil.Process(demo.pid).children()
+        return [process for process in below if "services.admin" in process.cmdline()]
+
+    return wait_for(programs, READY_TIMEOUT_S)[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_stops_the_start_of_the_demo_at_once(
+    waiting_demo: subprocess.Popen[str], number: signal.Signals, tmp_path: Path
+) -> None:
+    program = wait_for_program(waiting_demo)
+    waiting_demo.send_signal(number)
+    _, messages = waiting_demo.communicate(timeout=STOP_TIMEOUT_S)
+    assert waiting_demo.returncode == 0
+    assert messages.splitlines()[-1] == "demo: stopping"
+    assert "readable" not in messages
+    assert "failed" not in messages
+    assert not program.is_running()
+    assert not any(tmp_path.iterdir())
+
+
+def test_nothing_remains_of_a_demo_that_was_killed(waiting_demo: subprocess.Popen[str], tmp_path: Path) -> None:
+    program = wait_for_program(waiting_demo)
+    assert any(tmp_path.iterdir())
+    waiting_demo.kill()
+    psutil.wait_procs([program], timeout=REMOVED_TIMEOUT_S)
+    assert not program.is_running() or program.status() == psutil.STATUS_ZOMBIE
+    wait_for(lambda: not any(tmp_path.iterdir()), REMOVED_TIMEOUT_S)
