@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import select
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -86,25 +88,87 @@ def _drop_output() -> None:
         os.dup2(devnull.fileno(), sys.stdout.fileno())
 
 
+#: How long a write to stderr waits for a reader that has stalled.
+_STALLED_S = 0.5
+
+
+def _lost_lines(count: int) -> bytes:
+    return b"lines lost here, because they could not be written: %d\n" % count
+
+
 class _LossyFile(io.FileIO):
-    """A file that loses what it cannot write: a full disk, or a reader that has left, must not stop a program."""
+    """A file that loses what it cannot write.
+
+    A full disk, and a reader that has left or stalled, must not stop a program. After a wait of ``_STALLED_S``, no line
+    waits until the file can be written again. Then the file gets the number of lost lines as a line.
+    """
+
+    def __init__(self, fd: int, lost_lines: Callable[[int], bytes]) -> None:
+        # A regular file that is opened again would have another position.
+        is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        own = None if is_regular else _open_again(fd)
+        super().__init__(fd if own is None else own, "w", closefd=False)
+        self._may_block = own is None and not is_regular
+        self._writable = select.poll()
+        self._writable.register(self, select.POLLOUT)
+        self._format_lost_lines = lost_lines
+        self._lost_lines = 0
+        self._is_within_line = False
 
     def write(self, data: Buffer) -> int:
         """Write as much as possible. Return the number of bytes written or lost."""
-        with contextlib.suppress(OSError):
-            if (written := super().write(data)) is not None:
-                return written
-        return memoryview(data).nbytes
+        rest = view = memoryview(data)
+        if self._lost_lines:
+            message = self._format_lost_lines(self._lost_lines)
+            if self._write_part(b"\n" + message if self._is_within_line else message):
+                self._lost_lines = 0
+        while rest and (written := self._write_part(rest[: select.PIPE_BUF])):
+            rest = rest[written:]
+        if rest:
+            self._lost_lines += bytes(rest).count(b"\n") or 1
+        return view.nbytes
+
+    def _write_part(self, part: bytes | memoryview) -> int:
+        """Write a part of at most PIPE_BUF bytes. Return the number of bytes written, or 0 if the part is lost.
+
+        If a pipe or socket is writable, this much does not block.
+        """
+        try:
+            written = None if self._may_block else super().write(part)
+            if written is None:
+                until_s = time.monotonic() + (0 if self._lost_lines else _STALLED_S)
+                # If another process is faster, the pipe is full again.
+                while written is None and self._writable.poll(max(until_s - time.monotonic(), 0) * 1000):
+                    written = super().write(part)
+        except OSError:
+            return 0
+        if written:
+            self._is_within_line = part[written - 1] != ord("\n")
+        return written or 0
 
 
-def set_up_streams() -> None:
+def _open_again(fd: int) -> int | None:
+    """Open the pipe or terminal of a file descriptor again, so that writing never blocks. Return ``None`` if it fails.
+
+    O_NONBLOCK of ``fd`` itself would affect all processes that share it.
+    """
+    # A socket cannot be opened, nor a pipe of another user. Some systems return a duplicate of ``fd``.
+    with contextlib.suppress(OSError):
+        own = os.open(f"/dev/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        if not os.get_blocking(own):
+            return own
+        os.close(own)
+    return None
+
+
+def set_up_streams(lost_lines: Callable[[int], bytes] = _lost_lines) -> None:
     """Write UTF-8 in every locale. Lose output to a closed stdout, and any output that stderr cannot take.
 
-    Python has None for a stream that the caller closed.
+    ``lost_lines`` formats how many lines stderr could not take. Python has None for a stream that the caller closed.
     """
     if (stderr := sys.__stderr__) is not None and sys.stderr is stderr:
         # Not stdout: a program fails if it cannot write its result.
-        lossy = io.BufferedWriter(_LossyFile(stderr.fileno(), "w", closefd=False))
+        lossy = io.BufferedWriter(_LossyFile(stderr.fileno(), lost_lines))
         sys.stderr = io.TextIOWrapper(lossy, line_buffering=True)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -96,7 +96,7 @@ def run_with_kafka(main: Callable[[], int]) -> NoReturn:
 def set_up_logging(stream: TextIO | None = None, level: int = logging.INFO) -> None:
     """Send events, and the warnings of libraries, to a stream (stderr)."""
     global _write  # noqa: PLW0603 - the program has one log
-    set_up_streams()
+    set_up_streams(_lost_lines)
     stream = stream or sys.stderr
     first: list[Processor] = [structlog.processors.format_exc_info]
     render: Processor = _render_json
@@ -136,6 +136,11 @@ def _json_writer(handler: _LineHandler, min_level: int) -> Callable[[Iterable[Ev
         )
 
     return write
+
+
+def _lost_lines(count: int) -> bytes:
+    """Return the event that lines of the log were lost, because stderr could not take them."""
+    return _json_line(dt.datetime.now(dt.UTC), "warning", "log_lines_lost", {"lines": count}) + b"\n"
 
 
 @functools.cache

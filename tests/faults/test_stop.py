@@ -14,8 +14,9 @@ import psycopg
 import pytest
 
 from tests.support.accounting import assert_all_accounted_for, wait_until_handled
-from tests.support.consumer_process import consuming
+from tests.support.consumer_process import STOPS_WITHIN_S, consuming
 from tests.support.databases import Database
+from tests.support.fork_server import start
 from tests.support.locking import FENCE, TABLE, locked
 from tests.support.sending import Sender, uids
 from tests.support.tcp_proxy import Moment, TcpProxy
@@ -68,6 +69,24 @@ def test_a_server_that_stops_responding_at_the_start_does_not_delay_a_stop(
             assert consumer.live
             assert not consumer.ready
             assert consumer.stop() == 0
+
+
+def test_a_log_that_nobody_reads_delays_neither_records_nor_a_stop(
+    member: dict[str, str], database: Database, sender: Sender
+) -> None:
+    reading, writing = os.pipe()
+    consumer = start(["consumer"], {**member, "ORDERS_BREAKER_FRACTION": "0"}, stderr=writing)
+    try:
+        for _ in range(1000):
+            sender.send_bad(b"{")
+        wait_until_handled(sender.manifest, database)
+        assert_all_accounted_for(sender.manifest, database, member)
+        consumer.terminate()
+        assert consumer.wait(STOPS_WITHIN_S) == 0
+    finally:
+        consumer.kill()
+        os.close(reading)
+        os.close(writing)
 
 
 @contextmanager

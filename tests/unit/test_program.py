@@ -11,6 +11,7 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -287,6 +288,110 @@ def test_what_stderr_cannot_take_is_lost_and_the_program_continues() -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=full, check=False)
     assert (done.returncode, done.stdout) == (7, b"out\n")
+
+
+def read_available(fd: int) -> bytes:
+    """Read what a pipe or terminal has now."""
+    found = b""
+    while select.select([fd], [], [], 0)[0]:
+        found += os.read(fd, 65_536)
+    return found
+
+
+def open_sockets() -> tuple[int, int]:
+    """Return both ends of a pair of sockets: systemd gives its services one as stderr."""
+    reading, writing = socket.socketpair()
+    return reading.detach(), writing.detach()
+
+
+#: Fills stderr, says so, and writes once more when asked.
+FILLS_STDERR = """
+import sys
+from orderlib.entry_point import run
+from services.program import *
+set_up_logging()
+def main():
+    for number in range(30_000):
+        event("line", number=number)
+    print("full", flush=True)
+    sys.stdin.readline()
+    log_events([(logging.INFO, "last", {"note": "a" * 10_000})])
+    return 7
+sys.exit(run(main))
+"""
+
+
+@pytest.mark.parametrize("open_ends", [os.pipe, open_sockets], ids=["pipe", "socket"])
+def test_a_stalled_reader_of_the_log_does_not_stop_a_program_and_is_told_how_many_lines_it_missed(
+    open_ends: Callable[[], tuple[int, int]],
+) -> None:
+    reading, writing = open_ends()
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-c", FILLS_STDERR],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=writing,
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"full\n"
+            # Other processes share it, and may not expect that a write fails.
+            assert os.get_blocking(writing)
+            *whole, _ = read_available(reading).split(b"\n")
+            process.stdin.write(b"\n")
+            process.stdin.close()
+            assert process.wait(60) == 7
+        numbers = [json.loads(line)["number"] for line in whole]
+        lost, last = map(json.loads, read_available(reading).splitlines())
+    finally:
+        os.close(reading)
+        os.close(writing)
+    assert numbers == list(range(len(numbers)))
+    assert (lost["event"], lost["level"], lost["lines"]) == ("log_lines_lost", "warning", 30_000 - len(numbers))
+    assert last["note"] == "a" * 10_000
+
+
+def test_a_terminal_that_shows_nothing_does_not_stop_a_program() -> None:
+    screen, terminal = os.openpty()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", FILLS_STDERR],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=terminal,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(screen)
+        os.close(terminal)
+    assert (done.returncode, done.stdout) == (7, b"full\n")
+
+
+@pytest.mark.parametrize("open_ends", [os.pipe, open_sockets], ids=["pipe", "socket"])
+def test_a_log_with_a_reader_is_complete(open_ends: Callable[[], tuple[int, int]]) -> None:
+    reading, writing = open_ends()
+    code = FILLS_STDERR.replace("30_000", "3_000")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.DEVNULL, stderr=writing) as process:
+        os.close(writing)
+        with open(reading, "rb") as log:  # noqa: PTH123 - a file descriptor
+            lines = log.read().splitlines()
+        assert process.wait(60) == 7
+    assert [json.loads(line).get("number") for line in lines] == [*range(3_000), None]
+
+
+def test_a_log_in_a_file_is_appended(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("before\n")
+    code = FILLS_STDERR.replace("30_000", "30")
+    with path.open("ab") as file:
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, input=b"", stderr=file, check=False)
+    before, *lines = path.read_text().splitlines()
+    assert before == "before"
+    assert [json.loads(line).get("number") for line in lines] == [*range(30), None]
 
 
 @pytest.mark.parametrize("closed", ["", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
