@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from services import end_at_early_sigterm
+
+    end_at_early_sigterm()
+
 import argparse
 import functools
 import logging

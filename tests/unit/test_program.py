@@ -186,6 +186,22 @@ def test_a_wait_without_a_stop_request_ends_in_time() -> None:
     assert not StopEvent().wait(0.01)
 
 
+@pytest.mark.parametrize("name", ["consumer", "api"])
+def test_sigterm_ends_a_service_with_0_while_it_imports_its_modules(name: str, tmp_path: Path) -> None:
+    (tmp_path / "attrs.py").write_text("import sys\nprint('importing', flush=True)\nsys.stdin.read()\n")
+    with subprocess.Popen(
+        [sys.executable, "-m", f"services.{name}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"importing\n"
+        process.terminate()
+        assert process.wait(60) == 0
+
+
 # Exit statuses
 
 
