@@ -11,7 +11,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from orderlib.codecs import read_order_uid
 from services.kafka import SILENT_LOGGER, Cluster, not_none
-from services.kafka_errors import translate_kafka_errors
+from services.kafka_errors import QUEUE_FULL, translate_kafka_errors
 from services.manifest_line import ManifestLine
 from services.program import event
 from services.sender.manifest import Manifest
@@ -92,8 +92,11 @@ class Publisher:
         try:
             self._producer.produce(self._topic, value, key, on_delivery=self._on_delivery)
         except BufferError:
-            self.wait(_QUEUE_FULL_S)
-            return False
+            if self.unacknowledged:
+                self.wait(_QUEUE_FULL_S)
+                return False
+            reason = "the value is larger than the empty queue: set ORDERS_KAFKA_QUEUE_BUFFERING_MAX_KBYTES"
+            self._fail(KafkaError(QUEUE_FULL, reason))
         except KafkaException as exc:
             self._fail(exc.args[0])
         self.sent += 1

@@ -206,6 +206,15 @@ def test_the_sender_waits_for_a_full_queue(environ: dict[str, str]) -> None:
     assert len(records(environ)) == 1000
 
 
+def test_a_value_larger_than_the_queue_counts_as_failed(environ: dict[str, str]) -> None:
+    environ["ORDERS_KAFKA_QUEUE_BUFFERING_MAX_KBYTES"] = "100"
+    large = json.dumps({**json.loads(SAMPLE), "note": "x" * 200_000}).encode()
+    done = run("sender --file -", environ, stdin=b"\n".join([SAMPLE.strip(), large, SAMPLE.strip()]))
+    assert done.returncode == 1
+    assert done.stdout.endswith("acknowledged 2, failed 1\n")
+    assert "ORDERS_KAFKA_QUEUE_BUFFERING_MAX_KBYTES" in done.stderr.splitlines()[-1]
+
+
 def test_the_rate_is_even(environ: dict[str, str]) -> None:
     began_s = time.monotonic()
     succeed("sender --count 300 --rate 100", environ)

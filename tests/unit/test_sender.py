@@ -464,6 +464,20 @@ def test_an_acknowledgement_without_an_offset_is_in_the_manifest(tmp_path: Path)
     Manifest(str(path), None).close()
 
 
+def test_a_value_larger_than_the_queue_fails_and_does_not_wait_for_ever() -> None:
+    environ = {"ORDERS_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1", "ORDERS_KAFKA_QUEUE_BUFFERING_MAX_KBYTES": "100"}
+    publisher = Publisher(KafkaSettings.from_mapping(environ), None)
+    assert publisher.send(bytes(200_000))
+    assert (publisher.sent, publisher.failed, publisher.unacknowledged) == (1, 1, 0)
+    assert publisher.first_failure is not None
+    assert "ORDERS_KAFKA_QUEUE_BUFFERING_MAX_KBYTES" in publisher.first_failure.str()
+    assert publisher.send(bytes(50_000))
+    assert not publisher.send(bytes(200_000)), "it waits for the value before it"
+    publisher.purge()
+    assert publisher.send(bytes(200_000))
+    assert (publisher.sent, publisher.failed) == (3, 3)
+
+
 def test_a_manifest_that_was_full_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, is_full = os.write, [False, True, False]
 
