@@ -27,7 +27,7 @@ from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, reject_row
 from orderlib.postgres.schema import check_schema
 from orderlib.postgres.wire import PREPARED_IS_STALE, Wire
 from orderlib.postgres.writes import store_orders
-from orderlib.repository import Outcome
+from orderlib.repository import Outcome, RecordPosition
 
 
 @attrs.frozen(kw_only=True)
@@ -132,10 +132,12 @@ class ConsumerStore:
             wire = self._wire
             assert wire is not None
             try:
-                self._begin(connection, wire, batch)
+                has_rejects = self._begin(connection, wire, batch)
                 lap("fence")
                 result = attrs.evolve(_write_orders(connection, wire, batch), seconds=seconds)
                 lap("orders")
+                if has_rejects:
+                    _supersede_rejects(connection, batch, result.rejects)
                 _copy_rejects(connection, result.rejects)
                 lap("rejects")
                 before_commit(result)
@@ -244,8 +246,11 @@ class ConsumerStore:
             "partitions": [number for _, number in partitions],
         }
 
-    def _begin(self, connection: Connection, wire: Wire, batch: Batch) -> None:
-        """Begin a transaction, and move each offset from the value that the batch expects, or raise FenceLost."""
+    def _begin(self, connection: Connection, wire: Wire, batch: Batch) -> bool:
+        """Begin a transaction, and move each offset from the value that the batch expects, or raise FenceLost.
+
+        Return whether records of the batch were rejects before a rewind.
+        """
         partitions = sorted(batch.ranges)
         keys = self._keys(batch.topic_ids, partitions)
         group, topic_ids, numbers = keys["group"], keys["topic_ids"], keys["partitions"]
@@ -258,13 +263,14 @@ class ConsumerStore:
                 (queries.MOVE_OFFSETS, [group, topic_ids, numbers, expected, next_offsets]),
             )
         )
-        moved_rows = set(moved)
+        moved_rows = {(topic_id, number) for topic_id, number, _ in moved}
         lost = {p for p in partitions if (batch.topic_ids[p.topic], p.partition) not in moved_rows}
         if lost:
             stored = _next_offsets(connection, keys, batch.topic_ids)
             if lost - stored.keys():
                 self._require_own_group(connection)
             raise FenceLost(lost, stored)
+        return any(has_rejects for _, _, has_rejects in moved)
 
     def _terminate_blockers(
         self, connection: Connection, keys: Mapping[str, object]
@@ -324,17 +330,27 @@ def _without_forgotten(connection: Connection, rejects: list[Reject]) -> list[Re
 _CHUNK_BYTES = 128 * 1024
 
 
+def _supersede_rejects(connection: Connection, batch: Batch, rejects: Sequence[Reject]) -> None:
+    """Give earlier rejects of records that are not rejected any more the outcome of a redrive: it has nothing to do."""
+    rejected = {reject.record.position for reject in rejects}
+    handled = [record.position for record, _ in batch.classified if record.position not in rejected]
+    connection.execute(queries.SUPERSEDE_REJECTS, _position_columns(handled))
+
+
+def _position_columns(positions: Sequence[RecordPosition]) -> dict[str, object]:
+    return {
+        "topic_ids": [position.topic_id for position in positions],
+        "partitions": [position.partition for position in positions],
+        "offsets": [position.offset for position in positions],
+    }
+
+
 def _copy_rejects(connection: Connection, rejects: Sequence[Reject]) -> None:
     """Store the rejects that are not stored yet. The fence prevents others from storing them meanwhile."""
     if not rejects:
         return
     positions = [reject.record.position for reject in rejects]
-    keys = {
-        "topic_ids": [position.topic_id for position in positions],
-        "partitions": [position.partition for position in positions],
-        "offsets": [position.offset for position in positions],
-    }
-    stored = set(connection.execute(queries.STORED_REJECTS, keys).fetchall())
+    stored = set(connection.execute(queries.STORED_REJECTS, _position_columns(positions)).fetchall())
     new = [
         reject
         for reject, position in zip(rejects, positions, strict=True)

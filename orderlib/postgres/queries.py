@@ -453,13 +453,16 @@ FROM consumer_offsets JOIN unnest(%(topic_ids)s::text[], %(partitions)s::int[]) 
 WHERE consumer_group = %(group)s
 """
 
-#: The fence: move each offset from where the batch expects it.
+#: The fence: move each offset from where the batch expects it. After a rewind, the batch may handle records again that
+#: are rejects: this finds out for each partition by one search in the primary key.
 MOVE_OFFSETS: LiteralString = """
 UPDATE consumer_offsets o SET next_offset = n.next_offset, updated_at = clock_timestamp()
 FROM unnest($2::text[], $3::int[], $4::bigint[], $5::bigint[]) AS n (topic_id, partition, expected, next_offset)
 WHERE o.consumer_group = $1 AND o.topic_id = n.topic_id AND o.partition = n.partition
   AND o.next_offset = n.expected
-RETURNING o.topic_id, o.partition
+RETURNING o.topic_id, o.partition, EXISTS (
+    SELECT FROM rejects r WHERE r.topic_id = n.topic_id AND r.partition = n.partition
+        AND r.record_offset >= n.expected AND r.record_offset < n.next_offset)
 """
 
 #: The rejects that are stored already at these positions. Only the transaction that moved the offsets may add others.
@@ -468,6 +471,20 @@ SELECT topic_id, partition, record_offset
 FROM rejects JOIN unnest(%(topic_ids)s::text[], %(partitions)s::int[], %(offsets)s::bigint[])
   AS wanted (topic_id, partition, record_offset)
     USING (topic_id, partition, record_offset)
+"""
+#: Record that a batch has handled the records of rejects again, after a rewind, and no longer rejects them. The time is
+#: later than that of the orders that it stored. A redrive records the outcomes of the rejects that it has locked; it
+#: locks them before the offsets, and waiting for it would be a deadlock.
+SUPERSEDE_REJECTS: LiteralString = f"""
+UPDATE rejects r SET redriven_at = clock_timestamp(), redrive_outcome = 'superseded'
+FROM (
+    SELECT topic_id, partition, record_offset
+    FROM rejects JOIN unnest(%(topic_ids)s::text[], %(partitions)s::int[], %(offsets)s::bigint[])
+      AS handled (topic_id, partition, record_offset)
+        USING (topic_id, partition, record_offset)
+    WHERE {_STILL_REJECTED} FOR UPDATE OF rejects SKIP LOCKED
+) AS n
+WHERE r.topic_id = n.topic_id AND r.partition = n.partition AND r.record_offset = n.record_offset
 """
 #: By COPY, because an INSERT would need parameters as large as all the records together.
 COPY_REJECTS: LiteralString = """

@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import TypeGuard
 
-from orderlib.ingestion.records import Batch, Reject, StoredVersion
+from orderlib.ingestion.records import Batch, Classified, Record, Reject, StoredVersion
 from orderlib.repository import Outcome
-from tests.simulation.kafka import CODES, KEYED_UIDS, REJECTED_TOMBSTONE, TOO_LARGE, TOPIC, Fetched, Topic
+from tests.simulation.kafka import (
+    CODES,
+    KEYED_UIDS,
+    POISON,
+    REFUSED,
+    REJECTED_TOMBSTONE,
+    TOO_LARGE,
+    TOPIC,
+    Fetched,
+    Topic,
+)
 
 #: The uids whose records are all in one partition.
 KEYED = {f"u{uid}" for uid in range(KEYED_UIDS)}
 
 #: Topic id, partition, offset.
 Place = tuple[str, int, int]
+
+
+#: The outcomes of a reject whose record counts as rejected.
+STILL_REJECTED = {None, Outcome.REJECTED}
+
+
+def is_bad(record: Record, classified: Classified) -> TypeGuard[Fetched]:
+    """Return whether a record is a reject by the rules of its batch, or because PostgreSQL refuses it."""
+    assert isinstance(record, Fetched)
+    return isinstance(classified, Reject) or record.entry.kind == REFUSED
+
+
+def accepted(batch: Batch) -> list[Place]:
+    """Return the positions of the records that are no rejects."""
+    positions = [record.position for record, classified in batch.classified if not is_bad(record, classified)]
+    return [(position.topic_id, position.partition, position.offset) for position in positions]
 
 
 class InvariantViolation(BaseException):
@@ -31,6 +58,9 @@ class Invariants:
         self.handled: dict[tuple[str, int], int] = {}
         #: The highest value that it ever had.
         self.reached: dict[tuple[str, int], int] = {}
+        #: The records that a batch has rejected, and those that a batch has accepted.
+        self.rejected: set[Place] = set()
+        self.accepted: set[Place] = set()
 
     def on_topic_created(self, topic: Topic) -> None:
         """The topic was created or recreated. It begins at its earliest offsets."""
@@ -49,10 +79,14 @@ class Invariants:
         topic = self.topics[batch.topic_ids[TOPIC]]
         records: dict[int, list[Fetched]] = {partition.partition: [] for partition in batch.ranges}
         bad = 0
-        for record, _ in batch.classified:
+        for record, classified in batch.classified:
             assert isinstance(record, Fetched)
-            records[record.position.partition].append(record)
-            bad += record.entry.kind in CODES
+            position = record.position
+            records[position.partition].append(record)
+            if is_bad(record, classified):
+                bad += 1
+                self.rejected.add((position.topic_id, position.partition, position.offset))
+        self.accepted.update(accepted(batch))
         for (_, partition), offset_range in batch.ranges.items():
             key = (topic.topic_id, partition)
             if self.handled[key] != offset_range.expected_offset:
@@ -100,6 +134,19 @@ class Invariants:
             if after.position.offset == old.position.offset and old.content_sha256 != after.content_sha256:
                 raise InvariantViolation(f"{uid} has another content at the same place: {old}, {after}")
 
+    def on_accepted(
+        self,
+        batch: Batch,
+        rejects: Mapping[Place, tuple[Fetched, Outcome | None]],
+        redriving: Container[tuple[str | int, ...]],
+    ) -> None:
+        """A batch has taken effect: none of its accepted records counts as rejected, unless a redrive is at it."""
+        for place in accepted(batch):
+            if place in rejects and place not in redriving:
+                self._count("reject accepted after a rewind")
+                if rejects[place][1] in STILL_REJECTED:
+                    raise InvariantViolation(f"{place} was accepted, and its reject is {rejects[place]}")
+
     def on_redriven(self, place: Place, before: Outcome | None, outcome: Outcome) -> None:
         """A reject is about to get its outcome."""
         if before not in {None, Outcome.REJECTED, outcome}:
@@ -139,12 +186,13 @@ class Invariants:
                     continue
                 place = (topic_id, partition, offset)
                 earlier: list[tuple[bytes | None, int]] = []
-                if entry.kind in CODES:
+                if place in self.rejected or entry.kind in {POISON, REFUSED}:
                     expected_rejects[place] = CODES[entry.kind]
                     redriven = rejects[place][1] if place in rejects else None
                     if entry.kind not in {TOO_LARGE, REJECTED_TOMBSTONE}:
                         continue
-                    if redriven not in {Outcome.STORED, Outcome.DUPLICATE, Outcome.ERASED}:
+                    is_stored = redriven in {Outcome.STORED, Outcome.DUPLICATE, Outcome.ERASED}
+                    if not is_stored and place not in self.accepted:
                         continue
                     earlier = last.get(f"u{entry.uid}", {}).get((topic_id, partition), [])
                 uid, content = f"u{entry.uid}", entry.content_sha256

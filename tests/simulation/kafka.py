@@ -26,7 +26,7 @@ KEYED_UIDS = 5
 UIDS = 7
 
 #: The kinds of records. A redrive accepts one that is too large, because it contains a valid order, and a tombstone
-#: from the time when tombstones were rejects.
+#: from the time when tombstones were rejects. A consumer does, too, once the rules are relaxed.
 GOOD, HEAVY, POISON, REFUSED, TOO_LARGE, TOMBSTONE, REJECTED_TOMBSTONE = range(7)
 CODES = {
     POISON: "malformed_json",
@@ -64,7 +64,7 @@ class Fetched(Record):
 
     entry: Entry
     classified: Classified
-    #: The result of a redrive.
+    #: The result of a redrive, and what a consumer handles once the rules are relaxed.
     redriven: OrderChange | None
 
     def __repr__(self) -> str:
@@ -95,12 +95,6 @@ def fetched(topic_id: str, partition: int, offset: int, entry: Entry) -> Fetched
         else change,
         redriven=None if entry.kind == POISON else change,
     )
-
-
-def classified(record: Record) -> Classified:
-    """Return what the record is; the core of a simulated consumer classifies with this function."""
-    assert isinstance(record, Fetched)
-    return record.classified
 
 
 class Topic:

@@ -31,7 +31,7 @@ from services.consumer.health import Health
 from services.consumer.metrics import ConsumerMetrics
 from services.consumer.runner import ConsumerRunner
 from tests.simulation.invariants import InvariantViolation
-from tests.simulation.kafka import PARTITIONS, TOPIC, classified
+from tests.simulation.kafka import PARTITIONS, TOPIC
 from tests.simulation.kafka_client import SimulatedKafka
 from tests.simulation.store import Bug, Operation, ReportEvent, Step, Steps
 
@@ -73,7 +73,7 @@ class Process:
         self.name = name
         self._rng = rng
         self.until = until
-        self.core = ConsumerCore(classified, rng, until)
+        self.core = ConsumerCore(simulator.classify, rng, until)
         self.stop_event = StopEvent()
         self.kafka = SimulatedKafka(simulator, self, rng)
         self.kafka.join(self.core)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from random import Random
 
 from orderlib.errors import DatabaseUnavailable, FenceLost, OrderlibError, TopicRecreated, TransactionConflict
+from orderlib.ingestion.records import Classified, Record
 from tests.simulation.invariants import Invariants, InvariantViolation
 from tests.simulation.kafka import (
     GOOD,
@@ -23,6 +24,7 @@ from tests.simulation.kafka import (
     TOO_LARGE,
     UIDS,
     Entry,
+    Fetched,
     Group,
     Topic,
 )
@@ -69,6 +71,7 @@ OCCURRENCES = {
     *("killed before COMMIT", "killed between batches", "killed in COMMIT", "offsets rewound", "partitions lost"),
     *("tombstone", "tombstone that was a reject", "stored after a tombstone", "erased by a redrive"),
     *("poison", "rebalance", "redrive", "redrive beside a newer version", "refused by PostgreSQL"),
+    "reject accepted after a rewind",
     *("seek to a stored offset", "stall", "superseded", "stopped", "stopped in a batch", "too large"),
     *(
         "no answer while it stops",
@@ -110,6 +113,8 @@ class Simulator:
         #: The writer lacks a privilege; Kafka refuses the next fetch.
         self.revoked = False
         self.refusing = False
+        #: Consumers accept what only a redrive accepted before.
+        self._rules_relaxed = False
         self.bug = bug
         self.invariants = Invariants(self.count)
         self.store = Store(self.invariants, bug)
@@ -440,8 +445,16 @@ class Simulator:
             for _ in range(self._below(8)):
                 self._produce()
 
+    def classify(self, record: Record) -> Classified:
+        """Return what a record is by the rules of now."""
+        assert isinstance(record, Fetched)
+        return record.redriven or record.classified if self._rules_relaxed else record.classified
+
     def _rewind(self) -> None:
-        """An operator stops the group and moves offsets back when it has no members. Zombies are no members."""
+        """An operator stops the group and moves offsets back when it has no members. Zombies are no members.
+
+        The rules may be relaxed at the same time, so that some rejects are handled again and accepted.
+        """
         if not self._rewind_wanted:
             self._rewind_wanted = True
             for process in self.group.members:
@@ -458,6 +471,7 @@ class Simulator:
                 self.store.offsets[topic_id, partition] = to
                 self.invariants.on_rewind(topic_id, partition, to)
         self._rewind_wanted = False
+        self._rules_relaxed = self._rules_relaxed or self._chance() < 0.7
         self._start()
 
     def _break(self) -> None:

@@ -22,8 +22,8 @@ from orderlib.ingestion.records import (
     plan_writes,
 )
 from orderlib.repository import Outcome, RecordPosition
-from tests.simulation.invariants import Invariants, Place
-from tests.simulation.kafka import CODES, REFUSED, TOPIC, Fetched
+from tests.simulation.invariants import STILL_REJECTED, Invariants, Place, accepted, is_bad
+from tests.simulation.kafka import REFUSED, TOPIC, Fetched
 
 
 class Bug(enum.Enum):
@@ -35,6 +35,7 @@ class Bug(enum.Enum):
     NO_ERASED_POSITION = "no-erased-position"
     REJECT_SKIPPED = "reject-skipped"
     DOUBLE_REDRIVE = "double-redrive"
+    ACCEPTED_STAYS_REJECTED = "accepted-stays-rejected"
     NO_TOPIC_ID_CHECK = "no-topic-id-check"
     SILENT_STOP = "silent-stop"
 
@@ -124,8 +125,10 @@ class Store:
             yield Step.COMMITTING
             self._invariants.on_batch(batch, outcomes, self.orders, changes)
             self.orders.update(changes)
+            self._supersede_rejects(batch)
             self._store_rejects(batch)
             self._move_offsets(batch)
+            self._invariants.on_accepted(batch, self.rejects, self.locks)
         finally:
             self._unlock(transaction)
         yield Step.ANSWERING
@@ -227,8 +230,16 @@ class Store:
 
     # Rejects.
 
+    def _supersede_rejects(self, batch: Batch) -> None:
+        """Like ``SUPERSEDE_REJECTS``: skip the rejects that a redrive has locked."""
+        if self._bug is Bug.ACCEPTED_STAYS_REJECTED:
+            return
+        for place in accepted(batch):
+            if place in self.rejects and place not in self.locks and self.rejects[place][1] in STILL_REJECTED:
+                self.rejects[place] = self.rejects[place][0], Outcome.SUPERSEDED
+
     def _store_rejects(self, batch: Batch) -> None:
-        bad = [record for record, _ in batch.classified if isinstance(record, Fetched) and record.entry.kind in CODES]
+        bad = [record for record, classified in batch.classified if is_bad(record, classified)]
         if self._bug is Bug.REJECT_SKIPPED:
             bad = [record for record in bad if record.entry.kind != REFUSED or len(batch.classified) == 1]
         for record in bad:
@@ -236,7 +247,7 @@ class Store:
             self.rejects.setdefault((position.topic_id, position.partition, position.offset), (record, None))
 
     def _is_waiting(self, place: Place) -> bool:
-        return self.rejects[place][1] in {None, Outcome.REJECTED} or self._bug is Bug.DOUBLE_REDRIVE
+        return self.rejects[place][1] in STILL_REJECTED or self._bug is Bug.DOUBLE_REDRIVE
 
     def _to_redrive(self) -> list[Place]:
         return sorted(place for place in self.rejects if self._is_waiting(place))
