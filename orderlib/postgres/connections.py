@@ -6,15 +6,16 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import LiteralString
 
 import psycopg
 from psycopg.abc import ConnDict
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import TupleRow
 
-from orderlib.errors import ConfigurationError
+from orderlib.errors import ConfigurationError, DatabaseUnavailable
 from orderlib.postgres import queries
-from orderlib.postgres.errors import translate_errors
+from orderlib.postgres.errors import LOCK_NOT_AVAILABLE, sqlstates, translate_errors
 from orderlib.postgres.hosts import connect_to_any
 from orderlib.postgres.poolers import refuse_transaction_pooler
 from orderlib.repository import require_type
@@ -94,10 +95,36 @@ def prepare_session(connection: Connection, arguments: Mapping[str, str | int]) 
 
 @contextmanager
 def transaction_with_lock_limit(connection: Connection) -> Iterator[None]:
-    """Run one transaction in which no statement waits for a lock for longer than 5 s."""
-    with connection.transaction():
-        connection.execute(queries.LIMIT_LOCK_WAIT)
-        yield
+    """Run one transaction in which no statement waits for a lock for longer than 5 s.
+
+    Then raise DatabaseUnavailable, which names the sessions that hold the lock. PostgreSQL ends the session if the
+    process is suspended meanwhile, because others may wait for the locks of this transaction.
+    """
+    try:
+        with connection.transaction():
+            connection.execute(queries.LIMIT_LOCK_WAIT)
+            connection.execute(queries.LIMIT_IDLE_IN_TRANSACTION)
+            yield
+    except Exception as exc:
+        if LOCK_NOT_AVAILABLE not in sqlstates(exc):
+            raise
+        holders = lock_holders(connection, queries.WRITE_LOCK_HOLDERS)
+        raise DatabaseUnavailable(
+            f"PostgreSQL: no lock within {queries.LOCK_WAIT_S} s, held by {holders}; this transaction was rolled back "
+            f"and has changed nothing: try again ({LOCK_NOT_AVAILABLE})"
+        ) from exc
+
+
+def lock_holders(connection: Connection, statement: LiteralString) -> str:
+    """Return the sessions that may hold a lock, as text. ``statement`` is one of those that find them."""
+    with translate_errors(connection):
+        rows = connection.execute(statement).fetchall()
+    if not rows:
+        return "another session"
+    return ", ".join(
+        f"pid {pid} (role {role}, application {application or 'unknown'!r})" if pid else "a prepared transaction"
+        for pid, role, application in rows
+    )
 
 
 def open_connection(url: str, *, application_name: str) -> Connection:

@@ -18,7 +18,7 @@ from psycopg.pq import TransactionStatus
 from orderlib.errors import ConfigurationError, DatabaseUnavailable, FenceLost, RefusedByDatabase, TransactionConflict
 from orderlib.ingestion.records import Batch, OrderChange, PreparedOrder, Record, Reject, TopicPartition
 from orderlib.postgres import queries
-from orderlib.postgres.connections import Connection, open_connection, transaction_with_lock_limit
+from orderlib.postgres.connections import Connection, lock_holders, open_connection, transaction_with_lock_limit
 from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translate_errors
 from orderlib.postgres.grants import check_privileges
 from orderlib.postgres.operations import index_advice
@@ -279,7 +279,8 @@ class ConsumerStore:
         terminated = connection.execute(queries.TERMINATE_BLOCKERS, keys).fetchall()
         if terminated:
             return TransactionConflict(f"terminated {len(terminated)} backend(s) of a frozen consumer that held a lock")
-        return DatabaseUnavailable("PostgreSQL: another session holds a lock that the batch needs")
+        holders = lock_holders(connection, queries.WRITE_LOCK_HOLDERS)
+        return DatabaseUnavailable(f"PostgreSQL: another session holds a lock that the batch needs: {holders}")
 
 
 def _next_offsets(

@@ -10,7 +10,7 @@ import psycopg
 
 from orderlib.errors import DatabaseUnavailable
 from orderlib.postgres import queries
-from orderlib.postgres.connections import Connection
+from orderlib.postgres.connections import Connection, lock_holders
 from orderlib.postgres.errors import translate, translate_errors
 
 #: How long `bootstrap`, and each migration of `migrate`, waits for a lock before it fails.
@@ -42,6 +42,7 @@ def run_ddl(
             with translate_errors(connection), connection.transaction():
                 try:
                     connection.execute(queries.LIMIT_DDL_LOCK_WAIT)
+                    connection.execute(queries.LIMIT_IDLE_IN_TRANSACTION)
                     return work()
                 except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as exc:
                     raise _Conflict(exc) from exc
@@ -50,7 +51,7 @@ def run_ddl(
         except _Conflict as conflict:
             is_late = time.monotonic() > deadline_s
             if isinstance(conflict.error, psycopg.errors.LockNotAvailable):
-                holders = _lock_holders(connection)
+                holders = lock_holders(connection, queries.LOCK_HOLDERS)
                 if is_late:
                     raise DatabaseUnavailable(
                         f"PostgreSQL: no lock within {LOCK_WITHIN_S:.0f} s, held by {holders}; this step was rolled "
@@ -70,15 +71,3 @@ class _Conflict(Exception):
     def __init__(self, error: psycopg.Error) -> None:
         super().__init__(str(error))
         self.error = error
-
-
-def _lock_holders(connection: Connection) -> str:
-    """Return the sessions that may hold the lock, as text."""
-    with translate_errors(connection):
-        rows = connection.execute(queries.LOCK_HOLDERS).fetchall()
-    if not rows:
-        return "another session"
-    return ", ".join(
-        f"pid {pid} (role {role}, application {application or 'unknown'!r})" if pid else "a prepared transaction"
-        for pid, role, application in rows
-    )

@@ -128,6 +128,9 @@ _WORKER_OUTAGE = re.compile(
 
 #: A write on a read-only server: it became a standby, or the URL allows one.
 READ_ONLY = "25006"
+#: A wait for a lock that took too long.
+LOCK_NOT_AVAILABLE = "55P03"
+_IDLE_IN_TRANSACTION = "25P03"
 
 #: An error without an SQLSTATE may be due to the close of the connection, which may arrive this much later.
 _CLOSE_ARRIVES_WITHIN_S = 0.2
@@ -252,6 +255,11 @@ def _of_worker(message: str, *, writing: bool) -> OrderlibError | None:
 
 def _reason(exc: Exception) -> str:
     """Return the server's last message, if there is one, as the end of a sentence."""
+    if isinstance(exc, psycopg.Error) and exc.sqlstate == _IDLE_IN_TRANSACTION:
+        return (
+            ": the program was suspended or idle in a transaction for longer than "
+            f"idle_in_transaction_session_timeout; the transaction was rolled back: try again ({_IDLE_IN_TRANSACTION})"
+        )
     if isinstance(exc, psycopg.Error) and exc.sqlstate and not _may_quote_data(exc.sqlstate):
         return f": {_message(exc) or _readable_name(exc)} ({exc.sqlstate})"
     return ""

@@ -104,6 +104,7 @@ def _apply(connection: Connection, number: int, name: str) -> bool:
     if connection.execute(queries.IS_APPLIED, {"number": number}).fetchone():
         return False
     connection.execute(queries.LIFT_TIME_LIMITS)
+    connection.execute(queries.LIMIT_IDLE_IN_TRANSACTION)
     script = resources.files("orderlib.postgres").joinpath("migrations", name).read_text(encoding="utf-8")
     for statement in _statements(script):
         # Binary results use the extended protocol, which refuses a text with several statements, as Citus does.

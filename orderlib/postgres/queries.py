@@ -541,6 +541,13 @@ SELECT EXISTS (
 """
 USE_SCHEMA: LiteralString = "SELECT set_config('search_path', quote_ident(%(schema)s), true)"
 
+#: The server ends the session of a suspended or lost client this soon, because a transaction holds locks that the
+#: consumer needs. A shorter limit of an administrator stays. Not SET LOCAL: Citus would send it to the workers, whose
+#: transactions are idle while others work.
+LIMIT_IDLE_IN_TRANSACTION: LiteralString = """
+SELECT set_config('idle_in_transaction_session_timeout', '10s', true)
+WHERE current_setting('idle_in_transaction_session_timeout')::interval NOT BETWEEN '1ms' AND '10s'
+"""
 #: DDL must not wait long for a lock, because all later lock requests wait behind it.
 LIMIT_DDL_LOCK_WAIT: LiteralString = "SET LOCAL lock_timeout = '2s'"
 #: One schema change at a time. This lock needs more than SELECT on the table, so no program's role can block it.
@@ -553,6 +560,19 @@ WHERE l.granted AND l.pid IS DISTINCT FROM pg_backend_pid() AND l.locktype = 're
     (l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND l.relation IN (
         SELECT oid FROM pg_class WHERE pg_get_userbyid(relowner) = 'orders_owner'))
     OR (l.relation IN ('pg_authid'::regclass, 'pg_auth_members'::regclass) AND l.mode <> 'AccessShareLock'))
+ORDER BY l.pid LIMIT 3
+"""
+#: Sessions that may block a write: they hold a lock on one of these tables or on its rows, or that of `forget`, and
+#: wait for no lock themselves. The lock of a reader blocks no write.
+WRITE_LOCK_HOLDERS: LiteralString = f"""
+SELECT DISTINCT l.pid, a.usename::text, a.application_name
+FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
+WHERE l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND ((l.locktype = 'relation' AND l.mode <> 'AccessShareLock' AND l.relation IN (
+           SELECT oid FROM pg_class WHERE pg_get_userbyid(relowner) = 'orders_owner'))
+       OR (l.locktype = 'advisory' AND (l.classid::bigint << 32 | l.objid::bigint) = {_FORGET_LOCK}))
+  AND NOT EXISTS (SELECT FROM pg_locks w WHERE w.pid = l.pid AND NOT w.granted)
 ORDER BY l.pid LIMIT 3
 """
 DATABASE_ENCODING: LiteralString = (
@@ -714,8 +734,8 @@ WHERE (d.dbid = (SELECT oid FROM db) OR d.classid IN ('pg_tablespace'::regclass,
 """
 
 #: A batch waits at most this long for a row or a table that another session has locked.
-_LOCK_WAIT: LiteralString = "5s"
-LIMIT_LOCK_WAIT: LiteralString = f"SET LOCAL lock_timeout = '{_LOCK_WAIT}'"
+LOCK_WAIT_S: LiteralString = "5"
+LIMIT_LOCK_WAIT: LiteralString = f"SET LOCAL lock_timeout = '{LOCK_WAIT_S}s'"
 
 #: Terminate the backends of this role and program that may block the batch after that wait: those that locked these
 #: offsets (a row's xmax is the locking transaction), and frozen ones, which have sent nothing for that long in a
@@ -723,7 +743,8 @@ LIMIT_LOCK_WAIT: LiteralString = f"SET LOCAL lock_timeout = '{_LOCK_WAIT}'"
 #: pg_terminate_backend before the other conditions, for every session.
 TERMINATE_BLOCKERS: LiteralString = f"""
 WITH candidates AS MATERIALIZED (
-    SELECT pid, backend_xid, wait_event_type = 'Client' AND state_change < now() - interval '{_LOCK_WAIT}' AS is_frozen
+    SELECT pid, backend_xid,
+           wait_event_type = 'Client' AND state_change < now() - interval '{LOCK_WAIT_S}s' AS is_frozen
     FROM pg_stat_activity
     WHERE pid <> pg_backend_pid() AND usename = current_user AND backend_xid IS NOT NULL
       AND datname = current_database() AND application_name = current_setting('application_name')
