@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from orderlib.entry_point import EXIT_DONE, EXIT_STATUSES
 from orderlib.errors import ConfigurationError
+from orderlib.postgres.connections import check_url
 from orderlib.postgres.migrate import migrate
 from orderlib.postgres.privileges import MIGRATOR, OWNER, READER, WRITER
 from orderlib.postgres.roles import bootstrap, password_of
@@ -61,7 +62,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
 def _bootstrap(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     passwords = {role: password_of(role, name, _url(environ, name)) for role, name in _ROLE_URLS.items()}
     result = bootstrap(
-        _url(environ, "ORDERS_BOOTSTRAP_URL"),
+        _valid_url(environ, "ORDERS_BOOTSTRAP_URL"),
         migrator_password=passwords[MIGRATOR],
         writer_password=passwords[WRITER],
         reader_password=passwords[READER],
@@ -78,7 +79,7 @@ def _bootstrap(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _migrate(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     migrate(
-        _url(environ, "ORDERS_MIGRATOR_URL"),
+        _valid_url(environ, "ORDERS_MIGRATOR_URL"),
         application_name=APPLICATION_NAME,
         on_applied=lambda name: print(f"applied {name}"),
         on_message=_print_message,
@@ -89,8 +90,14 @@ def _migrate(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _url(environ: Mapping[str, str], name: str) -> str:
     url = environ.get(name, "")
-    if not url:
+    if not url.strip():
         raise ConfigurationError(f"{name} is not set")
+    return url
+
+
+def _valid_url(environ: Mapping[str, str], name: str) -> str:
+    url = _url(environ, name)
+    check_url(name, url)
     return url
 
 

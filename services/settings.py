@@ -10,12 +10,14 @@ import difflib
 import hmac
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import attrs
 
 from orderlib.contract import fits_postgres
 from orderlib.errors import ConfigurationError
 from orderlib.ingestion.records import Tombstones
+from orderlib.postgres.connections import check_url
 
 #: Every setting with its default, as text; empty if it has none. ``ORDERS_KAFKA_X_Y`` is not listed.
 DEFAULTS: Mapping[str, str] = {
@@ -72,6 +74,18 @@ RESERVED_KAFKA_PROPERTIES = frozenset(
     }
 )
 
+#: librdkafka properties that name a file, and those that may name a folder or be the word `probe` instead.
+_KAFKA_FILES = (
+    "sasl.kerberos.keytab",
+    "sasl.oauthbearer.assertion.file",
+    "sasl.oauthbearer.assertion.private.key.file",
+    "ssl.certificate.location",
+    "ssl.crl.location",
+    "ssl.key.location",
+    "ssl.keystore.location",
+)
+_KAFKA_AUTHORITIES = ("https.ca.location", "ssl.ca.location")
+
 _KAFKA_SERVER = re.compile(
     r"(?:(?i:(?:sasl_)?(?:plaintext|ssl))://)?(?:[\w.-]+|\[[0-9a-fA-F:.]+\])(?::(?P<port>[0-9]{1,5}))?", re.ASCII
 )
@@ -107,9 +121,23 @@ def _require_utf8(name: str, value: str) -> str:
     return value
 
 
+def without_outer_space(name: str, value: str) -> str:
+    """Return a value, or raise ConfigurationError if it is blank, or begins or ends with white space.
+
+    librdkafka removes such space, and ends the process for a blank group.
+    """
+    if value != value.strip() or not value:
+        raise ConfigurationError(f"{name} must not be blank, nor begin or end with white space")
+    return value
+
+
+def _name(environ: Mapping[str, str], name: str) -> str:
+    return without_outer_space(name, _text(environ, name))
+
+
 def _required(environ: Mapping[str, str], name: str) -> str:
     value = _text(environ, name)
-    if not value:
+    if not value.strip():
         raise ConfigurationError(f"{name} is not set")
     return value
 
@@ -186,9 +214,10 @@ class KafkaSettings:
             and not {"sasl.oauthbearer.method", "enable.sasl.oauthbearer.unsecure.jwt"} & properties.keys()
         ):
             raise ConfigurationError("OAUTHBEARER needs ORDERS_KAFKA_SASL_OAUTHBEARER_METHOD=oidc")
+        _require_files(properties)
         return cls(
             bootstrap_servers=_bootstrap_servers(environ),
-            topic=_text(environ, "ORDERS_TOPIC"),
+            topic=_name(environ, "ORDERS_TOPIC"),
             properties=properties,
         )
 
@@ -200,6 +229,20 @@ class KafkaSettings:
             # A misspelt topic must be reported, not created.
             "allow.auto.create.topics": "false",
         }
+
+
+def _require_files(properties: Mapping[str, str]) -> None:
+    """Raise ConfigurationError for a file that cannot be read. librdkafka would report it in OpenSSL's words only."""
+    for name in (*_KAFKA_FILES, *_KAFKA_AUTHORITIES):
+        path = properties.get(name)
+        if path is None or (name in _KAFKA_AUTHORITIES and (path == "probe" or Path(path).is_dir())):
+            continue
+        try:
+            with Path(path).open("rb"):
+                pass
+        except OSError as exc:
+            variable = _KAFKA_PREFIX + name.upper().replace(".", "_")
+            raise ConfigurationError(f"{variable} does not name a readable file: {exc.strerror}") from None
 
 
 def _bootstrap_servers(environ: Mapping[str, str]) -> str:
@@ -236,8 +279,8 @@ class ConsumerSettings:
         """Read the settings. Raises ConfigurationError."""
         return cls(
             kafka=KafkaSettings.from_mapping(environ),
-            database_url=_required(environ, "ORDERS_DATABASE_URL"),
-            group=_text(environ, "ORDERS_CONSUMER_GROUP"),
+            database_url=database_url(environ, "ORDERS_DATABASE_URL"),
+            group=_name(environ, "ORDERS_CONSUMER_GROUP"),
             max_record_bytes=max_record_bytes(environ),
             tombstones=tombstones(environ),
             metrics_bind=Address.parse(
@@ -274,7 +317,7 @@ class ApiSettings:
         if _text(environ, "ORDERS_API_AUTH") == "off" and not bind.is_loopback:
             raise ConfigurationError("ORDERS_API_BIND must be localhost, 127.0.0.1 or [::1] if ORDERS_API_AUTH=off")
         return cls(
-            reader_url=_required(environ, "ORDERS_READER_URL"),
+            reader_url=database_url(environ, "ORDERS_READER_URL"),
             bind=bind,
             metrics_bind=Address.parse("ORDERS_METRICS_BIND", environ.get("ORDERS_METRICS_BIND") or API_METRICS_BIND),
             keepalive_s=_integer(environ, "ORDERS_API_KEEPALIVE_S", 1, 3600),
@@ -347,5 +390,10 @@ def tombstones(environ: Mapping[str, str]) -> Tombstones:
 
 
 def database_url(environ: Mapping[str, str], name: str) -> str:
-    """Return the database URL in this variable. There is no fallback to another one."""
-    return _required(environ, name)
+    """Return the database URL in this variable. There is no fallback to another one.
+
+    Raises ConfigurationError, naming the variable, if it is not set or not valid.
+    """
+    url = _required(environ, name)
+    check_url(name, url)
+    return url

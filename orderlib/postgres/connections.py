@@ -73,6 +73,14 @@ def connection_arguments(url: str, application_name: str) -> dict[str, str | int
     }
 
 
+def check_url(name: str, url: str) -> None:
+    """Raise ConfigurationError, naming the URL's variable, if the URL is invalid."""
+    try:
+        connection_arguments(url, application_name="")
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{name}: {exc}") from None
+
+
 def _parse_url(url: str) -> ConnDict | None:
     if "\0" in url:
         # libpq would ignore the rest.

@@ -26,7 +26,7 @@ from services.admin.database import open_database
 from services.admin.output import add_json_option, add_yes_option, confirm, print_table, rfc3339_time, utf8_text
 from services.admin.topic_reader import TopicReader
 from services.kafka import REQUEST_TIMEOUT_S
-from services.settings import KafkaSettings, database_url
+from services.settings import KafkaSettings, database_url, without_outer_space
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
@@ -204,8 +204,7 @@ def _no_offsets_error(
 
 def _set_group(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     url = database_url(environ, "ORDERS_MIGRATOR_URL")
-    if not options.group.strip():
-        raise ConfigurationError("GROUP must not be empty")
+    without_outer_space("GROUP", options.group)
     topic_reader = TopicReader(KafkaSettings.from_mapping(environ))
     with open_connection(url, application_name=APPLICATION_NAME) as connection:
         with as_owner(connection):

@@ -52,7 +52,9 @@ def main() -> int:
         prog="python -m services.api", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     settings = ApiSettings.from_mapping(os.environ)
-    if not re.fullmatch("[1-9][0-9]?", os.environ.get("WEB_CONCURRENCY", "1")):
+    if not os.environ.get("WEB_CONCURRENCY"):
+        os.environ["WEB_CONCURRENCY"] = "1"
+    if not re.fullmatch("[1-9][0-9]?", os.environ["WEB_CONCURRENCY"]):
         raise ConfigurationError("WEB_CONCURRENCY must be an integer from 1 to 99")
     from services.api.server import Server, bound_address, listen  # noqa: PLC0415 - gunicorn reads the variable on import
 

@@ -92,6 +92,11 @@ def test_wrong_settings_are_named_in_one_line(stored: Database, changed: dict[st
     assert "secret" not in line
 
 
+def test_an_empty_number_of_workers_counts_as_not_set(stored: Database) -> None:
+    with serving(settings_for(stored.reader_url, WEB_CONCURRENCY="")) as api:
+        assert api.get("/livez").status == 200
+
+
 def test_a_database_without_schema_is_named_in_one_line(stored: Database, empty_database: Database) -> None:
     bootstrap(empty_database)
     assert "python -m orderlib migrate" in refused(settings_for(empty_database.reader_url))

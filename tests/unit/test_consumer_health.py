@@ -50,6 +50,13 @@ def probe() -> Iterator[Probe]:
         yield Probe(health, clock, server.address)
 
 
+def test_metrics_export_no_time_of_their_creation(probe: Probe) -> None:
+    status, text = probe.get("/metrics")
+    assert status == 200
+    assert "orders_records_total" in text
+    assert "_created" not in text
+
+
 def test_a_consumer_that_starts_is_live_and_not_ready(probe: Probe) -> None:
     assert probe.get("/livez") == (200, "ok\n")
     assert probe.get("/readyz") == (503, "starting\n")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import attrs
 import pytest
 
 from orderlib import ConfigurationError
 from orderlib.ingestion.records import Tombstones
+from services.admin.__main__ import main as admin
 from services.settings import (
     RESERVED_KAFKA_PROPERTIES,
     Address,
@@ -137,6 +139,50 @@ def test_an_error_names_the_missing_setting(
 
 
 @pytest.mark.parametrize(
+    ("read", "variable"),
+    [
+        (ConsumerSettings.from_mapping, "ORDERS_DATABASE_URL"),
+        (ApiSettings.from_mapping, "ORDERS_READER_URL"),
+        (lambda environ: database_url(environ, "ORDERS_MIGRATOR_URL"), "ORDERS_MIGRATOR_URL"),
+        (lambda environ: admin(["migrate"], environ), "ORDERS_MIGRATOR_URL"),
+        (lambda environ: admin(["bootstrap"], environ), "ORDERS_BOOTSTRAP_URL"),
+        (lambda environ: admin(["bootstrap"], environ), "ORDERS_READER_URL"),
+    ],
+)
+def test_an_error_names_the_variable_of_an_invalid_or_blank_url_and_shows_no_part_of_it(
+    read: Read, variable: str
+) -> None:
+    urls = {
+        f"ORDERS_{name}_URL": f"postgresql://orders_{role}:{SECRET}@db/orders"
+        for name, role in (("MIGRATOR", "migrator"), ("DATABASE", "writer"), ("READER", "reader"), ("BOOTSTRAP", "x"))
+    }
+    environ = {**API, **CONSUMER, **urls}
+    for url in (f"postgresql://user:{SECRET}@db:{SECRET}/orders", f"{SECRET} x", f"postgresql://u:{SECRET}@@db/orders"):
+        with pytest.raises(ConfigurationError, match=f"^{variable}[:,] ") as error:
+            read({**environ, variable: url})
+        assert SECRET not in str(error.value)
+    with pytest.raises(ConfigurationError, match=f"^{variable} is not set$"):
+        read({**environ, variable: " "})
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        *("ORDERS_KAFKA_SSL_CA_LOCATION", "ORDERS_KAFKA_SSL_CERTIFICATE_LOCATION", "ORDERS_KAFKA_SSL_KEY_LOCATION"),
+        *("ORDERS_KAFKA_SSL_KEYSTORE_LOCATION", "ORDERS_KAFKA_HTTPS_CA_LOCATION"),
+    ],
+)
+def test_an_error_names_the_variable_of_a_file_that_cannot_be_read(variable: str, tmp_path: Path) -> None:
+    for path in (str(tmp_path / "missing.pem"), *([] if "_CA_" in variable else [str(tmp_path)])):
+        with pytest.raises(ConfigurationError, match=f"^{variable} does not name a readable file: "):
+            KafkaSettings.from_mapping({**KAFKA, variable: path})
+    present = tmp_path / "present.pem"
+    present.touch()
+    for path in (str(present), *(["probe", str(tmp_path)] if "_CA_" in variable else [])):
+        assert path in KafkaSettings.from_mapping({**KAFKA, variable: path}).properties.values()
+
+
+@pytest.mark.parametrize(
     ("read", "complete", "message", "values"),
     [
         (
@@ -162,6 +208,15 @@ def test_an_error_names_the_missing_setting(
             CONSUMER,
             "ORDERS_METRICS_BIND must be host:port",
             ["9101", ":9101", "::1:9101", "host:", "host:65536", "host:-1", "a b:1", "http://host:1/"],
+        ),
+        *(
+            (
+                ConsumerSettings.from_mapping,
+                CONSUMER,
+                f"{variable} must not be blank, nor begin or end with white space",
+                [" ", "\t", "orders ", " orders", "orders\n", "\N{NO-BREAK SPACE}"],
+            )
+            for variable in ("ORDERS_TOPIC", "ORDERS_CONSUMER_GROUP")
         ),
         (ApiSettings.from_mapping, API, "ORDERS_API_BIND must be host:port", ["8080", "host:port", SECRET]),
         (
