@@ -294,30 +294,30 @@ def _failed_connection(exc: psycopg.Error, pgconn: PGconn) -> OrderlibError:
     Known configuration errors stop a program; everything else is an outage. A server that
     restarts, is overloaded or is being maintained refuses connections in many ways, and no list is complete.
     """
-    address = _address(pgconn)
+    at = address(pgconn.host.decode("utf-8", "replace"), pgconn.port.decode("utf-8", "replace"))
     if exc.sqlstate is None or exc.sqlstate == "08P01":
         if exc.sqlstate is None and pgconn.needs_password:
-            return ConfigurationError(f"PostgreSQL{address}: {_NO_PASSWORD}")
-        return _from_message(str(exc), address, f" ({exc.sqlstate})" if exc.sqlstate else "")
+            return ConfigurationError(f"PostgreSQL{at}: {_NO_PASSWORD}")
+        return _from_message(str(exc), at, f" ({exc.sqlstate})" if exc.sqlstate else "")
     if exc.sqlstate == "3D000" and _HOST.fullmatch(database := pgconn.db.decode("utf-8", "replace")):
-        return ConfigurationError(f'PostgreSQL{address}: database "{database}" does not exist (3D000)')
-    text = f"PostgreSQL{address}: {_REFUSAL_TEXTS.get(exc.sqlstate) or _readable_name(exc)} ({exc.sqlstate})"
+        return ConfigurationError(f'PostgreSQL{at}: database "{database}" does not exist (3D000)')
+    text = f"PostgreSQL{at}: {_REFUSAL_TEXTS.get(exc.sqlstate) or _readable_name(exc)} ({exc.sqlstate})"
     return ConfigurationError(text) if classify_refusal(exc.sqlstate) is ErrorAction.STOP else DatabaseUnavailable(text)
 
 
-def _address(pgconn: PGconn) -> str:
-    host, port = pgconn.host.decode("utf-8", "replace"), pgconn.port.decode("utf-8", "replace")
+def address(host: str, port: str) -> str:
+    """Return an address for a message, as `` at host:port``. It is empty for a text that may be part of a password."""
     if not _HOST.fullmatch(host) or not re.fullmatch("[0-9]{1,5}", port):
         return ""
     return f" at [{host}]:{port}" if ":" in host else f" at {host}:{port}"
 
 
-def _from_message(text: str, address: str = "", code: str = "") -> OrderlibError:
+def _from_message(text: str, at: str = "", code: str = "") -> OrderlibError:
     for pattern, description in _LIBPQ_PATTERNS:
         if found := pattern.search(text):
             # The message contains no text of the URL: it may be a part of a password with an unescaped character.
-            return ConfigurationError(f"PostgreSQL{address}: {description.format(found[0])}{code}")
+            return ConfigurationError(f"PostgreSQL{at}: {description.format(found[0])}{code}")
     cause = next((cause for cause in _CAUSES if cause in text), "the connection failed")
     if (unknown := _UNKNOWN_HOST.search(text)) and _HOST.fullmatch(unknown[1]):
         cause = f"the host name {unknown[1]} cannot be resolved"
-    return DatabaseUnavailable(f"PostgreSQL{address}: {cause}{code}")
+    return DatabaseUnavailable(f"PostgreSQL{at}: {cause}{code}")

@@ -47,7 +47,8 @@ def _set_verbosity(pgconn: PGconn, verbosity: int) -> None:
 def connect_steps(conninfo: str) -> PQGenConn[PGconn]:
     """Connect to the only host in ``conninfo``, as ``psycopg.generators.connect`` does.
 
-    If the server refuses, raise psycopg's error for the SQLSTATE, or OperationalError without one.
+    If the server refuses, raise psycopg's error for the SQLSTATE, or OperationalError without one. If the caller throws
+    TimeoutError, raise ConnectionTimeout.
     """
     pgconn = pq.PGconn.connect_start(conninfo.encode())
     _set_verbosity(pgconn, _VERBOSE)
@@ -58,8 +59,12 @@ def connect_steps(conninfo: str) -> PQGenConn[PGconn]:
         if status == PollingStatus.FAILED:
             raise _refusal(pgconn)
         wait = Wait.R if status == PollingStatus.READING else Wait.W
-        while not (yield pgconn.socket, wait):
-            pass
+        try:
+            while not (yield pgconn.socket, wait):
+                pass
+        except TimeoutError:
+            # With the connection, because that has the address.
+            raise errors.ConnectionTimeout("timeout expired", pgconn=errors.finish_pgconn(pgconn)) from None
     _set_verbosity(pgconn, _DEFAULT)
     pgconn.nonblocking = 1
     return pgconn

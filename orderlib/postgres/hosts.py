@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import select
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import psycopg
@@ -15,7 +15,7 @@ from psycopg.pq.abc import PGconn
 from psycopg.waiting import Ready, Wait
 
 from orderlib.errors import ConfigurationError, DatabaseUnavailable, OrderlibError
-from orderlib.postgres.errors import translate
+from orderlib.postgres.errors import address, translate
 from orderlib.postgres.handshake import connect_steps
 
 #: Wait this long for a host before the next one is tried as well.
@@ -32,17 +32,26 @@ def connect_to_any(arguments: Mapping[str, str | int]) -> PGconn:
 
     ``target_session_attrs`` and ``load_balance_hosts`` have the meaning that they have in libpq. The whole
     call is limited to ``connect_timeout``, and 0.3 s more for each further host. Raise DatabaseUnavailable or
-    ConfigurationError if every host refused, or none accepted in time. The error has neither cause nor context: libpq's
-    text may quote a part of a password.
+    ConfigurationError if every host refused, or none accepted in time. The error names each host. It has neither cause
+    nor context: libpq's text may quote a part of a password.
     """
     error: OrderlibError
     try:
         return _first_accepted(arguments)
+    except OrderlibError as exc:
+        error = exc.with_traceback(None)
     except psycopg.Error as exc:
         error = translate(exc)
     except UnicodeError:
         error = ConfigurationError("a setting of the database connection is not UTF-8")
     raise error
+
+
+def addresses(arguments: Mapping[str, str | int]) -> str:
+    """Return the addresses of the hosts for a message, as `` at host:port``; empty for a host that has no name."""
+    hosts = conninfo_attempts(cast("ConnDict", dict(arguments)))
+    found = [address(str(host.get("host") or ""), str(host.get("port") or "5432")) for host in hosts]
+    return ",".join(filter(None, found))
 
 
 def _first_accepted(arguments: Mapping[str, str | int]) -> PGconn:
@@ -51,7 +60,7 @@ def _first_accepted(arguments: Mapping[str, str | int]) -> PGconn:
     hosts = conninfo_attempts(parameters)
     limit = time.monotonic() + timeout_s + _NEXT_HOST_AFTER_S * (len(hosts) - 1)
     pending: list[_Attempt] = []
-    failures: dict[int, psycopg.Error] = {}
+    failures: dict[int, OrderlibError] = {}
     started = 0
     next_start = -math.inf
     while (now := time.monotonic()) < limit:
@@ -65,15 +74,16 @@ def _first_accepted(arguments: Mapping[str, str | int]) -> PGconn:
                 if attempt.advance():
                     return attempt.connection
             except psycopg.Error as exc:
-                failures[attempt.host_index] = exc
+                failures[attempt.host_index] = translate(exc)
                 pending.remove(attempt)
                 if started < len(hosts):
                     next_start = -math.inf
         if not pending and started >= len(hosts):
             break
     for attempt in pending:
-        failures.setdefault(attempt.host_index, psycopg.errors.ConnectionTimeout("connection timeout expired"))
-    raise _error_to_raise(failures)
+        timeout = translate(attempt.time_out())
+        failures.setdefault(attempt.host_index, timeout)
+    raise _error_to_raise([error for _, error in sorted(failures.items())])
 
 
 class _Attempt:
@@ -99,6 +109,14 @@ class _Attempt:
         self.events = _EVENTS[wait]
         return False
 
+    def time_out(self) -> psycopg.Error:
+        """End the attempt, and return its error, which has the address."""
+        try:
+            self._steps.throw(TimeoutError())
+        except psycopg.Error as exc:
+            return exc
+        raise AssertionError
+
 
 def _ready(attempts: list[_Attempt], timeout_s: float) -> list[_Attempt]:
     """Return the attempts that can proceed. Wait for one at most this long."""
@@ -112,7 +130,8 @@ def _ready(attempts: list[_Attempt], timeout_s: float) -> list[_Attempt]:
     return [attempt for attempt in attempts if attempt.file in found]
 
 
-def _error_to_raise(failures: Mapping[int, psycopg.Error]) -> psycopg.Error:
-    """Return the error to raise: the first outage, because that host may recover, else the error of the last host."""
-    outages = (error for _, error in sorted(failures.items()) if isinstance(translate(error), DatabaseUnavailable))
-    return next(outages, failures[max(failures)]).with_traceback(None)
+def _error_to_raise(errors: Sequence[OrderlibError]) -> OrderlibError:
+    """Return the error for those of the hosts: an outage if one of them is, because that host may recover."""
+    if any(isinstance(error, DatabaseUnavailable) for error in errors):
+        return DatabaseUnavailable("; ".join(dict.fromkeys(map(str, errors))))
+    return errors[-1]

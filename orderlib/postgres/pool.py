@@ -29,7 +29,7 @@ from orderlib.ingestion.retry import Conflicts
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, connection_arguments, prepare_session
 from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translate, translate_errors
-from orderlib.postgres.hosts import connect_to_any
+from orderlib.postgres.hosts import addresses, connect_to_any
 from orderlib.postgres.reads import ReadQueries
 from orderlib.postgres.schema import check_schema
 from orderlib.postgres.wire import PREPARED_IS_STALE, DeadlineExceeded, Wire, run_until
@@ -175,6 +175,8 @@ class Pool:
         #: Idle or in use. Weak references, so that a session does not count if an interrupt lost the last reference to
         #: it.
         self._sessions: WeakSet[Session] = WeakSet()
+        #: The error of the last attempt to connect, unless a later one succeeded.
+        self._connect_failure: Exception | None = None
         #: One key for each thread that connects.
         self._connecting_threads: set[object] = set()
 
@@ -205,8 +207,22 @@ class Pool:
             raise copy.copy(waiter.failure) from waiter.failure.__cause__
         session, waiter.session = waiter.session, None
         if session is None:
-            raise DatabaseUnavailable(f"PostgreSQL: no connection within {round(waited_s, 1):g} s")
+            raise self._no_connection_error(waited_s)
         return session
+
+    def _no_connection_error(self, waited_s: float) -> DatabaseUnavailable:
+        text = f"no connection within {round(waited_s, 1):g} s"
+        if len(self._sessions) >= self._max_connections:
+            return DatabaseUnavailable(f"PostgreSQL: {text}, because all {self._max_connections} are in use")
+        # Read once: another thread may connect now.
+        if (failure := self._connect_failure) is not None:
+            return DatabaseUnavailable(f"PostgreSQL: {text}; the last attempt failed: {failure}")
+        return DatabaseUnavailable(f"PostgreSQL{self.addresses}: {text}")
+
+    @property
+    def addresses(self) -> str:
+        """The addresses of the hosts, as the continuation of a message that begins with ``PostgreSQL``."""
+        return addresses(self._arguments)
 
     def cancel(self, waiter: Waiter) -> None:
         """Remove a waiter that was interrupted, and take back a session that it was given meanwhile."""
@@ -329,6 +345,7 @@ class Pool:
             waiting_before = set(self._waiters)
         session, failure = self._open_session()
         with self._lock:
+            self._connect_failure = failure
             # This thread is no longer counted, so a place that becomes free may start another one.
             self._connecting_threads.discard(thread)
             is_wanted = not self._closed and len(self._sessions) < self._max_connections
@@ -363,8 +380,9 @@ class Pool:
             except BaseException:
                 session.close()
                 raise
-        except DeadlineExceeded as exc:
-            return None, DatabaseUnavailable(str(exc))
+        except DeadlineExceeded:
+            text = f"PostgreSQL{self.addresses} did not answer within {_SET_UP_WITHIN_S:g} s"
+            return None, DatabaseUnavailable(text)
         except Exception as exc:  # noqa: BLE001  the waiting calls raise it
             return None, exc
         return session, None
@@ -384,6 +402,10 @@ class Call:
     def connection_wait_s(self) -> float:
         """How long it may still wait for a connection."""
         return max(0.0, min(self._pool.connection_timeout_s, self.deadline - time.monotonic()))
+
+    @property
+    def _no_answer(self) -> str:
+        return f"PostgreSQL{self._pool.addresses} did not answer within {self._timeout_s:g} s"
 
     def _close_lost(self, session: Session, error: Exception) -> bool:
         """Close what the error shows to be unusable. Return whether to repeat the call: this session was lost idle.
@@ -418,7 +440,7 @@ class Call:
         """Return the library's error for a failed write. Its message says if it is unknown whether they are stored."""
         timed_out = isinstance(error, DeadlineExceeded)
         translated = translate(error, session) if isinstance(error, psycopg.Error) else error
-        reason = f"PostgreSQL did not answer within {self._timeout_s:g} s" if timed_out else str(translated)
+        reason = self._no_answer if timed_out else str(translated)
         if committing and (timed_out or session.is_lost(error)):
             return DatabaseUnavailable(f"{reason}; whether the orders are stored is unknown; saving them again is safe")
         return DatabaseUnavailable(f"{reason}; nothing was stored") if timed_out else translated
@@ -433,7 +455,7 @@ class Call:
         if self._may_repeat_read(session, error) and not begun:
             return
         if isinstance(error, DeadlineExceeded):
-            raise DatabaseUnavailable(f"PostgreSQL did not answer within {self._timeout_s:g} s") from error
+            raise DatabaseUnavailable(self._no_answer) from error
         raise translate(error, session, writing=False) from error
 
     def _may_repeat_read(self, session: Session, error: Exception) -> bool:

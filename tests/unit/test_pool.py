@@ -172,3 +172,20 @@ def test_a_method_may_begin_within_any_other_of_the_same_thread(
         used.close()
         assert all(session.is_closed for session in scenario.opened)
     assert moment > 200
+
+
+def test_a_call_without_a_connection_names_the_last_failure_or_that_all_connections_are_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scenario = Scenario(monkeypatch)
+    with pytest.raises(DatabaseUnavailable, match=r"no connection within 1 s, because all 2 are in use$"):
+        scenario.pool.session_of(ThreadWaiter(), 1.0)
+    failing = Pool("host=127.0.0.1 port=1", application_name="test", max_connections=1, timeout_s=1)
+    failure = DatabaseUnavailable("PostgreSQL at 127.0.0.1:1: Connection refused")
+    monkeypatch.setattr(failing, "_open_session", lambda: (None, failure))
+    assert not failing._connect_once(object())
+    with pytest.raises(DatabaseUnavailable, match=r"no connection within 1 s; the last attempt failed: .* refused$"):
+        failing.session_of(ThreadWaiter(), 1.0)
+    monkeypatch.setattr(failing, "_open_session", lambda: (FakeSession(), None))
+    assert not failing._connect_once(object())
+    assert failing._connect_failure is None

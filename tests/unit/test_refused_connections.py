@@ -7,6 +7,7 @@ import inspect
 import logging
 import random
 import re
+import socket
 import string
 import time
 import traceback
@@ -162,6 +163,32 @@ def test_a_host_name_that_cannot_be_resolved_is_an_outage_with_its_name() -> Non
     error = refusal(5432, host="no-such-host.invalid")
     assert isinstance(error, DatabaseUnavailable)
     assert "no-such-host.invalid" in str(error)
+
+
+def test_a_server_that_accepts_a_connection_and_never_answers_is_named_with_its_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        url = f"postgresql://user@{address}/orders?connect_timeout=2"
+        with pytest.raises(DatabaseUnavailable, match=f"^PostgreSQL at {address}: timeout expired$"):
+            open_connection(url, application_name="tests")
+        with pytest.raises(DatabaseUnavailable, match=rf"^PostgreSQL at {address}: no connection within 0\.1 s$"):
+            connect(url, timeout_s=0.1)
+
+
+def test_every_host_of_an_outage_is_named_with_its_cause() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        refusing(error_response("57P03", "starting up")) as starting,
+        refusing(error_response("28P01", "password authentication failed")) as wrong,
+    ):
+        port = silent.getsockname()[1]
+        hosts = f"127.0.0.1:{port},127.0.0.1:{starting},127.0.0.1:{wrong},127.0.0.1:1"
+        with pytest.raises(DatabaseUnavailable) as raised:
+            open_connection(f"postgresql://user@{hosts}/orders?connect_timeout=2", application_name="tests")
+    assert raised.match(
+        rf"^PostgreSQL at 127\.0\.0\.1:{port}: timeout expired; PostgreSQL at 127\.0\.0\.1:{starting}: .*57P03.*; "
+        rf"PostgreSQL at 127\.0\.0\.1:{wrong}: .*28P01.*; PostgreSQL at 127\.0\.0\.1:1: Connection refused$"
+    )
 
 
 def test_every_sqlstate_gives_one_of_two_errors_with_its_code() -> None:
