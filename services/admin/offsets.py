@@ -23,7 +23,15 @@ from orderlib.postgres.operations import (
     stored_offsets,
 )
 from services.admin.database import open_database
-from services.admin.output import add_json_option, add_yes_option, confirm, print_table, rfc3339_time, utf8_text
+from services.admin.output import (
+    add_json_option,
+    add_yes_option,
+    confirm,
+    count_of,
+    print_table,
+    rfc3339_time,
+    utf8_text,
+)
 from services.admin.topic_reader import TopicReader
 from services.kafka import REQUEST_TIMEOUT_S
 from services.settings import KafkaSettings, database_url, without_outer_space
@@ -101,7 +109,7 @@ def _lag(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     topic_reader = TopicReader(KafkaSettings.from_mapping(environ))
     offsets = {offset.partition: offset for offset in stored if offset.topic_id == topic_reader.topic_id}
     earliest, ends = topic_reader.earliest(), topic_reader.ends()
-    rows = []
+    rows, problems = [], []
     for partition in sorted(topic_reader.partitions):
         known = offsets.get(partition)
         next_offset = known.next_offset if known else earliest[partition]
@@ -115,10 +123,26 @@ def _lag(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
                 "updated_at": known.updated_at if known else None,
             }
         )
+        if known and (problem := _offset_problem(next_offset, earliest[partition], ends[partition])):
+            problems.append(f"warning: {topic_reader.topic}[{partition}]: {problem}")
     print_table(rows, as_json=options.json)
+    for problem in problems:
+        print(problem, file=sys.stderr)
     if advice is not None:
         print(f"advice: {advice}", file=sys.stderr)
     return EXIT_DONE
+
+
+def _offset_problem(next_offset: int, earliest: int, end: int) -> str | None:
+    """Return why the consumer cannot continue at an offset that Kafka does not have; ``None`` if it has it."""
+    if next_offset < earliest:
+        return (
+            f"up to {count_of(earliest - next_offset, 'record')} before Kafka's earliest offset {earliest} were never "
+            "handled and are gone"
+        )
+    if next_offset > end:
+        return f"the stored next_offset {next_offset} is after Kafka's log end {end}: Kafka has lost records"
+    return None
 
 
 def _show(options: argparse.Namespace, environ: Mapping[str, str]) -> int:

@@ -56,6 +56,8 @@ _FETCH_BYTES = 256 * 1024
 #: librdkafka reports its brokers this often. Without any in this number of reports, it has forgotten them.
 _REPORT_MS = 5_000
 _EMPTY_REPORTS = 2
+#: The timeout of a request for the earliest offset and the log end, before the consumer stops.
+_WATERMARKS_S = 2.0
 
 
 class _Broker(msgspec.Struct):
@@ -286,12 +288,32 @@ class KafkaConsumer(KafkaClient):
         topic = message.topic()
         failed = None if topic is None else TopicPartition(topic, not_none(message.partition()))
         if error.code() == OFFSET_LOST:
-            lost = OrderlibError(
-                f"Kafka no longer holds the next record of {failed} ({error.str()}): "
-                "records were lost before they were stored; see `python -m services.admin offsets`"
-            )
-            return FetchFailed(failed, lost)
+            return FetchFailed(failed, self._offset_lost_error(message, error))
         return FetchFailed(failed, translate_kafka_error(error, message))
+
+    def _offset_lost_error(self, message: Message, error: KafkaError) -> OrderlibError:
+        """Return the error for a next offset that Kafka does not have, with the offsets that it has."""
+        topic, number, offset = not_none(message.topic()), not_none(message.partition()), message.offset()
+        partition = TopicPartition(topic, number)
+        earliest = end = None
+        with contextlib.suppress(KafkaException):
+            earliest, end = self._consumer.get_watermark_offsets(KafkaPartition(topic, number), _WATERMARKS_S)
+        known = f"next offset {offset}, Kafka's earliest {earliest}, its log end {end}"
+        reset = f"stop all consumers and run `python -m services.admin offsets reset --to-earliest --partition {number}"
+        if offset is None or earliest is None or end is None or earliest <= offset <= end:
+            return OrderlibError(
+                f"Kafka does not hold the next record of {partition} ({known}): {error.str()}; "
+                "see `python -m services.admin lag`"
+            )
+        if offset < earliest:
+            return OrderlibError(
+                f"Kafka no longer holds the next record of {partition} ({known}): records were lost before they were "
+                f"stored; to continue without them, {reset} --execute`"
+            )
+        return OrderlibError(
+            f"Kafka's log of {partition} ends before the next offset ({known}): Kafka has lost records that were "
+            f"handled, or is an older copy; to continue with the records that it has, {reset} --execute`"
+        )
 
     def _on_available(self) -> None:
         if self._unavailable.is_set():

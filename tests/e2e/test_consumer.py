@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import psycopg
 import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from orderlib.testing import SAMPLE
 from sandbox import Sandbox
@@ -134,6 +136,44 @@ def test_a_privilege_that_is_revoked_stops_it_with_1_and_a_reason(
         assert 0 < summary["records"] == summary["stored"] <= 4_000
         assert (summary["lag"], summary["records_per_second"] > 0, summary["seconds"] > 0) == (0, True, True)
     assert_all_accounted_for(sender.manifest, database, environ)
+
+
+@pytest.mark.parametrize("kafka_went_back", [False, True])
+def test_offsets_that_kafka_does_not_have_are_named_by_lag_and_consumer_with_the_command_that_helps(
+    environ: dict[str, str], database: Database, sender: Sender, *, kafka_went_back: bool
+) -> None:
+    sender.send_orders(uids("order", 30))
+    with consuming(environ, "--exit-at-end") as consumer:
+        assert consumer.status(within_s=30) == 0
+    [partition, *_] = stood = next_offsets(database)
+    stored = stood[partition]
+    if kafka_went_back:
+        with psycopg.connect(database.superuser_url) as superuser:
+            superuser.execute(
+                "UPDATE consumer_offsets SET next_offset = next_offset + 1000 WHERE partition = %s", [partition]
+            )
+        problem = f"the stored next_offset {stored + 1000} is after Kafka's log end {stored}: Kafka has lost records"
+        reason = f"next offset {stored + 1000}, Kafka's earliest 0, its log end {stored}): Kafka has lost records"
+    else:
+        while (end := max((r.offset + 1 for r in sender.manifest if r.partition == partition), default=0)) < stored + 9:
+            sender.send_orders(uids("lost", 30))
+        admin = AdminClient({"bootstrap.servers": environ["ORDERS_KAFKA_BOOTSTRAP_SERVERS"]})
+        for deleted in admin.delete_records([TopicPartition(sender.topic, partition, stored + 7)]).values():
+            deleted.result(30)
+        problem = f"up to 7 records before Kafka's earliest offset {stored + 7} were never handled and are gone"
+        reason = f"next offset {stored}, Kafka's earliest {stored + 7}, its log end {end}): records were lost"
+    shown = run("admin lag", environ)
+    assert (shown.returncode, shown.stderr) == (0, f"warning: {sender.topic}[{partition}]: {problem}\n")
+    with consuming(environ) as consumer:
+        assert consumer.status(within_s=30) == 1
+        [stopped] = consumer.events("stopped")
+    assert f"{sender.topic}[{partition}]" in stopped["reason"]
+    assert reason in stopped["reason"]
+    [command] = re.findall("`python -m services.(admin offsets reset [^`]+)`", stopped["reason"])
+    succeed(f"{command} --yes", environ)
+    assert run("admin lag", environ).stderr == ""
+    with consuming(environ, "--exit-at-end") as consumer:
+        assert consumer.status(within_s=30) == 0
 
 
 def test_silent_clients_of_its_health_server_delay_neither_probes_nor_its_exit(environ: dict[str, str]) -> None:
