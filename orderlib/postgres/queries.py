@@ -611,7 +611,7 @@ MISSING_ROLES: LiteralString = """
 SELECT role FROM unnest(%(roles)s::text[]) AS role WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = role)
 """
 CREATE_ROLE: LiteralString = "CREATE ROLE {}"
-ALLOW_LOGIN: LiteralString = "ALTER ROLE {} LOGIN PASSWORD {}"
+ALLOW_LOGIN: LiteralString = "ALTER ROLE {} LOGIN PASSWORD {} VALID UNTIL 'infinity'"
 #: For a bootstrap role that is not a superuser: it has ADMIN on the owner, but SET ROLE needs SET.
 ALLOW_BECOMING_OWNER: LiteralString = "GRANT orders_owner TO CURRENT_USER WITH INHERIT FALSE, SET TRUE"
 FORBID_BECOMING_OWNER: LiteralString = "REVOKE orders_owner FROM CURRENT_USER GRANTED BY CURRENT_USER"
@@ -651,6 +651,21 @@ FROM pg_roles r JOIN orderlib_roles USING (oid, rolname) CROSS JOIN LATERAL (VAL
     ('LOGIN', rolcanlogin AND rolname = 'orders_owner'), ('INHERIT', rolinherit AND rolname = 'orders_migrator')
 ) AS a (attribute, has_it)
 WHERE has_it
+UNION ALL
+SELECT true, format('role %s may have no connection', rolname), format('ALTER ROLE %I CONNECTION LIMIT -1', rolname)
+FROM pg_roles JOIN orderlib_roles USING (oid, rolname) WHERE rolconnlimit = 0 AND rolname <> 'orders_owner'
+UNION ALL
+-- An administrator may want a limit. Needed: a consumer, the next one that starts, and a command; a worker of the API
+-- and a command.
+SELECT false, format('role %s may have only %s connections, but the programs use %s or more: run ALTER ROLE %I '
+                     'CONNECTION LIMIT -1, or set a higher limit', rolname, rolconnlimit, needed.connections, rolname),
+       NULL
+FROM pg_roles JOIN orderlib_roles USING (oid, rolname)
+JOIN (VALUES ('orders_writer', 3), ('orders_reader', 11)) AS needed (role, connections) ON rolname = needed.role
+WHERE rolconnlimit BETWEEN 1 AND needed.connections - 1
+UNION ALL
+SELECT false, format('the password of role %s has expired: run bootstrap with a password for it', rolname), NULL
+FROM pg_roles JOIN orderlib_roles USING (oid, rolname) WHERE rolcanlogin AND rolvaliduntil < now()
 UNION ALL
 SELECT false, format('role %s is a member of %s', member.rolname, granted.rolname),
        format('REVOKE %I FROM %I GRANTED BY %I CASCADE', granted.rolname, member.rolname, grantor.rolname)

@@ -13,7 +13,7 @@ import attrs
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import orderlib
 from orderlib import ConfigurationError, DatabaseUnavailable, connect, decode_order
@@ -33,6 +33,8 @@ DISORDER = """
 CREATE ROLE stranger;
 ALTER ROLE orders_reader CREATEDB REPLICATION;
 ALTER ROLE orders_owner LOGIN;
+ALTER ROLE orders_migrator VALID UNTIL '2001-01-01';
+ALTER ROLE orders_reader CONNECTION LIMIT 0;
 GRANT pg_read_all_data TO orders_reader;
 GRANT orders_owner TO stranger;
 GRANT orders_owner TO orders_writer;
@@ -100,6 +102,38 @@ def test_a_superuser_corrects_every_difference_and_says_which(server: PostgresSe
             assert any(text in line for line in result.corrected), text
         assert state(superuser) == wanted
         assert set_up(database).corrected == ()
+
+
+def test_a_role_that_could_not_log_in_can_afterwards(server: PostgresServer) -> None:
+    database = on_server(server)
+    bootstrap(database)
+    for variable, change in (
+        ("migrator_url", "VALID UNTIL '2001-01-01'"),
+        ("writer_url", "CONNECTION LIMIT 0"),
+        ("reader_url", "NOLOGIN VALID UNTIL '2001-01-01' CONNECTION LIMIT 0"),
+    ):
+        url = getattr(database, variable)
+        role = conninfo_to_dict(url)["user"]
+        with psycopg.connect(server.superuser_url, autocommit=True) as superuser:
+            superuser.execute(f"ALTER ROLE {role} {change}".encode())
+        with pytest.raises(psycopg.OperationalError):
+            psycopg.connect(url)
+        corrected = (f"role {role} may have no connection: ALTER ROLE {role} CONNECTION LIMIT -1",)
+        assert bootstrap(database).corrected == (corrected if "LIMIT" in change else ())
+        psycopg.connect(url).close()
+
+
+def test_a_low_connection_limit_and_an_expired_password_are_reported_and_stay(server: PostgresServer) -> None:
+    database = on_server(server)
+    bootstrap(database)
+    with psycopg.connect(server.superuser_url, autocommit=True) as superuser:
+        superuser.execute("ALTER ROLE orders_reader CONNECTION LIMIT 10")
+        superuser.execute("ALTER ROLE orders_writer CONNECTION LIMIT 3 VALID UNTIL '2001-01-01'")
+    limit, expired = sorted(orderlib.bootstrap(server.superuser_url).remaining)
+    assert limit.startswith("role orders_reader may have only 10 connections, but the programs use 11 or more: ")
+    assert expired == "the password of role orders_writer has expired: run bootstrap with a password for it"
+    assert bootstrap(database).remaining == (limit,)
+    psycopg.connect(database.writer_url).close()
 
 
 def test_an_administrator_who_owns_the_database_need_not_be_a_superuser(server: PostgresServer) -> None:
