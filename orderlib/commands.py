@@ -11,15 +11,12 @@ from orderlib.entry_point import EXIT_DONE, EXIT_STATUSES
 from orderlib.errors import ConfigurationError
 from orderlib.postgres.connections import check_url
 from orderlib.postgres.migrate import migrate
-from orderlib.postgres.privileges import MIGRATOR, OWNER, READER, WRITER
+from orderlib.postgres.privileges import MIGRATOR, OWNER, READER, URL_VARIABLES, WRITER
 from orderlib.postgres.roles import bootstrap, password_of
 from orderlib.postgres.schema import LATEST_MIGRATION
 
 #: What PostgreSQL shows of a command, also of one of the admin.
 APPLICATION_NAME = "orderlib-admin"
-
-#: The variables with the URLs of the roles, and so with their passwords.
-_ROLE_URLS = {MIGRATOR: "ORDERS_MIGRATOR_URL", WRITER: "ORDERS_DATABASE_URL", READER: "ORDERS_READER_URL"}
 
 #: The object to which commands are added. argparse has no public name for it.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
@@ -60,7 +57,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _bootstrap(_options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    passwords = {role: password_of(role, name, _url(environ, name)) for role, name in _ROLE_URLS.items()}
+    passwords = {role: password_of(role, name, _url(environ, name)) for role, name in URL_VARIABLES.items()}
     result = bootstrap(
         _valid_url(environ, "ORDERS_BOOTSTRAP_URL"),
         migrator_password=passwords[MIGRATOR],

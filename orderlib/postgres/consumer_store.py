@@ -20,9 +20,9 @@ from orderlib.ingestion.records import Batch, OrderChange, PreparedOrder, Record
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, lock_holders, open_connection, transaction_with_lock_limit
 from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translate_errors
-from orderlib.postgres.grants import check_privileges
+from orderlib.postgres.grants import check_privileges, expect_role, is_superuser
 from orderlib.postgres.operations import index_advice
-from orderlib.postgres.privileges import WRITER_PRIVILEGES
+from orderlib.postgres.privileges import WRITER
 from orderlib.postgres.rows import COPY_HEADER, COPY_TRAILER, reject_row
 from orderlib.postgres.schema import check_schema
 from orderlib.postgres.wire import PREPARED_IS_STALE, Wire
@@ -71,11 +71,16 @@ class ConsumerStore:
         Raise ConfigurationError if a table or a privilege is missing, or if the database belongs to another group.
         """
         with self._use_connection() as connection:
-            check_privileges(connection, WRITER_PRIVILEGES)
+            check_privileges(connection, WRITER)
             if connection.execute(queries.GROUP).fetchone() is None:
                 with transaction_with_lock_limit(connection):
                     connection.execute(queries.CLAIM_GROUP, {"group": self._group})
             self._require_own_group(connection)
+
+    @property
+    def is_superuser(self) -> bool:
+        """Return whether the last connection is that of a superuser."""
+        return self._connection is not None and is_superuser(self._connection)
 
     def next_offsets(
         self, topic_ids: Mapping[str, str], partitions: Iterable[TopicPartition]
@@ -216,7 +221,8 @@ class ConsumerStore:
         self._has_committed = False
         try:
             self._require_not_aborted()
-            check_schema(connection)
+            with expect_role(connection, WRITER):
+                check_schema(connection)
         except BaseException:
             # Otherwise the next call would use it without the check.
             self.close()

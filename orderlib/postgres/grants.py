@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import LiteralString
 
 from psycopg import sql
@@ -11,16 +12,47 @@ from orderlib.errors import ConfigurationError
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
 from orderlib.postgres.errors import translate_errors
-from orderlib.postgres.privileges import MIGRATOR, PRIVILEGES, ROLES
+from orderlib.postgres.privileges import MIGRATOR, PRIVILEGES, ROLES, URL_VARIABLES, table_privileges
 from orderlib.postgres.schema import LATEST_MIGRATION, one_row
 
 
-def check_privileges(connection: Connection, privileges: Sequence[tuple[str, str]]) -> None:
-    """Raise ConfigurationError naming the first of these (table, privilege) that the session's role lacks."""
+@contextmanager
+def expect_role(connection: Connection, expected: str) -> Iterator[None]:
+    """Use a session that should be that of one of the roles. If a configuration error is due to another one, say so."""
+    try:
+        yield
+    except ConfigurationError as exc:
+        if error := _wrong_role_error(connection, expected):
+            raise error from exc
+        raise
+
+
+def _wrong_role_error(connection: Connection, expected: str) -> ConfigurationError | None:
+    role = connection.info.user
+    if role not in ROLES or role == expected:
+        return None
+    return ConfigurationError(
+        f"the database URL logs in as {role}, but must log in as {expected} (correct {URL_VARIABLES[expected]})"
+    )
+
+
+def is_superuser(connection: Connection) -> bool:
+    """Return whether the session's role is a superuser, as the server has reported it."""
+    return connection.info.parameter_status("is_superuser") == "on"
+
+
+def check_privileges(connection: Connection, expected: str) -> None:
+    """Raise ConfigurationError naming the first table privilege that the session lacks, and the role ``expected`` has.
+
+    If it is the session of another one of the roles, name that instead.
+    """
+    privileges = table_privileges(expected)
     wanted = {"tables": [table for table, _ in privileges], "privileges": [privilege for _, privilege in privileges]}
     with translate_errors(connection):
         missing = connection.execute(queries.MISSING_PRIVILEGES, wanted).fetchone()
     if missing:
+        if error := _wrong_role_error(connection, expected):
+            raise error
         role, table, privilege = missing
         raise ConfigurationError(f"role {role} lacks {privilege} on {table}: run `python -m orderlib migrate`")
 

@@ -11,8 +11,8 @@ import psycopg
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.ddl import ignore_message, run_ddl
-from orderlib.postgres.grants import correct_grants, grant_statement
-from orderlib.postgres.privileges import PRIVILEGES
+from orderlib.postgres.grants import correct_grants, expect_role, grant_statement, is_superuser
+from orderlib.postgres.privileges import MIGRATOR, PRIVILEGES
 from orderlib.postgres.schema import (
     migrations,
     one_row,
@@ -39,7 +39,7 @@ def migrate(
 
     Each migration is applied once, in its own transaction. ``on_applied`` receives its name after that. Also restores
     the privileges on the tables. Idempotent, and safe to run concurrently: ``on_message`` receives the holder of each
-    lock that this waits for, warnings of migrations, and corrected privileges.
+    lock that this waits for, warnings of migrations, corrected privileges, and that a superuser is not needed.
 
     Raises ConfigurationError for a role that may not do this, a server older than PostgreSQL 16, a database that is not
     UTF8, or a schema in which another program has a table ``schema_migrations``; and DatabaseUnavailable if there is no
@@ -61,8 +61,10 @@ def migrate(
         psycopg.errors.InternalError_,
     )
     applied: list[str] = []
-    with open_connection(url, application_name=application_name) as connection:
+    with open_connection(url, application_name=application_name) as connection, expect_role(connection, MIGRATOR):
         connection.add_notice_handler(on_notice)
+        if is_superuser(connection):
+            tell(f"warning: the database URL logs in as a superuser; {MIGRATOR} is enough")
         run_ddl(connection, lambda: _prepare(connection), conflicts, tell)
         for number, name in migrations().items():
             if run_ddl(connection, functools.partial(_apply, connection, number, name), (), tell):

@@ -17,6 +17,8 @@ from orderlib.ingestion.records import StoredOffset
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection, transaction_with_lock_limit
 from orderlib.postgres.errors import translate_errors
+from orderlib.postgres.grants import expect_role
+from orderlib.postgres.privileges import MIGRATOR
 from orderlib.postgres.reject_list import RejectPosition
 from orderlib.postgres.schema import check_schema
 
@@ -27,7 +29,11 @@ def as_owner(connection: Connection) -> Iterator[None]:
 
     Raises ConfigurationError if the schema is missing or too old.
     """
-    with translate_errors(connection), transaction_with_lock_limit(connection):
+    with (
+        expect_role(connection, MIGRATOR),
+        translate_errors(connection),
+        transaction_with_lock_limit(connection),
+    ):
         connection.execute(queries.BECOME_OWNER)
         check_schema(connection)
         yield

@@ -46,13 +46,19 @@ PRIVILEGES: Mapping[str, Mapping[str, tuple[LiteralString, ...]]] = {
 }
 
 
-def _table_privileges(role: str) -> tuple[tuple[str, str], ...]:
-    """Return the privileges of a role on whole tables. PostgreSQL checks those on columns when they are used."""
+#: The variables with the URLs of the roles that programs log in as.
+URL_VARIABLES: Mapping[str, str] = {
+    MIGRATOR: "ORDERS_MIGRATOR_URL",
+    WRITER: "ORDERS_DATABASE_URL",
+    READER: "ORDERS_READER_URL",
+}
+
+
+def table_privileges(role: str) -> tuple[tuple[str, str], ...]:
+    """Return the privileges (table, privilege) that a program of a role checks when it starts: those on whole tables.
+
+    PostgreSQL checks those on columns when they are used.
+    """
     return tuple(
         (table, privilege) for table, roles in PRIVILEGES.items() for privilege in roles[role] if "(" not in privilege
     )
-
-
-#: The privileges that a program checks when it starts: (table, privilege).
-WRITER_PRIVILEGES = _table_privileges(WRITER)
-READER_PRIVILEGES = _table_privileges(READER)

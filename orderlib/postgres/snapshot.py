@@ -16,6 +16,8 @@ from orderlib.ingestion.records import StoredOffset
 from orderlib.postgres import operations, queries
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.errors import translate_errors
+from orderlib.postgres.grants import expect_role
+from orderlib.postgres.privileges import READER
 from orderlib.postgres.reject_list import RejectPosition
 from orderlib.postgres.rows import JOINED_WIDTH, order_from_rows
 from orderlib.postgres.schema import check_schema
@@ -191,7 +193,11 @@ def snapshot(url: str, application_name: str) -> Iterator[Snapshot]:
 
     Raises DatabaseUnavailable or ConfigurationError.
     """
-    with open_connection(url, application_name=application_name) as connection, translate_errors(connection):
+    with (
+        open_connection(url, application_name=application_name) as connection,
+        expect_role(connection, READER),
+        translate_errors(connection),
+    ):
         check_schema(connection)
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True

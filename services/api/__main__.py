@@ -19,8 +19,8 @@ import attrs
 from orderlib.entry_point import EXIT_DONE, EXIT_STATUSES, run
 from orderlib.errors import ConfigurationError, DatabaseUnavailable
 from orderlib.postgres.connections import open_connection
-from orderlib.postgres.grants import check_privileges
-from orderlib.postgres.privileges import READER_PRIVILEGES
+from orderlib.postgres.grants import check_privileges, expect_role, is_superuser
+from orderlib.postgres.privileges import READER
 from orderlib.postgres.schema import check_schema
 from services.api.app import METRICS_ROUTE, ROUTES
 from services.api.asgi import APPLICATION_NAME, build
@@ -82,8 +82,11 @@ def _check_database(url: str) -> None:
     """Raise ConfigurationError for what an operator must correct. Log an outage and return: the service waits."""
     try:
         with open_connection(url, application_name=APPLICATION_NAME) as connection:
-            check_schema(connection)
-            check_privileges(connection, READER_PRIVILEGES)
+            with expect_role(connection, READER):
+                check_schema(connection)
+            check_privileges(connection, READER)
+            if is_superuser(connection):
+                event("connected_as_superuser", logging.WARNING, variable="ORDERS_READER_URL")
     except DatabaseUnavailable as exc:
         event("waiting_for_server", logging.WARNING, server="PostgreSQL", reason=str(exc))
 

@@ -79,6 +79,8 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
             if options.exit_at_end:
                 until = _wait_for(lambda: _ends(kafka, topics), "Kafka", stop_event, health)
             _wait_for(store.claim_database, "PostgreSQL", stop_event, health)
+            if store.is_superuser:
+                event("connected_as_superuser", logging.WARNING, variable="ORDERS_DATABASE_URL")
         except _StopRequested:
             return EXIT_DONE
         core = ConsumerCore(

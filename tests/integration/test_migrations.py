@@ -20,7 +20,7 @@ from orderlib import ConfigurationError, DatabaseUnavailable
 from orderlib.postgres import schema
 from orderlib.postgres.connections import Connection, open_connection
 from orderlib.postgres.grants import check_privileges
-from orderlib.postgres.privileges import READER_PRIVILEGES, WRITER_PRIVILEGES
+from orderlib.postgres.privileges import READER, WRITER
 from orderlib.postgres.schema import LATEST_MIGRATION, check_schema
 from sandbox import Sandbox
 from tests.support.databases import Database, bootstrap, drop_database, of_database, role_passwords
@@ -71,8 +71,8 @@ def test_repeated_and_concurrent_bootstraps_succeed(empty_database: Database) ->
     assert orderlib.migrate(empty_database.migrator_url) == FILES
     bootstrap(empty_database)
     with connected(empty_database.writer_url) as writer, connected(empty_database.reader_url) as reader:
-        check_privileges(writer, WRITER_PRIVILEGES)
-        check_privileges(reader, READER_PRIVILEGES)
+        check_privileges(writer, WRITER)
+        check_privileges(reader, READER)
 
 
 def test_tables_belong_to_the_owner_who_cannot_log_in(database: Database) -> None:
@@ -121,7 +121,7 @@ def test_a_revoked_privilege_is_named(database: Database) -> None:
         connected(database.writer_url) as writer,
         pytest.raises(ConfigurationError, match=r"orders_writer .*INSERT on items.*python -m orderlib migrate"),
     ):
-        check_privileges(writer, WRITER_PRIVILEGES)
+        check_privileges(writer, WRITER)
 
 
 @pytest.fixture(params=["SQL_ASCII", "LATIN1"])
