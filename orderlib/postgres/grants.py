@@ -11,9 +11,11 @@ from psycopg import sql
 from orderlib.errors import ConfigurationError
 from orderlib.postgres import queries
 from orderlib.postgres.connections import Connection
-from orderlib.postgres.errors import translate_errors
+from orderlib.postgres.errors import sqlstates, translate_errors
 from orderlib.postgres.privileges import MIGRATOR, PRIVILEGES, ROLES, URL_VARIABLES, table_privileges
 from orderlib.postgres.schema import LATEST_MIGRATION, one_row
+
+_INSUFFICIENT_PRIVILEGE = "42501"
 
 
 @contextmanager
@@ -23,7 +25,8 @@ def expect_role(connection: Connection, expected: str) -> Iterator[None]:
         yield
     except ConfigurationError as exc:
         if error := _wrong_role_error(connection, expected):
-            raise error from exc
+            denied = _INSUFFICIENT_PRIVILEGE in sqlstates(exc)
+            raise (ConfigurationError(f"{error}: {exc}") if denied else error) from exc
         raise
 
 
