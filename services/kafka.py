@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import operator
 import sys
 import time
@@ -137,9 +138,10 @@ class Cluster:
         """Wait for the result of a request.
 
         If the timeout is too short to distinguish a wrong setting from an outage, both raise BrokerUnavailable.
-        A longer timeout allows extra connections to find the cause.
+        A longer timeout allows extra connections to find the cause. They end at the timeout, too.
         """
         began_s = time.monotonic()
+        until_s = began_s + timeout_s
         find_brokers_at_s, check_settings_at_s, checked_client = _FIND_BROKERS_EVERY_S, _PERSISTS_S, False
         while True:
             self.admin.poll(0)
@@ -151,52 +153,55 @@ class Cluster:
                     raise self._no_answer(timeout_s) from None
                 if waited_s >= find_brokers_at_s:
                     find_brokers_at_s = waited_s + _FIND_BROKERS_EVERY_S
-                    self._find_brokers_again()
+                    self._find_brokers_again(until_s)
                 if waited_s >= check_settings_at_s:
                     check_settings_at_s = waited_s + _CHECK_SETTINGS_EVERY_S
-                    self._check_protocol()
-                    self._check_settings()
-                    if not checked_client and self._replace_client():
+                    self._check_protocol(until_s)
+                    self._check_settings(until_s)
+                    if not checked_client and self._replace_client(until_s):
                         raise self._no_answer(round(waited_s, 1)) from None
                     checked_client = True
             except KafkaException as exc:
                 if exc.args[0].code() in CONNECTION_ERRORS:
-                    raise self._unanswered(timeout_s) from exc
+                    raise self._unanswered(timeout_s, until_s) from exc
                 raise translate_kafka_error(exc.args[0]) from exc
             else:
                 self._last_error = self._setting_error_since_s = None
                 return result
 
-    def _unanswered(self, timeout_s: float) -> OrderlibError:
-        return self.unavailable_error() if timeout_s >= _PERSISTS_S else self._no_answer(timeout_s)
+    def _unanswered(self, timeout_s: float, until_s: float) -> OrderlibError:
+        return self.unavailable_error(until_s) if timeout_s >= _PERSISTS_S else self._no_answer(timeout_s)
 
-    def _find_brokers_again(self) -> None:
+    def _find_brokers_again(self, until_s: float) -> None:
         """Ask any broker for the present ones.
 
         librdkafka sends a request for a description to the controller that it knows. If that broker is lost, it looks
         for another one only after minutes, although the others answer. They name the lost broker, too, until the
         cluster has noticed its loss.
         """
-        _gets_answer(self.admin, _FIND_BROKERS_S)
+        _gets_answer(self.admin, _FIND_BROKERS_S, until_s)
 
-    def _replace_client(self) -> bool:
+    def _replace_client(self, until_s: float) -> bool:
         """Replace the client if it finds no broker although a new one does. Return whether it was replaced.
 
         "Errors" in DESIGN.md describes how a client forgets its brokers.
         """
-        if _gets_answer(self.admin, _FIND_BROKERS_S):
+        if _gets_answer(self.admin, _FIND_BROKERS_S, until_s):
             return False
         client = self._new_client(self.on_error)
-        if not _gets_answer(client, _NEW_CLIENT_S):
+        if not _gets_answer(client, _NEW_CLIENT_S, until_s):
             return False
         self._replaced.append(self.admin)
         self.admin = client
         return True
 
-    def unavailable_error(self) -> OrderlibError:
-        """Return the error for a request without an answer, with the cause that librdkafka reported."""
+    def unavailable_error(self, until_s: float = math.inf) -> OrderlibError:
+        """Return the error for a request without an answer, with the cause that librdkafka reported.
+
+        The search for the cause ends at ``until_s`` by the monotonic clock.
+        """
         self.admin.poll(0)
-        return self._wrong_setting() or self._no_answer(REQUEST_TIMEOUT_S)
+        return self._wrong_setting(until_s) or self._no_answer(REQUEST_TIMEOUT_S)
 
     def _no_answer(self, waited_s: float) -> BrokerUnavailable:
         return BrokerUnavailable(
@@ -213,8 +218,8 @@ class Cluster:
     def describe(self, topic: str) -> TopicInfo:
         """Describe a topic. Raises ConfigurationError, naming the command, if it does not exist."""
 
-        def request() -> TopicInfo:
-            return self.request_topic(topic)()
+        def request(timeout_s: float) -> TopicInfo:
+            return self.request_topic(topic, timeout_s)()
 
         return _repeat(request)
 
@@ -256,9 +261,9 @@ class Cluster:
     def offsets(self, topic: str, partitions: Iterable[int], spec: OffsetSpec) -> dict[int, int]:
         """Return an offset of each partition; -1 if no record has it."""
 
-        def request() -> dict[int, int]:
+        def request(timeout_s: float) -> dict[int, int]:
             futures = self._request_offsets(topic, partitions, spec)
-            return {partition: self.wait_for(future).offset for partition, future in futures.items()}
+            return {partition: self.wait_for(future, timeout_s).offset for partition, future in futures.items()}
 
         return _repeat(request)
 
@@ -284,12 +289,12 @@ class Cluster:
         )
         return {found.partition: _answered(future) for found, future in futures.items()}
 
-    def _check_settings(self) -> None:
+    def _check_settings(self, until_s: float) -> None:
         """Raise ConfigurationError if a wrong setting has prevented connections for a while."""
-        if error := self._wrong_setting(_PERSISTS_S):
+        if error := self._wrong_setting(until_s, _PERSISTS_S):
             raise error
 
-    def _wrong_setting(self, min_duration_s: float = 0.0) -> ConfigurationError | None:
+    def _wrong_setting(self, until_s: float, min_duration_s: float = 0.0) -> ConfigurationError | None:
         """Return the error for a wrong setting, if one was reported since the last answer and still has effect.
 
         ``min_duration_s``: only if it was reported at least this long ago.
@@ -303,9 +308,9 @@ class Cluster:
             return None
         errors: list[KafkaError] = []
         client = self._new_client(errors.append)
-        until_s = time.monotonic() + _NEW_CLIENT_S
+        until_s = min(until_s, time.monotonic() + _NEW_CLIENT_S)
         while time.monotonic() < until_s:
-            if _gets_answer(client, _POLL_S):
+            if _gets_answer(client, _POLL_S, until_s):
                 return None
             client.poll(0)
             if error := next(filter(_shows_wrong_setting, errors), None):
@@ -322,11 +327,11 @@ class Cluster:
     def _addresses(self) -> list[str]:
         return [address.strip() for address in self.addresses.split(",")]
 
-    def _check_protocol(self) -> None:
+    def _check_protocol(self, until_s: float) -> None:
         """Raise ConfigurationError if a broker expects another security.protocol; librdkafka reports an outage."""
         configured = self._settings.properties.get("security.protocol", "plaintext").upper()
         for address in self._addresses():
-            expected = expected_protocol(address)
+            expected = expected_protocol(address, until_s - time.monotonic())
             if expected is not None and expected != configured:
                 raise ConfigurationError(
                     f"Kafka at {address} expects security.protocol {expected}, and not {configured}: set "
@@ -334,8 +339,11 @@ class Cluster:
                 )
 
 
-def _gets_answer(client: AdminClient, timeout_s: float) -> bool:
-    """Return whether any broker answers this client in time."""
+def _gets_answer(client: AdminClient, timeout_s: float, until_s: float) -> bool:
+    """Return whether any broker answers this client in time: within the timeout, and before ``until_s``."""
+    timeout_s = min(timeout_s, until_s - time.monotonic())
+    if timeout_s <= 0:
+        return False
     try:
         client.list_topics(timeout=timeout_s)
     except KafkaException:
@@ -368,16 +376,17 @@ def _shows_wrong_setting(error: KafkaError) -> bool:
     return error.code() in CONNECTION_ERRORS and classify_kafka_error(error) is KafkaErrorAction.CONFIGURATION
 
 
-def _repeat(request: Callable[[], T]) -> T:
+def _repeat(request: Callable[[float], T]) -> T:
     """Return the result of a request; repeat it while brokers refuse it in a state that ends by itself.
 
-    Examples are a partition without a leader, and a topic that was just created. A request that has waited for its
-    whole timeout is not repeated.
+    Examples are a partition without a leader, and a topic that was just created. ``request`` receives its timeout; all
+    repetitions have one in common.
     """
     began_s = time.monotonic()
     while True:
         try:
-            return request()
+            remaining_s = REQUEST_TIMEOUT_S - (time.monotonic() - began_s)
+            return request(max(_POLL_S, round(remaining_s, 1)))
         except (BrokerUnavailable, _NoTopic) as exc:
             limit_s = _NEW_TOPIC_S if isinstance(exc, _NoTopic) else REQUEST_TIMEOUT_S
             if time.monotonic() - began_s >= limit_s:

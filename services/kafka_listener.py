@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import ssl
 import struct
+import time
 
 #: The timeout of connecting and of each read.
 _PROBE_TIMEOUT_S = 1.0
@@ -14,12 +16,15 @@ _PROBE_TIMEOUT_S = 1.0
 _ILLEGAL_SASL_STATE = 34
 
 
-def expected_protocol(address: str) -> str | None:
-    """Return the security.protocol of the listener at host:port; ``None`` if it is not a Kafka listener."""
+def expected_protocol(address: str, timeout_s: float = math.inf) -> str | None:
+    """Return the security.protocol of the listener at host:port; ``None`` if it is not one of Kafka, or too slow."""
+    until_s = time.monotonic() + timeout_s
     for over_tls in (False, True):
+        if (remaining_s := until_s - time.monotonic()) <= 0:
+            return None
         # UnicodeError is what Python raises for a name that no host can have, such as ``a..b``.
         with contextlib.suppress(OSError, UnicodeError, struct.error):
-            needs_sasl = _needs_sasl(address, over_tls=over_tls)
+            needs_sasl = _needs_sasl(address, min(remaining_s, _PROBE_TIMEOUT_S), over_tls=over_tls)
             return ("SASL_" if needs_sasl else "") + ("SSL" if over_tls else "PLAINTEXT")
     return None
 
@@ -37,10 +42,10 @@ def certificate_problem(address: str, ca_location: str | None) -> str | None:
         return None
 
 
-def _needs_sasl(address: str, *, over_tls: bool) -> bool:
+def _needs_sasl(address: str, timeout_s: float, *, over_tls: bool) -> bool:
     """Send a SASL handshake with no mechanism, which every listener answers."""
     with contextlib.ExitStack() as stack:
-        connection = stack.enter_context(_connect(address))
+        connection = stack.enter_context(_connect(address, timeout_s))
         if over_tls:
             # No certificate is verified, because the probe sends no secret and only checks whether TLS is expected.
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -61,8 +66,8 @@ def _needs_sasl(address: str, *, over_tls: bool) -> bool:
         return bool(error != _ILLEGAL_SASL_STATE)
 
 
-def _connect(address: str) -> socket.socket:
-    return socket.create_connection(_host_and_port(address), timeout=_PROBE_TIMEOUT_S)
+def _connect(address: str, timeout_s: float = _PROBE_TIMEOUT_S) -> socket.socket:
+    return socket.create_connection(_host_and_port(address), timeout=timeout_s)
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

@@ -37,7 +37,7 @@ def done(result: object) -> Future[Any]:
 
 def test_a_listener_that_was_too_busy_to_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([None, "SASL_SSL"])
-    monkeypatch.setattr(kafka, "expected_protocol", lambda _: next(answers))
+    monkeypatch.setattr(kafka, "expected_protocol", lambda *_: next(answers))
     monkeypatch.setattr(kafka, "_PERSISTS_S", 0)
     monkeypatch.setattr(kafka, "_CHECK_SETTINGS_EVERY_S", 0)
     cluster = Cluster(SETTINGS)
@@ -80,6 +80,59 @@ def test_a_wrong_setting_is_the_cause_if_a_new_client_fails_because_of_it(
     unanswered: Future[None] = Future()
     with pytest.raises(error):
         cluster.wait_for(unanswered, timeout_s=0.6)
+
+
+def test_the_search_for_the_cause_ends_with_the_timeout_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+
+    def spend(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+
+    class SilentClient:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def list_topics(self, timeout: float) -> None:
+            spend(timeout)
+            raise KafkaException(connection_error("_TRANSPORT"))
+
+        def poll(self, _: float) -> None:
+            spend(0.1)
+
+    monkeypatch.setattr(kafka, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(kafka, "AdminClient", SilentClient)
+    monkeypatch.setattr(kafka, "expected_protocol", lambda _, timeout_s: spend(min(timeout_s, 2)))
+    monkeypatch.setattr(kafka, "_POLL_S", 0.01)
+    for timeout_s in (kafka.REQUEST_TIMEOUT_S, 8.5, 7.0):
+        cluster = Cluster(SETTINGS)
+        cluster.on_error(connection_error("_SSL"))
+        began_s = now_s
+        with pytest.raises(BrokerUnavailable):
+            cluster.wait_for(Future[None](), timeout_s)
+        assert now_s - began_s < timeout_s + 0.3
+    # librdkafka ends the request at its own timeout.
+    cluster = Cluster(SETTINGS)
+    cluster.on_error(connection_error("_SSL"))
+    began_s = now_s
+    assert isinstance(cluster.unavailable_error(now_s), BrokerUnavailable)
+    assert now_s - began_s < 0.3
+
+
+def test_the_repetitions_of_a_request_have_one_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    given: list[float] = []
+
+    def fail(timeout_s: float) -> None:
+        nonlocal now_s
+        given.append(timeout_s)
+        now_s += 3.5
+        raise BrokerUnavailable("no leader")
+
+    monkeypatch.setattr(kafka, "time", SimpleNamespace(monotonic=lambda: now_s, sleep=lambda _: None))
+    with pytest.raises(BrokerUnavailable, match="no leader"):
+        kafka._repeat(fail)
+    assert given == [10.0, 6.5, 3.0]
 
 
 def connection_error(name: str) -> KafkaError:

@@ -165,6 +165,12 @@ def test_an_error_names_the_variable_of_an_invalid_or_blank_url_and_shows_no_par
         read({**environ, variable: " "})
 
 
+@pytest.mark.parametrize("group", ["", " ", "group ", "\tgroup"])
+def test_a_group_is_not_renamed_to_one_that_the_consumer_refuses(group: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^GROUP must not be blank, nor begin or end with white space$"):
+        admin(["offsets", "set-group", group], {"ORDERS_MIGRATOR_URL": "postgresql://orders_migrator@db/orders"})
+
+
 @pytest.mark.parametrize(
     "variable",
     [
