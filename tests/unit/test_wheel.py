@@ -86,7 +86,12 @@ def test_the_group_of_the_programs_has_exactly_what_they_import() -> None:
         (["migrate", "--help"], {}, 0, r"usage: python -m orderlib migrate .*ORDERS_MIGRATOR_URL.*"),
         ([], {}, 2, r"usage: .*"),
         (["migrate"], {}, 2, r"error: ORDERS_MIGRATOR_URL is not set\n"),
-        (["migrate"], {"ORDERS_MIGRATOR_URL": "mysql://"}, 2, r"error: the database URL is not .*\n"),
+        (
+            ["migrate"],
+            {"ORDERS_MIGRATOR_URL": "mysql://"},
+            2,
+            r"error: ORDERS_MIGRATOR_URL: the database URL is not .*\n",
+        ),
         (["bootstrap"], {}, 2, r"error: ORDERS_MIGRATOR_URL is not set\n"),
     ],
 )
