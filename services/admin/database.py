@@ -21,9 +21,17 @@ def open_database(environ: Mapping[str, str], url_name: str) -> Iterator[Connect
     ``url_name`` is the variable with the URL of one of the roles. Warn of a superuser.
     """
     with open_connection(database_url(environ, url_name), application_name=APPLICATION_NAME) as connection:
-        role = next(role for role, variable in URL_VARIABLES.items() if variable == url_name)
-        if is_superuser(connection):
-            print(f"warning: {url_name} logs in as a superuser, but {role} is enough", file=sys.stderr)
-        with expect_role(connection, role):
+        warn_of_superuser(connection, url_name)
+        with expect_role(connection, _role_of(url_name)):
             check_schema(connection)
             yield connection
+
+
+def warn_of_superuser(connection: Connection, url_name: str) -> None:
+    """Print a warning if the URL in this variable logs in as a superuser."""
+    if is_superuser(connection):
+        print(f"warning: {url_name} logs in as a superuser, but {_role_of(url_name)} is enough", file=sys.stderr)
+
+
+def _role_of(url_name: str) -> str:
+    return next(role for role, variable in URL_VARIABLES.items() if variable == url_name)

@@ -22,7 +22,7 @@ from orderlib.postgres.operations import (
     set_consumer_group,
     stored_offsets,
 )
-from services.admin.database import open_database
+from services.admin.database import open_database, warn_of_superuser
 from services.admin.output import (
     add_json_option,
     add_yes_option,
@@ -231,6 +231,7 @@ def _set_group(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     without_outer_space("GROUP", options.group)
     topic_reader = TopicReader(KafkaSettings.from_mapping(environ))
     with open_connection(url, application_name=APPLICATION_NAME) as connection:
+        warn_of_superuser(connection, "ORDERS_MIGRATOR_URL")
         with as_owner(connection):
             group = consumer_group(connection)
         print_table([{"group": group, "new_group": options.group}], as_json=options.json)

@@ -28,7 +28,7 @@ from orderlib.postgres.operations import (
     forgotten,
 )
 from orderlib.postgres.snapshot import snapshot
-from services.admin.database import open_database
+from services.admin.database import open_database, warn_of_superuser
 from services.admin.output import (
     add_json_option,
     add_yes_option,
@@ -181,6 +181,7 @@ def _forget(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if not confirm(f"erase {what} permanently", yes=options.yes):
         return EXIT_FAILED
     with open_connection(url, application_name=APPLICATION_NAME) as connection:
+        warn_of_superuser(connection, "ORDERS_MIGRATOR_URL")
         done = call(connection)
         unchecked = count_unchecked_rejects(connection)
     sentence = (

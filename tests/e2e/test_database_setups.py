@@ -114,7 +114,7 @@ def test_a_url_of_the_wrong_role_is_named_with_the_role_that_is_needed(
     assert "run `" not in done.stderr
 
 
-@pytest.mark.parametrize("program", ["admin lag", "admin rejects list", "admin migrate"])
+@pytest.mark.parametrize("program", ["admin lag", "admin rejects list", "admin migrate", "admin forget x --yes"])
 def test_a_command_warns_of_a_superuser(environ: dict[str, str], database: Database, program: str) -> None:
     roles = ("MIGRATOR", "DATABASE", "READER")
     done = run(program, {**environ, **{f"ORDERS_{role}_URL": database.superuser_url for role in roles}})
