@@ -475,8 +475,8 @@ class OrderRepository(Protocol):
         number in any format (only its digits count), an e-mail address in any case, or the rid of an item. If none of
         these matches, the text is taken as the beginning of an order_uid, and the orders are sorted by order_uid, both
         in any case. If more than 1,000 order_uids begin with it, some may be missing. White space around the text does
-        not count. At most ``limit`` orders, 1 to 100; to know whether there are more, ask for one more. Raises
-        InvalidQuery for another limit.
+        not count, and a text of more than 4,096 characters matches nothing. At most ``limit`` orders, 1 to 100; to know
+        whether there are more, ask for one more. Raises InvalidQuery for another limit.
         """
         ...
 

@@ -34,8 +34,11 @@ class SearchField(enum.StrEnum):
     RID = "rid"
 
 
-#: The path of a URL as it is copied from a browser: of the page or the JSON of an order.
-_ORDER_URL = re.compile(r"\S*/orders/([^/?#\s]+)\S*")
+#: A text with more characters matches nothing. No field of a search has as many, and no URL of an order needs them.
+MAX_CHARS = 4_096
+#: The path of a URL as it is copied from a browser: of the page or the JSON of an order. Only for a text without white
+#: space, where the first match is the result: otherwise a search would take quadratic time.
+_ORDER_URL = re.compile(r".*/orders/([^/?#]+)")
 _ORDER_UID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 #: White space and invisible characters, such as those that a text is copied with. They do not count around a search.
 _AROUND = "".join(
@@ -76,11 +79,11 @@ class SearchText:
 
     @classmethod
     def parse(cls, text: str) -> SearchText | None:
-        """Return a search, or ``None`` for a text that no field can have: an empty one, for example."""
+        """Return a search, or ``None`` for a text that no field can have: an empty or a very long one, for example."""
         text = text.strip(_AROUND)
-        if not text or not fits_postgres(text):
+        if not text or len(text) > MAX_CHARS or not fits_postgres(text):
             return None
-        url = _ORDER_URL.fullmatch(text)
+        url = None if re.search(r"\s", text) else _ORDER_URL.match(text)
         order_uid = unquote(url[1]) if url else text
         has_words = any(map(str.isalpha, _PHONE_WORDS.sub("", text)))
         return cls(

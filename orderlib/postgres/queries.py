@@ -221,6 +221,11 @@ _OF_EMAIL: LiteralString = """
 o.order_uid = ANY(ARRAY(SELECT f.order_uid FROM delivery f WHERE lower(f.email COLLATE "C") = {}))
 """
 _OF_RID: LiteralString = """o.order_uid = ANY(ARRAY(SELECT f.order_uid FROM items f WHERE f.rid COLLATE "C" = {}))"""
+#: The orders with this order_uid in any case: $1, in small letters, and those with a capital letter.
+_OF_UID: LiteralString = """
+o.order_uid = ANY(array_append(ARRAY(
+    SELECT f.order_uid FROM orders f WHERE lower(f.order_uid) = {0} AND f.order_uid <> lower(f.order_uid)), {0}))
+"""
 
 
 #: The condition of each filter of a list, with the parameter that it takes.
@@ -272,6 +277,7 @@ WHERE {condition}
 ORDER BY o.first_stored_at DESC, o.order_uid DESC LIMIT $2
 """
     for field, condition in (
+        (SearchField.ORDER_UID, _OF_UID.format("$1")),
         (SearchField.TRACK_NUMBER, "o.track_number = $1"),
         (SearchField.CUSTOMER_ID, "o.customer_id = $1"),
         (SearchField.PHONE, _OF_PHONE.format("$1")),
@@ -280,7 +286,7 @@ ORDER BY o.first_stored_at DESC, o.order_uid DESC LIMIT $2
     )
 }
 
-#: The orders whose order_uid in small letters is $1 or begins with it: from $1 until before $2, at most the first $3 of
+#: The orders whose order_uid in small letters begins with $1: from $1 until before $2, at most the first $3 of
 #: each statement. The first one finds those without a capital letter by the primary key, among the first 1,000 that
 #: begin with $1; the second one those with a capital letter by an index of their own.
 FIND_ORDER_UIDS: tuple[LiteralString, ...] = (
@@ -296,7 +302,7 @@ JOIN orders USING (order_uid)
     """
 SELECT order_uid, first_stored_at FROM orders
 WHERE lower(order_uid) >= $1 AND lower(order_uid) < $2 AND order_uid <> lower(order_uid)
-ORDER BY lower(order_uid) LIMIT $3
+ORDER BY lower(order_uid), order_uid LIMIT $3
 """,
 )
 

@@ -178,6 +178,7 @@ class ReadQueries:
         if search is None:
             return ()
         parameters = {
+            SearchField.ORDER_UID: search.order_uid,
             SearchField.TRACK_NUMBER: search.text,
             SearchField.CUSTOMER_ID: search.text,
             SearchField.PHONE: search.phone,
@@ -193,10 +194,9 @@ class ReadQueries:
         found = yield from self._pipeline(*statements, begin=True)
         unsorted_by_uid = {row for rows in found[len(used) :] for row in rows}
         by_uid = sorted(unsorted_by_uid, key=lambda row: (row[0].lower(), row[0]))
-        exact = [row for row in by_uid if row[0].lower() == search.order_uid]
         times: dict[str, dt.datetime] = {}
         fields: dict[str, list[SearchField]] = {}
-        for field, rows in zip((SearchField.ORDER_UID, *used), (exact, *found[: len(used)]), strict=True):
+        for field, rows in zip(used, found, strict=False):
             for order_uid, time in rows:
                 times[order_uid] = time
                 fields.setdefault(order_uid, []).append(field)

@@ -40,6 +40,7 @@ STATEMENTS: dict[str, tuple[LiteralString, list[object]]] = {
 INDEXES = {
     "phone": "delivery_by_phone",
     "email": "delivery_by_email",
+    SearchField.ORDER_UID: "orders_by_lower_uid",
     SearchField.RID: "items_by_rid",
     SearchField.TRACK_NUMBER: "orders_newest_of_track",
     SearchField.CUSTOMER_ID: "orders_newest_of_customer",

@@ -653,6 +653,36 @@ class RepositoryContract:
         assert [match.order.order_uid for match in repository.find("zz", limit=1)] == ["zza"]
         assert [match.order.order_uid for match in repository.find("zz")] == ["zza", "zzX"]
 
+    def test_of_order_uids_that_differ_only_in_case_a_search_shows_the_newest(
+        self, repository: OrderRepository
+    ) -> None:
+        for uid in ("ZqA", "ZQa", "zqa", "ZQA", "zQa"):
+            repository.save(an_order(uid))
+        for limit in range(1, 6):
+            exact = [match.order.order_uid for match in repository.find("zqa", limit=limit)]
+            assert exact == ["zQa", "ZQA", "zqa", "ZQa", "ZqA"][:limit]
+            beginning = [match.order.order_uid for match in repository.find("zq", limit=limit)]
+            assert beginning == ["ZQA", "ZQa", "ZqA", "zQa", "zqa"][:limit]
+
+    @pytest.mark.timeout(20)
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "x" * 1_000_000,
+            "1" * 1_000_000,
+            "/orders/x" * 100_000 + " y",
+            "/orders/x" * 400 + " y",
+            "x " * 500_000,
+            "/orders/" + "%41" * 300_000,
+        ],
+        ids=lambda text: f"{text[:9]} {len(text)}",
+    )
+    def test_a_text_that_is_longer_than_any_field_matches_nothing_at_once(
+        self, repository: OrderRepository, text: str
+    ) -> None:
+        repository.save(an_order("x"))
+        assert repository.find(text) == ()
+
     @pytest.mark.parametrize("limit", [0, 101])
     def test_a_search_has_the_limits_of_the_list(self, repository: OrderRepository, limit: int) -> None:
         with pytest.raises(InvalidQuery, match="limit: expected 1 to 100"):
