@@ -99,6 +99,8 @@ COMMIT: LiteralString = "COMMIT"
 HAS_NEW_SNAPSHOTS: LiteralString = (
     "SELECT current_setting('transaction_isolation') IN ('read committed', 'read uncommitted')"
 )
+#: When the transaction began: no other one of the session has the same time.
+TRANSACTION_TIME: LiteralString = "SELECT transaction_timestamp()"
 ROLLBACK: LiteralString = "ROLLBACK"
 BEGIN_WRITE: LiteralString = "BEGIN ISOLATION LEVEL READ COMMITTED"
 

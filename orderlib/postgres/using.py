@@ -44,7 +44,9 @@ def using(connection: psycopg.Connection[Any]) -> OrderRepository:
     retries, and leaves no setting and no prepared statement behind. After a deadlock or a serialization failure it
     raises TransactionConflict; roll back then, and repeat the transaction. Calls have no time limit of their own: set
     a ``statement_timeout``. ``stream`` needs REPEATABLE READ or SERIALIZABLE, and ``wait_until_handled`` needs READ
-    COMMITTED: in other transactions they raise ConfigurationError.
+    COMMITTED: in other transactions they raise ConfigurationError. ``stream`` also raises it if the transaction ends
+    before the iteration; what the same transaction saves during the iteration may be in it. After a lost connection
+    every call raises DatabaseUnavailable: connect again, and repeat the transaction.
 
     psycopg begins a transaction before the first statement. In autocommit mode, open one with
     ``connection.transaction()``. Calls raise ConfigurationError without it, inside ``connection.pipeline()``, in a
@@ -84,8 +86,7 @@ class CallerOrderRepository(OrderRepositoryBase):
         return super().wait_until_handled(topic, partition, offset, timeout_s=timeout_s)
 
     def _pages(self, query: ListQuery) -> Generator[Page, None, None]:
-        self._run(_require_one_snapshot(self._wire))
-        reader = PageReader(self._read_queries, query)
+        reader = _TransactionPageReader(self._read_queries, query, self._wire)
         while (page := self._run(reader.next_page())) is not None:
             yield page
 
@@ -97,8 +98,8 @@ class CallerOrderRepository(OrderRepositoryBase):
                 with connection.lock:
                     if not _must_begin(connection):
                         return connection.wait(_in_savepoint(self._wire, steps))
-                # With rows of its own: those of the connection may need a column.
-                connection.cursor(row_factory=tuple_row).execute(queries.EMPTY_SELECT)
+                # With rows of its own: those of the connection may need a column. Never prepared: calls leave nothing.
+                connection.cursor(row_factory=tuple_row).execute(queries.EMPTY_SELECT, prepare=False)
 
 
 class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
@@ -124,8 +125,7 @@ class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
         return await super().wait_until_handled(topic, partition, offset, timeout_s=timeout_s)
 
     async def _pages(self, query: ListQuery) -> AsyncGenerator[Page, None]:
-        await self._run(_require_one_snapshot(self._wire))
-        reader = PageReader(self._read_queries, query)
+        reader = _TransactionPageReader(self._read_queries, query, self._wire)
         while (page := await self._run(reader.next_page())) is not None:
             yield page
 
@@ -138,7 +138,7 @@ class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
                     async with connection.lock:
                         if not _must_begin(connection):
                             return await connection.wait(_in_savepoint(self._wire, steps))
-                    await connection.cursor(row_factory=tuple_row).execute(queries.EMPTY_SELECT)
+                    await connection.cursor(row_factory=tuple_row).execute(queries.EMPTY_SELECT, prepare=False)
             except psycopg.Error as exc:
                 await wait_for_close(connection, exc)
                 raise
@@ -146,6 +146,8 @@ class AsyncCallerOrderRepository(AsyncOrderRepositoryBase):
 
 def _must_begin(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
     """Return whether psycopg has yet to begin a transaction, as it does before the first statement."""
+    if connection.broken:
+        raise DatabaseUnavailable("PostgreSQL: the connection was lost: connect again, and repeat the transaction")
     if connection.closed:
         raise ConfigurationError("the connection is closed")
     pgconn = connection.pgconn
@@ -187,11 +189,25 @@ def _in_savepoint(wire: Wire, steps: PQGen[T]) -> PQGen[T]:
     return result
 
 
-def _require_one_snapshot(wire: Wire) -> PQGen[None]:
-    """Raise ConfigurationError if each statement of the transaction has its own snapshot."""
-    [[(has_new_snapshots,)]] = yield from wire.pipeline((queries.HAS_NEW_SNAPSHOTS, ()))
-    if has_new_snapshots:
-        raise ConfigurationError("stream() in a caller's transaction needs ISOLATION LEVEL REPEATABLE READ")
+class _TransactionPageReader(PageReader):
+    """The same as ``PageReader``, in one transaction of a caller, which has one snapshot."""
+
+    def __init__(self, read_queries: ReadQueries, query: ListQuery, wire: Wire) -> None:
+        super().__init__(read_queries, query)
+        self._wire = wire
+        self._transaction: object = None
+
+    def next_page(self) -> PQGen[Page | None]:
+        """Return the next page, or raise ConfigurationError if it would be from another snapshot."""
+        [[(has_new_snapshots,)], [(transaction,)]] = yield from self._wire.pipeline(
+            (queries.HAS_NEW_SNAPSHOTS, ()), (queries.TRANSACTION_TIME, ())
+        )
+        if self._transaction not in {None, transaction}:
+            raise ConfigurationError("the transaction ended during stream(): end it after the iteration")
+        if has_new_snapshots:
+            raise ConfigurationError("stream() in a caller's transaction needs ISOLATION LEVEL REPEATABLE READ")
+        self._transaction = transaction
+        return (yield from super().next_page())
 
 
 def _require_new_snapshots(wire: Wire) -> PQGen[None]:

@@ -18,6 +18,7 @@ from psycopg.rows import class_row, dict_row, scalar_row
 import orderlib
 from orderlib import ConfigurationError, DatabaseUnavailable, Outcome, RefusedByDatabase, TransactionConflict
 from orderlib.postgres.wire import Wire
+from orderlib.repository import STREAM_SIZE
 from tests.integration.test_postgres_repository import with_unchecked
 from tests.support import ROOT
 from tests.support.databases import Database
@@ -165,6 +166,12 @@ def test_calls_leave_no_setting_statement_or_cursor_behind(shop: Database, seqsc
         assert connection.execute(SESSION_STATE).fetchone() == before
         connection.commit()
         assert connection.execute(SESSION_STATE).fetchone() == before
+        # psycopg prepares a statement that it has executed five times.
+        for _ in range(12):
+            repository.get("a")
+            repository.save(an_order("a", 3))
+            connection.commit()
+        assert connection.execute(SESSION_STATE).fetchone() == before
         with pytest.raises(psycopg.errors.InvalidSavepointSpecification):
             connection.execute("RELEASE SAVEPOINT orderlib")
 
@@ -243,6 +250,56 @@ def test_stream_needs_one_snapshot(shop: Database) -> None:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         orderlib.using(connection).save(an_order("a"))
         assert [stored.order.order_uid for stored in orderlib.using(connection).stream()] == ["a"]
+
+
+@pytest.mark.parametrize("orders", [3, STREAM_SIZE + 20])
+@pytest.mark.parametrize("autocommit", [False, True])
+def test_a_stream_ends_with_its_transaction(shop: Database, orders: int, autocommit: bool) -> None:
+    with orderlib.connect(shop.writer_url) as pool:
+        pool.save_many(an_order(f"{index:04}", items=1) for index in range(orders))
+    with psycopg.connect(shop.writer_url, autocommit=autocommit) as connection:
+        connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        for end in (connection.commit, connection.rollback):
+            connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ") if autocommit else None
+            stream = orderlib.using(connection).stream()
+            next(stream)
+            end()
+            connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ") if autocommit else None
+            with pytest.raises(ConfigurationError, match=r"the transaction ended during stream\(\)"):
+                list(stream)
+            connection.rollback()
+
+
+def test_a_stream_of_a_task_ends_with_its_transaction(shop: Database) -> None:
+    async def run() -> None:
+        async with await psycopg.AsyncConnection.connect(shop.writer_url) as connection:
+            await connection.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
+            repository = orderlib.using_async(connection)
+            await repository.save_many([an_order("a"), an_order("b")])
+            stream = repository.stream()
+            await anext(stream)
+            await connection.commit()
+            with pytest.raises(ConfigurationError, match=r"the transaction ended during stream\(\)"):
+                [stored async for stored in stream]
+
+    asyncio.run(run())
+
+
+def test_a_stream_shows_what_its_own_transaction_saves_on_pages_that_are_read_later(shop: Database) -> None:
+    with psycopg.connect(shop.writer_url) as connection:
+        connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        repository = orderlib.using(connection)
+        repository.save_many(an_order(f"{index:04}", items=1) for index in range(STREAM_SIZE + 1))
+        stream = repository.stream()
+        first = next(stream)
+        repository.save_many([an_order("0000", 2), an_order(first.order.order_uid, 2), an_order("new")])
+        # A savepoint of the caller ends no transaction.
+        with connection.transaction():
+            repository.save(an_order("0001", 2))
+        versions = [(stored.order.order_uid, stored.version) for stored in (first, *stream)]
+        assert versions[0] == (f"{STREAM_SIZE:04}", 1)
+        assert versions[-2:] == [("0001", 1), ("0000", 2)]
+        assert len(versions) == STREAM_SIZE + 1
 
 
 # Other writers
@@ -331,8 +388,27 @@ def test_a_terminated_session_is_an_outage_and_stores_nothing(shop: Database) ->
         superuser.execute("SELECT pg_terminate_backend(%s::integer)", [connection.info.backend_pid])
         with pytest.raises(DatabaseUnavailable):
             repository.save(an_order("b"))
+        for call in (lambda: repository.save(an_order("b")), repository.count, lambda: list(repository.stream())):
+            with pytest.raises(DatabaseUnavailable, match="lost: connect again"):
+                call()
         connection.close()
     assert stored_uids(shop) == ([], [])
+
+
+def test_after_the_callers_own_statement_has_lost_the_connection_calls_are_an_outage(shop: Database) -> None:
+    async def use(superuser: psycopg.Connection) -> None:
+        connection = await psycopg.AsyncConnection.connect(shop.writer_url)
+        superuser.execute("SELECT pg_terminate_backend(%s::integer)", [connection.info.backend_pid])
+        with pytest.raises(psycopg.OperationalError):
+            await connection.execute("SELECT 1")
+        repository = orderlib.using_async(connection)
+        for _ in range(2):
+            with pytest.raises(DatabaseUnavailable, match="lost: connect again"):
+                await repository.get("a")
+        await connection.close()
+
+    with psycopg.connect(shop.superuser_url, autocommit=True) as superuser:
+        asyncio.run(use(superuser))
 
 
 # Cancellation
