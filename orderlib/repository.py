@@ -384,6 +384,14 @@ class ListQuery:
         check_limit(limit)
 
 
+def filter_query(**filters: Unpack[Filters]) -> ListQuery:
+    """Return the query of a call that takes filters only. Raises TypeError for other arguments of ``list_orders``."""
+    for name in filters:
+        if name not in FILTERS:
+            raise TypeError(f"unexpected keyword argument {name!r}: the filters are {', '.join(FILTERS)}")
+    return ListQuery(**filters)
+
+
 class Polling:
     """When a wait for a record queries its state: after pauses that double, until the timeout."""
 
@@ -432,7 +440,7 @@ class OrderRepository(Protocol):
         ...
 
     def get_many(self, order_uids: Iterable[str]) -> dict[str, Order]:
-        """Return these orders by order_uid, without those that do not exist.
+        """Return these orders by order_uid, in the sequence given, without those that do not exist.
 
         They are read from one snapshot, with as few queries as one order. Raises TypeError for one string in place of
         several.
@@ -617,8 +625,8 @@ def require_seconds(name: str, value: float) -> float:
     """Return an argument that is a number of seconds, or raise TypeError naming it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
-    # An int may be greater than every float.
-    return min(value, sys.float_info.max)
+    # An int may be greater or less than every float.
+    return max(-sys.float_info.max, min(value, sys.float_info.max))
 
 
 def check_limit(limit: int) -> None:

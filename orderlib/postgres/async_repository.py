@@ -40,6 +40,7 @@ from orderlib.repository import (
     Stats,
     StoredOrder,
     check_limit,
+    filter_query,
     require_orders,
     require_uids,
 )
@@ -99,7 +100,7 @@ class AsyncOrderRepositoryBase(ABC):
 
     async def count(self, **filters: Unpack[Filters]) -> int:
         """See ``OrderRepository.count``."""
-        query = ListQuery(**filters)
+        query = filter_query(**filters)
         return await self._read(lambda read_queries: read_queries.count(query))
 
     async def find(self, text: str, *, limit: int = PAGE_SIZE) -> tuple[Match, ...]:
@@ -110,7 +111,7 @@ class AsyncOrderRepositoryBase(ABC):
     def stream(self, **filters: Unpack[Filters]) -> AsyncGenerator[StoredOrder, None]:
         """See ``OrderRepository.stream``."""
         # Not a generator itself, so that it refuses a wrong filter before the iteration.
-        return self._stream(ListQuery(**filters))
+        return self._stream(filter_query(**filters))
 
     async def _stream(self, query: ListQuery) -> AsyncGenerator[StoredOrder, None]:
         async with contextlib.aclosing(self._pages(query)) as pages:

@@ -83,7 +83,8 @@ class ReadQueries:
         joined, items = yield from self._orders(
             (queries.GET_ORDERS, [array]), (queries.GET_ITEMS_OF_ORDERS, [array]), wanted
         )
-        return {order.order_uid: order for order in orders_from_rows(joined, items)}
+        found = {order.order_uid: order for order in orders_from_rows(joined, items)}
+        return {order.order_uid: order for uid in wanted if (order := found.get(uid)) is not None}
 
     def get_many_stored(self, order_uids: list[str], max_items: int) -> PQGen[dict[str, StoredOrder | None]]:
         """Return those of these orders that exist, by order_uid; ``None`` for an order with more than ``max_items``."""

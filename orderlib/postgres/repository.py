@@ -32,6 +32,7 @@ from orderlib.repository import (
     Stats,
     StoredOrder,
     check_limit,
+    filter_query,
     require_orders,
     require_uids,
 )
@@ -88,7 +89,7 @@ class OrderRepositoryBase(ABC):
 
     def count(self, **filters: Unpack[Filters]) -> int:
         """See ``OrderRepository.count``."""
-        query = ListQuery(**filters)
+        query = filter_query(**filters)
         return self._read(lambda read_queries: read_queries.count(query))
 
     def find(self, text: str, *, limit: int = PAGE_SIZE) -> tuple[Match, ...]:
@@ -99,7 +100,7 @@ class OrderRepositoryBase(ABC):
     def stream(self, **filters: Unpack[Filters]) -> Generator[StoredOrder, None, None]:
         """See ``OrderRepository.stream``."""
         # Not a generator itself, so that it refuses a wrong filter before the iteration.
-        return self._stream(ListQuery(**filters))
+        return self._stream(filter_query(**filters))
 
     def _stream(self, query: ListQuery) -> Generator[StoredOrder, None, None]:
         with contextlib.closing(self._pages(query)) as pages:

@@ -20,9 +20,10 @@ _numbers = itertools.count(1)
 def make_order(seed: int | None = None, **fields: Any) -> Order:
     """Return a valid order. It has the fields that are given, and invented values in the others.
 
-    Every call returns a different order. With a ``seed``, the order depends only on the seed and the fields, and its
-    order_uid is ``order-SEED``. The payment's totals are the sums over the items, unless you pass a payment. Parts are
-    models: ``make_order(customer_id="c1", payment=make_payment(amount=500), items=[make_item(), make_item()])``.
+    In one process every call returns a different order; each process begins with the same ones. With a ``seed``, the
+    order depends only on the seed and the fields, and its order_uid is ``order-SEED``. The payment's totals are the
+    sums over the items, unless you pass a payment. Parts are models: ``make_order(customer_id="c1",
+    payment=make_payment(amount=500), items=[make_item(), make_item()])``.
 
     Raises InvalidOrder for an invalid value, and TypeError for an unknown field.
     """

@@ -29,6 +29,7 @@ from orderlib.repository import (
     Stats,
     StoredOrder,
     check_limit,
+    filter_query,
     fitting_orders,
     in_utc,
     is_position,
@@ -52,6 +53,13 @@ class MemoryStore:
         self._forgotten: set[str] = set()
         self._position_states: dict[tuple[str, int, int], PositionState] = {}
 
+    def _now(self) -> dt.datetime:
+        """Return the time of the clock in UTC. Raise ValueError for one without an offset."""
+        now = require_type("the clock's time", in_utc(self._clock()), dt.datetime)
+        if now.utcoffset() is None:
+            raise ValueError("the clock's time must have an offset")
+        return now
+
     def get(self, order_uid: str) -> Order:
         """See ``OrderRepository.get``."""
         return self.get_stored(order_uid).order
@@ -68,7 +76,8 @@ class MemoryStore:
         """See ``OrderRepository.get_many``."""
         wanted = require_uids(order_uids)
         with self._lock:
-            return {uid: self._stored[uid].order for uid in wanted if uid in self._stored}
+            found = [stored.order for uid in wanted if (stored := self._stored.get(uid)) is not None]
+        return {order.order_uid: order for order in found}
 
     def content_sha256(self, order_uid: str) -> bytes:
         """See ``OrderRepository.content_sha256``."""
@@ -114,7 +123,7 @@ class MemoryStore:
     def stream(self, **filters: Unpack[Filters]) -> Generator[StoredOrder, None, None]:
         """See ``OrderRepository.stream``."""
         # Not a generator itself, so that it refuses a wrong filter before the iteration.
-        return self._stream(ListQuery(**filters))
+        return self._stream(filter_query(**filters))
 
     def _stream(self, query: ListQuery) -> Generator[StoredOrder, None, None]:
         with self._lock:
@@ -139,7 +148,7 @@ class MemoryStore:
 
     def stats(self) -> Stats:
         """See ``OrderRepository.stats``."""
-        now = self._clock()
+        now = self._now()
         with self._lock:
             stored_at = [stored.first_stored_at for stored in self._stored.values()]
         recent = sum(moment > now - STORED_RECENTLY for moment in stored_at)
@@ -174,7 +183,7 @@ class MemoryStore:
             prepared_order.content_sha256: attrs.evolve(order, date_created=in_utc(order.date_created))
             for prepared_order, order in zip(prepared_orders, orders, strict=True)
         }
-        now = self._clock()
+        now = self._now()
         with self._lock:
             plan = plan_writes(prepared_orders, self._versions, self._forgotten)
             for write, number, first_stored in zip(plan.writes, plan.version_numbers, plan.first_stored, strict=True):

@@ -269,6 +269,15 @@ class RepositoryContract:
             "a": an_order("a", items=1),
         }
 
+    def test_many_orders_are_returned_in_the_sequence_asked_for(self, repository: OrderRepository) -> None:
+        names = ["b", "B", "a-b", "a.c", "ab", "A", "_", "10", "9", *(f"{index:03}" for index in range(50))]
+        repository.save_many(an_order(uid, items=1) for uid in names)
+        rng = Random(8)
+        for _ in range(5):
+            asked = rng.choices(names, k=40) + STRANGE_UIDS
+            rng.shuffle(asked)
+            assert list(repository.get_many(asked)) == [uid for uid in dict.fromkeys(asked) if uid in names]
+
     def test_after_any_calls_the_last_version_of_each_order_is_stored(self, repository: OrderRepository) -> None:
         rng = Random(20211126)
         last: dict[str, Order] = {}
@@ -529,8 +538,18 @@ class RepositoryContract:
 
     @pytest.mark.parametrize("filters", [{"customer": "c"}, {"customer_id": "c", "order_uid": "a"}])
     def test_an_unknown_filter_is_refused(self, repository: OrderRepository, filters: dict[str, Any]) -> None:
-        with pytest.raises(TypeError, match="unexpected keyword"):
-            repository.list_orders(**filters)
+        for call in (repository.list_orders, repository.count, repository.stream):
+            with pytest.raises(TypeError, match="unexpected keyword"):
+                call(**filters)
+
+    @pytest.mark.parametrize("name", ["limit", "cursor", "direction"])
+    def test_what_chooses_a_page_is_no_filter(self, repository: OrderRepository, name: str) -> None:
+        repository.save(an_order("a"))
+        values: dict[str, Any] = {"limit": 1, "cursor": stored(repository, "a").cursor, "direction": Direction.NEWER}
+        for call in (repository.count, repository.stream):
+            for value in (values[name], None):
+                with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+                    call(**{name: value})
 
     def test_phone_and_email_are_filters_in_any_format(self, repository: OrderRepository) -> None:
         for uid, phone, email, customer_id in (
@@ -963,7 +982,7 @@ class PositionContract:
             records.handle(error=error)
             assert waiting.result(5) == expected
         # Now there is nothing to wait for.
-        for timeout_s in (0, 10**400):
+        for timeout_s in (0, 10**400, -(10**400), float("inf"), float("-inf"), float("nan")):
             assert repository.wait_until_handled("orders", 0, 0, timeout_s=timeout_s) == expected
 
     def test_waiting_ends_with_the_last_state_at_its_time_limit(
@@ -973,4 +992,5 @@ class PositionContract:
         assert repository.wait_until_handled("orders", 0, 0, timeout_s=0.2) == UNKNOWN
         records.begin(0)
         assert repository.wait_until_handled("orders", 0, 0, timeout_s=0.2) == WAITING
+        assert repository.wait_until_handled("orders", 0, 0, timeout_s=-(10**400)) == WAITING
         assert 0.4 <= time.monotonic() - began_s < 5

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import functools
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from orderlib import (
     ConfigurationError,
+    Cursor,
     DatabaseUnavailable,
     InvalidOrder,
     OrderNotFound,
@@ -134,6 +137,32 @@ def test_orders_of_more_than_five_minutes_ago_are_not_stored_recently() -> None:
     assert repository.stats().stored_recently == 1
     now += dt.timedelta(minutes=5)
     assert repository.stats().stored_recently == 0
+
+
+@pytest.mark.parametrize("offset_h", [-12, 5, 20])
+def test_the_times_of_a_clock_with_any_offset_are_in_utc(offset_h: int) -> None:
+    now = dt.datetime(2021, 11, 26, tzinfo=dt.timezone(dt.timedelta(hours=offset_h)))
+    repository = MemoryOrderRepository(clock=lambda: now)
+    repository.save(an_order("a"))
+    found = stored(repository, "a")
+    for time in (found.first_stored_at, found.stored_at, repository.stats().asked_at):
+        assert (time, time.tzinfo) == (now, dt.UTC)
+    assert Cursor.parse(str(found.cursor)) == found.cursor
+    assert repository.stats().stored_recently == 1
+
+
+def test_a_clock_without_an_offset_is_refused_before_anything_is_stored() -> None:
+    times: list[tuple[Any, type[Exception], str]] = [
+        (dt.datetime(2021, 11, 26), ValueError, "the clock's time must have an offset"),  # noqa: DTZ001 - the test
+        (0.0, TypeError, "the clock's time must be a datetime, not float"),
+    ]
+    for time, error, message in times:
+        repository = MemoryOrderRepository(clock=functools.partial(lambda time: time, time))
+        with pytest.raises(error, match=message):
+            repository.save(an_order("a"))
+        with pytest.raises(error, match=message):
+            repository.stats()
+        assert repository.count() == 0
 
 
 def test_without_a_clock_it_is_now_in_utc() -> None:
