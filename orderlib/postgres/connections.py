@@ -10,17 +10,28 @@ from typing import LiteralString
 
 import psycopg
 from psycopg.abc import ConnDict
+from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import TupleRow
 
 from orderlib.errors import ConfigurationError, DatabaseUnavailable
 from orderlib.postgres import queries
+from orderlib.postgres.adapters import ADAPTERS
 from orderlib.postgres.errors import LOCK_NOT_AVAILABLE, sqlstates, translate_errors
 from orderlib.postgres.hosts import connect_to_any
 from orderlib.postgres.poolers import refuse_transaction_pooler
 from orderlib.repository import require_type
 
 Connection = psycopg.Connection[TupleRow]
+
+
+class OwnConnection(Connection):
+    """A connection that orderlib opens. Adapters that a program registers globally do not change its results."""
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        """Return psycopg's own adapters."""
+        return ADAPTERS
 
 
 #: Unless the URL sets them: give up connecting after 5 s, and detect a lost peer within about 15 s.
@@ -138,7 +149,7 @@ def lock_holders(connection: Connection, statement: LiteralString) -> str:
 def open_connection(url: str, *, application_name: str) -> Connection:
     """Return a new connection. Raise DatabaseUnavailable or ConfigurationError."""
     arguments = connection_arguments(url, application_name)
-    connection = psycopg.Connection(connect_to_any(arguments))
+    connection = OwnConnection(connect_to_any(arguments))
     try:
         with translate_errors(connection):
             prepare_session(connection, arguments)

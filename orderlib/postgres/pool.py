@@ -27,7 +27,7 @@ from psycopg.pq.abc import PGconn
 from orderlib.errors import ConfigurationError, DatabaseUnavailable, OrderlibError, TransactionConflict
 from orderlib.ingestion.retry import Conflicts
 from orderlib.postgres import queries
-from orderlib.postgres.connections import Connection, connection_arguments, prepare_session
+from orderlib.postgres.connections import OwnConnection, connection_arguments, prepare_session
 from orderlib.postgres.errors import READ_ONLY, is_lost, sqlstates, translate, translate_errors
 from orderlib.postgres.hosts import addresses, connect_to_any
 from orderlib.postgres.reads import ReadQueries
@@ -57,7 +57,7 @@ READ_ERRORS = (psycopg.Error, UnicodeEncodeError, DeadlineExceeded)
 WRITE_ERRORS = (psycopg.Error, OrderlibError)
 
 
-class Session(Connection):
+class Session(OwnConnection):
     """A connection of a pool, with the reads over it. Every operation ends at the deadline."""
 
     def __init__(self, pgconn: PGconn) -> None:

@@ -21,6 +21,7 @@ from psycopg.pq.abc import PGconn, PGresult
 from psycopg.waiting import Ready, Wait
 
 from orderlib.errors import OrderlibError
+from orderlib.postgres.adapters import ADAPTERS
 from orderlib.postgres.rows import Row
 
 T = TypeVar("T")
@@ -67,7 +68,7 @@ class Wire:
         self.pgconn = pgconn
         self._keeps_statements = keeps_statements
         # Without the connection: in binary, no value depends on its settings.
-        self._transformer = Transformer()
+        self._transformer = Transformer(ADAPTERS)
         self._prepared: dict[LiteralString, bytes] = {}
         self._numbers = itertools.count()
 
@@ -78,23 +79,33 @@ class Wire:
         dumped = [(statement, self._dump(values)) for statement, values in statements]
         pgconn.enter_pipeline_mode()
         new: dict[LiteralString, bytes] = {}
-        answers: list[bool] = []
+        # For each result, the statement that it has prepared, or None if it has rows.
+        prepares: list[LiteralString | None] = []
         for statement, parameters in dumped:
             if not self._keeps_statements:
                 pgconn.send_query_params(statement.encode(), parameters, result_format=Format.BINARY)
-                answers.append(True)
+                prepares.append(None)
                 continue
             name = self._prepared.get(statement) or new.get(statement)
             if name is None:
                 name = new[statement] = f"orderlib_{next(self._numbers)}".encode()
                 pgconn.send_prepare(name, statement.encode())
-                answers.append(False)
+                prepares.append(statement)
             pgconn.send_query_prepared(name, parameters, result_format=Format.BINARY)
-            answers.append(True)
+            prepares.append(None)
         pgconn.pipeline_sync()
-        results = yield from self._pipeline_results()
+        results: list[PGresult] = []
+        try:
+            yield from self._collect_results(results)
+        except psycopg.Error as exc:
+            # PostgreSQL keeps a prepared statement after the error of a later one, and after a rollback.
+            answered = prepares[: len(results)]
+            self._prepared.update((statement, name) for statement, name in new.items() if statement in answered)
+            if exc.sqlstate in PREPARED_IS_STALE:
+                self._prepared.clear()
+            raise
         self._prepared.update(new)
-        return [self._rows(result) for result, is_answer in zip(results, answers, strict=True) if is_answer]
+        return [self._rows(result) for result, statement in zip(results, prepares, strict=True) if statement is None]
 
     def copy_in(self, copies: Sequence[Copy], *after: LiteralString) -> PQGen[None]:
         """Execute COPY FROM STDIN statements, at least one, each with its data, and then the statements ``after``.
@@ -129,10 +140,9 @@ class Wire:
             if (yield Wait.RW) == Ready.R:
                 self.pgconn.consume_input()
 
-    def _pipeline_results(self) -> PQGen[list[PGresult]]:
-        """Return all results of a pipeline, or raise its first error."""
+    def _collect_results(self, results: list[PGresult]) -> PQGen[None]:
+        """Append all results of a pipeline, or those before its first error, and raise that."""
         pgconn = self.pgconn
-        results: list[PGresult] = []
         error: psycopg.Error | None = None
         try:
             yield from self._flush()
@@ -155,10 +165,7 @@ class Wire:
             # The last error of the server has more information than the end of the connection.
             raise error or exc from None
         if error is not None:
-            if error.sqlstate in PREPARED_IS_STALE:
-                self._prepared.clear()
             raise error
-        return results
 
     def _dump(self, values: Sequence[object]) -> Sequence[Buffer | None] | None:
         return self._transformer.dump_sequence(values, [PyFormat.TEXT] * len(values)) if values else None

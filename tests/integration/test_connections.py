@@ -770,6 +770,33 @@ def test_a_read_after_deallocate_all_succeeds(stored: Database) -> None:
         assert repository.get(UID) == SAMPLE
 
 
+def test_a_statement_that_fails_is_prepared_once(stored: Database) -> None:
+    """PostgreSQL keeps it after the error, so another one each time would fill its memory."""
+    with psycopg.connect(stored.reader_url, autocommit=True) as connection:
+        prepared = wire.Wire(connection.pgconn)
+        good, bad, last = (("SELECT $1::int", ["7"]), ("SELECT 1 / $1::int", ["0"]), ("SELECT 2 * $1::int", ["3"]))
+        for _ in range(3):
+            with pytest.raises(psycopg.errors.DivisionByZero):
+                connection.wait(prepared.pipeline(good, bad, last))
+            with connection.transaction(force_rollback=True), pytest.raises(psycopg.errors.DivisionByZero):
+                connection.wait(prepared.pipeline(bad))
+            assert connection.wait(prepared.pipeline(good)) == [[(7,)]]
+        names = "SELECT name, statement FROM pg_prepared_statements ORDER BY 1"
+        assert connection.execute(names).fetchall() == [("orderlib_0", good[0]), ("orderlib_1", bad[0])]
+        for _ in range(2):
+            assert connection.wait(prepared.pipeline(last, good)) == [[(6,)], [(7,)]]
+        assert [statement for _, statement in connection.execute(names)] == [good[0], bad[0], last[0]]
+        # A stale statement is prepared again, also one that was prepared in the same round trip.
+        connection.execute("DEALLOCATE ALL")
+        with pytest.raises(psycopg.errors.InvalidSqlStatementName):
+            connection.wait(prepared.pipeline(("SELECT 4 * $1::int", ["3"]), good))
+        assert connection.wait(prepared.pipeline(last, good, ("SELECT 4 * $1::int", ["3"]))) == [
+            [(6,)],
+            [(7,)],
+            [(12,)],
+        ]
+
+
 # Cancellation
 
 

@@ -5,29 +5,39 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import json
+from collections.abc import Iterator
 
 import attrs
 import psycopg
 import pytest
 from confluent_kafka import Producer
-from psycopg import sql
+from psycopg import postgres, pq, sql
+from psycopg.adapt import AdaptersMap, Buffer, Loader
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.types.json import set_json_loads
+from psycopg.types.string import StrDumper
 
 from orderlib import (
     ConfigurationError,
     Order,
+    OrderRepository,
     Outcome,
     connect,
     connect_async,
     decode_order,
     encode_order,
+    using,
+    using_async,
 )
 from orderlib.postgres import queries
 from orderlib.postgres.connections import open_connection
 from orderlib.testing import SAMPLE
+from tests.integration.test_postgres_repository import KafkaRecords
 from tests.support.api_process import serving
 from tests.support.databases import Database
+from tests.support.over_asyncio import event_loop, over_asyncio
 from tests.support.programs import run, succeed
+from tests.support.repository_contract import REJECTED, REJECTION
 
 #: An unusual value of every setting that we set and that its own session may change.
 UNUSUAL = {
@@ -256,6 +266,69 @@ def test_the_library_works_with_any_initial_settings(
             return [await reader.get(order.order_uid) for order in orders]
 
     assert asyncio.run(read()) == orders
+
+
+class ReversedText(StrDumper):
+    def dump(self, obj: str) -> bytes:
+        return obj[::-1].encode()
+
+
+class AnyText(Loader):
+    format = pq.Format.BINARY
+
+    def load(self, data: Buffer) -> str:
+        return f"loaded {len(data)}"
+
+
+@pytest.fixture
+def with_own_adapters(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
+    """A database, for a program that has changed psycopg for all its connections."""
+    adapters = AdaptersMap(postgres.adapters)
+    adapters.register_dumper(str, ReversedText)
+    for name in ("text", "int4", "int8", "bool", "timestamptz", "bytea", "float8", "json", "jsonb"):
+        adapters.register_loader(name, AnyText)
+        adapters.register_loader(name, type("AnyTextAsText", (AnyText,), {"format": pq.Format.TEXT}))
+    monkeypatch.setattr(postgres, "adapters", adapters)
+    set_json_loads(lambda data: f"JSON of {len(data)}")
+    yield database
+    set_json_loads(json.loads)
+
+
+def test_adapters_that_a_program_registers_do_not_change_what_is_read(with_own_adapters: Database) -> None:
+    database = with_own_adapters
+    orders = some_orders()
+    records = KafkaRecords(database)
+    records.begin(5)
+    records.handle(error=REJECTION)
+    records.close()
+
+    def use(repository: OrderRepository) -> None:
+        assert set(repository.save_many(orders)) <= {Outcome.STORED, Outcome.DUPLICATE}
+        assert [repository.get(order.order_uid) for order in orders] == orders
+        assert {type(stored.order.date_created) for stored in repository.list_orders().orders} == {dt.datetime}
+        assert [match.order.order_uid for match in repository.find(orders[0].order_uid)] == [orders[0].order_uid]
+        assert repository.position_state("orders", 0, 5) == REJECTED
+        assert repository.count(since=orders[0].date_created) == len(orders)
+        assert repository.stats().rejects_by_code["invalid_order"] == 1
+        repository.check()
+
+    with connect(database.writer_url) as repository:
+        use(repository)
+    with psycopg.connect(database.writer_url) as connection:
+        use(using(connection))
+        # The program's own statements use its adapters.
+        assert connection.execute("SELECT true, %s", ["ab"]).fetchone() == ("loaded 1", "loaded 2")
+    with event_loop() as in_loop:
+
+        async def open_connection_async() -> psycopg.AsyncConnection:
+            return await psycopg.AsyncConnection.connect(database.writer_url)
+
+        reader = connect_async(database.writer_url)
+        use(over_asyncio(reader, in_loop))
+        in_loop(reader.close())
+        own = in_loop(open_connection_async())
+        use(over_asyncio(using_async(own), in_loop))
+        in_loop(own.close())
 
 
 @pytest.mark.parametrize(("setting", "value"), FORBIDDEN.items())
