@@ -317,7 +317,11 @@ class Pool:
                 waiter.wake()
 
     def _connect_more(self) -> None:
-        """Start a thread that connects, if calls wait and the pool is not full. The caller holds the lock."""
+        """Start a thread that connects, if calls wait and the pool is not full. The caller holds the lock.
+
+        If the system starts no thread (at its limit, or while the interpreter ends), calls that no other thread and no
+        session can serve fail.
+        """
         if (
             len(self._connecting_threads) < min(_MAX_CONNECTING_THREADS, len(self._waiters))
             and len(self._sessions) + len(self._connecting_threads) < self._max_connections
@@ -327,6 +331,10 @@ class Pool:
                 self._connecting_threads.add(thread)
                 # Not Thread.start: it waits for the thread, and an interrupt there can raise RuntimeError instead.
                 _thread.start_new_thread(self._connect_in_thread, (thread,))
+            except RuntimeError:
+                self._connecting_threads.discard(thread)
+                if not self._connecting_threads and not self._sessions:
+                    self._fail_waiters(DatabaseUnavailable("PostgreSQL: no thread can be started that connects"))
             except BaseException:
                 self._connecting_threads.discard(thread)
                 raise

@@ -5,6 +5,7 @@ The sessions have no server; tests/integration/test_connections.py uses real one
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from orderlib import ConfigurationError, DatabaseUnavailable
+from orderlib import AsyncPostgresOrderRepository, ConfigurationError, DatabaseUnavailable
 from orderlib.postgres import pool
 from orderlib.postgres.pool import Pool, ThreadWaiter
 
@@ -189,3 +190,51 @@ def test_a_call_without_a_connection_names_the_last_failure_or_that_all_connecti
     monkeypatch.setattr(failing, "_open_session", lambda: (FakeSession(), None))
     assert not failing._connect_once(object())
     assert failing._connect_failure is None
+
+
+@pytest.fixture
+def without_threads(monkeypatch: pytest.MonkeyPatch) -> Pool:
+    """A pool in a process that may start no thread, as at its limit or while the interpreter ends."""
+
+    def start_new_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("orderlib.postgres.pool._thread.start_new_thread", start_new_thread)
+    return Pool("postgresql://x@127.0.0.1:1/x", application_name="test", max_connections=2, timeout_s=1)
+
+
+def test_without_a_thread_that_connects_calls_are_an_outage(without_threads: Pool) -> None:
+    for _ in range(2):
+        waiter = ThreadWaiter()
+        without_threads.enqueue(waiter)
+        with pytest.raises(DatabaseUnavailable, match="no thread can be started"):
+            without_threads.session_of(waiter, 0)
+        assert not without_threads._connecting_threads
+        assert not without_threads._waiters
+
+
+def test_without_a_thread_that_connects_calls_of_tasks_are_an_outage(without_threads: Pool) -> None:
+    async def get() -> None:
+        await AsyncPostgresOrderRepository(without_threads).get("a")
+
+    with pytest.raises(DatabaseUnavailable, match="no thread can be started"):
+        asyncio.run(get())
+
+
+def test_without_a_thread_that_connects_a_lost_session_is_given_back_without_an_error(without_threads: Pool) -> None:
+    """The error of the call that lost it would be replaced."""
+    sessions: list[Any] = [FakeSession(), FakeSession()]
+    without_threads._sessions.update(sessions)
+    first, second = ThreadWaiter(), ThreadWaiter()
+    without_threads.enqueue(first)
+    without_threads.enqueue(second)
+    sessions[0].is_usable = False
+    without_threads.give_back(sessions[0])
+    assert sessions[0].is_closed
+    # The other session may still serve both.
+    without_threads.give_back(sessions[1])
+    assert [without_threads.session_of(first, 0)] == sessions[1:]
+    sessions[1].is_usable = False
+    without_threads.give_back(sessions[1])
+    with pytest.raises(DatabaseUnavailable, match="no thread can be started"):
+        without_threads.session_of(second, 0)
