@@ -156,6 +156,23 @@ def fits_postgres(value: str) -> bool:
     return True
 
 
+#: An instance, because freezegun replaces the class wherever a module has a name for it.
+_SOME_TIME = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+
+
+def datetime_class() -> type[dt.datetime]:
+    """Return the class ``datetime`` itself, also while a test replaces it to choose the time."""
+    return type(_SOME_TIME)
+
+
+def plain_time(time: dt.datetime) -> dt.datetime:
+    """Return an instance of a subclass of ``datetime`` as an equal plain one. Validators refuse other values."""
+    datetime = datetime_class()
+    if type(time) is datetime or not isinstance(time, datetime):
+        return time
+    return datetime.combine(datetime.date(time), datetime.timetz(time))
+
+
 def within_utc_years(value: dt.datetime) -> bool:
     """Return whether a time with an offset is in years 0001 to 9999 in UTC."""
     try:
@@ -270,11 +287,12 @@ class Validator:
             if not fits_postgres(value):
                 return self._fault(path, rule, "a string with U+0000 or a lone surrogate")
             try:
-                value = msgspec.convert(value, dt.datetime)
+                value = msgspec.convert(value, datetime_class())
             except msgspec.ValidationError:
                 return self._fault(path, rule, "a string of another form")
-        if type(value) is not dt.datetime:
+        if not isinstance(value, datetime_class()):
             return self._fault(path, rule, kind_of(value))
+        value = plain_time(value)
         if value.utcoffset() is None:
             return self._fault(path, rule, "a time without an offset")
         if not within_utc_years(value):

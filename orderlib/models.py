@@ -21,7 +21,7 @@ from typing import Annotated, final
 import attrs
 import msgspec
 
-from orderlib.contract import CURRENCY_FORM, INTEGER_MAX, ORDER_UID_FORM, integer, text, validated
+from orderlib.contract import CURRENCY_FORM, INTEGER_MAX, ORDER_UID_FORM, integer, plain_time, text, validated
 
 #: Unix time of 9999-12-31T23:59:59Z, the last second of a year with four digits.
 LAST_UNIX_SECOND = 253402300799
@@ -163,7 +163,7 @@ class Order:
     delivery_service: Annotated[str, text(1, 255)]
     shardkey: Annotated[str, text(0, 255)]
     sm_id: Annotated[int, integer(0)]
-    date_created: Annotated[dt.datetime, msgspec.Meta(tz=True)] = attrs.field(eq=_instant)
+    date_created: Annotated[dt.datetime, msgspec.Meta(tz=True)] = attrs.field(eq=_instant, converter=plain_time)
     oof_shard: Annotated[str, text(0, 255)]
     delivery: Delivery
     payment: Payment

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypedDict, TypeVar, Unpack
 
 import attrs
 
-from orderlib.contract import BIGINT_MAX, INTEGER_MAX, fits_postgres, within_utc_years
+from orderlib.contract import BIGINT_MAX, INTEGER_MAX, datetime_class, fits_postgres, plain_time, within_utc_years
 from orderlib.errors import Fault, InvalidQuery
 from orderlib.models import Order
 from orderlib.search import SearchField, lower_ascii, phone_digits
@@ -80,11 +80,12 @@ def in_utc(time: Any) -> Any:
 
     A time whose UTC year is 0 or 10000 becomes the first or the last one that a datetime can be.
     """
-    if not isinstance(time, dt.datetime) or time.utcoffset() is None:
+    time = plain_time(time)
+    if not isinstance(time, datetime_class()) or time.utcoffset() is None:
         return time
     if within_utc_years(time):
         return time.astimezone(dt.UTC)
-    limit = dt.datetime.min if time.year == 1 else dt.datetime.max  # noqa: DTZ901  UTC follows
+    limit = datetime_class().min if time.year == 1 else datetime_class().max
     return limit.replace(tzinfo=dt.UTC)
 
 
@@ -121,7 +122,7 @@ class Cursor:
     order_uid: str
 
     def __attrs_post_init__(self) -> None:
-        if require_type("first_stored_at", self.first_stored_at, dt.datetime).utcoffset() is None:
+        if require_type("first_stored_at", self.first_stored_at, datetime_class()).utcoffset() is None:
             raise ValueError("first_stored_at must have an offset")
         if not fits_postgres(require_type("order_uid", self.order_uid, str)):
             raise ValueError("order_uid must not contain NUL or lone surrogates")
@@ -376,7 +377,7 @@ class ListQuery:
     def _check_time(self, attribute: attrs.Attribute[dt.datetime | None], value: object) -> None:
         if value is None:
             return
-        if require_type(attribute.name, value, dt.datetime).utcoffset() is None:
+        if require_type(attribute.name, value, datetime_class()).utcoffset() is None:
             raise InvalidQuery(f"{attribute.name}: expected a time with an offset, found one without")
 
     @limit.validator

@@ -17,6 +17,7 @@ from typing import TypeVar
 import psycopg
 from psycopg.abc import PQGen
 
+from orderlib.contract import datetime_class
 from orderlib.errors import RefusedByDatabase, TransactionConflict
 from orderlib.ingestion.records import OrderChange, PreparedOrder, StoredVersion, Tombstone, WritePlan, plan_writes
 from orderlib.ingestion.retry import Conflicts
@@ -172,7 +173,7 @@ def _store(
         (queries.ERASED_VERSIONS, [uids]),
         (queries.CLOCK, ()),
     )
-    assert isinstance(now, dt.datetime)
+    assert isinstance(now, datetime_class())
     stored, erased = versions_of(rows), _erased_versions(erased_rows)
     seen.update({**erased, **stored})
     plan = planner(changes, seen, _find_forgotten(changes, {digest for (digest,) in digests}) if digests else ())

@@ -10,6 +10,7 @@ from typing import Unpack
 
 import attrs
 
+from orderlib.contract import datetime_class
 from orderlib.errors import REJECT_CODES, OrderNotFound
 from orderlib.ingestion.records import PreparedOrder, StoredVersion, plan_writes, prepare_order
 from orderlib.models import Order
@@ -55,7 +56,7 @@ class MemoryStore:
 
     def _now(self) -> dt.datetime:
         """Return the time of the clock in UTC. Raise ValueError for one without an offset."""
-        now = require_type("the clock's time", in_utc(self._clock()), dt.datetime)
+        now = require_type("the clock's time", in_utc(self._clock()), datetime_class())
         if now.utcoffset() is None:
             raise ValueError("the clock's time must have an offset")
         return now

@@ -76,6 +76,10 @@ def reached_at(order_uid: str, phone: str, email: str, *, customer_id: str = "c"
     return attrs.evolve(an_order(order_uid, customer_id=customer_id), delivery=delivery)
 
 
+class Stamp(dt.datetime):
+    """A time of a library or of a test."""
+
+
 def stored(repository: OrderRepository, order_uid: str) -> StoredOrder:
     [found] = [stored for stored in repository.list_orders(limit=100).orders if stored.order.order_uid == order_uid]
     return found
@@ -117,6 +121,28 @@ class RepositoryContract:
         repository.save(attrs.evolve(SAMPLE_ORDER, date_created=east))
         found = repository.get(SAMPLE_ORDER.order_uid).date_created
         assert (found, found.tzinfo) == (east, dt.UTC)
+
+    @pytest.mark.parametrize("replaced", [False, True])
+    def test_a_time_may_be_of_a_subclass_that_may_replace_the_class(
+        self, repository: OrderRepository, monkeypatch: pytest.MonkeyPatch, *, replaced: bool
+    ) -> None:
+        """Tests that choose the time replace the class, and get times of it from ``now``."""
+        plain_class = dt.datetime
+        with monkeypatch.context() as patch:
+            if replaced:
+                patch.setattr("datetime.datetime", Stamp)
+            order = attrs.evolve(SAMPLE_ORDER, date_created=Stamp(2026, 1, 1, tzinfo=dt.UTC))
+            assert repository.save(order) is Outcome.STORED
+            found = repository.get_stored(order.order_uid)
+            for since in (found.first_stored_at, Stamp(2000, 1, 1, tzinfo=dt.UTC)):
+                assert repository.list_orders(since=since).orders == (found,)
+            assert repository.list_orders(cursor=Cursor.parse(str(found.cursor))).orders == ()
+            assert repository.count(until=Stamp(2000, 1, 1, tzinfo=dt.UTC)) == 0
+            assert repository.save(attrs.evolve(found.order, sm_id=1)) is Outcome.STORED
+            assert repository.stats().stored_recently == 1
+        assert found.order == order
+        times = (order.date_created, found.order.date_created, found.first_stored_at, found.cursor.first_stored_at)
+        assert {type(time) for time in times} == {plain_class}
 
     def test_an_order_that_is_not_there_is_not_found(self, repository: OrderRepository) -> None:
         repository.save(SAMPLE_ORDER)

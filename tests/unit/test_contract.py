@@ -8,17 +8,19 @@ import enum
 import json
 import pickle
 import re
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest.mock import Mock
+from zoneinfo import ZoneInfo
 
 import attrs
 import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec.inspect import IntType, StrType
+from msgspec.inspect import DateTimeType, IntType, StrType
 
 from orderlib import (
     Delivery,
@@ -30,9 +32,10 @@ from orderlib import (
     decode_order,
     encode_order,
     json_schema,
+    order_from_plain,
     order_to_plain,
 )
-from orderlib.contract import describe, rules_of, unchecked
+from orderlib.contract import describe, field_rules, plain_time, rules_of, unchecked
 from orderlib.models import MAX_ITEMS
 from orderlib.testing import SAMPLE, MemoryOrderRepository
 from orderlib.testing.strategies import deliveries, items, orders, payments, values
@@ -49,10 +52,6 @@ _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 class Currency(enum.StrEnum):
     EURO = "EUR"
-
-
-class Moment(dt.datetime):
-    pass
 
 
 def faults_of(make: object) -> list[tuple[str, str]]:
@@ -124,12 +123,10 @@ def test_plain_data_in_place_of_a_model_or_a_time_is_a_fault_of_the_model() -> N
 
 
 def test_subclasses_of_plain_types_are_faults_named_by_their_type() -> None:
-    """The encoder, the driver and the comparison would each treat them differently."""
-    moment = Moment(2021, 11, 26, tzinfo=dt.UTC)
-    assert faults_of(lambda: attrs.evolve(SAMPLE_ORDER, entry=Currency.EURO, sm_id=True, date_created=moment)) == [
+    """The encoder, the driver and the comparison would each treat them differently. A time is made plain instead."""
+    assert faults_of(lambda: attrs.evolve(SAMPLE_ORDER, entry=Currency.EURO, sm_id=True)) == [
         ("$.entry", "a Python Currency"),
         ("$.sm_id", "a boolean"),
-        ("$.date_created", "a Python Moment"),
     ]
 
 
@@ -160,6 +157,65 @@ def test_orders_whose_times_are_the_same_instant_are_equal() -> None:
     moved = attrs.evolve(SAMPLE_ORDER, date_created=elsewhere)
     assert moved == SAMPLE_ORDER
     assert hash(moved) == hash(SAMPLE_ORDER)
+
+
+class Stamp(dt.datetime):
+    """A time of a library, with a method that returns something else."""
+
+    def date(self) -> dt.date:
+        return dt.date(1970, 1, 1)
+
+
+@pytest.fixture(params=["as it is", "replaced in its module", "replaced in every module"])
+def stamp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[dt.datetime]:
+    """A subclass of ``datetime``, which replaces it as a test or as freezegun does."""
+    plain_class = dt.datetime
+    if request.param == "replaced in every module":
+        for module in [module for name, module in sys.modules.items() if name.startswith("orderlib")]:
+            for name, value in list(vars(module).items()):
+                if value is plain_class:
+                    monkeypatch.setattr(module, name, Stamp)
+    if request.param != "as it is":
+        monkeypatch.setattr("datetime.datetime", Stamp)
+    return plain_class
+
+
+@pytest.mark.parametrize("offset", [dt.timedelta(), dt.timedelta(hours=-9), dt.timedelta(hours=23, minutes=59)])
+def test_a_time_of_a_subclass_becomes_an_equal_plain_one(stamp: type[dt.datetime], offset: dt.timedelta) -> None:
+    time = Stamp(2026, 2, 3, 4, 5, 6, 7, tzinfo=dt.timezone(offset))
+    order = attrs.evolve(SAMPLE_ORDER, date_created=time)
+    for made in (order, order_from_plain({**order_to_plain(order), "date_created": time}), decode_order(SAMPLE)):
+        assert type(made.date_created) is stamp
+    assert (order.date_created, order.date_created.tzinfo) == (time, time.tzinfo)
+    assert order_from_plain(order_to_plain(order)) == decode_order(encode_order(order)) == order
+    assert attrs.evolve(order, sm_id=1).date_created == time
+
+
+def test_the_time_of_a_subclass_in_an_hour_that_clocks_repeat_is_the_same_instant() -> None:
+    times = [Stamp(2025, 10, 26, 2, 30, fold=fold, tzinfo=ZoneInfo("Europe/Berlin")) for fold in (0, 1)]
+    found = [attrs.evolve(SAMPLE_ORDER, date_created=time).date_created.astimezone(dt.UTC) for time in times]
+    assert found == [dt.datetime(2025, 10, 26, hour, 30, tzinfo=dt.UTC) for hour in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("time", "found"),
+    [
+        (Stamp(2026, 1, 1), "a time without an offset"),
+        (Stamp(1, 1, 1, tzinfo=dt.timezone(dt.timedelta(hours=1))), "a time outside these years"),
+        (dt.date(2026, 1, 1), "a Python date"),
+    ],
+)
+def test_a_time_of_a_subclass_obeys_the_rules(time: Any, found: str) -> None:
+    plain = {**order_to_plain(SAMPLE_ORDER), "date_created": time}
+    assert faults_of(lambda: attrs.evolve(SAMPLE_ORDER, date_created=time)) == [("$.date_created", found)]
+    assert faults_of(lambda: order_from_plain(plain)) == [("$.date_created", found)]
+
+
+def test_every_time_of_a_model_becomes_a_plain_one() -> None:
+    for model in (Order, Delivery, Payment, Item):
+        fields = {field.name: field for field in attrs.fields(model)}
+        for name, rule in field_rules(model).items():
+            assert not isinstance(rule, DateTimeType) or fields[name].converter is plain_time
 
 
 def test_unchecked_returns_what_the_constructor_would() -> None:
