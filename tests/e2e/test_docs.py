@@ -11,7 +11,7 @@ from pathlib import Path
 import attrs
 import psycopg
 import pytest
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from sandbox import Sandbox
 from sandbox.server import free_port
@@ -231,12 +231,19 @@ def test_the_example_with_sqlalchemy_stores_both_rows(environ: dict[str, str], d
         assert superuser.execute(query).fetchall() == [("gift-3", "Get well soon")]
 
 
-def test_what_the_page_sends_can_be_read_after_the_wait(environ: dict[str, str]) -> None:
+def test_what_the_page_sends_can_be_read_after_the_wait(environ: dict[str, str], sandbox: Sandbox) -> None:
+    """In the shell of the sandbox, ORDERS_TOPIC is not set."""
     [program, shown] = blocks("read-your-own-writes.md")
-    with consuming(environ):
-        done = subprocess.run(
-            [sys.executable, "-c", program.text], env=environ, capture_output=True, text=True, check=False
-        )
+    without_topic = {name: value for name, value in environ.items() if name != "ORDERS_TOPIC"}
+    admin = AdminClient({"bootstrap.servers": sandbox.kafka.bootstrap_servers})
+    admin.create_topics([NewTopic("orders", num_partitions=3)])["orders"].result(30)
+    try:
+        with consuming(without_topic):
+            done = subprocess.run(
+                [sys.executable, "-c", program.text], env=without_topic, capture_output=True, text=True, check=False
+            )
+    finally:
+        admin.delete_topics(["orders"])["orders"].exception(30)
     assert done.returncode == 0, done.stderr
     assert_shown([program, shown], f"{done.stdout}{END_OF_BLOCK}\n")
 
