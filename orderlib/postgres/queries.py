@@ -501,6 +501,20 @@ COPY rejects (
 ) FROM STDIN (FORMAT BINARY)
 """
 
+#: The tables and views of orderlib beside schema_migrations.
+TABLES: tuple[LiteralString, ...] = (
+    "orders",
+    "delivery",
+    "payment",
+    "items",
+    "order_originals",
+    "consumer_groups",
+    "consumer_offsets",
+    "rejects",
+    "reject_digests",
+    "erased",
+    "forgotten",
+)
 #: The last migration that was applied.
 SCHEMA_NUMBER: LiteralString = "SELECT max(number) FROM schema_migrations"
 #: The schema of the first table schema_migrations in the search_path: own_schema if the table has orderlib's columns.
@@ -521,13 +535,19 @@ _FIRST_TABLE: LiteralString = """(
 SCHEMA_LOCATION: LiteralString = f"""
 SELECT first_table.own_schema IS NOT NULL,
        (CASE WHEN other.is_usable THEN session_user ELSE current_user END)::text, current_setting('search_path'),
-       other.schema, other.is_usable, first_table.foreign_schema
+       other.schema, other.is_usable, first_table.foreign_schema, first_table.own_schema, hiding.name
 FROM {_FIRST_TABLE} LEFT JOIN LATERAL (
     SELECT n.nspname::text AS schema, has_schema_privilege(n.oid, 'USAGE') AS is_usable
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relname = 'schema_migrations' AND c.relkind = 'r' AND pg_get_userbyid(c.relowner) = 'orders_owner'
     ORDER BY 1 LIMIT 1
 ) other ON true
+LEFT JOIN LATERAL (
+    SELECT format('%I.%I', n.nspname, c.relname) AS name
+    FROM unnest('{{{",".join(TABLES)}}}'::text[]) WITH ORDINALITY AS wanted (name, place)
+    JOIN pg_class c ON c.oid = to_regclass(wanted.name) JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname <> first_table.own_schema ORDER BY wanted.place LIMIT 1
+) hiding ON true
 """
 #: The schema of the tables, or the first existing schema of the search_path if there are no tables yet. Then the schema
 #: in which another program has a table of this name.

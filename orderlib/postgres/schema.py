@@ -43,6 +43,9 @@ class SchemaLocation(NamedTuple):
     is_usable: bool | None
     #: The schema in which another program has a table ``schema_migrations``.
     foreign_schema: str | None
+    #: The schema of the tables that the session finds, and a table of another one that hides one of them.
+    schema: str | None
+    hiding_table: str | None
 
 
 def schema_location(connection: Connection) -> SchemaLocation:
@@ -69,6 +72,12 @@ def require_schema(location: SchemaLocation, number: int | None) -> None:
         raise ConfigurationError(
             f"the schema is at migration {number}, but this program needs migration {LATEST_MIGRATION}: "
             "run `python -m orderlib migrate`"
+        )
+    if location.hiding_table:
+        raise ConfigurationError(
+            f"the table {location.hiding_table} hides that of orderlib in schema {location.schema}: the search_path of "
+            f"role {location.role} is {location.search_path}; name {location.schema} first, for example in the URL's "
+            "options"
         )
 
 

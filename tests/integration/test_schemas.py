@@ -11,6 +11,8 @@ import orderlib
 from orderlib import ConfigurationError, OrderNotFound, Outcome
 from orderlib.ingestion.records import TopicPartition
 from orderlib.postgres.consumer_store import ConsumerStore
+from orderlib.postgres.privileges import PRIVILEGES
+from orderlib.postgres.queries import TABLES
 from tests.support.databases import Database, bootstrap, role_passwords
 from tests.support.repository_contract import an_order
 
@@ -167,6 +169,32 @@ def test_a_table_of_another_migration_tool_that_hides_the_tables_is_never_read(e
         orderlib.connect(hidden.reader_url)
     with pytest.raises(ConfigurationError, match="table schema_migrations in schema public"):
         orderlib.migrate(hidden.migrator_url)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_of_another_program_that_hides_one_is_named_with_the_remedy(
+    module_database: Database, table: str
+) -> None:
+    hidden = with_search_path(module_database, "shop,public")
+    with psycopg.connect(module_database.superuser_url, autocommit=True) as superuser:
+        superuser.execute(
+            "DROP SCHEMA IF EXISTS shop CASCADE; CREATE SCHEMA shop; GRANT USAGE ON SCHEMA shop TO PUBLIC"
+        )
+        with orderlib.connect(hidden.writer_url) as repository:
+            repository.check()
+        superuser.execute(f"CREATE TABLE shop.{table} (id int)".encode())
+    message = rf"^the table shop\.{table} hides that of orderlib in schema public: .*; name public first"
+    with pytest.raises(ConfigurationError, match=message):
+        orderlib.connect(hidden.reader_url)
+    with psycopg.connect(hidden.writer_url) as connection, pytest.raises(ConfigurationError, match=message):
+        orderlib.using(connection).check()
+    assert orderlib.migrate(hidden.migrator_url) == []
+    with orderlib.connect(with_search_path(module_database, "public,shop").reader_url) as repository:
+        repository.check()
+
+
+def test_the_schema_check_knows_every_table() -> None:
+    assert {*TABLES, "schema_migrations"} == PRIVILEGES.keys()
 
 
 def test_tables_in_a_later_schema_of_the_search_path_stay_in_use(database: Database) -> None:
