@@ -399,8 +399,11 @@ ROLLBACK_TO_SAVEPOINT: LiteralString = "ROLLBACK TO SAVEPOINT orderlib"
 RELEASE_SAVEPOINT: LiteralString = "RELEASE SAVEPOINT orderlib"
 
 #: Find orders by key during a write. With old statistics, the planner takes a growing table for a small one and scans
-#: it. Afterwards the caller's transaction has its own value again.
-SEQSCAN: LiteralString = "SELECT current_setting('enable_seqscan')"
+#: it. Afterwards the caller's transaction has its own value again. Also whether the transaction is read-only, because
+#: Citus would let COPY write in it.
+SETTINGS_OF_WRITE: LiteralString = (
+    "SELECT current_setting('enable_seqscan'), current_setting('transaction_read_only') = 'on'"
+)
 DISABLE_SEQSCAN: LiteralString = "SET LOCAL enable_seqscan = off"
 #: Not SET LOCAL: it follows the COPYs in one query, and Citus would send that whole query to the workers.
 RESTORE_SEQSCAN: dict[str, LiteralString] = {

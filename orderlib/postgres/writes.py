@@ -162,9 +162,9 @@ def _store(
     wire: Wire, changes: Sequence[OrderChange], planner: Planner, seen: dict[str, StoredVersion]
 ) -> PQGen[Sequence[Outcome]]:
     uids = _uids(changes)
-    _, [(seqscan,)], _, _, digests, rows, erased_rows, [(now,)] = yield from wire.pipeline(
+    _, [(seqscan, is_read_only)], _, _, digests, rows, erased_rows, [(now,)] = yield from wire.pipeline(
         (queries.SAVEPOINT, ()),
-        (queries.SEQSCAN, ()),
+        (queries.SETTINGS_OF_WRITE, ()),
         (queries.DISABLE_SEQSCAN, ()),
         # Take the lock in its own statement, so that the snapshot of the next one includes every committed forget.
         (queries.FORGET_LOCK_SHARED, ()),
@@ -190,6 +190,8 @@ def _store(
     if tombstones:
         statements.append(_insert_erased(tombstones))
     copies = _copies(plan, now)
+    if copies and is_read_only:
+        raise psycopg.errors.ReadOnlySqlTransaction("cannot execute COPY FROM in a read-only transaction")
     end = (queries.RESTORE_SEQSCAN[str(seqscan)], queries.RELEASE_SAVEPOINT)
     if not copies:
         statements += [(statement, ()) for statement in end]

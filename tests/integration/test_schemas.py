@@ -221,7 +221,7 @@ def test_a_copy_that_belongs_to_another_role_can_be_read(database: Database) -> 
     with orderlib.connect(database.writer_url) as repository:
         repository.save(an_order("order", 1))
     with psycopg.connect(database.superuser_url, autocommit=True) as superuser:
-        superuser.execute("REASSIGN OWNED BY orders_owner TO CURRENT_USER")
+        superuser.execute("REASSIGN OWNED BY orders_owner TO postgres")
     with orderlib.connect(database.reader_url) as repository:
         repository.check()
         assert repository.get("order") == an_order("order", 1)

@@ -144,7 +144,15 @@ def _change_sessions_of_workers(database: Database, change: str) -> None:
     """With Citus, change what new sessions of the superuser on workers start with."""
     if CITUS in os.environ:
         with psycopg.connect(database.superuser_url, autocommit=True) as connection:
-            connection.execute("SELECT run_command_on_workers(%s)", [f"ALTER ROLE postgres {change}"])
+            # Citus would repeat the change of each worker on all nodes, and they would wait for each other: a deadlock.
+            command = f"""DO $do$ BEGIN
+                SET LOCAL citus.enable_alter_role_set_propagation = off;
+                ALTER ROLE postgres {change};
+            END $do$"""
+            for succeeded, result in connection.execute(
+                "SELECT success, result FROM run_command_on_workers(%s)", [command]
+            ).fetchall():
+                assert succeeded, result
 
 
 def set_up(database: Database) -> None:
