@@ -534,7 +534,7 @@ _FIRST_TABLE: LiteralString = """(
         WHERE c.oid = to_regclass('schema_migrations')) AS found
 ) AS first_table"""
 #: The fields of ``schema.SchemaLocation``. The role is the one to correct: SET ROLE changes the privileges, but the
-#: search_path remains that of the login role.
+#: search_path remains that of the login role. A view that hides a table is taken for a deliberate one.
 SCHEMA_LOCATION: LiteralString = f"""
 SELECT first_table.own_schema IS NOT NULL,
        (CASE WHEN other.is_usable THEN session_user ELSE current_user END)::text, current_setting('search_path'),
@@ -549,7 +549,7 @@ LEFT JOIN LATERAL (
     SELECT format('%I.%I', n.nspname, c.relname) AS name
     FROM unnest('{{{",".join(TABLES)}}}'::text[]) WITH ORDINALITY AS wanted (name, place)
     JOIN pg_class c ON c.oid = to_regclass(wanted.name) JOIN pg_namespace n ON n.oid = c.relnamespace
-    WHERE n.nspname <> first_table.own_schema ORDER BY wanted.place LIMIT 1
+    WHERE n.nspname <> first_table.own_schema AND c.relkind IN ('r', 'p') ORDER BY wanted.place LIMIT 1
 ) hiding ON true
 """
 #: The schema of the tables, or the first existing schema of the search_path if there are no tables yet. Then the schema
