@@ -105,10 +105,10 @@ class _LossyFile(io.FileIO):
 
     def __init__(self, fd: int, lost_lines: Callable[[int], bytes]) -> None:
         # A regular file that is opened again would have another position.
-        is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
-        own = None if is_regular else _open_again(fd)
+        self._is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        own = None if self._is_regular else _open_again(fd)
         super().__init__(fd if own is None else own, "w", closefd=False)
-        self._may_block = own is None and not is_regular
+        self._may_block = own is None and not self._is_regular
         self._writable = select.poll()
         self._writable.register(self, select.POLLOUT)
         self._format_lost_lines = lost_lines
@@ -122,16 +122,26 @@ class _LossyFile(io.FileIO):
             message = self._format_lost_lines(self._lost_lines)
             if self._write_part(b"\n" + message if self._is_within_line else message):
                 self._lost_lines = 0
-        while rest and (written := self._write_part(rest[: select.PIPE_BUF])):
+        while rest and (written := self._write_part(self._first_part(rest))):
             rest = rest[written:]
         if rest:
             self._lost_lines += bytes(rest).count(b"\n") or 1
         return view.nbytes
 
-    def _write_part(self, part: bytes | memoryview) -> int:
-        """Write a part of at most PIPE_BUF bytes. Return the number of bytes written, or 0 if the part is lost.
+    def _first_part(self, data: memoryview) -> memoryview:
+        """Return what to write at once: whole lines, so that other processes write none of theirs into them.
 
-        If a pipe or socket is writable, this much does not block.
+        A pipe takes only PIPE_BUF bytes without those of others in between. A longer line is written in parts.
+        """
+        if self._is_regular or len(data) <= select.PIPE_BUF:
+            return data
+        end = bytes(data[: select.PIPE_BUF]).rfind(b"\n") + 1
+        return data[: end or select.PIPE_BUF]
+
+    def _write_part(self, part: bytes | memoryview) -> int:
+        """Write a part. Return the number of bytes written, or 0 if the part is lost.
+
+        If a pipe or socket is writable, at most PIPE_BUF bytes do not block.
         """
         try:
             written = None if self._may_block else super().write(part)

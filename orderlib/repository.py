@@ -480,12 +480,12 @@ class OrderRepository(Protocol):
     def find(self, text: str, *, limit: int = PAGE_SIZE) -> tuple[Match, ...]:
         """Return the orders that a text identifies, newest ``first_stored_at`` first, with the fields that match.
 
-        The text is a complete order_uid in any case, the URL of an order's page, a track number, a customer_id, a phone
-        number in any format (only its digits count), an e-mail address in any case, or the rid of an item. If none of
-        these matches, the text is taken as the beginning of an order_uid, and the orders are sorted by order_uid, both
-        in any case. If more than 1,000 order_uids begin with it, some may be missing. White space around the text does
-        not count, and a text of more than 4,096 characters matches nothing. At most ``limit`` orders, 1 to 100; to know
-        whether there are more, ask for one more. Raises InvalidQuery for another limit.
+        The text is a complete order_uid in any case, the URL of an order's page, a track number, a customer_id, the
+        digits of a phone number as in the order, an e-mail address in any case, or the rid of an item. If none of these
+        matches, the text is taken as the beginning of an order_uid, and the orders are sorted by order_uid, both in any
+        case. If more than 1,000 order_uids begin with it, some may be missing. White space and invisible characters
+        around the text do not count, and a text of more than 4,096 characters matches nothing. At most ``limit``
+        orders, 1 to 100; to know whether there are more, ask for one more. Raises InvalidQuery for another limit.
         """
         ...
 

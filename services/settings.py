@@ -76,7 +76,6 @@ RESERVED_KAFKA_PROPERTIES = frozenset(
 
 #: librdkafka properties that name a file, and those that may name a folder or be the word `probe` instead.
 _KAFKA_FILES = (
-    "sasl.kerberos.keytab",
     "sasl.oauthbearer.assertion.file",
     "sasl.oauthbearer.assertion.private.key.file",
     "ssl.certificate.location",

@@ -129,8 +129,8 @@ def transaction_with_lock_limit(connection: Connection) -> Iterator[None]:
             raise
         holders = lock_holders(connection, queries.WRITE_LOCK_HOLDERS)
         raise DatabaseUnavailable(
-            f"PostgreSQL: no lock within {queries.LOCK_WAIT_S} s, held by {holders}; this transaction was rolled back "
-            f"and has changed nothing: try again ({LOCK_NOT_AVAILABLE})"
+            f"PostgreSQL: no lock within {queries.LOCK_WAIT_S} s, probably held by {holders}; this transaction was "
+            f"rolled back and has changed nothing: try again ({LOCK_NOT_AVAILABLE})"
         ) from exc
 
 

@@ -286,7 +286,7 @@ class ConsumerStore:
         if terminated:
             return TransactionConflict(f"terminated {len(terminated)} backend(s) of a frozen consumer that held a lock")
         holders = lock_holders(connection, queries.WRITE_LOCK_HOLDERS)
-        return DatabaseUnavailable(f"PostgreSQL: another session holds a lock that the batch needs: {holders}")
+        return DatabaseUnavailable(f"PostgreSQL: another session holds a lock that the batch needs, probably {holders}")
 
 
 def _next_offsets(

@@ -48,10 +48,13 @@ def connect_to_any(arguments: Mapping[str, str | int]) -> PGconn:
 
 
 def addresses(arguments: Mapping[str, str | int]) -> str:
-    """Return the addresses of the hosts for a message, as `` at host:port``; empty for a host that has no name."""
-    hosts = conninfo_attempts(cast("ConnDict", dict(arguments)))
-    found = [address(str(host.get("host") or ""), str(host.get("port") or "5432")) for host in hosts]
-    return ",".join(filter(None, found))
+    """Return the addresses that a URL names, for a message, as `` at host:port``. It resolves no name."""
+    hosts = str(arguments.get("host") or arguments.get("hostaddr") or "").split(",")
+    ports = str(arguments.get("port") or "").split(",")
+    if len(ports) == 1:
+        ports *= len(hosts)
+    found = (address(host, port or "5432") for host, port in zip(hosts, ports, strict=False))
+    return ",".join(filter(None, dict.fromkeys(found)))
 
 
 def _first_accepted(arguments: Mapping[str, str | int]) -> PGconn:

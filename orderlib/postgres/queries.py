@@ -594,9 +594,9 @@ WHERE l.granted AND l.pid IS DISTINCT FROM pg_backend_pid() AND l.locktype = 're
 ORDER BY l.pid LIMIT 3
 """
 #: Sessions that may block a write: they hold a lock on one of these tables or on its rows, or that of `forget`, and
-#: wait for no lock themselves. The lock of a reader blocks no write.
+#: wait for no lock themselves. The lock of a reader blocks no write. The oldest transactions come first.
 WRITE_LOCK_HOLDERS: LiteralString = f"""
-SELECT DISTINCT l.pid, a.usename::text, a.application_name
+SELECT l.pid, a.usename::text, a.application_name
 FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
 WHERE l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
@@ -604,7 +604,8 @@ WHERE l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
            SELECT oid FROM pg_class WHERE pg_get_userbyid(relowner) = 'orders_owner'))
        OR (l.locktype = 'advisory' AND (l.classid::bigint << 32 | l.objid::bigint) = {_FORGET_LOCK}))
   AND NOT EXISTS (SELECT FROM pg_locks w WHERE w.pid = l.pid AND NOT w.granted)
-ORDER BY l.pid LIMIT 3
+GROUP BY l.pid, a.usename, a.application_name, a.xact_start
+ORDER BY a.xact_start, l.pid LIMIT 3
 """
 DATABASE_ENCODING: LiteralString = (
     "SELECT pg_encoding_to_char(encoding) FROM pg_database WHERE datname = current_database()"

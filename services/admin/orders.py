@@ -182,8 +182,9 @@ def _forget(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         return EXIT_FAILED
     with open_connection(url, application_name=APPLICATION_NAME) as connection:
         warn_of_superuser(connection, "ORDERS_MIGRATOR_URL")
-        done = call(connection)
+        # First: an error after the commit of `forget` would seem to be one of `forget`.
         unchecked = count_unchecked_rejects(connection)
+        done = call(connection)
     sentence = (
         f"erased {count_of(done.orders, 'order')} and {count_of(done.rejects, 'reject')}; "
         f"forgot {count_of(done.order_uids, 'order_uid')}: no later record stores them again"

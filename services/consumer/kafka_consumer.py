@@ -57,7 +57,7 @@ _FETCH_BYTES = 256 * 1024
 _REPORT_MS = 5_000
 _EMPTY_REPORTS = 2
 #: The timeout of a request for the earliest offset and the log end, before the consumer stops.
-_WATERMARKS_S = 2.0
+_WATERMARKS_S = 1.0
 
 
 class _Broker(msgspec.Struct):

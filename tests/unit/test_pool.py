@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -190,6 +191,20 @@ def test_a_call_without_a_connection_names_the_last_failure_or_that_all_connecti
     monkeypatch.setattr(failing, "_open_session", lambda: (FakeSession(), None))
     assert not failing._connect_once(object())
     assert failing._connect_failure is None
+
+
+def test_the_error_of_a_call_without_an_answer_resolves_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be raised in the thread of an event loop, and the name server may not answer."""
+
+    def resolve(*_: object, **_options: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    pool = Pool("postgresql://x@one,two:5433,[::1]/x", application_name="test", max_connections=1, timeout_s=1)
+    with pytest.raises(DatabaseUnavailable, match=r"^PostgreSQL at one:5432, at two:5433, at \[::1\]:5432: no conn"):
+        pool.session_of(ThreadWaiter(), 1.0)
+    one_port = Pool("host=one,two port=7", application_name="test", max_connections=1, timeout_s=1)
+    assert one_port.addresses == " at one:7, at two:7"
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -441,3 +442,34 @@ def test_output_is_utf_8_in_every_locale() -> None:
     )
     assert done.stdout.decode() == "\u0437\xe7 \\ud800\n"
     assert '"topic":"\u0437"' in done.stderr.decode()
+
+
+#: Writes lines in batches that are larger than what a pipe takes at once.
+WRITES_BATCHES = """
+import sys
+from orderlib.entry_point import set_up_streams
+set_up_streams()
+for _ in range(300):
+    sys.stderr.write((sys.argv[1] * 500 + "\\n") * 30)
+    sys.stderr.flush()
+"""
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_lines_of_several_processes_stay_whole(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    if kind == "file":
+        reading = os.open(path, os.O_RDONLY | os.O_CREAT)
+        writing = os.open(path, os.O_WRONLY | os.O_APPEND)
+    else:
+        reading, writing = os.pipe()
+    processes = [
+        subprocess.Popen([sys.executable, "-c", WRITES_BATCHES, letter], cwd=ROOT, stderr=writing) for letter in "ab"
+    ]
+    os.close(writing)
+    if kind == "file":
+        assert [process.wait(60) for process in processes] == [0, 0]
+    with open(reading, "rb") as log:  # noqa: PTH123 - a file descriptor
+        lines = log.read().split(b"\n")
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert Counter(lines) == {b"a" * 500: 9_000, b"b" * 500: 9_000, b"": 1}
