@@ -24,19 +24,13 @@ def expect_role(connection: Connection, expected: str) -> Iterator[None]:
     try:
         yield
     except ConfigurationError as exc:
-        if error := _wrong_role_error(connection, expected):
-            denied = _INSUFFICIENT_PRIVILEGE in sqlstates(exc)
-            raise (ConfigurationError(f"{error}: {exc}") if denied else error) from exc
-        raise
-
-
-def _wrong_role_error(connection: Connection, expected: str) -> ConfigurationError | None:
-    role = connection.info.user
-    if role not in ROLES or role == expected:
-        return None
-    return ConfigurationError(
-        f"the database URL logs in as {role}, but must log in as {expected} (correct {URL_VARIABLES[expected]})"
-    )
+        role = connection.info.user
+        if role not in ROLES or role == expected:
+            raise
+        text = f"the database URL logs in as {role}, but must log in as {expected} (correct {URL_VARIABLES[expected]})"
+        if _INSUFFICIENT_PRIVILEGE in sqlstates(exc):
+            text += f": {exc}"
+        raise ConfigurationError(text) from exc
 
 
 def is_superuser(connection: Connection) -> bool:
@@ -51,13 +45,12 @@ def check_privileges(connection: Connection, expected: str) -> None:
     """
     privileges = table_privileges(expected)
     wanted = {"tables": [table for table, _ in privileges], "privileges": [privilege for _, privilege in privileges]}
-    with translate_errors(connection):
-        missing = connection.execute(queries.MISSING_PRIVILEGES, wanted).fetchone()
-    if missing:
-        if error := _wrong_role_error(connection, expected):
-            raise error
-        role, table, privilege = missing
-        raise ConfigurationError(f"role {role} lacks {privilege} on {table}: run `python -m orderlib migrate`")
+    with expect_role(connection, expected):
+        with translate_errors(connection):
+            missing = connection.execute(queries.MISSING_PRIVILEGES, wanted).fetchone()
+        if missing:
+            role, table, privilege = missing
+            raise ConfigurationError(f"role {role} lacks {privilege} on {table}: run `python -m orderlib migrate`")
 
 
 def correct_grants(connection: Connection) -> list[str]:

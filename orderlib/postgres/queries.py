@@ -7,6 +7,7 @@ on each of its tables, a query of several orders on the first, and no temporary 
 from collections.abc import Collection, Iterable, Iterator
 from typing import LiteralString
 
+from orderlib.postgres.privileges import PRIVILEGES
 from orderlib.postgres.rows import (
     DELIVERY_COLUMNS,
     ITEM_COLUMNS,
@@ -504,20 +505,6 @@ COPY rejects (
 ) FROM STDIN (FORMAT BINARY)
 """
 
-#: The tables and views of orderlib beside schema_migrations.
-TABLES: tuple[LiteralString, ...] = (
-    "orders",
-    "delivery",
-    "payment",
-    "items",
-    "order_originals",
-    "consumer_groups",
-    "consumer_offsets",
-    "rejects",
-    "reject_digests",
-    "erased",
-    "forgotten",
-)
 #: The last migration that was applied.
 SCHEMA_NUMBER: LiteralString = "SELECT max(number) FROM schema_migrations"
 #: The schema of the first table schema_migrations in the search_path: own_schema if the table has orderlib's columns.
@@ -547,7 +534,7 @@ FROM {_FIRST_TABLE} LEFT JOIN LATERAL (
 ) other ON true
 LEFT JOIN LATERAL (
     SELECT format('%I.%I', n.nspname, c.relname) AS name
-    FROM unnest('{{{",".join(TABLES)}}}'::text[]) WITH ORDINALITY AS wanted (name, place)
+    FROM unnest('{{{",".join(PRIVILEGES)}}}'::text[]) WITH ORDINALITY AS wanted (name, place)
     JOIN pg_class c ON c.oid = to_regclass(wanted.name) JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname <> first_table.own_schema AND c.relkind IN ('r', 'p') ORDER BY wanted.place LIMIT 1
 ) hiding ON true
